@@ -1,0 +1,42 @@
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+DEMO = build/demo
+
+.PHONY: demo test test-long bench lint format clean
+
+# Each stamp is made once, so that a second run needs no network.
+$(VENV)/.runtime: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.tests: tests/requirements.txt $(VENV)/.runtime
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	touch $@
+
+# A small random policy, written as an HF checkpoint, scores a question about a picture.
+demo: $(VENV)/.runtime
+	$(RUN) -m mmsr1_jax.tiny --out=$(DEMO)/policy
+	$(RUN) -m mmsr1_jax.score --config=configs/tiny.py --model=$(DEMO)/policy \
+	    --conversations=docs/demo/question.jsonl --out=$(DEMO)/scores.jsonl
+
+test: $(VENV)/.tests lint
+	$(RUN) -m pytest -m "not long"
+
+test-long: $(VENV)/.tests
+	$(RUN) -m pytest -m long
+
+lint: $(VENV)/.tests
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.tests
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/.tests
+	$(RUN) -m tests.bench.model
+
+clean:
+	rm -rf $(VENV) build

@@ -1,0 +1,1 @@
+"""MMSearch-R1 in JAX: reinforcement learning that teaches a multimodal model when to search."""

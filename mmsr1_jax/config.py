@@ -1,0 +1,226 @@
+"""Every setting, typed. A config file returns a `Config`; flags override single fields.
+
+    python -m mmsr1_jax.score --config=configs/qwen7b.py --config.mesh.tensor=2 ...
+
+A field that does not exist, a value of the wrong type, or values that do not fit together end the
+program at once with one line that names the field.
+"""
+
+import dataclasses
+import logging
+import pathlib
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from mmsr1_jax.models.attention import IMPLEMENTATIONS
+
+DTYPES = ("float32", "bfloat16")
+REMAT = ("none", "dots", "full")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be; the message begins with the field."""
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Model:
+    """How the policy is computed.
+
+    Attributes:
+      dtype: of parameters and matrix products, `float32` or `bfloat16`. Norms, rotations, softmax
+        and log-probs are float32 always.
+      attention: an implementation of `models/attention.py`; `auto` chooses by platform and length.
+      remat: what a backward pass keeps of a layer: `none`, `dots` or `full` (least memory).
+      logprob_chunk: tokens of a row whose [tokens, vocabulary] logits are held at a time.
+    """
+
+    dtype: str = "float32"
+    attention: str = "auto"
+    remat: str = "none"
+    logprob_chunk: int = 512
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Mesh:
+    """Devices along each mesh axis (`sharding.py`); one may be -1, "what is left".
+
+    Attributes:
+      replica: copies of the parameters.
+      fsdp: parts that parameters and batch are cut into.
+      tensor: parts that heads, feed-forward and vocabulary are cut into.
+    """
+
+    replica: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Buckets:
+    """The one table of shapes. A conversation is computed in the smallest that holds it.
+
+    Attributes:
+      lengths: tokens of a row, ascending. What is longer than the last is refused.
+      image_windows: windows of 64 patches that a row's images may take, ascending; one more shape
+        is "no images".
+      batch_tokens: a program has as many rows as fit into this many tokens, at least one.
+      batch_windows: and into this many windows of patches.
+    """
+
+    lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+    image_windows: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024)
+    batch_tokens: int = 8192
+    batch_windows: int = 128
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Images:
+    """Pictures from outside.
+
+    Attributes:
+      max_file_pixels: a file with more is refused before it is decompressed. What the policy sees
+        is bounded by the checkpoint's own `preprocessor_config.json`.
+    """
+
+    max_file_pixels: int = 100_000_000
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Config:
+    """All settings."""
+
+    model: Model = dataclasses.field(default_factory=Model)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    buckets: Buckets = dataclasses.field(default_factory=Buckets)
+    images: Images = dataclasses.field(default_factory=Images)
+
+
+def get_config() -> Config:
+    """The defaults: what a command uses that is given no `--config`."""
+    from mmsr1_jax import config  # this file may be loaded under another name, as a config file
+
+    return config.Config()
+
+
+def validate(config: Config) -> Config:
+    """Returns `config` if it can be, else raises ConfigError naming the field."""
+    _check_types(config, "config")
+    _one_of("model.dtype", config.model.dtype, DTYPES)
+    _one_of("model.attention", config.model.attention, IMPLEMENTATIONS)
+    _one_of("model.remat", config.model.remat, REMAT)
+    _positive("model.logprob_chunk", config.model.logprob_chunk)
+    for field in ("replica", "fsdp", "tensor"):
+        size = getattr(config.mesh, field)
+        if size < 1 and size != -1:
+            raise ConfigError(f"config.mesh.{field}={size} must be positive, or -1")
+    if [config.mesh.replica, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
+        raise ConfigError("config.mesh: only one of replica, fsdp and tensor may be -1")
+    for field in ("lengths", "image_windows"):
+        sizes = getattr(config.buckets, field)
+        if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
+            raise ConfigError(f"config.buckets.{field}={sizes} must be positive and ascending")
+    _positive("buckets.batch_tokens", config.buckets.batch_tokens)
+    _positive("buckets.batch_windows", config.buckets.batch_windows)
+    _positive("images.max_file_pixels", config.images.max_file_pixels)
+    return config
+
+
+def _one_of(field: str, value, allowed: Sequence) -> None:
+    if value not in allowed:
+        raise ConfigError(f"config.{field}={value!r} is not one of {', '.join(allowed)}")
+
+
+def _positive(field: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"config.{field}={value} must be at least 1")
+
+
+def _check_types(value, where: str) -> None:
+    for name, hint in typing.get_type_hints(type(value)).items():
+        child, path = getattr(value, name), f"{where}.{name}"
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(child, hint):
+                raise ConfigError(f"{path} must be a {hint.__name__}, not {child!r}")
+            _check_types(child, path)
+        elif not _has_type(child, hint):
+            shown = hint.__name__ if isinstance(hint, type) else str(hint)
+            raise ConfigError(f"{path} must be of type {shown}, not {child!r}")
+
+
+def _has_type(value, hint) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_has_type(value, a) for a in args)
+    if origin is tuple:  # tuple[x, ...] is the only form that is used
+        return isinstance(value, tuple) and all(_has_type(v, args[0]) for v in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def define_flag() -> flags.FlagHolder:
+    """Defines `--config=FILE` and `--config.field=value`; call it before `run`."""
+    return config_flags.DEFINE_config_file("config", None, "a file with get_config(); see configs/")
+
+
+def run(main: Callable[[Sequence[str]], int | None]) -> None:
+    """`absl.app.run`, but a mistake in flags or settings ends the program with one line."""
+
+    def parse(argv):
+        try:
+            return _parse_flags(argv)
+        except (flags.Error, ConfigError, OSError, *_CONFIG_FILE_ERRORS) as error:
+            sys.exit(f"error: {_one_line(error)}")
+
+    logging.getLogger("jax").setLevel(logging.WARNING)  # it tells of every backend it has not
+    app.run(main, flags_parser=parse)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    if "config" in flags.FLAGS:
+        names = [a.lstrip("-").split("=")[0] for a in argv[1:] if a.startswith("-")]
+        for name in names:
+            if name.startswith("config."):
+                _check_field(name)
+        if "config" not in names:
+            argv = [argv[0], f"--config={pathlib.Path(__file__)}", *argv[1:]]
+    rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+        raise flags.Error(f"unexpected argument {rest[1]!r}")
+    if "config" in flags.FLAGS:
+        file = flags.FLAGS["config"].config_filename.split(":")[0]
+        if not pathlib.Path(file).is_file():
+            raise ConfigError(f"--config={file}: no such file")
+        config = flags.FLAGS["config"].value
+        if not isinstance(config, Config):
+            raise ConfigError(f"--config={file}: get_config() must return a config.Config")
+        validate(config)
+    return rest
+
+
+def _check_field(name: str) -> None:
+    """Raises ConfigError where `config.part.field` is no setting."""
+    kind, known = Config, "config"
+    for part in name.split(".")[1:]:
+        hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        if part not in hints:
+            raise ConfigError(f"{name}: {known} has no field {part!r}, only {', '.join(hints)}")
+        kind, known = hints[part], f"{known}.{part}"
+
+
+# What reading a config file or looking up a field in it may raise.
+_CONFIG_FILE_ERRORS = (AttributeError, KeyError, TypeError, ValueError, ImportError, SyntaxError)
+
+
+def _one_line(error: BaseException) -> str:
+    """The last line of a message, which says it: ml_collections puts tracebacks before it."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,200 @@
+"""Pictures from outside: opened with care, then resized, normalised and cut into patches.
+
+The result equals the HF Qwen2-VL image processor's (its PIL backend): same grid, same patches.
+"""
+
+import dataclasses
+import io
+import json
+import math
+import pathlib
+import warnings
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+MAX_ASPECT_RATIO = 200  # the published processor refuses images that are longer than this
+DEFAULT_MAX_FILE_PIXELS = 100_000_000  # before resizing; a larger file is taken for a bomb
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used, with the reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """One image as the vision tower takes it.
+
+    Attributes:
+      values: float32[t*h*w, C], C = channels x frames x patch x patch. Rows come frame by frame,
+        merge-block by merge-block, and inside a block row by row.
+      grid: (t, h, w) in patches: frames, rows, columns.
+    """
+
+    values: np.ndarray
+    grid: tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageProcessor:
+    """The settings of a `preprocessor_config.json`. Defaults are those of Qwen2.5-VL.
+
+    Attributes:
+      min_pixels, max_pixels: bounds on the area after resizing, in pixels.
+      patch_size: side of a patch, in pixels.
+      temporal_patch_size: frames of a patch; a still image is repeated.
+      merge_size: patches on a side of a merged token.
+      mean, std: per colour channel, on the scale 0 to 1 (CLIP's).
+    """
+
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 16384
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    @classmethod
+    def from_directory(cls, directory: str | pathlib.Path) -> "ImageProcessor":
+        """Reads `preprocessor_config.json`, or the image part of `processor_config.json`.
+
+        Raises:
+          ImageError: neither file is there, or one cannot be used; the message names it.
+        """
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            path = pathlib.Path(directory) / name
+            if not path.is_file():
+                continue
+            try:
+                raw = json.loads(path.read_text(encoding="utf-8"))
+                raw = raw.get("image_processor", raw)
+                return cls._from_hf(raw)
+            except (ValueError, TypeError, AttributeError, KeyError) as error:
+                raise ImageError(f"{path}: {error}") from None
+        raise ImageError(f"{directory}: no preprocessor_config.json")
+
+    @classmethod
+    def _from_hf(cls, raw: dict[str, Any]) -> "ImageProcessor":
+        size = raw.get("size") or {}
+        given = {
+            "min_pixels": raw.get("min_pixels") or size.get("shortest_edge"),
+            "max_pixels": raw.get("max_pixels") or size.get("longest_edge"),
+            "patch_size": raw.get("patch_size"),
+            "temporal_patch_size": raw.get("temporal_patch_size"),
+            "merge_size": raw.get("merge_size"),
+        }
+        fields: dict[str, Any] = {k: int(v) for k, v in given.items() if v is not None}
+        for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
+            if raw.get(theirs) is not None:
+                fields[ours] = tuple(float(x) for x in raw[theirs])
+        processor = cls(**fields)
+        if not 0 < processor.min_pixels <= processor.max_pixels:
+            raise ValueError(f"min_pixels and max_pixels do not fit together: {fields}")
+        return processor
+
+    def to_hf(self) -> dict[str, Any]:
+        """The contents of a `preprocessor_config.json`."""
+        return {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+            "patch_size": self.patch_size,
+            "temporal_patch_size": self.temporal_patch_size,
+            "merge_size": self.merge_size,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+
+    def target_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width, in pixels, to which an image is resized.
+
+        Both become multiples of a merged token's side; the area is brought within the bounds while
+        the shape is kept as nearly as that allows (Qwen2-VL's rule, to the rounding).
+
+        Raises:
+          ImageError: the image is longer than 200 times its other side.
+        """
+        if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+            raise ImageError(
+                f"{width}x{height} pixels: the sides differ by more than {MAX_ASPECT_RATIO} times"
+            )
+        side = self.patch_size * self.merge_size
+        h, w = (round(x / side) * side for x in (height, width))
+        if h * w > self.max_pixels:
+            shrink = math.sqrt(height * width / self.max_pixels)
+            h, w = (max(side, math.floor(x / shrink / side) * side) for x in (height, width))
+        elif h * w < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (height * width))
+            h, w = (math.ceil(x * grow / side) * side for x in (height, width))
+        return h, w
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """Merged tokens that an image of this size becomes."""
+        h, w = self.target_size(height, width)
+        return (h // (self.patch_size * self.merge_size)) * (
+            w // (self.patch_size * self.merge_size)
+        )
+
+    def __call__(self, image: PIL.Image.Image) -> Patches:
+        """Resizes (bicubic), normalises and patches an RGB image.
+
+        Raises:
+          ImageError: see `target_size`.
+        """
+        height, width = self.target_size(image.height, image.width)
+        image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
+        pixels = (np.asarray(image, np.float64) / 255).astype(np.float32)
+        pixels = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        p, m = self.patch_size, self.merge_size
+        h, w = height // p, width // p
+        blocks = pixels.reshape(h // m, m, p, w // m, m, p, -1)
+        blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # block row, column; in it; C, y, x
+        frames = np.repeat(blocks[:, :, :, :, :, None], self.temporal_patch_size, axis=5)
+        return Patches(frames.reshape(h * w, -1), (1, h, w))
+
+
+def open_image(
+    source: str | pathlib.Path | bytes, *, max_pixels: int = DEFAULT_MAX_FILE_PIXELS
+) -> PIL.Image.Image:
+    """Opens a picture from a path or from bytes as upright RGB.
+
+    Turned as its EXIF tag says; transparent parts become white.
+
+    Raises:
+      ImageError: no such file, not a picture, damaged, or more than `max_pixels` pixels (checked
+        on the header, before anything is decompressed; Pillow's own bomb limit holds above it).
+    """
+    name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+            stream = io.BytesIO(source) if isinstance(source, bytes) else source
+            with PIL.Image.open(stream) as image:
+                if image.width * image.height > max_pixels:
+                    raise ImageError(
+                        f"{name}: {image.width}x{image.height} pixels are more than the "
+                        f"{max_pixels} allowed"
+                    )
+                return to_rgb(PIL.ImageOps.exif_transpose(image))
+    except ImageError:
+        raise
+    except PIL.UnidentifiedImageError:
+        raise ImageError(f"{name}: not an image") from None
+    except FileNotFoundError:
+        raise ImageError(f"{name}: no such file") from None
+    except PIL.Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: {error}") from None
+    except Exception as error:  # decoders raise what they like on hostile input
+        raise ImageError(f"{name}: cannot be decoded ({type(error).__name__}: {error})") from None
+
+
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """RGB, with transparency laid over white as the published processor does."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = PIL.Image.alpha_composite(white, image)
+    return image.convert("RGB")

@@ -1,0 +1,1 @@
+"""Policies. One package per architecture."""

@@ -1,0 +1,450 @@
+"""HF checkpoints in and out: safetensors straight onto the mesh, and back bit for bit.
+
+Each parameter here is a stack over layers of tensors there, transposed: a `nn.Linear` weight is
+[out, in], ours is [in..., out...] with heads as axes of their own. `tensor_table` is the one place
+that says which is which; reading, writing and the tests go through it.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
+from mmsr1_jax.models.qwen2_5_vl.model import Qwen2_5_VL
+from mmsr1_jax.sharding import param_shardings
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+# Prefix of the text decoder and of the tower: as in the released files, and as named in memory by
+# `transformers` since 4.52. The head is `lm_head.weight` in both.
+LAYOUTS = (("model.", "visual."), ("model.language_model.", "model.visual."))
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message names file and tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """How one parameter lies in a checkpoint.
+
+    Attributes:
+      name: HF name without layout prefix; `{}` stands for the layer.
+      tower: "text", "vision" or "head".
+      contracted: how many dimensions of ours are inputs of a linear map: there they come last.
+      shape: the HF shape of one layer.
+      layers: number of layers, None for a parameter that is not stacked.
+    """
+
+    name: str
+    tower: str
+    contracted: int
+    shape: tuple[int, ...]
+    layers: int | None
+
+    def hf_name(self, layout: tuple[str, str], layer: int | None) -> str:
+        prefix = {"text": layout[0], "vision": layout[1], "head": ""}[self.tower]
+        return prefix + (self.name if layer is None else self.name.format(layer))
+
+    def to_hf(self, array: np.ndarray) -> np.ndarray:
+        """One layer of ours -> the HF tensor."""
+        order = (*range(self.contracted, array.ndim), *range(self.contracted))
+        return np.ascontiguousarray(array.transpose(order).reshape(self.shape))
+
+    def slice_from_hf(self, tensor, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+        """Reads `ours[index]` of one layer, of shape `shape`, from a safetensors slice.
+
+        Only the rows that are needed are read where the outputs are cut along their first
+        dimension (heads, feed-forward, vocabulary); other cuts are made in memory.
+        """
+        n = self.contracted
+        outputs, inputs = shape[n:], shape[:n]
+        first, rows = index[n], math.prod(outputs[1:]) * self.shape[0] // math.prod(outputs)
+        start, stop, _ = first.indices(outputs[0])
+        values = np.asarray(tensor[start * rows : stop * rows])
+        values = values.reshape(stop - start, *outputs[1:], *inputs)
+        values = values[(slice(None), *index[n + 1 :], *index[:n])]
+        outs = len(outputs)
+        return values.transpose(*range(outs, values.ndim), *range(outs))
+
+
+def tensor_table(config: ModelConfig) -> dict[tuple[str, ...], Tensor]:
+    """Every parameter of the model, by its path in the module tree."""
+    t, v = config.text, config.vision
+    D, F, N, K, H = t.hidden_size, t.intermediate_size, t.num_heads, t.num_kv_heads, t.head_dim
+    d, f = v.hidden_size, v.intermediate_size
+    wide = d * v.merge_size**2
+    table: dict[tuple[str, ...], Tensor] = {}
+
+    def add(path: str, name: str, shape: tuple[int, ...], contracted: int = 0, layers=None):
+        tower = "head" if path == "text/head" else path.split("/")[0]
+        table[tuple(path.split("/"))] = Tensor(name, tower, contracted, shape, layers)
+
+    def linear(path, name, out, inp, bias, contracted=1, layers=None):
+        add(f"{path}/kernel", f"{name}.weight", (out, inp), contracted, layers)
+        if bias:
+            add(f"{path}/bias", f"{name}.bias", (out,), 0, layers)
+
+    add("text/embedding", "embed_tokens.weight", (t.vocab_size, D))
+    layer, ours = "layers.{}.", "text/layers/"
+    add(ours + "attention_norm/scale", layer + "input_layernorm.weight", (D,), 0, t.num_layers)
+    for key, out in (("q", N * H), ("k", K * H), ("v", K * H)):
+        name = f"{layer}self_attn.{key}_proj"
+        linear(f"{ours}attention/{key}", name, out, D, True, layers=t.num_layers)
+    linear(ours + "attention/out", layer + "self_attn.o_proj", D, N * H, False, 2, t.num_layers)
+    add(ours + "mlp_norm/scale", layer + "post_attention_layernorm.weight", (D,), 0, t.num_layers)
+    for key, out, inp in (("gate", F, D), ("up", F, D), ("down", D, F)):
+        name = f"{layer}mlp.{key}_proj"
+        linear(f"{ours}mlp/{key}", name, out, inp, False, layers=t.num_layers)
+    add("text/norm/scale", "norm.weight", (D,))
+    if not t.tie_embeddings:
+        add("text/head", "lm_head.weight", (t.vocab_size, D))
+
+    patch = (v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
+    add("vision/patch_embed/kernel", "patch_embed.proj.weight", (d, *patch), 1)
+    block, ours = "blocks.{}.", "vision/blocks/"
+    add(ours + "attention_norm/scale", block + "norm1.weight", (d,), 0, v.num_layers)
+    linear(ours + "attention/qkv", block + "attn.qkv", 3 * d, d, True, layers=v.num_layers)
+    linear(ours + "attention/out", block + "attn.proj", d, d, True, 2, v.num_layers)
+    add(ours + "mlp_norm/scale", block + "norm2.weight", (d,), 0, v.num_layers)
+    for key, out, inp in (("gate", f, d), ("up", f, d), ("down", d, f)):
+        linear(f"{ours}mlp/{key}", f"{block}mlp.{key}_proj", out, inp, True, layers=v.num_layers)
+    add("vision/merger/norm/scale", "merger.ln_q.weight", (d,))
+    linear("vision/merger/fc1", "merger.mlp.0", wide, wide, True)
+    linear("vision/merger/fc2", "merger.mlp.2", v.out_hidden_size, wide, True)
+    return table
+
+
+def abstract_model(config: ModelConfig, **keywords) -> Qwen2_5_VL:
+    """The model with shapes in the place of arrays; keywords as for `Qwen2_5_VL`."""
+    return nnx.eval_shape(lambda: Qwen2_5_VL(config, rngs=nnx.Rngs(0), **keywords))
+
+
+def load(directory, *, mesh, param_dtype=None, **keywords) -> Qwen2_5_VL:
+    """Reads an HF directory onto a mesh; each device gets its slice, read from the file.
+
+    The host holds one stacked tensor (or this host's part of it) at a time.
+
+    Args:
+      directory: `config.json` and safetensors, single or sharded, in either name layout.
+      mesh: where to put the parameters (`sharding.make_mesh`).
+      param_dtype: dtype of the parameters; None for the one that most of the file has.
+      **keywords: of `Qwen2_5_VL` (dtype, attention, remat ...).
+
+    Raises:
+      ConfigError: `config.json` cannot be used.
+      CheckpointError: a missing, unexpected or misshapen tensor, a damaged or absent file. Nothing
+        has been loaded then: names and shapes are all checked before the first tensor is read.
+    """
+    config = ModelConfig.from_directory(directory)
+    files = _Files(pathlib.Path(directory), config)
+    dtype = files.common_dtype() if param_dtype is None else np.dtype(param_dtype)
+    graph, abstract = nnx.split(abstract_model(config, param_dtype=dtype, **keywords))
+    shardings = nnx.to_flat_state(param_shardings(abstract, mesh))
+    table = tensor_table(config)
+    arrays = []
+    for (path, variable), (_, sharding) in zip(nnx.to_flat_state(abstract), shardings, strict=True):
+        arrays.append(
+            (path, variable.replace(files.read(table[path], variable, sharding.get_value())))
+        )
+    return nnx.merge(graph, nnx.from_flat_state(arrays))
+
+
+class _Files:
+    """The safetensors files of a directory, checked against what the model needs."""
+
+    def __init__(self, directory: pathlib.Path, config: ModelConfig):
+        self.directory = directory
+        self.handles: dict[str, safetensors.safe_open] = {}
+        self.where = self._tensor_files()
+        self.layout = _find_layout(self.where)
+        self._check(config)
+
+    def _tensor_files(self) -> dict[str, str]:
+        """HF name -> file name."""
+        index = self.directory / INDEX
+        if not index.exists():
+            return dict.fromkeys(self._names(SINGLE), SINGLE)
+        try:
+            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = sorted(set(where.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: not a safetensors index ({error!r})") from None
+        for file in files:
+            if not (self.directory / file).is_file():
+                names = sorted(n for n, f in where.items() if f == file)
+                raise CheckpointError(
+                    f"{index}: names {file}, which is absent ({len(names)} tensors, "
+                    f"first {names[0]})"
+                )
+        held = {name: file for file in files for name in self._names(file)}
+        for name in sorted(where.keys() ^ held.keys()):
+            if name in where:
+                raise CheckpointError(
+                    f"{self.directory / where[name]}: tensor {name} is missing; the index says it "
+                    "is here"
+                )
+            raise CheckpointError(
+                f"{self.directory / held[name]}: tensor {name} is not in the index"
+            )
+        return held
+
+    def _open(self, file: str):
+        if file not in self.handles:
+            path = self.directory / file
+            try:
+                self.handles[file] = safetensors.safe_open(path, framework="numpy")
+            except FileNotFoundError:
+                raise CheckpointError(f"{path}: no such file (nor {INDEX})") from None
+            except (OSError, safetensors.SafetensorError) as error:
+                raise CheckpointError(
+                    f"{path}: truncated or not a safetensors file ({error})"
+                ) from None
+        return self.handles[file]
+
+    def _names(self, file: str) -> list[str]:
+        return list(self._open(file).keys())
+
+    def _slice(self, name: str):
+        return self._open(self.where[name]).get_slice(name)
+
+    def _check(self, config: ModelConfig) -> None:
+        needed: dict[str, tuple[int, ...]] = {}
+        for tensor in tensor_table(config).values():
+            for layer in _layers(tensor):
+                needed[tensor.hf_name(self.layout, layer)] = tensor.shape
+        known = dict(needed)
+        if config.text.tie_embeddings and "lm_head.weight" in self.where:
+            known["lm_head.weight"] = self._check_tied()
+        for name in sorted(needed.keys() - self.where.keys()):
+            raise CheckpointError(f"{self.directory}: tensor {name} is missing")
+        for name in sorted(self.where):
+            path = self.directory / self.where[name]
+            if name not in known:
+                raise CheckpointError(f"{path}: tensor {name} is not part of the model")
+            found = self._slice(name)
+            if tuple(found.get_shape()) != known[name]:
+                raise CheckpointError(
+                    f"{path}: tensor {name} has shape {list(found.get_shape())}, "
+                    f"the model needs {list(known[name])}"
+                )
+            if found.get_dtype() not in DTYPES:
+                raise CheckpointError(
+                    f"{path}: tensor {name} has dtype {found.get_dtype()}, "
+                    f"not one of {sorted(DTYPES)}"
+                )
+
+    def _check_tied(self) -> tuple[int, ...]:
+        """A tied model may come with its head written out too; it must be the embedding."""
+        embedding = self.layout[0] + "embed_tokens.weight"
+        path = self.directory / self.where["lm_head.weight"]
+        if embedding not in self.where:
+            raise CheckpointError(f"{self.directory}: tensor {embedding} is missing")
+        head, table = self._slice("lm_head.weight"), self._slice(embedding)
+        size, step = head.get_shape()[0], 4096  # rows at a time: the whole table is a gigabyte
+        same = head.get_shape() == table.get_shape() and all(
+            np.array_equal(head[i : min(i + step, size)], table[i : min(i + step, size)])
+            for i in range(0, size, step)
+        )
+        if not same:
+            raise CheckpointError(
+                f"{path}: tensor lm_head.weight differs from {embedding}, though config.json says "
+                "that they are tied"
+            )
+        return tuple(head.get_shape())
+
+    def common_dtype(self) -> np.dtype:
+        """The dtype of most tensors."""
+        counts = collections.Counter(self._slice(name).get_dtype() for name in self.where)
+        return DTYPES[counts.most_common(1)[0][0]]
+
+    def read(self, tensor: Tensor, abstract: nnx.Variable, sharding) -> jax.Array:
+        shape, dtype = abstract.get_value().shape, abstract.get_value().dtype
+        parts: dict[tuple, np.ndarray] = {}
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            """One device's part; devices that hold the same share it."""
+            key = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+            if key not in parts:
+                parts[key] = self._read_part(tensor, shape, index, key, dtype)
+            return parts[key]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    def _read_part(self, tensor, shape, index, bounds, dtype) -> np.ndarray:
+        out = np.empty([stop - start for start, stop in bounds], dtype)
+        if tensor.layers is None:
+            name = tensor.hf_name(self.layout, None)
+            out[...] = tensor.slice_from_hf(self._slice(name), shape, index)
+            return out
+        for row, layer in enumerate(range(*bounds[0])):
+            name = tensor.hf_name(self.layout, layer)
+            out[row] = tensor.slice_from_hf(self._slice(name), shape[1:], index[1:])
+        return out
+
+
+def _layers(tensor: Tensor):
+    return (None,) if tensor.layers is None else range(tensor.layers)
+
+
+def _find_layout(names) -> tuple[str, str]:
+    nested = any(name.startswith(LAYOUTS[1]) for name in names)
+    return LAYOUTS[1] if nested else LAYOUTS[0]
+
+
+def hf_tensors(
+    model: Qwen2_5_VL, layout: tuple[str, str] = LAYOUTS[0]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the model under its HF name, one at a time, on the host.
+
+    On several hosts all must iterate together: a tensor that is spread over them is gathered.
+    """
+    table = tensor_table(model.config)
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        value = variable.get_value()
+        for layer in _layers(table[path]):
+            array = value if layer is None else value[layer]
+            if not array.is_fully_addressable:
+                array = multihost_utils.process_allgather(array, tiled=True)
+            yield table[path].hf_name(layout, layer), table[path].to_hf(np.asarray(array))
+
+
+def save(
+    model: Qwen2_5_VL,
+    directory,
+    *,
+    source=None,
+    dtype=None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes an HF directory that `transformers` loads.
+
+    Written under a temporary name beside `directory` and then moved, so that what is there is
+    whole; an existing directory is replaced.
+
+    Args:
+      model: the policy.
+      directory: where to.
+      source: the HF directory that it came from: names, dtypes, `config.json`, tokenizer and
+        processor files are carried over. None for a model made here (flat names, fresh config).
+      dtype: dtype of the tensors; None for the source's, tensor by tensor (without a source, the
+        parameters').
+      shard_bytes: a file holds at most this much, unless a single tensor is larger.
+    """
+    target = pathlib.Path(os.path.abspath(directory))
+    files = None if source is None else _Files(pathlib.Path(source), model.config)
+    layout = LAYOUTS[0] if files is None else files.layout
+    writing = jax.process_index() == 0
+    temporary = None
+    if writing:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        shards = _Shards(temporary, shard_bytes)
+        for name, array in hf_tensors(model, layout):
+            if dtype is not None:
+                array = array.astype(dtype)
+            elif files is not None:
+                array = array.astype(DTYPES[files._slice(name).get_dtype()], copy=False)
+            shards.add(name, array)
+        shards.finish()
+        if writing:
+            _write_side_files(model, temporary, source, dtype)
+            temporary.chmod(0o755)
+            _replace(temporary, target)
+    finally:
+        if writing and temporary.exists():
+            shutil.rmtree(temporary)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"saved {target.name}")
+
+
+class _Shards:
+    """Collects tensors into files of bounded size; a directory of None only counts."""
+
+    def __init__(self, directory: pathlib.Path | None, limit: int):
+        self.directory, self.limit = directory, limit
+        self.pending: dict[str, np.ndarray] = {}
+        self.files: list[list[str]] = []
+        self.pending_bytes = self.total_bytes = 0
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        if self.directory is None:
+            return
+        if self.pending and self.pending_bytes + array.nbytes > self.limit:
+            self._flush()
+        self.pending[name] = array
+        self.pending_bytes += array.nbytes
+        self.total_bytes += array.nbytes
+
+    def _flush(self) -> None:
+        path = self.directory / f"part-{len(self.files)}"
+        safetensors.numpy.save_file(self.pending, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # the library makes files that only the owner can read
+        self.files.append(list(self.pending))
+        self.pending, self.pending_bytes = {}, 0
+
+    def finish(self) -> None:
+        """Writes what is left, gives the files their final names and writes the index."""
+        if self.directory is None:
+            return
+        self._flush()
+        count, weight_map = len(self.files), {}
+        for i, names in enumerate(self.files):
+            final = SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+            (self.directory / f"part-{i}").rename(self.directory / final)
+            weight_map |= dict.fromkeys(names, final)
+        if count > 1:
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            (self.directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
+
+
+def _write_side_files(model: Qwen2_5_VL, directory: pathlib.Path, source, dtype) -> None:
+    config = directory / "config.json"
+    if source is None:
+        name = jnp.dtype(dtype or model.text.embedding.get_value().dtype).name
+        config.write_text(json.dumps(model.config.to_hf(name), indent=2))
+        return
+    for path in pathlib.Path(source).iterdir():
+        weights = path.suffix in (".safetensors", ".bin", ".pt") or path.name == INDEX
+        if path.is_file() and not weights:
+            shutil.copy(path, directory / path.name)
+    if dtype is not None:
+        raw = json.loads(config.read_text(encoding="utf-8"))
+        fields = [raw, *(raw[k] for k in ("text_config", "vision_config") if k in raw)]
+        for part in fields:
+            for key in ("torch_dtype", "dtype"):
+                if key in part:
+                    part[key] = jnp.dtype(dtype).name
+        config.write_text(json.dumps(raw, indent=2))
+
+
+def _replace(temporary: pathlib.Path, target: pathlib.Path) -> None:
+    """Moves a finished directory into place; one that was there goes away after, not before."""
+    if not target.exists():
+        temporary.rename(target)
+        return
+    old = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+    target.rename(old / "was")
+    temporary.rename(target)
+    shutil.rmtree(old)

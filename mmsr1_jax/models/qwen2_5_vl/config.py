@@ -1,0 +1,407 @@
+"""The shape of a Qwen2.5-VL: what a published `config.json` says, as frozen dataclasses.
+
+Both forms of the file are read: the flat one of the released models (text fields at the top level)
+and the nested one that `transformers` 5 writes (`text_config`, `rope_parameters`).
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+MODEL_TYPE = "qwen2_5_vl"
+
+
+class ConfigError(ValueError):
+    """A `config.json` that cannot be used; the message names file and field."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The text decoder.
+
+    Attributes:
+      vocab_size: rows of the embedding table, V. More than the tokenizer has: the rest is padding.
+      hidden_size: width of the residual stream, D.
+      intermediate_size: width of the SwiGLU, F.
+      num_layers: decoder layers, L.
+      num_heads: query heads, N.
+      num_kv_heads: key and value heads, K; N must be a multiple of K.
+      rms_norm_eps: epsilon of every RMSNorm.
+      rope_theta: base of the rotary frequencies.
+      mrope_section: how many of the H/2 rotary frequencies turn with the temporal, the height and
+        the width position; sums to H/2 (Qwen2-VL, arXiv 2409.12191, section 2.1).
+      tie_embeddings: the output head is the embedding table.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    mrope_section: tuple[int, int, int] = (16, 24, 24)
+    tie_embeddings: bool = False
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"num_attention_heads={self.num_heads} does not divide hidden_size="
+                f"{self.hidden_size}"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_key_value_heads={self.num_kv_heads} does not divide num_attention_heads="
+                f"{self.num_heads}"
+            )
+        if 2 * sum(self.mrope_section) != self.head_dim:
+            raise ConfigError(
+                f"mrope_section={list(self.mrope_section)} must sum to half the head dimension, "
+                f"{self.head_dim // 2}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The vision tower.
+
+    Attributes:
+      num_layers: blocks, L.
+      hidden_size: width, D.
+      intermediate_size: width of the SwiGLU, F.
+      num_heads: attention heads, N.
+      out_hidden_size: width of the merged tokens: the text decoder's D.
+      full_attention_layers: blocks that attend over the whole image; the others attend inside a
+        window.
+      window_size: side of a window, in pixels.
+      patch_size: side of a patch, in pixels.
+      temporal_patch_size: frames in a patch (a still image is repeated).
+      merge_size: a square of merge_size x merge_size patches becomes one token of the text.
+      in_channels: colour channels.
+      norm_eps: epsilon of every RMSNorm (fixed in the published code).
+      rope_theta: base of the 2-D rotary frequencies (fixed in the published code).
+    """
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    full_attention_layers: tuple[int, ...]
+    window_size: int = 112
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    in_channels: int = 3
+    norm_eps: float = 1e-6
+    rope_theta: float = 1e4
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads or self.head_dim % 4:
+            raise ConfigError(
+                f"vision_config: hidden_size={self.hidden_size} over num_heads={self.num_heads} "
+                "must give a head dimension that is a multiple of 4"
+            )
+        if self.window_size % (self.patch_size * self.merge_size):
+            raise ConfigError(
+                f"vision_config: window_size={self.window_size} is not a multiple of patch_size x "
+                f"spatial_merge_size = {self.patch_size * self.merge_size}"
+            )
+        if any(not 0 <= i < self.num_layers for i in self.full_attention_layers):
+            raise ConfigError(
+                f"vision_config: fullatt_block_indexes={list(self.full_attention_layers)} names a "
+                f"block outside 0..{self.num_layers - 1}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one flattened patch, ordered (channel, frame, row, column)."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def window_side(self) -> int:
+        """Side of a window in merged tokens (4 in the released models)."""
+        return self.window_size // (self.patch_size * self.merge_size)
+
+    @property
+    def window_patches(self) -> int:
+        """Patches in a full window (64 in the released models)."""
+        return (self.window_side * self.merge_size) ** 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A whole Qwen2.5-VL. Token ids are those of the checkpoint's own `config.json`."""
+
+    text: TextConfig
+    vision: VisionConfig
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+
+    def __post_init__(self):
+        if self.vision.out_hidden_size != self.text.hidden_size:
+            raise ConfigError(
+                f"vision_config.out_hidden_size={self.vision.out_hidden_size} is not the text "
+                f"decoder's hidden_size={self.text.hidden_size}"
+            )
+
+    @classmethod
+    def from_directory(cls, directory: str | pathlib.Path) -> "ModelConfig":
+        """Reads `config.json` of a checkpoint directory.
+
+        Raises:
+          ConfigError: no such file, not JSON, another `model_type`, a missing or unusable field.
+        """
+        path = pathlib.Path(directory) / "config.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            raise ConfigError(f"{path}: not JSON ({error})") from None
+        try:
+            return cls.from_hf(raw)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_hf(cls, raw: dict[str, Any]) -> "ModelConfig":
+        """Builds a config from the dictionary of a `config.json`, flat or nested."""
+        if not isinstance(raw, dict):
+            raise ConfigError("must hold a JSON object")
+        if raw.get("model_type") != MODEL_TYPE:
+            raise ConfigError(
+                f"model_type {raw.get('model_type')!r} is not supported, only {MODEL_TYPE!r}"
+            )
+        text = raw
+        if isinstance(raw.get("text_config"), dict):
+            text = {**_NESTED_TEXT_DEFAULTS, **raw["text_config"]}
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        _refuse_unsupported(text, rope)
+        defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+        return cls(
+            text=TextConfig(
+                vocab_size=_number(text, "vocab_size"),
+                hidden_size=_number(text, "hidden_size"),
+                intermediate_size=_number(text, "intermediate_size"),
+                num_layers=_number(text, "num_hidden_layers"),
+                num_heads=_number(text, "num_attention_heads"),
+                num_kv_heads=_number(text, "num_key_value_heads"),
+                rms_norm_eps=_number(text, "rms_norm_eps", float),
+                rope_theta=_number(rope if "rope_theta" in rope else text, "rope_theta", float),
+                mrope_section=_mrope_section(rope),
+                tie_embeddings=bool(
+                    raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")
+                ),
+            ),
+            vision=_vision_from_hf(raw.get("vision_config")),
+            **{k: raw.get(k, defaults[k]) for k in defaults if k.endswith("_token_id")},
+        )
+
+    def to_hf(self, dtype: str = "bfloat16") -> dict[str, Any]:
+        """The flat `config.json` of the released models, for a checkpoint made here."""
+        t, v = self.text, self.vision
+        return {
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "model_type": MODEL_TYPE,
+            "vocab_size": t.vocab_size,
+            "hidden_size": t.hidden_size,
+            "intermediate_size": t.intermediate_size,
+            "num_hidden_layers": t.num_layers,
+            "num_attention_heads": t.num_heads,
+            "num_key_value_heads": t.num_kv_heads,
+            "hidden_act": "silu",
+            "rms_norm_eps": t.rms_norm_eps,
+            "rope_theta": t.rope_theta,
+            "rope_scaling": {"type": "mrope", "mrope_section": list(t.mrope_section)},
+            "tie_word_embeddings": t.tie_embeddings,
+            "use_sliding_window": False,
+            "torch_dtype": dtype,
+            "image_token_id": self.image_token_id,
+            "video_token_id": self.video_token_id,
+            "vision_start_token_id": self.vision_start_token_id,
+            "vision_end_token_id": self.vision_end_token_id,
+            "vision_config": {
+                "model_type": MODEL_TYPE,
+                "depth": v.num_layers,
+                "hidden_size": v.hidden_size,
+                "intermediate_size": v.intermediate_size,
+                "num_heads": v.num_heads,
+                "out_hidden_size": v.out_hidden_size,
+                "fullatt_block_indexes": list(v.full_attention_layers),
+                "window_size": v.window_size,
+                "patch_size": v.patch_size,
+                "temporal_patch_size": v.temporal_patch_size,
+                "spatial_merge_size": v.merge_size,
+                "in_channels": v.in_channels,
+                "hidden_act": "silu",
+            },
+        }
+
+
+# `transformers` leaves out of a nested section what equals its class defaults, so a re-saved 7B
+# has no `depth`. These are those defaults; the flat text fields are always written out.
+_NESTED_TEXT_DEFAULTS = {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+}
+_NESTED_VISION_DEFAULTS = {
+    "depth": 32,
+    "hidden_size": 3584,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "in_channels": 3,
+    "out_hidden_size": 3584,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+    "window_size": 112,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+}
+
+
+def _number(raw: dict, field: str, kind: type = int):
+    value = raw.get(field)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or kind(value) != value:
+        raise ConfigError(f"field {field!r} must be a number ({kind.__name__}), not {value!r}")
+    return kind(value)
+
+
+def _refuse_unsupported(text: dict, rope: dict) -> None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("mrope", "default"):
+        raise ConfigError(f"rope type {kind!r} is not supported, only 'mrope' and 'default'")
+    if text.get("use_sliding_window"):
+        raise ConfigError("use_sliding_window=true is not supported")
+    if text.get("hidden_act", "silu") != "silu":
+        raise ConfigError(f"hidden_act {text['hidden_act']!r} is not supported, only 'silu'")
+
+
+def _mrope_section(rope: dict) -> tuple[int, int, int]:
+    section = rope.get("mrope_section")
+    if not isinstance(section, list) or [type(s) for s in section] != [int] * 3:
+        raise ConfigError(f"field 'mrope_section' must be three integers, not {section!r}")
+    return tuple(section)
+
+
+def _vision_from_hf(raw: Any) -> VisionConfig:
+    if not isinstance(raw, dict):
+        raise ConfigError("field 'vision_config' must be an object")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ConfigError(f"vision_config: hidden_act {raw['hidden_act']!r} is not supported")
+    raw = {**_NESTED_VISION_DEFAULTS, **raw}
+    full = raw["fullatt_block_indexes"]
+    if not isinstance(full, list) or any(type(i) is not int for i in full):
+        raise ConfigError(
+            f"vision_config: field 'fullatt_block_indexes' must be a list of integers, not {full!r}"
+        )
+    try:
+        return VisionConfig(
+            num_layers=_number(raw, "depth"),
+            hidden_size=_number(raw, "hidden_size"),
+            intermediate_size=_number(raw, "intermediate_size"),
+            num_heads=_number(raw, "num_heads"),
+            out_hidden_size=_number(raw, "out_hidden_size"),
+            full_attention_layers=tuple(full),
+            window_size=_number(raw, "window_size"),
+            patch_size=_number(raw, "patch_size"),
+            temporal_patch_size=_number(raw, "temporal_patch_size"),
+            merge_size=_number(raw, "spatial_merge_size"),
+            in_channels=_number(raw, "in_channels"),
+        )
+    except ConfigError as error:
+        message = str(error)
+        prefix = "" if message.startswith("vision_config") else "vision_config: "
+        raise ConfigError(prefix + message) from None
+
+
+def _released(
+    *,
+    hidden: int,
+    ffn: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    vocab: int,
+    vision_ffn: int,
+    tied: bool = False,
+) -> ModelConfig:
+    return ModelConfig(
+        text=TextConfig(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=ffn,
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            tie_embeddings=tied,
+        ),
+        vision=VisionConfig(
+            num_layers=32,
+            hidden_size=1280,
+            intermediate_size=vision_ffn,
+            num_heads=16,
+            out_hidden_size=hidden,
+            full_attention_layers=(7, 15, 23, 31),
+        ),
+    )
+
+
+# The released models (config.json of Qwen/Qwen2.5-VL-{3B,7B,32B,72B}-Instruct).
+PRESETS: dict[str, ModelConfig] = {
+    "3b": _released(
+        hidden=2048,
+        ffn=11008,
+        layers=36,
+        heads=16,
+        kv_heads=2,
+        vocab=151936,
+        vision_ffn=3420,
+        tied=True,
+    ),
+    "7b": _released(
+        hidden=3584,
+        ffn=18944,
+        layers=28,
+        heads=28,
+        kv_heads=4,
+        vocab=152064,
+        vision_ffn=3420,
+    ),
+    "32b": _released(
+        hidden=5120,
+        ffn=27648,
+        layers=64,
+        heads=40,
+        kv_heads=8,
+        vocab=152064,
+        vision_ffn=3456,
+    ),
+    "72b": _released(
+        hidden=8192,
+        ffn=29568,
+        layers=80,
+        heads=64,
+        kv_heads=8,
+        vocab=152064,
+        vision_ffn=3456,
+    ),
+}

@@ -1,0 +1,121 @@
+"""What both towers are made of: linear maps, RMSNorm, SwiGLU and rotation, all with stacked layers.
+
+Parameters of all layers of a tower are stacked along a leading axis L and the tower is one scan, so
+a program's size and compile time do not grow with depth. `layers=None` makes a module without it.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmsr1_jax.sharding import param
+
+
+def stacked(layers: int | None, shape: Sequence[int], axes: Sequence[str | None]):
+    """Shape and logical axes with the leading layer axis, if there is one."""
+    if layers is None:
+        return tuple(shape), tuple(axes)
+    return (layers, *shape), ("layers", *axes)
+
+
+class Linear(nnx.Module):
+    """`y = x W + b` from the last `len(inputs)` dimensions of x to `outputs`.
+
+    kernel: [L, *inputs, *outputs]; bias: [L, *outputs]. Dimensions are (size, logical axis) pairs.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[tuple[int, str | None]],
+        outputs: Sequence[tuple[int, str | None]],
+        *,
+        bias: bool,
+        rngs: nnx.Rngs,
+        layers: int | None = None,
+        dtype=jnp.float32,
+    ):
+        sizes, names = zip(*inputs, *outputs, strict=True)
+        fan_in = math.prod(size for size, _ in inputs)
+        init = jax.nn.initializers.normal(fan_in**-0.5)
+        self.kernel = param(rngs, *stacked(layers, sizes, names), init, dtype)
+        sizes, names = zip(*outputs, strict=True)
+        zeros = jax.nn.initializers.zeros
+        self.bias = param(rngs, *stacked(layers, sizes, names), zeros, dtype) if bias else None
+        self.contracted = len(inputs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        n = self.contracted
+        kernel = self.kernel.get_value().astype(x.dtype)
+        dims = ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ()))
+        y = jax.lax.dot_general(x, kernel, dims)
+        return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square layer norm (arXiv 1910.07467), computed in float32."""
+
+    def __init__(self, size: int, eps: float, *, rngs, layers: int | None = None, dtype):
+        ones = jax.nn.initializers.ones
+        self.scale = param(rngs, *stacked(layers, (size,), (None,)), ones, dtype)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * self.scale.get_value().astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """`(silu(x Wg) * (x Wu)) Wd` (arXiv 2002.05202, equation 6)."""
+
+    def __init__(self, width: int, hidden: int, *, bias: bool, rngs, layers: int, dtype):
+        wide, inner = [(width, "embed")], [(hidden, "ffn")]
+        keywords = dict(bias=bias, rngs=rngs, layers=layers, dtype=dtype)
+        self.gate = Linear(wide, inner, **keywords)
+        self.up = Linear(wide, inner, **keywords)
+        self.down = Linear(inner, wide, **keywords)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding (arXiv 2104.09864) in the half-split form.
+
+    Args:
+      x: float[..., N, H].
+      cos: float32[..., H/2], the cosine of each position's angles.
+      sin: float32[..., H/2].
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def scan_layers(layer: nnx.Module, x: jax.Array, call, xs=None, remat: str = "none") -> jax.Array:
+    """Runs stacked layers one after the other: `x = call(layer_i, x, xs_i)` for each i.
+
+    Args:
+      layer: a module whose parameters all carry a leading axis L.
+      x: what is handed from layer to layer.
+      call: `(layer without that axis, x, xs_i) -> x`.
+      xs: arrays of leading axis L, one slice a layer.
+      remat: what the backward pass keeps of a layer: `none` (keep everything), `dots` (keep the
+        results of matrix products with parameters), `full` (keep only x).
+    """
+    graph, params = nnx.split(layer)
+
+    def body(x, slices):
+        layer_params, extra = slices
+        return call(nnx.merge(graph, layer_params), x, extra), None
+
+    if remat != "none":
+        policies = jax.checkpoint_policies
+        policy = policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    x, _ = jax.lax.scan(body, x, (params, xs))
+    return x

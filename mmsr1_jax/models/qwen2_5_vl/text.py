@@ -1,0 +1,161 @@
+"""The text decoder: GQA with q/k/v bias, M-RoPE, SwiGLU, pre-norm."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mmsr1_jax.models.attention import attention
+from mmsr1_jax.models.qwen2_5_vl.config import TextConfig
+from mmsr1_jax.models.qwen2_5_vl.layers import Linear, RMSNorm, SwiGLU, rotate, scan_layers
+from mmsr1_jax.sharding import constrain, param
+
+
+def mrope_angles(positions: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of multimodal rotary positions (Qwen2-VL, arXiv 2409.12191, section 2.1).
+
+    The H/2 frequencies are those of plain RoPE; the first `mrope_section[0]` of them turn with the
+    temporal position, the next with the height, the last with the width.
+
+    Args:
+      positions: int32[B, 3, T]: temporal, height, width.
+
+    Returns:
+      Two float32[B, T, H/2].
+    """
+    half = config.head_dim // 2
+    frequency = config.rope_theta ** -(np.arange(half, dtype=np.float32) / half)
+    section = np.repeat(np.arange(3), config.mrope_section)  # which of the three, by frequency
+    per_frequency = positions.swapaxes(1, 2)[..., section].astype(jnp.float32)  # [B, T, H/2]
+    angles = per_frequency * frequency.astype(np.float32)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+class SelfAttention(nnx.Module):
+    """Projections of all layers: q [L, D, N, H], k and v [L, D, K, H], out [L, N, H, D]."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype):
+        D, H = (config.hidden_size, "embed"), (config.head_dim, "head_dim")
+        N, K = (config.num_heads, "heads"), (config.num_kv_heads, "kv_heads")
+        keywords = dict(rngs=rngs, layers=config.num_layers, dtype=dtype)
+        self.q = Linear([D], [N, H], bias=True, **keywords)
+        self.k = Linear([D], [K, H], bias=True, **keywords)
+        self.v = Linear([D], [K, H], bias=True, **keywords)
+        self.out = Linear([N, H], [D], bias=False, **keywords)
+
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend) -> jax.Array:
+        q = constrain(rotate(self.q(x), cos, sin), "batch", None, "heads", None)
+        return self.out(attend(q, rotate(self.k(x), cos, sin), self.v(x)))
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype):
+        norm = functools.partial(
+            RMSNorm, config.hidden_size, config.rms_norm_eps, rngs=rngs, layers=config.num_layers,
+            dtype=dtype,
+        )  # fmt: skip
+        self.attention_norm = norm()
+        self.attention = SelfAttention(config, rngs=rngs, dtype=dtype)
+        self.mlp_norm = norm()
+        self.mlp = SwiGLU(
+            config.hidden_size, config.intermediate_size, bias=False, rngs=rngs,
+            layers=config.num_layers, dtype=dtype,
+        )  # fmt: skip
+
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend) -> jax.Array:
+        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
+        x = x + self.mlp(self.mlp_norm(x))
+        return constrain(x, "batch", None, None)
+
+
+class TextDecoder(nnx.Module):
+    """Embedding table, decoder layers, final norm and the output head."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype):
+        table = ((config.vocab_size, config.hidden_size), ("vocab", "embed"))
+        small = jax.nn.initializers.normal(0.02)
+        self.embedding = param(rngs, *table, small, dtype)
+        self.layers = DecoderLayer(config, rngs=rngs, dtype=dtype)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs, dtype=dtype)
+        self.head = None if config.tie_embeddings else param(rngs, *table, small, dtype)
+        self.config = config
+
+    @property
+    def head_table(self) -> jax.Array:
+        """[V, D]: row v is the direction of token v."""
+        return (self.embedding if self.head is None else self.head).get_value()
+
+    def embed(self, tokens: jax.Array, dtype) -> jax.Array:
+        """int32[B, T] -> [B, T, D]."""
+        return jnp.take(self.embedding.get_value(), tokens, axis=0).astype(dtype)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        *,
+        single_segment: bool = False,
+        implementation: str = "auto",
+        remat: str = "none",
+    ) -> jax.Array:
+        """Embedded tokens to normed hidden states.
+
+        Args:
+          x: float[B, T, D].
+          positions: int32[B, 3, T].
+          segment_ids: int32[B, T], 0 for padding.
+          single_segment, implementation: see `models.attention`.
+          remat: see `scan_layers`.
+
+        Returns:
+          float[B, T, D].
+        """
+        cos, sin = mrope_angles(positions, self.config)
+        attend = functools.partial(
+            attention, segment_ids=segment_ids, causal=True, single_segment=single_segment,
+            implementation=implementation,
+        )  # fmt: skip
+        x = constrain(x, "batch", None, None)
+        x = scan_layers(self.layers, x, lambda layer, x, _: layer(x, cos, sin, attend), remat=remat)
+        return self.norm(x)
+
+
+def token_logprobs(
+    hidden: jax.Array, table: jax.Array, targets: jax.Array, *, chunk: int
+) -> jax.Array:
+    """Log-probability of each target under softmax(hidden table^T), in float32.
+
+    Logits exist for `chunk` tokens of each row at a time, in the backward pass too (they are
+    computed again), so no array of [T, V] is ever held.
+
+    Args:
+      hidden: float[B, T, D].
+      table: float[V, D], the output head.
+      targets: int32[B, T].
+      chunk: tokens of a row.
+
+    Returns:
+      float32[B, T].
+    """
+    B, T, D = hidden.shape
+    chunk = min(chunk, T)
+    pad = -T % chunk
+    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, pad)))
+
+    @jax.checkpoint
+    def of_chunk(h, t):
+        logits = jnp.einsum("btd,vd->btv", h, table.astype(h.dtype)).astype(jnp.float32)
+        logits = constrain(logits, "batch", None, "vocab")
+        chosen = jnp.take_along_axis(logits, t[..., None], axis=-1)[..., 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    chunks = (
+        jnp.moveaxis(hidden.reshape(B, -1, chunk, D), 1, 0),
+        jnp.moveaxis(targets.reshape(B, -1, chunk), 1, 0),
+    )
+    logprobs = jax.lax.map(lambda xs: of_chunk(*xs), chunks)
+    return jnp.moveaxis(logprobs, 0, 1).reshape(B, -1)[:, :T]

@@ -1,0 +1,214 @@
+"""The vision tower, and how images are laid out for it.
+
+A row of `ImageRows` holds the patches of any number of images, window after window: a window is
+`window_patches` slots (64 in the released models), and a window at an image's edge that has fewer
+patches is padded. So window attention is a dense batch of windows, and attention over whole images
+tells them apart by segment id. An image of 10 x 6 patches with windows of 8 x 8, patches a window:
+
+    8x6 | 2x6      two windows, 48 and 12 slots taken; the rest of their 64 is padding (segment 0)
+"""
+
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mmsr1_jax.models.attention import attention
+from mmsr1_jax.models.qwen2_5_vl.config import VisionConfig
+from mmsr1_jax.models.qwen2_5_vl.layers import Linear, RMSNorm, SwiGLU, rotate, scan_layers
+from mmsr1_jax.sharding import constrain
+
+
+@flax.struct.dataclass
+class ImageRows:
+    """Patches of images, a row for each row of text.
+
+    Attributes:
+      patches: float32[B, P, C], C = channels x frames x patch x patch; P whole windows.
+      positions: int32[B, P, 2]: row and column of a patch in its image.
+      segment_ids: int32[B, P]: which image (and frame) of the row a patch is of, from 1; 0 padding.
+    """
+
+    patches: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array
+
+
+def window_order(grid: Sequence[int], config: VisionConfig) -> np.ndarray:
+    """Where the patches of one image go: int32[slots], patch index by slot, -1 for padding.
+
+    Patches come in the processor's order: frame, then merge-blocks row by row, and in a block row
+    by row. Slots come frame, window by window, and in a window block by block.
+
+    Args:
+      grid: (frames, rows, columns) of patches; rows and columns are multiples of `merge_size`.
+    """
+    t, h, w = grid
+    unit, side = config.merge_size**2, config.window_side
+    blocks = np.arange(t * (h // config.merge_size) * (w // config.merge_size))
+    blocks = blocks.reshape(t, h // config.merge_size, w // config.merge_size)
+    blocks = np.pad(
+        blocks,
+        ((0, 0), (0, -blocks.shape[1] % side), (0, -blocks.shape[2] % side)),
+        constant_values=-1,
+    )
+    windows = blocks.reshape(t, blocks.shape[1] // side, side, blocks.shape[2] // side, side)
+    blocks = windows.transpose(0, 1, 3, 2, 4).reshape(-1)
+    slots = blocks[:, None] * unit + np.arange(unit)
+    return np.where(blocks[:, None] < 0, -1, slots).reshape(-1).astype(np.int32)
+
+
+def num_windows(grid: Sequence[int], config: VisionConfig) -> int:
+    """Windows that an image of this grid takes up in a row."""
+    t, h, w = grid
+    side = config.window_side * config.merge_size
+    return t * -(-h // side) * -(-w // side)
+
+
+def patch_positions(grid: Sequence[int], merge: int) -> np.ndarray:
+    """int32[t*h*w, 2]: row and column of each patch, in the processor's order."""
+    t, h, w = grid
+    rows, columns = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
+    both = np.stack([rows, columns], axis=-1).reshape(h // merge, merge, w // merge, merge, 2)
+    both = both.transpose(0, 2, 1, 3, 4).reshape(h * w, 2)
+    return np.tile(both, (t, 1)).astype(np.int32)
+
+
+def pack_images(
+    rows: Sequence[Sequence[tuple[np.ndarray, Sequence[int]]]], windows: int, config: VisionConfig
+) -> tuple[ImageRows, list[np.ndarray]]:
+    """Lays the images of each row out for the tower.
+
+    Args:
+      rows: for each row its images: (patches float32[t*h*w, C], grid (t, h, w)).
+      windows: windows a row can hold (from the bucket table).
+
+    Returns:
+      The rows (numpy), and for each row int32[M]: for its merged tokens in order of appearance,
+      the index into that row of the tower's output.
+
+    Raises:
+      ValueError: a row's images do not fit.
+    """
+    size = config.window_patches
+    patches = np.zeros((len(rows), windows * size, config.patch_dim), np.float32)
+    positions = np.zeros((len(rows), windows * size, 2), np.int32)
+    segment_ids = np.zeros((len(rows), windows * size), np.int32)
+    indices = []
+    for row, images in enumerate(rows):
+        start, segment, index = 0, 1, [np.zeros(0, np.int32)]
+        for image_patches, grid in images:
+            slot_patch = window_order(grid, config)
+            end = start + len(slot_patch)
+            if end > windows * size:
+                need = sum(num_windows(g, config) for _, g in images)
+                raise ValueError(f"row {row}: its images take {need} windows, there are {windows}")
+            taken = np.flatnonzero(slot_patch >= 0)
+            source = slot_patch[taken]
+            patches[row, start + taken] = image_patches[source]
+            positions[row, start + taken] = patch_positions(grid, config.merge_size)[source]
+            frame = source // (grid[1] * grid[2])
+            segment_ids[row, start + taken] = segment + frame
+            segment += grid[0]
+            # A merged token is `unit` neighbouring slots; order them as the processor does.
+            unit = config.merge_size**2
+            merged = taken[np.argsort(source)][::unit] // unit
+            index.append((start // unit + merged).astype(np.int32))
+            start = end
+        indices.append(np.concatenate(index))
+    return ImageRows(patches, positions, segment_ids), indices
+
+
+class VisionAttention(nnx.Module):
+    """qkv [L, D, 3, N, H], out [L, N, H, D]."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype):
+        D, H = (config.hidden_size, "embed"), (config.head_dim, "head_dim")
+        N = (config.num_heads, "heads")
+        keywords = dict(bias=True, rngs=rngs, layers=config.num_layers, dtype=dtype)
+        self.qkv = Linear([D], [(3, None), N, H], **keywords)
+        self.out = Linear([N, H], [D], **keywords)
+
+    def __call__(self, x, cos, sin, segment_ids, whole_image, window: int, implementation: str):
+        """x: [B, P, D]; whole_image: bool[], attend over the image instead of the window."""
+        q, k, v = jnp.moveaxis(self.qkv(x), 2, 0)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+
+        def over_image(q, k, v):
+            return attention(q, k, v, segment_ids, causal=False, implementation=implementation)
+
+        def over_windows(q, k, v):
+            B, P = segment_ids.shape
+            dense = [a.reshape(B * P // window, window, *a.shape[2:]) for a in (q, k, v)]
+            ids = segment_ids.reshape(B * P // window, window)
+            out = attention(*dense, ids, causal=False, implementation="xla")
+            return out.reshape(q.shape)
+
+        return self.out(jax.lax.cond(whole_image, over_image, over_windows, q, k, v))
+
+
+class VisionBlock(nnx.Module):
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype):
+        keywords = dict(rngs=rngs, layers=config.num_layers, dtype=dtype)
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, **keywords)
+        self.attention = VisionAttention(config, rngs=rngs, dtype=dtype)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, **keywords)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=True, **keywords)
+
+    def __call__(self, x, *attention_inputs):
+        x = x + self.attention(self.attention_norm(x), *attention_inputs)
+        x = x + self.mlp(self.mlp_norm(x))
+        return constrain(x, "batch", None, None)
+
+
+class Merger(nnx.Module):
+    """A square of patches to one token of the text decoder: norm, concatenate, two-layer MLP."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype):
+        wide = config.hidden_size * config.merge_size**2
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, rngs=rngs, dtype=dtype)
+        keywords = dict(bias=True, rngs=rngs, dtype=dtype)
+        self.fc1 = Linear([(wide, "embed")], [(wide, "ffn")], **keywords)
+        self.fc2 = Linear([(wide, "ffn")], [(config.out_hidden_size, "embed")], **keywords)
+        self.unit = config.merge_size**2
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        B, P, D = x.shape
+        x = self.norm(x).reshape(B, P // self.unit, self.unit * D)
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class VisionTower(nnx.Module):
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype):
+        self.patch_embed = Linear(
+            [(config.patch_dim, None)], [(config.hidden_size, "embed")], bias=False, rngs=rngs,
+            dtype=dtype,
+        )  # fmt: skip
+        self.blocks = VisionBlock(config, rngs=rngs, dtype=dtype)
+        self.merger = Merger(config, rngs=rngs, dtype=dtype)
+        self.config = config
+
+    def __call__(
+        self, images: ImageRows, dtype, *, implementation: str = "auto", remat: str = "none"
+    ) -> jax.Array:
+        """Patches to merged tokens: [B, P / merge^2, D of the text], in slot order."""
+        config = self.config
+        # 2-D rotary positions: half of the frequencies turn with the row, half with the column.
+        quarter = config.head_dim // 4
+        frequency = config.rope_theta ** -(np.arange(quarter, dtype=np.float32) / quarter)
+        angles = images.positions[..., None].astype(jnp.float32) * frequency.astype(np.float32)
+        angles = angles.reshape(*angles.shape[:2], 2 * quarter)
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        whole_image = np.isin(np.arange(config.num_layers), config.full_attention_layers)
+        x = self.patch_embed(images.patches.astype(dtype))
+
+        def call(block, x, whole):
+            return block(
+                x, cos, sin, images.segment_ids, whole, config.window_patches, implementation
+            )
+
+        x = scan_layers(self.blocks, constrain(x, "batch", None, None), call, whole_image, remat)
+        return self.merger(x)

@@ -1,0 +1,210 @@
+"""Text and pictures to tokens, in Qwen's chat format: the one implementation, used by all commands.
+
+A conversation is built as control tokens (by id) with text between them. Text is encoded by a
+tokenizer that knows no control tokens at all, so nothing in it can ever become one (law 6): a user
+who types `<|im_end|>` gets those ten characters.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import tokenizers
+
+from mmsr1_jax.images import (
+    DEFAULT_MAX_FILE_PIXELS,
+    ImageProcessor,
+    Patches,
+    open_image,
+    to_rgb,
+)
+
+ROLES = ("system", "user", "assistant")
+DEFAULT_SYSTEM = "You are a helpful assistant."
+CONTROL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+)
+
+
+class ConversationError(ValueError):
+    """Messages that are not a conversation; the message says which one and why."""
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be used; the message names file and token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A conversation as the policy reads it.
+
+    Attributes:
+      tokens: int32[T], images expanded to one placeholder a merged token.
+      images: in order of appearance.
+    """
+
+    tokens: np.ndarray
+    images: tuple[Patches, ...]
+
+    @property
+    def grids(self) -> list[tuple[int, int, int]]:
+        return [image.grid for image in self.images]
+
+
+class Processor:
+    """Tokenizer and image processor of a checkpoint directory.
+
+    Attributes:
+      control: id of every added token (control token), by name.
+      images: the image processor.
+    """
+
+    def __init__(self, tokenizer_json: str, images: ImageProcessor):
+        """Args: the contents of a `tokenizer.json` (byte-level BPE), and the image processor."""
+        raw = json.loads(tokenizer_json)
+        self.control = {t["content"]: t["id"] for t in raw.get("added_tokens") or []}
+        missing = [name for name in CONTROL_TOKENS if name not in self.control]
+        if missing:
+            raise TokenizerError(f"tokenizer.json: control token {missing[0]} is missing")
+        self._all = tokenizers.Tokenizer.from_str(tokenizer_json)
+        self._text = tokenizers.Tokenizer.from_str(json.dumps({**raw, "added_tokens": []}))
+        self.images = images
+
+    @classmethod
+    def from_directory(cls, directory: str | pathlib.Path) -> "Processor":
+        """Reads `tokenizer.json` (or, where there is none, what `transformers` makes of the rest)
+        and `preprocessor_config.json`.
+
+        Raises:
+          TokenizerError, ImageError: a file is missing or unusable; the message names it.
+        """
+        path = pathlib.Path(directory) / "tokenizer.json"
+        try:
+            text = path.read_text(encoding="utf-8") if path.exists() else _convert_slow(directory)
+            return cls(text, ImageProcessor.from_directory(directory))
+        except TokenizerError as error:
+            raise TokenizerError(f"{directory}: {error}") from None
+        except (OSError, json.JSONDecodeError) as error:
+            raise TokenizerError(f"{path}: {error}") from None
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of text; never a control token, whatever the text."""
+        return self._text.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of tokens, control tokens written out."""
+        return self._all.decode(list(tokens), skip_special_tokens=False)
+
+    def conversation(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        generation_prompt: bool = False,
+        max_file_pixels: int = DEFAULT_MAX_FILE_PIXELS,
+    ) -> Prompt:
+        """A conversation in Qwen's chat format, with its default system message if it has none.
+
+        Args:
+          messages: `{"role", "content"}`; the content is a string or a list of parts,
+            `{"type": "text", "text": ..}` or `{"type": "image", "image": ..}` with a path, bytes
+            or a PIL image.
+          generation_prompt: end with the opening of an assistant turn.
+          max_file_pixels: see `open_image`.
+
+        Raises:
+          ConversationError: not in that form.
+          ImageError: a picture that cannot be used.
+        """
+        if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+            raise ConversationError("messages must be a list that is not empty")
+        items: list[str | int | Patches] = []
+        first = messages[0]
+        if not (isinstance(first, dict) and first.get("role") == "system"):
+            items += self._turn("system", [DEFAULT_SYSTEM])
+        for number, message in enumerate(messages, start=1):
+            try:
+                role, parts = _parse_message(message)
+            except ConversationError as error:
+                raise ConversationError(f"message {number}: {error}") from None
+            items += self._turn(role, [self._part(part, max_file_pixels) for part in parts])
+        if generation_prompt:
+            items += [self.control["<|im_start|>"], "assistant\n"]
+        return self._prompt(items)
+
+    def _part(self, part, max_file_pixels: int) -> str | Patches:
+        if isinstance(part, str):
+            return part
+        if isinstance(part["image"], PIL.Image.Image):
+            return self.images(to_rgb(part["image"]))
+        return self.images(open_image(part["image"], max_pixels=max_file_pixels))
+
+    def _turn(self, role: str, parts: Sequence[str | Patches]) -> list[str | int | Patches]:
+        start, end = self.control["<|im_start|>"], self.control["<|im_end|>"]
+        return [start, f"{role}\n", *parts, end, "\n"]
+
+    def _prompt(self, items: Iterable[str | int | Patches]) -> Prompt:
+        """Joins neighbouring texts, encodes them, and expands images."""
+        tokens: list[int] = []
+        images: list[Patches] = []
+        text = ""
+        for item in [*items, None]:
+            if isinstance(item, str):
+                text += item  # tokens may span the border of two parts, as in the HF template
+                continue
+            if text:
+                tokens += self.encode_text(text)
+                text = ""
+            if isinstance(item, int):
+                tokens.append(item)
+            elif item is not None:
+                images.append(item)
+                count = len(item.values) // self.images.merge_size**2
+                tokens.append(self.control["<|vision_start|>"])
+                tokens += [self.control["<|image_pad|>"]] * count
+                tokens.append(self.control["<|vision_end|>"])
+        return Prompt(np.array(tokens, np.int32), tuple(images))
+
+
+def _parse_message(message: Any) -> tuple[str, list[str | dict]]:
+    """Role, and the parts of the content: texts, and images as `{"image": ..}`."""
+    if not isinstance(message, dict):
+        raise ConversationError("must be an object with 'role' and 'content'")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ConversationError(f"unknown role {role!r}, not one of {', '.join(ROLES)}")
+    if isinstance(content, str):
+        return role, [content]
+    if not isinstance(content, list):
+        raise ConversationError("content must be a string or a list of parts")
+    parts: list[str | dict] = []
+    for number, part in enumerate(content, start=1):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            parts.append(part["text"])
+        elif kind == "image" and isinstance(part.get("image"), (str, bytes, PIL.Image.Image)):
+            parts.append({"image": part["image"]})
+        else:
+            raise ConversationError(
+                f"part {number} must be {{'type': 'text', 'text': ..}} or "
+                "{'type': 'image', 'image': ..}"
+            )
+    return role, parts
+
+
+def _convert_slow(directory) -> str:
+    from transformers import AutoTokenizer  # slow to import, and only needed here
+
+    try:
+        return AutoTokenizer.from_pretrained(directory).backend_tokenizer.to_str()
+    except Exception as error:  # transformers has no single error for "no tokenizer here"
+        reason = str(error).split("\n")[0]
+        raise TokenizerError(f"no tokenizer.json, and no tokenizer files ({reason})") from None

@@ -1,0 +1,113 @@
+"""The mesh, and the one table that says which logical axis lies on which mesh axis.
+
+Mesh axes: `replica` (copies of the parameters; gradients are averaged over it), `fsdp` (parameters
+and batch are both split over it) and `tensor` (heads, feed-forward and vocabulary are split).
+A dimension that its mesh axes do not divide stays whole: two kv heads on a tensor axis of four are
+replicated, and a batch of one row is not split.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("replica", "fsdp", "tensor")
+
+# Logical axis -> mesh axes. Change the strategy here and nowhere else. Axes that are not listed
+# (layers, head_dim, patch, position ...) stay whole.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("replica", "fsdp"),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "ffn": ("tensor",),
+}
+
+
+def make_mesh(replica: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh over all devices (or `devices`); one size may be -1, "what is left".
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [replica, fsdp, tensor]
+    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise ValueError(f"mesh: sizes {sizes} must be positive, one of them may be -1")
+    if -1 in sizes:
+        known = int(np.prod([s for s in sizes if s != -1]))
+        sizes[sizes.index(-1)] = len(devices) // known
+    if int(np.prod(sizes)) != len(devices):
+        named = " x ".join(f"{n}={s}" for n, s in zip(MESH_AXES, sizes, strict=True))
+        raise ValueError(f"mesh: {named} does not match {len(devices)} devices")
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh) -> PartitionSpec:
+    """The mesh axes for an array whose dimensions are called `axes`.
+
+    Example, on a mesh of fsdp=2, tensor=4:
+      `("embed", "kv_heads", "head_dim")` of shape `(512, 2, 64)` -> `P("fsdp", None, None)`.
+    """
+    spec = []
+    for name, size in zip(axes, shape, strict=True):
+        on = tuple(a for a in RULES.get(name, ()) if mesh.shape.get(a, 1) > 1)
+        ways = int(np.prod([mesh.shape[a] for a in on]))
+        spec.append((on if len(on) > 1 else on[0]) if on and size % ways == 0 else None)
+    return PartitionSpec(*spec)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins the layout of an activation inside `jit`; without a mesh (`jax.set_mesh`), a no-op."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
+
+
+def mesh_axis_size(name: str) -> int:
+    """Size of a logical axis's mesh axes in the current mesh (1 without a mesh)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return int(np.prod([mesh.shape.get(a, 1) for a in RULES.get(name, ())]))
+
+
+def param(
+    rngs: nnx.Rngs,
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    init: jax.nn.initializers.Initializer,
+    dtype,
+) -> nnx.Param:
+    """Declares one parameter: shape, logical axes (one name a dimension), initialiser and dtype."""
+    if len(shape) != len(axes):
+        raise ValueError(f"{len(axes)} axis names {tuple(axes)} for shape {tuple(shape)}")
+    return nnx.Param(init(rngs.params(), tuple(shape), dtype), axes=tuple(axes))
+
+
+def param_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
+    """The sharding of every parameter of `nnx.split(model)[1]`, arrays or abstract."""
+    return jax.tree.map(
+        lambda p: p.replace(
+            NamedSharding(mesh, partition_spec(p.get_metadata("axes"), p.get_value().shape, mesh))
+        ),
+        params,
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
+
+
+def shard_batch(batch, mesh: Mesh):
+    """Puts host arrays on the mesh, rows (dimension 0) over the batch axes."""
+
+    def put(x):
+        axes = ("batch",) + (None,) * (np.ndim(x) - 1)
+        return jax.device_put(x, NamedSharding(mesh, partition_spec(axes, np.shape(x), mesh)))
+
+    return jax.tree.map(put, batch)
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Into how many parts the mesh cuts a batch."""
+    return int(np.prod([mesh.shape[a] for a in RULES["batch"]]))

@@ -1,0 +1,69 @@
+"""The same policy in `transformers`/torch, for comparison."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the reference implementation needs torch")
+
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from mmsr1_jax.images import Patches
+from mmsr1_jax.models import qwen2_5_vl
+from mmsr1_jax.models.qwen2_5_vl import checkpoint
+from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
+from mmsr1_jax.processor import Prompt
+
+torch.set_grad_enabled(False)
+
+
+def torch_model(model: qwen2_5_vl.Qwen2_5_VL) -> Qwen2_5_VLForConditionalGeneration:
+    """The torch implementation with the parameters of `model`, float32."""
+    config = Qwen2_5_VLConfig(**model.config.to_hf("float32"))
+    reference = Qwen2_5_VLForConditionalGeneration(config).eval()
+    tensors = checkpoint.hf_tensors(model, checkpoint.LAYOUTS[1])
+    state = {name: torch.tensor(array) for name, array in tensors}
+    missing, unexpected = reference.load_state_dict(state, strict=False)
+    tied = ["lm_head.weight"] if model.config.text.tie_embeddings else []
+    assert missing == tied and not unexpected, (missing, unexpected)
+    if tied:
+        reference.tie_weights()
+    return reference
+
+
+def torch_inputs(prompt: Prompt, config: ModelConfig) -> dict:
+    """Keyword arguments of the torch model for one conversation (batch of 1)."""
+    ids = torch.tensor(prompt.tokens, dtype=torch.long)[None]
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        # Without these the reference falls back to linear positions.
+        "mm_token_type_ids": (ids == config.image_token_id).int(),
+    }
+    if prompt.images:
+        inputs["pixel_values"] = torch.tensor(np.concatenate([i.values for i in prompt.images]))
+        inputs["image_grid_thw"] = torch.tensor(prompt.grids)
+    return inputs
+
+
+def random_conversation(rng, config: ModelConfig, layout) -> Prompt:
+    """`layout`: text lengths (int) and images as (rows, columns) of merged tokens, in order."""
+    special = {config.image_token_id, config.vision_start_token_id, config.vision_end_token_id}
+    special.add(config.video_token_id)
+    ordinary = [i for i in range(config.text.vocab_size) if i not in special]
+    merge, tokens, images = config.vision.merge_size, [], []
+    for item in layout:
+        if isinstance(item, int):
+            tokens += rng.choice(ordinary, item).tolist()
+            continue
+        rows, columns = item
+        grid = (1, rows * merge, columns * merge)
+        values = rng.normal(size=(grid[1] * grid[2], config.vision.patch_dim))
+        images.append(Patches(values.astype(np.float32), grid))
+        tokens += [config.vision_start_token_id, *[config.image_token_id] * (rows * columns)]
+        tokens.append(config.vision_end_token_id)
+    return Prompt(np.array(tokens, np.int32), tuple(images))
+
+
+def torch_logits(reference, prompt: Prompt, config: ModelConfig) -> np.ndarray:
+    """float32[T, V] of one conversation."""
+    return reference(**torch_inputs(prompt, config)).logits[0].numpy()

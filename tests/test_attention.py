@@ -1,0 +1,126 @@
+"""Every implementation of attention gives what the formula says."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmsr1_jax.models import attention as module
+from mmsr1_jax.models.attention import attention, choose
+
+
+def formula(q, k, v, segment_ids, causal):
+    """softmax(q k^T / sqrt(H)) v in float64, a query at a time."""
+    B, T, N, H = q.shape
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    k, v = (np.repeat(x, N // k.shape[2], axis=2) for x in (k, v))
+    out = np.zeros_like(q)
+    for b in range(B):
+        for t in range(T):
+            seen = segment_ids[b] == segment_ids[b, t]
+            if causal:
+                seen &= np.arange(T) <= t
+            scores = np.einsum("nh,snh->ns", q[b, t], k[b, seen]) / np.sqrt(H)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            weights /= weights.sum(-1, keepdims=True)
+            out[b, t] = np.einsum("ns,snh->nh", weights, v[b, seen])
+    return out
+
+
+def inputs(T, N=4, K=2, H=16, seed=0):
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.normal(size=(2, T, n, H)).astype(np.float32) for n in (N, K, K))
+    ids = np.ones((2, T), np.int32)
+    ids[0, T // 3 :] = 2
+    ids[0, T // 2 :] = 3
+    ids[1, -T // 4 :] = 0  # padding
+    return q, k, v, ids
+
+
+IMPLEMENTATIONS = {
+    "xla": functools.partial(attention, implementation="xla"),
+    "blockwise": functools.partial(attention, implementation="blockwise"),
+    # The accelerators' kernels, run by pallas' interpreter.
+    "triton": functools.partial(module._triton, interpret=True),
+    "splash": functools.partial(module._splash, interpret=True),
+}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_packed_rows_match_the_formula(name, causal, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK", 128)  # several blocks, the last one not full
+    T = 256 if name in ("triton", "splash") else 200
+    q, k, v, ids = inputs(T, H=64 if name in ("triton", "splash") else 16)
+    ours = IMPLEMENTATIONS[name](*map(jnp.asarray, (q, k, v, ids)), causal=causal)
+    np.testing.assert_allclose(ours, formula(q, k, v, ids, causal), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["blockwise", "triton", "splash"])
+def test_gradients_match_the_plain_form(name, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK", 128)
+    q, k, v, ids = inputs(256, H=64)
+    weights = np.random.default_rng(1).normal(size=q.shape) * (ids != 0)[..., None, None]
+
+    def gradient(implementation):
+        def loss(q, k, v):
+            return (implementation(q, k, v, jnp.asarray(ids), causal=True) * weights).sum()
+
+        return jax.grad(loss, argnums=(0, 1, 2))(*map(jnp.asarray, (q, k, v)))
+
+    for ours, plain in zip(
+        gradient(IMPLEMENTATIONS[name]), gradient(IMPLEMENTATIONS["xla"]), strict=True
+    ):
+        np.testing.assert_allclose(ours, plain, atol=5e-5)
+
+
+def test_blockwise_holds_no_square_of_the_length(monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK", 64)
+    T = 1024
+    q, k, v, ids = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs(T, N=1, K=1))
+
+    def peak(implementation):
+        def loss(q, k, v, ids):
+            return attention(q, k, v, ids, causal=True, implementation=implementation).sum()
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v, ids).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert peak("blockwise") < peak("xla") / 3
+
+
+def test_choice_by_platform_and_length(monkeypatch):
+    def on(platform, *args):
+        monkeypatch.setattr(jax, "default_backend", lambda: platform)
+        return choose("auto", *args)
+
+    bf16 = jnp.dtype(jnp.bfloat16)
+    assert on("cpu", 512, bf16, True) == "xla"
+    assert on("cpu", 8192, bf16, True) == "blockwise"
+    assert on("gpu", 8192, bf16, True) == "cudnn"
+    assert on("gpu", 8192, bf16, False) == "triton"
+    assert on("gpu", 8192, jnp.dtype(jnp.float32), True) == "blockwise"
+    assert on("tpu", 8192, bf16, False) == "splash"
+    assert on("tpu", 8190, bf16, False) == "blockwise"
+
+
+def test_cudnn_refuses_packed_rows():
+    with pytest.raises(ValueError, match="packed segments"):
+        choose("cudnn", 4096, jnp.bfloat16, False)
+    with pytest.raises(ValueError, match="'flash' is not one of"):
+        choose("flash", 4096, jnp.bfloat16, False)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
+@pytest.mark.parametrize("causal", [True, False])
+def test_cudnn_matches_the_formula(causal):
+    q, k, v, _ = inputs(2048, H=64)
+    ids = np.ones((2, 2048), np.int32)
+    ids[1, 1500:] = 0
+    half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+    ours = attention(*half, ids, causal=causal, single_segment=True, implementation="cudnn")
+    plain = attention(q, k, v, ids, causal=causal, implementation="xla")
+    real = ids[..., None, None] != 0
+    np.testing.assert_allclose(ours * real, plain * real, atol=2e-2)

@@ -1,0 +1,242 @@
+"""The policy is the same function as the published one (transformers/torch, random weights)."""
+
+import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmsr1_jax import tiny
+from mmsr1_jax.batching import Bucket, make_rows
+from mmsr1_jax.models import qwen2_5_vl
+from mmsr1_jax.models.qwen2_5_vl import checkpoint
+from mmsr1_jax.models.qwen2_5_vl.text import token_logprobs
+from tests import reference
+from tests.reference import random_conversation, torch, torch_logits
+
+BUCKET = Bucket(length=192, windows=12, rows=2)
+
+
+def variant(**text):
+    """The tiny policy with another text decoder."""
+    return dataclasses.replace(tiny.CONFIG, text=dataclasses.replace(tiny.CONFIG.text, **text))
+
+
+CONFIGS = {
+    "gqa 4:1, untied": tiny.CONFIG,
+    "gqa 8:1, tied": variant(num_kv_heads=1, tie_embeddings=True),
+    "gqa 1:1, untied": variant(num_kv_heads=8),
+}
+
+# Merged tokens; windows are 4 x 4, so hardly any of these divides evenly.
+LAYOUTS = {
+    "no image": [150],
+    "one image": [9, (5, 7), 30],
+    "three images of odd sizes": [3, (1, 9), 2, (5, 3), 11, (7, 6), 20],
+    "image first and last": [(2, 3), 5, (4, 4)],
+    "image in a second user turn": [40, (3, 5), 25, 30, (6, 2), 8],
+}
+
+
+@functools.cache
+def models(name):
+    model = tiny.random_model(CONFIGS[name], seed=3)
+    return model, reference.torch_model(model)
+
+
+@functools.cache
+def jitted(name):
+    graph, params = nnx.split(models(name)[0])
+
+    @jax.jit
+    def logits_and_logprobs(params, rows):
+        model = nnx.merge(graph, params)
+        hidden, _ = model(rows)
+        return model.logits(hidden), model.token_logprobs(rows)
+
+    return functools.partial(logits_and_logprobs, params)
+
+
+def rows_of(conversations, config, bucket=BUCKET):
+    return make_rows(conversations, bucket, config, config.image_token_id)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_torch(name, layout):
+    model, torch_model = models(name)
+    prompt = random_conversation(np.random.default_rng(5), model.config, LAYOUTS[layout])
+    ours, logprobs = jitted(name)(rows_of([[prompt]], model.config))
+    theirs = torch_logits(torch_model, prompt, model.config)
+    T = len(prompt.tokens)
+    assert theirs.std() > 0.2  # logits that say something
+    np.testing.assert_allclose(ours[0, :T], theirs, atol=2e-4, rtol=0)
+    expected = torch.log_softmax(torch.tensor(theirs), -1)[:-1]
+    expected = expected.gather(-1, torch.tensor(prompt.tokens[1:, None], dtype=torch.long))[:, 0]
+    np.testing.assert_allclose(logprobs[0, 1:T], expected, atol=2e-4, rtol=0)
+    assert (np.asarray(logprobs[0, T:]) == 0).all() and logprobs[0, 0] == 0
+
+
+def test_wrong_positions_would_be_noticed():
+    """The comparison above is sharp enough to tell linear positions from M-RoPE."""
+    model, torch_model = models("gqa 4:1, untied")
+    prompt = random_conversation(np.random.default_rng(5), model.config, LAYOUTS["one image"])
+    inputs = reference.torch_inputs(prompt, model.config)
+    del inputs["mm_token_type_ids"]
+    linear = torch_model(**inputs).logits[0].numpy()
+    right = torch_logits(torch_model, prompt, model.config)
+    assert np.abs(linear - right).max() > 2e-3
+
+
+def test_packed_rows_equal_one_by_one():
+    name = "gqa 4:1, untied"
+    model, _ = models(name)
+    rng = np.random.default_rng(11)
+    prompts = [
+        random_conversation(rng, model.config, layout)
+        for layout in ([20, (3, 5), 7], [31], [(2, 2), 9, (1, 3), 4], [50])
+    ]
+    packed = rows_of([prompts[:3], prompts[3:]], model.config)
+    logits, logprobs = jitted(name)(packed)
+    for row, column, prompt in ((0, 0, 0), (0, 1, 1), (0, 2, 2), (1, 0, 3)):
+        start = sum(len(p.tokens) for p in prompts[:column]) if row == 0 else 0
+        alone, alone_logprobs = jitted(name)(rows_of([[prompts[prompt]]], model.config))
+        T = len(prompts[prompt].tokens)
+        np.testing.assert_allclose(logits[row, start : start + T], alone[0, :T], atol=1e-4, rtol=0)
+        np.testing.assert_allclose(
+            logprobs[row, start : start + T], alone_logprobs[0, :T], atol=1e-4, rtol=0
+        )
+
+
+@pytest.mark.parametrize("name", ["gqa 4:1, untied", "gqa 8:1, tied"])
+def test_gradients_equal_torch(name):
+    """Of a weighted token loss, by every parameter, through both towers."""
+    model, torch_model = models(name)
+    config = model.config
+    rng = np.random.default_rng(2)
+    prompt = random_conversation(rng, config, [12, (5, 7), 30, (3, 3), 17])
+    T = len(prompt.tokens)
+    weights = rng.normal(size=T - 1).astype(np.float32)
+    rows = rows_of([[prompt]], config)
+    graph, params = nnx.split(model)
+
+    @jax.jit
+    def gradient(params):
+        def loss(params):
+            return (nnx.merge(graph, params).token_logprobs(rows)[0, 1:T] * weights).sum()
+
+        return jax.grad(loss)(params)
+
+    ours = dict(checkpoint.hf_tensors(nnx.merge(graph, gradient(params)), checkpoint.LAYOUTS[1]))
+    with torch.enable_grad():
+        torch_model.zero_grad()
+        logits = torch_model(**reference.torch_inputs(prompt, config)).logits[0]
+        logprobs = torch.log_softmax(logits, -1)[:-1]
+        chosen = logprobs.gather(-1, torch.tensor(prompt.tokens[1:, None], dtype=torch.long))
+        (chosen[:, 0] * torch.tensor(weights)).sum().backward()
+    theirs = {k: p.grad.numpy() for k, p in torch_model.named_parameters()}
+    assert theirs.keys() == ours.keys()
+    for key, expected in theirs.items():
+        norm = np.linalg.norm(expected)
+        assert norm > 0, key
+        assert np.linalg.norm(ours[key] - expected) <= 1e-3 * norm, key
+
+
+def test_remat_and_attention_give_the_same_gradients():
+    config = tiny.CONFIG
+    rng = np.random.default_rng(2)
+    rows = rows_of([[random_conversation(rng, config, [12, (5, 7), 30])]], config)
+
+    def gradient(**keywords):
+        graph, params = nnx.split(tiny.random_model(config, seed=3, **keywords))
+
+        @jax.jit
+        def run(params):
+            return jax.grad(lambda p: nnx.merge(graph, p).token_logprobs(rows).sum())(params)
+
+        return jax.tree.leaves(run(params))
+
+    plain = gradient()
+    for keywords in ({"remat": "full", "attention": "blockwise"}, {"remat": "dots"}):
+        for a, b in zip(plain, gradient(**keywords), strict=True):
+            np.testing.assert_allclose(b, a, atol=1e-4 * float(jnp.abs(a).max()), rtol=0)
+
+
+def test_bfloat16_stays_near_float32():
+    config = tiny.CONFIG
+    rng = np.random.default_rng(2)
+    prompt = random_conversation(rng, config, [12, (5, 7), 30])
+    rows = rows_of([[prompt]], config)
+
+    model = tiny.random_model(config, seed=3)
+    keywords = dict(param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
+    half_graph, _ = nnx.split(checkpoint.abstract_model(config, **keywords))
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.state(model))
+    half = jax.jit(lambda p, r: nnx.merge(half_graph, p).token_logprobs(r))(params, rows)
+    exact = jitted("gqa 4:1, untied")(rows)[1]
+    assert half.dtype == jnp.float32
+    assert np.abs(np.asarray(half - exact)).max() < 0.1
+
+
+def array_sizes(compiled) -> set[int]:
+    """Elements of every array in a compiled program."""
+    import re
+
+    shapes = re.findall(r"\b(?:f|bf|s|u|pred)\d*\[([\d,]+)\]", compiled.as_text())
+    return {int(np.prod([int(d) for d in shape.split(",")])) for shape in shapes}
+
+
+def test_logprobs_never_hold_tokens_by_vocabulary():
+    B, T, V, D = 2, 256, 4096, 8
+    hidden = jnp.zeros((B, T, D))
+    table, targets = jnp.zeros((V, D)), jnp.zeros((B, T), jnp.int32)
+
+    def loss(hidden, table, chunk):
+        return token_logprobs(hidden, table, targets, chunk=chunk).sum()
+
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
+    chunked = array_sizes(gradient.lower(hidden, table, 32).compile())
+    assert max(chunked) < B * T * V / 4
+    whole = array_sizes(gradient.lower(hidden, table, T).compile())
+    assert max(whole) >= B * T * V  # the measure sees such an array where there is one
+
+
+def test_compile_time_does_not_grow_with_depth():
+    def compile_seconds(layers):
+        config = variant(num_layers=layers)
+        graph, abstract = nnx.split(checkpoint.abstract_model(config))
+        rows = rows_of([[]], config, Bucket(length=64, windows=0, rows=1))
+
+        def loss(params):
+            return nnx.merge(graph, params).token_logprobs(rows).sum()
+
+        seconds = []
+        for _ in range(3):
+            jax.clear_caches()
+            begin = time.perf_counter()
+            jax.jit(jax.grad(loss)).lower(abstract).compile()
+            seconds.append(time.perf_counter() - begin)
+        return min(seconds)
+
+    compile_seconds(2)  # warms up what is shared
+    assert compile_seconds(28) < 1.5 * compile_seconds(4)
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [("3b", 3754622976), ("7b", 8292166656), ("32b", 33452718336), ("72b", 73410777344)],
+)
+def test_presets_have_the_published_number_of_parameters(name, count):
+    """Counted here and in torch; the figures are those of the released files."""
+    config = qwen2_5_vl.PRESETS[name]
+    leaves = jax.tree.leaves(nnx.state(checkpoint.abstract_model(config), nnx.Param))
+    assert sum(int(np.prod(leaf.shape)) for leaf in leaves) == count
+    with torch.device("meta"):
+        theirs = reference.Qwen2_5_VLForConditionalGeneration(
+            reference.Qwen2_5_VLConfig(**config.to_hf())
+        )
+    assert sum(p.numel() for p in theirs.parameters()) == count

@@ -1,0 +1,267 @@
+"""`python -m mmsr1_jax.score`, as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from mmsr1_jax import tiny
+from mmsr1_jax.processor import Processor
+
+
+def run(*arguments, devices=1, module="mmsr1_jax.score", cwd=None):
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": root,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=cwd or root,
+        timeout=300,
+    )
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def write(path, lines):
+    path.write_text("".join(x if isinstance(x, str) else json.dumps(x) + "\n" for x in lines))
+
+
+def image_part(path):
+    return {"type": "image", "image": str(path)}
+
+
+def text_part(text):
+    return {"type": "text", "text": text}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with pictures and 14 conversations of many lengths, 5 of them bad."""
+    folder = tmp_path_factory.mktemp("inputs")
+    rng = np.random.default_rng(0)
+    for i, size in enumerate([(300, 500), (123, 77), (640, 200)]):
+        pixels = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
+        PIL.Image.fromarray(pixels).save(folder / f"{i}.png")
+    PIL.Image.new("1", (12_000, 12_000)).save(folder / "bomb.png")
+    (folder / "page.png").write_text("<html>")
+    good = [
+        {"id": "plain", "messages": [{"role": "user", "content": "What is this?"}]},
+        {
+            "id": 7,
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": [image_part("0.png"), text_part("What? 漢字")]},
+                {"role": "assistant", "content": "<reason>A bridge</reason>"},
+                {"role": "user", "content": [text_part("a"), image_part(folder / "1.png")]},
+            ],
+        },
+        {"id": "two", "messages": [{"role": "user", "content": [image_part("2.png")] * 2}]},
+        *(
+            {"id": f"long {n}", "messages": [{"role": "user", "content": "word " * n}]}
+            for n in (20, 150, 40, 200, 5, 60)
+        ),
+    ]
+    bad = [
+        {"id": "gone", "messages": [{"role": "user", "content": [image_part("none.png")]}]},
+        {"id": "html", "messages": [{"role": "user", "content": [image_part("page.png")]}]},
+        {"id": "bomb", "messages": [{"role": "user", "content": [image_part("bomb.png")]}]},
+        {"id": "role", "messages": [{"role": "robot", "content": "hello"}]},
+        {"id": "endless", "messages": [{"role": "user", "content": "word " * 5000}]},
+        "{not json\n",
+        "\n",
+    ]
+    lines = [good[0], bad[0], good[1], *bad[1:4], *good[2:5], *bad[4:], *good[5:]]
+    write(folder / "in.jsonl", lines)
+    write(folder / "good.jsonl", good)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scored(tiny_dir, inputs):
+    out = inputs / "out.jsonl"
+    arguments = ["--config=configs/tiny.py", f"--model={tiny_dir}", f"--out={out}"]
+    return run(*arguments, f"--conversations={inputs / 'in.jsonl'}"), out
+
+
+def test_bad_lines_are_reported_and_the_rest_goes_on(scored, inputs):
+    process, out = scored
+    assert process.returncode == 1, process.stderr
+    lines = read(out)
+    ids = ["plain", "gone", 7, "html", "bomb", "role", "two", "long 20", "long 150", "endless"]
+    assert [line["id"] for line in lines] == [
+        *ids,
+        None,
+        "long 40",
+        "long 200",
+        "long 5",
+        "long 60",
+    ]
+    errors = {line["id"]: line["error"] for line in lines if "error" in line}
+    assert errors.keys() == {"gone", "html", "bomb", "role", "endless", None}
+    assert errors["gone"] == "line 2: none.png: no such file"
+    assert errors["html"] == f"line 4: {inputs / 'page.png'}: not an image"
+    assert "line 5: " in errors["bomb"] and "12000x12000 pixels" in errors["bomb"]
+    assert errors["role"].startswith("line 6: message 1: unknown role 'robot'")
+    assert errors["endless"].startswith("line 10: ") and "buckets.lengths" in errors["endless"]
+    assert errors[None].startswith("line 11: not JSON")
+    for name, error in errors.items():
+        assert f"id {name!r}, {error}" in process.stderr
+    assert "6 of 15 lines could not be scored" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert sorted(p.name for p in inputs.iterdir() if "partial" in p.name) == []
+
+
+def test_scores_equal_torch(scored, tiny_dir, inputs):
+    import jax
+
+    from mmsr1_jax import sharding
+    from mmsr1_jax.models import qwen2_5_vl
+    from tests.reference import torch, torch_inputs, torch_model
+
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    reference = torch_model(qwen2_5_vl.load(tiny_dir, mesh=mesh))
+    processor = Processor.from_directory(tiny_dir)
+    results = {line["id"]: line for line in read(scored[1])}
+    conversations = read(inputs / "good.jsonl")
+    for line in conversations:
+        for message in line["messages"]:
+            if isinstance(message["content"], list):
+                for part in message["content"]:
+                    if "image" in part:
+                        part["image"] = str(inputs / part["image"])
+        prompt = processor.conversation(line["messages"])
+        result = results[line["id"]]
+        assert result["tokens"] == prompt.tokens.tolist()
+        logits = reference(**torch_inputs(prompt, tiny.CONFIG)).logits[0]
+        targets = torch.tensor(prompt.tokens[1:, None], dtype=torch.long)
+        expected = torch.log_softmax(logits[:-1], -1).gather(-1, targets)[:, 0]
+        assert result["logprobs"][0] is None
+        assert len(result["logprobs"]) == len(result["tokens"])
+        np.testing.assert_allclose(result["logprobs"][1:], expected, atol=2e-4, rtol=0)
+
+
+def test_results_do_not_depend_on_the_company(scored, tiny_dir, inputs):
+    """Alone in a file, in another order: the same bits."""
+    together = {line["id"]: line for line in read(scored[1])}
+    lines = read(inputs / "good.jsonl")
+    write(inputs / "few.jsonl", [lines[4], lines[1]])
+    process = run(
+        "--config=configs/tiny.py",
+        f"--model={tiny_dir}",
+        f"--conversations={inputs / 'few.jsonl'}",
+        f"--out={inputs / 'few_out.jsonl'}",
+    )
+    assert process.returncode == 0, process.stderr
+    few = read(inputs / "few_out.jsonl")
+    assert [line["id"] for line in few] == [lines[4]["id"], 7]
+    for line in few:
+        assert line == together[line["id"]]
+
+
+def test_eight_devices_and_bfloat16(scored, tiny_dir, inputs):
+    exact = {line["id"]: line for line in read(scored[1])}
+    out = inputs / "half.jsonl"
+    process = run(
+        "--config=configs/tiny.py",
+        "--config.mesh.tensor=2",
+        "--dtype=bfloat16",
+        f"--model={tiny_dir}",
+        f"--conversations={inputs / 'good.jsonl'}",
+        f"--out={out}",
+        devices=8,
+    )
+    assert process.returncode == 0, process.stderr
+    for line in read(out):
+        assert line["tokens"] == exact[line["id"]]["tokens"]
+        gap = np.subtract(line["logprobs"][1:], exact[line["id"]]["logprobs"][1:])
+        assert 1e-5 < np.abs(gap).max() < 0.2
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--config.model.dtpe=float32"], "config.model.dtpe"),
+        (["--config.modl.dtype=float32"], "config.modl.dtype"),
+        (["--config.model.logprob_chunk=many"], "config.model.logprob_chunk"),
+        (["--config.model.logprob_chunk=0"], "config.model.logprob_chunk=0 must be at least 1"),
+        (["--config.model.dtype=float8"], "config.model.dtype='float8' is not one of"),
+        (["--config.model.attention=flash"], "config.model.attention='flash' is not one of"),
+        (["--config.mesh.fsdp=-1", "--config.mesh.tensor=-1"], "config.mesh: only one of"),
+        (["--config.mesh.fsdp=3"], "fsdp=3 x tensor=1 does not match 1 devices"),
+        (["--config=nowhere.py"], "nowhere.py"),
+        (["--dtype=float16"], "dtype"),
+        (["--no_such_flag=1"], "no_such_flag"),
+        (["stray"], "stray"),
+        (["--model=/nowhere"], "/nowhere"),
+        (["--conversations=/nowhere.jsonl"], "/nowhere.jsonl"),
+    ],
+)
+def test_mistakes_end_with_one_line(tiny_dir, inputs, arguments, words):
+    base = {
+        "--model": tiny_dir,
+        "--conversations": inputs / "good.jsonl",
+        "--out": inputs / "never.jsonl",
+    }
+    given = {a.split("=")[0] for a in arguments}
+    process = run(*arguments, *(f"{k}={v}" for k, v in base.items() if k not in given))
+    assert process.returncode == 1
+    lines = [line for line in process.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], process.stderr
+    assert not (inputs / "never.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        ("c.model.dtpe = 'float32'", "dtpe"),
+        ("c.model.logprob_chunk = 'many'", "config.model.logprob_chunk must be of type int"),
+        ("c.buckets.lengths = [64, 128]", "config.buckets.lengths must be of type tuple"),
+        ("c.buckets.lengths = (128, 64)", "config.buckets.lengths=(128, 64) must be positive and"),
+        ("c.mesh = None", "config.mesh must be a Mesh"),
+        ("c = {}", "mine.py: get_config() must return"),
+    ],
+)
+def test_config_files_are_checked(tmp_path, tiny_dir, inputs, body, words):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from mmsr1_jax.config import Config\n"
+        f"def get_config():\n    c = Config()\n    {body}\n    return c\n"
+    )
+    process = run(
+        f"--config={file}",
+        f"--model={tiny_dir}",
+        f"--conversations={inputs / 'good.jsonl'}",
+        f"--out={inputs / 'never.jsonl'}",
+    )
+    assert process.returncode == 1
+    lines = [line for line in process.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and words in lines[0], process.stderr
+
+
+def test_every_config_is_valid():
+    import importlib.util
+    import pathlib
+
+    from mmsr1_jax.config import get_config, validate
+
+    validate(get_config())
+    files = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+    assert files
+    for file in files:
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        validate(module.get_config())

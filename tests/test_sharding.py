@@ -1,0 +1,112 @@
+"""One device or eight: the same output; and who holds what."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from mmsr1_jax import sharding, tiny
+from mmsr1_jax.batching import Bucket, make_rows
+from tests.reference import random_conversation
+
+BUCKET = Bucket(length=96, windows=6, rows=8)
+
+
+def variant(**text):
+    return dataclasses.replace(tiny.CONFIG, text=dataclasses.replace(tiny.CONFIG.text, **text))
+
+
+CONFIGS = {
+    "kv heads 2": tiny.CONFIG,
+    "kv heads 1, tied": variant(num_kv_heads=1, tie_embeddings=True),
+    "kv heads 8": variant(num_kv_heads=8),
+}
+
+
+def rows_for(config):
+    rng = np.random.default_rng(0)
+    layouts = [[20, (3, 5), 7], [31], [(2, 2), 9, (1, 3), 4], [50], [5, (4, 4), 5], [8], [64]]
+    prompts = [random_conversation(rng, config, layout) for layout in layouts]
+    packed = [[prompts[0], prompts[1]], *[[p] for p in prompts[2:]]]
+    return make_rows(packed, BUCKET, config, config.image_token_id)
+
+
+def loss_and_gradient(graph, params, rows):
+    def loss(params):
+        logprobs = nnx.merge(graph, params).token_logprobs(rows)
+        return logprobs.sum(), logprobs
+
+    (_, logprobs), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    return logprobs, gradient
+
+
+def run_on(mesh, config, **keywords):
+    graph, params = nnx.split(tiny.random_model(config, seed=3, **keywords))
+    shardings = sharding.param_shardings(params, mesh)
+    params = jax.device_put(params, shardings)
+    with jax.set_mesh(mesh):
+        run = jax.jit(functools.partial(loss_and_gradient, graph), out_shardings=(None, shardings))
+        return run(params, sharding.shard_batch(rows_for(config), mesh))
+
+
+MESHES = [(1, 8, 1), (1, 4, 2), (1, 2, 4)]
+
+
+@pytest.mark.parametrize(
+    "name, attention, shapes",
+    [
+        ("kv heads 2", "xla", [*MESHES, (2, 2, 2)]),
+        ("kv heads 1, tied", "xla", MESHES[1:]),
+        ("kv heads 8", "xla", MESHES[2:]),
+        ("kv heads 2", "blockwise", MESHES[2:]),
+    ],
+)
+def test_eight_devices_equal_one(name, attention, shapes):
+    config = CONFIGS[name]
+    one = sharding.make_mesh(devices=jax.devices()[:1])
+    expected, expected_gradient = run_on(one, config, attention=attention)
+    for shape in shapes:
+        logprobs, gradient = run_on(sharding.make_mesh(*shape), config, attention=attention)
+        np.testing.assert_allclose(logprobs, expected, atol=1e-4, rtol=0, err_msg=str(shape))
+        for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+            scale = np.abs(np.asarray(b)).max()
+            np.testing.assert_allclose(a, b, atol=1e-4 * scale, rtol=0, err_msg=str(shape))
+
+
+def test_batch_and_parameters_are_spread():
+    mesh = sharding.make_mesh(1, 4, 2)
+    logprobs, gradient = run_on(mesh, CONFIGS["kv heads 2"])
+    assert logprobs.sharding.shard_shape(logprobs.shape) == (8 // 4, 96)
+    kernel = gradient["text"]["layers"]["mlp"]["gate"]["kernel"].get_value()
+    assert kernel.sharding.shard_shape(kernel.shape) == (3, 128 // 4, 256 // 2)
+
+
+def test_partition_specs():
+    mesh = sharding.make_mesh(1, 2, 4)
+    spec = functools.partial(sharding.partition_spec, mesh=mesh)
+    assert spec(("embed", "heads", "head_dim"), (512, 8, 64)) == P("fsdp", "tensor", None)
+    assert spec(("embed", "kv_heads", "head_dim"), (512, 2, 64)) == P("fsdp", None, None)
+    assert spec(("batch", None), (1, 64)) == P(None, None)
+    both = sharding.make_mesh(2, 2, 2)
+    assert sharding.partition_spec(("batch",), (8,), both) == P(("replica", "fsdp"))
+
+
+def test_every_parameter_has_logical_axes():
+    params = nnx.state(tiny.random_model(tiny.CONFIG, seed=0), nnx.Param)
+    known = {*sharding.RULES, "layers", "head_dim", None}
+    for path, variable in nnx.to_flat_state(params):
+        axes = variable.get_metadata("axes")
+        assert len(axes) == variable.get_value().ndim, path
+        assert set(axes) <= known, path
+
+
+def test_meshes_that_cannot_be():
+    with pytest.raises(ValueError, match="replica=1 x fsdp=3 x tensor=1 does not match 8 devices"):
+        sharding.make_mesh(1, 3, 1)
+    with pytest.raises(ValueError, match="must be positive, one of them may be -1"):
+        sharding.make_mesh(-1, -1, 1)
+    assert sharding.make_mesh(1, -1, 2).shape["fsdp"] == 4
