@@ -87,7 +87,8 @@ class Processor:
         Raises:
           TokenizerError, ImageError: a file is missing or unusable; the message names it.
         """
-        path = pathlib.Path(directory) / "tokenizer.json"
+        directory = pathlib.Path(directory)
+        path = directory / "tokenizer.json"
         try:
             text = path.read_text(encoding="utf-8") if path.exists() else _convert_slow(directory)
             return cls(text, ImageProcessor.from_directory(directory))
@@ -200,11 +201,17 @@ def _parse_message(message: Any) -> tuple[str, list[str | dict]]:
     return role, parts
 
 
-def _convert_slow(directory) -> str:
+def _convert_slow(directory: pathlib.Path) -> str:
+    """The `tokenizer.json` that `transformers` makes of an old vocab.json and merges.txt."""
+    if not directory.is_dir():
+        raise TokenizerError("no such directory")
+    if not (directory / "vocab.json").exists():
+        raise TokenizerError("no tokenizer.json, nor vocab.json and merges.txt")
     from transformers import AutoTokenizer  # slow to import, and only needed here
 
     try:
-        return AutoTokenizer.from_pretrained(directory).backend_tokenizer.to_str()
-    except Exception as error:  # transformers has no single error for "no tokenizer here"
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return tokenizer.backend_tokenizer.to_str()
+    except Exception as error:  # transformers has no single error for this
         reason = str(error).split("\n")[0]
-        raise TokenizerError(f"no tokenizer.json, and no tokenizer files ({reason})") from None
+        raise TokenizerError(f"vocab.json and merges.txt cannot be used ({reason})") from None

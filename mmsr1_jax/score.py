@@ -163,18 +163,23 @@ def write_in_order(results: Iterator[tuple[int, dict]], order: list[int], out: p
     """
     partial = out.with_name(f".{out.name}.partial")
     done: dict[int, dict] = {}
-    remaining, failed = iter(order), 0
+    remaining, failed, logprobs = iter(order), 0, []
     expected = next(remaining, None)
     with open(partial, "w", encoding="utf-8") as file:
         for number, result in tqdm(results, total=len(order), unit=" conversations", desc="score"):
             if "error" in result:
                 failed += 1
                 tqdm.write(f"id {result['id']!r}, {result['error']}", file=sys.stderr)
+            logprobs += result.get("logprobs", [])[1:]
             done[number] = result
             while expected in done:
                 file.write(json.dumps(done.pop(expected), ensure_ascii=False) + "\n")
                 expected = next(remaining, None)
     os.replace(partial, out)
+    print(
+        f"scored {len(order) - failed} of {len(order)} conversations, {len(logprobs)} tokens, "
+        f"mean log-prob {np.mean(logprobs or [np.nan]):.4f}: {out}"
+    )
     if failed:
         print(f"{failed} of {len(order)} lines could not be scored", file=sys.stderr)
     return failed

@@ -9,6 +9,7 @@ import pytest
 
 from mmsr1_jax.models import attention as module
 from mmsr1_jax.models.attention import attention, choose
+from tests.programs import array_sizes
 
 
 def formula(q, k, v, segment_ids, causal):
@@ -61,7 +62,7 @@ def test_packed_rows_match_the_formula(name, causal, monkeypatch):
 @pytest.mark.parametrize("name", ["blockwise", "triton", "splash"])
 def test_gradients_match_the_plain_form(name, monkeypatch):
     monkeypatch.setattr(module, "_BLOCK", 128)
-    q, k, v, ids = inputs(256, H=64)
+    q, k, v, ids = inputs(200 if name == "blockwise" else 256, H=64)
     weights = np.random.default_rng(1).normal(size=q.shape) * (ids != 0)[..., None, None]
 
     def gradient(implementation):
@@ -81,14 +82,15 @@ def test_blockwise_holds_no_square_of_the_length(monkeypatch):
     T = 1024
     q, k, v, ids = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs(T, N=1, K=1))
 
-    def peak(implementation):
+    def largest(implementation):
         def loss(q, k, v, ids):
             return attention(q, k, v, ids, causal=True, implementation=implementation).sum()
 
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v, ids).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        return max(array_sizes(compiled))
 
-    assert peak("blockwise") < peak("xla") / 3
+    assert largest("blockwise") < T * T / 2
+    assert largest("xla") >= T * T  # the measure sees such an array where there is one
 
 
 def test_choice_by_platform_and_length(monkeypatch):

@@ -173,8 +173,8 @@ def test_devices_hold_and_read_their_slices(tmp_path, shape, monkeypatch):
     whole = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     assert sum(sizes) == whole  # nothing is read twice, whatever is replicated
     gate = model.text.layers.mlp.gate.kernel.get_value()
-    L, D, F = gate.shape
-    assert {s.data.shape for s in gate.addressable_shards} == {(L, D // shape[1], F // shape[2])}
+    L, F, D = gate.shape
+    assert {s.data.shape for s in gate.addressable_shards} == {(L, F // shape[2], D // shape[1])}
     assert_same_bits(dict(checkpoint.hf_tensors(model)), read_all(source))
 
 

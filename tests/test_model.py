@@ -16,6 +16,7 @@ from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.models.qwen2_5_vl import checkpoint
 from mmsr1_jax.models.qwen2_5_vl.text import token_logprobs
 from tests import reference
+from tests.programs import array_sizes
 from tests.reference import random_conversation, torch, torch_logits
 
 BUCKET = Bucket(length=192, windows=12, rows=2)
@@ -180,14 +181,6 @@ def test_bfloat16_stays_near_float32():
     exact = jitted("gqa 4:1, untied")(rows)[1]
     assert half.dtype == jnp.float32
     assert np.abs(np.asarray(half - exact)).max() < 0.1
-
-
-def array_sizes(compiled) -> set[int]:
-    """Elements of every array in a compiled program."""
-    import re
-
-    shapes = re.findall(r"\b(?:f|bf|s|u|pred)\d*\[([\d,]+)\]", compiled.as_text())
-    return {int(np.prod([int(d) for d in shape.split(",")])) for shape in shapes}
 
 
 def test_logprobs_never_hold_tokens_by_vocabulary():

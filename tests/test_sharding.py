@@ -82,7 +82,7 @@ def test_batch_and_parameters_are_spread():
     logprobs, gradient = run_on(mesh, CONFIGS["kv heads 2"])
     assert logprobs.sharding.shard_shape(logprobs.shape) == (8 // 4, 96)
     kernel = gradient["text"]["layers"]["mlp"]["gate"]["kernel"].get_value()
-    assert kernel.sharding.shard_shape(kernel.shape) == (3, 128 // 4, 256 // 2)
+    assert kernel.sharding.shard_shape(kernel.shape) == (3, 256 // 2, 128 // 4)
 
 
 def test_partition_specs():

@@ -1,14 +1,13 @@
 """HF checkpoints in and out: safetensors straight onto the mesh, and back bit for bit.
 
-Each parameter here is a stack over layers of tensors there, transposed: a `nn.Linear` weight is
-[out, in], ours is [in..., out...] with heads as axes of their own. `tensor_table` is the one place
-that says which is which; reading, writing and the tests go through it.
+Each parameter here is a stack over layers of tensors there, in another shape: a `nn.Linear` weight
+is [out, in], ours has heads as an axis of their own. `tensor_table` is the one place that says
+which is which; reading, writing and the tests go through it.
 """
 
 import collections
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import shutil
@@ -51,14 +50,12 @@ class Tensor:
     Attributes:
       name: HF name without layout prefix; `{}` stands for the layer.
       tower: "text", "vision" or "head".
-      contracted: how many dimensions of ours are inputs of a linear map: there they come last.
       shape: the HF shape of one layer.
       layers: number of layers, None for a parameter that is not stacked.
     """
 
     name: str
     tower: str
-    contracted: int
     shape: tuple[int, ...]
     layers: int | None
 
@@ -66,26 +63,16 @@ class Tensor:
         prefix = {"text": layout[0], "vision": layout[1], "head": ""}[self.tower]
         return prefix + (self.name if layer is None else self.name.format(layer))
 
-    def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """One layer of ours -> the HF tensor."""
-        order = (*range(self.contracted, array.ndim), *range(self.contracted))
-        return np.ascontiguousarray(array.transpose(order).reshape(self.shape))
-
-    def slice_from_hf(self, tensor, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+    def read(self, tensor, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
         """Reads `ours[index]` of one layer, of shape `shape`, from a safetensors slice.
 
-        Only the rows that are needed are read where the outputs are cut along their first
-        dimension (heads, feed-forward, vocabulary); other cuts are made in memory.
+        Only the rows that are needed are read where ours is cut along its first dimension (heads,
+        feed-forward, vocabulary); other cuts are made in memory.
         """
-        n = self.contracted
-        outputs, inputs = shape[n:], shape[:n]
-        first, rows = index[n], math.prod(outputs[1:]) * self.shape[0] // math.prod(outputs)
-        start, stop, _ = first.indices(outputs[0])
+        start, stop, _ = index[0].indices(shape[0])
+        rows = self.shape[0] // shape[0]
         values = np.asarray(tensor[start * rows : stop * rows])
-        values = values.reshape(stop - start, *outputs[1:], *inputs)
-        values = values[(slice(None), *index[n + 1 :], *index[:n])]
-        outs = len(outputs)
-        return values.transpose(*range(outs, values.ndim), *range(outs))
+        return values.reshape(stop - start, *shape[1:])[(slice(None), *index[1:])]
 
 
 def tensor_table(config: ModelConfig) -> dict[tuple[str, ...], Tensor]:
@@ -96,39 +83,39 @@ def tensor_table(config: ModelConfig) -> dict[tuple[str, ...], Tensor]:
     wide = d * v.merge_size**2
     table: dict[tuple[str, ...], Tensor] = {}
 
-    def add(path: str, name: str, shape: tuple[int, ...], contracted: int = 0, layers=None):
+    def add(path: str, name: str, shape: tuple[int, ...], layers: int | None = None):
         tower = "head" if path == "text/head" else path.split("/")[0]
-        table[tuple(path.split("/"))] = Tensor(name, tower, contracted, shape, layers)
+        table[tuple(path.split("/"))] = Tensor(name, tower, shape, layers)
 
-    def linear(path, name, out, inp, bias, contracted=1, layers=None):
-        add(f"{path}/kernel", f"{name}.weight", (out, inp), contracted, layers)
+    def linear(path: str, name: str, out: int, inp: int, bias: bool, layers: int | None = None):
+        add(f"{path}/kernel", f"{name}.weight", (out, inp), layers)
         if bias:
-            add(f"{path}/bias", f"{name}.bias", (out,), 0, layers)
+            add(f"{path}/bias", f"{name}.bias", (out,), layers)
 
     add("text/embedding", "embed_tokens.weight", (t.vocab_size, D))
     layer, ours = "layers.{}.", "text/layers/"
-    add(ours + "attention_norm/scale", layer + "input_layernorm.weight", (D,), 0, t.num_layers)
+    add(ours + "attention_norm/scale", layer + "input_layernorm.weight", (D,), t.num_layers)
     for key, out in (("q", N * H), ("k", K * H), ("v", K * H)):
         name = f"{layer}self_attn.{key}_proj"
-        linear(f"{ours}attention/{key}", name, out, D, True, layers=t.num_layers)
-    linear(ours + "attention/out", layer + "self_attn.o_proj", D, N * H, False, 2, t.num_layers)
-    add(ours + "mlp_norm/scale", layer + "post_attention_layernorm.weight", (D,), 0, t.num_layers)
+        linear(f"{ours}attention/{key}", name, out, D, True, t.num_layers)
+    linear(ours + "attention/out", layer + "self_attn.o_proj", D, N * H, False, t.num_layers)
+    add(ours + "mlp_norm/scale", layer + "post_attention_layernorm.weight", (D,), t.num_layers)
     for key, out, inp in (("gate", F, D), ("up", F, D), ("down", D, F)):
         name = f"{layer}mlp.{key}_proj"
-        linear(f"{ours}mlp/{key}", name, out, inp, False, layers=t.num_layers)
+        linear(f"{ours}mlp/{key}", name, out, inp, False, t.num_layers)
     add("text/norm/scale", "norm.weight", (D,))
     if not t.tie_embeddings:
         add("text/head", "lm_head.weight", (t.vocab_size, D))
 
     patch = (v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
-    add("vision/patch_embed/kernel", "patch_embed.proj.weight", (d, *patch), 1)
+    add("vision/patch_embed/kernel", "patch_embed.proj.weight", (d, *patch))
     block, ours = "blocks.{}.", "vision/blocks/"
-    add(ours + "attention_norm/scale", block + "norm1.weight", (d,), 0, v.num_layers)
-    linear(ours + "attention/qkv", block + "attn.qkv", 3 * d, d, True, layers=v.num_layers)
-    linear(ours + "attention/out", block + "attn.proj", d, d, True, 2, v.num_layers)
-    add(ours + "mlp_norm/scale", block + "norm2.weight", (d,), 0, v.num_layers)
+    add(ours + "attention_norm/scale", block + "norm1.weight", (d,), v.num_layers)
+    linear(ours + "attention/qkv", block + "attn.qkv", 3 * d, d, True, v.num_layers)
+    linear(ours + "attention/out", block + "attn.proj", d, d, True, v.num_layers)
+    add(ours + "mlp_norm/scale", block + "norm2.weight", (d,), v.num_layers)
     for key, out, inp in (("gate", f, d), ("up", f, d), ("down", d, f)):
-        linear(f"{ours}mlp/{key}", f"{block}mlp.{key}_proj", out, inp, True, layers=v.num_layers)
+        linear(f"{ours}mlp/{key}", f"{block}mlp.{key}_proj", out, inp, True, v.num_layers)
     add("vision/merger/norm/scale", "merger.ln_q.weight", (d,))
     linear("vision/merger/fc1", "merger.mlp.0", wide, wide, True)
     linear("vision/merger/fc2", "merger.mlp.2", v.out_hidden_size, wide, True)
@@ -295,11 +282,11 @@ class _Files:
         out = np.empty([stop - start for start, stop in bounds], dtype)
         if tensor.layers is None:
             name = tensor.hf_name(self.layout, None)
-            out[...] = tensor.slice_from_hf(self._slice(name), shape, index)
+            out[...] = tensor.read(self._slice(name), shape, index)
             return out
         for row, layer in enumerate(range(*bounds[0])):
             name = tensor.hf_name(self.layout, layer)
-            out[row] = tensor.slice_from_hf(self._slice(name), shape[1:], index[1:])
+            out[row] = tensor.read(self._slice(name), shape[1:], index[1:])
         return out
 
 
@@ -326,7 +313,7 @@ def hf_tensors(
             array = value if layer is None else value[layer]
             if not array.is_fully_addressable:
                 array = multihost_utils.process_allgather(array, tiled=True)
-            yield table[path].hf_name(layout, layer), table[path].to_hf(np.asarray(array))
+            yield table[path].hf_name(layout, layer), np.asarray(array).reshape(table[path].shape)
 
 
 def save(

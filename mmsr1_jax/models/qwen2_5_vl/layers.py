@@ -4,6 +4,7 @@ Parameters of all layers of a tower are stacked along a leading axis L and the t
 a program's size and compile time do not grow with depth. `layers=None` makes a module without it.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -24,7 +25,9 @@ def stacked(layers: int | None, shape: Sequence[int], axes: Sequence[str | None]
 class Linear(nnx.Module):
     """`y = x W + b` from the last `len(inputs)` dimensions of x to `outputs`.
 
-    kernel: [L, *inputs, *outputs]; bias: [L, *outputs]. Dimensions are (size, logical axis) pairs.
+    kernel: [L, *outputs, *inputs]; bias: [L, *outputs]. Dimensions are (size, logical axis) pairs.
+    Outputs come first, as in the checkpoints, and because the gradient of the kernel is then a
+    product that XLA's CPU backend does not have to transpose (three times the speed).
     """
 
     def __init__(
@@ -37,7 +40,7 @@ class Linear(nnx.Module):
         layers: int | None = None,
         dtype=jnp.float32,
     ):
-        sizes, names = zip(*inputs, *outputs, strict=True)
+        sizes, names = zip(*outputs, *inputs, strict=True)
         fan_in = math.prod(size for size, _ in inputs)
         init = jax.nn.initializers.normal(fan_in**-0.5)
         self.kernel = param(rngs, *stacked(layers, sizes, names), init, dtype)
@@ -47,11 +50,39 @@ class Linear(nnx.Module):
         self.contracted = len(inputs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        n = self.contracted
-        kernel = self.kernel.get_value().astype(x.dtype)
-        dims = ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ()))
-        y = jax.lax.dot_general(x, kernel, dims)
+        y = _apply(x, self.kernel.get_value().astype(x.dtype), self.contracted)
         return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _apply(x: jax.Array, kernel: jax.Array, n: int) -> jax.Array:
+    """Contracts the last n dimensions of x with the last n of the kernel.
+
+    The gradient is the usual one, but its product for the kernel turns the narrower of x and g: a
+    product over tokens has to turn one of them in memory, and XLA's CPU backend always takes the
+    left, with all that made it recomputed against the grain (a third of a training step).
+    """
+    last = (tuple(range(x.ndim - n, x.ndim)), tuple(range(kernel.ndim - n, kernel.ndim)))
+    return jax.lax.dot_general(x, kernel, (last, ((), ())))
+
+
+def _apply_forward(x, kernel, n):
+    return _apply(x, kernel, n), (x, kernel)
+
+
+def _apply_backward(n, saved, g):
+    x, kernel = saved
+    outputs = kernel.ndim - n
+    tokens = tuple(range(x.ndim - n))
+    sums = (tuple(range(len(tokens), g.ndim)), tuple(range(outputs)))
+    dx = jax.lax.dot_general(g, kernel, (sums, ((), ())))
+    if x.size < g.size:
+        turned = jax.lax.dot_general(x, g, ((tokens, tokens), ((), ())))
+        return dx, turned.transpose(*range(n, kernel.ndim), *range(n))
+    return dx, jax.lax.dot_general(g, x, ((tokens, tokens), ((), ())))
+
+
+_apply.defvjp(_apply_forward, _apply_backward)
 
 
 class RMSNorm(nnx.Module):
@@ -63,9 +94,13 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * self.scale.get_value().astype(x.dtype)
+        return _normed(x, self.eps) * self.scale.get_value().astype(x.dtype)
+
+
+@functools.partial(jax.checkpoint, static_argnums=1)
+def _normed(x: jax.Array, eps: float) -> jax.Array:
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
 class SwiGLU(nnx.Module):
@@ -79,7 +114,13 @@ class SwiGLU(nnx.Module):
         self.down = Linear(inner, wide, **keywords)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(_gated(self.gate(x), self.up(x)))
+
+
+@jax.checkpoint
+def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """The backward pass keeps the two products only, not what silu is made of."""
+    return jax.nn.silu(gate) * up
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -34,7 +34,7 @@ def mrope_angles(positions: jax.Array, config: TextConfig) -> tuple[jax.Array, j
 
 
 class SelfAttention(nnx.Module):
-    """Projections of all layers: q [L, D, N, H], k and v [L, D, K, H], out [L, N, H, D]."""
+    """Kernels of all layers: q [L, N, H, D], k and v [L, K, H, D], out [L, D, N, H]."""
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype):
         D, H = (config.hidden_size, "embed"), (config.head_dim, "head_dim")

@@ -123,7 +123,7 @@ def pack_images(
 
 
 class VisionAttention(nnx.Module):
-    """qkv [L, D, 3, N, H], out [L, N, H, D]."""
+    """Kernels of all layers: qkv [L, 3, N, H, D], out [L, D, N, H]."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype):
         D, H = (config.hidden_size, "embed"), (config.head_dim, "head_dim")
