@@ -3,7 +3,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 DEMO = build/demo
 
-.PHONY: demo test test-long bench lint format clean
+.PHONY: demo test bench lint format clean
 
 # Each stamp is made once, so that a second run needs no network.
 $(VENV)/.runtime: requirements.txt
@@ -22,10 +22,7 @@ demo: $(VENV)/.runtime
 	    --conversations=docs/demo/question.jsonl --out=$(DEMO)/scores.jsonl
 
 test: $(VENV)/.tests lint
-	$(RUN) -m pytest -m "not long"
-
-test-long: $(VENV)/.tests
-	$(RUN) -m pytest -m long
+	$(RUN) -m pytest
 
 lint: $(VENV)/.tests
 	$(VENV)/bin/ruff check .

@@ -72,8 +72,9 @@ class Buckets:
       batch_windows: and into this many windows of patches.
     """
 
-    lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-    image_windows: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024)
+    # The released pixel limits let a picture have 16,384 tokens in up to 1,250 windows.
+    lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384, 20480, 40960)
+    image_windows: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 1280, 2560)
     batch_tokens: int = 8192
     batch_windows: int = 128
 
@@ -83,11 +84,14 @@ class Images:
     """Pictures from outside.
 
     Attributes:
-      max_file_pixels: a file with more is refused before it is decompressed. What the policy sees
-        is bounded by the checkpoint's own `preprocessor_config.json`.
+      max_file_pixels: a file with more is refused before it is decompressed.
+      min_pixels, max_pixels: bounds on what the policy sees, after resizing; None for those of the
+        checkpoint's own `preprocessor_config.json`.
     """
 
     max_file_pixels: int = 100_000_000
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -127,6 +131,11 @@ def validate(config: Config) -> Config:
     _positive("buckets.batch_tokens", config.buckets.batch_tokens)
     _positive("buckets.batch_windows", config.buckets.batch_windows)
     _positive("images.max_file_pixels", config.images.max_file_pixels)
+    low, high = config.images.min_pixels, config.images.max_pixels
+    for field, value in (("images.min_pixels", low), ("images.max_pixels", high)):
+        _positive(field, 1 if value is None else value)
+    if low is not None and high is not None and low > high:
+        raise ConfigError(f"config.images.min_pixels={low} is more than max_pixels={high}")
     return config
 
 

@@ -95,6 +95,13 @@ class ImageProcessor:
             raise ValueError(f"min_pixels and max_pixels do not fit together: {fields}")
         return processor
 
+    def with_limits(self, min_pixels: int | None, max_pixels: int | None) -> "ImageProcessor":
+        """The same with other bounds on the area; None leaves one as it is."""
+        low, high = min_pixels or self.min_pixels, max_pixels or self.max_pixels
+        if low > high:
+            raise ImageError(f"min_pixels={low} is more than max_pixels={high}")
+        return dataclasses.replace(self, min_pixels=low, max_pixels=high)
+
     def to_hf(self) -> dict[str, Any]:
         """The contents of a `preprocessor_config.json`."""
         return {

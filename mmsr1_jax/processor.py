@@ -17,11 +17,13 @@ import tokenizers
 
 from mmsr1_jax.images import (
     DEFAULT_MAX_FILE_PIXELS,
+    ImageError,
     ImageProcessor,
     Patches,
     open_image,
     to_rgb,
 )
+from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
 
 ROLES = ("system", "user", "assistant")
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -96,6 +98,28 @@ class Processor:
             raise TokenizerError(f"{directory}: {error}") from None
         except (OSError, json.JSONDecodeError) as error:
             raise TokenizerError(f"{path}: {error}") from None
+
+    def check_fits(self, config: ModelConfig) -> None:
+        """Raises TokenizerError or ImageError where the directory's files do not fit together."""
+        largest = max(self._all.get_vocab(with_added_tokens=True).values())
+        if largest >= config.text.vocab_size:
+            raise TokenizerError(
+                f"tokenizer.json: token id {largest} is outside the model's vocabulary of "
+                f"{config.text.vocab_size} (config.json: vocab_size)"
+            )
+        image_token = self.control["<|image_pad|>"]
+        if image_token != config.image_token_id:
+            raise TokenizerError(
+                f"tokenizer.json: <|image_pad|> is {image_token}, but config.json says "
+                f"image_token_id={config.image_token_id}"
+            )
+        for field in ("patch_size", "temporal_patch_size", "merge_size"):
+            ours, model = getattr(self.images, field), getattr(config.vision, field)
+            if ours != model:
+                raise ImageError(
+                    f"preprocessor_config.json: {field}={ours}, but the model's vision tower has "
+                    f"{model}"
+                )
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of text; never a control token, whatever the text."""
@@ -183,14 +207,14 @@ def _parse_message(message: Any) -> tuple[str, list[str | dict]]:
     if role not in ROLES:
         raise ConversationError(f"unknown role {role!r}, not one of {', '.join(ROLES)}")
     if isinstance(content, str):
-        return role, [content]
+        return role, [_checked_text(content)]
     if not isinstance(content, list):
         raise ConversationError("content must be a string or a list of parts")
     parts: list[str | dict] = []
     for number, part in enumerate(content, start=1):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            parts.append(part["text"])
+            parts.append(_checked_text(part["text"]))
         elif kind == "image" and isinstance(part.get("image"), (str, bytes, PIL.Image.Image)):
             parts.append({"image": part["image"]})
         else:
@@ -199,6 +223,15 @@ def _parse_message(message: Any) -> tuple[str, list[str | dict]]:
                 "{'type': 'image', 'image': ..}"
             )
     return role, parts
+
+
+def _checked_text(text: str) -> str:
+    """`text`, unless it holds half of a surrogate pair, as JSON escapes can make."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConversationError(f"text is not valid Unicode ({error.reason})") from None
+    return text
 
 
 def _convert_slow(directory: pathlib.Path) -> str:

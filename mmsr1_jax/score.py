@@ -10,6 +10,7 @@ OUT, a line, in the order of IN: {"id": .., "tokens": [..], "logprobs": [null, .
 {"id": .., "error": ..} for a line that cannot be scored; then the exit code is 1.
 """
 
+import codecs
 import json
 import os
 import pathlib
@@ -29,6 +30,8 @@ from mmsr1_jax.images import ImageError
 from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.models.qwen2_5_vl import Rows
 from mmsr1_jax.processor import ConversationError, Processor, Prompt
+
+_MAX_WAIT = 2048  # lines that a conversation waits at most for others of its shape
 
 _CONFIG = settings.define_flag()
 _MODEL = flags.DEFINE_string("model", None, "HF directory of the policy", required=True)
@@ -55,10 +58,13 @@ def score_file(
     config: settings.Config, model_dir: str, source: pathlib.Path, out: pathlib.Path
 ) -> int:
     """Scores `source` into `out`, which appears when it is complete. Returns the bad lines."""
-    lines = [
-        line for line in enumerate(source.read_text("utf-8").splitlines(), 1) if line[1].strip()
-    ]
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"--out={out}: must be a file in a directory that exists")
+    lines = list(read_lines(source))
     processor = Processor.from_directory(model_dir)
+    processor.images = processor.images.with_limits(
+        config.images.min_pixels, config.images.max_pixels
+    )
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
     model = qwen2_5_vl.load(
         model_dir,
@@ -69,68 +75,114 @@ def score_file(
         remat=config.model.remat,
         logprob_chunk=config.model.logprob_chunk,
     )
-    model_config = model.config
+    processor.check_fits(model.config)
+    precision = "highest" if config.model.dtype == "float32" else None
+    with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
+        results = score_lines(lines, model, processor, config, mesh, source.parent)
+        return write_in_order(results, [number for number, _ in lines], out)
+
+
+def score_lines(
+    lines: list[tuple[int, bytes]],
+    model: qwen2_5_vl.Qwen2_5_VL,
+    processor: Processor,
+    config: settings.Config,
+    mesh: jax.sharding.Mesh,
+    folder: pathlib.Path,
+) -> Iterator[tuple[int, dict]]:
+    """Yields (line number, what to write) as batches fill; one batch is always in flight."""
     graph, params = nnx.split(model)
 
     @jax.jit
     def token_logprobs(params, rows: Rows) -> jax.Array:
         return nnx.merge(graph, params).token_logprobs(rows)
 
-    def score(bucket: Bucket, batch: list[tuple[int, dict, Prompt]]):
-        """Starts a batch; yields each line's result when asked for it."""
+    def start(bucket: Bucket, batch: list[tuple[int, dict, Prompt]]):
         prompts = [[prompt] for _, _, prompt in batch]
-        image_token = processor.control["<|image_pad|>"]
-        rows = make_rows(prompts, bucket, model_config, image_token)
-        with jax.set_mesh(mesh):
-            logprobs = token_logprobs(params, sharding.shard_batch(rows, mesh))
-        return batch, logprobs
+        rows = make_rows(prompts, bucket, model.config, model.config.image_token_id)
+        return batch, token_logprobs(params, sharding.shard_batch(rows, mesh))
 
-    def finish(started):
-        batch, logprobs = started
-        for row, (number, line, prompt) in zip(np.asarray(logprobs), batch, strict=False):
-            values = [None, *map(float, row[1 : len(prompt.tokens)])]
-            yield number, {"id": line["id"], "tokens": prompt.tokens.tolist(), "logprobs": values}
-
-    def results() -> Iterator[tuple[int, dict]]:
-        """(line number, what to write), as batches fill; one batch is always in flight."""
-        waiting: dict[Bucket, list] = {}
-        in_flight = None
-        ways = sharding.batch_ways(mesh)
-        for number, text in lines:
-            line_id = None
-            try:
-                line = parse_line(text)
-                line_id = line["id"]
-                messages = resolve_paths(line["messages"], source.parent)
-                prompt = processor.conversation(
-                    messages, max_file_pixels=config.images.max_file_pixels
-                )
-                bucket = bucket_of(prompt, model_config, config.buckets, ways)
-            except (ConversationError, ImageError, TooLongError) as error:
-                yield number, {"id": line_id, "error": f"line {number}: {error}"}
-                continue
-            waiting.setdefault(bucket, []).append((number, line, prompt))
-            if len(waiting[bucket]) == bucket.rows:
-                started = score(bucket, waiting.pop(bucket))
-                if in_flight:
-                    yield from finish(in_flight)
-                in_flight = started
-        for bucket in sorted(waiting):
-            started = score(bucket, waiting[bucket])
+    waiting: dict[Bucket, list[tuple[int, dict, Prompt]]] = {}
+    in_flight = None
+    for number, text in lines:
+        prepared = prepare(number, text, model.config, processor, config, mesh, folder)
+        if isinstance(prepared, dict):
+            yield number, prepared
+            continue
+        line, prompt, bucket = prepared
+        waiting.setdefault(bucket, []).append((number, line, prompt))
+        # What fills its bucket goes; so does what has waited for long, lest results pile up.
+        ready = [b for b, items in waiting.items() if len(items) == b.rows]
+        ready += [b for b, items in waiting.items() if items[0][0] < number - _MAX_WAIT]
+        for full in dict.fromkeys(ready):
+            started = start(full, waiting.pop(full))
             if in_flight:
                 yield from finish(in_flight)
             in_flight = started
+    for bucket in sorted(waiting):
+        started = start(bucket, waiting[bucket])
         if in_flight:
             yield from finish(in_flight)
+        in_flight = started
+    if in_flight:
+        yield from finish(in_flight)
 
-    return write_in_order(results(), [number for number, _ in lines], out)
+
+def prepare(number, text, model_config, processor, config, mesh, folder):
+    """One line -> (line, prompt, bucket), or what to write where it cannot be scored."""
+    line_id = None
+    try:
+        line = parse_line(text)
+        line_id = line["id"]
+        messages = resolve_paths(line["messages"], folder)
+        prompt = processor.conversation(messages, max_file_pixels=config.images.max_file_pixels)
+        ways = sharding.batch_ways(mesh)
+        return line, prompt, bucket_of(prompt, model_config, config.buckets, ways)
+    except (ConversationError, ImageError, TooLongError) as error:
+        reason = str(error)
+    except Exception as error:  # a line must never end the run, whatever is in it
+        reason = f"{type(error).__name__}: {error}"
+    return {"id": line_id, "error": f"line {number}: {reason}"}
 
 
-def parse_line(text: str) -> dict:
+def finish(started) -> Iterator[tuple[int, dict]]:
+    """Waits for a batch and yields each line's result."""
+    batch, logprobs = started
+    for row, (number, line, prompt) in zip(np.asarray(logprobs), batch, strict=False):
+        values = row[1 : len(prompt.tokens)]
+        if not np.isfinite(values).all():
+            bad = int(np.argmin(np.isfinite(values))) + 1
+            error = f"line {number}: the log-prob of token {bad} is not finite"
+            yield number, {"id": line["id"], "error": error}
+            continue
+        logprobs_out = [None, *map(float, values)]
+        yield (
+            number,
+            {
+                "id": line["id"],
+                "tokens": prompt.tokens.tolist(),
+                "logprobs": logprobs_out,
+            },
+        )
+
+
+def read_lines(source: pathlib.Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, bytes) of the lines that are not blank; only a newline ends a line."""
+    with open(source, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                yield number, line
+
+
+def parse_line(text: bytes) -> dict:
     """One line of IN. Raises ConversationError where it is not an object with id and messages."""
     try:
-        line = json.loads(text)
-    except ValueError as error:
+        line = json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConversationError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
+    except (ValueError, RecursionError) as error:
         raise ConversationError(f"not JSON ({error})") from None
     if not isinstance(line, dict) or "messages" not in line:
         raise ConversationError("must be an object with 'id' and 'messages'")
@@ -142,8 +194,10 @@ def resolve_paths(messages, folder: pathlib.Path):
 
     def resolve(part):
         path = part.get("image") if isinstance(part, dict) else None
-        if isinstance(path, str) and not os.path.exists(path) and (folder / path).exists():
-            return {**part, "image": str(folder / path)}
+        if isinstance(path, str) and not os.path.exists(path):
+            beside = os.path.join(folder, path)
+            if os.path.exists(beside):
+                return {**part, "image": beside}
         return part
 
     if not isinstance(messages, list):
@@ -163,22 +217,27 @@ def write_in_order(results: Iterator[tuple[int, dict]], order: list[int], out: p
     """
     partial = out.with_name(f".{out.name}.partial")
     done: dict[int, dict] = {}
-    remaining, failed, logprobs = iter(order), 0, []
+    remaining, failed, tokens, total = iter(order), 0, 0, 0.0
     expected = next(remaining, None)
-    with open(partial, "w", encoding="utf-8") as file:
-        for number, result in tqdm(results, total=len(order), unit=" conversations", desc="score"):
-            if "error" in result:
-                failed += 1
-                tqdm.write(f"id {result['id']!r}, {result['error']}", file=sys.stderr)
-            logprobs += result.get("logprobs", [])[1:]
-            done[number] = result
-            while expected in done:
-                file.write(json.dumps(done.pop(expected), ensure_ascii=False) + "\n")
-                expected = next(remaining, None)
-    os.replace(partial, out)
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            for number, result in tqdm(results, total=len(order), unit=" lines", desc="score"):
+                if "error" in result:
+                    failed += 1
+                    tqdm.write(f"id {result['id']!r}, {result['error']}", file=sys.stderr)
+                else:
+                    tokens += len(result["tokens"]) - 1
+                    total += sum(result["logprobs"][1:])
+                done[number] = result
+                while expected in done:
+                    file.write(json.dumps(done.pop(expected)) + "\n")
+                    expected = next(remaining, None)
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
     print(
-        f"scored {len(order) - failed} of {len(order)} conversations, {len(logprobs)} tokens, "
-        f"mean log-prob {np.mean(logprobs or [np.nan]):.4f}: {out}"
+        f"scored {len(order) - failed} of {len(order)} conversations, {tokens} tokens, "
+        f"mean log-prob {total / max(tokens, 1):.4f}: {out}"
     )
     if failed:
         print(f"{failed} of {len(order)} lines could not be scored", file=sys.stderr)

@@ -9,10 +9,11 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import tokenizers
-from absl import app, flags
+from absl import flags
 from flax import nnx
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from mmsr1_jax import config as settings
 from mmsr1_jax.images import ImageProcessor
 from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.processor import CONTROL_TOKENS
@@ -101,8 +102,7 @@ def write(directory, *, config=CONFIG, images=IMAGES, seed: int = 0, param_dtype
 
 
 def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    del argv
     write(_OUT.value, seed=_SEED.value)
     print(f"wrote a random policy to {_OUT.value}")
 
@@ -110,4 +110,4 @@ def main(argv):
 if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", None, "directory to write", required=True)
     _SEED = flags.DEFINE_integer("seed", 0, "seed of the random parameters")
-    app.run(main)
+    settings.run(main)

@@ -46,7 +46,7 @@ def torch_inputs(prompt: Prompt, config: ModelConfig) -> dict:
 
 
 def random_conversation(rng, config: ModelConfig, layout) -> Prompt:
-    """`layout`: text lengths (int) and images as (rows, columns) of merged tokens, in order."""
+    """`layout`: lengths of text (int) and images (rows, columns[, frames]), in merged tokens."""
     special = {config.image_token_id, config.vision_start_token_id, config.vision_end_token_id}
     special.add(config.video_token_id)
     ordinary = [i for i in range(config.text.vocab_size) if i not in special]
@@ -55,11 +55,12 @@ def random_conversation(rng, config: ModelConfig, layout) -> Prompt:
         if isinstance(item, int):
             tokens += rng.choice(ordinary, item).tolist()
             continue
-        rows, columns = item
-        grid = (1, rows * merge, columns * merge)
-        values = rng.normal(size=(grid[1] * grid[2], config.vision.patch_dim))
+        rows, columns, frames = (*item, 1)[:3]
+        grid = (frames, rows * merge, columns * merge)
+        values = rng.normal(size=(frames * grid[1] * grid[2], config.vision.patch_dim))
         images.append(Patches(values.astype(np.float32), grid))
-        tokens += [config.vision_start_token_id, *[config.image_token_id] * (rows * columns)]
+        count = frames * rows * columns
+        tokens += [config.vision_start_token_id, *[config.image_token_id] * count]
         tokens.append(config.vision_end_token_id)
     return Prompt(np.array(tokens, np.int32), tuple(images))
 

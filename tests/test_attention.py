@@ -103,12 +103,15 @@ def test_choice_by_platform_and_length(monkeypatch):
     assert on("cpu", 8192, bf16, True) == "blockwise"
     assert on("gpu", 8192, bf16, True) == "cudnn"
     assert on("gpu", 8192, bf16, False) == "triton"
+    assert on("gpu", 8100, bf16, False) == "blockwise"
     assert on("gpu", 8192, jnp.dtype(jnp.float32), True) == "blockwise"
     assert on("tpu", 8192, bf16, False) == "splash"
     assert on("tpu", 8190, bf16, False) == "blockwise"
 
 
-def test_cudnn_refuses_packed_rows():
+def test_rows_that_a_kernel_cannot_take_are_refused():
+    with pytest.raises(ValueError, match="triton needs rows of a multiple of 64 tokens, not 4100"):
+        choose("triton", 4100, jnp.bfloat16, False)
     with pytest.raises(ValueError, match="packed segments"):
         choose("cudnn", 4096, jnp.bfloat16, False)
     with pytest.raises(ValueError, match="'flash' is not one of"):

@@ -40,6 +40,12 @@ def palette_with_transparency():
     return encoded(image, transparency=3)
 
 
+def random_picture(seed):
+    rng = np.random.default_rng(seed)
+    width, height = (int(2 ** rng.uniform(3, 10.5)) for _ in range(2))
+    return encoded(noise(width, height, ["RGB", "L", "RGBA"][seed % 3], seed))
+
+
 SYNTHETIC = {
     "grey": encoded(noise(333, 201, "L")),
     "palette": encoded(noise(150, 260).quantize(64)),
@@ -57,7 +63,9 @@ SYNTHETIC = {
     "rounds half down": encoded(noise(42, 70)),
     "large": encoded(noise(2100, 1500), "JPEG"),
     **{f"exif {i}": turned(i) for i in (3, 6, 8)},
+    **{f"random {i}": random_picture(i) for i in range(14)},
 }
+assert len(SYNTHETIC) >= 30
 
 
 def check(data, processor=None):

@@ -39,6 +39,7 @@ LAYOUTS = {
     "one image": [9, (5, 7), 30],
     "three images of odd sizes": [3, (1, 9), 2, (5, 3), 11, (7, 6), 20],
     "image first and last": [(2, 3), 5, (4, 4)],
+    "two frames": [9, (3, 5, 2), 30],
     "image in a second user turn": [40, (3, 5), 25, 30, (6, 2), 8],
 }
 
@@ -165,6 +166,31 @@ def test_remat_and_attention_give_the_same_gradients():
     for keywords in ({"remat": "full", "attention": "blockwise"}, {"remat": "dots"}):
         for a, b in zip(plain, gradient(**keywords), strict=True):
             np.testing.assert_allclose(b, a, atol=1e-4 * float(jnp.abs(a).max()), rtol=0)
+
+
+def test_remat_keeps_less_and_less():
+    config = variant(num_layers=8)
+    rows = rows_of([[]], config, Bucket(length=128, windows=0, rows=1))
+    kept = {}
+    for remat in ("none", "dots", "full"):
+        graph, params = nnx.split(checkpoint.abstract_model(config, remat=remat))
+
+        def loss(params, rows, graph=graph):
+            return nnx.merge(graph, params).token_logprobs(rows).sum()
+
+        compiled = jax.jit(jax.grad(loss)).lower(params, rows).compile()
+        kept[remat] = compiled.memory_analysis().temp_size_in_bytes
+    assert kept["none"] > 1.2 * kept["dots"] and kept["dots"] > 1.2 * kept["full"], kept
+
+
+def test_bfloat16_logits_are_not_rounded():
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(1, 64, 256)), jnp.bfloat16)
+    table = jnp.asarray(rng.normal(size=(2048, 256)), jnp.bfloat16)
+    targets = jnp.asarray(rng.integers(0, 2048, (1, 64)))
+    half = token_logprobs(hidden, table, targets, chunk=16)
+    wide = [x.astype(jnp.float32) for x in (hidden, table)]
+    np.testing.assert_allclose(half, token_logprobs(*wide, targets, chunk=16), atol=1e-3)
 
 
 def test_bfloat16_stays_near_float32():

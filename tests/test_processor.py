@@ -92,10 +92,14 @@ def test_ids_equal_the_chat_template(released, generation_prompt):
 
 
 def test_ids_equal_the_released_template(released):
-    """The template that came with the tokenizer; it has no default system message."""
+    """The template that came with the tokenizer. It has no default system message, and adds an
+    empty thought to an assistant's last turn, so conversations here end with the user's."""
     tokenizer, processor = released
     messages = [{"role": "system", "content": "You are a helpful assistant."}]
-    messages += [{"role": "user", "content": text} for text in TEXTS]
+    for i, text in enumerate(TEXTS):
+        messages.append({"role": "user", "content": text})
+        messages.append({"role": "assistant", "content": f"answer {i}: {text}"})
+    messages.append({"role": "user", "content": "And then?"})
     expected = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert processor.conversation(messages).tokens.tolist() == expected
 

@@ -1,7 +1,12 @@
 """`python -m mmsr1_jax.score`, as a user runs it."""
 
+import codecs
+import dataclasses
+import importlib.util
 import json
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -9,8 +14,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from mmsr1_jax import config as config_module
 from mmsr1_jax import tiny
-from mmsr1_jax.processor import Processor
+from mmsr1_jax.images import ImageProcessor
+from mmsr1_jax.processor import Processor, Prompt
 
 
 def run(*arguments, devices=1, module="mmsr1_jax.score", cwd=None):
@@ -32,11 +39,15 @@ def run(*arguments, devices=1, module="mmsr1_jax.score", cwd=None):
 
 
 def read(path):
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().strip().split(b"\n")]
 
 
 def write(path, lines):
-    path.write_text("".join(x if isinstance(x, str) else json.dumps(x) + "\n" for x in lines))
+    """Objects as JSON, unescaped as other programs write it; bytes as they are."""
+    encoded = [
+        x if isinstance(x, bytes) else json.dumps(x, ensure_ascii=False).encode() for x in lines
+    ]
+    path.write_bytes(b"\n".join(encoded) + b"\n")
 
 
 def image_part(path):
@@ -49,7 +60,7 @@ def text_part(text):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A folder with pictures and 14 conversations of many lengths, 5 of them bad."""
+    """A folder with pictures and conversations of many lengths, good and bad."""
     folder = tmp_path_factory.mktemp("inputs")
     rng = np.random.default_rng(0)
     for i, size in enumerate([(300, 500), (123, 77), (640, 200)]):
@@ -58,7 +69,7 @@ def inputs(tmp_path_factory):
     PIL.Image.new("1", (12_000, 12_000)).save(folder / "bomb.png")
     (folder / "page.png").write_text("<html>")
     good = [
-        {"id": "plain", "messages": [{"role": "user", "content": "What is this?"}]},
+        {"id": "plain", "messages": [{"role": "user", "content": "What\u2028is\x85this?"}]},
         {
             "id": 7,
             "messages": [
@@ -80,12 +91,21 @@ def inputs(tmp_path_factory):
         {"id": "bomb", "messages": [{"role": "user", "content": [image_part("bomb.png")]}]},
         {"id": "role", "messages": [{"role": "robot", "content": "hello"}]},
         {"id": "endless", "messages": [{"role": "user", "content": "word " * 5000}]},
-        "{not json\n",
-        "\n",
+        b"{not json",
+        b"",
+        {
+            "id": "url",
+            "messages": [{"role": "user", "content": [image_part("data:" + "x" * 5000)]}],
+        },
+        b'{"id": "half", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"id": "\\udfff", "messages": 3}',
+        b'{"id": "latin", "messages": [{"role": "user", "content": "caf\xe9"}]}',
+        b'{"id": "deep", "messages": ' + b"[" * 100_000,
     ]
     lines = [good[0], bad[0], good[1], *bad[1:4], *good[2:5], *bad[4:], *good[5:]]
     write(folder / "in.jsonl", lines)
     write(folder / "good.jsonl", good)
+    (folder / "in.jsonl").write_bytes(codecs.BOM_UTF8 + (folder / "in.jsonl").read_bytes())
     return folder
 
 
@@ -101,25 +121,27 @@ def test_bad_lines_are_reported_and_the_rest_goes_on(scored, inputs):
     assert process.returncode == 1, process.stderr
     lines = read(out)
     ids = ["plain", "gone", 7, "html", "bomb", "role", "two", "long 20", "long 150", "endless"]
-    assert [line["id"] for line in lines] == [
-        *ids,
-        None,
-        "long 40",
-        "long 200",
-        "long 5",
-        "long 60",
+    ids += [None, "url", "half", "\udfff", None, None, "long 40", "long 200", "long 5", "long 60"]
+    assert [line["id"] for line in lines] == ids
+    errors = [line["error"] for line in lines if "error" in line]
+    expected = [
+        "line 2: none.png: no such file",
+        f"line 4: {inputs / 'page.png'}: not an image",
+        f"line 5: {inputs / 'bomb.png'}: 12000x12000 pixels are more than the 100000000",
+        "line 6: message 1: unknown role 'robot'",
+        "line 10: 20019 tokens, more than the largest of buckets.lengths, 1024",
+        "line 11: not JSON",
+        "line 13: data:xxx",
+        "line 14: message 1: text is not valid Unicode",
+        "line 15: messages must be a list",
+        "line 16: not UTF-8",
+        "line 17: not JSON",
     ]
-    errors = {line["id"]: line["error"] for line in lines if "error" in line}
-    assert errors.keys() == {"gone", "html", "bomb", "role", "endless", None}
-    assert errors["gone"] == "line 2: none.png: no such file"
-    assert errors["html"] == f"line 4: {inputs / 'page.png'}: not an image"
-    assert "line 5: " in errors["bomb"] and "12000x12000 pixels" in errors["bomb"]
-    assert errors["role"].startswith("line 6: message 1: unknown role 'robot'")
-    assert errors["endless"].startswith("line 10: ") and "buckets.lengths" in errors["endless"]
-    assert errors[None].startswith("line 11: not JSON")
-    for name, error in errors.items():
-        assert f"id {name!r}, {error}" in process.stderr
-    assert "6 of 15 lines could not be scored" in process.stderr
+    for error, words in zip(errors, expected, strict=True):
+        assert error.startswith(words), error
+        assert f", {error}" in process.stderr
+    assert "11 of 20 lines could not be scored" in process.stderr
+    assert "scored 9 of 20 conversations" in process.stdout
     assert "Traceback" not in process.stderr
     assert sorted(p.name for p in inputs.iterdir() if "partial" in p.name) == []
 
@@ -207,6 +229,8 @@ def test_eight_devices_and_bfloat16(scored, tiny_dir, inputs):
         (["stray"], "stray"),
         (["--model=/nowhere"], "/nowhere"),
         (["--conversations=/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["--out=/nowhere/out.jsonl"], "--out=/nowhere/out.jsonl: must be a file"),
+        (["--config.images.min_pixels=9", "--config.images.max_pixels=5"], "is more than max_pi"),
     ],
 )
 def test_mistakes_end_with_one_line(tiny_dir, inputs, arguments, words):
@@ -251,17 +275,67 @@ def test_config_files_are_checked(tmp_path, tiny_dir, inputs, body, words):
     assert len(lines) == 1 and words in lines[0], process.stderr
 
 
-def test_every_config_is_valid():
-    import importlib.util
-    import pathlib
+@pytest.mark.parametrize(
+    "file, change, words",
+    [
+        ("preprocessor_config.json", {"patch_size": 16}, "patch_size=16, but the model's vision"),
+        ("config.json", {"image_token_id": 9}, "<|image_pad|> is 5, but config.json says"),
+        ("config.json", {"vocab_size": 300}, "lm_head.weight has shape [512, 128]"),
+    ],
+)
+def test_files_that_do_not_fit_together(tmp_path, tiny_dir, inputs, file, change, words):
+    shutil.copytree(tiny_dir, tmp_path / "policy")
+    path = tmp_path / "policy" / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    process = run(
+        f"--model={tmp_path / 'policy'}",
+        f"--conversations={inputs / 'good.jsonl'}",
+        f"--out={inputs / 'never.jsonl'}",
+    )
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: ") and words in process.stderr
+    assert len(process.stderr.splitlines()) == 1
 
-    from mmsr1_jax.config import get_config, validate
 
-    validate(get_config())
-    files = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
-    assert files
-    for file in files:
-        spec = importlib.util.spec_from_file_location(file.stem, file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        validate(module.get_config())
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(processor):
+    text = dataclasses.replace(tiny.CONFIG.text, vocab_size=300)
+    with pytest.raises(ValueError, match="token id 4.. is outside the model's vocabulary of 300"):
+        processor.check_fits(dataclasses.replace(tiny.CONFIG, text=text))
+    processor.check_fits(tiny.CONFIG)
+
+
+def test_log_probs_that_are_not_finite_are_an_error():
+    prompt = Prompt(np.arange(5, dtype=np.int32), ())
+    rows = np.array([[0, -1, -2, np.nan, -3, 0], [0, -1, -2, -1, -3, 0]], np.float32)
+    batch = [(4, {"id": "a"}, prompt), (9, {"id": "b"}, prompt)]
+    from mmsr1_jax import score  # defines its flags when it is imported
+
+    (_, bad), (number, good) = score.finish((batch, rows))
+    assert bad == {"id": "a", "error": "line 4: the log-prob of token 3 is not finite"}
+    assert number == 9 and good["logprobs"] == [None, -1, -2, -1, -3]
+
+
+def load_config(file):
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+CONFIG_FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("file", [None, *CONFIG_FILES], ids=lambda f: f.stem if f else "default")
+def test_every_config_takes_every_picture_that_its_limits_allow(file):
+    config = config_module.validate(load_config(file) if file else config_module.get_config())
+    # configs/tiny.py is for what mmsr1_jax.tiny makes, the others for the released directories.
+    directory = tiny.IMAGES if file and file.stem == "tiny" else ImageProcessor()
+    limits = directory.with_limits(config.images.min_pixels, config.images.max_pixels)
+    most = limits.max_pixels // 28**2
+    windows = 0
+    for h in range(1, most + 1):
+        w = min(most // h, 200 * h)
+        if h <= 200 * w:
+            windows = max(windows, -(-h // 4) * -(-w // 4))
+    assert windows <= config.buckets.image_windows[-1]
+    assert most + 256 <= config.buckets.lengths[-1]

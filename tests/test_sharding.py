@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmsr1_jax import sharding, tiny
 from mmsr1_jax.batching import Bucket, make_rows
+from mmsr1_jax.models import attention as attention_module
 from tests.reference import random_conversation
 
 BUCKET = Bucket(length=96, windows=6, rows=8)
@@ -75,6 +76,24 @@ def test_eight_devices_equal_one(name, attention, shapes):
         for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
             scale = np.abs(np.asarray(b)).max()
             np.testing.assert_allclose(a, b, atol=1e-4 * scale, rtol=0, err_msg=str(shape))
+
+
+@pytest.mark.parametrize("name", ["triton", "splash"])
+@pytest.mark.parametrize("shape", [(1, 4, 2), (1, 2, 4)])
+def test_kernels_run_on_each_device(name, shape, monkeypatch):
+    """Accelerators' kernels know no mesh; here they are interpreted, on eight devices."""
+    kernel = functools.partial(getattr(attention_module, f"_{name}"), interpret=True)
+    monkeypatch.setattr(attention_module, f"_{name}", kernel)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(4, 128, n, 32)).astype(np.float32) for n in (8, 2, 2))
+    ids = np.repeat(np.arange(1, 5, dtype=np.int32), 32)[None].repeat(4, axis=0)
+    run = functools.partial(attention_module.attention, causal=True)
+    expected = run(q, k, v, ids, implementation="xla")
+    mesh = sharding.make_mesh(*shape)
+    with jax.set_mesh(mesh):
+        sharded = jax.jit(functools.partial(run, implementation=name))
+        ours = sharded(*sharding.shard_batch((q, k, v, ids), mesh))
+    np.testing.assert_allclose(ours, expected, atol=2e-5)
 
 
 def test_batch_and_parameters_are_spread():

@@ -37,6 +37,7 @@ IMPLEMENTATIONS: tuple[str, ...] = ("auto", "xla", "blockwise", "cudnn", "triton
 # Up to this many keys the plain form is the fastest everywhere and its scores are small.
 _PLAIN_KEYS = 1024
 _BLOCK = 512  # keys of one step of `blockwise`; also the block of the TPU kernel
+_MULTIPLE = {"triton": 64, "splash": 128}  # of which a row's length must be one
 _MASKED = -1e30  # finite: a row with no visible key gives a mean, not NaN
 
 
@@ -68,16 +69,14 @@ def attention(
       ValueError: an unknown implementation, or `cudnn` without `single_segment`.
     """
     k, v = _expand_kv(q, k, v)
+    segment_ids = jnp.asarray(segment_ids)  # the hand-written gradients refuse numpy constants
     name = choose(implementation, k.shape[1], q.dtype, single_segment)
     if name == "xla":
         return _xla(q, k, v, segment_ids, causal)
     if name == "blockwise":
         return _blockwise(q, k, v, segment_ids, causal)
-    if name == "cudnn":
-        return _cudnn(q, k, v, segment_ids, causal)
-    if name == "triton":
-        return _per_device(functools.partial(_triton, causal=causal), q, k, v, segment_ids)
-    return _per_device(functools.partial(_splash, causal=causal), q, k, v, segment_ids)
+    kernel = {"cudnn": _cudnn, "triton": _triton, "splash": _splash}[name]
+    return _per_device(functools.partial(kernel, causal=causal), q, k, v, segment_ids)
 
 
 def choose(implementation: str, keys: int, dtype, single_segment: bool) -> str:
@@ -86,14 +85,21 @@ def choose(implementation: str, keys: int, dtype, single_segment: bool) -> str:
         raise ValueError(f"attention: {implementation!r} is not one of {IMPLEMENTATIONS}")
     if implementation == "cudnn" and not single_segment:
         raise ValueError("attention: cudnn cannot keep packed segments apart; use triton")
+    if keys % _MULTIPLE.get(implementation, 1):
+        raise ValueError(
+            f"attention: {implementation} needs rows of a multiple of "
+            f"{_MULTIPLE[implementation]} tokens, not {keys}"
+        )
     if implementation != "auto":
         return implementation
     platform = jax.default_backend()
     half = dtype in (jnp.bfloat16, jnp.float16)
     if keys <= _PLAIN_KEYS:
         return "xla"
-    if platform == "gpu" and half:
-        return "cudnn" if single_segment else "triton"
+    if platform == "gpu" and half and single_segment:
+        return "cudnn"
+    if platform == "gpu" and half and keys % _MULTIPLE["triton"] == 0:
+        return "triton"
     if platform == "tpu" and keys % _BLOCK == 0:
         return "splash"
     return "blockwise"
@@ -247,8 +253,9 @@ def _flash_backward(causal, saved, g):
 _flash.defvjp(_flash_forward, _flash_backward)
 
 
-def _cudnn(q, k, v, segment_ids, causal: bool):
-    lengths = (segment_ids != 0).sum(axis=1).astype(jnp.int32)
+def _cudnn(q, k, v, segment_ids, *, causal: bool):
+    # An empty row counts as one token: a softmax over nothing has no gradient.
+    lengths = jnp.maximum((segment_ids != 0).sum(axis=1), 1).astype(jnp.int32)
     return jax.nn.dot_product_attention(
         q, k, v, is_causal=causal, query_seq_lengths=lengths, key_value_seq_lengths=lengths,
         implementation="cudnn",
@@ -277,7 +284,7 @@ def _splash(q, k, v, segment_ids, *, causal: bool, interpret: bool = False):
     K = k.shape[2]
     mask_type = splash.CausalMask if causal else splash.FullMask
     mask = splash.MultiHeadMask([mask_type((T, T))] * (N // K))
-    block = min(_BLOCK, T)
+    block = _BLOCK if T % _BLOCK == 0 else _MULTIPLE["splash"]
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block,
         block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,

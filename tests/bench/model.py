@@ -25,10 +25,10 @@ from mmsr1_jax.models.qwen2_5_vl.vision import num_windows
 from mmsr1_jax.processor import Prompt
 
 # bfloat16 matrix products without sparsity, operations a second, from the makers' data sheets.
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v5p": 459e12, "TPU v5e": 197e12}
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v5 lite": 197e12}
 
 SHAPES = {
-    # About 20M parameters, the proportions of the 3B.
+    # About 24M parameters, the proportions of the 3B.
     "small": qwen2_5_vl.ModelConfig(
         text=qwen2_5_vl.TextConfig(
             vocab_size=8192,
@@ -76,14 +76,14 @@ def jax_runs(model, prompts, length):
     rows = jax.device_put(make_rows([[p] for p in prompts], bucket, config, 3))
     graph, params = nnx.split(model)
 
-    def loss(params):
+    def loss(params, rows):
         return nnx.merge(graph, params).token_logprobs(rows).sum()
 
-    forward = jax.jit(loss).lower(params).compile()
-    both = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+    forward = jax.jit(loss).lower(params, rows).compile()
+    both = jax.jit(jax.value_and_grad(loss)).lower(params, rows).compile()
     return {
-        "forward": lambda: jax.block_until_ready(forward(params)),
-        "forward+backward": lambda: jax.block_until_ready(both(params)),
+        "forward": lambda: jax.block_until_ready(forward(params, rows)),
+        "forward+backward": lambda: jax.block_until_ready(both(params, rows)),
     }, both
 
 
@@ -96,6 +96,7 @@ def torch_runs(model, prompts):
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
+        "use_cache": False,
         "mm_token_type_ids": (ids == 3).int(),
         "pixel_values": torch.tensor(np.concatenate([p.images[0].values for p in prompts])),
         "image_grid_thw": torch.tensor([p.grids[0] for p in prompts]),

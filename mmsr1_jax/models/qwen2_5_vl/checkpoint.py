@@ -8,6 +8,7 @@ which is which; reading, writing and the tests go through it.
 import collections
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -66,13 +67,22 @@ class Tensor:
     def read(self, tensor, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
         """Reads `ours[index]` of one layer, of shape `shape`, from a safetensors slice.
 
-        Only the rows that are needed are read where ours is cut along its first dimension (heads,
-        feed-forward, vocabulary); other cuts are made in memory.
+        Where ours is cut along the first of its output dimensions (heads, feed-forward, vocabulary)
+        or the first of its input dimensions, only those rows and columns are read; other cuts are
+        made in memory.
         """
-        start, stop, _ = index[0].indices(shape[0])
-        rows = self.shape[0] // shape[0]
-        values = np.asarray(tensor[start * rows : stop * rows])
-        return values.reshape(stop - start, *shape[1:])[(slice(None), *index[1:])]
+        outputs = next(n for n in range(1, len(shape) + 1) if math.prod(shape[:n]) == self.shape[0])
+        bounds = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
+        part = [slice(*(x * (self.shape[0] // shape[0]) for x in bounds[0]))]
+        read_shape = [bounds[0][1] - bounds[0][0], *shape[1:outputs]]
+        rest = [slice(None), *index[1:outputs]]
+        if len(self.shape) == 2:
+            part.append(slice(*(x * (self.shape[1] // shape[outputs]) for x in bounds[outputs])))
+            read_shape.append(bounds[outputs][1] - bounds[outputs][0])
+            rest.append(slice(None))
+        read_shape += shape[len(read_shape) :]
+        rest += index[len(rest) :]
+        return np.asarray(tensor[tuple(part)]).reshape(read_shape)[tuple(rest)]
 
 
 def tensor_table(config: ModelConfig) -> dict[tuple[str, ...], Tensor]:
@@ -151,9 +161,9 @@ def load(directory, *, mesh, param_dtype=None, **keywords) -> Qwen2_5_VL:
     table = tensor_table(config)
     arrays = []
     for (path, variable), (_, sharding) in zip(nnx.to_flat_state(abstract), shardings, strict=True):
-        arrays.append(
-            (path, variable.replace(files.read(table[path], variable, sharding.get_value())))
-        )
+        value = files.read(table[path], variable, sharding.get_value())
+        # Before the next is read, so that the host never holds two that are on their way.
+        arrays.append((path, variable.replace(jax.block_until_ready(value))))
     return nnx.merge(graph, nnx.from_flat_state(arrays))
 
 
@@ -175,6 +185,8 @@ class _Files:
         try:
             where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = sorted(set(where.values()))
+            if any(os.path.basename(file) != file for file in files):
+                raise ValueError(f"files must be in this directory: {files}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not a safetensors index ({error!r})") from None
         for file in files:
@@ -223,8 +235,9 @@ class _Files:
         known = dict(needed)
         if config.text.tie_embeddings and "lm_head.weight" in self.where:
             known["lm_head.weight"] = self._check_tied()
+        listing = INDEX if (self.directory / INDEX).exists() else SINGLE
         for name in sorted(needed.keys() - self.where.keys()):
-            raise CheckpointError(f"{self.directory}: tensor {name} is missing")
+            raise CheckpointError(f"{self.directory / listing}: tensor {name} is missing")
         for name in sorted(self.where):
             path = self.directory / self.where[name]
             if name not in known:
@@ -331,16 +344,21 @@ def save(
 
     Args:
       model: the policy.
-      directory: where to.
+      directory: where to: a new directory, an empty one, or a checkpoint to be replaced.
       source: the HF directory that it came from: names, dtypes, `config.json`, tokenizer and
         processor files are carried over. None for a model made here (flat names, fresh config).
       dtype: dtype of the tensors; None for the source's, tensor by tensor (without a source, the
         parameters').
       shard_bytes: a file holds at most this much, unless a single tensor is larger.
+
+    Raises:
+      CheckpointError: `directory` is there and is not a checkpoint, or holds other files too.
     """
     target = pathlib.Path(os.path.abspath(directory))
+    _check_replaceable(target)
     files = None if source is None else _Files(pathlib.Path(source), model.config)
     layout = LAYOUTS[0] if files is None else files.layout
+    tied_copy = bool(files and model.text.head is None and "lm_head.weight" in files.where)
     writing = jax.process_index() == 0
     temporary = None
     if writing:
@@ -354,6 +372,8 @@ def save(
             elif files is not None:
                 array = array.astype(DTYPES[files._slice(name).get_dtype()], copy=False)
             shards.add(name, array)
+            if name == layout[0] + "embed_tokens.weight" and tied_copy:
+                shards.add("lm_head.weight", array)
         shards.finish()
         if writing:
             _write_side_files(model, temporary, source, dtype)
@@ -426,8 +446,29 @@ def _write_side_files(model: Qwen2_5_VL, directory: pathlib.Path, source, dtype)
         config.write_text(json.dumps(raw, indent=2))
 
 
+# What a checkpoint directory is made of. Anything else in one is somebody's, and is not replaced.
+_OURS = (".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".gitattributes")
+
+
+def _check_replaceable(target: pathlib.Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise CheckpointError(f"{target}: is a file, not a directory to write a checkpoint to")
+    entries = sorted(target.iterdir())
+    other = [e.name for e in entries if e.is_dir() or not e.name.endswith(_OURS)]
+    if entries and not (target / "config.json").exists():
+        raise CheckpointError(f"{target}: holds {entries[0].name} and is not a checkpoint")
+    if other:
+        raise CheckpointError(f"{target}: holds {other[0]}, which is not of a checkpoint")
+
+
 def _replace(temporary: pathlib.Path, target: pathlib.Path) -> None:
     """Moves a finished directory into place; one that was there goes away after, not before."""
+    for path in (*temporary.iterdir(), temporary):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
     if not target.exists():
         temporary.rename(target)
         return

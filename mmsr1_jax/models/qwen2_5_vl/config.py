@@ -6,6 +6,7 @@ and the nested one that `transformers` 5 writes (`text_config`, `rope_parameters
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -186,9 +187,13 @@ class ModelConfig:
                 f"model_type {raw.get('model_type')!r} is not supported, only {MODEL_TYPE!r}"
             )
         text = raw
-        if isinstance(raw.get("text_config"), dict):
+        if raw.get("text_config") is not None:
+            if not isinstance(raw["text_config"], dict):
+                raise ConfigError("field 'text_config' must be an object")
             text = {**_NESTED_TEXT_DEFAULTS, **raw["text_config"]}
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ConfigError(f"field 'rope_scaling' must be an object, not {rope!r}")
         _refuse_unsupported(text, rope)
         defaults = {f.name: f.default for f in dataclasses.fields(cls)}
         return cls(
@@ -207,7 +212,7 @@ class ModelConfig:
                 ),
             ),
             vision=_vision_from_hf(raw.get("vision_config")),
-            **{k: raw.get(k, defaults[k]) for k in defaults if k.endswith("_token_id")},
+            **{k: _token_id(raw, k, v) for k, v in defaults.items() if k.endswith("_token_id")},
         )
 
     def to_hf(self, dtype: str = "bfloat16") -> dict[str, Any]:
@@ -279,10 +284,19 @@ _NESTED_VISION_DEFAULTS = {
 
 
 def _number(raw: dict, field: str, kind: type = int):
+    """A positive number of the kind; floats that are whole pass for integers."""
     value = raw.get(field)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or kind(value) != value:
-        raise ConfigError(f"field {field!r} must be a number ({kind.__name__}), not {value!r}")
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not plain or not 0 < value < math.inf or kind(value) != value:
+        raise ConfigError(f"field {field!r} must be a positive {kind.__name__}, not {value!r}")
     return kind(value)
+
+
+def _token_id(raw: dict, field: str, default: int) -> int:
+    value = raw.get(field, default)
+    if type(value) is not int or value < 0:
+        raise ConfigError(f"field {field!r} must be a token id, not {value!r}")
+    return value
 
 
 def _refuse_unsupported(text: dict, rope: dict) -> None:
@@ -297,8 +311,8 @@ def _refuse_unsupported(text: dict, rope: dict) -> None:
 
 def _mrope_section(rope: dict) -> tuple[int, int, int]:
     section = rope.get("mrope_section")
-    if not isinstance(section, list) or [type(s) for s in section] != [int] * 3:
-        raise ConfigError(f"field 'mrope_section' must be three integers, not {section!r}")
+    if not isinstance(section, list) or [type(s) for s in section] != [int] * 3 or min(section) < 0:
+        raise ConfigError(f"field 'mrope_section' must be three sizes, not {section!r}")
     return tuple(section)
 
 

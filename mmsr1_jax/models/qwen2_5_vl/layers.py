@@ -11,8 +11,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from mmsr1_jax.sharding import param
+
+_LINEAR = "linear"  # results of linear maps, by which `remat="dots"` knows what to keep
 
 
 def stacked(layers: int | None, shape: Sequence[int], axes: Sequence[str | None]):
@@ -51,6 +54,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = _apply(x, self.kernel.get_value().astype(x.dtype), self.contracted)
+        y = checkpoint_name(y, _LINEAR)
         return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
 
 
@@ -155,8 +159,8 @@ def scan_layers(layer: nnx.Module, x: jax.Array, call, xs=None, remat: str = "no
         return call(nnx.merge(graph, layer_params), x, extra), None
 
     if remat != "none":
-        policies = jax.checkpoint_policies
-        policy = policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        keep_linear = jax.checkpoint_policies.save_only_these_names(_LINEAR)
+        policy = keep_linear if remat == "dots" else None
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     x, _ = jax.lax.scan(body, x, (params, xs))
     return x

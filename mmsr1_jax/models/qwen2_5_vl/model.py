@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
-from mmsr1_jax.models.qwen2_5_vl.text import TextDecoder, token_logprobs
+from mmsr1_jax.models.qwen2_5_vl.text import TextDecoder, head_logits, token_logprobs
 from mmsr1_jax.models.qwen2_5_vl.vision import ImageRows, VisionTower
 from mmsr1_jax.sharding import constrain
 
@@ -104,8 +104,7 @@ class Qwen2_5_VL(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32[B, T, V]. For a few tokens only: see `token_logprobs` for whole rows."""
-        table = self.text.head_table.astype(hidden.dtype)
-        logits = jnp.einsum("btd,vd->btv", hidden, table).astype(jnp.float32)
+        logits = head_logits(hidden, self.text.head_table)
         return constrain(logits, "batch", None, "vocab")
 
     def token_logprobs(self, rows: Rows, image_tokens: jax.Array | None = None) -> jax.Array:

@@ -123,6 +123,12 @@ class TextDecoder(nnx.Module):
         return self.norm(x)
 
 
+def head_logits(hidden: jax.Array, table: jax.Array) -> jax.Array:
+    """float32[B, T, V]: bfloat16 inputs too give logits that were never rounded to bfloat16."""
+    table = table.astype(hidden.dtype)
+    return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
+
+
 def token_logprobs(
     hidden: jax.Array, table: jax.Array, targets: jax.Array, *, chunk: int
 ) -> jax.Array:
@@ -148,7 +154,7 @@ def token_logprobs(
 
     @jax.checkpoint
     def of_chunk(h, t):
-        logits = jnp.einsum("btd,vd->btv", h, table.astype(h.dtype)).astype(jnp.float32)
+        logits = head_logits(h, table)
         logits = constrain(logits, "batch", None, "vocab")
         chosen = jnp.take_along_axis(logits, t[..., None], axis=-1)[..., 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1)

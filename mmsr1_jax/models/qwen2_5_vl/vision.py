@@ -203,6 +203,8 @@ class VisionTower(nnx.Module):
         angles = angles.reshape(*angles.shape[:2], 2 * quarter)
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         whole_image = np.isin(np.arange(config.num_layers), config.full_attention_layers)
+        if implementation == "cudnn":  # it cannot tell the images of a row apart
+            implementation = "auto"
         x = self.patch_embed(images.patches.astype(dtype))
 
         def call(block, x, whole):
