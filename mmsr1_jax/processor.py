@@ -125,6 +125,18 @@ class Processor:
         """Token ids of text; never a control token, whatever the text."""
         return self._text.encode(text, add_special_tokens=False).ids
 
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that each token stands for, by id (byte-level BPE, as GPT-2's)."""
+        vocabulary = self._all.get_vocab(with_added_tokens=True)
+        table = [b""] * (max(vocabulary.values()) + 1)
+        byte_of = _byte_alphabet()
+        for token, number in vocabulary.items():
+            if token in self.control:
+                table[number] = token.encode("utf-8")
+            else:
+                table[number] = bytes(byte_of[character] for character in token)
+        return table
+
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens, control tokens written out."""
         return self._all.decode(list(tokens), skip_special_tokens=False)
@@ -223,6 +235,15 @@ def _parse_message(message: Any) -> tuple[str, list[str | dict]]:
                 "{'type': 'image', 'image': ..}"
             )
     return role, parts
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte by the character that a byte-level vocabulary writes for it: the same where that is
+    printable in Latin-1, else the next free one from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _checked_text(text: str) -> str:
