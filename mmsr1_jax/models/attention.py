@@ -79,6 +79,28 @@ def attention(
     return _per_device(functools.partial(kernel, causal=causal), q, k, v, segment_ids)
 
 
+def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array) -> jax.Array:
+    """Attention of new tokens over a cache that holds them already.
+
+    Args:
+      q: float[R, T, N, H], the tokens from index `start` on.
+      k, v: float[R, S, K, H]; what lies behind a query's own index is not seen.
+      start: int32[R].
+
+    Returns:
+      float[R, T, N, H].
+    """
+    R, T, N, H = q.shape
+    K = k.shape[2]
+    grouped = q.reshape(R, T, K, N // K, H)
+    scores = jnp.einsum("rtkgh,rskh->rkgts", grouped, k, preferred_element_type=jnp.float32)
+    own = start[:, None] + jnp.arange(T)
+    visible = own[:, :, None] >= jnp.arange(k.shape[1])
+    scores = jnp.where(visible[:, None, None], scores * H**-0.5, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("rkgts,rskh->rtkgh", weights, v).reshape(R, T, N, H)
+
+
 def choose(implementation: str, keys: int, dtype, single_segment: bool) -> str:
     """The implementation that `attention` runs for these static facts on this platform."""
     if implementation not in IMPLEMENTATIONS:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmsr1_jax.models.attention import attention
+from mmsr1_jax.models.attention import attention, cached_attention
 from mmsr1_jax.models.qwen2_5_vl.config import TextConfig
 from mmsr1_jax.models.qwen2_5_vl.layers import Linear, RMSNorm, SwiGLU, rotate, scan_layers
 from mmsr1_jax.sharding import constrain, param
@@ -121,6 +121,56 @@ class TextDecoder(nnx.Module):
         x = constrain(x, "batch", None, None)
         x = scan_layers(self.layers, x, lambda layer, x, _: layer(x, cos, sin, attend), remat=remat)
         return self.norm(x)
+
+    def cached(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        *,
+        lane: jax.Array,
+        start: jax.Array,
+        count: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Tokens that go on from what some lanes of a KV cache hold.
+
+        The cache is carried through the scan, so that each layer writes its part in place.
+
+        Args:
+          x: float[R, T, D], embedded tokens.
+          positions: int32[R, 3, T].
+          k, v: float[L, lanes, S, K, H].
+          lane: int32[R]; a row of a lane that does not exist is padding.
+          start: int32[R]: tokens that the row's lane holds already.
+          count: int32[R]: real tokens of a row; the rest is padding at its end.
+
+        Returns:
+          float[R, T, D] after the final norm, and k and v with the new tokens.
+        """
+        cos, sin = mrope_angles(positions, self.config)
+        graph, params = nnx.split(self.layers)
+        step = jnp.arange(x.shape[1])
+        # Padding is written to a slot that does not exist, which drops it.
+        slot = jnp.where(step < count[:, None], start[:, None] + step, k.shape[2])
+
+        def body(carry, xs):
+            x, k, v = carry
+            layer_params, number = xs
+
+            def attend(q, k_new, v_new):
+                nonlocal k, v
+                where = (number, lane[:, None], slot)
+                k = k.at[where].set(k_new.astype(k.dtype), mode="drop")
+                v = v.at[where].set(v_new.astype(v.dtype), mode="drop")
+                held = (jnp.take(c[number], lane, axis=0, mode="clip") for c in (k, v))
+                return cached_attention(q, *held, start)
+
+            x = nnx.merge(graph, layer_params)(x, cos, sin, attend)
+            return (x, k, v), None
+
+        (x, k, v), _ = jax.lax.scan(body, (x, k, v), (params, jnp.arange(self.config.num_layers)))
+        return self.norm(x), k, v
 
 
 def head_logits(hidden: jax.Array, table: jax.Array) -> jax.Array:
