@@ -1,0 +1,224 @@
+"""Decoding: greedy as `transformers`, the same tokens in any chunk, log-probs of what was drawn."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmsr1_jax import tiny
+from mmsr1_jax.batching import Bucket, make_rows
+from mmsr1_jax.models.qwen2_5_vl import mrope_positions
+from mmsr1_jax.processor import Prompt
+from mmsr1_jax.rollout import cache, decode, stop
+from mmsr1_jax.rollout.sampler import Sampling
+from tests.reference import random_conversation, torch_inputs, torch_model
+
+CONFIG = tiny.CONFIG
+LANES, CAPACITY, LENGTH, WINDOWS = 8, 160, 112, 6
+SPECIAL = (CONFIG.image_token_id, CONFIG.video_token_id, CONFIG.vision_start_token_id,
+           CONFIG.vision_end_token_id)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.random_model(CONFIG, seed=3)
+
+
+@pytest.fixture(scope="module")
+def table(processor):
+    """Turns that end soon: a random policy writes no tags."""
+    ends = {"<|im_end|>": processor.control["<|im_end|>"]}
+    return stop.build(processor.token_bytes(), CONFIG.text.vocab_size, ["e", "the"], ends)
+
+
+@pytest.fixture(scope="module")
+def programs(model):
+    graph, params = nnx.split(model)
+
+    def merged(function, **keywords):
+        def run(params, *args, **more):
+            return function(nnx.merge(graph, params), *args, **more)
+
+        return functools.partial(jax.jit(run, **keywords), params)
+
+    return {
+        "extend": merged(cache.extend),
+        "encode": merged(lambda model, images: model.encode_images(images)),
+        "decode": merged(decode.decode, static_argnames=("steps", "running")),
+        "score": merged(lambda model, rows: model.token_logprobs(rows)),
+    }
+
+
+def prompts(count, seed=0):
+    """Random prompts with 0 to 3 images."""
+    rng = np.random.default_rng(seed)
+    layouts = [[20], [9, (3, 5), 4], [3, (2, 3), 5, (4, 4), 2], [(1, 3), 2, (3, 3), 1, (2, 6), 7]]
+    return [random_conversation(rng, CONFIG, layouts[i % 4]) for i in range(count)]
+
+
+def ready(programs, model, group, left):
+    """Lanes that hold the prompts, about to draw."""
+    lanes = cache.allocate(model, LANES, CAPACITY)
+    rows = make_rows(
+        [[p] for p in group],
+        Bucket(length=LENGTH, windows=WINDOWS, rows=LANES),
+        CONFIG,
+        CONFIG.image_token_id,
+    )
+    count = np.array([len(p.tokens) for p in group] + [0] * (LANES - len(group)), np.int32)
+    lane = np.where(count > 0, np.arange(LANES), LANES).astype(np.int32)
+    new = cache.Extension(
+        lane=lane,
+        tokens=rows.tokens,
+        count=count,
+        positions=rows.positions,
+        image_index=rows.image_index,
+        image_tokens=programs["encode"](rows.images),
+    )
+    hidden, lanes = programs["extend"](lanes, new)
+    state = decode.start(lanes, CONFIG.text.hidden_size, model.dtype)
+    image = CONFIG.image_token_id
+    following = [mrope_positions(p.tokens, p.grids, image_token_id=image)[1] for p in group]
+    return state.replace(
+        hidden=hidden,
+        active=jnp.asarray(count > 0),
+        position=jnp.asarray(following + [0] * (LANES - len(group)), jnp.int32),
+        episode=jnp.arange(LANES, dtype=jnp.int32) + 40,
+        left=jnp.full(LANES, left, jnp.int32),
+    )
+
+
+def run(programs, state, sampling, next_state, running, chunk):
+    """Decodes until no lane is active; returns each lane's tokens and log-probs, and the state."""
+    allowed = np.ones(CONFIG.text.vocab_size, bool)
+    allowed[list(SPECIAL)] = False
+    parts = []
+    while np.asarray(state.active).any():
+        drawn, state = programs["decode"](
+            state, sampling, next_state, allowed, 5, 0, steps=chunk, running=running
+        )
+        parts.append(jax.device_get(drawn))
+    fields = ("tokens", "sampling_logprobs", "logprobs")
+    return {
+        field: [
+            np.concatenate([getattr(p, field)[lane, : p.count[lane]] for p in parts])
+            for lane in range(LANES)
+        ]
+        for field in fields
+    }, state
+
+
+def test_greedy_is_token_for_token_that_of_transformers(model, programs):
+    """64 prompts of 0 to 3 images, float32."""
+    reference, new_tokens = torch_model(model), 12
+    never = np.zeros((1, CONFIG.text.vocab_size), np.int16)
+    greedy = Sampling.uniform(LANES, greedy=True)
+    everything = prompts(64)
+    varied = set()
+    for first in range(0, 64, LANES):
+        group = everything[first : first + LANES]
+        ours, _ = run(programs, ready(programs, model, group, new_tokens), greedy, never, 1, 12)
+        for prompt, tokens in zip(group, ours["tokens"], strict=True):
+            inputs = torch_inputs(prompt, CONFIG)
+            theirs = reference.generate(
+                **inputs,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+                suppress_tokens=list(SPECIAL),
+            )
+            assert tokens.tolist() == theirs[0, len(prompt.tokens) :].tolist()
+            varied.update(tokens.tolist())
+    assert len(varied) > 50  # not one token over and over
+
+
+SETTINGS = {"temperature": 0.7, "top_p": 0.9}
+
+
+def test_any_chunk_gives_the_same_tokens(model, programs, table):
+    sampling = Sampling.uniform(LANES, **SETTINGS)
+    group = prompts(5)
+    results = []
+    for chunk in (1, 8, 32):
+        state = ready(programs, model, group, 30)
+        results.append(run(programs, state, sampling, table.next_state, table.running, chunk))
+    for outcome, end in results[1:]:
+        for field in outcome:
+            for a, b in zip(outcome[field], results[0][0][field], strict=True):
+                np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(end.stop_state, results[0][1].stop_state)
+        np.testing.assert_array_equal(cache.read(end.lanes), cache.read(results[0][1].lanes))
+
+
+def test_lanes_stop_where_the_automaton_says(model, programs, table):
+    group = prompts(6)
+    outcome, end = run(
+        programs, ready(programs, model, group, 40), Sampling.uniform(LANES), table.next_state,
+        table.running, 16,
+    )  # fmt: skip
+    ends = np.asarray(end.stop_state)
+    for lane, prompt in enumerate(group):
+        state, tokens = 0, outcome["tokens"][lane]
+        for token in tokens:
+            assert state < table.running  # nothing is drawn after the end
+            state = table.next_state[state, token]
+        assert state == ends[lane]
+        assert state >= table.running or len(tokens) == 40
+        assert int(end.lanes.length[lane]) == len(prompt.tokens) + len(tokens)
+        assert not set(tokens) & set(SPECIAL)
+    assert (ends >= table.running).sum() >= 3
+    assert not outcome["tokens"][7].size and int(end.lanes.length[7]) == 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_recorded_logprobs_are_those_of_a_forward_pass(model, programs, table, temperature):
+    """Drawn with top-p; recorded under temperature alone, as the trainer computes them."""
+    group = prompts(LANES, seed=4)
+    sampling = Sampling.uniform(LANES, temperature=temperature, top_p=0.8)
+    never = np.zeros((1, CONFIG.text.vocab_size), np.int16)
+    outcome, _ = run(programs, ready(programs, model, group, 20), sampling, never, 1, 8)
+    graph, params = nnx.split(model)
+
+    @jax.jit
+    def scaled(params, rows):  # log-probs of logits / temperature, over the whole sequence
+        model = nnx.merge(graph, params)
+        hidden, _ = model(rows)
+        return jax.nn.log_softmax(model.logits(hidden) / temperature, axis=-1)
+
+    bucket = Bucket(length=LENGTH + 24, windows=WINDOWS, rows=1)
+    for lane, prompt in enumerate(group):
+        tokens = outcome["tokens"][lane]
+        whole = Prompt(np.concatenate([prompt.tokens, tokens]), prompt.images)
+        rows = make_rows([[whole]], bucket, CONFIG, CONFIG.image_token_id)
+        expected = np.asarray(scaled(params, rows))[0]
+        T = len(prompt.tokens)
+        expected = expected[T - 1 + np.arange(20), tokens]
+        np.testing.assert_allclose(outcome["logprobs"][lane], expected, atol=1e-4, rtol=0)
+        assert (outcome["sampling_logprobs"][lane] >= outcome["logprobs"][lane] - 1e-5).all()
+
+
+def test_decode_leaves_early(model, programs, table):
+    """A chunk ends with the step after which few enough lanes are left, and is taken up again."""
+    group, sampling = prompts(6), Sampling.uniform(LANES)
+    whole, _ = run(
+        programs, ready(programs, model, group, 40), sampling, table.next_state, table.running, 40
+    )
+    lengths = sorted(len(tokens) for tokens in whole["tokens"][:6])
+    assert lengths[0] < lengths[-1]
+    allowed = np.ones(CONFIG.text.vocab_size, bool)
+    allowed[list(SPECIAL)] = False
+    for leave_at in (5, 3, 1):
+        state, parts = ready(programs, model, group, 40), []
+        for few in (leave_at, 0):
+            drawn, state = programs["decode"](
+                state, sampling, table.next_state, allowed, 5, few, steps=40, running=table.running
+            )
+            parts.append(jax.device_get(drawn))
+        assert parts[0].count.max() == lengths[5 - leave_at]
+        for lane in range(6):
+            tokens = np.concatenate([p.tokens[lane, : p.count[lane]] for p in parts])
+            np.testing.assert_array_equal(tokens, whole["tokens"][lane])
