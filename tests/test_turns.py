@@ -1,0 +1,88 @@
+"""Turns are read as they were meant, and as the engine stops."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mmsr1_jax.rollout import stop
+from mmsr1_jax.rollout.turns import STOPS, parse
+
+R = "<reason>It is a bridge.</reason>"
+
+
+def test_real_turns_of_the_released_policy(shared):
+    lines = (shared / "data" / "transcripts.jsonl").read_text("utf-8").splitlines()
+    turns = [turn for line in lines for turn in json.loads(line)["turns"]]
+    assert len(lines) == 26 and len(turns) == 57
+    for recorded in turns:
+        turn = parse(recorded["response"])
+        assert turn.action == recorded["action"]
+        assert turn.payload == recorded["payload"]
+        assert turn.well_formed and turn.reason
+
+
+@pytest.mark.parametrize(
+    "text, action, payload",
+    [
+        (f"{R}<answer>Tagus</answer>", "answer", "Tagus"),
+        (f"\n {R}\n\n<answer>\n Tagus\nriver </answer>\n ", "answer", "Tagus\nriver"),
+        (f"{R} <search><img></search>", "image_search", None),
+        (f"{R} <search> <img>\n</search>\n", "image_search", None),
+        (f"{R}<text_search>who built\nit?</text_search>\n", "text_search", "who built\nit?"),
+        (f"{R}<answer>a < b > c </b></answer>", "answer", "a < b > c </b>"),
+        ("<reason></reason><answer>x</answer>", "answer", "x"),
+        ("<reason>I may <search> or not\n</reason><answer>x</answer>", "answer", "x"),
+    ],
+)
+def test_well_formed(text, action, payload):
+    turn = parse(text)
+    assert (turn.action, turn.payload, turn.problem) == (action, payload, None)
+
+
+@pytest.mark.parametrize(
+    "text, action, payload, problem",
+    [
+        ("<answer>Tagus</answer>", "answer", "Tagus", "does not begin with"),
+        (f"Well. {R}<answer>Tagus</answer>", "answer", "Tagus", "does not begin with"),
+        (f"{R} so <answer>Tagus</answer>", "answer", "Tagus", "text between"),
+        (f"{R}{R}<answer>Tagus</answer>", "answer", "Tagus", "text between"),
+        (f"{R}<answer>Tagus</answer> I think", "answer", "Tagus", "text after"),
+        (f"{R}<answer> </answer>", "answer", "", "an empty answer"),
+        ("<reason>a<reason>b</reason><answer>c</answer>", "answer", "c", "<reason> inside"),
+        (f"{R}<text_search>q</text_search><answer>a</answer>", "text_search", "q", "text after"),
+        (f"{R}<text_search>a<text_search>b</text_search>", "text_search", "b", "text between"),
+        (f"{R}<text_search> \n</text_search>", None, None, "an empty query"),
+        (f"{R}<search>bridge</search>", None, None, "something else than <img>"),
+        (f"{R}Tagus</answer>", None, None, "</answer> without <answer>"),
+        (f"{R}<answer>Tagus", None, None, "no closing tag"),
+        ("", None, None, "no closing tag"),
+        ("<reason>", None, None, "no closing tag"),
+    ],
+)
+def test_badly_formed(text, action, payload, problem):
+    turn = parse(text)
+    assert (turn.action, turn.payload) == (action, payload)
+    assert problem in turn.problem and not turn.well_formed
+
+
+def test_the_action_is_where_the_engine_stops():
+    table = stop.build([bytes([b]) for b in range(256)], 256, STOPS, {})
+    rng = np.random.default_rng(0)
+    pieces = [R, "<answer>", "</answer>", "<search><img></search>", "<text_search>", "q", " "]
+    pieces += ["</text_search>", "</search>", "</", "\n"]
+    actions = 0
+    for _ in range(3000):
+        text = "".join(rng.choice(pieces, rng.integers(1, 8)))
+        state, read = 0, 0
+        for byte in text.encode():
+            read += 1
+            state = table.next_state[state, byte]
+            if state >= table.running:
+                break
+        turn, paused = parse(text), parse(text[:read])
+        assert (turn.action, turn.payload) == (paused.action, paused.payload)
+        if turn.action:
+            assert table.reason(state) == f"</{turn.action.removeprefix('image_')}>"
+            actions += 1
+    assert actions > 500
