@@ -138,13 +138,6 @@ class ImageProcessor:
             h, w = (math.ceil(x * grow / side) * side for x in (height, width))
         return h, w
 
-    def num_tokens(self, height: int, width: int) -> int:
-        """Merged tokens that an image of this size becomes."""
-        h, w = self.target_size(height, width)
-        return (h // (self.patch_size * self.merge_size)) * (
-            w // (self.patch_size * self.merge_size)
-        )
-
     def __call__(self, image: PIL.Image.Image) -> Patches:
         """Resizes (bicubic), normalises and patches an RGB image.
 

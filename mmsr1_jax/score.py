@@ -97,38 +97,54 @@ def score_lines(
     def token_logprobs(params, rows: Rows) -> jax.Array:
         return nnx.merge(graph, params).token_logprobs(rows)
 
-    def start(bucket: Bucket, batch: list[tuple[int, dict, Prompt]]):
+    waiting: dict[Bucket, list[tuple[int, dict, Prompt]]] = {}
+
+    def ready(number: int) -> list[Bucket]:
+        """Buckets that are full, or hold a line that has waited for long, lest results pile up."""
+        return [
+            bucket
+            for bucket, items in waiting.items()
+            if len(items) == bucket.rows or items[0][0] < number - _MAX_WAIT
+        ]
+
+    def batches() -> Iterator[tuple[Bucket | None, list]]:
+        """Full batches, the rest at the end, and in between (None, the error of a line)."""
+        for number, text in lines:
+            prepared = prepare(number, text, model.config, processor, config, mesh, folder)
+            if isinstance(prepared, dict):
+                yield None, [(number, prepared)]
+                continue
+            line, prompt, bucket = prepared
+            waiting.setdefault(bucket, []).append((number, line, prompt))
+            for bucket in ready(number):
+                yield bucket, waiting.pop(bucket)
+        for bucket in sorted(waiting):
+            yield bucket, waiting[bucket]
+
+    in_flight = None
+    for bucket, batch in batches():
+        if bucket is None:
+            yield from batch
+            continue
         prompts = [[prompt] for _, _, prompt in batch]
         rows = make_rows(prompts, bucket, model.config, model.config.image_token_id)
-        return batch, token_logprobs(params, sharding.shard_batch(rows, mesh))
-
-    waiting: dict[Bucket, list[tuple[int, dict, Prompt]]] = {}
-    in_flight = None
-    for number, text in lines:
-        prepared = prepare(number, text, model.config, processor, config, mesh, folder)
-        if isinstance(prepared, dict):
-            yield number, prepared
-            continue
-        line, prompt, bucket = prepared
-        waiting.setdefault(bucket, []).append((number, line, prompt))
-        # What fills its bucket goes; so does what has waited for long, lest results pile up.
-        ready = [b for b, items in waiting.items() if len(items) == b.rows]
-        ready += [b for b, items in waiting.items() if items[0][0] < number - _MAX_WAIT]
-        for full in dict.fromkeys(ready):
-            started = start(full, waiting.pop(full))
-            if in_flight:
-                yield from finish(in_flight)
-            in_flight = started
-    for bucket in sorted(waiting):
-        started = start(bucket, waiting[bucket])
+        started = batch, token_logprobs(params, sharding.shard_batch(rows, mesh))
         if in_flight:
-            yield from finish(in_flight)
+            yield from finish(*in_flight)
         in_flight = started
     if in_flight:
-        yield from finish(in_flight)
+        yield from finish(*in_flight)
 
 
-def prepare(number, text, model_config, processor, config, mesh, folder):
+def prepare(
+    number: int,
+    text: bytes,
+    model_config: qwen2_5_vl.ModelConfig,
+    processor: Processor,
+    config: settings.Config,
+    mesh: jax.sharding.Mesh,
+    folder: pathlib.Path,
+) -> tuple[dict, Prompt, Bucket] | dict:
     """One line -> (line, prompt, bucket), or what to write where it cannot be scored."""
     line_id = None
     try:
@@ -145,25 +161,20 @@ def prepare(number, text, model_config, processor, config, mesh, folder):
     return {"id": line_id, "error": f"line {number}: {reason}"}
 
 
-def finish(started) -> Iterator[tuple[int, dict]]:
-    """Waits for a batch and yields each line's result."""
-    batch, logprobs = started
+def finish(
+    batch: list[tuple[int, dict, Prompt]], logprobs: jax.Array
+) -> Iterator[tuple[int, dict]]:
+    """Waits for a batch, float32[rows, T], and yields each line's result."""
     for row, (number, line, prompt) in zip(np.asarray(logprobs), batch, strict=False):
         values = row[1 : len(prompt.tokens)]
-        if not np.isfinite(values).all():
+        result = {"id": line["id"]}
+        if np.isfinite(values).all():
+            result["tokens"] = prompt.tokens.tolist()
+            result["logprobs"] = [None, *map(float, values)]
+        else:
             bad = int(np.argmin(np.isfinite(values))) + 1
-            error = f"line {number}: the log-prob of token {bad} is not finite"
-            yield number, {"id": line["id"], "error": error}
-            continue
-        logprobs_out = [None, *map(float, values)]
-        yield (
-            number,
-            {
-                "id": line["id"],
-                "tokens": prompt.tokens.tolist(),
-                "logprobs": logprobs_out,
-            },
-        )
+            result["error"] = f"line {number}: the log-prob of token {bad} is not finite"
+        yield number, result
 
 
 def read_lines(source: pathlib.Path) -> Iterator[tuple[int, bytes]]:

@@ -80,8 +80,6 @@ def check(data, processor=None):
     theirs = reference(images=[upright], return_tensors="np")
     assert ours.grid == tuple(theirs["image_grid_thw"][0])
     np.testing.assert_allclose(ours.values, theirs["pixel_values"], atol=1e-5, rtol=0)
-    height, width = image.height, image.width
-    assert processor.num_tokens(height, width) == len(ours.values) // 4
 
 
 @pytest.mark.parametrize("name", SYNTHETIC)

@@ -310,9 +310,39 @@ def test_log_probs_that_are_not_finite_are_an_error():
     batch = [(4, {"id": "a"}, prompt), (9, {"id": "b"}, prompt)]
     from mmsr1_jax import score  # defines its flags when it is imported
 
-    (_, bad), (number, good) = score.finish((batch, rows))
+    (_, bad), (number, good) = score.finish(batch, rows)
     assert bad == {"id": "a", "error": "line 4: the log-prob of token 3 is not finite"}
     assert number == 9 and good["logprobs"] == [None, -1, -2, -1, -3]
+
+
+def test_a_line_of_a_rare_shape_does_not_wait_for_ever(tiny_dir, processor, monkeypatch):
+    """Its batch goes without being full, and the result is the same."""
+    import jax
+
+    from mmsr1_jax import score, sharding
+    from mmsr1_jax.models import qwen2_5_vl
+
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    model = qwen2_5_vl.load(tiny_dir, mesh=mesh)
+    config = load_config(CONFIG_FILES[-1])
+    assert CONFIG_FILES[-1].stem == "tiny"
+    texts = ["word " * 40, *["short"] * 40]
+    lines = [
+        (i, json.dumps({"id": i, "messages": [{"role": "user", "content": t}]}).encode())
+        for i, t in enumerate(texts)
+    ]
+
+    def scored():
+        with jax.set_mesh(mesh):
+            folder = pathlib.Path()
+            return list(score.score_lines(lines, model, processor, config, mesh, folder))
+
+    patient = scored()
+    monkeypatch.setattr(score, "_MAX_WAIT", 5)
+    hasty = scored()
+    place = [[number for number, _ in results].index(0) for results in (patient, hasty)]
+    assert place[0] > 30 and place[1] == 0  # the line of the rare shape: at the end, at once
+    assert dict(patient) == dict(hasty)
 
 
 def load_config(file):

@@ -66,7 +66,8 @@ def attention(
       float[B, T, N, H] in the dtype of `q`.
 
     Raises:
-      ValueError: an unknown implementation, or `cudnn` without `single_segment`.
+      ValueError: an unknown implementation, `cudnn` without `single_segment`, or rows of a length
+        that the named kernel cannot take.
     """
     k, v = _expand_kv(q, k, v)
     segment_ids = jnp.asarray(segment_ids)  # the hand-written gradients refuse numpy constants
@@ -142,8 +143,8 @@ def _visible(q_ids, kv_ids, q_index, kv_index, causal: bool):
 
 
 def _xla(q, k, v, segment_ids, causal: bool):
-    """The plain form. On a CPU large rows go one by one: scores that stay in the cache, and memory
-    that is touched once, make that twice as fast."""
+    """The plain form. On a CPU large rows go one by one, whose scores are written to memory that is
+    in use already: measured, 1.2 times the speed forward and 1.4 times with the gradient."""
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, N, T, H]
     B, N, T, _ = q.shape

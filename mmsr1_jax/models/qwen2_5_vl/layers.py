@@ -29,8 +29,7 @@ class Linear(nnx.Module):
     """`y = x W + b` from the last `len(inputs)` dimensions of x to `outputs`.
 
     kernel: [L, *outputs, *inputs]; bias: [L, *outputs]. Dimensions are (size, logical axis) pairs.
-    Outputs come first, as in the checkpoints, and because the gradient of the kernel is then a
-    product that XLA's CPU backend does not have to transpose (three times the speed).
+    Outputs come first, as in the checkpoints.
     """
 
     def __init__(
