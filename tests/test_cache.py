@@ -17,7 +17,8 @@ from mmsr1_jax.rollout import cache
 from tests.reference import random_conversation
 
 CONFIG = tiny.CONFIG
-LANES, CAPACITY, ROWS, WINDOWS = 5, 224, 2, 6
+LANES, CAPACITY, ROWS, WINDOWS = 5, 256, 2, 6
+PICTURE_TOKENS = WINDOWS * CONFIG.vision.window_patches // CONFIG.vision.merge_size**2
 # Three turns of two conversations: a prompt with a picture, words, a result with pictures ...
 TURNS = [
     [[7, (3, 5), 11], [9], [5, (2, 3), 4, (4, 5), 6]],
@@ -40,7 +41,7 @@ def programs(model):
         )
 
     def next_logits(model, lanes, new):
-        hidden, lanes = cache.extend(model, lanes, new)
+        hidden, lanes = cache.extend(model, lanes, *new)
         return model.logits(hidden[:, None])[:, 0], lanes
 
     return {
@@ -80,9 +81,11 @@ def extension(programs, items, length):
         following.append(after)
         new["lane"][row], new["count"][row] = lane, T
         new["tokens"][row, :T], new["positions"][row, :, :T] = turn.tokens, positions
-        new["image_index"][row, :T][turn.tokens == CONFIG.image_token_id] = indices[row]
+        table = indices[row] + row * PICTURE_TOKENS
+        new["image_index"][row, :T][turn.tokens == CONFIG.image_token_id] = table
     image_tokens = programs["encode"](images)
-    return cache.Extension(**new, image_tokens=image_tokens), following
+    assert image_tokens.shape[1] == PICTURE_TOKENS
+    return (cache.Extension(**new), image_tokens.reshape(-1, image_tokens.shape[-1])), following
 
 
 def whole_logits(programs, prompt):
@@ -135,8 +138,8 @@ def test_forked_lanes_go_their_own_ways(model, programs):
     lanes = cache.allocate(model, LANES, CAPACITY)
     new, (start,) = extension(programs, [(0, prompt, 0)], length=64)
     _, lanes = programs["extend"](lanes, new)
-    lanes = jax.jit(cache.fork)(lanes, jnp.int32(0), jnp.array([2, 4, LANES]))
-    T = len(prompt.tokens)
+    T, hidden = len(prompt.tokens), lanes.hidden[0]
+    lanes = jax.jit(cache.fork)(lanes, 0, jnp.array([2, 4, LANES]), T, hidden)
     assert cache.read(lanes).tolist() == [T, 0, T, 0, T]
     new, _ = extension(programs, [(2, ours, start), (4, theirs, start)], length=64)
     logits, lanes = programs["extend"](lanes, new)

@@ -129,7 +129,7 @@ class TextDecoder(nnx.Module):
         k: jax.Array,
         v: jax.Array,
         *,
-        lane: jax.Array | None,
+        lane: jax.Array,
         start: jax.Array,
         count: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -140,9 +140,8 @@ class TextDecoder(nnx.Module):
         Args:
           x: float[R, T, D], embedded tokens.
           positions: int32[R, 3, T].
-          k, v: float[L, lanes, S, K, H].
-          lane: int32[R]; a row of a lane that does not exist is padding. None: row i is lane i, for
-            all lanes; then nothing is gathered.
+          k, v: float[L, lanes, K, S, H].
+          lane: int32[R]; a row of a lane that does not exist is padding.
           start: int32[R]: tokens that the row's lane holds already.
           count: int32[R]: real tokens of a row; the rest is padding at its end.
 
@@ -153,11 +152,7 @@ class TextDecoder(nnx.Module):
         graph, params = nnx.split(self.layers)
         step = jnp.arange(x.shape[1])
         # Padding is written to a slot that does not exist, which drops it.
-        slot = jnp.where(step < count[:, None], start[:, None] + step, k.shape[2])
-        into = jnp.arange(k.shape[1]) if lane is None else lane
-
-        def of_rows(cache):
-            return cache if lane is None else jnp.take(cache, lane, axis=0, mode="clip")
+        slot = jnp.where(step < count[:, None], start[:, None] + step, k.shape[3])
 
         def body(carry, xs):
             x, k, v = carry
@@ -165,10 +160,10 @@ class TextDecoder(nnx.Module):
 
             def attend(q, k_new, v_new):
                 nonlocal k, v
-                where = (number, into[:, None], slot)
+                where = (number, lane[:, None], slice(None), slot)
                 k = k.at[where].set(k_new.astype(k.dtype), mode="drop")
                 v = v.at[where].set(v_new.astype(v.dtype), mode="drop")
-                return cached_attention(q, of_rows(k[number]), of_rows(v[number]), start)
+                return cached_attention(q, k, v, layer=number, lane=lane, start=start, count=count)
 
             x = nnx.merge(graph, layer_params)(x, cos, sin, attend)
             return (x, k, v), None
