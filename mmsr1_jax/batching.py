@@ -42,15 +42,15 @@ def bucket_of(prompt: Prompt, config: ModelConfig, table: Buckets, row_multiple:
       TooLongError: longer, or with larger images, than the last bucket.
     """
     windows = sum(num_windows(grid, config.vision) for grid in prompt.grids)
-    length = _smallest("tokens", len(prompt.tokens), table.lengths, "lengths")
-    windows = windows and _smallest("image windows", windows, table.image_windows, "image_windows")
+    length = smallest("tokens", len(prompt.tokens), table.lengths, "lengths")
+    windows = windows and smallest("image windows", windows, table.image_windows, "image_windows")
     rows = table.batch_tokens // length
     if windows:
         rows = min(rows, table.batch_windows // windows)
     return Bucket(length, windows, max(1, -(-rows // row_multiple)) * row_multiple)
 
 
-def _smallest(what: str, size: int, sizes: Sequence[int], field: str) -> int:
+def smallest(what: str, size: int, sizes: Sequence[int], field: str) -> int:
     for candidate in sizes:
         if size <= candidate:
             return candidate

@@ -95,6 +95,100 @@ class Images:
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
+class Rollout:
+    """The rollout engine. An episode depends on `rows` and on the tables, as its rounding does; on
+    nothing else here.
+
+    Attributes:
+      lanes: episodes that are under way at a time, waiting for tools or not; each holds a KV cache.
+      rows: lanes that a decoding program computes at a time. With more lanes than rows, those that
+        wait for a tool leave no row idle.
+      chunk: decoding steps before the host looks at what was drawn.
+      extend_lengths: tokens that a program writes into a lane, ascending; a prompt or a tool's
+        result is cut into such pieces.
+      extend_tokens: a program writes into as many lanes as fit into this many tokens, at least one.
+      encode_windows: an image program has as many images as fit into this many windows of 64
+        patches, at least one; an image's own windows are those of `buckets.image_windows`.
+      image_tokens: tokens of encoded images that are kept for use by other episodes.
+      compile_ahead: compile all programs at the start, not each when it is first needed.
+    """
+
+    lanes: int = 16
+    rows: int = 16
+    chunk: int = 16
+    extend_lengths: tuple[int, ...] = (32, 128, 512)
+    extend_tokens: int = 512
+    encode_windows: int = 16
+    image_tokens: int = 40960
+    compile_ahead: bool = False
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Turns:
+    """The rules of an episode (`rollout/rules.py`). Defaults: the published ones.
+
+    Attributes:
+      turns: of the policy, at most; the last one should be an answer.
+      searches: of both kinds together, at most.
+      image_searches, text_searches: of each kind, at most.
+      turn_tokens: tokens that the policy may write in a turn.
+      tokens: of an episode in all: prompt, turns and results.
+      least_tokens: room that results leave for the turn after them.
+      result_tokens: tokens of one tool's results, pictures included.
+      prompts: a directory of prompts that replaces the built-in ones (`rollout/prompts.py`).
+    """
+
+    turns: int = 3
+    searches: int = 2
+    image_searches: int = 1
+    text_searches: int = 2
+    turn_tokens: int = 2048
+    tokens: int = 8192
+    least_tokens: int = 256
+    result_tokens: int = 4096
+    prompts: str | None = None
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Tools:
+    """Search tools, and what of their answers reaches the policy.
+
+    Attributes:
+      index: a directory with `pages.jsonl` to search in; None: no tool.
+      results: of one search, at most.
+      result_chars: characters of text in one result; the rest is cut off.
+      max_pixels: bound on a retrieved picture, in pixels.
+      seconds: time limit of a call.
+      episode_seconds: time that an episode may spend waiting for tools; after that its searches
+        fail at once.
+    """
+
+    index: str | None = None
+    results: int = 5
+    result_chars: int = 4000
+    max_pixels: int = 224 * 224
+    seconds: float = 60.0
+    episode_seconds: float = 180.0
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+      temperature: logits are divided by it; 0: always the likeliest token.
+      top_k: only the k likeliest tokens; 0: all.
+      top_p: of those, the smallest set that has this much of the probability; 1: all.
+      seed: of the random numbers.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
 class Config:
     """All settings."""
 
@@ -102,6 +196,10 @@ class Config:
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     buckets: Buckets = dataclasses.field(default_factory=Buckets)
     images: Images = dataclasses.field(default_factory=Images)
+    rollout: Rollout = dataclasses.field(default_factory=Rollout)
+    turns: Turns = dataclasses.field(default_factory=Turns)
+    tools: Tools = dataclasses.field(default_factory=Tools)
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
 
 
 def get_config() -> Config:
@@ -124,10 +222,33 @@ def validate(config: Config) -> Config:
             raise ConfigError(f"config.mesh.{field}={size} must be positive, or -1")
     if [config.mesh.replica, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
         raise ConfigError("config.mesh: only one of replica, fsdp and tensor may be -1")
-    for field in ("lengths", "image_windows"):
-        sizes = getattr(config.buckets, field)
-        if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
-            raise ConfigError(f"config.buckets.{field}={sizes} must be positive and ascending")
+    _ascending("buckets.lengths", config.buckets.lengths)
+    _ascending("buckets.image_windows", config.buckets.image_windows)
+    _ascending("rollout.extend_lengths", config.rollout.extend_lengths)
+    for field in ("lanes", "rows", "chunk", "extend_tokens", "encode_windows", "image_tokens"):
+        _positive(f"rollout.{field}", getattr(config.rollout, field))
+    turns = config.turns
+    for field in ("turns", "turn_tokens", "tokens", "least_tokens", "result_tokens"):
+        _positive(f"turns.{field}", getattr(turns, field))
+    for field in ("searches", "image_searches", "text_searches"):
+        if getattr(turns, field) < 0:
+            raise ConfigError(f"config.turns.{field}={getattr(turns, field)} must not be negative")
+    if turns.least_tokens > min(turns.turn_tokens, turns.tokens - 1):
+        raise ConfigError(
+            f"config.turns.least_tokens={turns.least_tokens} leaves no room in "
+            f"turn_tokens={turns.turn_tokens} and tokens={turns.tokens}"
+        )
+    for field in ("results", "result_chars", "max_pixels"):
+        _positive(f"tools.{field}", getattr(config.tools, field))
+    for field in ("seconds", "episode_seconds"):
+        if not getattr(config.tools, field) > 0:
+            raise ConfigError(f"config.tools.{field}={getattr(config.tools, field)} must be over 0")
+    sampling = config.sampling
+    if not (sampling.temperature >= 0 and sampling.top_k >= 0 and 0 < sampling.top_p <= 1):
+        raise ConfigError(
+            f"config.sampling: temperature={sampling.temperature} and top_k={sampling.top_k} must "
+            f"not be negative, top_p={sampling.top_p} must be in (0, 1]"
+        )
     _positive("buckets.batch_tokens", config.buckets.batch_tokens)
     _positive("buckets.batch_windows", config.buckets.batch_windows)
     _positive("images.max_file_pixels", config.images.max_file_pixels)
@@ -142,6 +263,11 @@ def validate(config: Config) -> Config:
 def _one_of(field: str, value, allowed: Sequence) -> None:
     if value not in allowed:
         raise ConfigError(f"config.{field}={value!r} is not one of {', '.join(allowed)}")
+
+
+def _ascending(field: str, sizes: Sequence[int]) -> None:
+    if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
+        raise ConfigError(f"config.{field}={sizes} must be positive and ascending")
 
 
 def _positive(field: str, value: int) -> None:

@@ -173,9 +173,23 @@ class Processor:
             except ConversationError as error:
                 raise ConversationError(f"message {number}: {error}") from None
             items += self._turn(role, [self._part(part, max_file_pixels) for part in parts])
-        if generation_prompt:
-            items += [self.control["<|im_start|>"], "assistant\n"]
-        return self._prompt(items)
+        return self._prompt(items + self._opening() if generation_prompt else items)
+
+    def first_turn(self, parts: Sequence[str | Patches]) -> Prompt:
+        """A conversation of one user turn, and the opening of the policy's."""
+        items = self._turn("system", [DEFAULT_SYSTEM]) + self._turn("user", parts)
+        return self._prompt(items + self._opening())
+
+    def next_turn(self, parts: Sequence[str | Patches]) -> Prompt:
+        """A user turn that goes on a conversation, and the opening of the policy's next."""
+        return self._prompt(self._turn("user", parts) + self._opening())
+
+    def closing(self) -> list[int]:
+        """The tokens that end a turn, `<|im_end|>` and a newline."""
+        return self._prompt([self.control["<|im_end|>"], "\n"]).tokens.tolist()
+
+    def _opening(self) -> list[str | int | Patches]:
+        return [self.control["<|im_start|>"], "assistant\n"]
 
     def _part(self, part, max_file_pixels: int) -> str | Patches:
         if isinstance(part, str):

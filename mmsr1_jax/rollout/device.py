@@ -1,0 +1,327 @@
+"""The device side of the engine: a few programs over one parameter tree and the lanes.
+
+    encode    pictures -> image tokens, kept in a store for all episodes that show them
+    extend    tokens (and image tokens from the store) into some lanes
+    fork      a prompt that one lane holds, into others
+    decode    a chunk of steps of some lanes
+    load      the trainer's parameters, in the layout of the engine
+
+Shapes come from the tables of the settings. A program has a fixed number of rows for each length,
+so what a row holds is computed in a shape that depends on that row alone; the rest is padding.
+"""
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mmsr1_jax import config as settings
+from mmsr1_jax.batching import TooLongError, smallest
+from mmsr1_jax.images import Patches
+from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
+from mmsr1_jax.models.qwen2_5_vl.vision import num_windows, pack_images
+from mmsr1_jax.rollout import cache, decode
+from mmsr1_jax.rollout.sampler import Sampling
+from mmsr1_jax.rollout.stop import StopTable
+
+
+@dataclasses.dataclass
+class Counts:
+    """What the device has done since the engine was made.
+
+    Attributes:
+      extended: tokens written by `extend`, and `extended_padded`, with padding.
+      forked: tokens that `fork` copied instead.
+      decoded: tokens sampled.
+      decode_slots: rows times steps in which they were.
+      images: pictures that went through the vision tower.
+    """
+
+    extended: int = 0
+    extended_padded: int = 0
+    forked: int = 0
+    decoded: int = 0
+    decode_slots: int = 0
+    images: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Tokens to be written into one lane.
+
+    Attributes:
+      lane: which.
+      tokens: int32[n], n at most the longest of `extend_lengths`.
+      positions: int32[3, n].
+      images: whose tokens are among them, whole or in part.
+      image_index: int32[n]: which merged token of `images`, one after the other; -1 for text.
+    """
+
+    lane: int
+    tokens: np.ndarray
+    positions: np.ndarray
+    images: tuple[Patches, ...]
+    image_index: np.ndarray
+
+
+class Device:
+    """Parameters, lanes and the store of image tokens, with the programs over them.
+
+    Args of the constructor:
+      model: the policy; its parameters are the first that are loaded.
+      config: `rollout` and `buckets` are read.
+      capacity: tokens of a lane.
+      stops: where turns end.
+      allowed: bool[V]: tokens that may be sampled.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2_5_VL,
+        config: settings.Config,
+        *,
+        capacity: int,
+        stops: StopTable,
+        allowed: np.ndarray,
+    ):
+        self.counts = Counts()
+        self.config = config.rollout
+        self.model_config = model.config
+        self.stops = stops
+        self._windows = config.buckets.image_windows
+        self._allowed = jnp.asarray(allowed)
+        self._next_state = jnp.asarray(stops.next_state)
+        self._lanes = cache.allocate(model, self.config.lanes, capacity)
+        width = model.config.text.hidden_size
+        self._store = jnp.zeros((self.config.image_tokens, width), model.dtype)
+        self._kept: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._free = list(range(self.config.image_tokens))
+        self._graph, params = nnx.split(model)
+        self._layout = jax.tree.map(lambda x: x.sharding, params)
+        self._dtype = model.dtype
+        self._compile()
+        self.load(params)
+
+    def _compile(self) -> None:
+        """Makes the programs; each compiles when it first meets a shape."""
+        graph, precision = self._graph, "highest" if self._dtype == jnp.float32 else None
+
+        def program(function, *, donate=(), static=()):
+            def run(params, *args, **keywords):
+                with jax.default_matmul_precision(precision):  # see `score`
+                    return function(nnx.merge(graph, params), *args, **keywords)
+
+            return jax.jit(run, donate_argnums=donate, static_argnames=static)
+
+        def encode(model, store, images, slots):
+            tokens = model.encode_images(images)
+            flat = tokens.reshape(-1, tokens.shape[-1])
+            return store.at[slots.reshape(-1)].set(flat.astype(store.dtype), mode="drop")
+
+        def extend(model, lanes, new, store):
+            hidden, lanes = cache.extend(model, lanes, new, store)
+            return tuple(hidden), lanes  # an array a row: none has to be cut out later
+
+        def cast(params):
+            return jax.tree.map(lambda x: x.astype(self._dtype), params)
+
+        self._encode_program = program(encode, donate=1)
+        self._extend_program = program(extend, donate=1)
+        self._decode_program = program(decode.decode, donate=1, static=("steps", "running"))
+        self._fork_program = jax.jit(cache.fork, donate_argnums=0)
+        self._clear_program = jax.jit(cache.clear, donate_argnums=0)
+        self._load_program = jax.jit(cast, out_shardings=self._layout)
+
+    def load(self, params: nnx.State) -> None:
+        """Takes parameters (the trainer's tree: any layout, any dtype) into the engine's own layout
+        and dtype, in one program. Encoded images are forgotten: they are of the old ones."""
+        self._params = self._load_program(params)
+        self._kept.clear()
+        self._free = list(range(self.config.image_tokens))
+
+    def warm_up(self) -> None:
+        """Compiles every program of the tables, by running it on padding."""
+        for length in self.config.extend_lengths:
+            self._extend(length, [])
+        for windows in self._windows:
+            self._encode(windows, [])
+        nothing = Sampling.uniform(self.config.rows)
+        self.decode([], jax.tree.map(np.asarray, nothing), seed=0, leave_at=0)
+        hidden = self._extend(self.config.extend_lengths[0], [])[0]
+        self.fork(0, self.config.lanes, 0, hidden)
+        self.clear(self.config.lanes)
+
+    # Pictures
+
+    def check_image(self, image: Patches) -> None:
+        """Raises TooLongError where the picture fits no program or not into the store."""
+        windows = num_windows(image.grid, self.model_config.vision)
+        smallest("image windows", windows, self._windows, "image_windows")
+        most = (self.config.image_tokens - self.config.extend_lengths[-1]) // 2
+        if self._size(image) > most:  # a piece may hold the ends of two of them
+            raise TooLongError(
+                f"a picture of {self._size(image)} tokens, rollout.image_tokens="
+                f"{self.config.image_tokens} leaves room for {most}"
+            )
+
+    def _slots_of(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
+        """Where in the store each piece's image tokens are, int32[M], one image after the other.
+        Images that are not there are encoded, each once."""
+        wanted = {image.digest: image for piece in pieces for image in piece.images}
+        missing = [digest for digest in wanted if digest not in self._kept]
+        for digest in wanted:
+            if digest in self._kept:
+                self._kept.move_to_end(digest)
+        by_windows: dict[int, list[tuple[Patches, np.ndarray]]] = {}
+        for digest in missing:
+            image = wanted[digest]
+            while len(self._free) < self._size(image):
+                self._free += self._kept.popitem(last=False)[1].tolist()  # the longest unused
+            slots = np.array([self._free.pop() for _ in range(self._size(image))], np.int32)
+            self._kept[digest] = slots
+            windows = num_windows(image.grid, self.model_config.vision)
+            windows = smallest("image windows", windows, self._windows, "image_windows")
+            by_windows.setdefault(windows, []).append((image, slots))
+        for windows, found in by_windows.items():
+            rows = self._encode_rows(windows)
+            for first in range(0, len(found), rows):
+                self._encode(windows, found[first : first + rows])
+        self.counts.images += len(missing)
+        nothing = np.zeros(0, np.int32)
+        return [
+            np.concatenate([nothing, *(self._kept[image.digest] for image in piece.images)])
+            for piece in pieces
+        ]
+
+    def _fits_store(self, pieces: Sequence[Piece]) -> bool:
+        wanted = {image.digest: image for piece in pieces for image in piece.images}
+        return sum(map(self._size, wanted.values())) <= self.config.image_tokens
+
+    def _size(self, image: Patches) -> int:
+        return len(image.values) // self.model_config.vision.merge_size**2
+
+    def _encode_rows(self, windows: int) -> int:
+        return max(1, self.config.encode_windows // windows)
+
+    def _encode(self, windows: int, found: Sequence[tuple[Patches, np.ndarray]]) -> None:
+        """Images with as many windows, and where in the store their tokens go."""
+        vision = self.model_config.vision
+        pictures = [[(image.values, image.grid)] for image, _ in found]
+        pictures += [[]] * (self._encode_rows(windows) - len(found))
+        images, indices = pack_images(pictures, windows, vision)
+        M = images.patches.shape[1] // vision.merge_size**2
+        slots = np.full((len(pictures), M), self.config.image_tokens, np.int32)
+        for row, (_, place) in enumerate(found):
+            slots[row, indices[row]] = place
+        self._store = self._encode_program(self._params, self._store, images, slots)
+
+    # Lanes
+
+    def piece_length(self, left: int) -> int:
+        """How many of `left` tokens are written at a time: all that are left where they fill most
+        of a program's length, else as many as fill a shorter one."""
+        lengths = self.config.extend_lengths
+        for length in lengths:
+            if left <= length:
+                shorter = [n for n in lengths if n < left]
+                return left if not shorter or 4 * left >= 3 * length else shorter[-1]
+        return lengths[-1]
+
+    def extend(self, pieces: Sequence[Piece]) -> list[jax.Array]:
+        """Writes pieces, at most one for each lane, and returns the hidden state of each one's last
+        token, float[D]."""
+        by_length: dict[int, list[int]] = {}
+        for number, piece in enumerate(pieces):
+            length = smallest("tokens", len(piece.tokens), self.config.extend_lengths, "extend")
+            by_length.setdefault(length, []).append(number)
+        hidden: dict[int, jax.Array] = {}
+        for length, numbers in by_length.items():
+            batches: list[list[int]] = [[]]
+            for number in numbers:
+                larger = [pieces[n] for n in (*batches[-1], number)]
+                if len(larger) > self._extend_rows(length) or not self._fits_store(larger):
+                    batches.append([])
+                batches[-1].append(number)
+            for batch in batches:
+                found = self._extend(length, [pieces[number] for number in batch])
+                hidden |= dict(zip(batch, found, strict=False))
+        return [hidden[number] for number in range(len(pieces))]
+
+    def _extend_rows(self, length: int) -> int:
+        return max(1, self.config.extend_tokens // length)
+
+    def _extend(self, length: int, pieces: Sequence[Piece]) -> Sequence[jax.Array]:
+        R = self._extend_rows(length)
+        new = cache.Extension(
+            lane=np.full(R, self.config.lanes, np.int32),
+            tokens=np.zeros((R, length), np.int32),
+            count=np.zeros(R, np.int32),
+            positions=np.zeros((R, 3, length), np.int32),
+            image_index=np.full((R, length), -1, np.int32),
+        )
+        for row, (piece, slots) in enumerate(zip(pieces, self._slots_of(pieces), strict=True)):
+            n, is_image = len(piece.tokens), piece.image_index >= 0
+            new.lane[row], new.count[row] = piece.lane, n
+            new.tokens[row, :n] = piece.tokens
+            new.positions[row, :, :n] = piece.positions
+            new.image_index[row, :n][is_image] = slots[piece.image_index[is_image]]
+            self.counts.extended += n
+            self.counts.extended_padded += length
+        hidden, self._lanes = self._extend_program(self._params, self._lanes, new, self._store)
+        return hidden
+
+    def fork(self, source: int, target: int, length: int, hidden: jax.Array) -> None:
+        """Makes lane `target` hold the first `length` tokens of lane `source`, which may be itself;
+        `hidden`: of the last of them."""
+        self._lanes = self._fork_program(
+            self._lanes, np.int32(source), np.array([target], np.int32), np.int32(length), hidden
+        )
+        self.counts.forked += length
+
+    def clear(self, lane: int) -> None:
+        self._lanes = self._clear_program(self._lanes, np.array([lane], np.int32))
+
+    def lengths(self) -> np.ndarray:
+        """int32[lanes]: tokens that each lane holds."""
+        return np.asarray(cache.read(self._lanes))
+
+    def decode(
+        self, rows: Sequence[dict], sampling: Sampling, *, seed: int, leave_at: int
+    ) -> decode.Drawn:
+        """Draws a chunk.
+
+        Args:
+          rows: for each lane that draws, the fields of `decode.Rows` but `active` and `sampling`.
+          sampling: how, for every row (numpy).
+          seed, leave_at: see `decode.decode`.
+
+        Returns:
+          numpy arrays, a row for each of `rows` and then padding.
+        """
+        R = self.config.rows
+        fields = {
+            name: np.full(R, self.config.lanes if name == "lane" else 0, np.int32)
+            for name in ("lane", "stop_state", "position", "episode", "drawn", "left")
+        }
+        for number, row in enumerate(rows):
+            for name, value in row.items():
+                fields[name][number] = value
+        drawn, self._lanes = self._decode_program(
+            self._params,
+            self._lanes,
+            decode.Rows(active=np.arange(R) < len(rows), sampling=sampling, **fields),
+            self._next_state,
+            self._allowed,
+            np.int32(seed),
+            np.int32(leave_at),
+            steps=self.config.chunk,
+            running=self.stops.running,
+        )
+        drawn = jax.device_get(drawn)
+        self.counts.decoded += int(drawn.count.sum())
+        self.counts.decode_slots += R * int(drawn.steps)
+        return drawn

@@ -1,0 +1,454 @@
+"""The rollout engine: many episodes at a time, none waiting for another.
+
+    while there is anything to do:
+        take the answers of tools                  what a lane waited for is now to be written
+        admit episodes into free lanes             a group's prompt once; its others are forked
+        extend the lanes that have something to be written
+        decode a chunk of the lanes that can run   a turn that ends: search, say, or free the lane
+
+Same seed, same examples, same answers of tools: same episodes, whatever the number of lanes, the
+length of a chunk and the order in which tools answer.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mmsr1_jax import config as settings
+from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL, mrope_positions
+from mmsr1_jax.processor import Processor, Prompt
+from mmsr1_jax.rollout import prompts, stop, turns
+from mmsr1_jax.rollout.device import Device, Piece
+from mmsr1_jax.rollout.episode import Episode, Example, Segment
+from mmsr1_jax.rollout.rules import Reply, Rules
+from mmsr1_jax.rollout.sampler import Sampling
+from mmsr1_jax.tools import Query, Tool
+from mmsr1_jax.tools.background import Background, Call
+
+END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+_PREPARED = 4  # examples whose pictures are made ready ahead of their turn
+_DRAWN = ("tokens", "logprobs", "sampling_logprobs")
+
+# Called as things happen, with the episode and "turn" (the policy's has ended), "reply" (the user
+# turn after it is there) or "end".
+Watch = Callable[[Episode, str], None]
+
+
+@dataclasses.dataclass(eq=False)
+class _Group:
+    """An example and its rollouts.
+
+    Attributes:
+      number: of the example.
+      waiting: numbers of the episodes that have no lane yet.
+      prompt: to be had from the pool.
+      lanes: those that begin with the prompt: it can be forked from any.
+      hidden: of the prompt's last token, once it is written; position: of the token after it.
+    """
+
+    number: int
+    example: Example
+    waiting: collections.deque[int]
+    prompt: concurrent.futures.Future
+    lanes: set[int] = dataclasses.field(default_factory=set)
+    hidden: jax.Array | None = None
+    position: int = 0
+
+
+@dataclasses.dataclass(eq=False)
+class _Live:
+    """An episode in a lane.
+
+    Attributes:
+      to_write: what is still to be written into the lane, as pieces, last first.
+      position: M-RoPE position of the next token.
+      drawing: whether the policy's turn goes on; else it is the turn of a tool, or of `to_write`.
+      drawn: tokens sampled in all turns; left: that this turn may still have.
+      stop_state: of the automaton.
+      parts: what the turn's chunks drew, by the names of `_DRAWN`.
+      waited: seconds spent on tools.
+    """
+
+    episode: Episode
+    group: _Group
+    lane: int
+    to_write: list[Piece] = dataclasses.field(default_factory=list)
+    position: int = 0
+    drawing: bool = False
+    drawn: int = 0
+    left: int = 0
+    stop_state: int = 0
+    parts: dict[str, list] = dataclasses.field(default_factory=lambda: {n: [] for n in _DRAWN})
+    waited: float = 0.0
+
+
+class Engine:
+    """Rolls out episodes with one policy.
+
+    Args of the constructor:
+      model: the policy.
+      processor: its tokenizer and image processor.
+      config: see `config.Config`.
+      tools: by action, `text_search` and `image_search`; a search without its tool fails in words.
+
+    Attributes:
+      device: what it has done is counted in `device.counts`.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2_5_VL,
+        processor: Processor,
+        config: settings.Config,
+        tools: Mapping[str, Tool] | None = None,
+    ):
+        self.config = config
+        self.processor = processor
+        self.tools = dict(tools or {})
+        token_bytes, vocab_size = processor.token_bytes(), model.config.text.vocab_size
+        ends = {name: processor.control[name] for name in END_TOKENS}
+        self._stops = stop.build(token_bytes, vocab_size, turns.STOPS, ends)
+        allowed = np.zeros(vocab_size, bool)
+        allowed[: len(token_bytes)] = [bool(text) for text in token_bytes]
+        allowed[list(processor.control.values())] = False
+        allowed[list(ends.values())] = True
+        self.device = Device(
+            model, config, capacity=config.turns.tokens, stops=self._stops, allowed=allowed
+        )
+        self._rules = Rules(
+            processor,
+            config.turns,
+            config.tools,
+            prompts.load(config.turns.prompts),
+            max_file_pixels=config.images.max_file_pixels,
+            check_image=self.device.check_image,
+        )
+        self._image_token = model.config.image_token_id
+        self._merge_size = model.config.vision.merge_size
+        self._pool = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="prepare")
+        self._background = Background(self._pool)
+        self._busy = False
+        if config.rollout.compile_ahead:
+            self.device.warm_up()
+
+    def load(self, params: nnx.State) -> None:
+        """Takes the trainer's parameters, `nnx.split(model)[1]`; images are encoded anew from here
+        on.
+
+        Raises:
+          RuntimeError: while a rollout is under way.
+        """
+        if self._busy:
+            raise RuntimeError("Engine.load: a rollout is under way")
+        self.device.load(params)
+
+    def close(self) -> None:
+        """Ends the threads of tools and preparation."""
+        self._background.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def rollout(
+        self,
+        examples: Iterable[Example],
+        *,
+        rollouts: int = 1,
+        sampling: settings.Sampling | None = None,
+        watch: Watch = lambda episode, event: None,
+    ) -> Iterator[Episode]:
+        """Yields episodes as they end, in any order; `group` and `number` tell which they are.
+
+        Args:
+          examples: the questions. One that cannot be used gives episodes with `end == "error"`.
+          rollouts: episodes of each question.
+          sampling: instead of `config.sampling`.
+          watch: see `Watch`.
+
+        Raises:
+          RuntimeError: another rollout of this engine is under way.
+        """
+        if self._busy:
+            raise RuntimeError("Engine.rollout: another rollout is under way")
+        self._busy = True
+        run = _Run(self, examples, rollouts, sampling or self.config.sampling, watch)
+        try:
+            yield from run.episodes()
+        finally:
+            self._background.forget()
+            self._busy = False
+
+
+class _Run:
+    """One call of `Engine.rollout`: the state of its loop."""
+
+    def __init__(self, engine: Engine, examples, rollouts: int, sampling, watch: Watch):
+        self._device, self._rules = engine.device, engine._rules
+        self._engine, self._watch = engine, watch
+        self._settings = engine.config
+        rows = engine.config.rollout.rows
+        self._seed = sampling.seed
+        self._sampling = Sampling.uniform(
+            rows, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
+        )
+        self._examples = enumerate(examples)
+        self._rollouts = rollouts
+        self._groups: collections.deque[_Group] = collections.deque()
+        self._free = set(range(engine.config.rollout.lanes))
+        self._holder: dict[int, _Group] = {}  # whose prompt a lane begins with
+        self._live: dict[int, _Live] = {}
+        self._turn: collections.deque[int] = (
+            collections.deque()
+        )  # lanes that draw, longest idle first
+        self._ended: list[Episode] = []
+
+    def episodes(self) -> Iterator[Episode]:
+        while True:
+            self._look_ahead()
+            self._take_answers(wait=self._must_wait_for_tools())
+            admitted = self._admit()
+            self._write()
+            self._fork(admitted)
+            self._decode()
+            yield from self._ended
+            self._ended.clear()
+            if not self._groups and not self._live:
+                return
+
+    # Admission
+
+    def _look_ahead(self) -> None:
+        """Has the prompts of the next examples made in the pool."""
+        for number, example in itertools.islice(self._examples, _PREPARED - len(self._groups)):
+            numbers = range(number * self._rollouts, (number + 1) * self._rollouts)
+            prompt = self._engine._pool.submit(self._rules.first, example)
+            self._groups.append(_Group(number, example, collections.deque(numbers), prompt))
+
+    def _must_wait_for_tools(self) -> bool:
+        """Whether nothing else can be done: all live episodes are with their tools, and no other
+        can begin."""
+        waiting = len(self._engine._background)
+        return waiting > 0 and waiting == len(self._live) and not (self._free and self._groups)
+
+    def _admit(self) -> list[_Live]:
+        """Gives free lanes to episodes; returns those to be forked from their group's prompt."""
+        forked = []
+        while self._groups and self._free:
+            group = self._groups[0]
+            if not group.prompt.done() and (self._turn or self._unwritten()):
+                break  # there is other work meanwhile
+            try:
+                prompt = group.prompt.result()
+            except Exception as error:  # a picture or a question that cannot be used
+                self._fail(self._groups.popleft(), error)
+                self._look_ahead()
+                continue
+            live = self._place(group, prompt)
+            if group.position == 0:
+                self._device.clear(live.lane)
+                live.position = group.position = self._to_write(live, prompt, position=0)
+            else:
+                forked.append(live)
+            if not group.waiting:
+                self._groups.popleft()
+                self._look_ahead()
+        return forked
+
+    def _place(self, group: _Group, prompt: Prompt) -> _Live:
+        """A lane for the group's next episode: one that begins with its prompt, if any is free."""
+        lane = min(self._free & group.lanes or self._free)
+        self._free.remove(lane)
+        if lane in self._holder and self._holder[lane] is not group:
+            self._holder[lane].lanes.discard(lane)
+        self._holder[lane] = group
+        number = group.waiting.popleft()
+        episode = Episode(example=group.example, group=group.number, number=number)
+        episode.segments.append(Segment("prompt", prompt.tokens))
+        episode.images += prompt.images
+        self._live[lane] = live = _Live(episode, group, lane)
+        return live
+
+    def _fail(self, group: _Group, error: Exception) -> None:
+        for number in group.waiting:
+            episode = Episode(example=group.example, group=group.number, number=number)
+            episode.end, episode.error = "error", f"{type(error).__name__}: {error}"
+            self._watch(episode, "end")
+            self._ended.append(episode)
+
+    def _fork(self, admitted: list[_Live]) -> None:
+        for live in admitted:
+            group, length = live.group, len(live.episode)
+            self._device.fork(min(group.lanes), live.lane, length, group.hidden)
+            group.lanes.add(live.lane)
+            live.position = group.position
+            self._begin_turn(live)
+
+    # Writing into lanes
+
+    def _to_write(self, live: _Live, prompt: Prompt, position: int) -> int:
+        """Cuts tokens into pieces of the bucket table; returns the position after them."""
+        token, merge = self._engine._image_token, self._engine._merge_size
+        positions, after = mrope_positions(
+            prompt.tokens, prompt.grids, image_token_id=token, merge_size=merge, start=position
+        )
+        sizes = [len(image.values) // merge**2 for image in prompt.images]
+        owner = np.repeat(np.arange(len(sizes)), sizes)  # of each image token, its image
+        is_image = prompt.tokens == token
+        begin, pieces = 0, []
+        while begin < len(prompt.tokens):
+            end = begin + self._device.piece_length(len(prompt.tokens) - begin)
+            seen, inside = int(is_image[:begin].sum()), is_image[begin:end]
+            images = np.unique(owner[seen : seen + inside.sum()])
+            skipped = seen - sum(sizes[: images[0]]) if len(images) else 0
+            index = np.where(inside, np.cumsum(inside) - 1 + skipped, -1)
+            pieces.append(
+                Piece(
+                    lane=live.lane,
+                    tokens=prompt.tokens[begin:end],
+                    positions=positions[:, begin:end],
+                    images=tuple(prompt.images[number] for number in images),
+                    image_index=index,
+                )
+            )
+            begin = end
+        live.to_write = pieces[::-1]
+        return after
+
+    def _unwritten(self) -> list[_Live]:
+        return [live for live in self._live.values() if live.to_write]
+
+    def _write(self) -> None:
+        """Writes all that is to be written; then these turns begin."""
+        while todo := self._unwritten():
+            hidden = self._device.extend([live.to_write.pop() for live in todo])
+            for live, last in zip(todo, hidden, strict=True):
+                if not live.to_write:
+                    if live.group.hidden is None:
+                        live.group.hidden = last
+                        live.group.lanes.add(live.lane)
+                    self._begin_turn(live)
+
+    def _begin_turn(self, live: _Live) -> None:
+        limits = self._settings.turns
+        live.left = min(limits.turn_tokens, limits.tokens - len(live.episode))
+        live.stop_state, live.drawing = 0, True
+        live.parts = {name: [] for name in _DRAWN}
+        self._turn.append(live.lane)
+
+    # Drawing
+
+    def _decode(self) -> None:
+        if not self._turn:
+            return
+        count = min(len(self._turn), self._settings.rollout.rows)
+        chosen = [self._live[self._turn.popleft()] for _ in range(count)]
+        rows = [
+            {
+                "lane": live.lane,
+                "stop_state": live.stop_state,
+                "position": live.position,
+                "episode": live.episode.number,
+                "drawn": live.drawn,
+                "left": live.left,
+            }
+            for live in chosen
+        ]
+        # A quarter of the rows stopped: others may take their place, and their tools may start.
+        drawn = self._device.decode(
+            rows, self._sampling, seed=self._seed, leave_at=count - max(1, count // 4)
+        )
+        for row, live in enumerate(chosen):
+            n = int(drawn.count[row])
+            for name in _DRAWN:
+                live.parts[name].append(getattr(drawn, name)[row, :n])
+            live.position += n
+            live.drawn += n
+            live.left -= n
+            live.stop_state = int(drawn.stop_state[row])
+            if live.left > 0 and live.stop_state < self._engine._stops.running:
+                self._turn.append(live.lane)
+            else:
+                self._end_turn(live)
+
+    def _end_turn(self, live: _Live) -> None:
+        """Reads what the policy wrote, and does what follows."""
+        live.drawing = False
+        values = {name: np.concatenate(parts) for name, parts in live.parts.items()}
+        episode, processor = live.episode, self._engine.processor
+        episode.segments.append(Segment("model", **values))
+        ended_by = self._engine._stops.reason(live.stop_state)
+        text = values["tokens"][:-1] if ended_by in END_TOKENS else values["tokens"]
+        episode.turns.append(turns.parse(processor.decode(text)))
+        self._watch(episode, "turn")
+        step = self._rules.after(episode.turns, episode.calls, cut=ended_by is None)
+        if step.kind == "end":
+            self._end(live, step.end)
+            return
+        closing = processor.closing()
+        closing = closing[1:] if ended_by == END_TOKENS[0] else closing
+        room = self._rules.room(episode, len(closing))
+        if step.kind == "search":
+            self._search(live, closing, room)
+        else:
+            self._reply(live, closing, self._rules.say(step, episode, room))
+
+    def _search(self, live: _Live, closing: list[int], room: int) -> None:
+        """Hands the search that the turn asks for to its tool."""
+        episode, turn, limits = live.episode, live.episode.turns[-1], self._settings.tools
+        tool, number = self._engine.tools.get(turn.action), len(episode.turns) - 1
+        example = episode.example
+        query = Query(
+            action=turn.action,
+            text=turn.payload,
+            question=example.question,
+            images=tuple(example.images),
+            example=example.id,
+        )
+
+        async def begin():
+            if tool is None:
+                raise LookupError(f"no tool for {query.action}")
+            return await tool(query)
+
+        def finish(value, error, seconds) -> tuple[list[int], Reply]:
+            return closing, self._rules.observed(
+                query, example, number, room, value, error, seconds
+            )
+
+        seconds = min(limits.seconds, limits.episode_seconds - live.waited)
+        self._engine._background.submit(Call(live.lane, begin, finish, max(seconds, 0.0)))
+
+    def _take_answers(self, wait: bool) -> None:
+        for lane, answer in self._engine._background.answers(wait):
+            if isinstance(answer, Exception):
+                raise answer
+            live = self._live[lane]
+            live.waited += answer[1].call.seconds
+            self._reply(live, *answer)
+
+    def _reply(self, live: _Live, closing: list[int], reply: Reply) -> None:
+        """Closes the policy's turn and goes on with a user turn, if there is room for it."""
+        episode = live.episode
+        if reply.call is not None:
+            episode.calls.append(reply.call)
+        if reply.prompt is None:
+            self._end(live, "tokens")
+            return
+        closing = np.array(closing, np.int32)
+        episode.segments.append(Segment("forced", closing))
+        episode.segments.append(Segment("tool", reply.prompt.tokens))
+        episode.images += reply.prompt.images
+        self._watch(episode, "reply")
+        whole = Prompt(np.concatenate([closing, reply.prompt.tokens]), reply.prompt.images)
+        live.position = self._to_write(live, whole, live.position)
+
+    def _end(self, live: _Live, why) -> None:
+        live.episode.end = why
+        self._watch(live.episode, "end")
+        self._ended.append(live.episode)
+        del self._live[live.lane]
+        self._free.add(live.lane)

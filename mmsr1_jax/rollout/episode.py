@@ -1,0 +1,167 @@
+"""An episode: the single record of what happened, token by token.
+
+    prompt | model  forced  tool | model  forced  tool | model
+             sampled ^      ^ the next user turn, with results
+                     tokens that close a turn which stopped at a tag
+
+Reward, training, evaluation and the files on disk all read it; nothing is ever tokenised again.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from mmsr1_jax.images import Patches
+from mmsr1_jax.processor import Processor, Prompt
+from mmsr1_jax.rollout.turns import Turn
+from mmsr1_jax.tools import Picture
+
+# Why an episode ended: it answered; its turns or its tokens were used up; it could not be run.
+End = Literal["answer", "turns", "tokens", "error"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+    """A question, as a row of a dataset has it.
+
+    Attributes:
+      id: by which it is found again.
+      question: text.
+      images: of the question, in the order in which they are shown.
+    """
+
+    id: str = ""
+    question: str
+    images: Sequence[Picture] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Tokens of one origin.
+
+    Attributes:
+      kind: `prompt`; `model`: sampled; `forced`: closing the policy's turn in its place; `tool`:
+        the user turn after it. Only what the policy sampled carries loss.
+      tokens: int32[n].
+      logprobs: float32[n] of a model segment, under the policy at the sampling temperature.
+      sampling_logprobs: float32[n] of a model segment, under what was drawn from (top-k, top-p, no
+        control tokens).
+    """
+
+    kind: Literal["prompt", "model", "forced", "tool"]
+    tokens: np.ndarray
+    logprobs: np.ndarray | None = None
+    sampling_logprobs: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """A search, made or refused.
+
+    Attributes:
+      turn: number of the policy's turn that asked for it, from 0.
+      action, query: what was asked; an image search has no query.
+      status: `ok`, `empty`, `failed`, or `refused` (over a limit; no tool was called).
+      seconds: that the tool took.
+      found, shown: results that came back, and that the policy saw.
+      notes: what was left out or mended, and why a search failed.
+    """
+
+    turn: int
+    action: str
+    query: str | None
+    status: str
+    seconds: float = 0.0
+    found: int = 0
+    shown: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(kw_only=True)
+class Episode:
+    """What happened with one question, once.
+
+    Attributes:
+      example: the question.
+      group: number of the example in the run; its rollouts share it.
+      number: of the episode in the run; seeds its random numbers.
+      segments: all tokens, in order.
+      images: all pictures, in the order of their placeholders.
+      turns: what the policy wrote, read.
+      calls: its searches.
+      end: why it ended; None while it runs.
+      error: for `end == "error"`, what was wrong.
+    """
+
+    example: Example
+    group: int
+    number: int
+    segments: list[Segment] = dataclasses.field(default_factory=list)
+    images: list[Patches] = dataclasses.field(default_factory=list)
+    turns: list[Turn] = dataclasses.field(default_factory=list)
+    calls: list[ToolCall] = dataclasses.field(default_factory=list)
+    end: End | None = None
+    error: str | None = None
+
+    def __len__(self) -> int:
+        """Tokens in all."""
+        return sum(len(segment.tokens) for segment in self.segments)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """int32[T]."""
+        return np.concatenate([np.zeros(0, np.int32), *(s.tokens for s in self.segments)])
+
+    @property
+    def loss_mask(self) -> np.ndarray:
+        """bool[T]: the tokens that were sampled."""
+        parts = [np.full(len(s.tokens), s.kind == "model") for s in self.segments]
+        return np.concatenate([np.zeros(0, bool), *parts])
+
+    @property
+    def logprobs(self) -> np.ndarray:
+        """float32[T]: as recorded, 0 where nothing was sampled."""
+        parts = [
+            np.zeros(len(s.tokens), np.float32) if s.logprobs is None else s.logprobs
+            for s in self.segments
+        ]
+        return np.concatenate([np.zeros(0, np.float32), *parts])
+
+    @property
+    def conversation(self) -> Prompt:
+        """All of it, as the policy reads it."""
+        return Prompt(self.tokens, tuple(self.images))
+
+    @property
+    def answer(self) -> str | None:
+        """The text of the answer, None where there is none."""
+        last = self.turns[-1] if self.turns else None
+        return last.payload if last is not None and last.action == "answer" else None
+
+    def to_json(self, processor: Processor) -> dict[str, Any]:
+        """The episode as plain data, tokens and text (pictures by their grids)."""
+
+        def of_segment(segment: Segment) -> dict[str, Any]:
+            data = {"kind": segment.kind, "text": processor.decode(segment.tokens)}
+            data["tokens"] = segment.tokens.tolist()
+            for field in ("logprobs", "sampling_logprobs"):
+                values = getattr(segment, field)
+                if values is not None:
+                    data[field] = values.tolist()
+            return data
+
+        return {
+            "id": self.example.id,
+            "question": self.example.question,
+            "group": self.group,
+            "number": self.number,
+            "end": self.end,
+            "error": self.error,
+            "answer": self.answer,
+            "turns": [dataclasses.asdict(turn) for turn in self.turns],
+            "calls": [dataclasses.asdict(call) for call in self.calls],
+            "image_grids": [list(image.grid) for image in self.images],
+            "segments": [of_segment(segment) for segment in self.segments],
+        }

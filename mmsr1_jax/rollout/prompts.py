@@ -1,0 +1,139 @@
+"""What is written to the policy: text files with fields, in `prompts/` beside this file.
+
+    question             the first user turn            {question} {images}
+    after_image_search   after a search that found      {results} {question}
+    after_text_search    the same
+    search_failed        after one that did not         {reason} {question}
+    over_limit           after one that was not made    {reason} {question}
+    malformed            after a turn without action    {reason} {question}
+
+A directory of one's own may replace any of them. The published prompts come as pickles of one
+string each, which hold only the instruction: they are read as data, no code in them is run, and
+what belongs around them is put there here.
+"""
+
+import io
+import pathlib
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+_BUILT_IN = pathlib.Path(__file__).parent / "prompts"
+# The fields of each prompt; those in the first place it cannot do without.
+_FIELDS = {
+    "question": (("question", "images"), ()),
+    "after_image_search": (("results",), ("question",)),
+    "after_text_search": (("results",), ("question",)),
+    "search_failed": (("reason",), ("question",)),
+    "over_limit": (("reason",), ("question",)),
+    "malformed": ((), ("reason", "question")),
+}
+_FIELD = re.compile(r"\{(question|images|results|reason)\}")
+_RESULTS = "<information>\n[KIND Search Results]\n{results}\n</information>\n"
+_RESULTS += "Original question: {question}\nINSTRUCTION"
+# File name, and what goes around the instruction that is in it.
+_PUBLISHED = {
+    "question": ("round_1_user_prompt", "INSTRUCTION\nQuestion: {question}\nImage: {images}"),
+    "after_image_search": ("after_image_search_prompt", _RESULTS.replace("KIND", "Image")),
+    "after_text_search": ("after_text_search_prompt", _RESULTS.replace("KIND", "Text")),
+}
+_MAX_BYTES = 1_000_000
+
+T = TypeVar("T")
+
+
+class PromptsError(ValueError):
+    """A prompt that cannot be used; the message names the file."""
+
+
+def load(directory: str | pathlib.Path | None = None) -> dict[str, str]:
+    """All prompts by name: the built-in ones, replaced by those of a directory.
+
+    Args:
+      directory: of `NAME.txt`, or of published pickles (`round_1_user_prompt*.pkl` ..).
+
+    Raises:
+      PromptsError: no such directory, none of the names in it, or a prompt that lacks a field.
+    """
+    found = {name: _read(_BUILT_IN / f"{name}.txt") for name in _FIELDS}
+    if directory is None:
+        return found
+    directory = pathlib.Path(directory)
+    if not directory.is_dir():
+        raise PromptsError(f"{directory}: no such directory of prompts")
+    texts = {name: directory / f"{name}.txt" for name in _FIELDS}
+    replaced = {name: _read(path) for name, path in texts.items() if path.is_file()}
+    if not replaced:
+        replaced = _published(directory)
+    if not replaced:
+        raise PromptsError(
+            f"{directory}: neither {', '.join(_FIELDS)} as .txt, nor pickled prompts"
+        )
+    for name, text in replaced.items():
+        (needed, allowed), used = _FIELDS[name], _FIELD.findall(text)
+        for field in needed:
+            if field not in used:
+                raise PromptsError(f"{directory}: prompt {name!r} lacks {{{field}}}")
+        for field in used:
+            if field not in needed + allowed:
+                raise PromptsError(f"{directory}: prompt {name!r} has no use for {{{field}}}")
+    return found | replaced
+
+
+def fill(template: str, fields: Mapping[str, Sequence[T | str]]) -> list[T | str]:
+    """The parts of a prompt, each `{field}` replaced by its parts. What a part holds is not looked
+    at again, so a question may well contain "{results}"."""
+    parts: list[T | str] = []
+    for number, piece in enumerate(_FIELD.split(template)):
+        parts += fields[piece] if number % 2 else [piece]
+    return [part for part in parts if part != ""]
+
+
+def _published(directory: pathlib.Path) -> dict[str, str]:
+    prompts = {}
+    for name, (beginning, around) in _PUBLISHED.items():
+        paths = sorted(directory.glob(f"{beginning}*.pkl"))
+        if len(paths) > 1:
+            raise PromptsError(f"{directory}: {paths[0].name} or {paths[1].name}? Keep one of them")
+        if paths:
+            instruction = _unpickled_text(paths[0]).replace("<image>", "").strip()
+            prompts[name] = around.replace("INSTRUCTION", instruction)
+    return prompts
+
+
+class _DataOnly(pickle.Unpickler):
+    """Builds strings, numbers and containers; whatever needs a class or function is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
+
+    def persistent_load(self, pid):
+        raise pickle.UnpicklingError("it refers to something outside")
+
+
+def _unpickled_text(path: pathlib.Path) -> str:
+    data = _bytes(path)
+    try:
+        value = _DataOnly(io.BytesIO(data)).load()
+    except Exception as error:  # a damaged pickle may raise anything
+        raise PromptsError(f"{path}: not a pickle of text ({error})") from None
+    if not isinstance(value, str):
+        raise PromptsError(f"{path}: holds a {type(value).__name__}, not text")
+    return value
+
+
+def _read(path: pathlib.Path) -> str:
+    try:
+        return _bytes(path).decode("utf-8").rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise PromptsError(f"{path}: not UTF-8 ({error.reason})") from None
+
+
+def _bytes(path: pathlib.Path) -> bytes:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise PromptsError(f"{path}: more than {_MAX_BYTES} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise PromptsError(f"{path}: {error.strerror or error}") from None

@@ -1,0 +1,299 @@
+"""The rules of an episode: what follows a turn, and what is then written to the policy.
+
+    turn of the policy         what follows
+    answer                     the episode ends
+    search                     the tool is called; then a user turn with what it found, or that says
+                               that it failed
+    search over a limit        a user turn that says so; the policy may still answer
+    none of them, or cut off   a user turn that says what was wrong
+    the last turn              the episode ends, whatever it was
+
+What comes from outside goes through `Rules.observed`: text that can hold no control token and
+cannot close `<information>`, pictures of a bounded size, results that fit as a whole or are left
+out.
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import PIL.Image
+
+from mmsr1_jax import config as settings
+from mmsr1_jax.images import ImageError, ImageProcessor, Patches, open_image, to_rgb
+from mmsr1_jax.processor import Processor, Prompt
+from mmsr1_jax.rollout import prompts
+from mmsr1_jax.rollout.episode import End, Episode, Example, ToolCall
+from mmsr1_jax.rollout.turns import Turn
+from mmsr1_jax.tools import Observation, Part, Picture, Query
+
+_INFORMATION = re.compile(r"<(?=[\s/]*information)", re.IGNORECASE)
+_NO_PICTURE = "(picture not available)"
+
+
+class PromptTooLongError(ValueError):
+    """A question whose first user turn leaves the policy no room."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What follows a turn.
+
+    Attributes:
+      kind: `end`, `search`, or `say` (a user turn without a search).
+      end: why the episode ends.
+      prompt, reason: of what is said, the prompt's name and the reason that goes into it.
+    """
+
+    kind: Literal["end", "search", "say"]
+    end: End | None = None
+    prompt: str = ""
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """A user turn.
+
+    Attributes:
+      prompt: its tokens and pictures; None where there is no room for it, and the episode ends.
+      call: the record of the search that it answers.
+    """
+
+    prompt: Prompt | None
+    call: ToolCall | None = None
+
+
+class Rules:
+    """The rules with their settings.
+
+    Args of the constructor:
+      processor: makes tokens.
+      limits: see `config.Turns`.
+      tools: see `config.Tools`.
+      texts: the prompts, from `prompts.load`.
+      max_file_pixels: see `images.open_image`.
+      check_image: raises ValueError for a picture that the engine cannot take.
+    """
+
+    def __init__(
+        self,
+        processor: Processor,
+        limits: settings.Turns,
+        tools: settings.Tools,
+        texts: dict[str, str],
+        *,
+        max_file_pixels: int = 100_000_000,
+        check_image: Callable[[Patches], None] = lambda image: None,
+    ):
+        self.limits = limits
+        self._processor = processor
+        self._tools = tools
+        self._texts = texts
+        self._max_file_pixels = max_file_pixels
+        self._check_image = check_image
+        low = min(processor.images.min_pixels, tools.max_pixels)
+        self._retrieved = dataclasses.replace(
+            processor.images, min_pixels=low, max_pixels=tools.max_pixels
+        )
+
+    def first(self, example: Example) -> Prompt:
+        """The prompt of a question.
+
+        Raises:
+          ImageError: a picture that cannot be used.
+          PromptTooLongError: no room is left for the policy.
+        """
+        images = [self._open(image, self._processor.images) for image in example.images]
+        fields = {"question": [_clean(example.question)], "images": images}
+        prompt = self._processor.first_turn(prompts.fill(self._texts["question"], fields))
+        room = self.limits.tokens - self.limits.least_tokens
+        if len(prompt.tokens) > room:
+            raise PromptTooLongError(
+                f"the prompt has {len(prompt.tokens)} tokens, at most {room} leave room for a turn "
+                "(turns.tokens, turns.least_tokens)"
+            )
+        return prompt
+
+    def after(self, turns: Sequence[Turn], calls: Sequence[ToolCall], cut: bool) -> Step:
+        """What follows the last of these turns; `cut`: it was ended by the limit of its tokens."""
+        turn, limits = turns[-1], self.limits
+        if turn.action == "answer":
+            return Step("end", end="answer")
+        if len(turns) >= limits.turns:
+            return Step("end", end="turns")
+        if turn.action is None:
+            reason = "it is too long, and was cut off" if cut else turn.problem
+            return Step("say", prompt="malformed", reason=reason)
+        made = [call.action for call in calls if call.status != "refused"]
+        of_kind = {"image_search": limits.image_searches, "text_search": limits.text_searches}
+        if made.count(turn.action) >= of_kind[turn.action]:
+            what = "the picture" if turn.action == "image_search" else "the web"
+            count = _times(of_kind[turn.action])
+            return Step("say", prompt="over_limit", reason=f"{what} may be searched {count}")
+        if len(made) >= limits.searches:
+            count = _times(limits.searches)
+            return Step("say", prompt="over_limit", reason=f"you may search {count} in all")
+        return Step("search")
+
+    def say(self, step: Step, episode: Episode, room: int) -> Reply:
+        """A user turn without results, of at most `room` tokens, after the episode's last turn."""
+        prompt = self._within(room, step.prompt, episode.example, reason=[step.reason])
+        turn = episode.turns[-1]
+        if turn.action is None:
+            return Reply(prompt)
+        refused = ToolCall(
+            turn=len(episode.turns) - 1, action=turn.action, query=turn.payload, status="refused"
+        )
+        return Reply(prompt, refused)
+
+    def room(self, episode: Episode, closing: int) -> int:
+        """Tokens that a user turn may have, if the policy's turn is closed with so many."""
+        return self.limits.tokens - self.limits.least_tokens - len(episode) - closing
+
+    def observed(
+        self, query: Query, example: Example, turn: int, room: int, value: Any,
+        error: BaseException | None, seconds: float,
+    ) -> Reply:  # fmt: skip
+        """The user turn after a search. Never raises on anything that a tool returns.
+
+        Args:
+          query: what was asked.
+          example: the question.
+          turn: number of the turn that asked.
+          room: tokens that the user turn may have.
+          value, error: what the tool returned, or raised.
+          seconds: that it took.
+        """
+        status, results, notes = _checked(value, error, self._tools.results)
+        shown: list[list[str | Patches]] = []
+        budget = min(room, self.limits.result_tokens)
+        for number, result in enumerate(results, start=1):
+            parts = self._parts(result, number, budget, notes)
+            if parts is None:
+                break
+            shown.append(parts)
+        prompt = None
+        while shown and prompt is None:
+            block = list(itertools.chain(*([*parts, "\n"] for parts in shown)))[:-1]
+            prompt = self._within(budget, f"after_{query.action}", example, results=block)
+            if prompt is None:
+                shown.pop()
+        if len(shown) < len(results):
+            notes.append(f"{len(results) - len(shown)} of {len(results)} results left out: no room")
+        if prompt is None:
+            reason = {
+                "ok": "the results are too long to be shown",
+                "empty": "nothing was found",
+                "late": "it took too long",
+                "failed": "the service failed",
+            }[status]
+            prompt = self._within(room, "search_failed", example, reason=[reason])
+        return Reply(
+            prompt,
+            ToolCall(
+                turn=turn,
+                action=query.action,
+                query=query.text,
+                status="failed" if status == "late" else status,
+                seconds=seconds,
+                found=len(results),
+                shown=len(shown),
+                notes=tuple(notes),
+            ),
+        )
+
+    def _within(self, room: int, name: str, example: Example, **fields) -> Prompt | None:
+        fields["question"] = [_clean(example.question)]
+        prompt = self._processor.next_turn(prompts.fill(self._texts[name], fields))
+        return prompt if len(prompt.tokens) <= room else None
+
+    def _parts(self, result, number: int, budget: int, notes: list[str]):
+        """A result as texts and pictures; None where its pictures alone exceed the budget."""
+        text_left, tokens = self._tools.result_chars, 0
+        parts: list[str | Patches] = [f"{number}. "]
+        for part in result:
+            if part.image is None:
+                if len(part.text) > text_left:
+                    notes.append(
+                        f"result {number}: text cut to {self._tools.result_chars} characters"
+                    )
+                parts.append(part.text[:text_left])
+                text_left -= len(parts[-1])
+                continue
+            try:
+                picture = self._open(part.image, self._retrieved)
+            except ImageError as error:
+                notes.append(f"result {number}: {error}")
+                parts.append(_NO_PICTURE)
+                continue
+            tokens += self._merged(picture) + 2
+            if tokens > budget:
+                return None
+            parts.append(picture)
+        return _joined(parts)
+
+    def _open(self, image: Picture, processor: ImageProcessor) -> Patches:
+        if not isinstance(image, PIL.Image.Image):
+            image = open_image(image, max_pixels=self._max_file_pixels)
+        if image.width * image.height > self._max_file_pixels:
+            raise ImageError(f"{image.width}x{image.height} pixels are too many")
+        try:
+            patches = processor(to_rgb(image))
+            self._check_image(patches)
+        except (OSError, ValueError) as error:  # damaged, and not read until now; or too large
+            raise ImageError(str(error)) from None
+        return patches
+
+    def _merged(self, image: Patches) -> int:
+        return len(image.values) // self._processor.images.merge_size**2
+
+
+def harmless(text: str) -> str:
+    """Text from outside that cannot open or close `<information>`: the bracket is exchanged for one
+    that looks like it."""
+    return _INFORMATION.sub("\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}", _clean(text))
+
+
+def _clean(text: str) -> str:
+    """Valid Unicode: half surrogates become question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _joined(parts: Sequence[str | Patches]) -> list[str | Patches]:
+    """Neighbouring texts made one and harmless, so that no tag can be put together from two."""
+    joined: list[str | Patches] = []
+    for part in parts:
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return [harmless(part) if isinstance(part, str) else part for part in joined]
+
+
+def _checked(value: Any, error: BaseException | None, most: int):
+    """(status, results, notes) of whatever a tool returned or raised."""
+    if isinstance(error, TimeoutError):
+        return "late", [], [str(error) or "the call took too long"]
+    if error is not None:
+        return "failed", [], [f"{type(error).__name__}: {error}"[:500]]
+    if not isinstance(value, Observation):
+        return "failed", [], [f"the tool returned {type(value).__name__}, not an Observation"]
+    notes = [] if value.error is None else [str(value.error)[:500]]
+    if value.status not in ("ok", "empty"):
+        return "failed", [], notes
+    try:
+        results = [tuple(result) for result in itertools.islice(value.results, most)]
+    except Exception as error:  # whatever a tool put there
+        return "failed", [], [*notes, f"results that cannot be read ({error})"[:500]]
+    for result in results:
+        for part in result:
+            if not isinstance(part, Part) or isinstance(part.text, str) == (part.image is not None):
+                return "failed", [], [*notes, "results that are not parts of text or pictures"]
+    return ("ok" if results else "empty"), results, notes
+
+
+def _times(count: int) -> str:
+    return {0: "not at all", 1: "once", 2: "twice"}.get(count, f"{count} times")

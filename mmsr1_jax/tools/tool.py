@@ -1,0 +1,77 @@
+"""What a search tool is: an async function from a query to an observation.
+
+    async def search(query: Query) -> Observation: ...
+
+It may take its time, raise or never come back: the engine goes on without it, and the policy is
+told in words that the search failed. What it returns is data from outside, and is treated as such:
+its text cannot become a control token nor close `<information>`, its pictures are opened with care
+and bounded in size (`rollout/rules.py`).
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Literal
+
+import PIL.Image
+
+Picture = PIL.Image.Image | bytes | str | pathlib.Path  # bytes: of a file; str: the path of one
+Status = Literal["ok", "empty", "failed"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Query:
+    """What a tool is asked.
+
+    Attributes:
+      action: `text_search` or `image_search`.
+      text: what to search for; None for an image search, which looks up the whole image.
+      question: the question that the policy works on.
+      images: the question's images.
+      example: id of the example, by which recorded answers are found.
+    """
+
+    action: str
+    text: str | None
+    question: str
+    images: Sequence[Picture] = ()
+    example: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A piece of a result: text, or a picture; one of the two."""
+
+    text: str | None = None
+    image: Picture | None = None
+
+
+Result = tuple[Part, ...]  # a page, or a picture with its title; shown as a whole or not at all
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What a tool found.
+
+    Attributes:
+      status: `ok`; `empty`: searched, and found nothing; `failed`: could not search.
+      results: best first.
+      error: why it failed, for the record; the policy does not see it, as it may hold addresses.
+    """
+
+    status: Status = "ok"
+    results: Sequence[Result] = ()
+    error: str | None = None
+
+
+Tool = Callable[[Query], Awaitable[Observation]]
+
+
+def text_result(link: str, summary: str) -> Result:
+    """A page: its link, and what it says (its summary for the question)."""
+    return (Part(text=f"link: {link}\nsummary: {summary}"),)
+
+
+def image_result(image: Picture, title: str) -> Result:
+    """A page with a similar picture: the picture and the page's title."""
+    return (Part(text="image: "), Part(image=image), Part(text=f"\ntitle: {title}"))

@@ -1,0 +1,42 @@
+"""A random policy that acts: its tokenizer has tokens whose bytes are whole actions, so that turns
+end at random lengths in searches, answers and nonsense."""
+
+import dataclasses
+import json
+
+import numpy as np
+
+from mmsr1_jax import tiny
+from mmsr1_jax.images import ImageProcessor
+from mmsr1_jax.models.qwen2_5_vl import ModelConfig
+from mmsr1_jax.processor import Processor
+
+# Turns, and how many tokens there are of each; what follows a tag may be in its token.
+ACTIONS = {
+    "<reason>r{}</reason> <text_search>bridge {}</text_search>\n": 24,
+    "<reason>r{}</reason> <search><img></search>": 16,
+    "<reason>r{}</reason> <answer>a {}</answer>.\n": 12,
+    "b{}</search>": 4,
+}
+
+
+def acting_processor(
+    vocab_size: int = 640, *, actions=ACTIONS, images: ImageProcessor = tiny.IMAGES
+) -> Processor:
+    """A processor for a model of that vocabulary (the tokenizer has a few tokens less)."""
+    raw = json.loads(tiny.tokenizer().to_str())
+    vocabulary = raw["model"]["vocab"]
+    letter = str.maketrans({" ": "\u0120", "\n": "\u010a"})  # as a byte-level vocabulary has them
+    for text, count in actions.items():
+        for number in range(count):
+            vocabulary[text.replace("{}", str(number)).translate(letter)] = len(vocabulary)
+    rng = np.random.default_rng(0)
+    while len(vocabulary) < vocab_size - 8:
+        vocabulary["".join(rng.choice(list("abcdefghijklmnop"), 9))] = len(vocabulary)
+    return Processor(json.dumps(raw), images)
+
+
+def config_for(vocab_size: int, base: ModelConfig = tiny.CONFIG) -> ModelConfig:
+    """`base` with another vocabulary."""
+    text = dataclasses.replace(base.text, vocab_size=vocab_size)
+    return dataclasses.replace(base, text=text, video_token_id=vocab_size - 1)
