@@ -16,7 +16,7 @@ ACTIONS = {
     "<reason>r{}</reason> <text_search>bridge {}</text_search>\n": 24,
     "<reason>r{}</reason> <search><img></search>": 16,
     "<reason>r{}</reason> <answer>a {}</answer>.\n": 12,
-    "b{}</search>": 4,
+    "b{}</search>": 12,
 }
 
 

@@ -94,7 +94,7 @@ class Rules:
         self._texts = texts
         self._max_file_pixels = max_file_pixels
         self._check_image = check_image
-        low = min(processor.images.min_pixels, tools.max_pixels)
+        low = min(processor.images.min_pixels, tools.max_pixels // 4)
         self._retrieved = dataclasses.replace(
             processor.images, min_pixels=low, max_pixels=tools.max_pixels
         )
@@ -225,6 +225,8 @@ class Rules:
                 continue
             try:
                 picture = self._open(part.image, self._retrieved)
+                if len(picture.values) * self._retrieved.patch_size**2 > self._tools.max_pixels:
+                    raise ImageError("a strip, too long for its width")
             except ImageError as error:
                 notes.append(f"result {number}: {error}")
                 parts.append(_NO_PICTURE)

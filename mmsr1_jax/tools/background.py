@@ -3,7 +3,7 @@
 The engine hands calls in and takes answers out; it never waits unless nothing else can be done.
 Whatever a call does, an answer comes back. A call that blocks the loop (a `time.sleep` in a
 coroutine) or will not be cancelled is left behind with its thread, and the others are begun again
-on a new loop.
+on a new loop, with their whole time.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ class Call:
       seconds: time limit.
       started: on the monotonic clock, of this attempt.
       awaited: the coroutine is at its end, and only `finish` is to come.
-      task: by which it is cancelled.
+      future: by which it is cancelled; task: on the loop, once it has begun there.
     """
 
     key: Any
@@ -41,7 +41,8 @@ class Call:
     seconds: float
     started: float = 0.0
     awaited: bool = False
-    task: concurrent.futures.Future | None = None
+    future: concurrent.futures.Future | None = None
+    task: asyncio.Task | None = None
 
     def is_late(self, now: float) -> bool:
         return not self.awaited and now > self.started + self.seconds + _GRACE
@@ -71,13 +72,16 @@ class Background:
             threading.Thread(target=_serve, args=(self._loop,), name="tools", daemon=True).start()
         call.started = time.monotonic()
         self._calls[call.key] = call
-        call.task = asyncio.run_coroutine_threadsafe(self._run(call), self._loop)
+        call.future = asyncio.run_coroutine_threadsafe(self._run(call), self._loop)
 
     async def _run(self, call: Call) -> None:
+        call.task = asyncio.current_task()
         value, error = None, None
         try:
             async with asyncio.timeout(call.seconds):
                 value = await call.begin()
+        except GeneratorExit:  # the loop was left behind
+            raise
         except BaseException as raised:  # a tool may raise what it likes, SystemExit too
             error = raised
         call.awaited = True
@@ -107,22 +111,27 @@ class Background:
                 found.append((call.key, answer))
 
     def _overdue(self) -> list[tuple[Any, Any]]:
-        """Answers in the place of calls that did not even time out; their loop is left behind."""
+        """Answers in the place of calls that did not even time out; their loop is left behind.
+
+        Where one of them blocks the loop, only that one is to blame."""
         now = time.monotonic()
         late = [call for call in self._calls.values() if call.is_late(now)]
         if not late:
             return []
-        others = [call for call in self._calls.values() if call not in late]
+        at_work = asyncio.current_task(self._loop)
+        blocking = [call for call in self._calls.values() if at_work and call.task is at_work]
+        guilty = blocking or late
+        others = [call for call in self._calls.values() if call not in guilty]
         self.close()
         for call in others:
-            self.submit(dataclasses.replace(call, awaited=False, task=None))
-        error = TimeoutError("the tool blocks its thread")
-        return [(call.key, call.finish(None, error, now - call.started)) for call in late]
+            self.submit(dataclasses.replace(call, awaited=False))
+        error = TimeoutError("the tool blocks its thread, or will not be cancelled")
+        return [(call.key, call.finish(None, error, now - call.started)) for call in guilty]
 
     def forget(self) -> None:
         """Cancels all calls; what they still do is lost."""
         for call in self._calls.values():
-            call.task.cancel()
+            call.future.cancel()
         self._calls.clear()
 
     def close(self) -> None:

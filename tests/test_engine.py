@@ -1,0 +1,281 @@
+"""The engine: the same episodes whatever the schedule, log-probs that `score` agrees with, nothing
+computed twice, nothing compiled in steady state."""
+
+import asyncio
+import dataclasses
+import random
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+from flax import nnx
+
+from mmsr1_jax import compiles, tiny
+from mmsr1_jax import config as settings
+from mmsr1_jax.batching import Bucket, make_rows
+from mmsr1_jax.rollout.engine import Engine
+from mmsr1_jax.rollout.episode import Example
+from mmsr1_jax.tools import Observation, image_result, text_result
+from tests.acting import acting_processor, config_for
+
+VOCABULARY = 640
+LIMITS = settings.Turns(turn_tokens=40, tokens=1024, least_tokens=16, result_tokens=300)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return acting_processor(VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.random_model(config_for(VOCABULARY), seed=3)
+
+
+def make_config(*, limits=LIMITS, **rollout) -> settings.Config:
+    keywords = dict(lanes=6, rows=4, chunk=8, extend_lengths=(32, 128), extend_tokens=64,
+                    encode_windows=8, image_tokens=2048)  # fmt: skip
+    return settings.Config(
+        rollout=settings.Rollout(**(keywords | rollout)),
+        buckets=settings.Buckets(image_windows=(4, 8, 16)),
+        turns=limits,
+        tools=settings.Tools(max_pixels=16 * 28 * 28, result_chars=300, seconds=20.0),
+    )
+
+
+def picture(seed: int, width: int = 80, height: int = 60) -> PIL.Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
+    return PIL.Image.fromarray(pixels)
+
+
+def examples(count: int) -> list[Example]:
+    """Questions of different lengths with 0 to 2 pictures."""
+    return [
+        Example(
+            id=str(i),
+            question="Who built it? " + "x" * i,
+            images=[picture(100 * i + j, 150, 100 + 30 * i) for j in range(i % 3)],
+        )
+        for i in range(count)
+    ]
+
+
+def search_tools(wait=lambda: 0.0):
+    """Tools whose answers depend on the query alone; `wait`: seconds that one takes."""
+
+    async def text(query):
+        await asyncio.sleep(wait())
+        return Observation(
+            results=[text_result(f"http://x/{i}", query.text * (i + 1)) for i in range(3)]
+        )
+
+    async def image(query):
+        await asyncio.sleep(wait())
+        seed = len(query.question)
+        return Observation(
+            results=[image_result(picture(seed + i, 80 + 20 * i), f"title {i}") for i in range(3)]
+        )
+
+    return {"text_search": text, "image_search": image}
+
+
+def record(episode) -> dict:
+    """All of an episode that has to be the same in every run."""
+    calls = [dataclasses.replace(call, seconds=0.0) for call in episode.calls]
+    return {
+        "kinds": [segment.kind for segment in episode.segments],
+        "tokens": episode.tokens.tolist(),
+        "logprobs": episode.logprobs.tolist(),
+        "sampling": [s.sampling_logprobs.tolist() for s in episode.segments if s.kind == "model"],
+        "images": [image.digest for image in episode.images],
+        "calls": calls,
+        "turns": episode.turns,
+        "end": episode.end,
+    }
+
+
+def by_number(episodes) -> dict[int, dict]:
+    return {episode.number: record(episode) for episode in episodes}
+
+
+@pytest.fixture(scope="module")
+def engine(model, processor):
+    engine = Engine(model, processor, make_config(), search_tools())
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def episodes(engine):
+    """Five questions, four times each, at temperature 1."""
+    return list(engine.rollout(examples(5), rollouts=4))
+
+
+def test_the_sample_has_everything_in_it(episodes):
+    """What the tests below compare is not a handful of trivial episodes."""
+    assert sorted(episode.number for episode in episodes) == list(range(20))
+    actions = [turn.action for episode in episodes for turn in episode.turns]
+    assert {"answer", "image_search", "text_search", None} <= set(actions)
+    assert {episode.end for episode in episodes} == {"answer", "turns"}
+    assert {len(episode.turns) for episode in episodes} == {1, 2, 3}
+    assert sum(len(episode.images) for episode in episodes) > 20
+
+
+@pytest.mark.parametrize("lanes, chunk", [(4, 1), (16, 8), (64, 32)])
+def test_neither_lanes_nor_chunks_nor_tools_change_an_episode(
+    model, processor, episodes, lanes, chunk
+):
+    order = random.Random(lanes)
+    tools = search_tools(lambda: order.choice([0.0, 0.0, 0.01, 0.05]))
+    engine = Engine(model, processor, make_config(lanes=lanes, chunk=chunk), tools)
+    again = list(engine.rollout(examples(5), rollouts=4))
+    engine.close()
+    assert by_number(again) == by_number(episodes)
+
+
+def test_another_seed_gives_other_episodes(engine, episodes):
+    again = by_number(engine.rollout(examples(5), rollouts=4, sampling=settings.Sampling(seed=1)))
+    assert all(again[i]["tokens"] != r["tokens"] for i, r in by_number(episodes).items())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_score(engine, model, temperature):
+    """Recorded while sampling with top-p, against the program that `score` runs over the finished
+    conversation."""
+    sampling = settings.Sampling(temperature=temperature, top_p=0.9, seed=5)
+    finished = list(engine.rollout(examples(5), rollouts=2, sampling=sampling))
+    graph, params = nnx.split(nnx.clone(model))
+    # logits / temperature, by the output head
+    params["text"]["head"].set_value(params["text"]["head"].get_value() / temperature)
+    score = jax.jit(lambda params, rows: nnx.merge(graph, params).token_logprobs(rows))
+    bucket, compared = Bucket(length=1024, windows=64, rows=1), 0
+    for episode in finished:
+        rows = make_rows([[episode.conversation]], bucket, model.config, 5)
+        expected = np.asarray(score(params, rows))[0, : len(episode)]
+        mask = episode.loss_mask
+        np.testing.assert_allclose(episode.logprobs[mask], expected[mask], atol=1e-4, rtol=0)
+        assert (episode.logprobs[~mask] == 0).all()
+        for segment in episode.segments:
+            if segment.kind == "model":
+                assert (segment.sampling_logprobs >= segment.logprobs - 1e-5).all()
+        compared += int(mask.sum())
+    assert compared > 100 and any(len(e.turns) == 3 and len(e.images) > 3 for e in finished)
+
+
+def test_only_sampled_tokens_carry_loss(episodes, processor):
+    end = processor.control["<|im_end|>"]
+    for episode in episodes:
+        kinds = [segment.kind for segment in episode.segments]
+        rounds = len(episode.turns) - 1
+        assert kinds == ["prompt", *["model", "forced", "tool"] * rounds, "model"]
+        sampled = [s.kind == "model" for s in episode.segments for _ in s.tokens]
+        assert episode.loss_mask.tolist() == sampled
+        for model, forced in zip(episode.segments[1::3], episode.segments[2::3], strict=False):
+            closing = [*model.tokens, *forced.tokens]
+            assert closing.count(end) == 1  # sampled or forced, never both
+
+
+def test_what_may_be_sampled(episodes, processor):
+    """No token of a prompt's own, none that the tokenizer does not have."""
+    sampled = np.concatenate([e.tokens[e.loss_mask] for e in episodes])
+    known = len(processor.token_bytes())
+    assert known < VOCABULARY and sampled.max() < known
+    ends = {processor.control[name] for name in ("<|im_end|>", "<|endoftext|>")}
+    assert not set(sampled.tolist()) & (set(processor.control.values()) - ends)
+
+
+def test_placeholders_are_those_of_the_images(episodes):
+    for episode in episodes:
+        tokens = sum(len(image.values) // 4 for image in episode.images)
+        assert (episode.tokens == 5).sum() == tokens
+
+
+def test_nothing_is_computed_twice(model, processor):
+    """Groups of 8 over 3 turns, on fewer lanes than a group has rollouts."""
+    engine = Engine(model, processor, make_config(lanes=6), search_tools())
+    finished = list(engine.rollout(examples(6), rollouts=8))
+    counts = engine.device.counts
+    engine.close()
+    assert max(len(episode.turns) for episode in finished) == 3
+    prompts = {e.group: len(e.segments[0].tokens) for e in finished}
+    others = [s for e in finished for s in e.segments if s.kind in ("forced", "tool")]
+    distinct = sum(prompts.values()) + sum(len(segment.tokens) for segment in others)
+    assert 1.0 <= counts.extended / distinct <= 1.05
+    images = {image.digest for episode in finished for image in episode.images}
+    assert counts.images / len(images) == 1.0 and len(images) > 10
+    assert counts.decoded == sum(int(episode.loss_mask.sum()) for episode in finished)
+
+
+def test_a_small_store_of_images_is_enough(model, processor, episodes):
+    """Images that are pushed out are encoded again; nothing else changes."""
+    engine = Engine(model, processor, make_config(image_tokens=2 * 64 + 128), search_tools())
+    distinct = len({image.digest for episode in episodes for image in episode.images})
+    for run in (1, 2):
+        again = list(engine.rollout(examples(5), rollouts=4))
+        assert by_number(again) == by_number(episodes)
+        assert engine.device.counts.images == run * distinct  # all of the first run's are gone
+    engine.close()
+
+
+def test_twenty_batches_compile_nothing_after_the_second(model, processor):
+    engine = Engine(model, processor, make_config(compile_ahead=True), search_tools())
+    rng, compiled = np.random.default_rng(0), []
+    for batch in range(20):
+        questions = [
+            Example(question="x" * int(rng.integers(1, 400)), images=[
+                picture(int(rng.integers(1000)), *rng.integers(40, 300, 2))
+                for _ in range(rng.integers(3))
+            ])
+            for _ in range(3)
+        ]  # fmt: skip
+        sampling = settings.Sampling(seed=batch)
+        finished = list(engine.rollout(questions, rollouts=2, sampling=sampling))
+        assert all(episode.end in ("answer", "turns", "tokens") for episode in finished)
+        compiled.append(compiles.count())
+    engine.close()
+    assert compiled[19] == compiled[1]
+
+
+def test_load_takes_new_parameters(model, processor, episodes):
+    other = tiny.random_model(config_for(VOCABULARY), seed=4)
+    fresh = Engine(other, processor, make_config(), search_tools())
+    expected = by_number(fresh.rollout(examples(3), rollouts=2))
+    fresh.close()
+    engine = Engine(model, processor, make_config(), search_tools())
+    before = by_number(engine.rollout(examples(3), rollouts=2))
+    images, compiled = engine.device.counts.images, compiles.count()
+    engine.load(nnx.split(other)[1])
+    after = by_number(engine.rollout(examples(3), rollouts=2))
+    assert compiles.count() == compiled
+    assert after == expected != before
+    assert engine.device.counts.images > images  # pictures of the old parameters are not used
+    running = engine.rollout(examples(3))
+    next(running)
+    with pytest.raises(RuntimeError, match="under way"):
+        engine.load(nnx.split(model)[1])
+    with pytest.raises(RuntimeError, match="under way"):
+        next(engine.rollout(examples(1)))
+    running.close()
+    engine.load(nnx.split(model)[1])
+    assert by_number(engine.rollout(examples(3), rollouts=2)) == before
+    engine.close()
+
+
+def test_examples_that_cannot_be_used_hurt_nobody(engine):
+    good = examples(3)
+    expected = by_number(engine.rollout(good))
+    bad = [
+        Example(id="broken", question="?", images=[b"not a picture"]),
+        Example(id="none", question="?", images=["no/such/file.jpg"]),
+        Example(id="long", question="word " * 3000),
+        Example(id="thin", question="?", images=[PIL.Image.new("RGB", (1, 900))]),
+    ]
+    mixed = list(engine.rollout([good[0], *bad, good[1], good[2]]))
+    errors = {e.example.id: e.error for e in mixed if e.end == "error"}
+    assert set(errors) == {"broken", "none", "long", "thin"}
+    assert "not an image" in errors["broken"] and "no such file" in errors["none"]
+    assert "turns.tokens" in errors["long"] and "200 times" in errors["thin"]
+    assert {e.number for e in mixed if e.end != "error"} == {0, 5, 6}
+    found = by_number(e for e in mixed if e.example.id == "0")
+    assert found[0] == expected[0]
