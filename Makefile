@@ -15,11 +15,15 @@ $(VENV)/.tests: tests/requirements.txt $(VENV)/.runtime
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	touch $@
 
-# A small random policy, written as an HF checkpoint, scores a question about a picture.
+# A small random policy, written as an HF checkpoint, scores a question about a picture, and then
+# writes turns of its own (they are noise: nothing has been learned).
 demo: $(VENV)/.runtime
 	$(RUN) -m mmsr1_jax.tiny --out=$(DEMO)/policy
 	$(RUN) -m mmsr1_jax.score --config=configs/tiny.py --model=$(DEMO)/policy \
 	    --conversations=docs/demo/question.jsonl --out=$(DEMO)/scores.jsonl
+	$(RUN) -m mmsr1_jax.infer --config=configs/tiny.py --model=$(DEMO)/policy --temperature=1 \
+	    --image=docs/demo/bridge.jpg --question="Why is the bridge red?" \
+	    --tools.index=docs/demo/index
 
 test: $(VENV)/.tests lint
 	$(RUN) -m pytest
@@ -34,6 +38,7 @@ format: $(VENV)/.tests
 
 bench: $(VENV)/.tests
 	$(RUN) -m tests.bench.model
+	$(RUN) -m tests.bench.rollout
 
 clean:
 	rm -rf $(VENV) build

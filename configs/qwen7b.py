@@ -1,6 +1,6 @@
 """Qwen2.5-VL-7B on one node of eight accelerators with 80 GB each."""
 
-from mmsr1_jax.config import Buckets, Config, Images, Mesh, Model
+from mmsr1_jax.config import Buckets, Config, Images, Mesh, Model, Rollout, Tools, Turns
 
 
 def get_config() -> Config:
@@ -23,5 +23,25 @@ def get_config() -> Config:
         images=Images(
             min_pixels=512 * 512,  # the published script: 334 to 1,152 visual tokens an image
             max_pixels=2 * 672 * 672,
+        ),
+        rollout=Rollout(
+            lanes=80,  # 8k tokens of 56 KiB each: 36 GiB; a few more than rows, as some wait
+            rows=64,
+            chunk=16,
+            extend_lengths=(64, 256, 1024),
+            extend_tokens=1024,
+            encode_windows=96,  # one large picture, or many thumbnails
+            image_tokens=65536,  # 450 MiB
+            compile_ahead=True,
+        ),
+        turns=Turns(
+            turn_tokens=2048,  # the published script: 2,048 a turn, 8,192 in all
+            tokens=8192,
+            least_tokens=512,
+            result_tokens=2048,
+        ),
+        tools=Tools(
+            results=5,  # the paper
+            max_pixels=336 * 336,  # 144 tokens a thumbnail, five of them 720
         ),
     )

@@ -1,6 +1,6 @@
 """The embedded default: a policy of a few hundred thousand parameters on a laptop's CPU."""
 
-from mmsr1_jax.config import Buckets, Config, Mesh, Model
+from mmsr1_jax.config import Buckets, Config, Mesh, Model, Rollout, Tools, Turns
 
 
 def get_config() -> Config:
@@ -15,5 +15,24 @@ def get_config() -> Config:
             image_windows=(4, 8, 16, 32, 64),  # the tiny policy's images have up to 256 tokens
             batch_tokens=2048,
             batch_windows=64,
+        ),
+        rollout=Rollout(
+            lanes=16,
+            rows=16,
+            chunk=16,
+            extend_lengths=(32, 64, 128, 256),
+            extend_tokens=32,  # one lane at a time: rows of padding would cost as much as real ones
+            encode_windows=16,
+            image_tokens=8192,
+        ),
+        turns=Turns(
+            turn_tokens=128,
+            tokens=2048,  # the small tokenizer needs about three times as many as the released one
+            least_tokens=64,
+            result_tokens=768,
+        ),
+        tools=Tools(
+            result_chars=600,
+            max_pixels=112 * 112,  # 16 tokens
         ),
     )

@@ -8,6 +8,7 @@ import numpy as np
 
 from mmsr1_jax import tiny
 from mmsr1_jax.images import ImageProcessor
+from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 from mmsr1_jax.processor import Processor
 
@@ -20,10 +21,8 @@ ACTIONS = {
 }
 
 
-def acting_processor(
-    vocab_size: int = 640, *, actions=ACTIONS, images: ImageProcessor = tiny.IMAGES
-) -> Processor:
-    """A processor for a model of that vocabulary (the tokenizer has a few tokens less)."""
+def acting_tokenizer(vocab_size: int, actions=ACTIONS) -> str:
+    """The `tokenizer.json` for a model of that vocabulary (it has a few tokens less)."""
     raw = json.loads(tiny.tokenizer().to_str())
     vocabulary = raw["model"]["vocab"]
     letter = str.maketrans({" ": "\u0120", "\n": "\u010a"})  # as a byte-level vocabulary has them
@@ -33,10 +32,25 @@ def acting_processor(
     rng = np.random.default_rng(0)
     while len(vocabulary) < vocab_size - 8:
         vocabulary["".join(rng.choice(list("abcdefghijklmnop"), 9))] = len(vocabulary)
-    return Processor(json.dumps(raw), images)
+    return json.dumps(raw)
+
+
+def acting_processor(
+    vocab_size: int = 640, *, actions=ACTIONS, images: ImageProcessor = tiny.IMAGES
+) -> Processor:
+    return Processor(acting_tokenizer(vocab_size, actions), images)
 
 
 def config_for(vocab_size: int, base: ModelConfig = tiny.CONFIG) -> ModelConfig:
     """`base` with another vocabulary."""
     text = dataclasses.replace(base.text, vocab_size=vocab_size)
     return dataclasses.replace(base, text=text, video_token_id=vocab_size - 1)
+
+
+def write(directory, *, vocab_size: int = 640, actions=ACTIONS) -> None:
+    """The policy as an HF directory."""
+    qwen2_5_vl.save(tiny.random_model(config_for(vocab_size), seed=3), directory)
+    tokenizer = acting_tokenizer(vocab_size, actions)
+    (directory / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    settings = json.dumps(tiny.IMAGES.to_hf())
+    (directory / "preprocessor_config.json").write_text(settings)

@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 from flax import nnx
 
-from mmsr1_jax import compiles, tiny
+from mmsr1_jax import compiles, sharding, tiny
 from mmsr1_jax import config as settings
 from mmsr1_jax.batching import Bucket, make_rows
 from mmsr1_jax.rollout.engine import Engine
@@ -34,7 +34,7 @@ def model():
 
 
 def make_config(*, limits=LIMITS, **rollout) -> settings.Config:
-    keywords = dict(lanes=6, rows=4, chunk=8, extend_lengths=(32, 128), extend_tokens=64,
+    keywords = dict(lanes=6, rows=8, chunk=8, extend_lengths=(32, 128), extend_tokens=64,
                     encode_windows=8, image_tokens=2048)  # fmt: skip
     return settings.Config(
         rollout=settings.Rollout(**(keywords | rollout)),
@@ -259,6 +259,22 @@ def test_load_takes_new_parameters(model, processor, episodes):
     running.close()
     engine.load(nnx.split(model)[1])
     assert by_number(engine.rollout(examples(3), rollouts=2)) == before
+    engine.close()
+
+
+def test_load_takes_the_parameters_of_a_trainer_on_eight_devices(model, processor, episodes):
+    """Cut over a mesh, and in another dtype's master copy: the engine has its own layout."""
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    params = nnx.split(model)[1]
+    cut = jax.device_put(params, sharding.param_shardings(params, mesh))
+    engine = Engine(
+        tiny.random_model(config_for(VOCABULARY), seed=4), processor, make_config(), search_tools()
+    )
+    for _ in range(2):
+        compiled = compiles.count()
+        engine.load(cut)
+    assert compiles.count() == compiled  # one program, compiled once
+    assert by_number(engine.rollout(examples(5), rollouts=4)) == by_number(episodes)
     engine.close()
 
 

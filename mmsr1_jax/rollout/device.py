@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mmsr1_jax import config as settings
 from mmsr1_jax.batching import TooLongError, smallest
@@ -126,22 +127,39 @@ class Device:
             hidden, lanes = cache.extend(model, lanes, new, store)
             return tuple(hidden), lanes  # an array a row: none has to be cut out later
 
-        def cast(params):
-            return jax.tree.map(lambda x: x.astype(self._dtype), params)
-
         self._encode_program = program(encode, donate=1)
         self._extend_program = program(extend, donate=1)
         self._decode_program = program(decode.decode, donate=1, static=("steps", "running"))
         self._fork_program = jax.jit(cache.fork, donate_argnums=0)
         self._clear_program = jax.jit(cache.clear, donate_argnums=0)
-        self._load_program = jax.jit(cast, out_shardings=self._layout)
+        self._load_programs = {}
 
     def load(self, params: nnx.State) -> None:
         """Takes parameters (the trainer's tree: any layout, any dtype) into the engine's own layout
-        and dtype, in one program. Encoded images are forgotten: they are of the old ones."""
-        self._params = self._load_program(params)
+        and dtype, in one program. Encoded images are forgotten: they are of the old ones.
+
+        A trainer with more devices than the engine has the program put all of the parameters on
+        each of them, one of which is the engine's.
+        """
+        source = jax.tree.leaves(params)[0].sharding
+        if len(source.device_set) == 1:
+            self._params = self._relayout(self._layout)(params)
+        else:
+            everywhere = NamedSharding(source.mesh, PartitionSpec())
+            self._params = jax.device_put(self._relayout(everywhere)(params), self._layout)
         self._kept.clear()
         self._free = list(range(self.config.image_tokens))
+
+    def _relayout(self, shardings):
+        """The program that gives parameters these shardings and the engine's dtype."""
+
+        def cast(params):
+            return jax.tree.map(lambda x: x.astype(self._dtype), params)
+
+        key = shardings if isinstance(shardings, NamedSharding) else None
+        if key not in self._load_programs:
+            self._load_programs[key] = jax.jit(cast, out_shardings=shardings)
+        return self._load_programs[key]
 
     def warm_up(self) -> None:
         """Compiles every program of the tables, by running it on padding."""

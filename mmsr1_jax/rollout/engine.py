@@ -346,6 +346,7 @@ class _Run:
             return
         count = min(len(self._turn), self._settings.rollout.rows)
         chosen = [self._live[self._turn.popleft()] for _ in range(count)]
+        chosen.sort(key=lambda live: live.position)  # see `cached_attention`
         rows = [
             {
                 "lane": live.lane,
@@ -357,9 +358,9 @@ class _Run:
             }
             for live in chosen
         ]
-        # A quarter of the rows stopped: others may take their place, and their tools may start.
+        # An eighth of the rows stopped: others may take their place, and their tools may start.
         drawn = self._device.decode(
-            rows, self._sampling, seed=self._seed, leave_at=count - max(1, count // 4)
+            rows, self._sampling, seed=self._seed, leave_at=count - max(1, count // 8)
         )
         for row, live in enumerate(chosen):
             n = int(drawn.count[row])

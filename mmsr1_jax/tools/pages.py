@@ -35,7 +35,9 @@ class PageSearch:
             path = path / "pages.jsonl"
         self._results = results
         self._pages = sqlite3.connect(":memory:", check_same_thread=False)
-        self._pages.execute(f"CREATE VIRTUAL TABLE page USING fts5({', '.join(_FIELDS)})")
+        self._pages.execute(
+            "CREATE VIRTUAL TABLE page USING fts5(url UNINDEXED, title, snippet, summary)"
+        )
         try:
             lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
         except OSError as error:
@@ -62,7 +64,7 @@ class PageSearch:
             return Observation(status="empty")
         rows = self._pages.execute(
             "SELECT url, title, snippet, summary FROM page WHERE page MATCH ? "
-            "ORDER BY bm25(page, 0, 2, 1, 1), rowid LIMIT ?",
+            "ORDER BY bm25(page, 1, 2, 1, 1), rowid LIMIT ?",
             (words, self._results),
         ).fetchall()  # fmt: skip
         found = [

@@ -1,0 +1,130 @@
+"""One question, answered by a policy that may search.
+
+    python -m mmsr1_jax.infer --model=DIR --image=PATH --question="..." \\
+        [--tools.index=DIR] [--temperature=0.7] [--json] [--config=FILE --config.field=value ..]
+
+Prints the turns as they come: reasoning, search, results, answer. With `--json` it prints the whole
+episode as one JSON object, tokens and log-probs too, and nothing else. The exit code is 1 where the
+question cannot be used.
+"""
+
+import json
+import sys
+
+import jax
+from absl import flags
+
+from mmsr1_jax import config as settings
+from mmsr1_jax import sharding
+from mmsr1_jax.models import qwen2_5_vl
+from mmsr1_jax.processor import Processor
+from mmsr1_jax.rollout.engine import Engine
+from mmsr1_jax.rollout.episode import Episode, Example
+from mmsr1_jax.tools import Tool
+from mmsr1_jax.tools.pages import PageSearch
+
+_CONFIG = settings.define_flag()
+_MODEL = flags.DEFINE_string("model", None, "HF directory of the policy", required=True)
+_IMAGE = flags.DEFINE_multi_string("image", [], "picture of the question; may be given again")
+_QUESTION = flags.DEFINE_string("question", None, "the question", required=True)
+_INDEX = flags.DEFINE_string(
+    "tools.index", None, "directory with pages.jsonl to search in (config.tools.index)"
+)
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "of sampling, instead of config.sampling.temperature; 0: greedy"
+)
+_JSON = flags.DEFINE_bool("json", False, "print the episode as JSON")
+
+
+def main(argv) -> int:
+    del argv
+    config = _CONFIG.value
+    if _INDEX.value is not None:
+        config.tools.index = _INDEX.value
+    config.sampling.temperature = _TEMPERATURE.value
+    # One question: one lane, and no need of a program that is not used.
+    config.rollout.lanes = config.rollout.rows = 1
+    config.rollout.compile_ahead = False
+    try:
+        settings.validate(config)
+        engine = make_engine(config, _MODEL.value)
+    except (ValueError, OSError) as error:  # checkpoint, tokenizer, prompts or index, in one line
+        sys.exit(f"error: {error}")
+    example = Example(question=_QUESTION.value, images=_IMAGE.value)
+    watch = (lambda episode, event: None) if _JSON.value else Printer(engine.processor)
+    (episode,) = engine.rollout([example], watch=watch)
+    engine.close()
+    if _JSON.value:
+        print(json.dumps(episode.to_json(engine.processor), ensure_ascii=False))
+    if episode.end == "error":
+        print(f"error: {episode.error}", file=sys.stderr)
+    return 1 if episode.end == "error" else 0
+
+
+def make_engine(config: settings.Config, model_dir: str) -> Engine:
+    """The policy of a directory in an engine on one device, with the tools of the settings.
+
+    Raises:
+      ValueError, OSError: something cannot be used; the message names it.
+    """
+    tools = make_tools(config.tools)
+    processor = Processor.from_directory(model_dir)
+    processor.images = processor.images.with_limits(
+        config.images.min_pixels, config.images.max_pixels
+    )
+    model = qwen2_5_vl.load(
+        model_dir,
+        mesh=sharding.make_mesh(devices=jax.devices()[:1]),
+        param_dtype=config.model.dtype,
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+    )
+    processor.check_fits(model.config)
+    return Engine(model, processor, config, tools)
+
+
+def make_tools(config: settings.Tools) -> dict[str, Tool]:
+    """The search tools that the settings name, by action."""
+    if config.index is None:
+        return {}
+    return {"text_search": PageSearch(config.index, results=config.results)}
+
+
+class Printer:
+    """Prints an episode as it grows: a `Watch`."""
+
+    def __init__(self, processor: Processor):
+        self._processor = processor
+
+    def __call__(self, episode: Episode, event: str) -> None:
+        if event == "turn":
+            self._turn(episode)
+        elif event == "reply":
+            text = self._processor.decode(self._short(episode.segments[-1].tokens))
+            text = text.removeprefix("<|im_start|>user\n").split("<|im_end|>")[0]
+            print(f"--- to the policy\n{text}\n", flush=True)
+        elif event == "end":
+            calls = [call for call in episode.calls if call.status != "refused"]
+            print(f"--- end: {episode.end}, {len(episode.turns)} turns, {len(calls)} searches")
+            print(f"answer: {episode.answer}", flush=True)
+
+    def _turn(self, episode: Episode) -> None:
+        turn = episode.turns[-1]
+        print(f"--- turn {len(episode.turns)}")
+        if turn.problem:
+            print(self._processor.decode(episode.segments[-1].tokens))
+            print(f"(badly formed: {turn.problem})")
+        else:
+            print(f"reasoning: {turn.reason}")
+        if turn.action:
+            print(f"{turn.action.replace('_', ' ')}: {turn.payload or 'the whole picture'}")
+        print(flush=True)
+
+    def _short(self, tokens) -> list[int]:
+        """Each picture as one placeholder."""
+        image = self._processor.control["<|image_pad|>"]
+        return [t for i, t in enumerate(tokens) if t != image or tokens[i - 1] != image]
+
+
+if __name__ == "__main__":
+    settings.run(main)

@@ -1,0 +1,311 @@
+"""Rollouts: beside `transformers` `generate`, beside an engine that is held to rounds, and decoding
+against the memory's bandwidth.
+
+    python -m tests.bench.rollout                        a table; CPU, about 15 minutes
+    python -m tests.bench.rollout --decode --shape=7b    bf16, 64 lanes of 2k tokens; on a GPU
+
+The policy is random, about 24M parameters, float32. Its tokenizer has tokens whose bytes are whole
+searches, one in 64, so that turns end at random lengths; an episode has three of them. A question
+has a picture of 144 tokens and eight rollouts.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import pathlib
+import random
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+from flax import nnx
+
+from mmsr1_jax import config as settings
+from mmsr1_jax import tiny
+from mmsr1_jax.images import ImageProcessor
+from mmsr1_jax.rollout import cache, decode
+from mmsr1_jax.rollout import engine as engine_module
+from mmsr1_jax.rollout.engine import Engine
+from mmsr1_jax.rollout.episode import Episode, Example
+from mmsr1_jax.rollout.sampler import Sampling
+from mmsr1_jax.tools import Observation, Part
+from tests.acting import acting_processor
+from tests.bench.model import SHAPES
+
+GROUP = 8
+SEARCHES = {"<reason>r{}</reason> <text_search>q{}</text_search>\n": 8192 // 64}
+# Short, so that what is re-sent is mostly the conversation itself.
+PROMPTS = {
+    "question": "{images}\nQuestion: {question}",
+    "after_text_search": "<information>\n{results}\n</information>\n{question}",
+}
+MEDIAN, P95 = 0.5, 4.0  # seconds that a tool takes, log-normal
+
+
+def engine_config(prompts: str, lanes: int, rows: int) -> settings.Config:
+    return settings.Config(
+        rollout=settings.Rollout(
+            lanes=lanes, rows=rows, chunk=16, extend_lengths=(32, 64, 128, 256, 512),
+            extend_tokens=32, encode_windows=9, image_tokens=8192, compile_ahead=True,
+        ),
+        buckets=settings.Buckets(image_windows=(9,)),
+        turns=settings.Turns(
+            turn_tokens=256, tokens=2048, least_tokens=256, result_tokens=1024, prompts=prompts
+        ),
+        tools=settings.Tools(result_chars=2000, seconds=120.0, episode_seconds=1000.0),
+    )  # fmt: skip
+
+
+def examples(count: int) -> list[Example]:
+    def picture(seed: int) -> PIL.Image.Image:
+        pixels = np.random.default_rng(seed).integers(0, 255, (336, 336, 3), np.uint8)
+        return PIL.Image.fromarray(pixels)
+
+    return [
+        Example(id=str(i), question=f"What is it? {i}", images=[picture(i)]) for i in range(count)
+    ]
+
+
+def search(latency: bool):
+    """A tool whose results have 64 to 512 tokens, and which takes no time, or its time."""
+    sigma = np.log(P95 / MEDIAN) / 1.645
+    rng = np.random.default_rng(0)
+
+    async def call(query) -> Observation:
+        if latency:
+            await asyncio.sleep(MEDIAN * np.exp(sigma * rng.normal()))
+        letters = random.Random(query.question + query.text)
+        length = letters.randint(64, 512)
+        text = "".join(letters.choices("0123456789QWXYZ", k=length))  # a token each
+        return Observation(results=[(Part(text=text),)])
+
+    return {"text_search": call}
+
+
+class Rounds(engine_module._Run):
+    """The same engine, held to rounds: all lanes begin together, and each turn waits for the
+    slowest tool of the round before."""
+
+    def _take_answers(self, wait: bool) -> None:
+        if not self._turn and not self._unwritten():
+            while len(self._engine._background):
+                super()._take_answers(True)
+
+    def _admit(self):
+        return [] if self._live else super()._admit()
+
+
+@contextlib.contextmanager
+def held_to_rounds():
+    free, engine_module._Run = engine_module._Run, Rounds
+    try:
+        yield
+    finally:
+        engine_module._Run = free
+
+
+def timed_rollout(engine: Engine, count: int, seed: int = 0) -> tuple[float, list[Episode]]:
+    """Seconds, and the episodes of `count` questions."""
+    engine.device.load(engine.device._params)  # no picture is known from before
+    begin = time.perf_counter()
+    sampling = settings.Sampling(seed=seed)
+    episodes = list(engine.rollout(examples(count), rollouts=GROUP, sampling=sampling))
+    seconds = time.perf_counter() - begin
+    assert all(len(episode.turns) == 3 for episode in episodes), {e.error for e in episodes}
+    return seconds, sorted(episodes, key=lambda episode: episode.number)
+
+
+def sampled(episodes) -> int:
+    return sum(int(episode.loss_mask.sum()) for episode in episodes)
+
+
+def transformers_seconds(reference, config, episodes: list[Episode], batch: int) -> float:
+    """Seconds that `generate` takes for the same turns: before each, the whole conversation is sent
+    again, `batch` at a time, each batch until its longest turn is done."""
+    from tests.reference import torch
+
+    def inputs_of(conversations):
+        width = max(len(tokens) for tokens, _ in conversations)
+        ids = torch.zeros(len(conversations), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, (tokens, _) in enumerate(conversations):
+            ids[row, width - len(tokens) :] = torch.tensor(tokens, dtype=torch.long)
+            mask[row, width - len(tokens) :] = 1
+        images = [image for _, images in conversations for image in images]
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "mm_token_type_ids": (ids == config.image_token_id).int() * mask.int(),
+            "pixel_values": torch.tensor(np.concatenate([image.values for image in images])),
+            "image_grid_thw": torch.tensor([image.grid for image in images]),
+        }
+
+    begin = time.perf_counter()
+    for turn in range(3):
+        for first in range(0, len(episodes), batch):
+            conversations, longest = [], 0
+            for episode in episodes[first : first + batch]:
+                before = episode.segments[: 1 + 3 * turn]
+                tokens = np.concatenate([segment.tokens for segment in before])
+                conversations.append((tokens, episode.images))
+                longest = max(longest, len(episode.segments[1 + 3 * turn].tokens))
+            reference.generate(
+                **inputs_of(conversations), max_new_tokens=longest, min_new_tokens=longest,
+                do_sample=True, top_k=0, top_p=1.0, temperature=1.0, eos_token_id=None,
+                pad_token_id=0,
+            )  # fmt: skip
+    return time.perf_counter() - begin
+
+
+def beside_transformers(model, processor, prompts: str) -> list[tuple]:
+    from tests.reference import torch_model
+
+    engine = Engine(model, processor, engine_config(prompts, lanes=32, rows=16), search(False))
+    timed_rollout(engine, 1)
+    ours = []
+    for _ in range(3):
+        seconds, episodes = timed_rollout(engine, 16)
+        ours.append(seconds)
+    counts = engine.device.counts
+    engine.close()
+    reference, theirs = torch_model(model), {}
+    transformers_seconds(reference, model.config, episodes[:4], 4)
+    for batch in (16, 32):
+        theirs[batch] = transformers_seconds(reference, model.config, episodes, batch)
+    batch, best = min(theirs.items(), key=lambda item: item[1])
+    tokens = sampled(episodes)
+    filled = counts.decoded / counts.decode_slots
+    print(f"{len(episodes)} episodes, {tokens} tokens sampled, "
+          f"{sum(map(len, episodes))} in all; decoding rows filled {filled:.0%}")  # fmt: skip
+    print(f"transformers, tokens/s by batch: { {b: round(tokens / s) for b, s in theirs.items()} }")
+    return [
+        ("tokens/s, engine", f"{tokens / min(ours):,.0f}", ""),
+        (f"tokens/s, `generate`, batch {batch}", f"{tokens / best:,.0f}", ""),
+        ("engine / `generate`", f"{best / min(ours):.1f}", ">= 5"),
+    ]
+
+
+def with_latency(model, processor, prompts: str, lanes: int) -> list[tuple]:
+    questions, seconds = 4 * lanes // GROUP, {}
+    config = engine_config(prompts, lanes=lanes, rows=16)
+    engine = Engine(model, processor, config, search(False))
+    timed_rollout(engine, 1)
+    seconds["none"], plain = timed_rollout(engine, questions)
+    engine.tools = search(True)
+    seconds["free"], free = timed_rollout(engine, questions)
+    engine.tools = search(True)
+    with held_to_rounds():
+        seconds["rounds"], rounds = timed_rollout(engine, questions)
+    engine.close()
+    same = [[e.tokens.tolist() for e in run] for run in (plain, free, rounds)]
+    assert same[0] == same[1] == same[2]  # what is compared is the same work
+    return [
+        (f"s, no latency, {lanes} lanes, {4 * lanes} episodes", f"{seconds['none']:.1f}", ">= 30"),
+        ("s, long-tailed latency", f"{seconds['free']:.1f}", ""),
+        ("s, the same in rounds", f"{seconds['rounds']:.1f}", ""),
+        ("rounds / engine", f"{seconds['rounds'] / seconds['free']:.2f}", ">= 2"),
+        ("engine / no latency", f"{seconds['free'] / seconds['none']:.2f}", "<= 1.2"),
+    ]
+
+
+def decoding(shape: str, lanes: int, context: int, dtype) -> list[tuple]:
+    """Decoding alone, against the time that it takes to copy what a step has to read."""
+    config = SHAPES[shape] if shape == "small" else tiny.qwen2_5_vl.PRESETS[shape]
+    model = nnx.eval_shape(
+        lambda: tiny.qwen2_5_vl.Qwen2_5_VL(config, rngs=nnx.Rngs(0), param_dtype=dtype, dtype=dtype)
+    )
+    graph, shapes = nnx.split(model)
+    make = jax.jit(lambda: jax.tree.map(lambda x: jnp.full(x.shape, 1e-3, x.dtype), shapes))
+    params, steps = make(), 16
+    model = nnx.merge(graph, params)
+    state = cache.allocate(model, lanes, context + 8 * steps)
+    state = state.replace(length=jnp.full(lanes, context, jnp.int32))
+    nothing = np.zeros(lanes, np.int32)
+    rows = decode.Rows(
+        lane=np.arange(lanes, dtype=np.int32), active=np.ones(lanes, bool), stop_state=nothing,
+        position=nothing + context, episode=nothing, drawn=nothing, left=nothing + 10_000,
+        sampling=Sampling.uniform(lanes),
+    )  # fmt: skip
+    vocabulary = config.text.vocab_size
+    program = jax.jit(
+        lambda params, state, *rest: decode.decode(
+            nnx.merge(graph, params), state, *rest, steps=steps, running=1
+        ),
+        donate_argnums=1,
+    )
+    rest = (rows, np.zeros((1, vocabulary), np.int16), np.ones(vocabulary, bool), 0, 0)
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        drawn, state = program(params, state, *rest)
+        jax.block_until_ready(drawn)
+        times.append((time.perf_counter() - begin) / steps)
+    step = min(times)
+    text = sum(x.nbytes for x in jax.tree.leaves(params["text"]))
+    embedding = params["text"]["embedding"].get_value().nbytes  # a few rows of it are read
+    tied = config.text.tie_embeddings
+    kv = (state.k.nbytes + state.v.nbytes) * (context / state.capacity)
+    read = text - (0 if tied else embedding) + kv
+    bound = read / copy_bandwidth()
+    return [
+        (f"tokens/s, decoding, {lanes} lanes, {context} tokens each", f"{lanes / step:,.0f}", ""),
+        ("share of the memory bandwidth", f"{bound / step:.0%}", ">= 60 %"),
+    ]
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a copy reads and writes."""
+    size = 2**30 if jax.default_backend() != "cpu" else 2**28
+    x = jnp.zeros(size // 4, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    jax.block_until_ready(copy(x))
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        jax.block_until_ready(copy(x))
+        times.append(time.perf_counter() - begin)
+    return 2 * size / min(times)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--decode", action="store_true", help="decoding alone")
+    parser.add_argument("--shape", default="small", help="of the policy that decodes")
+    parser.add_argument("--lanes", type=int, default=64)
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--skip", nargs="*", default=[], choices=["transformers", "latency"])
+    options = parser.parse_args()
+    rows = []
+    if options.decode:
+        dtype = jnp.float32 if options.shape == "small" else jnp.bfloat16
+        rows += decoding(options.shape, options.lanes, options.context, dtype)
+    else:
+        images = ImageProcessor(min_pixels=336 * 336, max_pixels=336 * 336)
+        processor = acting_processor(8192, actions=SEARCHES, images=images)
+        config = dataclasses.replace(
+            SHAPES["small"],
+            image_token_id=processor.control["<|image_pad|>"],
+            vision_start_token_id=processor.control["<|vision_start|>"],
+            vision_end_token_id=processor.control["<|vision_end|>"],
+            video_token_id=8191,
+        )
+        model = tiny.random_model(config, 0)
+        with tempfile.TemporaryDirectory() as directory:
+            for name, text in PROMPTS.items():
+                (pathlib.Path(directory) / f"{name}.txt").write_text(text)
+            if "transformers" not in options.skip:
+                rows += beside_transformers(model, processor, directory)
+            if "latency" not in options.skip:
+                rows += with_latency(model, processor, directory, options.lanes)
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+    print("| | measured | goal |\n|---|---|---|")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+if __name__ == "__main__":
+    main()

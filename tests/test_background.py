@@ -1,0 +1,92 @@
+"""Calls beside the engine: every one is answered, whatever it does."""
+
+import asyncio
+import concurrent.futures
+import threading
+import time
+
+import pytest
+
+from mmsr1_jax.tools.background import Background, Call
+
+
+@pytest.fixture
+def background():
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        background = Background(pool)
+        yield background
+        background.close()
+
+
+def submit(background, key, begin, seconds=5.0):
+    background.submit(Call(key, begin, lambda *outcome: outcome, seconds))
+
+
+def all_answers(background) -> dict:
+    found = {}
+    while len(background):
+        found |= dict(background.answers(wait=True))
+    return found
+
+
+async def soon():
+    await asyncio.sleep(0.01)
+    return threading.current_thread().name
+
+
+async def fails():
+    raise OSError("down")
+
+
+async def hangs():
+    await asyncio.sleep(100)
+
+
+async def blocks():
+    time.sleep(3)
+
+
+def test_answers_come_with_their_keys(background):
+    for key in "abc":
+        submit(background, key, soon)
+    submit(background, "d", fails)
+    submit(background, "e", hangs, seconds=0.2)
+    found = all_answers(background)
+    assert {key: found[key][0] for key in "abc"} == dict.fromkeys("abc", "tools")
+    assert isinstance(found["d"][1], OSError) and isinstance(found["e"][1], TimeoutError)
+    assert 0.1 < found["e"][2] < 2 and len(background) == 0
+
+
+def test_nothing_waits_that_need_not(background):
+    submit(background, "a", hangs, seconds=30)
+    begin = time.monotonic()
+    assert background.answers(wait=False) == []
+    background.forget()
+    assert background.answers(wait=True) == []  # nothing is under way: it returns at once
+    assert time.monotonic() - begin < 1
+
+
+def test_a_call_that_blocks_is_left_behind(background):
+    """The others are begun again, and those to come are not held up."""
+    begun = []
+
+    async def patient():
+        begun.append(1)
+        await asyncio.sleep(0.3)
+        return "fine"
+
+    submit(background, "patient", patient, seconds=5)
+    submit(background, "blocks", blocks, seconds=0.2)
+    found = all_answers(background)
+    assert isinstance(found["blocks"][1], TimeoutError)
+    assert found["patient"][0] == "fine" and len(begun) == 2
+    submit(background, "later", soon)
+    assert all_answers(background)["later"][0] == "tools"
+
+
+def test_what_finish_raises_is_the_answer(background):
+    def finish(value, error, seconds):
+        raise KeyError("bug")
+
+    background.submit(Call("a", soon, finish, 5.0))
+    assert isinstance(all_answers(background)["a"], KeyError)

@@ -1,0 +1,87 @@
+"""`python -m mmsr1_jax.infer`, as a user runs it."""
+
+import functools
+import json
+
+import pytest
+
+from tests import acting
+from tests.test_score import run
+
+infer = functools.partial(run, module="mmsr1_jax.infer")
+IMAGE = "docs/demo/bridge.jpg"
+# Every other token of this policy is a whole turn, most of them a search.
+TURNS = {
+    "<reason>because {}</reason> <text_search>bridge {}</text_search>\n": 280,
+    "<reason>r{}</reason> <answer>a {}</answer>": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("policy") / "acting"
+    acting.write(directory, vocab_size=832, actions=TURNS)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("index")
+    page = {"url": "http://bridges", "title": "Bridge", "summary": "A bridge of 1937."}
+    (directory / "pages.jsonl").write_text(json.dumps(page))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def arguments(directory, index):
+    return [f"--model={directory}", f"--image={IMAGE}", "--question=When was it opened?",
+            f"--tools.index={index}", "--temperature=1", "--config=configs/tiny.py",
+            "--config.sampling.seed=1"]  # fmt: skip
+
+
+def test_prints_the_turns(arguments):
+    done = infer(*arguments)
+    assert done.returncode == 0, done.stderr
+    for text in ("--- turn 1\n", "reasoning: because ", "text search: bridge ", "--- to the policy\n",
+                 "[Text Search Results]\n1. link: http://bridges\nsummary: A bridge of 1937.\n",
+                 "--- turn 2", "--- end: ", "\nanswer: "):  # fmt: skip
+        assert text in done.stdout, done.stdout
+    assert done.stdout.index("--- turn 1") < done.stdout.index("--- to the policy")
+    assert "<|image_pad|><|image_pad|>" not in done.stdout
+
+
+def test_prints_the_episode_as_json(arguments):
+    done = infer(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    episode = json.loads(done.stdout)
+    assert episode["end"] in ("answer", "turns") and episode["error"] is None
+    assert episode["calls"][0]["status"] == "ok" and episode["calls"][0]["shown"] == 1
+    assert episode["turns"][0]["action"] == "text_search"
+    kinds = [segment["kind"] for segment in episode["segments"]]
+    assert kinds[:4] == ["prompt", "model", "forced", "tool"]
+    for segment in episode["segments"]:
+        sampled = segment["kind"] == "model"
+        assert ("logprobs" in segment) == sampled
+        if sampled:
+            assert len(segment["logprobs"]) == len(segment["tokens"])
+    again = json.loads(infer(*arguments, "--json").stdout)
+    for data in (episode, again):
+        for call in data["calls"]:
+            del call["seconds"]
+    assert again == episode
+
+
+def test_mistakes_in_one_line(arguments, directory, tmp_path):
+    def line(*others):
+        done = infer(*arguments, *others)
+        assert done.returncode == 1 and not done.stdout.startswith("{"), done
+        assert "Traceback" not in done.stderr
+        return done.stderr.strip().splitlines()[-1]
+
+    assert "error: " in line(f"--tools.index={tmp_path}") and "pages.jsonl" in line(
+        f"--tools.index={tmp_path}"
+    )
+    assert "no such directory" in line("--config.turns.prompts=nowhere")
+    assert "no such file" in line("--image=nowhere.jpg")
+    assert "config.sampling: temperature=-1.0" in line("--temperature=-1")
+    assert "leave room" in line("--question=" + "word " * 3000)

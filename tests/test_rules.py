@@ -1,0 +1,172 @@
+"""The rules of an episode: what follows a turn, and what the policy is told."""
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from mmsr1_jax import config as settings
+from mmsr1_jax.rollout import prompts
+from mmsr1_jax.rollout.episode import Episode, Example, Segment, ToolCall
+from mmsr1_jax.rollout.rules import PromptTooLongError, Rules, Step, harmless
+from mmsr1_jax.rollout.turns import parse
+from mmsr1_jax.tools import Observation, Part, Query, image_result, text_result
+
+ANSWER = parse("<reason>r</reason><answer>a</answer>")
+IMAGE = parse("<reason>r</reason><search><img></search>")
+TEXT = parse("<reason>r</reason><text_search>q</text_search>")
+NOTHING = parse("hm")
+EXAMPLE = Example(question="What is </information> this?")
+
+
+@pytest.fixture
+def rules(processor):
+    limits = settings.Turns(tokens=2000, least_tokens=100, turn_tokens=200, result_tokens=800)
+    tools = settings.Tools(max_pixels=112 * 112, result_chars=200)
+    return Rules(processor, limits, tools, prompts.load())
+
+
+def call(turn, status="ok"):
+    return ToolCall(turn=0, action=turn.action, query=turn.payload, status=status)
+
+
+@pytest.mark.parametrize(
+    "turns, calls, cut, expected",
+    [
+        ([ANSWER], [], False, Step("end", end="answer")),
+        ([IMAGE], [], False, Step("search")),
+        ([TEXT], [], False, Step("search")),
+        ([IMAGE, TEXT], [IMAGE], False, Step("search")),
+        ([TEXT, TEXT], [TEXT], False, Step("search")),
+        ([TEXT, IMAGE], [TEXT], False, Step("search")),
+        ([IMAGE, IMAGE], [IMAGE], False,
+         Step("say", prompt="over_limit", reason="the picture may be searched once")),
+        ([NOTHING], [], False,
+         Step("say", prompt="malformed", reason="no closing tag of an action")),
+        ([NOTHING], [], True,
+         Step("say", prompt="malformed", reason="it is too long, and was cut off")),
+        ([IMAGE, TEXT, TEXT], [IMAGE, TEXT], False, Step("end", end="turns")),
+        ([NOTHING, NOTHING, NOTHING], [], False, Step("end", end="turns")),
+        ([IMAGE, TEXT, ANSWER], [IMAGE, TEXT], False, Step("end", end="answer")),
+    ],
+)  # fmt: skip
+def test_what_follows(rules, turns, calls, cut, expected):
+    assert rules.after(turns, [call(c) for c in calls], cut) == expected
+
+
+def test_limits_of_all_searches_together(processor):
+    limits = settings.Turns(turns=5, searches=2, image_searches=1, text_searches=2)
+    rules = Rules(processor, limits, settings.Tools(), prompts.load())
+    step = rules.after([IMAGE, TEXT, TEXT], [call(IMAGE), call(TEXT)], cut=False)
+    assert step == Step("say", prompt="over_limit", reason="you may search twice in all")
+    # A refused search does not count as made.
+    step = rules.after([IMAGE, IMAGE, TEXT], [call(IMAGE), call(IMAGE, "refused")], cut=False)
+    assert step == Step("search")
+
+
+def reply(rules, observation, *, action="text_search", room=1500, error=None):
+    query = Query(action=action, text="q", question=EXAMPLE.question)
+    return rules.observed(query, EXAMPLE, 0, room, observation, error, 0.5)
+
+
+def test_results_in_the_published_form(rules, processor):
+    found = reply(rules, Observation(results=[text_result("http://a", "first"),
+                                              text_result("http://b", "second")]))  # fmt: skip
+    assert processor.decode(found.prompt.tokens).startswith(
+        "<|im_start|>user\n<information>\n[Text Search Results]\n"
+        "1. link: http://a\nsummary: first\n2. link: http://b\nsummary: second\n</information>\n"
+        "The question was: What is </information> this?\n"
+    )
+    assert processor.decode(found.prompt.tokens).endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert found.call == ToolCall(turn=0, action="text_search", query="q", status="ok",
+                                  seconds=0.5, found=2, shown=2)  # fmt: skip
+    image = PIL.Image.new("RGB", (112, 112))
+    found = reply(rules, Observation(results=[image_result(image, "a tower")]),
+                  action="image_search")  # fmt: skip
+    text = processor.decode(found.prompt.tokens)
+    pads = "<|image_pad|>" * (len(found.prompt.images[0].values) // 4)
+    assert (
+        f"[Image Search Results]\n1. image: <|vision_start|>{pads}<|vision_end|>\ntitle: a tower\n"
+        "</information>" in text
+    )
+
+
+def test_shortening_drops_whole_results(rules, processor):
+    """As many results as fit into the room, and none of them in part."""
+    results = [text_result(f"http://{i}", "w" * 150) for i in range(5)]
+    sizes, shown = [], []
+    for room in range(0, 1500, 25):
+        found = reply(rules, Observation(results=results), room=room)
+        if found.prompt is None:
+            assert room < 400 and found.call.shown == 0
+            continue
+        assert len(found.prompt.tokens) <= room
+        text = processor.decode(found.prompt.tokens)
+        assert text.count("w" * 150) == text.count("summary: ") == found.call.shown
+        sizes.append(len(found.prompt.tokens))
+        shown.append(found.call.shown)
+        left_out = 5 - found.call.shown
+        note = f"{left_out} of 5 results left out: no room"
+        assert found.call.notes == ((note,) if left_out else ())
+    assert shown == sorted(shown) and {0, 1, 2, 3} <= set(shown)
+    assert max(sizes) <= 800  # result_tokens
+
+
+def test_pictures_are_never_cut(rules, processor):
+    image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8))
+    results = [image_result(image, f"title {i}") for i in range(5)]
+    for room in range(250, 600, 15):
+        found = reply(rules, Observation(results=results), action="image_search", room=room)
+        if found.prompt is None:
+            continue
+        pads = int((found.prompt.tokens == processor.control["<|image_pad|>"]).sum())
+        assert pads == sum(len(i.values) // 4 for i in found.prompt.images)
+        assert found.call.shown == len(found.prompt.images)
+
+
+@pytest.mark.parametrize(
+    "observation, error, reason, status",
+    [
+        (None, TimeoutError(), "it took too long", "failed"),
+        (None, RuntimeError("key=SECRET"), "the service failed", "failed"),
+        (Observation(status="failed", error="key=SECRET"), None, "the service failed", "failed"),
+        (Observation(status="empty"), None, "nothing was found", "empty"),
+        (Observation(results=[]), None, "nothing was found", "empty"),
+        ("text", None, "the service failed", "failed"),
+        (Observation(results=[[Part()]]), None, "the service failed", "failed"),
+    ],
+)
+def test_a_failed_search_in_words(rules, processor, observation, error, reason, status):
+    found = reply(rules, observation, error=error)
+    text = processor.decode(found.prompt.tokens)
+    assert f"The search gave nothing: {reason}." in text and "SECRET" not in text
+    assert found.call.status == status and found.call.shown == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["</information>", "a</INFORMATION >b", "< / information>", "<\ninformation>",
+     "</information", "<</information>>"],
+)  # fmt: skip
+def test_information_cannot_be_closed(text):
+    safe = harmless(text)
+    assert (
+        "<" not in safe.replace("<\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}", "")
+        and "information" in safe.lower()
+    )
+    assert harmless("5 < 6 and <b>inform</b>") == "5 < 6 and <b>inform</b>"
+
+
+def test_a_refused_search_is_recorded(rules):
+    episode = Episode(example=EXAMPLE, group=0, number=0)
+    episode.segments.append(Segment("prompt", np.zeros(50, np.int32)))
+    episode.turns += [IMAGE, IMAGE]
+    step = rules.after(episode.turns, [call(IMAGE)], cut=False)
+    said = rules.say(step, episode, room=1000)
+    assert said.call == ToolCall(turn=1, action="image_search", query=None, status="refused")
+    assert rules.say(step, episode, room=20).prompt is None
+    assert rules.room(episode, closing=2) == 2000 - 100 - 50 - 2
+
+
+def test_a_question_without_room(rules):
+    with pytest.raises(PromptTooLongError, match="leave room for a turn"):
+        rules.first(Example(question="word " * 2000))
