@@ -42,7 +42,8 @@ def arguments(directory, index):
 def test_prints_the_turns(arguments):
     done = infer(*arguments)
     assert done.returncode == 0, done.stderr
-    for text in ("--- turn 1\n", "reasoning: because ", "text search: bridge ", "--- to the policy\n",
+    for text in ("--- turn 1\n", "reasoning: because ", "text search: bridge ",
+                 "--- to the policy\n",
                  "[Text Search Results]\n1. link: http://bridges\nsummary: A bridge of 1937.\n",
                  "--- turn 2", "--- end: ", "\nanswer: "):  # fmt: skip
         assert text in done.stdout, done.stdout

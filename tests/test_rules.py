@@ -1,10 +1,16 @@
 """The rules of an episode: what follows a turn, and what the policy is told."""
 
+import json
+
 import numpy as np
 import PIL.Image
 import pytest
+from pyarrow import parquet
 
+from configs import qwen7b
 from mmsr1_jax import config as settings
+from mmsr1_jax.images import ImageProcessor
+from mmsr1_jax.processor import Processor
 from mmsr1_jax.rollout import prompts
 from mmsr1_jax.rollout.episode import Episode, Example, Segment, ToolCall
 from mmsr1_jax.rollout.rules import PromptTooLongError, Rules, Step, harmless
@@ -165,6 +171,43 @@ def test_a_refused_search_is_recorded(rules):
     assert said.call == ToolCall(turn=1, action="image_search", query=None, status="refused")
     assert rules.say(step, episode, room=20).prompt is None
     assert rules.room(episode, closing=2) == 2000 - 100 - 50 - 2
+
+
+def test_real_questions_and_pages(shared):
+    """The released tokenizer and the settings of the 7B: every question leaves room, every page
+    comes through as text and nothing else."""
+    config = qwen7b.get_config()
+    tokenizer = (shared / "tokenizer" / "qwen" / "tokenizer.json").read_text(encoding="utf-8")
+    images = ImageProcessor(
+        min_pixels=config.images.min_pixels, max_pixels=config.images.max_pixels
+    )
+    processor = Processor(tokenizer, images)
+    rules = Rules(processor, config.turns, config.tools, prompts.load())
+    placeholder = processor.control["<|image_pad|>"]
+    lengths = []
+    for row in parquet.read_table(shared / "data" / "fvqa_mini.parquet").to_pylist():
+        pictures = [image["bytes"] for image in row["images"]]
+        prompt = rules.first(Example(question=row["prompt"][0]["content"], images=pictures))
+        pads = int((prompt.tokens == placeholder).sum())
+        assert pads == sum(len(image.values) // 4 for image in prompt.images) >= 334
+        lengths.append(len(prompt.tokens))
+    assert len(lengths) == 26 and max(lengths) <= 2048
+    lines = (shared / "data" / "web_pages.jsonl").read_text(encoding="utf-8").splitlines()
+    pages = [json.loads(line) for line in lines]
+    for first in range(0, len(pages), 5):
+        results = [
+            text_result(page["url"], page["summary"] or page["snippet"])
+            for page in pages[first : first + 5]
+        ]
+        found = reply(rules, Observation(results=results), room=2048)
+        assert found.call.shown == 5 and found.call.status == "ok", found.call
+        text = processor.decode(found.prompt.tokens)
+        for page in pages[first : first + 5]:
+            assert page["url"] in text
+        assert text.count("</information>\nThe question was") == 1
+        assert sorted(set(found.prompt.tokens.tolist()) & set(processor.control.values())) == [
+            processor.control["<|im_start|>"], processor.control["<|im_end|>"]
+        ]  # fmt: skip
 
 
 def test_a_question_without_room(rules):

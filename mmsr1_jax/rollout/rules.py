@@ -16,6 +16,7 @@ out.
 import dataclasses
 import itertools
 import re
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -94,6 +95,7 @@ class Rules:
         self._texts = texts
         self._max_file_pixels = max_file_pixels
         self._check_image = check_image
+        self._loading = threading.Lock()  # a tool may hand out one unread file to several threads
         low = min(processor.images.min_pixels, tools.max_pixels // 4)
         self._retrieved = dataclasses.replace(
             processor.images, min_pixels=low, max_pixels=tools.max_pixels
@@ -243,7 +245,9 @@ class Rules:
         if image.width * image.height > self._max_file_pixels:
             raise ImageError(f"{image.width}x{image.height} pixels are too many")
         try:
-            patches = processor(to_rgb(image))
+            with self._loading:
+                image = to_rgb(image)
+            patches = processor(image)
             self._check_image(patches)
         except (OSError, ValueError) as error:  # damaged, and not read until now; or too large
             raise ImageError(str(error)) from None
