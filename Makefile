@@ -21,7 +21,8 @@ demo: $(VENV)/.runtime
 	$(RUN) -m mmsr1_jax.tiny --out=$(DEMO)/policy
 	$(RUN) -m mmsr1_jax.score --config=configs/tiny.py --model=$(DEMO)/policy \
 	    --conversations=docs/demo/question.jsonl --out=$(DEMO)/scores.jsonl
-	$(RUN) -m mmsr1_jax.infer --config=configs/tiny.py --model=$(DEMO)/policy --temperature=1 \
+	$(RUN) -m mmsr1_jax.infer --config=configs/tiny.py --model=$(DEMO)/policy \
+	    --config.sampling.temperature=1 \
 	    --image=docs/demo/bridge.jpg --question="Why is the bridge red?" \
 	    --tools.index=docs/demo/index
 

@@ -96,8 +96,8 @@ class Images:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Rollout:
-    """The rollout engine. An episode depends on `rows` and on the tables, as its rounding does; on
-    nothing else here.
+    """The rollout engine. What an episode is depends on `rows` and on the tables, as its rounding
+    does, and on nothing else here (but that `image_tokens` bounds the size of a picture).
 
     Attributes:
       lanes: episodes that are under way at a time, waiting for tools or not; each holds a KV cache.
@@ -109,8 +109,10 @@ class Rollout:
       extend_tokens: a program writes into as many lanes as fit into this many tokens, at least one.
       encode_windows: an image program has as many images as fit into this many windows of 64
         patches, at least one; an image's own windows are those of `buckets.image_windows`.
-      image_tokens: tokens of encoded images that are kept for use by other episodes.
-      compile_ahead: compile all programs at the start, not each when it is first needed.
+      image_tokens: tokens of encoded images that are kept for use by other episodes. A picture has
+        at most half of what is left of it beside one of `extend_lengths`.
+      compile_ahead: compile all programs at the start, not each when it is first needed; then none
+        is compiled later.
     """
 
     lanes: int = 16
@@ -120,7 +122,7 @@ class Rollout:
     extend_tokens: int = 512
     encode_windows: int = 16
     image_tokens: int = 40960
-    compile_ahead: bool = False
+    compile_ahead: bool = True
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -134,7 +136,7 @@ class Turns:
       turn_tokens: tokens that the policy may write in a turn.
       tokens: of an episode in all: prompt, turns and results.
       least_tokens: room that results leave for the turn after them.
-      result_tokens: tokens of one tool's results, pictures included.
+      result_tokens: tokens of a user turn with results, pictures and instruction included.
       prompts: a directory of prompts that replaces the built-in ones (`rollout/prompts.py`).
     """
 
@@ -159,8 +161,8 @@ class Tools:
       result_chars: characters of text in one result; the rest is cut off.
       max_pixels: bound on a retrieved picture, in pixels.
       seconds: time limit of a call.
-      episode_seconds: time that an episode may spend waiting for tools; after that its searches
-        fail at once.
+      episode_seconds: time that an episode may spend waiting for tools; after that no tool is
+        called for it, and its searches fail at once.
     """
 
     index: str | None = None
@@ -243,12 +245,12 @@ def validate(config: Config) -> Config:
     for field in ("seconds", "episode_seconds"):
         if not getattr(config.tools, field) > 0:
             raise ConfigError(f"config.tools.{field}={getattr(config.tools, field)} must be over 0")
-    sampling = config.sampling
-    if not (sampling.temperature >= 0 and sampling.top_k >= 0 and 0 < sampling.top_p <= 1):
+    if config.rollout.image_tokens < 3 * config.rollout.extend_lengths[-1]:
         raise ConfigError(
-            f"config.sampling: temperature={sampling.temperature} and top_k={sampling.top_k} must "
-            f"not be negative, top_p={sampling.top_p} must be in (0, 1]"
+            f"config.rollout.image_tokens={config.rollout.image_tokens} must be at least three "
+            f"times the last of extend_lengths, {config.rollout.extend_lengths[-1]}"
         )
+    validate_sampling(config.sampling)
     _positive("buckets.batch_tokens", config.buckets.batch_tokens)
     _positive("buckets.batch_windows", config.buckets.batch_windows)
     _positive("images.max_file_pixels", config.images.max_file_pixels)
@@ -258,6 +260,17 @@ def validate(config: Config) -> Config:
     if low is not None and high is not None and low > high:
         raise ConfigError(f"config.images.min_pixels={low} is more than max_pixels={high}")
     return config
+
+
+def validate_sampling(sampling: Sampling) -> None:
+    """Raises ConfigError where tokens cannot be drawn like that."""
+    if not (sampling.temperature >= 0 and sampling.top_k >= 0 and 0 < sampling.top_p <= 1):
+        raise ConfigError(
+            f"config.sampling: temperature={sampling.temperature} and top_k={sampling.top_k} must "
+            f"not be negative, top_p={sampling.top_p} must be in (0, 1]"
+        )
+    if not 0 <= sampling.seed < 2**31:
+        raise ConfigError(f"config.sampling.seed={sampling.seed} must be in [0, 2^31)")
 
 
 def _one_of(field: str, value, allowed: Sequence) -> None:
@@ -326,6 +339,10 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
                 _check_field(name)
         if "config" not in names:
             argv = [argv[0], f"--config={pathlib.Path(__file__)}", *argv[1:]]
+        # The file has to be known before what overrides it.
+        files = [a for a in argv[1:] if a.startswith(("--config=", "-config="))]
+        argv = [argv[0], *files, *(a for a in argv[1:] if a not in files)]
+        sys.argv = argv  # where ml_collections looks them up
     rest = flags.FLAGS(argv)
     if len(rest) > 1:
         raise flags.Error(f"unexpected argument {rest[1]!r}")

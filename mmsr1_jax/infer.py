@@ -1,11 +1,15 @@
 """One question, answered by a policy that may search.
 
     python -m mmsr1_jax.infer --model=DIR --image=PATH --question="..." \\
-        [--tools.index=DIR] [--temperature=0.7] [--json] [--config=FILE --config.field=value ..]
+        [--tools.index=DIR] [--json] [--config=FILE --config.sampling.temperature=0.7 ..]
 
 Prints the turns as they come: reasoning, search, results, answer. With `--json` it prints the whole
 episode as one JSON object, tokens and log-probs too, and nothing else. The exit code is 1 where the
 question cannot be used.
+
+Tokens are the likeliest ones, unless a `--config.sampling` is given: what a config file says of
+sampling is meant for training. Pictures are made smaller where neither `config.images.max_pixels`
+nor the checkpoint bounds them to 2 x 672 x 672 pixels, as in the published script.
 """
 
 import json
@@ -30,9 +34,7 @@ _QUESTION = flags.DEFINE_string("question", None, "the question", required=True)
 _INDEX = flags.DEFINE_string(
     "tools.index", None, "directory with pages.jsonl to search in (config.tools.index)"
 )
-_TEMPERATURE = flags.DEFINE_float(
-    "temperature", 0.0, "of sampling, instead of config.sampling.temperature; 0: greedy"
-)
+_MAX_PIXELS = 2 * 672 * 672
 _JSON = flags.DEFINE_bool("json", False, "print the episode as JSON")
 
 
@@ -41,12 +43,12 @@ def main(argv) -> int:
     config = _CONFIG.value
     if _INDEX.value is not None:
         config.tools.index = _INDEX.value
-    config.sampling.temperature = _TEMPERATURE.value
+    if not any(name.startswith("config.sampling.") for name in flags.FLAGS):
+        config.sampling.temperature = 0.0
     # One question: one lane, and no need of a program that is not used.
     config.rollout.lanes = config.rollout.rows = 1
     config.rollout.compile_ahead = False
     try:
-        settings.validate(config)
         engine = make_engine(config, _MODEL.value)
     except (ValueError, OSError) as error:  # checkpoint, tokenizer, prompts or index, in one line
         sys.exit(f"error: {error}")
@@ -62,19 +64,19 @@ def main(argv) -> int:
 
 
 def make_engine(config: settings.Config, model_dir: str) -> Engine:
-    """The policy of a directory in an engine on one device, with the tools of the settings.
+    """The policy of a directory in an engine, with the tools of the settings. It runs on one
+    device, or on `mesh.tensor` of them.
 
     Raises:
       ValueError, OSError: something cannot be used; the message names it.
     """
-    tools = make_tools(config.tools)
+    tools, tensor = make_tools(config.tools), config.mesh.tensor
     processor = Processor.from_directory(model_dir)
-    processor.images = processor.images.with_limits(
-        config.images.min_pixels, config.images.max_pixels
-    )
+    limit = config.images.max_pixels or min(processor.images.max_pixels, _MAX_PIXELS)
+    processor.images = processor.images.with_limits(config.images.min_pixels, limit)
     model = qwen2_5_vl.load(
         model_dir,
-        mesh=sharding.make_mesh(devices=jax.devices()[:1]),
+        mesh=sharding.make_mesh(1, 1, tensor, devices=jax.devices()[:tensor]),
         param_dtype=config.model.dtype,
         dtype=config.model.dtype,
         attention=config.model.attention,

@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
 import time
 
@@ -82,6 +83,39 @@ def test_a_call_that_blocks_is_left_behind(background):
     assert found["patient"][0] == "fine" and len(begun) == 2
     submit(background, "later", soon)
     assert all_answers(background)["later"][0] == "tools"
+
+
+def test_a_call_that_blocks_for_a_while_costs_the_others_nothing(background):
+    async def blocks_briefly():
+        time.sleep(0.8)
+        return "blocked"
+
+    async def short():
+        await asyncio.sleep(0.1)
+        return "short"
+
+    submit(background, "short", short, seconds=0.5)
+    submit(background, "blocks", blocks_briefly, seconds=0.5)
+    found = all_answers(background)
+    assert found["short"][0] == "short" and found["blocks"][0] == "blocked"
+
+
+def test_a_call_that_will_not_be_cancelled_is_not_waited_for(background):
+    async def stubborn():
+        while True:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(100)
+
+    async def busy():  # nearly always at work, but never for long
+        for _ in range(30):
+            time.sleep(0.02)
+            await asyncio.sleep(0)
+        return "busy"
+
+    submit(background, "stubborn", stubborn, seconds=0.1)
+    submit(background, "busy", busy, seconds=30)
+    found = all_answers(background)
+    assert isinstance(found["stubborn"][1], TimeoutError) and found["busy"][0] == "busy"
 
 
 def test_what_finish_raises_is_the_answer(background):

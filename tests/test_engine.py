@@ -35,7 +35,7 @@ def model():
 
 def make_config(*, limits=LIMITS, **rollout) -> settings.Config:
     keywords = dict(lanes=6, rows=8, chunk=8, extend_lengths=(32, 128), extend_tokens=64,
-                    encode_windows=8, image_tokens=2048)  # fmt: skip
+                    encode_windows=8, image_tokens=2048, compile_ahead=False)  # fmt: skip
     return settings.Config(
         rollout=settings.Rollout(**(keywords | rollout)),
         buckets=settings.Buckets(image_windows=(4, 8, 16)),
@@ -139,12 +139,8 @@ def test_another_seed_gives_other_episodes(engine, episodes):
     assert all(again[i]["tokens"] != r["tokens"] for i, r in by_number(episodes).items())
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_those_of_score(engine, model, temperature):
-    """Recorded while sampling with top-p, against the program that `score` runs over the finished
-    conversation."""
-    sampling = settings.Sampling(temperature=temperature, top_p=0.9, seed=5)
-    finished = list(engine.rollout(examples(5), rollouts=2, sampling=sampling))
+def compare_with_score(model, finished, temperature):
+    """Recorded log-probs, against the program that `score` runs over the finished conversation."""
     graph, params = nnx.split(nnx.clone(model))
     # logits / temperature, by the output head
     params["text"]["head"].set_value(params["text"]["head"].get_value() / temperature)
@@ -161,6 +157,31 @@ def test_logprobs_are_those_of_score(engine, model, temperature):
                 assert (segment.sampling_logprobs >= segment.logprobs - 1e-5).all()
         compared += int(mask.sum())
     assert compared > 100 and any(len(e.turns) == 3 and len(e.images) > 3 for e in finished)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_score(engine, model, temperature):
+    sampling = settings.Sampling(temperature=temperature, top_p=0.9, seed=5)
+    finished = list(engine.rollout(examples(5), rollouts=2, sampling=sampling))
+    compare_with_score(model, finished, temperature)
+
+
+def test_logprobs_where_pictures_are_written_in_pieces(model, processor):
+    """Pieces that begin and end inside pictures, and a question with the same picture twice."""
+    config = make_config(extend_lengths=(8, 32), extend_tokens=32)
+    engine = Engine(model, processor, config, search_tools())
+    twice = dataclasses.replace(examples(2)[1], images=[picture(5), picture(5), picture(6)])
+    finished = list(engine.rollout([*examples(5), twice], rollouts=2))
+    engine.close()
+    assert engine.device.counts.images == len({i.digest for e in finished for i in e.images})
+    compare_with_score(model, finished, 1.0)
+    cut = 0
+    for episode in finished:
+        prompt, end = episode.segments[0].tokens, 0
+        while end < len(prompt) - 1:
+            end += engine.device.piece_length(len(prompt) - end)
+            cut += end < len(prompt) and prompt[end - 1] == prompt[end] == 5
+    assert cut > 5
 
 
 def test_only_sampled_tokens_carry_loss(episodes, processor):
@@ -207,18 +228,21 @@ def test_nothing_is_computed_twice(model, processor):
     assert counts.decoded == sum(int(episode.loss_mask.sum()) for episode in finished)
 
 
-def test_a_small_store_of_images_is_enough(model, processor, episodes):
+def test_a_small_store_of_images_is_enough(model, processor):
     """Images that are pushed out are encoded again; nothing else changes."""
-    engine = Engine(model, processor, make_config(image_tokens=2 * 42 + 128), search_tools())
-    distinct = len({image.digest for episode in episodes for image in episode.images})
-    for _ in range(2):
-        again = list(engine.rollout(examples(5), rollouts=4))
-        assert by_number(again) == by_number(episodes)
-    assert engine.device.counts.images > distinct
-    engine.close()
+    rounds, runs = [examples(5), examples(10)[5:], examples(5)], []
+    for size in (3 * 128, 4096):
+        engine = Engine(model, processor, make_config(image_tokens=size), search_tools())
+        finished = [list(engine.rollout(some, rollouts=4)) for some in rounds]
+        distinct = len({i.digest for run in finished for e in run for i in e.images})
+        assert (engine.device.counts.images > distinct) == (size < 4096)
+        runs.append([by_number(run) for run in finished])
+        engine.close()
+    assert runs[0] == runs[1] and runs[0][0] == runs[0][2]
 
 
 def test_twenty_batches_compile_nothing_after_the_second(model, processor):
+    before = compiles.count()
     engine = Engine(model, processor, make_config(compile_ahead=True), search_tools())
     rng, compiled = np.random.default_rng(0), []
     for batch in range(20):
@@ -234,7 +258,7 @@ def test_twenty_batches_compile_nothing_after_the_second(model, processor):
         assert all(episode.end in ("answer", "turns", "tokens") for episode in finished)
         compiled.append(compiles.count())
     engine.close()
-    assert compiled[19] == compiled[1]
+    assert compiled[19] == compiled[1] > before
 
 
 def test_load_takes_new_parameters(model, processor, episodes):
@@ -242,8 +266,9 @@ def test_load_takes_new_parameters(model, processor, episodes):
     fresh = Engine(other, processor, make_config(), search_tools())
     expected = by_number(fresh.rollout(examples(3), rollouts=2))
     fresh.close()
-    engine = Engine(model, processor, make_config(), search_tools())
+    engine = Engine(model, processor, make_config(compile_ahead=True), search_tools())
     before = by_number(engine.rollout(examples(3), rollouts=2))
+    engine.load(nnx.split(model)[1])  # the program that does it is compiled
     images, compiled = engine.device.counts.images, compiles.count()
     engine.load(nnx.split(other)[1])
     after = by_number(engine.rollout(examples(3), rollouts=2))
@@ -276,6 +301,27 @@ def test_load_takes_the_parameters_of_a_trainer_on_eight_devices(model, processo
     assert compiles.count() == compiled  # one program, compiled once
     assert by_number(engine.rollout(examples(5), rollouts=4)) == by_number(episodes)
     engine.close()
+
+
+def test_two_devices_along_the_tensor_axis(model, processor, episodes):
+    """Each holds half of the heads and of the cache; no program is compiled twice."""
+    mesh = sharding.make_mesh(1, 1, 2, devices=jax.devices()[:2])
+    graph, params = nnx.split(model)
+    cut = nnx.merge(graph, jax.device_put(params, sharding.param_shardings(params, mesh)))
+    engine = Engine(cut, processor, make_config(), search_tools())
+    again = list(engine.rollout(examples(5), rollouts=4))
+    engine.load(nnx.split(cut)[1])
+    compiled = compiles.count()
+    assert by_number(engine.rollout(examples(5), rollouts=4)) == by_number(again)
+    assert compiles.count() == compiled
+    assert not engine.device._lanes.k.sharding.is_fully_replicated
+    engine.close()
+    expected = {episode.number: episode for episode in episodes}
+    for episode in again:
+        assert episode.tokens.tolist() == expected[episode.number].tokens.tolist()
+        np.testing.assert_allclose(
+            episode.logprobs, expected[episode.number].logprobs, atol=1e-4, rtol=0
+        )
 
 
 def test_examples_that_cannot_be_used_hurt_nobody(engine):

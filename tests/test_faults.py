@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import dataclasses
+import io
+import itertools
 import time
 
 import PIL.Image
@@ -38,8 +40,8 @@ def questions() -> list[Example]:
     return [others[0], victim, others[1], others[2]]
 
 
-def run(engine, fault):
-    """Four rollouts of each question; `fault` stands in for the tools of one of them."""
+def run(engine, fault, rollouts=4):
+    """Rollouts of each question; `fault` stands in for the tools of one of them."""
     tools = search_tools()
 
     def tool(action):
@@ -49,8 +51,8 @@ def run(engine, fault):
         return call
 
     engine.tools = {action: tool(action) for action in tools}
-    finished = list(engine.rollout(questions(), rollouts=4))
-    assert len(finished) == 16
+    finished = list(engine.rollout(questions(), rollouts=rollouts))
+    assert len(finished) == 4 * rollouts
     hurt = [episode for episode in finished if episode.example.id == "victim"]
     return hurt, by_number(e for e in finished if e.example.id != "victim")
 
@@ -89,7 +91,12 @@ async def will_not_be_cancelled(query):
 
 
 async def blocks_the_loop(query):
-    time.sleep(4)
+    time.sleep(30)
+
+
+async def blocks_the_loop_briefly(query):
+    time.sleep(0.7)
+    return observation("late")
 
 
 async def returns_none(query):
@@ -142,10 +149,39 @@ async def one_result_of_thirty_images(query):
 
 async def broken_images(query):
     torn = PIL.Image.new("RGB", (20, 20)).tobytes()
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (20, 20)).save(file, "png")
+    with PIL.Image.open(file) as closed:  # and never read
+        pass
     return Observation(results=[
         image_result(torn, "bytes"), image_result("no/such/file", "path"), image_result(12, "int"),
-        image_result(PIL.Image.new("RGB", (1, 900)), "thin"),
+        image_result(PIL.Image.new("RGB", (1, 900)), "thin"), image_result(closed, "closed"),
     ])  # fmt: skip
+
+
+async def image_of_no_size(query):
+    return Observation(results=[image_result(PIL.Image.new("RGB", (0, 0)), "nothing")])
+
+
+class CannotBeShown(Exception):
+    def __str__(self):
+        raise RuntimeError("no")
+
+
+async def raises_what_cannot_be_shown(query):
+    raise CannotBeShown
+
+
+async def endless_result(query):
+    return Observation(results=[(Part(text="again ") for _ in itertools.count())])
+
+
+async def results_that_block(query):
+    def results():
+        time.sleep(30)
+        yield text_result("http://x", "never")
+
+    return Observation(results=results())
 
 
 STATUS = {
@@ -154,6 +190,11 @@ STATUS = {
     hangs: "failed",
     will_not_be_cancelled: "failed",
     blocks_the_loop: "failed",
+    blocks_the_loop_briefly: "ok",
+    results_that_block: "failed",
+    endless_result: "ok",
+    image_of_no_size: "ok",
+    raises_what_cannot_be_shown: "failed",
     returns_none: "failed",
     returns_nothing: "empty",
     returns_rubbish: "failed",
@@ -203,10 +244,20 @@ def test_a_fault_stays_where_it_is(engine, processor, undisturbed, fault):
     assert made >= 3
 
 
-def test_results_are_shortened_by_whole_results(engine):
+def test_results_are_shortened_by_whole_results(engine, processor, monkeypatch):
+    monkeypatch.setattr(engine.config.turns, "result_tokens", 200)
     hurt, _ = run(engine, thirty_images)
-    calls = [c for e in hurt for c in e.calls if c.action == "image_search" and c.status == "ok"]
-    assert calls and all(call.found == 5 for call in calls)
+    found = [(e, c) for e in hurt for c in e.calls if c.action == "image_search" and c.found]
+    assert found
+    for episode, call in found:
+        assert 0 < call.shown < call.found == 5
+        assert call.notes == (f"{5 - call.shown} of 5 results left out: no room",)
+        reply = [s for s in episode.segments if s.kind == "tool"][call.turn]
+        assert processor.decode(reply.tokens).count("\ntitle: t") == call.shown
+        assert len(reply.tokens) <= 200
+
+
+def test_long_texts_are_cut(engine):
     hurt, _ = run(engine, returns_10_mb)
     calls = [call for episode in hurt for call in episode.calls if call.status == "ok"]
     assert calls and all("result 1: text cut to 300 characters" in c.notes for c in calls)

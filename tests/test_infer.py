@@ -35,7 +35,7 @@ def index(tmp_path_factory):
 @pytest.fixture(scope="module")
 def arguments(directory, index):
     return [f"--model={directory}", f"--image={IMAGE}", "--question=When was it opened?",
-            f"--tools.index={index}", "--temperature=1", "--config=configs/tiny.py",
+            f"--tools.index={index}", "--config.sampling.temperature=1", "--config=configs/tiny.py",
             "--config.sampling.seed=1"]  # fmt: skip
 
 
@@ -84,5 +84,5 @@ def test_mistakes_in_one_line(arguments, directory, tmp_path):
     )
     assert "no such directory" in line("--config.turns.prompts=nowhere")
     assert "no such file" in line("--image=nowhere.jpg")
-    assert "config.sampling: temperature=-1.0" in line("--temperature=-1")
+    assert "config.sampling: temperature=-1.0" in line("--config.sampling.temperature=-1")
     assert "leave room" in line("--question=" + "word " * 3000)

@@ -71,7 +71,8 @@ def test_limits_of_all_searches_together(processor):
 
 def reply(rules, observation, *, action="text_search", room=1500, error=None):
     query = Query(action=action, text="q", question=EXAMPLE.question)
-    return rules.observed(query, EXAMPLE, 0, room, observation, error, 0.5)
+    read = rules.read(observation) if error is None else None
+    return rules.observed(query, EXAMPLE, 0, room, read, error, 0.5)
 
 
 def test_results_in_the_published_form(rules, processor):
@@ -120,13 +121,16 @@ def test_shortening_drops_whole_results(rules, processor):
 def test_pictures_are_never_cut(rules, processor):
     image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8))
     results = [image_result(image, f"title {i}") for i in range(5)]
-    for room in range(250, 600, 15):
+    seen = set()
+    for room in range(50, 600, 15):
         found = reply(rules, Observation(results=results), action="image_search", room=room)
+        seen.add(found.call.shown)
         if found.prompt is None:
             continue
         pads = int((found.prompt.tokens == processor.control["<|image_pad|>"]).sum())
         assert pads == sum(len(i.values) // 4 for i in found.prompt.images)
         assert found.call.shown == len(found.prompt.images)
+    assert seen == set(range(6))
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,19 @@ def fork(
     )
 
 
+def cut(lanes: Lanes, lane: jax.Array, length: jax.Array, hidden: jax.Array) -> Lanes:
+    """What `fork` does for a lane, int32[1], that begins with these tokens itself."""
+    return lanes.replace(
+        length=lanes.length.at[lane].set(length, mode="drop"),
+        hidden=lanes.hidden.at[lane].set(hidden, mode="drop"),
+    )
+
+
+def wipe(lanes: Lanes) -> Lanes:
+    """All lanes as new. (A NaN that an empty lane still held would count: 0 times it is NaN.)"""
+    return jax.tree.map(jnp.zeros_like, lanes)
+
+
 def clear(lanes: Lanes, freed: jax.Array) -> Lanes:
     """Empties lanes `freed`, int32[n]; what they held is never seen again."""
     return lanes.replace(length=lanes.length.at[freed].set(0, mode="drop"))

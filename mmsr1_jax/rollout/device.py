@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from mmsr1_jax import config as settings
 from mmsr1_jax.batching import TooLongError, smallest
@@ -28,6 +28,7 @@ from mmsr1_jax.models.qwen2_5_vl.vision import num_windows, pack_images
 from mmsr1_jax.rollout import cache, decode
 from mmsr1_jax.rollout.sampler import Sampling
 from mmsr1_jax.rollout.stop import StopTable
+from mmsr1_jax.sharding import partition_spec
 
 
 @dataclasses.dataclass
@@ -35,8 +36,7 @@ class Counts:
     """What the device has done since the engine was made.
 
     Attributes:
-      extended: tokens written by `extend`, and `extended_padded`, with padding.
-      forked: tokens that `fork` copied instead.
+      extended: tokens written by `extend`; extended_padded: the same with padding.
       decoded: tokens sampled.
       decode_slots: rows times steps in which they were.
       images: pictures that went through the vision tower.
@@ -44,7 +44,6 @@ class Counts:
 
     extended: int = 0
     extended_padded: int = 0
-    forked: int = 0
     decoded: int = 0
     decode_slots: int = 0
     images: int = 0
@@ -103,9 +102,16 @@ class Device:
         self._free = list(range(self.config.image_tokens))
         self._graph, params = nnx.split(model)
         self._layout = jax.tree.map(lambda x: x.sharding, params)
+        self._place = _places(self._lanes, jax.tree.leaves(self._layout)[0])
         self._dtype = model.dtype
         self._compile()
-        self.load(params)
+        # All of it is pinned to its place, as what the programs return is: else each would be
+        # compiled twice. Where nothing has to be changed, the model's own arrays are used.
+        self._lanes = jax.device_put(self._lanes, self._place)
+        self._store = jax.device_put(self._store, self._place.length)
+        self._params = jax.device_put(params, self._layout)
+        if any(x.dtype != self._dtype for x in jax.tree.leaves(params)):
+            self.load(params)
 
     def _compile(self) -> None:
         """Makes the programs; each compiles when it first meets a shape."""
@@ -131,7 +137,11 @@ class Device:
         self._extend_program = program(extend, donate=1)
         self._decode_program = program(decode.decode, donate=1, static=("steps", "running"))
         self._fork_program = jax.jit(cache.fork, donate_argnums=0)
+        self._cut_program = jax.jit(cache.cut, donate_argnums=0)
         self._clear_program = jax.jit(cache.clear, donate_argnums=0)
+        self._wipe_program = jax.jit(
+            cache.wipe, donate_argnums=0, keep_unused=True, out_shardings=self._place
+        )
         self._load_programs = {}
 
     def load(self, params: nnx.State) -> None:
@@ -139,14 +149,18 @@ class Device:
         and dtype, in one program. Encoded images are forgotten: they are of the old ones.
 
         A trainer with more devices than the engine has the program put all of the parameters on
-        each of them, one of which is the engine's.
+        each of them, one of which should be the engine's.
         """
-        source = jax.tree.leaves(params)[0].sharding
-        if len(source.device_set) == 1:
+        first, ours = jax.tree.leaves(params)[0], jax.tree.leaves(self._layout)[0].device_set
+        theirs = first.sharding.device_set if isinstance(first, jax.Array) else set()
+        if theirs == ours:
             self._params = self._relayout(self._layout)(params)
-        else:
-            everywhere = NamedSharding(source.mesh, PartitionSpec())
+        elif len(theirs) > 1:
+            everywhere = NamedSharding(first.sharding.mesh, PartitionSpec())
             self._params = jax.device_put(self._relayout(everywhere)(params), self._layout)
+        else:
+            self._params = self._relayout(self._layout)(jax.device_put(params, self._layout))
+        self._lanes = self._wipe_program(self._lanes)
         self._kept.clear()
         self._free = list(range(self.config.image_tokens))
 
@@ -171,6 +185,7 @@ class Device:
         self.decode([], jax.tree.map(np.asarray, nothing), seed=0, leave_at=0)
         hidden = self._extend(self.config.extend_lengths[0], [])[0]
         self.fork(0, self.config.lanes, 0, hidden)
+        self.fork(self.config.lanes, self.config.lanes, 0, hidden)
         self.clear(self.config.lanes)
 
     # Pictures
@@ -295,17 +310,14 @@ class Device:
     def fork(self, source: int, target: int, length: int, hidden: jax.Array) -> None:
         """Makes lane `target` hold the first `length` tokens of lane `source`, which may be itself;
         `hidden`: of the last of them."""
-        self._lanes = self._fork_program(
-            self._lanes, np.int32(source), np.array([target], np.int32), np.int32(length), hidden
-        )
-        self.counts.forked += length
+        where, length = np.array([target], np.int32), np.int32(length)
+        if source == target:
+            self._lanes = self._cut_program(self._lanes, where, length, hidden)
+        else:
+            self._lanes = self._fork_program(self._lanes, np.int32(source), where, length, hidden)
 
     def clear(self, lane: int) -> None:
         self._lanes = self._clear_program(self._lanes, np.array([lane], np.int32))
-
-    def lengths(self) -> np.ndarray:
-        """int32[lanes]: tokens that each lane holds."""
-        return np.asarray(cache.read(self._lanes))
 
     def decode(
         self, rows: Sequence[dict], sampling: Sampling, *, seed: int, leave_at: int
@@ -343,3 +355,15 @@ class Device:
         self.counts.decoded += int(drawn.count.sum())
         self.counts.decode_slots += R * int(drawn.steps)
         return drawn
+
+
+def _places(lanes: cache.Lanes, of_params: Sharding) -> cache.Lanes:
+    """Where the arrays of the lanes lie: kv heads along the tensor axis, the rest everywhere."""
+    if not isinstance(of_params, NamedSharding):
+        return jax.tree.map(lambda _: of_params, lanes)
+    mesh = of_params.mesh
+    kv = NamedSharding(
+        mesh, partition_spec((None, None, "kv_heads", None, None), lanes.k.shape, mesh)
+    )
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return cache.Lanes(k=kv, v=kv, length=everywhere, hidden=everywhere)

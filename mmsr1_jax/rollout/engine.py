@@ -13,7 +13,9 @@ length of a chunk and the order in which tools answer.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
@@ -32,7 +34,6 @@ from mmsr1_jax.tools import Query, Tool
 from mmsr1_jax.tools.background import Background, Call
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
-_PREPARED = 4  # examples whose pictures are made ready ahead of their turn
 _DRAWN = ("tokens", "logprobs", "sampling_logprobs")
 
 # Called as things happen, with the episode and "turn" (the policy's has ended), "reply" (the user
@@ -68,7 +69,7 @@ class _Live:
     Attributes:
       to_write: what is still to be written into the lane, as pieces, last first.
       position: M-RoPE position of the next token.
-      drawing: whether the policy's turn goes on; else it is the turn of a tool, or of `to_write`.
+      length: tokens that the lane holds.
       drawn: tokens sampled in all turns; left: that this turn may still have.
       stop_state: of the automaton.
       parts: what the turn's chunks drew, by the names of `_DRAWN`.
@@ -80,7 +81,7 @@ class _Live:
     lane: int
     to_write: list[Piece] = dataclasses.field(default_factory=list)
     position: int = 0
-    drawing: bool = False
+    length: int = 0
     drawn: int = 0
     left: int = 0
     stop_state: int = 0
@@ -166,12 +167,15 @@ class Engine:
         Args:
           examples: the questions. One that cannot be used gives episodes with `end == "error"`.
           rollouts: episodes of each question.
-          sampling: instead of `config.sampling`.
+          sampling: instead of `config.sampling`. Random numbers depend on its seed, on the number
+            of the episode in this call and on the token: another call wants another seed.
           watch: see `Watch`.
 
         Raises:
           RuntimeError: another rollout of this engine is under way.
+          ValueError: settings of sampling that cannot be.
         """
+        settings.validate_sampling(sampling or self.config.sampling)
         if self._busy:
             raise RuntimeError("Engine.rollout: another rollout is under way")
         self._busy = True
@@ -197,6 +201,8 @@ class _Run:
         )
         self._examples = enumerate(examples)
         self._rollouts = rollouts
+        # Examples that are made ready: enough for all lanes, and one more.
+        self._ahead = math.ceil(engine.config.rollout.lanes / rollouts) + 1
         self._groups: collections.deque[_Group] = collections.deque()
         self._free = set(range(engine.config.rollout.lanes))
         self._holder: dict[int, _Group] = {}  # whose prompt a lane begins with
@@ -223,7 +229,7 @@ class _Run:
 
     def _look_ahead(self) -> None:
         """Has the prompts of the next examples made in the pool."""
-        for number, example in itertools.islice(self._examples, _PREPARED - len(self._groups)):
+        for number, example in itertools.islice(self._examples, self._ahead - len(self._groups)):
             numbers = range(number * self._rollouts, (number + 1) * self._rollouts)
             prompt = self._engine._pool.submit(self._rules.first, example)
             self._groups.append(_Group(number, example, collections.deque(numbers), prompt))
@@ -282,7 +288,8 @@ class _Run:
     def _fork(self, admitted: list[_Live]) -> None:
         for live in admitted:
             group, length = live.group, len(live.episode)
-            self._device.fork(min(group.lanes), live.lane, length, group.hidden)
+            source = live.lane if live.lane in group.lanes else min(group.lanes)
+            self._device.fork(source, live.lane, length, group.hidden)
             group.lanes.add(live.lane)
             live.position = group.position
             self._begin_turn(live)
@@ -335,7 +342,7 @@ class _Run:
     def _begin_turn(self, live: _Live) -> None:
         limits = self._settings.turns
         live.left = min(limits.turn_tokens, limits.tokens - len(live.episode))
-        live.stop_state, live.drawing = 0, True
+        live.stop_state, live.length = 0, len(live.episode)
         live.parts = {name: [] for name in _DRAWN}
         self._turn.append(live.lane)
 
@@ -346,7 +353,7 @@ class _Run:
             return
         count = min(len(self._turn), self._settings.rollout.rows)
         chosen = [self._live[self._turn.popleft()] for _ in range(count)]
-        chosen.sort(key=lambda live: live.position)  # see `cached_attention`
+        chosen.sort(key=lambda live: live.length)  # see `cached_attention`
         rows = [
             {
                 "lane": live.lane,
@@ -367,6 +374,7 @@ class _Run:
             for name in _DRAWN:
                 live.parts[name].append(getattr(drawn, name)[row, :n])
             live.position += n
+            live.length += n
             live.drawn += n
             live.left -= n
             live.stop_state = int(drawn.stop_state[row])
@@ -377,7 +385,6 @@ class _Run:
 
     def _end_turn(self, live: _Live) -> None:
         """Reads what the policy wrote, and does what follows."""
-        live.drawing = False
         values = {name: np.concatenate(parts) for name, parts in live.parts.items()}
         episode, processor = live.episode, self._engine.processor
         episode.segments.append(Segment("model", **values))
@@ -413,15 +420,21 @@ class _Run:
         async def begin():
             if tool is None:
                 raise LookupError(f"no tool for {query.action}")
-            return await tool(query)
+            return self._rules.read(await tool(query))
 
-        def finish(value, error, seconds) -> tuple[list[int], Reply]:
-            return closing, self._rules.observed(
-                query, example, number, room, value, error, seconds
-            )
+        def finish(observation, error, seconds) -> tuple[list[int], Reply]:
+            observed = functools.partial(self._rules.observed, query, example, number, room)
+            try:
+                return closing, observed(observation, error, seconds)
+            except Exception as unforeseen:  # whatever a tool made its results of
+                return closing, observed(None, unforeseen, seconds)
 
         seconds = min(limits.seconds, limits.episode_seconds - live.waited)
-        self._engine._background.submit(Call(live.lane, begin, finish, max(seconds, 0.0)))
+        if seconds > 0:
+            self._engine._background.submit(Call(live.lane, begin, finish, seconds))
+        else:
+            error = TimeoutError("the episode's time for tools is used up")
+            self._reply(live, *finish(None, error, 0.0))
 
     def _take_answers(self, wait: bool) -> None:
         for lane, answer in self._engine._background.answers(wait):

@@ -17,6 +17,7 @@ import dataclasses
 import itertools
 import re
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -32,6 +33,12 @@ from mmsr1_jax.tools import Observation, Part, Picture, Query
 
 _INFORMATION = re.compile(r"<(?=[\s/]*information)", re.IGNORECASE)
 _NO_PICTURE = "(picture not available)"
+_MOST_PARTS = 100  # of one result
+_REASON = {
+    "ok": "the results are too long to be shown",
+    "empty": "nothing was found",
+    "failed": "the service failed",
+}
 
 
 class PromptTooLongError(ValueError):
@@ -95,6 +102,8 @@ class Rules:
         self._texts = texts
         self._max_file_pixels = max_file_pixels
         self._check_image = check_image
+        # Equal pictures of different episodes are held once.
+        self._known: weakref.WeakValueDictionary[str, Patches] = weakref.WeakValueDictionary()
         self._loading = threading.Lock()  # a tool may hand out one unread file to several threads
         low = min(processor.images.min_pixels, tools.max_pixels // 4)
         self._retrieved = dataclasses.replace(
@@ -115,7 +124,7 @@ class Rules:
         if len(prompt.tokens) > room:
             raise PromptTooLongError(
                 f"the prompt has {len(prompt.tokens)} tokens, at most {room} leave room for a turn "
-                "(turns.tokens, turns.least_tokens)"
+                "(turns.tokens, turns.least_tokens; images.max_pixels makes pictures smaller)"
             )
         return prompt
 
@@ -155,21 +164,42 @@ class Rules:
         """Tokens that a user turn may have, if the policy's turn is closed with so many."""
         return self.limits.tokens - self.limits.least_tokens - len(episode) - closing
 
+    def read(self, value: Any) -> Observation:
+        """What a tool returned, as far as it is an observation: at most so many results, in lists.
+        To be called within the tool's time, as what is read may be a generator."""
+        if not isinstance(value, Observation):
+            return _failed(f"the tool returned {type(value).__name__}, not an Observation")
+        if value.status not in ("ok", "empty"):
+            return _failed(value.error)
+        results = []
+        for result in itertools.islice(value.results, self._tools.results):
+            parts = tuple(itertools.islice(result, _MOST_PARTS))
+            for part in parts:
+                is_text = isinstance(part, Part) and isinstance(part.text, str)
+                if not isinstance(part, Part) or is_text == (part.image is not None):
+                    return _failed("results that are not parts of text or pictures")
+            results.append(parts)
+        return Observation(status="ok" if results else "empty", results=results, error=value.error)
+
     def observed(
-        self, query: Query, example: Example, turn: int, room: int, value: Any,
-        error: BaseException | None, seconds: float,
+        self, query: Query, example: Example, turn: int, room: int,
+        observation: Observation | None, error: BaseException | None, seconds: float,
     ) -> Reply:  # fmt: skip
-        """The user turn after a search. Never raises on anything that a tool returns.
+        """The user turn after a search.
 
         Args:
           query: what was asked.
           example: the question.
           turn: number of the turn that asked.
           room: tokens that the user turn may have.
-          value, error: what the tool returned, or raised.
+          observation: what the tool returned, through `read`; None where there is an `error`.
+          error: what it raised.
           seconds: that it took.
         """
-        status, results, notes = _checked(value, error, self._tools.results)
+        if observation is None:
+            observation = _failed(error)
+        results = observation.results
+        notes = [] if observation.error is None else [describe(observation.error)]
         shown: list[list[str | Patches]] = []
         budget = min(room, self.limits.result_tokens)
         for number, result in enumerate(results, start=1):
@@ -186,12 +216,8 @@ class Rules:
         if len(shown) < len(results):
             notes.append(f"{len(results) - len(shown)} of {len(results)} results left out: no room")
         if prompt is None:
-            reason = {
-                "ok": "the results are too long to be shown",
-                "empty": "nothing was found",
-                "late": "it took too long",
-                "failed": "the service failed",
-            }[status]
+            reason = _REASON[observation.status]
+            reason = "it took too long" if isinstance(error, TimeoutError) else reason
             prompt = self._within(room, "search_failed", example, reason=[reason])
         return Reply(
             prompt,
@@ -199,7 +225,7 @@ class Rules:
                 turn=turn,
                 action=query.action,
                 query=query.text,
-                status="failed" if status == "late" else status,
+                status=observation.status,
                 seconds=seconds,
                 found=len(results),
                 shown=len(shown),
@@ -249,12 +275,18 @@ class Rules:
                 image = to_rgb(image)
             patches = processor(image)
             self._check_image(patches)
-        except (OSError, ValueError) as error:  # damaged, and not read until now; or too large
-            raise ImageError(str(error)) from None
-        return patches
+        except ImageError:
+            raise
+        except Exception as error:  # closed, damaged and not read until now, of no size, too large
+            raise ImageError(describe(error)) from None
+        return self._known.setdefault(patches.digest, patches)
 
     def _merged(self, image: Patches) -> int:
         return len(image.values) // self._processor.images.merge_size**2
+
+
+def _failed(error: BaseException | str | None) -> Observation:
+    return Observation(status="failed", error=describe(error))
 
 
 def harmless(text: str) -> str:
@@ -279,26 +311,15 @@ def _joined(parts: Sequence[str | Patches]) -> list[str | Patches]:
     return [harmless(part) if isinstance(part, str) else part for part in joined]
 
 
-def _checked(value: Any, error: BaseException | None, most: int):
-    """(status, results, notes) of whatever a tool returned or raised."""
-    if isinstance(error, TimeoutError):
-        return "late", [], [str(error) or "the call took too long"]
-    if error is not None:
-        return "failed", [], [f"{type(error).__name__}: {error}"[:500]]
-    if not isinstance(value, Observation):
-        return "failed", [], [f"the tool returned {type(value).__name__}, not an Observation"]
-    notes = [] if value.error is None else [str(value.error)[:500]]
-    if value.status not in ("ok", "empty"):
-        return "failed", [], notes
+def describe(error: BaseException | str | None) -> str:
+    """An error in words, for the record. Never raises, whatever the error is made of."""
     try:
-        results = [tuple(result) for result in itertools.islice(value.results, most)]
-    except Exception as error:  # whatever a tool put there
-        return "failed", [], [*notes, f"results that cannot be read ({error})"[:500]]
-    for result in results:
-        for part in result:
-            if not isinstance(part, Part) or isinstance(part.text, str) == (part.image is not None):
-                return "failed", [], [*notes, "results that are not parts of text or pictures"]
-    return ("ok" if results else "empty"), results, notes
+        text = str(error)
+    except Exception:
+        text = "(cannot be shown)"
+    if isinstance(error, BaseException):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text[:500]
 
 
 def _times(count: int) -> str:

@@ -1,9 +1,9 @@
 """Tools beside the engine: an asyncio loop in a thread of its own.
 
 The engine hands calls in and takes answers out; it never waits unless nothing else can be done.
-Whatever a call does, an answer comes back. A call that blocks the loop (a `time.sleep` in a
-coroutine) or will not be cancelled is left behind with its thread, and the others are begun again
-on a new loop, with their whole time.
+Whatever a call does, an answer comes back. A call whose time is over is cancelled and not waited
+for. While a call blocks the loop (a `time.sleep` in a coroutine) the others' time stands still; if
+it does not stop, it is left behind with its thread, and the others are begun again on a new loop.
 """
 
 import asyncio
@@ -15,8 +15,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-# Seconds for which an answer may be overdue before the loop is taken to be blocked.
-_GRACE = 1.0
+_TICK = 0.1  # seconds in which a call's time is counted
+_GRACE = 1.0  # seconds that the loop may be blocked for beyond the time of the call that does it
 
 
 @dataclasses.dataclass(eq=False)
@@ -25,14 +25,14 @@ class Call:
 
     Attributes:
       key: what the caller knows it by.
-      begin: makes the coroutine to be awaited, for at most `seconds`.
+      begin: makes the coroutine to be awaited.
       finish: makes the answer, in a thread of a pool, from (result, None, seconds taken) or
         (None, the exception, seconds taken); a call whose time is over ends with a TimeoutError.
         What it raises itself is the answer.
       seconds: time limit.
       started: on the monotonic clock, of this attempt.
       awaited: the coroutine is at its end, and only `finish` is to come.
-      future: by which it is cancelled; task: on the loop, once it has begun there.
+      task: of the coroutine.
     """
 
     key: Any
@@ -41,11 +41,7 @@ class Call:
     seconds: float
     started: float = 0.0
     awaited: bool = False
-    future: concurrent.futures.Future | None = None
     task: asyncio.Task | None = None
-
-    def is_late(self, now: float) -> bool:
-        return not self.awaited and now > self.started + self.seconds + _GRACE
 
 
 class Background:
@@ -60,6 +56,7 @@ class Background:
         self._answers: queue.SimpleQueue[tuple[Call, Any]] = queue.SimpleQueue()
         self._calls: dict[Any, Call] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._pulse: tuple[threading.Event, float] | None = None
 
     def __len__(self) -> int:
         """Calls under way."""
@@ -72,23 +69,27 @@ class Background:
             threading.Thread(target=_serve, args=(self._loop,), name="tools", daemon=True).start()
         call.started = time.monotonic()
         self._calls[call.key] = call
-        call.future = asyncio.run_coroutine_threadsafe(self._run(call), self._loop)
+        asyncio.run_coroutine_threadsafe(self._run(call), self._loop)
 
     async def _run(self, call: Call) -> None:
-        call.task = asyncio.current_task()
-        value, error = None, None
-        try:
-            async with asyncio.timeout(call.seconds):
-                value = await call.begin()
-        except GeneratorExit:  # the loop was left behind
-            raise
-        except BaseException as raised:  # a tool may raise what it likes, SystemExit too
-            error = raised
+        call.task = asyncio.ensure_future(_outcome(call.begin))
+        left = call.seconds
+        while not call.task.done() and left > 0:
+            tick, before = min(left, _TICK), time.monotonic()
+            await asyncio.wait({call.task}, timeout=tick)
+            # While another call blocks the loop, this one cannot get on: that time is not its own.
+            left -= min(time.monotonic() - before, 2 * tick)
+        if call.task.done():
+            value, error = call.task.result()
+        else:
+            call.task.cancel()
+            value, error = None, TimeoutError("the call took too long")
         call.awaited = True
-        seconds = time.monotonic() - call.started
-        loop = asyncio.get_running_loop()
+        self._pool.submit(self._finish, call, value, error, time.monotonic() - call.started)
+
+    def _finish(self, call: Call, value: Any, error: BaseException | None, seconds: float) -> None:
         try:
-            answer = await loop.run_in_executor(self._pool, call.finish, value, error, seconds)
+            answer = call.finish(value, error, seconds)
         except Exception as raised:
             answer = raised
         self._answers.put((call, answer))
@@ -100,53 +101,73 @@ class Background:
         while True:
             block = wait and not found and bool(self._calls)
             try:
-                call, answer = self._answers.get(block, 0.1)
+                call, answer = self._answers.get(block, _TICK)
             except queue.Empty:
-                found += self._overdue()
-                if found or not block:
+                self._feel_pulse()
+                if not block:
                     return found
                 continue
             if self._calls.get(call.key) is call:  # else it was given up
                 del self._calls[call.key]
                 found.append((call.key, answer))
 
-    def _overdue(self) -> list[tuple[Any, Any]]:
-        """Answers in the place of calls that did not even time out; their loop is left behind.
-
-        Where one of them blocks the loop, only that one is to blame."""
-        now = time.monotonic()
-        late = [call for call in self._calls.values() if call.is_late(now)]
-        if not late:
-            return []
+    def _feel_pulse(self) -> None:
+        """Asks the loop for a sign of life, and leaves it behind if it gives none for too long."""
+        if self._loop is None or not self._calls:
+            return
+        if self._pulse is None or self._pulse[0].is_set():
+            self._pulse = threading.Event(), time.monotonic()
+            self._loop.call_soon_threadsafe(self._pulse[0].set)
+            return
         at_work = asyncio.current_task(self._loop)
-        blocking = [call for call in self._calls.values() if at_work and call.task is at_work]
-        guilty = blocking or late
-        others = [call for call in self._calls.values() if call not in guilty]
-        self.close()
+        running = [call for call in self._calls.values() if not call.awaited]
+        guilty = [call for call in running if at_work is not None and call.task is at_work]
+        silent = time.monotonic() - self._pulse[1]
+        if silent > _GRACE + max((call.seconds for call in guilty or running), default=0.0):
+            self._leave_behind(guilty, [call for call in running if call not in guilty])
+
+    def _leave_behind(self, guilty: list[Call], others: list[Call]) -> None:
+        self._abandon()
+        for call in guilty:
+            call.awaited = True
+            error = TimeoutError("the tool blocks its thread")
+            seconds = time.monotonic() - call.started
+            self._pool.submit(self._finish, call, None, error, seconds)
         for call in others:
-            self.submit(dataclasses.replace(call, awaited=False))
-        error = TimeoutError("the tool blocks its thread, or will not be cancelled")
-        return [(call.key, call.finish(None, error, now - call.started)) for call in guilty]
+            self.submit(dataclasses.replace(call, task=None))
+
+    def _abandon(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop = self._pulse = None
 
     def forget(self) -> None:
         """Cancels all calls; what they still do is lost."""
         for call in self._calls.values():
-            call.future.cancel()
+            call.seconds = 0.0  # one that has not begun never will
+            if call.task is not None and self._loop is not None:
+                self._loop.call_soon_threadsafe(call.task.cancel)
         self._calls.clear()
 
     def close(self) -> None:
         """The same, and ends the thread."""
         self.forget()
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-        self._loop = None
+        self._abandon()
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    """Runs a loop until it is stopped; then what is left on it is cancelled."""
+    """Runs a loop until it is stopped, and cancels what is then left on it."""
     loop.run_forever()
-    tasks = asyncio.all_tasks(loop)
-    for task in tasks:
+    for task in asyncio.all_tasks(loop):
         task.cancel()
-    # A task that will not be cancelled is left to the end of the process.
-    loop.run_until_complete(asyncio.wait(tasks, timeout=_GRACE) if tasks else asyncio.sleep(0))
+    loop.run_until_complete(asyncio.sleep(0))
+
+
+async def _outcome(begin: Callable[[], Awaitable[Any]]) -> tuple[Any, BaseException | None]:
+    """(result, None) or (None, what was raised); a tool may raise what it likes, SystemExit too."""
+    try:
+        return await begin(), None
+    except GeneratorExit:  # the loop was left behind
+        raise
+    except BaseException as raised:
+        return None, raised

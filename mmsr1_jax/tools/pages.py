@@ -3,14 +3,16 @@
 A line: {"url": .., "title": .., "snippet": .., "summary": ..}; all but one of them may be missing.
 """
 
+import asyncio
 import codecs
 import json
 import pathlib
 import re
 import sqlite3
 import sys
+import threading
 
-from mmsr1_jax.tools.tool import Observation, Query, text_result
+from mmsr1_jax.tools.tool import Observation, Query, Result, text_result
 
 _FIELDS = ("url", "title", "snippet", "summary")
 
@@ -34,6 +36,7 @@ class PageSearch:
         if path.is_dir():
             path = path / "pages.jsonl"
         self._results = results
+        self._lock = threading.Lock()
         self._pages = sqlite3.connect(":memory:", check_same_thread=False)
         self._pages.execute(
             "CREATE VIRTUAL TABLE page USING fts5(url UNINDEXED, title, snippet, summary)"
@@ -62,15 +65,19 @@ class PageSearch:
         words = " OR ".join(f'"{word}"' for word in re.findall(r"\w+", query.text))
         if not words:
             return Observation(status="empty")
-        rows = self._pages.execute(
-            "SELECT url, title, snippet, summary FROM page WHERE page MATCH ? "
-            "ORDER BY bm25(page, 1, 2, 1, 1), rowid LIMIT ?",
-            (words, self._results),
-        ).fetchall()  # fmt: skip
-        found = [
+        found = await asyncio.to_thread(self._search, words)
+        return Observation(status="ok" if found else "empty", results=found)
+
+    def _search(self, words: str) -> list[Result]:
+        with self._lock:
+            rows = self._pages.execute(
+                "SELECT url, title, snippet, summary FROM page WHERE page MATCH ? "
+                "ORDER BY bm25(page, 1, 2, 1, 1), rowid LIMIT ?",
+                (words, self._results),
+            ).fetchall()
+        return [
             text_result(url, summary or snippet or title) for url, title, snippet, summary in rows
         ]
-        return Observation(status="ok" if found else "empty", results=found)
 
 
 def _page(line: bytes) -> list[str]:

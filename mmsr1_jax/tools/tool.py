@@ -6,6 +6,9 @@ It may take its time, raise or never come back: the engine goes on without it, a
 told in words that the search failed. What it returns is data from outside, and is treated as such:
 its text cannot become a control token nor close `<information>`, its pictures are opened with care
 and bounded in size (`rollout/rules.py`).
+
+All tools run on one asyncio loop. One that blocks it for too long is left behind with it, and the
+others are called on a new loop; so a client that is bound to a loop is to be kept by loop.
 """
 
 import dataclasses

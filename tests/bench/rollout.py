@@ -166,26 +166,25 @@ def beside_transformers(model, processor, prompts: str) -> list[tuple]:
 
     engine = Engine(model, processor, engine_config(prompts, lanes=32, rows=16), search(False))
     timed_rollout(engine, 1)
-    ours = []
-    for _ in range(3):
-        seconds, episodes = timed_rollout(engine, 16)
-        ours.append(seconds)
+    ours, episodes = timed_rollout(engine, 16)
     counts = engine.device.counts
     engine.close()
     reference, theirs = torch_model(model), {}
     transformers_seconds(reference, model.config, episodes[:4], 4)
-    for batch in (16, 32):
+    for batch in (16, 32, 64):
         theirs[batch] = transformers_seconds(reference, model.config, episodes, batch)
     batch, best = min(theirs.items(), key=lambda item: item[1])
     tokens = sampled(episodes)
     filled = counts.decoded / counts.decode_slots
+    padding = 1 - counts.extended / counts.extended_padded
     print(f"{len(episodes)} episodes, {tokens} tokens sampled, "
-          f"{sum(map(len, episodes))} in all; decoding rows filled {filled:.0%}")  # fmt: skip
+          f"{sum(map(len, episodes))} in all; decoding rows filled {filled:.0%}, "
+          f"{padding:.0%} of what was written into lanes padding")  # fmt: skip
     print(f"transformers, tokens/s by batch: { {b: round(tokens / s) for b, s in theirs.items()} }")
     return [
-        ("tokens/s, engine", f"{tokens / min(ours):,.0f}", ""),
+        ("tokens/s, engine", f"{tokens / ours:,.0f}", ""),
         (f"tokens/s, `generate`, batch {batch}", f"{tokens / best:,.0f}", ""),
-        ("engine / `generate`", f"{best / min(ours):.1f}", ">= 5"),
+        ("engine / `generate`", f"{best / ours:.1f}", ">= 5"),
     ]
 
 
