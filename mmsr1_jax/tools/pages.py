@@ -7,11 +7,11 @@ import asyncio
 import codecs
 import json
 import pathlib
-import re
 import sqlite3
 import sys
 import threading
 
+from mmsr1_jax.tools.passages import words_of
 from mmsr1_jax.tools.tool import Observation, Query, Result, text_result
 
 _FIELDS = ("url", "title", "snippet", "summary")
@@ -62,7 +62,7 @@ class PageSearch:
     async def __call__(self, query: Query) -> Observation:
         if query.text is None:
             return Observation(status="failed", error="searches by text only")
-        words = " OR ".join(f'"{word}"' for word in re.findall(r"\w+", query.text))
+        words = words_of(query.text)
         if not words:
             return Observation(status="empty")
         found = await asyncio.to_thread(self._search, words)

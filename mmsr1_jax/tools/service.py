@@ -1,0 +1,130 @@
+"""A web service with its manners: retries, limits, and silence while it is down.
+
+identical calls under way are one call
+at most so many at a time, and so many a second
+429, 5xx and timeouts are tried again, later each time, and as late as the server asks
+after a row of failures the service is not asked at all for a while, and that is said once
+"""
+
+import asyncio
+import sys
+import time
+import weakref
+from typing import Any
+
+import aiolimiter
+import tenacity
+
+from mmsr1_jax.tools.web import Answer, Web, WebError
+
+
+class ServiceDownError(WebError):
+    """A service that is not asked, as it failed too often just now."""
+
+
+class Service:
+    """One service.
+
+    Args of the constructor:
+      name: for messages.
+      web: makes the requests.
+      at_once: calls at a time.
+      per_second: calls begun in a second.
+      attempts: of one call.
+      longest_wait: seconds between two of them, at most; a server that asks for more is not waited
+        for.
+      failures: in a row, after which it is not asked.
+      pause: seconds for which it is then not asked.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        web: Web,
+        *,
+        at_once: int = 32,
+        per_second: float = 50.0,
+        attempts: int = 3,
+        longest_wait: float = 20.0,
+        failures: int = 20,
+        pause: float = 30.0,
+    ):
+        self.name = name
+        self._web = web
+        self._at_once, self._per_second = at_once, per_second
+        self._attempts, self._longest_wait = attempts, longest_wait
+        self._most_failures, self._pause = failures, pause
+        self._failures, self._closed_until, self._said = 0, 0.0, False
+        self._of_loop: weakref.WeakKeyDictionary[Any, _Limits] = weakref.WeakKeyDictionary()
+
+    async def call(self, method: str, url: str, **request: Any) -> Answer:
+        """`Web.request`, with manners.
+
+        Raises:
+          WebError: of the last attempt, or ServiceDownError.
+        """
+        loop = asyncio.get_running_loop()
+        if loop not in self._of_loop:
+            self._of_loop[loop] = _Limits(self._at_once, self._per_second)
+        under_way = self._of_loop[loop].under_way
+        key = repr((method, url, sorted(request.items(), key=lambda item: item[0])))
+        if key not in under_way:
+            task = asyncio.ensure_future(self._call(self._of_loop[loop], method, url, request))
+            under_way[key] = task
+            task.add_done_callback(lambda done: (under_way.pop(key), done.exception()))
+        return await asyncio.shield(under_way[key])
+
+    async def _call(self, limits: "_Limits", method: str, url: str, request: dict) -> Answer:
+        if time.monotonic() < self._closed_until:
+            raise ServiceDownError(f"{self.name} failed too often and is not asked for now")
+        try:
+            async for attempt in tenacity.AsyncRetrying(
+                stop=tenacity.stop_after_attempt(self._attempts),
+                wait=self._wait,
+                retry=tenacity.retry_if_exception(self._again),
+                reraise=True,
+            ):
+                with attempt:
+                    async with limits.at_once, limits.rate:
+                        answer = await self._web.request(method, url, **request)
+        except WebError as error:
+            if error.transient:
+                self._failed(error)
+            raise
+        self._failures, self._said = 0, False
+        return answer
+
+    def _again(self, error: BaseException) -> bool:
+        return (
+            isinstance(error, WebError)
+            and error.transient
+            and (error.retry_after or 0.0) <= self._longest_wait
+        )
+
+    def _wait(self, state: tenacity.RetryCallState) -> float:
+        jittered = tenacity.wait_random_exponential(multiplier=0.5, max=self._longest_wait)(state)
+        return max(state.outcome.exception().retry_after or 0.0, jittered)
+
+    def _failed(self, error: WebError) -> None:
+        self._failures += 1
+        if self._failures < self._most_failures:
+            return
+        self._closed_until = time.monotonic() + self._pause
+        if not self._said:
+            self._said = True
+            print(
+                f"{self.name}: {self._failures} failures in a row ({error}); it is asked again "
+                f"every {self._pause:g} s",
+                file=sys.stderr,
+            )
+
+
+class _Limits:
+    """What belongs to one asyncio loop."""
+
+    def __init__(self, at_once: int, per_second: float):
+        self.at_once = asyncio.Semaphore(at_once)
+        # A small bucket, lest calls come in bursts of a second's worth.
+        burst = max(1.0, per_second / 10)
+        self.rate = aiolimiter.AsyncLimiter(burst, burst / per_second)
+        self.under_way: dict[str, asyncio.Task] = {}

@@ -1,0 +1,292 @@
+"""Fetching from the web with care: public addresses only, bounded bodies, no cookies.
+
+Every connection is checked where it is made: the host's addresses are looked up once, all of them
+must be public, and the connection goes to one of those very addresses. So a redirect, or a name
+that answers differently the second time, leads nowhere either.
+"""
+
+import asyncio
+import dataclasses
+import ipaddress
+import json as json_module
+import re
+import socket
+import weakref
+import zlib
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import httpcore
+import httpx
+
+JSON = ("application/json",)
+PAGES = ("text/html", "application/xhtml+xml", "text/plain", "text/markdown")
+IMAGES = ("image/",)
+_MAX_REDIRECTS = 5
+_CHUNK = 65536
+_HOST = re.compile(r"[^\s/@\\%]+")
+
+
+class WebError(Exception):
+    """A request that brought nothing; the message holds no address and no key.
+
+    Attributes:
+      transient: trying again may help.
+      retry_after: seconds that the server asks to wait, if it does.
+    """
+
+    transient = False
+    retry_after: float | None = None
+
+
+class RefusedError(WebError):
+    """An address that is not fetched from."""
+
+
+class BodyError(WebError):
+    """An answer that is too large, of the wrong type, or damaged."""
+
+
+class TimedOutError(WebError):
+    transient = True
+
+
+class UnreachableError(WebError):
+    transient = True
+
+
+class StatusError(WebError):
+    """An answer with a status that is not success."""
+
+    def __init__(self, status: int, retry_after: float | None = None):
+        super().__init__(f"HTTP status {status}")
+        self.status = status
+        self.transient = status == 429 or status >= 500
+        self.retry_after = retry_after
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a server answered.
+
+    Attributes:
+      url: after redirects.
+      media_type: in lower case, without parameters.
+      charset: as the server says it, or None.
+      body: decompressed.
+    """
+
+    url: str
+    media_type: str
+    charset: str | None
+    body: bytes
+
+    def json(self) -> Any:
+        """Raises BodyError where it is not JSON."""
+        try:
+            return json_module.loads(self.body)
+        except (ValueError, RecursionError):
+            raise BodyError("not JSON") from None
+
+
+class Web:
+    """A connection pool for each asyncio loop.
+
+    Args of the constructor:
+      allowed_hosts: `host` or `host:port` that may be private all the same (one's own services).
+      seconds: time limit of connecting, and of each wait for data.
+      max_bytes: of a body, as it comes and decompressed.
+      connections: at a time.
+      backend: makes connections; for tests.
+    """
+
+    def __init__(
+        self,
+        *,
+        allowed_hosts: Collection[str] = (),
+        seconds: float = 20.0,
+        max_bytes: int = 10_000_000,
+        connections: int = 256,
+        backend: httpcore.AsyncNetworkBackend | None = None,
+    ):
+        self._allowed = frozenset(host.lower() for host in allowed_hosts)
+        self._seconds = seconds
+        self._max_bytes = max_bytes
+        self._connections = connections
+        self._backend = backend
+        self._clients: weakref.WeakKeyDictionary[Any, httpx.AsyncClient] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def _client(self) -> httpx.AsyncClient:
+        loop = asyncio.get_running_loop()
+        if loop not in self._clients:
+            checked = CheckedBackend(self._allowed, self._backend or httpcore.AnyIOBackend())
+            self._clients[loop] = httpx.AsyncClient(
+                transport=_Transport(checked, self._connections),
+                timeout=self._seconds,
+                trust_env=False,
+                headers={"User-Agent": "mmsr1_jax", "Accept-Encoding": "gzip"},
+            )
+        return self._clients[loop]
+
+    async def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        accept: Iterable[str],
+        params: Mapping[str, str] | None = None,
+        json: Any = None,
+        content: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        max_bytes: int | None = None,
+    ) -> Answer:
+        """One request, redirects followed for GET (without headers, once the host is another).
+
+        Args:
+          accept: beginnings of the media types that are taken; none: any.
+          max_bytes: instead of the limit of the constructor.
+
+        Raises:
+          WebError: see its kinds.
+        """
+        headers = dict(headers or {})
+        try:
+            for _ in range(_MAX_REDIRECTS + 1):
+                _check_url(url)
+                client = self._client()
+                client.cookies.clear()
+                request = client.build_request(
+                    method, url, params=params, json=json, content=content, headers=headers
+                )
+                response = await client.send(request, stream=True)
+                try:
+                    if not (response.is_redirect and method == "GET"):
+                        return await self._read(response, tuple(accept), max_bytes)
+                finally:
+                    await response.aclose()
+                target = response.url.join(response.headers["location"])
+                headers = headers if target.host == response.url.host else {}
+                url, params = str(target), None
+        except httpx.TimeoutException:
+            raise TimedOutError("the server did not answer in time") from None
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol):
+            raise RefusedError("not a valid address") from None
+        except httpx.HTTPError as error:
+            raise UnreachableError(f"the connection failed ({type(error).__name__})") from None
+        raise RefusedError("too many redirects")
+
+    async def _read(
+        self, response: httpx.Response, accept: tuple[str, ...], max_bytes: int | None
+    ) -> Answer:
+        if not response.is_success:
+            raise StatusError(response.status_code, _retry_after(response))
+        media_type, _, _ = response.headers.get("content-type", "").lower().partition(";")
+        media_type = media_type.strip()
+        if accept and not media_type.startswith(accept):
+            raise BodyError(f"content type {media_type[:40]!r}, not {' or '.join(accept)}")
+        limit = self._max_bytes if max_bytes is None else max_bytes
+        if int(response.headers.get("content-length") or 0) > limit:
+            raise BodyError(f"more than {limit} bytes")
+        encoding = response.headers.get("content-encoding", "identity").lower()
+        if encoding not in ("identity", "gzip"):
+            raise BodyError(f"content encoding {encoding[:20]!r}")
+        body = bytearray()
+        inflate = zlib.decompressobj(wbits=31) if encoding == "gzip" else None
+        came = 0
+        async for chunk in response.aiter_raw(_CHUNK):
+            came += len(chunk)
+            try:
+                # One byte more than allowed is enough to see that there are too many.
+                body += inflate.decompress(chunk, limit - len(body) + 1) if inflate else chunk
+            except zlib.error:
+                raise BodyError("damaged gzip") from None
+            if max(len(body), came) > limit:
+                raise BodyError(f"more than {limit} bytes")
+        if inflate is not None and not inflate.eof:
+            raise BodyError("gzip is cut off")
+        return Answer(str(response.url), media_type, response.charset_encoding, bytes(body))
+
+
+class _Transport(httpx.AsyncHTTPTransport):
+    """httpx's own, but for where its connections come from."""
+
+    def __init__(self, backend: httpcore.AsyncNetworkBackend, connections: int):
+        super().__init__(trust_env=False)
+        self._pool = httpcore.AsyncConnectionPool(
+            ssl_context=httpx.create_ssl_context(trust_env=False),
+            max_connections=connections,
+            max_keepalive_connections=connections,
+            keepalive_expiry=30.0,
+            network_backend=backend,
+        )
+
+
+class CheckedBackend(httpcore.AsyncNetworkBackend):
+    """Connects to public addresses, and to hosts that are allowed by name."""
+
+    def __init__(self, allowed: Collection[str], inner: httpcore.AsyncNetworkBackend):
+        self._allowed = allowed
+        self._inner = inner
+
+    async def connect_tcp(
+        self, host, port, timeout=None, local_address=None, socket_options=None
+    ) -> httpcore.AsyncNetworkStream:
+        loop = asyncio.get_running_loop()
+        try:
+            found = await asyncio.wait_for(
+                loop.getaddrinfo(host, port, type=socket.SOCK_STREAM), timeout
+            )
+        except TimeoutError:
+            raise httpcore.ConnectTimeout("name lookup") from None
+        except (OSError, UnicodeError):
+            raise httpcore.ConnectError("name lookup") from None
+        addresses = list(dict.fromkeys(entry[4][0] for entry in found))
+        if not ({host.lower(), f"{host.lower()}:{port}"} & set(self._allowed)):
+            for address in addresses:
+                if not is_public(address):
+                    raise RefusedError("an address that is not public")
+        error: Exception = httpcore.ConnectError("no address")
+        for address in addresses:
+            try:
+                return await self._inner.connect_tcp(
+                    address, port, timeout, local_address, socket_options
+                )
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as failed:
+                error = failed
+        raise error
+
+    async def connect_unix_socket(self, path, timeout=None, socket_options=None):
+        raise RefusedError("not an address of the web")
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the public internet, also where it wraps an IPv4 one."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if inner is None and ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64, RFC 6052
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        ip = inner or ip
+    return ip.is_global and not ip.is_multicast
+
+
+def _check_url(url: str) -> None:
+    parsed = httpx.URL(url)
+    if parsed.scheme not in ("http", "https") or not _HOST.fullmatch(parsed.host):
+        raise RefusedError("not an http or https address")
+    if parsed.userinfo:
+        raise RefusedError("an address with a password in it")
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    """Seconds; the header's other form, a date, is left to our own back-off."""
+    text = response.headers.get("retry-after", "")
+    return float(text) if text.isdigit() else None

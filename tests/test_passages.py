@@ -1,0 +1,29 @@
+"""The paragraphs of a page that are about a question."""
+
+from mmsr1_jax.tools.passages import best_passages, words_of
+
+
+def test_a_short_page_is_kept():
+    assert best_passages("One.\n\n  Two   words. \n", "anything", 100) == "One.\nTwo words."
+
+
+def test_the_best_paragraphs_in_the_page_s_order():
+    filler = ["Nothing of use stands in this line, it is only long. " * 3] * 20
+    page = "\n".join([*filler[:7], "The bridge opened in 1886.", *filler[7:],
+                      "Bridges open slowly: the opening took years.", "Cookies."])  # fmt: skip
+    found = best_passages(page, "When was the bridge opened?", 80)
+    assert found == "The bridge opened in 1886.\nBridges open slowly: the opening took years."
+
+
+def test_limits():
+    page = "\n".join(f"bridge {i} " + "x" * 50 for i in range(1000))
+    for chars in (10, 100, 1000):
+        assert 0 < len(best_passages(page, "bridge", chars)) <= chars
+    assert len(best_passages("y" * 10_000_000, "bridge", 500)) == 500  # one line of 10 MB
+    assert best_passages("a\nb " * 100, "?!", 10).startswith("a")
+    assert best_passages("", "bridge", 10) == ""
+
+
+def test_words_are_no_query_language():
+    assert words_of('a" OR (b*) NEAR c a') == '"a" OR "OR" OR "b" OR "NEAR" OR "c"'
+    assert words_of("?!") == ""
