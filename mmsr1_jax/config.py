@@ -156,7 +156,7 @@ class Tools:
     """Search tools, and what of their answers reaches the policy.
 
     Attributes:
-      index: a directory with `pages.jsonl` to search in; None: no tool.
+      index: a local index (`mmsr1_jax.index`), or a directory with a `pages.jsonl`; None: no tools.
       results: of one search, at most.
       result_chars: characters of text in one result; the rest is cut off.
       max_pixels: bound on a retrieved picture, in pixels.

@@ -25,14 +25,14 @@ from mmsr1_jax.processor import Processor
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.episode import Episode, Example
 from mmsr1_jax.tools import Tool
-from mmsr1_jax.tools.pages import PageSearch
+from mmsr1_jax.tools.local import LocalIndex
 
 _CONFIG = settings.define_flag()
 _MODEL = flags.DEFINE_string("model", None, "HF directory of the policy", required=True)
 _IMAGE = flags.DEFINE_multi_string("image", [], "picture of the question; may be given again")
 _QUESTION = flags.DEFINE_string("question", None, "the question", required=True)
 _INDEX = flags.DEFINE_string(
-    "tools.index", None, "directory with pages.jsonl to search in (config.tools.index)"
+    "tools.index", None, "local index to search in (config.tools.index); see mmsr1_jax.index"
 )
 _MAX_PIXELS = 2 * 672 * 672
 _JSON = flags.DEFINE_bool("json", False, "print the episode as JSON")
@@ -89,7 +89,8 @@ def make_tools(config: settings.Tools) -> dict[str, Tool]:
     """The search tools that the settings name, by action."""
     if config.index is None:
         return {}
-    return {"text_search": PageSearch(config.index, results=config.results)}
+    index = LocalIndex(config.index, results=config.results, chars=config.result_chars)
+    return {"text_search": index.text_search, "image_search": index.image_search}
 
 
 class Printer:

@@ -1,5 +1,5 @@
-"""Search tools: what one is (`tool`), how they run beside the engine (`background`), and a small
-one over a file of pages (`pages`)."""
+"""Search tools: what one is (`tool`), how they run beside the engine (`background`), and those
+that there are: `local`, and `text_search` over web services (`services/`)."""
 
 from mmsr1_jax.tools.tool import (
     Observation,

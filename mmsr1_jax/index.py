@@ -1,0 +1,32 @@
+"""Makes a local index of pages and pictures, for `--tools.index=DIR`.
+
+    python -m mmsr1_jax.index --pages=PAGES.jsonl --images=IMAGES.jsonl --out=DIR
+
+PAGES, a line: {"url": .., "title": .., "snippet": .., "text": .. or "summary": ..}
+IMAGES, a line: {"image": PATH, "title": .. or "titles": [..], "link": ..}; a path is looked up
+beside the file. Both flags may be given several times.
+"""
+
+import sys
+
+from absl import flags
+
+from mmsr1_jax import config as settings
+from mmsr1_jax.tools import local
+
+_PAGES = flags.DEFINE_multi_string("pages", [], "JSONL of pages")
+_IMAGES = flags.DEFINE_multi_string("images", [], "JSONL of pictures")
+_OUT = flags.DEFINE_string("out", None, "directory to write", required=True)
+
+
+def main(argv) -> None:
+    del argv
+    try:
+        pages, pictures = local.build(_OUT.value, _PAGES.value, _IMAGES.value)
+    except (local.LocalIndexError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{pages} pages and {pictures} titles of pictures in {_OUT.value}")
+
+
+if __name__ == "__main__":
+    settings.run(main)

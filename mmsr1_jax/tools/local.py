@@ -1,0 +1,231 @@
+"""The local index: pages and pictures in one SQLite file, searched without a network.
+
+Pages are ranked by BM25 (SQLite's FTS5, words brought to their stems). Pictures are found by a
+perceptual hash: for each of 16 x 16 places, whether the picture gets brighter to the right. It
+survives scaling, compression and a little cropping; the nearest hashes are the answer.
+
+    index.sqlite    page(url, title, snippet, text)     picture(hash, title, link, thumbnail)
+"""
+
+import asyncio
+import codecs
+import contextlib
+import io
+import json
+import os
+import pathlib
+import sqlite3
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+
+import imagehash
+import numpy as np
+import PIL.Image
+
+from mmsr1_jax.images import ImageError, open_image, to_rgb
+from mmsr1_jax.tools.passages import best_passages, words_of
+from mmsr1_jax.tools.tool import Observation, Picture, Query, Result, image_result, text_result
+
+FILE = "index.sqlite"
+_SIDE = 16  # of the hash, in bits
+# Bits that may differ. Unrelated pictures differ in 128 +- 8, ones cut by 5 % in up to 92.
+_MOST_BITS = 100
+_THUMBNAIL = 336  # pixels on its longer side
+_SCHEMA = """
+CREATE VIRTUAL TABLE page USING fts5(url UNINDEXED, title, snippet, text, tokenize = 'porter');
+CREATE TABLE picture (hash BLOB, title TEXT, link TEXT, thumbnail BLOB);
+"""
+
+
+class LocalIndexError(ValueError):
+    """An index, or something to be put into one, that cannot be used; the message names it."""
+
+
+def build(
+    out: str | pathlib.Path,
+    pages: Iterable[str | pathlib.Path] = (),
+    pictures: Iterable[str | pathlib.Path] = (),
+) -> tuple[int, int]:
+    """Writes `out/index.sqlite`, which appears when it is complete.
+
+    Args:
+      out: a directory; made if need be.
+      pages: JSONL files, {"url", "title", "snippet", "summary" or "text"} a line; all but one may
+        be missing.
+      pictures: JSONL files, {"image": PATH, "title" or "titles", "link"} a line; a path is looked
+        up beside the file.
+
+    Lines that cannot be used are named and left out.
+
+    Returns:
+      The number of pages, and of titles of pictures.
+
+    Raises:
+      LocalIndexError: a file that cannot be read, or nothing in any of them.
+    """
+    out = pathlib.Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / f".{FILE}.{os.getpid()}.partial"
+    partial.unlink(missing_ok=True)
+    try:
+        with contextlib.closing(sqlite3.connect(partial)) as connection:
+            counts = _fill(connection, pages, pictures)
+            connection.commit()
+        os.replace(partial, out / FILE)
+    finally:
+        partial.unlink(missing_ok=True)
+    return counts
+
+
+def _fill(connection: sqlite3.Connection, pages, pictures) -> tuple[int, int]:
+    connection.executescript(_SCHEMA)
+    page_rows = (row for path in pages for row in _read(path, _page))
+    picture_rows = (row for path in pictures for row in _read(path, _picture))
+    connection.executemany("INSERT INTO page VALUES (?, ?, ?, ?)", page_rows)
+    connection.executemany("INSERT INTO picture VALUES (?, ?, ?, ?)", picture_rows)
+    counts = tuple(
+        connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+        for table in ("page", "picture")
+    )
+    if not any(counts):
+        files = ", ".join(map(str, [*pages, *pictures]))
+        raise LocalIndexError(f"{files or 'no files'}: neither pages nor pictures in it")
+    return counts
+
+
+class LocalIndex:
+    """Opened for searching; `text_search` and `image_search` are tools.
+
+    Args of the constructor:
+      path: a directory with an `index.sqlite`; or with a `pages.jsonl` (or such a file itself),
+        which is then indexed in memory.
+      results: of a search, at most.
+      chars: of a page's text in a result: the paragraphs that are most about the question.
+    """
+
+    def __init__(self, path: str | pathlib.Path, *, results: int = 5, chars: int = 1500):
+        """Raises LocalIndexError where there is nothing to be searched."""
+        path = pathlib.Path(path)
+        self._results, self._chars = results, chars
+        self._lock = threading.Lock()
+        self._file = str(path)
+        if (path / FILE).is_file():
+            uri = f"{(path / FILE).resolve().as_uri()}?mode=ro"
+            self._open(sqlite3.connect(uri, uri=True, check_same_thread=False))
+        else:
+            connection = sqlite3.connect(":memory:", check_same_thread=False)
+            _fill(connection, [path / "pages.jsonl" if path.is_dir() else path], [])
+            self._open(connection)
+
+    def _open(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        try:
+            rows = connection.execute("SELECT rowid, hash FROM picture ORDER BY rowid").fetchall()
+            connection.execute("SELECT rowid FROM page LIMIT 1")
+        except sqlite3.DatabaseError as error:
+            raise LocalIndexError(f"{self._file}: {error}") from None
+        self._ids = [row for row, _ in rows]
+        hashes = b"".join(bits for _, bits in rows)
+        self._hashes = np.frombuffer(hashes, np.uint64).reshape(len(rows), _SIDE * _SIDE // 64)
+
+    async def text_search(self, query: Query) -> Observation:
+        """Pages about the query."""
+        words = words_of(query.text or "")
+        found = await asyncio.to_thread(self._find_pages, words, query.question) if words else []
+        return Observation(status="ok" if found else "empty", results=found)
+
+    async def image_search(self, query: Query) -> Observation:
+        """Pictures like the first of the question's, with their titles."""
+        if not query.images:
+            return Observation(status="failed", error="the question has no picture")
+        try:
+            found = await asyncio.to_thread(self._find_pictures, query.images[0])
+        except ImageError as error:
+            return Observation(status="failed", error=str(error))
+        return Observation(status="ok" if found else "empty", results=found)
+
+    def _find_pages(self, words: str, question: str) -> list[Result]:
+        with self._lock:
+            rows = self._connection.execute(
+                "SELECT url, title, snippet, text FROM page WHERE page MATCH ? "
+                "ORDER BY bm25(page, 1, 2, 1, 1), rowid LIMIT ?",
+                (words, self._results),
+            ).fetchall()
+        return [
+            text_result(url, best_passages(text or snippet or title, question, self._chars))
+            for url, title, snippet, text in rows
+        ]
+
+    def _find_pictures(self, image: Picture) -> list[Result]:
+        wanted = np.frombuffer(hash_of(_opened(image)), np.uint64)
+        distance = np.bitwise_count(self._hashes ^ wanted).sum(axis=1, dtype=np.int64)
+        nearest = np.argsort(distance, kind="stable")[: self._results]
+        found = []
+        for number in nearest[distance[nearest] <= _MOST_BITS]:
+            with self._lock:
+                title, thumbnail = self._connection.execute(
+                    "SELECT title, thumbnail FROM picture WHERE rowid = ?", (self._ids[number],)
+                ).fetchone()
+            found.append(image_result(thumbnail, title))
+        return found
+
+
+def hash_of(image: PIL.Image.Image) -> bytes:
+    """256 bits: the difference hash of a picture."""
+    return np.packbits(imagehash.dhash(image, hash_size=_SIDE).hash).tobytes()
+
+
+def _opened(image: Picture) -> PIL.Image.Image:
+    return to_rgb(image) if isinstance(image, PIL.Image.Image) else open_image(image)
+
+
+def _read(path: str | pathlib.Path, parse) -> Iterator[tuple]:
+    """The rows of a JSONL, by `parse(object, folder)`; what that refuses is named."""
+    path = pathlib.Path(path)
+    try:
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except OSError as error:
+        raise LocalIndexError(f"{path}: {error.strerror or error}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise ValueError("not an object")
+            yield from parse(entry, path.parent)
+        except (ValueError, RecursionError) as error:
+            print(f"{path}, line {number}: left out, {error}", file=sys.stderr)
+
+
+def _page(entry: dict, _: pathlib.Path) -> list[tuple]:
+    values = [_text(entry, name) for name in ("url", "title", "snippet", "text", "summary")]
+    if not any(values[1:]):
+        raise ValueError("neither title, snippet, text nor summary")
+    return [(*values[:3], values[3] or values[4])]
+
+
+def _picture(entry: dict, folder: pathlib.Path) -> list[tuple]:
+    path, titles = _text(entry, "image"), entry.get("titles", [entry.get("title")])
+    if not path:
+        raise ValueError("no 'image'")
+    if not isinstance(titles, list) or not titles or not all(isinstance(t, str) for t in titles):
+        raise ValueError("'title' must be text, or 'titles' a list of texts")
+    image = open_image(folder / path)
+    bits = hash_of(image)
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    file = io.BytesIO()
+    image.save(file, "jpeg", quality=85)
+    return [(bits, _valid(t), _text(entry, "link"), file.getvalue()) for t in titles]
+
+
+def _text(entry: dict, name: str) -> str:
+    value = entry.get(name) or ""
+    if not isinstance(value, str):
+        raise ValueError(f"'{name}' is not text")
+    return _valid(value)
+
+
+def _valid(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")
