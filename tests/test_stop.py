@@ -47,7 +47,7 @@ def random_split(rng, text, vocabulary):
     while start < len(data):
         ends = [e for e in range(start + 1, min(start + 12, len(data)) + 1)
                 if data[start:e] in vocabulary]  # fmt: skip
-        end = int(rng.choice(ends))
+        end = ends[rng.integers(len(ends))]
         tokens.append(vocabulary[data[start:end]])
         start = end
     return tokens

@@ -7,9 +7,9 @@ query ──► hits ──► page, page, page, ..   in parallel; one that fail
 """
 
 import asyncio
-from collections.abc import Sequence
 from typing import Protocol
 
+from mmsr1_jax.tools.first import first_that_work
 from mmsr1_jax.tools.passages import best_passages
 from mmsr1_jax.tools.services import Hit
 from mmsr1_jax.tools.tool import Observation, Query, Result, text_result
@@ -60,37 +60,16 @@ class TextSearch:
             return Observation(status="failed", error=f"search: {error}")
         if not hits:
             return Observation(status="empty")
-        results, errors = await self._read_all(hits, query.question)
+
+        def read(hit: Hit):
+            return self._result(hit, query.question)
+
+        results, errors = await first_that_work(hits, self._results, read)
         if not results:
-            return Observation(status="failed", error=f"no page could be read: {errors[0]}")
-        return Observation(results=results, error="; ".join(errors) or None)
-
-    async def _read_all(self, hits: Sequence[Hit], question: str) -> tuple[list[Result], list[str]]:
-        """The first pages that can be read, in the order of the hits, and why others could not."""
-        waiting = iter(enumerate(hits))
-        running: dict[asyncio.Task, int] = {}
-        found: dict[int, Result] = {}
-        errors: dict[int, str] = {}
-
-        def start(count: int) -> None:
-            for _, (number, hit) in zip(range(count), waiting, strict=False):
-                running[asyncio.ensure_future(self._result(hit, question))] = number
-
-        start(self._results)
-        try:
-            while running:
-                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    number = running.pop(task)
-                    try:
-                        found[number] = task.result()
-                    except WebError as error:
-                        errors[number] = f"page {number + 1}: {error}"
-                        start(1)
-        finally:
-            for task in running:
-                task.cancel()
-        return [found[n] for n in sorted(found)], [errors[n] for n in sorted(errors)]
+            return Observation(status="failed", error=f"no page could be read: page {errors[0]}")
+        return Observation(
+            results=results, error="; ".join(f"page {error}" for error in errors) or None
+        )
 
     async def _result(self, hit: Hit, question: str) -> Result:
         """Raises WebError where the page cannot be read or summarised."""

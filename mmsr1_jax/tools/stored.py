@@ -1,0 +1,129 @@
+"""What services found, through the store: each of these does what the service it wraps does.
+
+    links     query -> hits                 page      address -> text
+    summary   page and question -> text     matches   picture -> pages with similar ones
+    picture   address -> file
+
+Failures are kept too, so that a replay fails where the record did.
+"""
+
+import asyncio
+import base64
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from mmsr1_jax.tools.services import Hit, Match
+from mmsr1_jax.tools.store import Store, StoreError
+from mmsr1_jax.tools.web import WebError
+
+
+class NotStoredError(WebError):
+    """In a replay, something that was not recorded."""
+
+
+class Stored:
+    """A store, with what is asked where it has nothing."""
+
+    def __init__(self, store: Store):
+        self._store = store
+        self._complained = False
+
+    async def get(self, kind: str, key: str, ask: Callable[[], Awaitable[Any]]) -> Any:
+        """The JSON value that the store has, else what `ask` brings, which it then keeps.
+
+        Raises:
+          WebError: of `ask`, now or when it was recorded; NotStoredError.
+        """
+        found = self._try(self._store.get, kind, key)
+        if found is not None:
+            value, failed = json.loads(found[0]), found[1]
+            if failed:
+                raise WebError(value)
+            return value
+        if self._store.mode == "replay":
+            raise NotStoredError("not in the store, and a replay asks nobody")
+        try:
+            value = await ask()
+        except WebError as error:
+            await self._put(kind, key, str(error), failed=True)
+            raise
+        await self._put(kind, key, value)
+        return value
+
+    async def _put(self, kind: str, key: str, value: Any, *, failed: bool = False) -> None:
+        data = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+        # In a thread: another process may hold the file for a moment.
+        await asyncio.to_thread(self._try, self._store.put, kind, key, data, failed=failed)
+
+    def _try(self, act: Callable, *arguments, **keywords) -> Any:
+        """A store that cannot be used costs its use, and no search; that is said once."""
+        try:
+            return act(*arguments, **keywords)
+        except StoreError as error:
+            if not self._complained:
+                self._complained = True
+                print(f"store: {error}; searches go on without it", file=sys.stderr)
+            return None
+
+
+class Lens(Protocol):
+    async def lens(self, url: str) -> list[Match]: ...
+
+
+class StoredFinder:
+    """`name`: of the service; others find other links."""
+
+    def __init__(self, finder, stored: Stored, name: str):
+        self._finder, self._stored, self._name = finder, stored, name
+
+    async def search(self, query: str, count: int) -> list[Hit]:
+        async def ask():
+            hits = await self._finder.search(query, count)
+            return [dataclasses.astuple(hit) for hit in hits]
+
+        key = json.dumps([self._name, query, count])
+        return [Hit(*hit) for hit in await self._stored.get("links", key, ask)]
+
+
+class StoredReader:
+    """`name`: of the service; others make another text of a page."""
+
+    def __init__(self, reader, stored: Stored, name: str):
+        self._reader, self._stored, self._name = reader, stored, name
+
+    async def read(self, url: str) -> str:
+        key = json.dumps([self._name, url])
+        return await self._stored.get("page", key, lambda: self._reader.read(url))
+
+
+class StoredSummariser:
+    """`name`: of the model."""
+
+    def __init__(self, summariser, stored: Stored, name: str):
+        self._summariser, self._stored, self._name = summariser, stored, name
+
+    async def summarise(self, page: str, question: str) -> str:
+        key = json.dumps([self._name, digest(page.encode("utf-8", "replace")), question])
+        ask = lambda: self._summariser.summarise(page, question)  # noqa: E731
+        return await self._stored.get("summary", key, ask)
+
+
+class StoredPictures:
+    """`fetch`: brings the file at an address."""
+
+    def __init__(self, fetch: Callable[[str], Awaitable[bytes]], stored: Stored):
+        self._fetch, self._stored = fetch, stored
+
+    async def __call__(self, url: str) -> bytes:
+        async def ask():
+            return base64.b64encode(await self._fetch(url)).decode()
+
+        return base64.b64decode(await self._stored.get("picture", url, ask))
+
+
+def digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,0 +1,150 @@
+"""The store: shared by processes, safe from their death, bounded, handed on."""
+
+import functools
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mmsr1_jax.tools.store import Store, StoreError
+from tests.test_score import run
+
+WRITER = """
+import sys
+from mmsr1_jax.tools.store import Store
+store = Store(sys.argv[1])
+number = 0
+while True:
+    store.put("page", f"{sys.argv[2]}-{number}", b"x" * 5000 + str(number).encode())
+    print(number, flush=True)  # acknowledged
+    number += 1
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "store.sqlite"
+
+
+def test_modes(path):
+    with pytest.raises(StoreError, match="no such store"):
+        Store(path, "replay")
+    with pytest.raises(StoreError, match="mode 'sometimes'"):
+        Store(path, "sometimes")
+    recording = Store(path, "record")
+    recording.put("links", "q", b"one")
+    recording.put("page", "p", b"404", failed=True)
+    assert recording.get("links", "q") is None  # a fresh record asks for everything
+    using, replaying, off = Store(path), Store(path, "replay"), Store(None, "off")
+    assert using.get("links", "q") == replaying.get("links", "q") == (b"one", False)
+    assert using.get("page", "p") is None and replaying.get("page", "p") == (b"404", True)
+    assert using.get("page", "q") is None
+    replaying.put("links", "q", b"two")
+    off.put("links", "q", b"three")
+    assert using.get("links", "q") == (b"one", False) and off.get("links", "q") is None
+    using.put("links", "q", b"four")
+    assert replaying.get("links", "q") == (b"four", False)
+
+
+def test_what_is_too_old_is_asked_again(path):
+    Store(path).put("page", "p", b"old")
+    assert Store(path, days=0).get("page", "p") is None
+    assert Store(path, "replay", days=0).get("page", "p") == (b"old", False)
+
+
+def test_the_oldest_make_room(path):
+    store = Store(path, max_bytes=100_000)
+    for number in range(300):
+        store.put("page", str(number), b"x" * 1000)
+    ((_, entries, size),) = store.info()
+    assert size <= 110_000 and entries >= 85
+    assert store.get("page", "299") and store.get("page", "0") is None
+
+
+def test_a_damaged_store_is_set_aside(path, capsys):
+    path.write_bytes(b"this is no database at all" * 1000)
+    with pytest.raises(StoreError, match="damaged"):
+        Store(path, "replay")
+    store = Store(path)
+    store.put("page", "p", b"new")
+    assert store.get("page", "p") == (b"new", False)
+    assert "damaged" in capsys.readouterr().err
+    (aside,) = path.parent.glob("store.sqlite.damaged-*")
+    assert aside.read_bytes().startswith(b"this is no database")
+
+
+def test_damage_that_shows_later(path, capsys):
+    store = Store(path)
+    for number in range(2000):
+        store.put("page", str(number), b"x" * 1000)
+    store.close()
+    with open(path, "r+b") as file:
+        file.seek(20_000)
+        file.write(os.urandom(1_500_000))
+    store = Store(path)
+    found = [store.get("page", str(number)) for number in range(2000)]
+    store.put("page", "new", b"y")
+    assert store.get("page", "new") == (b"y", False)
+    assert found[-1] is None and "a new one is begun" in capsys.readouterr().err
+
+
+def start(path, name):
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path), name], stdout=subprocess.PIPE, text=True,
+        env=environment,
+    )  # fmt: skip
+
+
+def test_two_writers_one_of_them_killed(path):
+    """Twenty times: what was acknowledged is there."""
+    acknowledged = {}
+    for round_ in range(20):
+        writers = {f"{round_}{side}": start(path, f"{round_}{side}") for side in "ab"}
+        for process in writers.values():
+            process.stdout.readline()
+        time.sleep(0.02 * (round_ % 7))
+        for name, process in writers.items():  # the second goes on while the first is dead
+            process.stdout.readline()
+            process.send_signal(signal.SIGKILL)
+            lines = process.stdout.read().split("\n")[:-1]  # a line that was cut does not count
+            process.wait()
+            acknowledged[name] = int(lines[-1]) if lines else 0
+        store = Store(path)
+        for name, last in acknowledged.items():
+            value = store.get("page", f"{name}-{last}")
+            assert value == (b"x" * 5000 + str(last).encode(), False)
+        store.close()
+    store = Store(path, "replay")
+    for name, last in acknowledged.items():
+        assert all(store.get("page", f"{name}-{number}") for number in range(last + 1))
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert sum(acknowledged.values()) > 200
+
+
+def test_the_command(path, tmp_path):
+    command = functools.partial(run, module="mmsr1_jax.store")
+    store = Store(path)
+    store.put("links", "q", b"one")
+    store.put("page", "p", b"x" * 2_000_000)
+    copy, other = tmp_path / "copy.sqlite", tmp_path / "other.sqlite"
+    assert command("info", path).stdout == "links: 1 entries, 0.0 MB\npage: 1 entries, 2.0 MB\n"
+    assert command("export", path, copy).returncode == 0
+    Store(other).put("links", "q", b"mine")
+    done = command("import", other, copy)
+    assert done.stdout.startswith(f"1 entries taken from {copy}\n")
+    assert Store(other).get("links", "q") == (b"mine", False)
+    assert Store(other).get("page", "p") == (b"x" * 2_000_000, False)
+    (tmp_path / "no").write_bytes(b"rubbish" * 1000)
+    for arguments, message in (
+        (["info", tmp_path / "none"], "no such store"), (["info", tmp_path / "no"], "damaged"),
+        (["import", other, tmp_path / "no"], "not a store"), (["export", path], "usage: "),
+        ([], "usage: "),
+    ):  # fmt: skip
+        done = command(*arguments)
+        assert done.returncode == 1 and message in done.stderr.strip().splitlines()[-1], done

@@ -1,0 +1,159 @@
+"""A recorded search is the same again with the servers gone, and asks nobody."""
+
+import asyncio
+import io
+
+import PIL.Image
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from mmsr1_jax.tools import Query
+from mmsr1_jax.tools.image_search import ImageSearch, Publisher, Thumbnails
+from mmsr1_jax.tools.service import Service
+from mmsr1_jax.tools.services.reader import Reader
+from mmsr1_jax.tools.services.serper import Serper
+from mmsr1_jax.tools.services.summariser import Summariser
+from mmsr1_jax.tools.store import Store, StoreError
+from mmsr1_jax.tools.stored import (
+    Stored,
+    StoredFinder,
+    StoredPictures,
+    StoredReader,
+    StoredSummariser,
+)
+from mmsr1_jax.tools.text_search import TextSearch
+from mmsr1_jax.tools.web import Web
+from tests.servers import serve
+from tests.test_web import Recording
+
+ASKED: list[str] = []
+PUBLISHED: dict[str, bytes] = {}
+PAGE = "<html><body><article><p>{}</p></article></body></html>"
+
+
+def jpeg(seed: int) -> bytes:
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (40 + seed, 40), (seed * 20 % 256, 100, 50)).save(file, "jpeg")
+    return file.getvalue()
+
+
+def app():
+    async def search(request):
+        base = str(request.base_url)
+        links = [{"link": f"{base}page/{i}", "title": f"t{i}"} for i in range(8)]
+        return JSONResponse({"organic": links})
+
+    async def lens(request):
+        base, body = str(request.base_url), await request.json()
+        assert body["url"].removeprefix(f"{base}public/") in PUBLISHED
+        found = [{"link": f"http://l/{i}", "title": f"title {i}",
+                  "thumbnailUrl": f"{base}picture/{i}"} for i in range(8)]  # fmt: skip
+        return JSONResponse({"organic": found})
+
+    async def put(request):
+        assert request.method == "PUT"
+        PUBLISHED[request.path_params["name"]] = await request.body()
+        return Response()
+
+    async def page(request):
+        number = request.path_params["number"]
+        if number in (1, 3):
+            return Response(status_code=403)
+        return Response(PAGE.format(f"The text of page {number}. " * 20), media_type="text/html")
+
+    async def picture(request):
+        number = request.path_params["number"]
+        if number == 0:
+            return Response(b"no picture", media_type="image/jpeg")
+        return Response(jpeg(number), media_type="image/jpeg")
+
+    async def chat(request):
+        body = await request.json()
+        text = body["messages"][1]["content"].split("The text of page ")[1][:1]
+        return JSONResponse({"choices": [{"message": {"content": f"It is page {text}."}}]})
+
+    routes = [
+        Route("/serper/search", search, methods=["POST"]),
+        Route("/serper/lens", lens, methods=["POST"]),
+        Route("/page/{number:int}", page),
+        Route("/picture/{number:int}", picture),
+        Route("/put/{name}", put, methods=["PUT"]),
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+    ]
+
+    async def counted(scope, receive, send):
+        ASKED.append(scope["path"])
+        await inner(scope, receive, send)
+
+    inner = Starlette(routes=routes)
+    return counted
+
+
+def tools(address, store):
+    """Both searches over one service, through a store; and where connections were made to."""
+    backend = Recording()
+    web = Web(allowed_hosts=[address.removeprefix("http://")], seconds=2.0, backend=backend)
+    service, stored = Service("test", web, attempts=1), Stored(store)
+    serper = Serper(service, base_url=f"{address}/serper")
+    reader = StoredReader(Reader(service), stored, "reader")
+    summariser = StoredSummariser(Summariser(service, base_url=address, model="m"), stored, "m")
+    text = TextSearch(StoredFinder(serper, stored, "serper"), reader, summariser, results=3)
+    publisher = Publisher(service, put_url=f"{address}/put/", public_url=f"{address}/public/")
+    pictures = StoredPictures(Thumbnails(service), stored)
+    return text, ImageSearch(serper, publisher, pictures, stored, results=3), backend
+
+
+async def ask_both(text, image):
+    question = "What is it?"
+    return [
+        await text(Query(action="text_search", text="q", question=question)),
+        await image(Query(action="image_search", text=None, question=question, images=[jpeg(9)])),
+    ]
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    monkeypatch.setenv("SERPER_API_KEY", "sk-very-secret")
+    ASKED.clear()
+    PUBLISHED.clear()
+
+
+def test_recorded_and_replayed(tmp_path):
+    path = tmp_path / "store.sqlite"
+    with serve(app()) as address:
+        recorded = asyncio.run(ask_both(*tools(address, Store(path, "record"))[:2]))
+        first = len(ASKED)
+        asyncio.run(ask_both(*tools(address, Store(path, "record"))[:2]))
+        assert len(ASKED) == 2 * first  # a record asks for everything anew
+        used = asyncio.run(ask_both(*tools(address, Store(path, "use"))[:2]))
+        # What failed is worth another try, the rest is not asked again.
+        assert sorted(ASKED[2 * first :]) == ["/page/1", "/page/3"]
+    text, image = recorded
+    assert [r[0].text for r in text.results] == [
+        f"link: {address}/page/{i}\nsummary: It is page {i}." for i in (0, 2, 4)
+    ]
+    assert text.error == "page 2: HTTP status 403; page 4: HTTP status 403"
+    assert [r[2].text for r in image.results] == [f"\ntitle: title {i}" for i in (1, 2, 3)]
+    assert image.error.startswith("1: 10 bytes: not an image")
+    assert PUBLISHED and set(PUBLISHED.values()) == {jpeg(9)}
+    *both, backend = tools(address, Store(path, "replay"))
+    assert asyncio.run(ask_both(*both)) == recorded == used
+    assert backend.tried == []  # not one connection
+    other = Query(action="text_search", text="never asked", question="?")
+    missing = asyncio.run(both[0](other))
+    assert missing.status == "failed" and "not in the store" in missing.error
+    assert b"sk-very-secret" not in path.read_bytes()
+
+
+def test_a_store_that_fails_costs_no_search(tmp_path, capsys):
+    class Full(Store):
+        def put(self, *arguments, **keywords):
+            raise StoreError("disk full")
+
+    with serve(app()) as address:
+        text, image, _ = tools(address, Full(tmp_path / "store.sqlite"))
+        found = asyncio.run(ask_both(text, image))
+    assert [observation.status for observation in found] == ["ok", "ok"]
+    assert capsys.readouterr().err.count("disk full; searches go on without it") == 1
