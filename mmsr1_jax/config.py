@@ -21,6 +21,10 @@ from mmsr1_jax.models.attention import IMPLEMENTATIONS
 
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "dots", "full")
+TEXT_SEARCHES = ("auto", "none", "local", "serpapi", "serper", "searxng", "retrieval")
+IMAGE_SEARCHES = ("auto", "none", "local", "serpapi", "serper", "fvqa")
+READERS = ("none", "local", "jina")
+STORE_MODES = ("use", "record", "replay")
 
 
 class ConfigError(ValueError):
@@ -156,7 +160,11 @@ class Tools:
     """Search tools, and what of their answers reaches the policy.
 
     Attributes:
-      index: a local index (`mmsr1_jax.index`), or a directory with a `pages.jsonl`; None: no tools.
+      text: what searches for text: `none`, `local` (the index), or a service: `serpapi`, `serper`,
+        `searxng`, `retrieval`. `auto`: `local` if there is an index, else `none`.
+      image: what searches for pictures: `none`, `local`, `serpapi`, `serper`, or `fvqa` (the
+        published cache); `auto` as above.
+      index: a local index (`mmsr1_jax.index`), or a directory with a `pages.jsonl`.
       results: of one search, at most.
       result_chars: characters of text in one result; the rest is cut off.
       max_pixels: bound on a retrieved picture, in pixels.
@@ -165,12 +173,60 @@ class Tools:
         called for it, and its searches fail at once.
     """
 
+    text: str = "auto"
+    image: str = "auto"
     index: str | None = None
     results: int = 5
     result_chars: int = 4000
     max_pixels: int = 224 * 224
     seconds: float = 60.0
     episode_seconds: float = 180.0
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Services:
+    """Web services (`tools/services/`) and the store. Keys come from the environment only:
+    SERPAPI_API_KEY, SERPER_API_KEY, JINA_API_KEY, SUMMARISER_API_KEY.
+
+    Attributes:
+      serpapi_url, serper_url, jina_url: where they are.
+      searxng_url, retrieval_url: of one's own servers.
+      reader: what reads pages: `none` (their snippets have to do), `local`, or `jina`.
+      summariser_url: of an OpenAI-compatible server; None: the best paragraphs instead.
+      summariser_model: its name of the model.
+      fvqa_cache: file of the published cache, pickle or JSON.
+      put_url, public_url: beginnings of the addresses to which a question's picture is put, and
+        where a service then finds it.
+      allowed_hosts: `host` or `host:port` that may be private: one's own services.
+      seconds: time limit of a connection, and of each wait for data.
+      at_once, per_second: requests to a service.
+      attempts: of a request.
+      store: file that keeps what was found; None: nothing is kept.
+      store_mode: `use`, `record` or `replay` (`tools/store.py`).
+      store_days: after which `use` asks again.
+      store_max_bytes: of what is kept.
+    """
+
+    serpapi_url: str = "https://serpapi.com"
+    serper_url: str = "https://google.serper.dev"
+    jina_url: str = "https://r.jina.ai"
+    searxng_url: str = "http://127.0.0.1:8888"
+    retrieval_url: str = "http://127.0.0.1:8000"
+    reader: str = "local"
+    summariser_url: str | None = None
+    summariser_model: str = "Qwen/Qwen3-32B"
+    fvqa_cache: str | None = None
+    put_url: str | None = None
+    public_url: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    seconds: float = 20.0
+    at_once: int = 64
+    per_second: float = 50.0
+    attempts: int = 3
+    store: str | None = None
+    store_mode: str = "use"
+    store_days: float = 90.0
+    store_max_bytes: int = 20_000_000_000
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -201,6 +257,7 @@ class Config:
     rollout: Rollout = dataclasses.field(default_factory=Rollout)
     turns: Turns = dataclasses.field(default_factory=Turns)
     tools: Tools = dataclasses.field(default_factory=Tools)
+    services: Services = dataclasses.field(default_factory=Services)
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
 
 
@@ -242,6 +299,17 @@ def validate(config: Config) -> Config:
         )
     for field in ("results", "result_chars", "max_pixels"):
         _positive(f"tools.{field}", getattr(config.tools, field))
+    _one_of("tools.text", config.tools.text, TEXT_SEARCHES)
+    _one_of("tools.image", config.tools.image, IMAGE_SEARCHES)
+    _one_of("services.reader", config.services.reader, READERS)
+    _one_of("services.store_mode", config.services.store_mode, STORE_MODES)
+    for field in ("at_once", "attempts", "store_max_bytes"):
+        _positive(f"services.{field}", getattr(config.services, field))
+    for field in ("seconds", "per_second"):
+        if not getattr(config.services, field) > 0:
+            raise ConfigError(
+                f"config.services.{field}={getattr(config.services, field)} must be over 0"
+            )
     for field in ("seconds", "episode_seconds"):
         if not getattr(config.tools, field) > 0:
             raise ConfigError(f"config.tools.{field}={getattr(config.tools, field)} must be over 0")

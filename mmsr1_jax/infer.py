@@ -24,8 +24,7 @@ from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.processor import Processor
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.episode import Episode, Example
-from mmsr1_jax.tools import Tool
-from mmsr1_jax.tools.local import LocalIndex
+from mmsr1_jax.tools.make import make_tools
 
 _CONFIG = settings.define_flag()
 _MODEL = flags.DEFINE_string("model", None, "HF directory of the policy", required=True)
@@ -70,7 +69,7 @@ def make_engine(config: settings.Config, model_dir: str) -> Engine:
     Raises:
       ValueError, OSError: something cannot be used; the message names it.
     """
-    tools, tensor = make_tools(config.tools), config.mesh.tensor
+    tools, tensor = make_tools(config), config.mesh.tensor
     processor = Processor.from_directory(model_dir)
     limit = config.images.max_pixels or min(processor.images.max_pixels, _MAX_PIXELS)
     processor.images = processor.images.with_limits(config.images.min_pixels, limit)
@@ -83,14 +82,6 @@ def make_engine(config: settings.Config, model_dir: str) -> Engine:
     )
     processor.check_fits(model.config)
     return Engine(model, processor, config, tools)
-
-
-def make_tools(config: settings.Tools) -> dict[str, Tool]:
-    """The search tools that the settings name, by action."""
-    if config.index is None:
-        return {}
-    index = LocalIndex(config.index, results=config.results, chars=config.result_chars)
-    return {"text_search": index.text_search, "image_search": index.image_search}
 
 
 class Printer:

@@ -7,11 +7,14 @@ query ──► hits ──► page, page, page, ..   in parallel; one that fail
 """
 
 import asyncio
+import json
 from typing import Protocol
 
 from mmsr1_jax.tools.first import first_that_work
 from mmsr1_jax.tools.passages import best_passages
 from mmsr1_jax.tools.services import Hit
+from mmsr1_jax.tools.services.retrieval import Retrieval
+from mmsr1_jax.tools.stored import Stored
 from mmsr1_jax.tools.tool import Observation, Query, Result, text_result
 from mmsr1_jax.tools.web import WebError
 
@@ -84,3 +87,29 @@ class TextSearch:
             else:
                 text = await self._summariser.summarise(page, question)
         return text_result(hit.link, text)
+
+
+class PassageSearch:
+    """Search in an index that holds passages: nothing has to be read.
+
+    Args of the constructor:
+      retrieval: finds (title, text) of passages.
+      stored: what was found before.
+      results: passages of an observation, at most.
+    """
+
+    def __init__(self, retrieval: Retrieval, stored: Stored, *, results: int = 5):
+        self._retrieval, self._stored, self._results = retrieval, stored, results
+
+    async def __call__(self, query: Query) -> Observation:
+        if query.text is None:
+            return Observation(status="failed", error="searches by text only")
+        key = json.dumps(["retrieval", query.text, self._results])
+        try:
+            found = await self._stored.get(
+                "passages", key, lambda: self._retrieval.passages(query.text, self._results)
+            )
+        except WebError as error:
+            return Observation(status="failed", error=f"search: {error}")
+        results = [text_result(title, text) for title, text in found[: self._results]]
+        return Observation(status="ok" if results else "empty", results=results)
