@@ -108,8 +108,9 @@ class StoredSummariser:
 
     async def summarise(self, page: str, question: str) -> str:
         key = json.dumps([self._name, digest(page.encode("utf-8", "replace")), question])
-        ask = lambda: self._summariser.summarise(page, question)  # noqa: E731
-        return await self._stored.get("summary", key, ask)
+        return await self._stored.get(
+            "summary", key, lambda: self._summariser.summarise(page, question)
+        )
 
 
 class StoredPictures:
