@@ -207,9 +207,8 @@ class _Run:
         self._free = set(range(engine.config.rollout.lanes))
         self._holder: dict[int, _Group] = {}  # whose prompt a lane begins with
         self._live: dict[int, _Live] = {}
-        self._turn: collections.deque[int] = (
-            collections.deque()
-        )  # lanes that draw, longest idle first
+        # Lanes that draw, the longest idle first.
+        self._turn: collections.deque[int] = collections.deque()
         self._ended: list[Episode] = []
 
     def episodes(self) -> Iterator[Episode]:

@@ -313,6 +313,8 @@ def _joined(parts: Sequence[str | Patches]) -> list[str | Patches]:
 
 def describe(error: BaseException | str | None) -> str:
     """An error in words, for the record. Never raises, whatever the error is made of."""
+    if error is None:
+        return "no reason was given"
     try:
         text = str(error)
     except Exception:

@@ -8,6 +8,7 @@ import asyncio
 import io
 import pathlib
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 import PIL.Image
 
@@ -15,11 +16,15 @@ from mmsr1_jax.images import ImageError, open_image
 from mmsr1_jax.tools.first import first_that_work
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.services import Match
-from mmsr1_jax.tools.stored import Lens, Stored, digest
+from mmsr1_jax.tools.stored import Stored, digest
 from mmsr1_jax.tools.tool import Observation, Picture, Query, Result, image_result
 from mmsr1_jax.tools.web import IMAGES, WebError
 
 _MAX_PIXELS = 20_000_000  # of a thumbnail's file
+
+
+class Lens(Protocol):
+    async def lens(self, url: str) -> list[Match]: ...
 
 
 class Publisher:

@@ -14,9 +14,9 @@ import hashlib
 import json
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any
 
-from mmsr1_jax.tools.services import Hit, Match
+from mmsr1_jax.tools.services import Hit
 from mmsr1_jax.tools.store import Store, StoreError
 from mmsr1_jax.tools.web import WebError
 
@@ -68,10 +68,6 @@ class Stored:
                 self._complained = True
                 print(f"store: {error}; searches go on without it", file=sys.stderr)
             return None
-
-
-class Lens(Protocol):
-    async def lens(self, url: str) -> list[Match]: ...
 
 
 class StoredFinder:
