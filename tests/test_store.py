@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -125,6 +126,20 @@ def test_two_writers_one_of_them_killed(path):
     with sqlite3.connect(path) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     assert sum(acknowledged.values()) > 200
+
+
+def test_another_process_is_just_making_the_file(path):
+    """Then SQLite is busy at once, however long it was told to wait."""
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    other.execute("CREATE TABLE something (x)")
+    commit = threading.Timer(0.3, lambda: other.execute("COMMIT"))
+    commit.start()
+    store = Store(path)
+    store.put("page", "a", b"x")
+    commit.join()
+    other.close()
+    assert store.info() == [("page", 1, 1)]
 
 
 def test_the_command(path, tmp_path):

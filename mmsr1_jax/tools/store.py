@@ -17,6 +17,8 @@ import threading
 import time
 from typing import Literal
 
+import tenacity
+
 Mode = Literal["off", "use", "record", "replay"]
 MODES: tuple[str, ...] = ("off", "use", "record", "replay")
 _WAIT = 60.0  # seconds for another process's write
@@ -31,6 +33,19 @@ _UPSERT = "INSERT OR REPLACE INTO entry VALUES (?, ?, ?, ?, ?)"
 
 class StoreError(ValueError):
     """A store that cannot be used; the message names it."""
+
+
+def _busy(error: BaseException) -> bool:
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK)
+    return isinstance(error, sqlite3.OperationalError) and code & 0xFF == sqlite3.SQLITE_BUSY
+
+
+_patiently = tenacity.Retrying(
+    retry=tenacity.retry_if_exception(_busy),
+    wait=tenacity.wait_random(0.01, 0.1),
+    stop=tenacity.stop_after_delay(_WAIT),
+    reraise=True,
+)
 
 
 class Store:
@@ -140,14 +155,16 @@ class Store:
     def _guarded(self, act):
         """`act(connection)`; where the file is damaged it is set aside, and a new one begun."""
         try:
-            return act(self._connect())
+            # SQLite waits for another process's write by itself, but not while a file is made,
+            # recovered or closed by another: then it is busy at once.
+            return _patiently(lambda: act(self._connect()))
         except sqlite3.OperationalError as error:  # locked, disk full: not damage
             raise StoreError(f"{self._path}: {error}") from None
         except sqlite3.DatabaseError as error:
             if self.mode == "replay":
                 raise StoreError(f"{self._path}: damaged ({error})") from None
             self._set_aside(error)
-            return act(self._connect())
+            return _patiently(lambda: act(self._connect()))
 
     def _connect(self) -> sqlite3.Connection:
         if self._connection is None:
@@ -158,9 +175,13 @@ class Store:
                 isolation_level=None,  # every statement is its own transaction
                 check_same_thread=False,
             )
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = NORMAL")
-            connection.executescript(_SCHEMA)
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = NORMAL")
+                connection.executescript(_SCHEMA)
+            except BaseException:
+                connection.close()
+                raise
             self._connection = connection
         return self._connection
 
