@@ -3,7 +3,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 DEMO = build/demo
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test proofs bench lint format clean
 
 # Each stamp is made once, so that a second run needs no network.
 $(VENV)/.runtime: requirements.txt
@@ -29,6 +29,10 @@ demo: $(VENV)/.runtime
 test: $(VENV)/.tests lint
 	$(RUN) -m pytest
 
+# What takes too long for every day.
+proofs: $(VENV)/.tests
+	$(RUN) -m pytest -m proof
+
 lint: $(VENV)/.tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -40,6 +44,8 @@ format: $(VENV)/.tests
 bench: $(VENV)/.tests
 	$(RUN) -m tests.bench.model
 	$(RUN) -m tests.bench.rollout
+	$(RUN) -m tests.bench.tools
+	$(RUN) -m tests.bench.tools --reader=jina
 
 clean:
 	rm -rf $(VENV) build

@@ -58,7 +58,7 @@ def check(processor, count, seed=0):
     end_tokens = {name: processor.control[name] for name in ("<|im_end|>", "<|endoftext|>")}
     table = stop.build(token_bytes, len(token_bytes) + 40, STOPS, end_tokens)
     vocabulary = {b: i for i, b in enumerate(token_bytes) if i not in processor.control.values()}
-    ordinary = sorted(vocabulary.values())
+    ordinary = np.array(sorted(vocabulary.values()))
     rng = np.random.default_rng(seed)
     stopped = 0
     for _ in range(count):

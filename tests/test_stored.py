@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from mmsr1_jax.tools import Query
+from mmsr1_jax.tools import Observation, Query
 from mmsr1_jax.tools.image_search import ImageSearch, Publisher, Thumbnails
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.services.reader import Reader
@@ -21,6 +21,7 @@ from mmsr1_jax.tools.stored import (
     StoredFinder,
     StoredPictures,
     StoredReader,
+    StoredSearch,
     StoredSummariser,
 )
 from mmsr1_jax.tools.text_search import TextSearch
@@ -145,6 +146,39 @@ def test_recorded_and_replayed(tmp_path):
     missing = asyncio.run(both[0](other))
     assert missing.status == "failed" and "not in the store" in missing.error
     assert b"sk-very-secret" not in path.read_bytes()
+
+
+def test_a_search_as_a_whole(tmp_path):
+    """One look into the store; where that has nothing, what it has of the parts."""
+    path = tmp_path / "store.sqlite"
+    query = Query(action="text_search", text="q", question="What is it?")
+    with serve(app()) as address:
+
+        def search(mode, name="as a whole"):
+            store = Store(path, mode)
+            text, _, backend = tools(address, store)
+            tool = StoredSearch(text, Stored(store), name)
+            return asyncio.run(tool(query)), len(backend.tried)
+
+        recorded, _ = search("record")
+        asked = len(ASKED)
+        assert search("use") == (recorded, 0) and len(ASKED) == asked
+        search("record")
+        assert len(ASKED) == 2 * asked
+    assert recorded.status == "ok" and recorded.error.startswith("page 2: HTTP status 403")
+    assert search("replay") == (recorded, 0)
+    assert search("replay", "other settings") == (recorded, 0)  # from the parts
+
+    class Down:
+        async def __call__(self, query):
+            return Observation(status="failed", error="all is lost")
+
+    store = Store(path)
+    tool = StoredSearch(Down(), Stored(store), "down")
+    assert asyncio.run(tool(query)).error == "all is lost"
+    replayed = StoredSearch(Down(), Stored(Store(path, "replay")), "down")
+    assert asyncio.run(replayed(query)) == Observation(status="failed", error="all is lost")
+    assert dict((k, n) for k, n, _ in store.info())["answer"] == 2
 
 
 def test_a_store_that_fails_costs_no_search(tmp_path, capsys):

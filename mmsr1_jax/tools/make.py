@@ -18,6 +18,7 @@ from mmsr1_jax.tools.stored import (
     StoredFinder,
     StoredPictures,
     StoredReader,
+    StoredSearch,
     StoredSummariser,
 )
 from mmsr1_jax.tools.text_search import PassageSearch, TextSearch
@@ -85,12 +86,17 @@ class _Makers:
             finder = SearXNG(self._service(name), base_url=services.searxng_url)
         else:
             finder = self._google(name)
-        return TextSearch(
+        summariser = services.summariser_url and services.summariser_model
+        results, chars = self._tools.results, self._tools.result_chars
+        search = TextSearch(
             StoredFinder(finder, stored, name),
             self._reader(),
             self._summariser(),
-            results=self._tools.results,
-            chars=self._tools.result_chars,
+            results=results,
+            chars=chars,
+        )
+        return StoredSearch(
+            search, stored, f"{name} {services.reader} {summariser} {results} {chars}"
         )
 
     def _reader(self) -> StoredReader | None:

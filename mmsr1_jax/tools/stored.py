@@ -2,7 +2,7 @@
 
     links     query -> hits                 page      address -> text
     summary   page and question -> text     matches   picture -> pages with similar ones
-    picture   address -> file
+    picture   address -> file               answer    query and question -> all of a text search
 
 Failures are kept too, so that a replay fails where the record did.
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 from mmsr1_jax.tools.services import Hit
 from mmsr1_jax.tools.store import Store, StoreError
+from mmsr1_jax.tools.tool import Observation, Part, Query, Tool
 from mmsr1_jax.tools.web import WebError
 
 
@@ -38,23 +39,33 @@ class Stored:
         Raises:
           WebError: of `ask`, now or when it was recorded; NotStoredError.
         """
-        found = self._try(self._store.get, kind, key)
+        found = self.look(kind, key)
         if found is not None:
-            value, failed = json.loads(found[0]), found[1]
-            if failed:
-                raise WebError(value)
-            return value
+            return found
         if self._store.mode == "replay":
             raise NotStoredError("not in the store, and a replay asks nobody")
         try:
             value = await ask()
         except WebError as error:
-            await self._put(kind, key, str(error), failed=True)
+            await self.put(kind, key, str(error), failed=True)
             raise
-        await self._put(kind, key, value)
+        await self.put(kind, key, value)
         return value
 
-    async def _put(self, kind: str, key: str, value: Any, *, failed: bool = False) -> None:
+    def look(self, kind: str, key: str) -> Any:
+        """The JSON value that the store has, or None. Raises WebError: it was recorded."""
+        found = self._try(self._store.get, kind, key)
+        if found is None:
+            return None
+        value = json.loads(found[0])
+        if found[1]:
+            raise WebError(value)
+        return value
+
+    async def put(self, kind: str, key: str, value: Any, *, failed: bool = False) -> None:
+        """Keeps a JSON value, or the words of a failure, where the store is to keep anything."""
+        if self._store.mode in ("off", "replay"):
+            return
         data = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
         # In a thread: another process may hold the file for a moment.
         await asyncio.to_thread(self._try, self._store.put, kind, key, data, failed=failed)
@@ -120,6 +131,37 @@ class StoredPictures:
             return base64.b64encode(await self._fetch(url)).decode()
 
         return base64.b64decode(await self._stored.get("picture", url, ask))
+
+
+class StoredSearch:
+    """A text search as a whole: one look into the store in place of one for every page.
+
+    Args of the constructor:
+      tool: of which all results are text.
+      stored: what was found before.
+      name: of all that the results depend on, beside the query and its question.
+    """
+
+    def __init__(self, tool: Tool, stored: Stored, name: str):
+        self._tool, self._stored, self._name = tool, stored, name
+
+    async def __call__(self, query: Query) -> Observation:
+        key = json.dumps([self._name, query.text, query.question])
+        try:
+            found = self._stored.look("answer", key)
+        except WebError as error:
+            return Observation(status="failed", error=str(error))
+        if found is not None:
+            status, error, texts = found
+            results = [tuple(Part(text=text) for text in result) for result in texts]
+            return Observation(status=status, error=error, results=results)
+        made = await self._tool(query)
+        if made.status == "failed":
+            await self._stored.put("answer", key, made.error, failed=True)
+        else:
+            texts = [[part.text for part in result] for result in made.results]
+            await self._stored.put("answer", key, [made.status, made.error, texts])
+        return made
 
 
 def digest(data: bytes) -> str:

@@ -18,6 +18,8 @@ from mmsr1_jax.tools.stored import Stored
 from mmsr1_jax.tools.tool import Observation, Query, Result, text_result
 from mmsr1_jax.tools.web import WebError
 
+_LONG = 50_000  # characters
+
 
 class Finder(Protocol):
     async def search(self, query: str, count: int) -> list[Hit]: ...
@@ -83,10 +85,17 @@ class TextSearch:
             if not page.strip():
                 raise WebError("no text in it")
             if self._summariser is None:
-                text = await asyncio.to_thread(best_passages, page, question, self._chars)
+                text = await _passages(page, question, self._chars)
             else:
                 text = await self._summariser.summarise(page, question)
         return text_result(hit.link, text)
+
+
+async def _passages(page: str, question: str, chars: int) -> str:
+    """`best_passages`, in a thread where it takes longer than handing it to one."""
+    if len(page) < _LONG:
+        return best_passages(page, question, chars)
+    return await asyncio.to_thread(best_passages, page, question, chars)
 
 
 class PassageSearch:

@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import ipaddress
 import json as json_module
+import logging
 import re
 import socket
 import weakref
@@ -19,9 +20,15 @@ from typing import Any
 import httpcore
 import httpx
 
+from mmsr1_jax.tools.connections import Connections
+
+# At lower levels it writes requests into the log, keys in them too.
+logging.getLogger("httpcore").setLevel(logging.WARNING)
+
 JSON = ("application/json",)
 PAGES = ("text/html", "application/xhtml+xml", "text/plain", "text/markdown")
 IMAGES = ("image/",)
+_HEADERS = {"User-Agent": "mmsr1_jax", "Accept": "*/*", "Accept-Encoding": "gzip"}
 _MAX_REDIRECTS = 5
 _CHUNK = 65536
 _HOST = re.compile(r"[^\s/@\\%]+")
@@ -114,21 +121,14 @@ class Web:
         self._max_bytes = max_bytes
         self._connections = connections
         self._backend = backend
-        self._clients: weakref.WeakKeyDictionary[Any, httpx.AsyncClient] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._transports: weakref.WeakKeyDictionary[Any, _Transport] = weakref.WeakKeyDictionary()
 
-    def _client(self) -> httpx.AsyncClient:
+    def _transport(self) -> "_Transport":
         loop = asyncio.get_running_loop()
-        if loop not in self._clients:
+        if loop not in self._transports:
             checked = CheckedBackend(self._allowed, self._backend or httpcore.AnyIOBackend())
-            self._clients[loop] = httpx.AsyncClient(
-                transport=_Transport(checked, self._connections),
-                timeout=self._seconds,
-                trust_env=False,
-                headers={"User-Agent": "mmsr1_jax", "Accept-Encoding": "gzip"},
-            )
-        return self._clients[loop]
+            self._transports[loop] = _Transport(checked, self._connections)
+        return self._transports[loop]
 
     async def request(
         self,
@@ -151,23 +151,25 @@ class Web:
         Raises:
           WebError: see its kinds.
         """
+        timeout = {"timeout": httpx.Timeout(self._seconds).as_dict()}
         headers = dict(headers or {})
         try:
             for _ in range(_MAX_REDIRECTS + 1):
-                _check_url(url)
-                client = self._client()
-                client.cookies.clear()
-                request = client.build_request(
-                    method, url, params=params, json=json, content=content, headers=headers
-                )
-                response = await client.send(request, stream=True)
+                # No httpx client: it would keep cookies, and log the addresses, keys in them too.
+                request = httpx.Request(
+                    method, url, params=params, json=json, content=content,
+                    headers=_HEADERS | headers, extensions=timeout,
+                )  # fmt: skip
+                _check(request.url)
+                response = await self._transport().handle_async_request(request)
+                response.request = request
                 try:
                     if not (response.is_redirect and method == "GET"):
                         return await self._read(response, tuple(accept), max_bytes)
                 finally:
                     await response.aclose()
-                target = response.url.join(response.headers["location"])
-                headers = headers if target.host == response.url.host else {}
+                target = request.url.join(response.headers["location"])
+                headers = headers if target.host == request.url.host else {}
                 url, params = str(target), None
         except httpx.TimeoutException:
             raise TimedOutError("the server did not answer in time") from None
@@ -213,14 +215,9 @@ class _Transport(httpx.AsyncHTTPTransport):
     """httpx's own, but for where its connections come from."""
 
     def __init__(self, backend: httpcore.AsyncNetworkBackend, connections: int):
-        super().__init__(trust_env=False)
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=httpx.create_ssl_context(trust_env=False),
-            max_connections=connections,
-            max_keepalive_connections=connections,
-            keepalive_expiry=30.0,
-            network_backend=backend,
-        )
+        context = httpx.create_ssl_context(trust_env=False)
+        super().__init__(verify=context, trust_env=False)
+        self._pool = Connections(backend, context, limit=connections)
 
 
 class CheckedBackend(httpcore.AsyncNetworkBackend):
@@ -278,11 +275,10 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
-def _check_url(url: str) -> None:
-    parsed = httpx.URL(url)
-    if parsed.scheme not in ("http", "https") or not _HOST.fullmatch(parsed.host):
+def _check(url: httpx.URL) -> None:
+    if url.scheme not in ("http", "https") or not _HOST.fullmatch(url.host):
         raise RefusedError("not an http or https address")
-    if parsed.userinfo:
+    if url.userinfo:
         raise RefusedError("an address with a password in it")
 
 

@@ -1,0 +1,28 @@
+"""The searches of a training step, by one process: `make proofs`."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.proof
+def test_2000_searches_64_at_a_time_with_faults():
+    command = [sys.executable, "-m", "tests.bench.tools", "--reader=jina", "--searches=2000"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    figures = json.loads(done.stdout.splitlines()[-1])
+    cold = figures["cold"]
+    assert cold["ok"] + cold.get("failed", 0) == 2000 and cold["ok"] > 1800
+    assert figures["times_one_by_one"] >= 10
+    assert figures["memory_grown_mb"] < 100
+    assert figures["replay"]["searches_a_second"] >= 2000
+
+
+def test_a_few_searches_with_faults():
+    command = [sys.executable, "-m", "tests.bench.tools", "--searches=100", "--alone=5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["cold"]["ok"] > 80
+    assert figures["cold"]["ok"] + figures["cold"].get("failed", 0) == 100
+    assert figures["times_one_by_one"] > 2
