@@ -4,9 +4,12 @@ when it is not, and no key anywhere."""
 import asyncio
 import base64
 import gzip
+import io
 import json
+import logging
 import urllib.parse
 
+import PIL.Image
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -14,6 +17,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route
 
 from mmsr1_jax.tools import Query
+from mmsr1_jax.tools.image_search import ImageSearch, Publisher, Thumbnails
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.services import Hit, KeyMissingError, Match, summariser
 from mmsr1_jax.tools.services.jina import Jina
@@ -23,6 +27,8 @@ from mmsr1_jax.tools.services.searxng import SearXNG
 from mmsr1_jax.tools.services.serpapi import SerpApi
 from mmsr1_jax.tools.services.serper import Serper
 from mmsr1_jax.tools.services.summariser import Summariser
+from mmsr1_jax.tools.store import Store
+from mmsr1_jax.tools.stored import Stored
 from mmsr1_jax.tools.text_search import TextSearch
 from mmsr1_jax.tools.web import Web
 from tests.servers import serve
@@ -35,6 +41,12 @@ PAGE = """<html><head><title>T</title><script>var evil = 1;</script></head>
 work.</p><p>It carries a metro line on its upper deck.</p>
 </article></body></html>"""
 WAYS: dict[str, str] = {}  # how the server answers at present, by service
+
+
+def jpeg() -> bytes:
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (60, 40), "green").save(file, "jpeg")
+    return file.getvalue()
 
 
 async def body_of(request: Request):
@@ -92,6 +104,15 @@ async def reader(request):
     return Response(PAGE, media_type="text/html; charset=utf-8")
 
 
+async def put(request):
+    assert request.method == "PUT"
+    return Response(status_code=201)
+
+
+async def thumbnail(request):
+    return Response(jpeg(), media_type="image/jpeg")
+
+
 async def chat(request):
     body = await body_of(request)
     assert request.headers["authorization"] == f"Bearer {KEY}" and body["model"] == "m"
@@ -120,7 +141,8 @@ def faulty(way: str) -> Response:
 
 def app():
     services = {"serpapi": serpapi, "serper": serper, "searxng": searxng, "retrieval": retrieval,
-                "jina": jina, "reader": reader, "chat": chat}  # fmt: skip
+                "jina": jina, "reader": reader, "chat": chat, "put": put,
+                "thumbnail": thumbnail, "other": thumbnail}  # fmt: skip
 
     def route(name, handle):
         async def answer(request):
@@ -132,7 +154,7 @@ def app():
             result = await handle(request)
             return result if isinstance(result, Response) else JSONResponse(result)
 
-        return Route(f"/{name}/{{rest:path}}", answer, methods=["GET", "POST"])
+        return Route(f"/{name}/{{rest:path}}", answer, methods=["GET", "POST", "PUT"])
 
     return Starlette(routes=[route(name, handle) for name, handle in services.items()])
 
@@ -254,6 +276,76 @@ def test_a_summariser_that_fails(address, fault):
     finder = Fixed([f"{address}/reader/{i}" for i in range(3)])
     found = ask(TextSearch(finder, Reader(one), short))
     assert found.status == "failed" and KEY not in found.error
+
+
+class FixedLens:
+    def __init__(self, thumbnails):
+        self.matches = [Match("http://l", f"t{i}", url) for i, url in enumerate(thumbnails)]
+
+    async def lens(self, url):
+        return self.matches
+
+
+def look_up(address, lens=None, thumbnails=("/thumbnail/0",)):
+    one, nothing = service(address), Stored(Store(None, "off"))
+    # The answer of `serper` and `serpapi` has a thumbnail at http://t: of no use, as t is no host.
+    search = ImageSearch(
+        lens or FixedLens([address + path for path in thumbnails]),
+        Publisher(one, nothing, put_url=f"{address}/put/", public_url="http://image"),
+        Thumbnails(one, max_bytes=1_000_000),
+        nothing,
+    )
+    query = Query(action="image_search", text=None, question="What is it?", images=[jpeg()])
+    return run(search(query))
+
+
+class Lensing:
+    """A service's Lens, asked for the address that the test's server expects."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    async def lens(self, url):
+        assert url.startswith("http://image")
+        return await self.inner.lens("http://image")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("name", ["serpapi", "serper"])
+def test_a_lens_that_fails(address, name, fault):
+    lens = Lensing(FINDERS[name](service(address), address))
+    right = look_up(address, lens)
+    assert right.error.startswith("no picture could be had: 1: ")  # found, but for its picture
+    WAYS[name] = fault
+    found = look_up(address, lens)
+    assert found.status == "failed" and found.error.startswith("search: ")
+    assert KEY not in found.error and "127.0.0.1" not in found.error
+
+
+@pytest.mark.parametrize("fault", [f for f in FAULTS if f not in ("truncated", "not an object")])
+def test_a_thumbnail_that_fails_gives_way_to_the_next(address, fault):
+    paths = ["/thumbnail/0", "/other/1"]
+    WAYS["thumbnail"] = fault
+    found = look_up(address, thumbnails=paths)
+    assert [result[2].text for result in found.results] == ["\ntitle: t1"]
+    assert found.error.startswith("1: ")
+    found = look_up(address, thumbnails=paths[:1])
+    assert found.status == "failed" and found.error.startswith("no picture could be had: 1: ")
+
+
+@pytest.mark.parametrize("fault", ["401", "403", "429", "500", "timeout"])
+def test_an_object_store_that_fails(address, fault):
+    WAYS["put"] = fault
+    found = look_up(address)
+    assert found.status == "failed" and found.error.startswith("search: ")
+
+
+def test_keys_are_in_no_log(address, caplog):
+    """Some services want theirs in the address."""
+    with caplog.at_level(logging.INFO):
+        run(SerpApi(service(address), base_url=f"{address}/serpapi").search("q", 5))
+        logging.getLogger("httpcore").debug("a line that is not written")
+    assert KEY not in caplog.text and "not written" not in caplog.text
 
 
 @pytest.mark.parametrize("fault", FAULTS)

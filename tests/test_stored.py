@@ -101,7 +101,9 @@ def tools(address, store):
     reader = StoredReader(Reader(service), stored, "reader")
     summariser = StoredSummariser(Summariser(service, base_url=address, model="m"), stored, "m")
     text = TextSearch(StoredFinder(serper, stored, "serper"), reader, summariser, results=3)
-    publisher = Publisher(service, put_url=f"{address}/put/", public_url=f"{address}/public/")
+    publisher = Publisher(
+        service, stored, put_url=f"{address}/put/", public_url=f"{address}/public/"
+    )
     pictures = StoredPictures(Thumbnails(service), stored)
     return text, ImageSearch(serper, publisher, pictures, stored, results=3), backend
 
@@ -146,6 +148,17 @@ def test_recorded_and_replayed(tmp_path):
     missing = asyncio.run(both[0](other))
     assert missing.status == "failed" and "not in the store" in missing.error
     assert b"sk-very-secret" not in path.read_bytes()
+
+
+def test_a_picture_is_put_once_in_all_runs(tmp_path):
+    with serve(app()) as address:
+        for _ in range(3):
+            service = Service("t", Web(allowed_hosts=[address.removeprefix("http://")]))
+            stored = Stored(Store(tmp_path / "store.sqlite"))
+            urls = {"put_url": f"{address}/put/", "public_url": f"{address}/public/"}
+            publish = Publisher(service, stored, **urls)
+            assert asyncio.run(publish(jpeg(1))) == asyncio.run(publish(jpeg(1)))
+        assert len(ASKED) == 1 and list(PUBLISHED.values()) == [jpeg(1)]
 
 
 def test_a_search_as_a_whole(tmp_path):

@@ -34,20 +34,27 @@ class Publisher:
       service: makes the requests.
       put_url: beginning of the address to put to; the picture's name follows.
       public_url: beginning of the address that it will then have.
+      stored: remembers what was put, for other runs too.
     """
 
-    def __init__(self, service: Service, *, put_url: str, public_url: str):
-        self._service, self._put, self._public = service, put_url, public_url
+    def __init__(self, service: Service, stored: Stored, *, put_url: str, public_url: str):
+        self._service, self._stored = service, stored
+        self._put, self._public = put_url, public_url
         self._published: set[str] = set()
 
     async def __call__(self, data: bytes) -> str:
         """The address of a picture, which is put there once. Raises WebError."""
         name = digest(data)
-        if name not in self._published:
+
+        async def put():
             await self._service.call(
                 "PUT", self._put + name, content=data, accept=(),
                 headers={"Content-Type": "application/octet-stream"},
             )  # fmt: skip
+            return True
+
+        if name not in self._published:
+            await self._stored.get("published", self._public + name, put)
             self._published.add(name)
         return self._public + name
 

@@ -124,6 +124,7 @@ class _Makers:
             return FvqaCache(path, pictures, results=results)
         publisher = Publisher(
             self._service("publisher"),
+            self._stored,
             put_url=_needed("services.put_url", services.put_url),
             public_url=_needed("services.public_url", services.public_url),
         )

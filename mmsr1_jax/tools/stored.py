@@ -2,7 +2,8 @@
 
     links     query -> hits                 page      address -> text
     summary   page and question -> text     matches   picture -> pages with similar ones
-    picture   address -> file               answer    query and question -> all of a text search
+    picture   address -> file               published address at which a picture is
+    answer    query and question -> all of a text search
 
 Failures are kept too, so that a replay fails where the record did.
 """
