@@ -17,7 +17,10 @@ from collections.abc import Callable, Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
+from mmsr1_jax import config_training, rewards
+from mmsr1_jax.config_training import Data, Objective, Run, Update
 from mmsr1_jax.models.attention import IMPLEMENTATIONS
+from mmsr1_jax.rewards import Rewards
 
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "dots", "full")
@@ -165,6 +168,8 @@ class Tools:
       image: what searches for pictures: `none`, `local`, `serpapi`, `serper`, or `fvqa` (the
         published cache); `auto` as above.
       index: a local index (`mmsr1_jax.index`), or a directory with a `pages.jsonl`.
+      image_model: HF directory whose vision tower made the index (`--model`): the local image
+        search then goes by its embeddings. None: by perceptual hash.
       results: of one search, at most.
       result_chars: characters of text in one result; the rest is cut off.
       max_pixels: bound on a retrieved picture, in pixels.
@@ -176,6 +181,7 @@ class Tools:
     text: str = "auto"
     image: str = "auto"
     index: str | None = None
+    image_model: str | None = None
     results: int = 5
     result_chars: int = 4000
     max_pixels: int = 224 * 224
@@ -186,7 +192,8 @@ class Tools:
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Services:
     """Web services (`tools/services/`) and the store. Keys come from the environment only:
-    SERPAPI_API_KEY, SERPER_API_KEY, JINA_API_KEY, SUMMARISER_API_KEY.
+    SERPAPI_API_KEY, SERPER_API_KEY, JINA_API_KEY, SUMMARISER_API_KEY, JUDGE_API_KEY; a
+    Redis password from STORE_PASSWORD.
 
     Attributes:
       serpapi_url, serper_url, jina_url: where they are.
@@ -194,17 +201,23 @@ class Services:
       reader: what reads pages: `none` (their snippets have to do), `local`, or `jina`.
       summariser_url: of an OpenAI-compatible server; None: the best paragraphs instead.
       summariser_model: its name of the model.
+      judge_url: of an OpenAI-compatible server that says whether answers are right; None: they are
+        matched (`rewards.match`).
+      judge_model: its name of the model.
       fvqa_cache: file of the published cache, pickle or JSON.
       put_url, public_url: beginnings of the addresses to which a question's picture is put, and
         where a service then finds it.
       allowed_hosts: `host` or `host:port` that may be private: one's own services.
       seconds: time limit of a connection, and of each wait for data.
-      at_once, per_second: requests to a service.
+      at_once: requests to a service at a time, by one process.
+      per_second: requests to a service; of all processes together where `store` is a Redis server.
       attempts: of a request.
-      store: file that keeps what was found; None: nothing is kept.
+      store: file that keeps what was found, or redis://host:port/database, which many hosts share
+        (`tools/redis_store.py`; one database for each account with the services); None: nothing is
+        kept.
       store_mode: `use`, `record` or `replay` (`tools/store.py`).
       store_days: after which `use` asks again.
-      store_max_bytes: of what is kept.
+      store_max_bytes: of a file; a Redis server has its own setting, `maxmemory`.
     """
 
     serpapi_url: str = "https://serpapi.com"
@@ -215,6 +228,8 @@ class Services:
     reader: str = "local"
     summariser_url: str | None = None
     summariser_model: str = "Qwen/Qwen3-32B"
+    judge_url: str | None = None
+    judge_model: str = "Qwen/Qwen3-32B"
     fvqa_cache: str | None = None
     put_url: str | None = None
     public_url: str | None = None
@@ -259,6 +274,11 @@ class Config:
     tools: Tools = dataclasses.field(default_factory=Tools)
     services: Services = dataclasses.field(default_factory=Services)
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    data: Data = dataclasses.field(default_factory=Data)
+    rewards: Rewards = dataclasses.field(default_factory=Rewards)
+    objective: Objective = dataclasses.field(default_factory=Objective)
+    update: Update = dataclasses.field(default_factory=Update)
+    run: Run = dataclasses.field(default_factory=Run)
 
 
 def get_config() -> Config:
@@ -319,6 +339,13 @@ def validate(config: Config) -> Config:
             f"times the last of extend_lengths, {config.rollout.extend_lengths[-1]}"
         )
     validate_sampling(config.sampling)
+    try:
+        rewards.check(config.rewards)
+    except rewards.RewardsError as error:
+        raise ConfigError(f"config.rewards.{error}") from None
+    mistake = config_training.mistake(config.data, config.objective, config.update, config.run)
+    if mistake:
+        raise ConfigError(f"config.{mistake}")
     _positive("buckets.batch_tokens", config.buckets.batch_tokens)
     _positive("buckets.batch_windows", config.buckets.batch_windows)
     _positive("images.max_file_pixels", config.images.max_file_pixels)
@@ -395,7 +422,9 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         except (flags.Error, ConfigError, OSError, *_CONFIG_FILE_ERRORS) as error:
             sys.exit(f"error: {_one_line(error)}")
 
-    logging.getLogger("jax").setLevel(logging.WARNING)  # it tells of every backend it has not
+    # They tell of every backend that there is not, and of every file that is written.
+    for name in ("jax", "absl"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     app.run(main, flags_parser=parse)
 
 

@@ -1,0 +1,170 @@
+"""The settings of training; `config.py` has the others."""
+
+import dataclasses
+from collections.abc import Sequence
+
+ADVANTAGES = ("grpo", "mean", "rloo")
+RATIOS = ("token", "sequence", "trajectory")
+AVERAGES = ("token", "sequence", "fixed")
+KL_ESTIMATES = ("k1", "k2", "k3")
+SCHEDULES = ("constant", "linear", "cosine", "sigmoid")
+OLD = ("engine", "trainer")
+REFERENCES = ("device", "host")
+OVERLONG = ("keep", "mask", "penalty")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Update:
+    """Micro-batches and the optimiser (`rl/packing.py`, `rl/update.py`).
+
+    Attributes:
+      row_tokens: of a row into which episodes are packed; an episode has at most so many.
+      row_windows: of 64 patches, that the pictures of a row may have together.
+      rows: of a micro-batch, for each part into which the mesh cuts a batch.
+      freeze_vision: the vision tower is not trained.
+      learning_rate: the highest.
+      schedule: `constant`, `linear`, `cosine` (both down to 0), or `sigmoid`, the published one.
+      warmup_steps: in which the rate rises from 0.
+      b1, b2, eps, weight_decay: of AdamW.
+      grad_clip: of the gradient's global norm; 0: none.
+      bad_in_a_row: updates with a loss or gradient that is not finite, after which a run stops.
+    """
+
+    row_tokens: int = 8192
+    row_windows: int = 384
+    rows: int = 1
+    freeze_vision: bool = False
+    learning_rate: float = 2e-6
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    bad_in_a_row: int = 3
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Objective:
+    """What is maximised (`rl/advantages.py`, `rl/loss.py`).
+
+    Attributes:
+      advantage: of an episode in its group: `grpo` (less the mean, by the standard deviation),
+        `mean` (less the mean), `rloo` (less the mean of the others).
+      ratio: of importance, by `token`, `sequence` (GSPO) or `trajectory`.
+      average: of the loss, by `token`, by `sequence` (then over them), or over a `fixed` length
+        (`turns.tokens`).
+      clip_low, clip_high: of the ratio, below and above 1.
+      kl, kl_weight: estimate and weight of the divergence from the reference policy; weight 0:
+        there is no reference policy.
+      reference: where its parameters lie, `device` or `host`.
+      entropy_weight: of the bonus.
+      old: log-probs that the ratio is taken against: those of the `engine`, as sampled, or of the
+        `trainer`, computed before the first update of a step.
+      importance_cap: of the weight by which a token counts for the difference between the engine
+        and the trainer (truncated importance sampling, with `old` = `trainer`); 0: none.
+      updates: of a step: its groups are dealt out to so many.
+      overlong: what becomes of an episode whose tokens were used up: `keep`, `mask` (it carries no
+        loss), `penalty` (it costs reward, more so the longer).
+      overlong_buffer: tokens before the limit from which on the penalty grows.
+      refill: times that a step's groups without spread may be replaced by new ones (DAPO); 0: they
+        stay.
+    """
+
+    advantage: str = "grpo"
+    ratio: str = "token"
+    average: str = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl: str = "k3"
+    kl_weight: float = 1e-3
+    reference: str = "device"
+    entropy_weight: float = 0.0
+    old: str = "trainer"
+    importance_cap: float = 2.0
+    updates: int = 1
+    overlong: str = "keep"
+    overlong_buffer: int = 512
+    refill: int = 0
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Data:
+    """Questions (`data/questions.py`).
+
+    Attributes:
+      train, validation: parquet files, directories of them, or patterns.
+      max_bad_rows: rows that cannot be used, after which a run stops.
+      validation_rows: of the validation files, the first so many; 0: all.
+    """
+
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    max_bad_rows: int = 100
+    validation_rows: int = 0
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Run:
+    """A training run.
+
+    Attributes:
+      steps: of rollouts and updates.
+      questions: of a step.
+      rollouts: of each question.
+      seed: of the order of questions and of sampling.
+      validate_every: steps; 0: never. Greedy.
+      save_every: steps; the last one is always saved.
+      keep: checkpoints, the latest; the best one by validation is kept beside them.
+      episodes: of each step that are written out.
+      log: `tensorboard`, `wandb`, both or none, separated by commas. JSONL is always written.
+    """
+
+    steps: int = 50
+    questions: int = 32
+    rollouts: int = 8
+    seed: int = 0
+    validate_every: int = 10
+    save_every: int = 10
+    keep: int = 2
+    episodes: int = 4
+    log: str = "tensorboard"
+
+
+def mistake(data: Data, objective: Objective, update: Update, run: Run) -> str | None:
+    """What cannot be, beginning with the field; None where all can."""
+    allowed: dict[str, Sequence[str]] = {
+        "advantage": ADVANTAGES, "ratio": RATIOS, "average": AVERAGES, "kl": KL_ESTIMATES,
+        "reference": REFERENCES, "old": OLD, "overlong": OVERLONG,
+    }  # fmt: skip
+    for field, values in allowed.items():
+        value = getattr(objective, field)
+        if value not in values:
+            return f"objective.{field}={value!r} is not one of {', '.join(values)}"
+    if update.schedule not in SCHEDULES:
+        return f"update.schedule={update.schedule!r} is not one of {', '.join(SCHEDULES)}"
+    at_least = [
+        (1, "update", update, ("row_tokens", "rows", "bad_in_a_row")),
+        (0, "update", update, ("row_windows", "learning_rate", "warmup_steps", "eps",
+                               "weight_decay", "grad_clip")),
+        (1, "objective", objective, ("updates", "overlong_buffer")),
+        (0, "objective", objective, ("clip_low", "clip_high", "kl_weight", "entropy_weight",
+                                     "importance_cap", "refill")),
+        (1, "run", run, ("steps", "questions", "rollouts", "keep")),
+        (0, "run", run, ("seed", "validate_every", "save_every", "episodes")),
+        (0, "data", data, ("max_bad_rows", "validation_rows")),
+    ]  # fmt: skip
+    for least, part, values, fields in at_least:
+        for field in fields:
+            if not getattr(values, field) >= least:
+                return f"{part}.{field}={getattr(values, field)} must be at least {least}"
+    for field in ("b1", "b2"):
+        if not 0 <= getattr(update, field) < 1:
+            return f"update.{field}={getattr(update, field)} must be in [0, 1)"
+    unknown = {name.strip() for name in run.log.split(",")} - {"", "tensorboard", "wandb"}
+    if unknown:
+        return f"run.log={run.log!r}: only tensorboard and wandb are known"
+    if objective.updates > run.questions:
+        return f"objective.updates={objective.updates} is more than run.questions={run.questions}"
+    return None

@@ -1,0 +1,218 @@
+"""What an episode is worth: r = (1 - a) * correct * penalty + a * format.
+
+    correct   the answer matches a gold one, or a judge says that it does (`judge.py`)
+    penalty   1 - p if the answer is correct and anything was searched for, else 1
+    format    1 if every turn is well formed and the actions came in an allowed order, else 0
+
+As in MMSearch-R1 (arXiv 2506.20670, section 3.3), with a = p = 0.1. Pure functions of turns as
+`rollout/turns.py` reads them; nothing here needs an accelerator or tokens.
+"""
+
+import dataclasses
+import re
+import string
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mmsr1_jax.rollout.turns import Action, Turn
+
+if TYPE_CHECKING:
+    from mmsr1_jax.rollout.episode import Episode
+
+MATCHES = ("EM", "SubEM")
+# Names of actions in `Rewards.sequences`.
+NAMES: dict[Action, str] = {"answer": "answer", "image_search": "image", "text_search": "text"}
+SEQUENCES = ("answer", "image,answer", "text,answer", "image,text,answer")
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+
+
+class RewardsError(ValueError):
+    """A setting of the reward that cannot be; the message begins with the field."""
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Rewards:
+    """How episodes are scored. Defaults: the published scoring.
+
+    Attributes:
+      match: `EM`: the answer is a gold one, after `normalise`; `SubEM`: it holds one.
+      search_penalty: p, the share of the reward of a correct answer that searching costs.
+      per_search_penalty: p is paid for each search, not once: the factor is (1 - p)^searches.
+      penalty_warmup: steps over which the penalty grows from -p (searches are rewarded) to p; 0: it
+        is p from the start.
+      format_penalty: a, the share of the reward that is for the form.
+      sequences: orders of actions that are of the right form, each a list of `answer`, `image` and
+        `text` with commas, of any length. The published ones leave out `text,text,answer`,
+        although two text searches are allowed.
+    """
+
+    match: str = "EM"
+    search_penalty: float = 0.1
+    per_search_penalty: bool = False
+    penalty_warmup: int = 0
+    format_penalty: float = 0.1
+    sequences: tuple[str, ...] = SEQUENCES
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """What an episode is worth, and why.
+
+    Attributes:
+      reward: r.
+      correct: as it was judged, in [0, 1]; False where there is no answer.
+      format: whether the form is right.
+      searches: that were made.
+      penalty: the factor on `correct`; 1 where it does not apply.
+    """
+
+    reward: float
+    correct: bool | float
+    format: bool
+    searches: int
+    penalty: float
+
+
+def check(settings: Rewards) -> Rewards:
+    """Returns `settings` if they can be, else raises RewardsError."""
+    if settings.match not in MATCHES:
+        raise RewardsError(f"match={settings.match!r} is not one of {', '.join(MATCHES)}")
+    for field in ("search_penalty", "format_penalty"):
+        value = getattr(settings, field)
+        if not 0 <= value <= 1:
+            raise RewardsError(f"{field}={value} must be in [0, 1]")
+    if settings.penalty_warmup < 0:
+        raise RewardsError(f"penalty_warmup={settings.penalty_warmup} must not be negative")
+    for sequence in settings.sequences:
+        if not set(sequence.split(",")) <= set(NAMES.values()):
+            raise RewardsError(
+                f"sequences: {sequence!r} is not a list of {', '.join(NAMES.values())} with commas "
+                "and no spaces"
+            )
+    return settings
+
+
+def normalise(text: str) -> str:
+    """Lower case, without ASCII punctuation, without the words a, an and the, single spaces.
+
+    As for SQuAD (Rajpurkar et al. 2016), in this order: so `3.5` and `35` are the same.
+    """
+    text = text.lower().translate(_NO_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def exact_match(answer: str | None, golds: Sequence[str]) -> bool:
+    """Whether the answer is one of the gold ones, after `normalise`.
+
+    A blank answer is no answer, a blank gold one no gold one. But golds like `A` or `+`, of which
+    `normalise` leaves nothing, are still right where the answer is such a one too.
+    """
+    golds = _texts(golds)
+    if not answer or not answer.strip():
+        return False
+    return normalise(answer) in {normalise(gold) for gold in golds if gold.strip()}
+
+
+def sub_exact_match(answer: str | None, golds: Sequence[str]) -> bool:
+    """Whether a gold answer is a part of the answer, after `normalise`, letter by letter.
+
+    A gold answer of which nothing is left never counts, as it is a part of everything.
+    """
+    golds = _texts(golds)
+    if not answer:
+        return False
+    normalised = normalise(answer)
+    return any(gold in normalised for gold in map(normalise, golds) if gold)
+
+
+def answer_of(turns: Sequence[Turn]) -> str | None:
+    """The answer, which only the last turn can hold; None where there is none, or a blank one."""
+    last = turns[-1] if turns else None
+    return (last.payload or None) if last is not None and last.action == "answer" else None
+
+
+def searches_in(turns: Sequence[Turn]) -> int:
+    """Turns that ask for a search that could be carried out."""
+    return sum(turn.action in ("image_search", "text_search") for turn in turns)
+
+
+def format_right(turns: Sequence[Turn], allowed: Sequence[str] = SEQUENCES) -> bool:
+    """Whether each turn is well formed and the actions are one of the `allowed` sequences."""
+    if not all(turn.well_formed for turn in turns):
+        return False
+    return ",".join(NAMES[turn.action] for turn in turns) in allowed
+
+
+def penalty_at(settings: Rewards, step: int) -> float:
+    """The search penalty p_t at a step of training, counted from 0."""
+    p, steps = settings.search_penalty, settings.penalty_warmup
+    return -p + 2 * p * min(step / steps, 1.0) if steps else p
+
+
+def score(
+    turns: Sequence[Turn],
+    correct: bool | float,
+    settings: Rewards,
+    step: int = 0,
+    *,
+    searches: int | None = None,
+) -> Reward:
+    """The reward of an episode whose answer was judged.
+
+    Args:
+      turns: as `turns.parse` reads them.
+      correct: of the answer, in [0, 1]; taken as 0 where the last turn holds no answer.
+      step: of training, from 0; for the warm-up of the penalty.
+      searches: that were made. None: as many as there are turns that ask for one, which is all
+        that can be known where there is nothing but turns. The two differ where the engine refused
+        one, see `episode_reward`.
+    """
+    if answer_of(turns) is None:
+        correct = False
+    if not 0 <= correct <= 1:
+        raise ValueError(f"correct={correct} must be in [0, 1]")
+    searches = searches_in(turns) if searches is None else searches
+    penalty = 1.0
+    if correct and searches:
+        times = searches if settings.per_search_penalty else 1
+        penalty = (1.0 - penalty_at(settings, step)) ** times
+    right = format_right(turns, settings.sequences)
+    a = settings.format_penalty
+    return Reward((1.0 - a) * correct * penalty + a * right, correct, right, searches, penalty)
+
+
+def episode_reward(
+    episode: "Episode",
+    answers: Sequence[str],
+    settings: Rewards,
+    step: int = 0,
+    correct: bool | float | None = None,
+) -> Reward:
+    """The reward of an episode of the engine.
+
+    A search that was refused, as it was over a limit, is none: no tool was called. One that failed,
+    or found nothing, is.
+
+    Args:
+      answers: the gold ones, aliases and all.
+      step: see `score`.
+      correct: what a judge said; None: `settings.match` decides.
+    """
+    if correct is None:
+        correct = matches(answer_of(episode.turns), answers, settings)
+    made = sum(call.status != "refused" for call in episode.calls)
+    return score(episode.turns, correct, settings, step, searches=made)
+
+
+def matches(answer: str | None, golds: Sequence[str], settings: Rewards) -> bool:
+    """Whether an answer is right by `settings.match`."""
+    return (exact_match if settings.match == "EM" else sub_exact_match)(answer, golds)
+
+
+def _texts(golds: Sequence[str]) -> Sequence[str]:
+    """Its letters would be taken for gold answers, one each."""
+    if isinstance(golds, str):
+        raise TypeError("golds must be a list of texts, not one text")
+    return golds
