@@ -1,10 +1,13 @@
 """Makes a local index of pages and pictures, for `--tools.index=DIR`.
 
-    python -m mmsr1_jax.index --pages=PAGES.jsonl --images=IMAGES.jsonl --out=DIR
+    python -m mmsr1_jax.index --pages=PAGES.jsonl --images=IMAGES.jsonl --out=DIR [--model=DIR]
 
 PAGES, a line: {"url": .., "title": .., "snippet": .., "text": .. or "summary": ..}
 IMAGES, a line: {"image": PATH, "title": .. or "titles": [..], "link": ..}; a path is looked up
 beside the file. Both flags may be given several times.
+
+With `--model`, an HF directory, its vision tower embeds the pictures too, for a search with
+`--config.tools.image_model=DIR`. That may be another directory with the same tower.
 """
 
 import sys
@@ -16,14 +19,20 @@ from mmsr1_jax.tools import local
 
 _PAGES = flags.DEFINE_multi_string("pages", [], "JSONL of pages")
 _IMAGES = flags.DEFINE_multi_string("images", [], "JSONL of pictures")
+_MODEL = flags.DEFINE_string("model", None, "HF directory whose vision tower embeds the pictures")
 _OUT = flags.DEFINE_string("out", None, "directory to write", required=True)
 
 
 def main(argv) -> None:
     del argv
     try:
-        pages, pictures = local.build(_OUT.value, _PAGES.value, _IMAGES.value)
-    except (local.LocalIndexError, OSError) as error:
+        embed = None
+        if _MODEL.value is not None:
+            from mmsr1_jax.tools.embedding import Embedder  # only then: it takes a second
+
+            embed = Embedder(_MODEL.value)
+        pages, pictures = local.build(_OUT.value, _PAGES.value, _IMAGES.value, embed=embed)
+    except (ValueError, OSError) as error:  # model, pages or pictures: said in one line
         sys.exit(f"error: {error}")
     print(f"{pages} pages and {pictures} titles of pictures in {_OUT.value}")
 

@@ -4,7 +4,8 @@
     python -m mmsr1_jax.store export STORE FILE      all of it as one file
     python -m mmsr1_jax.store import STORE FILE      takes what STORE has not yet
 
-A store is the file that `mmsr1_jax/tools/store.py` writes; FILE is a store too.
+A store is the file that `mmsr1_jax/tools/store.py` writes, or the address of a Redis server
+(`mmsr1_jax/tools/redis_store.py`); FILE is such a file.
 """
 
 import pathlib
@@ -12,7 +13,8 @@ import sys
 
 from absl import app
 
-from mmsr1_jax.tools.store import Store, StoreError
+from mmsr1_jax.tools.redis_store import is_redis, open_store
+from mmsr1_jax.tools.store import StoreError
 
 _ARGUMENTS = {"info": 1, "export": 2, "import": 2}
 
@@ -25,13 +27,15 @@ def main(argv) -> None:
         )
     needed = paths[0] if action in ("info", "export") else paths[1]
     try:
-        if not pathlib.Path(needed).is_file():
+        if any(map(is_redis, paths[1:])):
+            raise StoreError("FILE must be a file, not the address of a server")
+        if not is_redis(needed) and not pathlib.Path(needed).is_file():
             raise StoreError(f"{needed}: no such store")
         if action == "import":
-            store = Store(paths[0])
+            store = open_store(paths[0])
             print(f"{store.take(paths[1])} entries taken from {paths[1]}")
         else:
-            store = Store(paths[0], "replay")
+            store = open_store(paths[0], "replay")
             if action == "export":
                 store.export(paths[1])
         for kind, entries, size in store.info():

@@ -2,14 +2,17 @@
 
 Pages are ranked by BM25 (SQLite's FTS5, words brought to their stems). Pictures are found by a
 perceptual hash: for each of 16 x 16 places, whether the picture gets brighter to the right. It
-survives scaling, compression and a little cropping; the nearest hashes are the answer.
+survives scaling, compression and a little cropping; the nearest hashes are the answer. Or, where
+the index was made with a model, by that model's embeddings (`tools/embedding.py`).
 
-    index.sqlite    page(url, title, snippet, text)     picture(hash, title, link, thumbnail)
+    index.sqlite    page(url, title, snippet, text)
+                    picture(hash, title, link, thumbnail, embedding)    embedded(model)
 """
 
 import asyncio
 import codecs
 import contextlib
+import functools
 import io
 import json
 import os
@@ -18,6 +21,7 @@ import sqlite3
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import imagehash
 import numpy as np
@@ -34,18 +38,35 @@ _MOST_BITS = 100
 _THUMBNAIL = 336  # pixels on its longer side
 _SCHEMA = """
 CREATE VIRTUAL TABLE page USING fts5(url UNINDEXED, title, snippet, text, tokenize = 'porter');
-CREATE TABLE picture (hash BLOB, title TEXT, link TEXT, thumbnail BLOB);
+CREATE TABLE picture (hash BLOB, title TEXT, link TEXT, thumbnail BLOB, embedding BLOB);
+CREATE TABLE embedded (model TEXT);
 """
+_EMBEDDING = np.dtype("<f2")  # in the file
 
 
 class LocalIndexError(ValueError):
     """An index, or something to be put into one, that cannot be used; the message names it."""
 
 
+class Embed(Protocol):
+    """Pictures to vectors (`tools/embedding.py`); called in several threads.
+
+    Attributes:
+      fingerprint: by which equal models are known.
+    """
+
+    fingerprint: str
+
+    def __call__(self, image: PIL.Image.Image) -> np.ndarray:
+        """float32[D] of length 1. Raises ImageError where the picture cannot be embedded."""
+
+
 def build(
     out: str | pathlib.Path,
     pages: Iterable[str | pathlib.Path] = (),
     pictures: Iterable[str | pathlib.Path] = (),
+    *,
+    embed: Embed | None = None,
 ) -> tuple[int, int]:
     """Writes `out/index.sqlite`, which appears when it is complete.
 
@@ -55,6 +76,7 @@ def build(
         be missing.
       pictures: JSONL files, {"image": PATH, "title" or "titles", "link"} a line; a path is looked
         up beside the file.
+      embed: with it, pictures can be searched for by embeddings too.
 
     Lines that cannot be used are named and left out.
 
@@ -70,7 +92,7 @@ def build(
     partial.unlink(missing_ok=True)
     try:
         with contextlib.closing(sqlite3.connect(partial)) as connection:
-            counts = _fill(connection, pages, pictures)
+            counts = _fill(connection, pages, pictures, embed)
             connection.commit()
         os.replace(partial, out / FILE)
     finally:
@@ -78,12 +100,15 @@ def build(
     return counts
 
 
-def _fill(connection: sqlite3.Connection, pages, pictures) -> tuple[int, int]:
+def _fill(connection: sqlite3.Connection, pages, pictures, embed: Embed | None) -> tuple[int, int]:
     connection.executescript(_SCHEMA)
+    if embed is not None:
+        connection.execute("INSERT INTO embedded VALUES (?)", (embed.fingerprint,))
+    to_rows = functools.partial(_picture, embed=embed)
     page_rows = (row for path in pages for row in _read(path, _page))
-    picture_rows = (row for path in pictures for row in _read(path, _picture))
+    picture_rows = (row for path in pictures for row in _read(path, to_rows))
     connection.executemany("INSERT INTO page VALUES (?, ?, ?, ?)", page_rows)
-    connection.executemany("INSERT INTO picture VALUES (?, ?, ?, ?)", picture_rows)
+    connection.executemany("INSERT INTO picture VALUES (?, ?, ?, ?, ?)", picture_rows)
     counts = tuple(
         connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
         for table in ("page", "picture")
@@ -102,12 +127,21 @@ class LocalIndex:
         which is then indexed in memory.
       results: of a search, at most.
       chars: of a page's text in a result: the paragraphs that are most about the question.
+      embed: of the model that the index was made with; pictures are then found by embeddings.
     """
 
-    def __init__(self, path: str | pathlib.Path, *, results: int = 5, chars: int = 1500):
-        """Raises LocalIndexError where there is nothing to be searched."""
+    def __init__(
+        self,
+        path: str | pathlib.Path,
+        *,
+        results: int = 5,
+        chars: int = 1500,
+        embed: Embed | None = None,
+    ):
+        """Raises LocalIndexError where there is nothing to be searched, and where the index has no
+        embeddings of `embed`'s model."""
         path = pathlib.Path(path)
-        self._results, self._chars = results, chars
+        self._results, self._chars, self._embed = results, chars, embed
         self._lock = threading.Lock()
         self._file = str(path)
         if (path / FILE).is_file():
@@ -115,7 +149,7 @@ class LocalIndex:
             self._open(sqlite3.connect(uri, uri=True, check_same_thread=False))
         else:
             connection = sqlite3.connect(":memory:", check_same_thread=False)
-            _fill(connection, [path / "pages.jsonl" if path.is_dir() else path], [])
+            _fill(connection, [path / "pages.jsonl" if path.is_dir() else path], [], None)
             self._open(connection)
 
     def _open(self, connection: sqlite3.Connection) -> None:
@@ -123,11 +157,37 @@ class LocalIndex:
         try:
             rows = connection.execute("SELECT rowid, hash FROM picture ORDER BY rowid").fetchall()
             connection.execute("SELECT rowid FROM page LIMIT 1")
+            if self._embed is not None:
+                self._open_embeddings(self._embed.fingerprint)
         except sqlite3.DatabaseError as error:
             raise LocalIndexError(f"{self._file}: {error}") from None
         self._ids = [row for row, _ in rows]
         hashes = b"".join(bits for _, bits in rows)
         self._hashes = np.frombuffer(hashes, np.uint64).reshape(len(rows), _SIDE * _SIDE // 64)
+
+    def _open_embeddings(self, model: str) -> None:
+        made = None
+        if self._connection.execute("PRAGMA table_info(embedded)").fetchall():
+            made = self._connection.execute("SELECT model FROM embedded").fetchone()
+        how = "python -m mmsr1_jax.index --images=.. --out=.. --model=DIR"
+        if made is None:
+            raise LocalIndexError(
+                f"{self._file}: has no embeddings of pictures, which tools.image_model asks for; "
+                f"make it anew: {how}"
+            )
+        if made[0] != model:
+            raise LocalIndexError(
+                f"{self._file}: its embeddings were made with another model ({made[0]}) than "
+                f"tools.image_model ({model}); name that one, or make the index anew: {how}"
+            )
+        # The rows of a picture, one a title, share a vector: less memory, and no rounding by which
+        # equal ones could change places.
+        numbers: dict[bytes, int] = {}
+        rows = self._connection.execute("SELECT embedding FROM picture ORDER BY rowid")
+        self._vector_of = np.array([numbers.setdefault(b, len(numbers)) for (b,) in rows], np.int64)
+        vectors = np.frombuffer(b"".join(numbers), _EMBEDDING).astype(np.float32)
+        vectors = vectors.reshape(len(numbers), -1) if numbers else np.zeros((0, 0), np.float32)
+        self._vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     async def text_search(self, query: Query) -> Observation:
         """Pages about the query."""
@@ -158,17 +218,30 @@ class LocalIndex:
         ]
 
     def _find_pictures(self, image: Picture) -> list[Result]:
-        wanted = np.frombuffer(hash_of(_opened(image)), np.uint64)
-        distance = np.bitwise_count(self._hashes ^ wanted).sum(axis=1, dtype=np.int64)
-        nearest = np.argsort(distance, kind="stable")[: self._results]
+        image = _opened(image)
+        nearest = self._by_hash(image) if self._embed is None else self._by_embedding(image)
         found = []
-        for number in nearest[distance[nearest] <= _MOST_BITS]:
+        for number in nearest:
             with self._lock:
                 title, thumbnail = self._connection.execute(
                     "SELECT title, thumbnail FROM picture WHERE rowid = ?", (self._ids[number],)
                 ).fetchone()
             found.append(image_result(thumbnail, title))
         return found
+
+    def _by_hash(self, image: PIL.Image.Image) -> np.ndarray:
+        wanted = np.frombuffer(hash_of(image), np.uint64)
+        distance = np.bitwise_count(self._hashes ^ wanted).sum(axis=1, dtype=np.int64)
+        nearest = np.argsort(distance, kind="stable")[: self._results]
+        return nearest[distance[nearest] <= _MOST_BITS]
+
+    def _by_embedding(self, image: PIL.Image.Image) -> np.ndarray:
+        """By cosine similarity. There is no least one: how near unrelated pictures are depends on
+        the model, and a search service shows its best matches too, however poor."""
+        if not self._ids:
+            return np.zeros(0, np.int64)
+        similarity = (self._vectors @ self._embed(image))[self._vector_of]
+        return np.argsort(-similarity, kind="stable")[: self._results]
 
 
 def hash_of(image: PIL.Image.Image) -> bytes:
@@ -206,7 +279,7 @@ def _page(entry: dict, _: pathlib.Path) -> list[tuple]:
     return [(*values[:3], values[3] or values[4])]
 
 
-def _picture(entry: dict, folder: pathlib.Path) -> list[tuple]:
+def _picture(entry: dict, folder: pathlib.Path, embed: Embed | None) -> list[tuple]:
     path, titles = _text(entry, "image"), entry.get("titles", [entry.get("title")])
     if not path:
         raise ValueError("no 'image'")
@@ -214,10 +287,12 @@ def _picture(entry: dict, folder: pathlib.Path) -> list[tuple]:
         raise ValueError("'title' must be text, or 'titles' a list of texts")
     image = open_image(folder / path)
     bits = hash_of(image)
+    embedding = None if embed is None else embed(image).astype(_EMBEDDING).tobytes()
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     file = io.BytesIO()
     image.save(file, "jpeg", quality=85)
-    return [(bits, _valid(t), _text(entry, "link"), file.getvalue()) for t in titles]
+    link, thumbnail = _text(entry, "link"), file.getvalue()
+    return [(bits, _valid(title), link, thumbnail, embedding) for title in titles]
 
 
 def _text(entry: dict, name: str) -> str:

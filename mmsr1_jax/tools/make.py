@@ -1,8 +1,12 @@
 """The tools that the settings ask for."""
 
+import functools
+
 from mmsr1_jax import config as settings
+from mmsr1_jax.judge import Judge
 from mmsr1_jax.tools.image_search import ImageSearch, Publisher, Thumbnails
-from mmsr1_jax.tools.local import LocalIndex
+from mmsr1_jax.tools.local import Embed, LocalIndex
+from mmsr1_jax.tools.redis_store import RedisStore, open_store
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.services.fvqa import FvqaCache
 from mmsr1_jax.tools.services.jina import Jina
@@ -35,6 +39,7 @@ def make_tools(config: settings.Config) -> dict[str, Tool]:
 
     Raises:
       ToolsError, LocalIndexError, KeyMissingError, CacheError, StoreError: one cannot be made.
+      ConfigError, CheckpointError, ImageError: nor the model of `tools.image_model` be used.
     """
     tools, services = config.tools, config.services
     automatic = "none" if tools.index is None else "local"
@@ -43,11 +48,9 @@ def make_tools(config: settings.Config) -> dict[str, Tool]:
     index = None
     if "local" in (text, image):
         path = _needed("tools.index", tools.index)
-        index = LocalIndex(path, results=tools.results, chars=tools.result_chars)
-    mode = "off" if services.store is None else services.store_mode
-    make = _Makers(tools, services, Stored(Store(
-        services.store, mode, days=services.store_days, max_bytes=services.store_max_bytes
-    )))  # fmt: skip
+        embed = _embedder(config) if image == "local" else None
+        index = LocalIndex(path, results=tools.results, chars=tools.result_chars, embed=embed)
+    make = _Makers(tools, services, _store(services))
     made: dict[str, Tool] = {}
     if text != "none":
         made["text_search"] = index.text_search if text == "local" else make.text(text)
@@ -56,19 +59,52 @@ def make_tools(config: settings.Config) -> dict[str, Tool]:
     return made
 
 
+def make_judge(config: settings.Config) -> Judge | None:
+    """What judges answers; None where they are matched. Raises StoreError."""
+    services = config.services
+    if services.judge_url is None:
+        return None
+    return _Makers(config.tools, services, _store(services)).judge()
+
+
+def _store(services: settings.Services) -> Store | RedisStore:
+    mode = "off" if services.store is None else services.store_mode
+    return open_store(
+        services.store, mode, days=services.store_days, max_bytes=services.store_max_bytes
+    )
+
+
+def _embedder(config: settings.Config) -> Embed | None:
+    directory = config.tools.image_model
+    if directory is None:
+        return None
+    from mmsr1_jax.tools.embedding import Embedder  # only here: tools need no model otherwise
+
+    embed = Embedder(directory)
+    if config.rollout.compile_ahead:
+        embed.warm_up()
+    return embed
+
+
 class _Makers:
-    def __init__(self, tools: settings.Tools, services: settings.Services, stored: Stored):
-        self._tools, self._services, self._stored = tools, services, stored
+    def __init__(
+        self, tools: settings.Tools, services: settings.Services, store: Store | RedisStore
+    ):
+        self._tools, self._services = tools, services
+        self._store, self._stored = store, Stored(store)
         self._web = Web(allowed_hosts=services.allowed_hosts, seconds=services.seconds)
 
     def _service(self, name: str) -> Service:
-        settings_ = self._services
+        settings_, turn = self._services, None
+        if isinstance(self._store, RedisStore):
+            turn = functools.partial(self._store.turn, name, settings_.per_second)
         return Service(
             name,
             self._web,
             at_once=settings_.at_once,
             per_second=settings_.per_second,
             attempts=settings_.attempts,
+            turn=turn,
         )
 
     def _google(self, name: str) -> SerpApi | Serper:
@@ -115,6 +151,10 @@ class _Makers:
             return None
         summariser = Summariser(self._service("summariser"), base_url=url, model=model)
         return StoredSummariser(summariser, self._stored, model)
+
+    def judge(self) -> Judge:
+        url, model = self._services.judge_url, self._services.judge_model
+        return Judge(self._service("judge"), self._stored, base_url=url, model=model)
 
     def image(self, name: str) -> Tool:
         services, results = self._services, self._tools.results

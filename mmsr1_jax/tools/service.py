@@ -10,6 +10,7 @@ import asyncio
 import sys
 import time
 import weakref
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiolimiter
@@ -35,6 +36,8 @@ class Service:
         for.
       failures: in a row, after which it is not asked.
       pause: seconds for which it is then not asked.
+      turn: awaited before each call: limits that are shared with other processes, which come beside
+        `per_second`. `at_once` is of one process always.
     """
 
     def __init__(
@@ -48,12 +51,14 @@ class Service:
         longest_wait: float = 20.0,
         failures: int = 20,
         pause: float = 30.0,
+        turn: Callable[[], Awaitable[None]] | None = None,
     ):
         self.name = name
         self._web = web
         self._at_once, self._per_second = at_once, per_second
         self._attempts, self._longest_wait = attempts, longest_wait
         self._most_failures, self._pause = failures, pause
+        self._turn = turn
         self._failures, self._closed_until, self._said = 0, 0.0, False
         self._of_loop: weakref.WeakKeyDictionary[Any, _Limits] = weakref.WeakKeyDictionary()
 
@@ -86,6 +91,8 @@ class Service:
             ):
                 with attempt:
                     async with limits.at_once, limits.rate:
+                        if self._turn is not None:
+                            await self._turn()
                         answer = await self._web.request(method, url, **request)
         except WebError as error:
             if error.transient:

@@ -4,6 +4,7 @@
     summary   page and question -> text     matches   picture -> pages with similar ones
     picture   address -> file               published address at which a picture is
     answer    query and question -> all of a text search
+    verdict   question, gold answers and answer -> right or not, and why
 
 Failures are kept too, so that a replay fails where the record did.
 """
@@ -11,12 +12,14 @@ Failures are kept too, so that a replay fails where the record did.
 import asyncio
 import base64
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from mmsr1_jax.tools.redis_store import RedisStore
 from mmsr1_jax.tools.services import Hit
 from mmsr1_jax.tools.store import Store, StoreError
 from mmsr1_jax.tools.tool import Observation, Part, Query, Tool
@@ -30,8 +33,9 @@ class NotStoredError(WebError):
 class Stored:
     """A store, with what is asked where it has nothing."""
 
-    def __init__(self, store: Store):
+    def __init__(self, store: Store | RedisStore):
         self._store = store
+        self._remote = isinstance(store, RedisStore)
         self._complained = False
 
     async def get(self, kind: str, key: str, ask: Callable[[], Awaitable[Any]]) -> Any:
@@ -40,7 +44,7 @@ class Stored:
         Raises:
           WebError: of `ask`, now or when it was recorded; NotStoredError.
         """
-        found = self.look(kind, key)
+        found = await self.look(kind, key)
         if found is not None:
             return found
         if self._store.mode == "replay":
@@ -53,9 +57,10 @@ class Stored:
         await self.put(kind, key, value)
         return value
 
-    def look(self, kind: str, key: str) -> Any:
+    async def look(self, kind: str, key: str) -> Any:
         """The JSON value that the store has, or None. Raises WebError: it was recorded."""
-        found = self._try(self._store.get, kind, key)
+        # A look into a file takes no longer than handing it to a thread would.
+        found = await self._try(self._remote, self._store.get, kind, key)
         if found is None:
             return None
         value = json.loads(found[0])
@@ -69,16 +74,21 @@ class Stored:
             return
         data = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
         # In a thread: another process may hold the file for a moment.
-        await asyncio.to_thread(self._try, self._store.put, kind, key, data, failed=failed)
+        await self._try(True, self._store.put, kind, key, data, failed=failed)
 
-    def _try(self, act: Callable, *arguments, **keywords) -> Any:
+    async def _try(self, in_thread: bool, act: Callable, *arguments, **keywords) -> Any:
         """A store that cannot be used costs its use, and no search; that is said once."""
         try:
-            return act(*arguments, **keywords)
+            if not in_thread:
+                return act(*arguments, **keywords)
+            threads = self._store.threads if self._remote else None
+            act = functools.partial(act, *arguments, **keywords)
+            return await asyncio.get_running_loop().run_in_executor(threads, act)
         except StoreError as error:
             if not self._complained:
                 self._complained = True
-                print(f"store: {error}; searches go on without it", file=sys.stderr)
+                alone = ", each process with its own limits" if self._remote else ""
+                print(f"store: {error}; searches go on without it{alone}", file=sys.stderr)
             return None
 
 
@@ -149,7 +159,7 @@ class StoredSearch:
     async def __call__(self, query: Query) -> Observation:
         key = json.dumps([self._name, query.text, query.question])
         try:
-            found = self._stored.look("answer", key)
+            found = await self._stored.look("answer", key)
         except WebError as error:
             return Observation(status="failed", error=str(error))
         if found is not None:

@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
 from mmsr1_jax.models.qwen2_5_vl.model import Qwen2_5_VL
+from mmsr1_jax.models.qwen2_5_vl.vision import VisionTower
 from mmsr1_jax.sharding import param_shardings
 
 INDEX = "model.safetensors.index.json"
@@ -156,12 +157,28 @@ def load(directory, *, mesh, param_dtype=None, **keywords) -> Qwen2_5_VL:
     config = ModelConfig.from_directory(directory)
     files = _Files(pathlib.Path(directory), config)
     dtype = files.common_dtype() if param_dtype is None else np.dtype(param_dtype)
-    graph, abstract = nnx.split(abstract_model(config, param_dtype=dtype, **keywords))
+    return _read(files, config, abstract_model(config, param_dtype=dtype, **keywords), (), mesh)
+
+
+def load_vision(directory, *, mesh, param_dtype) -> VisionTower:
+    """Reads the vision tower alone, as `load` does. What else is in the directory is checked by
+    name and shape, as there, but takes no memory."""
+    config = ModelConfig.from_directory(directory)
+    files = _Files(pathlib.Path(directory), config)
+    tower = nnx.eval_shape(
+        lambda: VisionTower(config.vision, rngs=nnx.Rngs(0), dtype=np.dtype(param_dtype))
+    )
+    return _read(files, config, tower, ("vision",), mesh)
+
+
+def _read(files: "_Files", config: ModelConfig, abstract, within: tuple[str, ...], mesh):
+    """An abstract module, which lies at the path `within` in the model, with its arrays."""
+    graph, abstract = nnx.split(abstract)
     shardings = nnx.to_flat_state(param_shardings(abstract, mesh))
     table = tensor_table(config)
     arrays = []
     for (path, variable), (_, sharding) in zip(nnx.to_flat_state(abstract), shardings, strict=True):
-        value = files.read(table[path], variable, sharding.get_value())
+        value = files.read(table[(*within, *path)], variable, sharding.get_value())
         # Before the next is read, so that the host never holds two that are on their way.
         arrays.append((path, variable.replace(jax.block_until_ready(value))))
     return nnx.merge(graph, nnx.from_flat_state(arrays))
