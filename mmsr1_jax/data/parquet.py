@@ -1,0 +1,355 @@
+"""Parquet files of questions in veRL's schema: reading and writing.
+
+column        needed  what is taken from it
+prompt        yes     list of {content, role}: the question is what the one user message says,
+                      without "<image>" marks around it; a system message is left out
+images        yes     list of {bytes, path}: bytes of files, or paths from the parquet's folder
+reward_model  yes     {ground_truth, candidate_answers}: the answer; other forms of it, as JSON
+                      in a string, as a list, or null
+data_id       no      the id; else file and row
+data_source   no      the source; else the file's name
+category      no      FVQA's search_required or search_free
+"""
+
+import bisect
+import dataclasses
+import glob
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from mmsr1_jax.rollout.episode import Example
+
+_MARK = "<image>"
+_PICTURE_ROWS = 8  # rows of pictures that are in memory at a time
+_TEXT_ROWS = 1024
+_BUFFER = 1 << 20  # bytes read at a time; without it, all of a row group
+_GROUP_BYTES = 16 << 20  # of a row group that is written
+# Columns that a file must have, their fields, and which are lists of these.
+_NEEDED = {
+    "prompt": ("content", "role"),
+    "images": ("bytes",),
+    "reward_model": ("ground_truth",),
+}
+_LISTS = ("prompt", "images")
+_TEXTS = ("prompt", "reward_model", "data_id", "data_source", "category")
+_SCHEMA = pa.schema(
+    {
+        "data_id": pa.string(),
+        "category": pa.string(),
+        "data_source": pa.string(),
+        "prompt": pa.list_(pa.struct({"content": pa.string(), "role": pa.string()})),
+        "images": pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()})),
+        "reward_model": pa.struct(
+            {"candidate_answers": pa.string(), "ground_truth": pa.string(), "style": pa.string()}
+        ),
+        "image_urls": pa.string(),
+    }
+)
+
+
+class DataError(ValueError):
+    """Files, or a position in them, that cannot be used; the message names what it is."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """A question with what is known about it.
+
+    Attributes:
+      id: by which it is found again.
+      question: text.
+      images: bytes of picture files, at least one, in the order in which they are shown.
+      answers: the ground truth, then its other forms; each once.
+      source: the data set that it comes from.
+      category: what the data set says of it; "" where it says nothing.
+      file, row: where it was read, for messages; rows of a file count from 0.
+    """
+
+    id: str
+    question: str
+    images: tuple[bytes, ...] = dataclasses.field(repr=False)
+    answers: tuple[str, ...]
+    source: str = ""
+    category: str = ""
+    file: str = ""
+    row: int = 0
+
+    def example(self) -> Example:
+        """What the engine takes; it does not see the answers."""
+        return Example(id=self.id, question=self.question, images=self.images)
+
+
+@dataclasses.dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used. `row` counts from 0 in its file; `field` is within the row."""
+
+    file: str
+    row: int
+    field: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.row}: {self.field}: {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionFile:
+    """A parquet file.
+
+    Attributes:
+      path: of it.
+      columns: those of `_TEXTS` that it has.
+      starts: first row of each row group.
+      stamp: size and time of change, in bytes and ns.
+    """
+
+    path: pathlib.Path
+    columns: tuple[str, ...]
+    starts: tuple[int, ...]
+    stamp: tuple[int, int]
+
+    @classmethod
+    def of(cls, path: pathlib.Path) -> "QuestionFile":
+        """Raises DataError: not a parquet file, or it lacks a column or a field of one."""
+        try:
+            stat = path.stat()
+            with parquet.ParquetFile(path) as file:
+                schema, metadata = file.schema_arrow, file.metadata
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path}: not a parquet file that can be read ({error})") from None
+        for column, fields in _NEEDED.items():
+            if column not in schema.names:
+                raise DataError(f"{path}: no column {column!r}; it has {', '.join(schema.names)}")
+            kind = schema.field(column).type
+            if not _fits(kind, column in _LISTS, fields):
+                shape = f"{'a list of ' * (column in _LISTS)}{{{', '.join(fields)}}}"
+                raise DataError(f"{path}: column {column!r} must be {shape}; it is {kind}")
+        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        starts = tuple(itertools.accumulate(sizes, initial=0))[: len(sizes)]
+        columns = tuple(name for name in _TEXTS if name in schema.names)
+        return cls(path, columns, starts, (stat.st_size, stat.st_mtime_ns))
+
+    def group_of(self, row: int) -> int:
+        """The row group that holds a row."""
+        return bisect.bisect_right(self.starts, row) - 1
+
+    def texts(self) -> Iterator[Question | BadRow]:
+        """All rows, without pictures. Raises DataError where the file cannot be read."""
+        row = 0
+        for batch in self._batches(_TEXT_ROWS, self.columns, None):
+            for i in range(batch.num_rows):
+                try:
+                    cells = {name: _cell(name, batch.column(name)[i]) for name in self.columns}
+                    yield _question(cells, self.path, row)
+                except _BadFieldError as error:
+                    yield BadRow(str(self.path), row, error.field, error.reason)
+                row += 1
+
+    def pictures(
+        self, group: int, rows: Iterable[int]
+    ) -> Iterator[tuple[int, tuple[bytes, ...] | BadRow]]:
+        """Rows of a row group, ascending, each with the bytes of its picture files, not decoded.
+
+        Raises DataError where the file cannot be read, or is not the one that was opened.
+        """
+        wanted, row = set(rows), self.starts[group]
+        last = max(wanted)
+        for batch in self._batches(_PICTURE_ROWS, ("images",), [group]):
+            for i in range(batch.num_rows):
+                if row in wanted:
+                    try:
+                        yield row, _images(batch.column(0)[i], self.path.parent)
+                    except _BadFieldError as error:
+                        yield row, BadRow(str(self.path), row, error.field, error.reason)
+                row += 1
+            if row > last:
+                return
+
+    def _batches(
+        self, rows: int, columns: Sequence[str], groups: list[int] | None
+    ) -> Iterator[pa.RecordBatch]:
+        # Opened anew each time, as an open one is not safe to be used from several threads.
+        try:
+            stat = self.path.stat()
+            if (stat.st_size, stat.st_mtime_ns) != self.stamp:
+                raise DataError(f"{self.path}: was changed while in use")
+            with parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=_BUFFER) as file:
+                yield from file.iter_batches(rows, groups, list(columns), use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{self.path}: cannot be read ({error})") from None
+
+
+def write_parquet(path: str | pathlib.Path, questions: Iterable[Question]) -> int:
+    """Writes questions in the schema that is read, pictures as bytes. Returns how many.
+
+    The file appears when it is complete. About 16 MB of pictures are in memory at a time.
+    """
+    path, count = pathlib.Path(path), 0
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        # Pages of few pictures, so that a reader need not hold many; pictures are all different.
+        with parquet.ParquetWriter(
+            partial, _SCHEMA, use_dictionary=["data_source", "category"], write_batch_size=4
+        ) as writer:
+            rows, size = [], 0
+            for question in questions:
+                rows.append(_row(question))
+                count += 1
+                size += sum(map(len, question.images))
+                if size >= _GROUP_BYTES:
+                    writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
+                    rows, size = [], 0
+            if rows:
+                writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def _row(question: Question) -> dict[str, Any]:
+    truth, *others = question.answers
+    return {
+        "data_id": question.id,
+        "category": question.category or None,
+        "data_source": question.source,
+        "prompt": [{"content": question.question, "role": "user"}],
+        "images": [{"bytes": image, "path": None} for image in question.images],
+        "reward_model": {
+            "candidate_answers": json.dumps(others),
+            "ground_truth": truth,
+            "style": "rule",
+        },
+        "image_urls": None,
+    }
+
+
+class _BadFieldError(Exception):
+    """What is wrong with a row."""
+
+    def __init__(self, field: str, reason: str):
+        super().__init__(field, reason)
+        self.field, self.reason = field, reason
+
+
+def find_files(where: str | pathlib.Path | Sequence[str | pathlib.Path]) -> list[pathlib.Path]:
+    """Parquet files: one, those of a directory or a glob (sorted by name), or of several of these;
+    each once. Raises DataError where there is none."""
+    found: dict[pathlib.Path, None] = {}
+    for item in [where] if isinstance(where, (str, pathlib.Path)) else where:
+        path = pathlib.Path(item)
+        if path.is_dir():
+            names = [p for p in sorted(path.glob("*.parquet")) if not p.name.startswith(".")]
+        else:
+            names = [path] if path.exists() else sorted(map(pathlib.Path, glob.glob(str(item))))
+        if not names:
+            raise DataError(f"{item}: no parquet file there")
+        found |= dict.fromkeys(names)
+    if not found:
+        raise DataError("no parquet file was named")
+    return list(found)
+
+
+def _fits(kind: pa.DataType, listed: bool, fields: Sequence[str]) -> bool:
+    """Whether a column has the fields; one that holds nothing but nulls may be of any type."""
+    if listed and isinstance(kind, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
+        kind, listed = kind.value_type, False
+    if pa.types.is_null(kind):
+        return True
+    return not listed and pa.types.is_struct(kind) and set(fields) <= {f.name for f in kind}
+
+
+def _cell(field: str, scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        raise _BadFieldError(field, "not UTF-8") from None
+
+
+def _question(cells: dict[str, Any], path: pathlib.Path, row: int) -> Question:
+    """Raises _BadFieldError."""
+    return Question(
+        id=_plain(cells.get("data_id"), "data_id") or f"{path.stem}_{row}",
+        question=_question_text(cells["prompt"]),
+        images=(),
+        answers=_answers(cells["reward_model"]),
+        source=_plain(cells.get("data_source"), "data_source") or path.stem,
+        category=_plain(cells.get("category"), "category"),
+        file=str(path),
+        row=row,
+    )
+
+
+def _question_text(messages: Any) -> str:
+    """The words of the user. Nothing is split on them: an instruction that a data set puts around
+    its questions stays."""
+    roles = [message and message["role"] for message in messages or ()]
+    if roles.count("user") != 1 or any(role not in ("user", "system") for role in roles):
+        raise _BadFieldError("prompt", f"must be one message of the user, has the roles {roles}")
+    text = _plain(messages[roles.index("user")]["content"], "prompt.content")
+    while text.startswith(_MARK) or text.endswith(_MARK):
+        text = text.removeprefix(_MARK).removesuffix(_MARK).strip()
+    if not text:
+        raise _BadFieldError("prompt.content", "no question")
+    return text
+
+
+def _answers(reward: Any) -> tuple[str, ...]:
+    truth = _plain(reward and reward["ground_truth"], "reward_model.ground_truth")
+    if not truth:
+        raise _BadFieldError("reward_model.ground_truth", "empty")
+    field = "reward_model.candidate_answers"
+    others = reward.get("candidate_answers")
+    if isinstance(others, str):
+        try:  # numbers as they are written
+            kept = {"parse_int": str, "parse_float": str, "parse_constant": str}
+            others = json.loads(others, **kept) if others.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise _BadFieldError(field, f"not JSON ({error})") from None
+    if not isinstance(others, (list, type(None))):
+        raise _BadFieldError(field, "not a list")
+    texts = [_plain(other, field) for other in others or ()]
+    return tuple(dict.fromkeys([truth, *filter(None, texts)]))
+
+
+def _plain(value: Any, field: str) -> str:
+    """Text without white space around it; "" for null. A number is taken as text."""
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise _BadFieldError(field, f"holds a {type(value).__name__}, not text")
+    text = str(value).strip()
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _BadFieldError(field, "half a character (a lone surrogate)") from None
+    return text
+
+
+def _images(cell: pa.Scalar, folder: pathlib.Path) -> tuple[bytes, ...]:
+    """Bytes of the picture files of a row. Raises _BadFieldError."""
+    images = []
+    for number, entry in enumerate(_cell("images", cell) or ()):
+        field, entry = f"images[{number}]", entry or {}
+        data, path = entry.get("bytes"), _plain(entry.get("path"), f"{field}.path")
+        if data is None and path:
+            file = folder / path
+            try:
+                data = file.read_bytes() if file.is_file() else None
+            except OSError as error:
+                raise _BadFieldError(field, f"{file}: {error.strerror or error}") from None
+            if data is None:
+                raise _BadFieldError(field, f"{file}: no such file")
+        if not isinstance(data, bytes) or not data:
+            raise _BadFieldError(field, "neither bytes nor path")
+        images.append(data)
+    if not images:
+        raise _BadFieldError("images", "there is none")
+    return tuple(images)

@@ -1,0 +1,141 @@
+"""Emblems of the landmarks, and photos of them.
+
+An emblem is a few attributes, all of which can be read off a photo: to which side each piece of the
+field gets lighter, its two colours, and the charge in the middle with its tone. The field is what
+the difference hash of the local index sees best.
+"""
+
+import functools
+import io
+import math
+from typing import NamedTuple
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+
+PHOTO = 84  # pixels a side: 9 merged tokens of 28 x 28
+FIELD_PIECES = 8
+
+_VIEW = 126  # of a drawing, pixels a side that a photo shows; larger, as it is looked at askew
+_MARGIN = 14  # around it, so that a turned photo shows no edge
+_DARK = ("#14306e", "#7a1020", "#0c5a2c", "#54188a", "#603a10", "#0a5c66")
+_LIGHT = ("#ffe24a", "#9fdcff", "#ffb0d0", "#a8f5a0", "#ffb45a", "#f4f4f4")
+_TONES = ("#ffffff", "#101010")  # of a charge; its outline has the other
+_CHARGES = 8
+_ROWS = FIELD_PIECES // 2
+
+
+class Emblem(NamedTuple):
+    """Attributes of an emblem.
+
+    Attributes:
+      field: 8 bits, one for each of 4 rows x 2 halves: does it get lighter to the right, or to the
+        left.
+      dark, light: the colours of the field.
+      charge: the shape in the middle.
+      tone: of the charge.
+    """
+
+    field: int
+    dark: int
+    light: int
+    charge: int
+    tone: int
+
+
+# How many values each attribute has.
+SIZES = Emblem(2**FIELD_PIECES, len(_DARK), len(_LIGHT), _CHARGES, len(_TONES))
+
+
+@functools.lru_cache(maxsize=512)
+def _drawing(emblem: Emblem) -> PIL.Image.Image:
+    """What photos are taken of: RGB, with a margin around what they show."""
+    side = _VIEW + 2 * _MARGIN
+    at = np.clip((np.arange(side) + 0.5 - _MARGIN) / _VIEW, 0, 1 - 1e-6)  # 0 to 1 in the view
+    bits = (emblem.field >> np.arange(FIELD_PIECES)).reshape(_ROWS, 2) & 1
+    half, inside = np.divmod(2 * at, 1)
+    bits = bits[(_ROWS * at).astype(int)][:, half.astype(int)]
+    share = np.where(bits, inside, 1 - inside)[..., None]
+    colours = (_DARK[emblem.dark], _LIGHT[emblem.light])
+    dark, light = (np.array(PIL.ImageColor.getrgb(colour), np.float64) for colour in colours)
+    image = PIL.Image.fromarray((dark + share * (light - dark)).astype(np.uint8))
+    _draw_charge(PIL.ImageDraw.Draw(image), emblem, side / 2)
+    return image
+
+
+def plain(emblem: Emblem) -> PIL.Image.Image:
+    """The photo on which nothing is changed: RGB, `PHOTO` pixels a side."""
+    box = (_MARGIN, _MARGIN, _MARGIN + _VIEW, _MARGIN + _VIEW)
+    return _drawing(emblem).resize((PHOTO, PHOTO), PIL.Image.Resampling.BOX, box)
+
+
+def _draw_charge(pen: PIL.ImageDraw.ImageDraw, emblem: Emblem, centre: float) -> None:
+    fill, outline = _TONES[emblem.tone], _TONES[1 - emblem.tone]
+    r = 0.22 * _VIEW
+
+    def shape(points, radius=r):
+        path = [(centre + radius * x, centre + radius * y) for x, y in points]
+        pen.polygon(path, fill=fill, outline=outline, width=4)
+
+    def disc(x, y, radius, inner=fill):
+        box = (x - radius, y - radius, x + radius, y + radius)
+        pen.ellipse(box, fill=inner, outline=outline, width=4)
+
+    if emblem.charge == 0:
+        disc(centre, centre, r)
+    elif emblem.charge == 1:
+        shape([(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)])
+    elif emblem.charge == 2:
+        shape([(0, -1.1), (1.1, 0.9), (-1.1, 0.9)])
+    elif emblem.charge == 3:
+        shape([(0, 1.1), (1.1, -0.9), (-1.1, -0.9)])
+    elif emblem.charge == 4:
+        arm = 0.35
+        corners = [(arm, 1.15), (arm, arm), (1.15, arm)]
+        turned = [[(x, y), (y, -x), (-x, -y), (-y, x)] for x, y in corners]
+        shape([turned[k][q] for q in range(4) for k in range(3)])
+    elif emblem.charge == 5:
+        disc(centre, centre, 1.1 * r)
+        disc(centre, centre, 0.5 * r, outline)
+    elif emblem.charge == 6:
+        for side in (-1, 1):
+            shape([(side * x, y) for x, y in ((0.25, -1.1), (0.9, -1.1), (0.9, 1.1), (0.25, 1.1))])
+    else:
+        tips = [(math.sin(k * math.pi / 5), -math.cos(k * math.pi / 5)) for k in range(10)]
+        shape([(1.25 * x, 1.25 * y) if k % 2 == 0 else (0.5 * x, 0.5 * y)
+               for k, (x, y) in enumerate(tips)])  # fmt: skip
+
+
+def photo(emblem: Emblem, rng: np.random.Generator) -> PIL.Image.Image:
+    """A photo of an emblem: RGB, `PHOTO` pixels a side; cropped, turned, lit and noised.
+
+    Turns are small since the difference hash of the local index compares neighbours in a row.
+    """
+    drawing = _drawing(emblem)
+    turn = math.radians(rng.uniform(-4, 4))
+    scale = _VIEW / PHOTO * rng.uniform(0.93, 1.03)
+    dx, dy = rng.uniform(-0.03, 0.03, 2) * _VIEW + drawing.width / 2
+    cos, sin = scale * math.cos(turn), scale * math.sin(turn)
+    middle = PHOTO / 2
+    matrix = (
+        cos, -sin, dx - middle * (cos - sin),
+        sin, cos, dy - middle * (sin + cos),
+    )  # fmt: skip
+    shot = drawing.transform(
+        (PHOTO, PHOTO), PIL.Image.Transform.AFFINE, matrix, PIL.Image.Resampling.BILINEAR
+    )
+    pixels = np.asarray(shot, np.float32)
+    slope = np.linspace(-1, 1, PHOTO, dtype=np.float32)
+    light = rng.uniform(0.75, 1.15) * rng.uniform(0.93, 1.07, 3).astype(np.float32)
+    light = light * (1 + 0.1 * np.float32(rng.uniform(-1, 1)) * slope[:, None, None])
+    light = light * (1 + 0.1 * np.float32(rng.uniform(-1, 1)) * slope[None, :, None])
+    noise = rng.standard_normal(pixels.shape, np.float32) * np.float32(rng.uniform(2, 10))
+    return PIL.Image.fromarray(np.clip(pixels * light + noise, 0, 255).astype(np.uint8))
+
+
+def jpeg(image: PIL.Image.Image) -> bytes:
+    """A picture as the bytes of a JPEG file."""
+    file = io.BytesIO()
+    image.save(file, "jpeg", quality=92)
+    return file.getvalue()

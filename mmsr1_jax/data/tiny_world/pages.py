@@ -1,0 +1,81 @@
+"""What can be found in the world: pages about landmarks, and pictures of them with their titles."""
+
+import itertools
+import json
+import pathlib
+import tempfile
+
+from mmsr1_jax.data.tiny_world.emblems import jpeg, photo
+from mmsr1_jax.data.tiny_world.world import CHANGING, LAST_YEAR, LASTING, THIS_YEAR, World
+from mmsr1_jax.tools import local
+
+# Of the pictures of each landmark, one photo a title.
+TITLES = ("{name}, {city}", "{name} in {city}", "View of {name}, {city}", "{city}: {name}")
+ABOUT = (
+    "{name} stands in the city of {city}. Its builder was {builder}, its stone is {stone}.",
+    "{name}: a landmark of {city}, built of {stone}. Builder: {builder}.",
+)
+OF_A_YEAR = (
+    "{name} in {year}: the keeper is {keeper}, a ticket costs {ticket}, on show are {show}.",
+    "{year} at {name}: {show} on show, keeper {keeper}, ticket {ticket}.",
+)
+LISTS = {
+    "city": "In the city of {value} you can see {names}.",
+    "builder": "{value} was the builder of {names}.",
+    "stone": "You find {value} in the walls of {names}.",
+}
+_LISTED = 4  # landmarks on a page that lists them, at most
+
+
+def pages(world: World) -> list[dict[str, str]]:
+    """All pages, {"url", "title", "snippet", "text"}: of each landmark one with what lasts, one of
+    this year and one of the last, which is out of date; and lists of landmarks by what they share.
+    """
+    rng = world.rng("pages")
+    found = []
+
+    def add(title: str, text: str) -> None:
+        url = f"tw/{len(found)}"
+        found.append({"url": url, "title": title, "snippet": text, "text": text})
+
+    for landmark in world.landmarks:
+        add(landmark.name, rng.choice(ABOUT).format(**landmark.facts))
+        # The older page comes first, so that among equals it would be found first.
+        for year, facts in ((LAST_YEAR, landmark.last_year), (THIS_YEAR, landmark.facts)):
+            text = rng.choice(OF_A_YEAR).format(**{**landmark.facts, **facts}, year=year)
+            add(f"{landmark.name} {year}", text)
+    for fact, template in LISTS.items():
+        for value in LASTING[fact]:
+            names = [mark.name for mark in world.landmarks if mark.facts[fact] == value]
+            for start in range(0, len(names), _LISTED):
+                add(
+                    value,
+                    template.format(value=value, names=", ".join(names[start : start + _LISTED])),
+                )
+    return found
+
+
+def query(name: str, fact: str) -> str:
+    """A sensible text search for a fact of this year."""
+    if fact == "name":
+        return name
+    return f"{name} {fact} {THIS_YEAR}" if fact in CHANGING else f"{name} {fact}"
+
+
+def write_index(world: World, out: str | pathlib.Path) -> tuple[int, int]:
+    """Writes `out/index.sqlite` with all pages, and some pictures of each landmark.
+
+    Returns the number of pages and of pictures.
+    """
+    rng = world.rng("pictures")
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        lines = []
+        for landmark, title in itertools.product(world.landmarks, TITLES):
+            file = f"{len(lines)}.jpg"
+            (folder / file).write_bytes(jpeg(photo(landmark.emblem, rng)))
+            lines.append({"image": file, "title": title.format(**landmark.facts)})
+        files = {"pages.jsonl": pages(world), "pictures.jsonl": lines}
+        for file, entries in files.items():
+            (folder / file).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        return local.build(out, [folder / "pages.jsonl"], [folder / "pictures.jsonl"])
