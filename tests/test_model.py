@@ -14,7 +14,7 @@ from mmsr1_jax import tiny
 from mmsr1_jax.batching import Bucket, make_rows
 from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.models.qwen2_5_vl import checkpoint
-from mmsr1_jax.models.qwen2_5_vl.text import token_logprobs
+from mmsr1_jax.models.qwen2_5_vl.text import token_logprobs, token_statistics
 from tests import reference
 from tests.programs import array_sizes
 from tests.reference import random_conversation, torch, torch_logits
@@ -191,6 +191,24 @@ def test_bfloat16_logits_are_not_rounded():
     half = token_logprobs(hidden, table, targets, chunk=16)
     wide = [x.astype(jnp.float32) for x in (hidden, table)]
     np.testing.assert_allclose(half, token_logprobs(*wide, targets, chunk=16), atol=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_statistics_of_tokens(temperature):
+    """Against float64, from the definitions; a row that chunks do not divide."""
+    rng = np.random.default_rng(4)
+    hidden, table = rng.normal(size=(2, 21, 32)), rng.normal(size=(100, 32))
+    targets = rng.integers(0, 100, (2, 21))
+    logits = hidden @ table.T / temperature
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    narrow = [jnp.asarray(x, jnp.float32) for x in (hidden, table)]
+    logprob, entropy = token_statistics(
+        *narrow, jnp.asarray(targets), chunk=8, temperature=temperature
+    )
+    expected = np.log(np.take_along_axis(p, targets[..., None], -1)[..., 0])
+    np.testing.assert_allclose(logprob, expected, atol=1e-4)
+    np.testing.assert_allclose(entropy, -(p * np.log(p)).sum(-1), atol=1e-4)
 
 
 def test_bfloat16_stays_near_float32():

@@ -168,7 +168,8 @@ class Device:
         """The program that gives parameters these shardings and the engine's dtype."""
 
         def cast(params):
-            return jax.tree.map(lambda x: x.astype(self._dtype), params)
+            # Copied even where nothing changes: the trainer gives its own away.
+            return jax.tree.map(lambda x: jnp.array(x, self._dtype, copy=True), params)
 
         key = shardings if isinstance(shardings, NamedSharding) else None
         if key not in self._load_programs:

@@ -6,7 +6,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
-from mmsr1_jax.models.qwen2_5_vl.text import TextDecoder, head_logits, token_logprobs
+from mmsr1_jax.models.qwen2_5_vl.text import (
+    TextDecoder,
+    head_logits,
+    token_logprobs,
+    token_statistics,
+)
 from mmsr1_jax.models.qwen2_5_vl.vision import ImageRows, VisionTower
 from mmsr1_jax.sharding import constrain
 
@@ -120,3 +125,34 @@ class Qwen2_5_VL(nnx.Module):
         logprobs = jnp.roll(logprobs, 1, axis=1).at[:, 0].set(0.0)
         has_previous = (ids == jnp.roll(ids, 1, axis=1)) & (ids > 0)
         return jnp.where(has_previous, logprobs, 0.0)
+
+    def statistics(
+        self,
+        rows: Rows,
+        before: jax.Array,
+        targets: jax.Array,
+        *,
+        temperature: float = 1.0,
+        image_tokens: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Log-probs of some tokens, and the entropies of what they were drawn from.
+
+        Args:
+          rows: all tokens.
+          before: int32[B, C]: columns of `rows`; what each predicts is asked for.
+          targets: int32[B, C]: the tokens whose log-probs are wanted.
+          temperature: of sampling, over 0.
+          image_tokens: see `__call__`.
+
+        Returns:
+          float32[B, C] twice.
+        """
+        hidden, _ = self(rows, image_tokens)
+        hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
+        return token_statistics(
+            hidden,
+            self.text.head_table,
+            targets,
+            chunk=self.logprob_chunk,
+            temperature=temperature,
+        )

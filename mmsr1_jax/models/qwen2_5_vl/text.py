@@ -181,7 +181,14 @@ def head_logits(hidden: jax.Array, table: jax.Array) -> jax.Array:
 def token_logprobs(
     hidden: jax.Array, table: jax.Array, targets: jax.Array, *, chunk: int
 ) -> jax.Array:
-    """Log-probability of each target under softmax(hidden table^T), in float32.
+    """Log-probability of each target, float32[B, T]; see `token_statistics`."""
+    return _in_chunks(hidden, table, targets, chunk, 1.0, with_entropy=False)[0]
+
+
+def token_statistics(
+    hidden: jax.Array, table: jax.Array, targets: jax.Array, *, chunk: int, temperature: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """What is known of each target under softmax(hidden table^T / temperature), in float32.
 
     Logits exist for `chunk` tokens of each row at a time, in the backward pass too (they are
     computed again), so no array of [T, V] is ever held.
@@ -191,10 +198,16 @@ def token_logprobs(
       table: float[V, D], the output head.
       targets: int32[B, T].
       chunk: tokens of a row.
+      temperature: over 0.
 
     Returns:
-      float32[B, T].
+      float32[B, T], the target's log-probability, and float32[B, T], the distribution's entropy in
+      nats.
     """
+    return _in_chunks(hidden, table, targets, chunk, temperature, with_entropy=True)
+
+
+def _in_chunks(hidden, table, targets, chunk: int, temperature: float, with_entropy: bool):
     B, T, D = hidden.shape
     chunk = min(chunk, T)
     pad = -T % chunk
@@ -205,12 +218,19 @@ def token_logprobs(
     def of_chunk(h, t):
         logits = head_logits(h, table)
         logits = constrain(logits, "batch", None, "vocab")
+        if temperature != 1.0:
+            logits = logits / temperature
         chosen = jnp.take_along_axis(logits, t[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
+        total = jax.nn.logsumexp(logits, axis=-1)
+        found = (chosen - total,)
+        if with_entropy:
+            mean = jnp.sum(jnp.exp(logits - total[..., None]) * logits, axis=-1)
+            found += (total - mean,)
+        return found
 
     chunks = (
         jnp.moveaxis(hidden.reshape(B, -1, chunk, D), 1, 0),
         jnp.moveaxis(targets.reshape(B, -1, chunk), 1, 0),
     )
-    logprobs = jax.lax.map(lambda xs: of_chunk(*xs), chunks)
-    return jnp.moveaxis(logprobs, 0, 1).reshape(B, -1)[:, :T]
+    found = jax.lax.map(lambda xs: of_chunk(*xs), chunks)
+    return tuple(jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T] for x in found)

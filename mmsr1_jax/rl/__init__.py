@@ -1,0 +1,1 @@
+"""Reinforcement learning: advantages, the loss, packed rows, and the update."""
