@@ -15,16 +15,12 @@ nor the checkpoint bounds them to 2 x 672 x 672 pixels, as in the published scri
 import json
 import sys
 
-import jax
 from absl import flags
 
 from mmsr1_jax import config as settings
-from mmsr1_jax import sharding
-from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.processor import Processor
-from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.episode import Episode, Example
-from mmsr1_jax.tools.make import make_tools
+from mmsr1_jax.rollout.make import make_engine
 
 _CONFIG = settings.define_flag()
 _MODEL = flags.DEFINE_string("model", None, "HF directory of the policy", required=True)
@@ -33,7 +29,6 @@ _QUESTION = flags.DEFINE_string("question", None, "the question", required=True)
 _INDEX = flags.DEFINE_string(
     "tools.index", None, "local index to search in (config.tools.index); see mmsr1_jax.index"
 )
-_MAX_PIXELS = 2 * 672 * 672
 _JSON = flags.DEFINE_bool("json", False, "print the episode as JSON")
 
 
@@ -60,28 +55,6 @@ def main(argv) -> int:
     if episode.end == "error":
         print(f"error: {episode.error}", file=sys.stderr)
     return 1 if episode.end == "error" else 0
-
-
-def make_engine(config: settings.Config, model_dir: str) -> Engine:
-    """The policy of a directory in an engine, with the tools of the settings. It runs on one
-    device, or on `mesh.tensor` of them.
-
-    Raises:
-      ValueError, OSError: something cannot be used; the message names it.
-    """
-    tools, tensor = make_tools(config), config.mesh.tensor
-    processor = Processor.from_directory(model_dir)
-    limit = config.images.max_pixels or min(processor.images.max_pixels, _MAX_PIXELS)
-    processor.images = processor.images.with_limits(config.images.min_pixels, limit)
-    model = qwen2_5_vl.load(
-        model_dir,
-        mesh=sharding.make_mesh(1, 1, tensor, devices=jax.devices()[:tensor]),
-        param_dtype=config.model.dtype,
-        dtype=config.model.dtype,
-        attention=config.model.attention,
-    )
-    processor.check_fits(model.config)
-    return Engine(model, processor, config, tools)
 
 
 class Printer:

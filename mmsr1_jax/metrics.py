@@ -1,0 +1,130 @@
+"""What is measured of a step, and where it is written."""
+
+import collections
+import json
+import os
+import pathlib
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+from mmsr1_jax.rewards import Reward
+from mmsr1_jax.rollout.episode import Episode
+
+SEARCHES = ("text_search", "image_search")
+
+
+def of_episodes(
+    episodes: Sequence[Episode], rewards: Sequence[Reward], categories: Sequence[str]
+) -> dict[str, float]:
+    """Figures of finished episodes, those that could not be run left out but counted.
+
+    Args:
+      episodes, rewards: one for the other.
+      categories: of their questions; empty: none.
+
+    Returns:
+      `reward`, `accuracy`, `format`; `searches` an episode; `search/any`, `/text`, `/image`,
+      `/both`, `/none`: shares of the episodes; `accuracy/CATEGORY`, `search/CATEGORY`; `turns`,
+      `tokens` of an episode, `tokens_sampled`; `end/REASON`; `tool/calls`, `tool/failed` (share of
+      the calls), `tool/refused`, `tool/seconds` (mean of a call).
+    """
+    ran = [i for i, episode in enumerate(episodes) if episode.end != "error"]
+    figures = {"errors": float(len(episodes) - len(ran))}
+    if not ran:
+        return figures
+    kinds = {i: {c.action for c in episodes[i].calls if c.status != "refused"} for i in ran}
+    calls = [call for i in ran for call in episodes[i].calls]
+    made = [call for call in calls if call.status != "refused"]
+
+    def mean(values: Iterable[float]) -> float:
+        return float(statistics.fmean(list(values) or [0.0]))
+
+    figures |= {
+        "reward": mean(rewards[i].reward for i in ran),
+        "accuracy": mean(rewards[i].correct for i in ran),
+        "format": mean(rewards[i].format for i in ran),
+        "searches": len(made) / len(ran),
+        "search/any": mean(bool(kinds[i]) for i in ran),
+        "search/text": mean(kinds[i] == {"text_search"} for i in ran),
+        "search/image": mean(kinds[i] == {"image_search"} for i in ran),
+        "search/both": mean(len(kinds[i]) == 2 for i in ran),
+        "search/none": mean(not kinds[i] for i in ran),
+        "turns": mean(len(episodes[i].turns) for i in ran),
+        "tokens": mean(len(episodes[i]) for i in ran),
+        "tokens_sampled": mean(int(episodes[i].loss_mask.sum()) for i in ran),
+        "tool/calls": float(len(made)),
+        "tool/failed": mean(call.status == "failed" for call in made),
+        "tool/refused": float(len(calls) - len(made)),
+        "tool/seconds": mean(call.seconds for call in made),
+    }
+    for end in ("answer", "turns", "tokens"):
+        figures[f"end/{end}"] = mean(episodes[i].end == end for i in ran)
+    by_category = collections.defaultdict(list)
+    for i in ran:
+        by_category[categories[i]].append(i)
+    for category in sorted(set(by_category) - {""}):
+        chosen = by_category[category]
+        figures[f"accuracy/{category}"] = mean(rewards[i].correct for i in chosen)
+        figures[f"search/{category}"] = mean(bool(kinds[i]) for i in chosen)
+    return figures
+
+
+class Log:
+    """`metrics.jsonl`, a line a step, and what else the settings name.
+
+    Args of the constructor:
+      directory: of the run.
+      also: `tensorboard` and `wandb`, separated by commas.
+      step: that the run goes on from; lines of later ones, which will be written anew, are dropped.
+      config: of the run, for wandb.
+    """
+
+    def __init__(self, directory: pathlib.Path, also: str, *, step: int, config: Mapping):
+        self._path = directory / "metrics.jsonl"
+        lines = [line for line in read(self._path) if line["step"] <= step]
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        os.replace(partial, self._path)
+        names = {name.strip() for name in also.split(",")} - {""}
+        self._board = self._wandb = None
+        if "tensorboard" in names:
+            import tensorboardX
+
+            self._board = tensorboardX.SummaryWriter(
+                str(directory / "tensorboard"), purge_step=step + 1
+            )
+        if "wandb" in names:
+            import wandb
+
+            self._wandb = wandb.init(
+                project="mmsr1_jax", dir=directory, config=dict(config), id=directory.name,
+                resume="allow",
+            )  # fmt: skip
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **figures}) + "\n")
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log(dict(figures), step=step)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read(path: pathlib.Path) -> list[dict]:
+    """The lines of a `metrics.jsonl`, without one that was cut off; none where it is not there."""
+    lines = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    return lines

@@ -1,0 +1,361 @@
+"""Teaches a policy when and how to search: GRPO with tools (arXiv 2506.20670, 2402.03300).
+
+    python -m mmsr1_jax.train --config=configs/qwen7b.py --model=DIR --workdir=RUN \\
+        [--config.field=value ..]
+    python -m mmsr1_jax.train --workdir=RUN        goes on with a run that was begun
+
+A step:
+
+    questions ─► episodes ─► rewards ─► advantages ─► packed rows ─► updates ─► engine
+                 with tools             in a group                             takes the parameters
+
+RUN holds `config.json`, `metrics.jsonl`, `episodes/`, `checkpoints/`, and at the end `policy/`, a
+HF directory. A run may be killed at any time; what it does then is what it would have done.
+"""
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from mmsr1_jax import compiles, metrics, run_settings, sharding
+from mmsr1_jax import config as settings
+from mmsr1_jax.checkpoint import Checkpoints
+from mmsr1_jax.data import Question, QuestionSource, batches, validation
+from mmsr1_jax.judge import Judge
+from mmsr1_jax.models import qwen2_5_vl
+from mmsr1_jax.rewards import Reward, episode_reward
+from mmsr1_jax.rl import packing, samples
+from mmsr1_jax.rl.schedules import make_schedule
+from mmsr1_jax.rl.update import Learner
+from mmsr1_jax.rollout.engine import Engine
+from mmsr1_jax.rollout.episode import Episode
+from mmsr1_jax.rollout.make import make_engine
+from mmsr1_jax.tools.make import make_judge
+
+_CONFIG = settings.define_flag()
+_MODEL = flags.DEFINE_string("model", None, "HF directory of the policy to begin with")
+_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run", required=True)
+
+
+def main(argv) -> int:
+    del argv
+    workdir = pathlib.Path(_WORKDIR.value)
+    try:
+        config, model_dir = _settings(workdir)
+        return train(config, model_dir, workdir)
+    except (ValueError, OSError) as error:  # settings, checkpoint, data, tools: said in one line
+        sys.exit(f"error: {error}")
+
+
+def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int:
+    """Trains until the last step, or until SIGTERM; returns the exit code."""
+    (workdir / "episodes").mkdir(parents=True, exist_ok=True)
+    run_settings.write(workdir / "config.json", config, model_dir)
+    run, objective, update = config.run, config.objective, config.update
+
+    # Policy and engine
+    mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
+    model = qwen2_5_vl.load(
+        model_dir,
+        mesh=mesh,
+        param_dtype="float32",
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+        remat=config.model.remat,
+        logprob_chunk=config.model.logprob_chunk,
+    )
+    engine = make_engine(config, model_dir)
+    judge = make_judge(config)
+
+    # Data
+    source = QuestionSource(
+        config.data.train,
+        max_bad_rows=config.data.max_bad_rows,
+        max_file_pixels=config.images.max_file_pixels,
+    )
+    questions = batches(source, run.questions, run.seed)
+    held_out = QuestionSource(config.data.validation) if config.data.validation else None
+
+    # Updates
+    learner = Learner(
+        model, samples.make_loss(objective), update, mesh, temperature=config.sampling.temperature
+    )
+    memory = "pinned_host" if objective.reference == "host" else None
+    reference = learner.snapshot(memory) if objective.kl_weight else None
+    rate = make_schedule(
+        update.schedule,
+        update.learning_rate,
+        steps=run.steps,
+        warmup_steps=update.warmup_steps,
+        final=0.05 if update.schedule == "sigmoid" else 0.0,
+    )
+    shape = packing.RowShape(
+        update.rows * sharding.batch_ways(mesh), update.row_tokens, update.row_windows
+    )
+
+    # What was done before
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=run.keep)
+    begin, bad = checkpoints.latest or 0, 0
+    if begin:
+        state = {"trained": learner.trained, "optimizer": learner.optimizer}
+        state, notes = checkpoints.restore(begin, state)
+        learner.trained, learner.optimizer = state["trained"], state["optimizer"]
+        questions.restore(notes["questions"])
+        bad = notes["bad"]
+        print(f"{workdir}: goes on after step {begin}", file=sys.stderr)
+    engine.load(learner.params)
+    log = metrics.Log(workdir, run.log, step=begin, config=dataclasses.asdict(config))
+    stop = _on_sigterm()
+
+    bar = tqdm(range(begin + 1, run.steps + 1), initial=begin, total=run.steps, unit="step")
+    for number in bar:
+        clock = _Clock()
+
+        with clock("rollout"):
+            seed = (run.seed * 100_003 + number) % 2**31
+            groups, asked = roll_out(engine, questions, config, judge, seed=seed, number=number)
+
+        with clock("pack"):
+            parts = [groups[i :: objective.updates] for i in range(objective.updates)]
+            found = [
+                samples.samples_of(part, objective, config.turns.tokens, model.config, shape)
+                for part in parts
+            ]
+            for reason in itertools.chain(*(odd for _, odd in found)):
+                print(f"step {number}: left out of the update, {reason}", file=sys.stderr)
+            packed = [packing.pack(chosen, model.config, shape) for chosen, _ in found]
+
+        with clock("score"):
+            if reference is not None:
+                packed = [_with(part, learner, "reference", reference) for part in packed]
+            if objective.old == "trainer" and objective.updates > 1:
+                packed = [_with(part, learner, "old", None) for part in packed]
+
+        with clock("update"):
+            sums = [learner.update(part, float(rate(number - 1))) for part in packed if part]
+        updates = [samples.figures_of(one) for one in sums]
+        lost = sum(not one["finite"] for one in updates)
+        bad = bad + lost if lost == len(updates) and lost else 0
+        if bad >= update.bad_in_a_row:
+            path = _write_batch(workdir, number, packed)
+            print(f"error: {bad} updates in a row were not finite; what they were made from is in "
+                  f"{path}", file=sys.stderr)  # fmt: skip
+            return 1
+
+        with clock("load"):
+            engine.load(learner.params)
+
+        # What happened
+        pairs = list(itertools.chain(*groups))
+        categories = [asked[episode.group].category for episode, _ in pairs]
+        figures = metrics.of_episodes(*zip(*pairs, strict=True), categories)
+        for name in sorted({name for one in updates for name in one}):
+            figures[f"update/{name}"] = float(np.mean([one[name] for one in updates]))
+        figures["update/rate"] = float(rate(number - 1))
+        figures["update/lost"] = float(lost)
+        figures["update/packing"] = packing.efficiency(list(itertools.chain(*packed)))
+        write_episodes(workdir, number, pairs[: run.episodes], asked, engine)
+        last = number == run.steps or stop.is_set()
+        if held_out and run.validate_every and (number % run.validate_every == 0 or last):
+            with clock("validation"):
+                figures |= validate(engine, held_out, config, judge)
+        with clock("save"):
+            if last or (run.save_every and number % run.save_every == 0):
+                state = {"trained": learner.trained, "optimizer": learner.optimizer}
+                score = figures.get("validation/accuracy")
+                notes = {"questions": questions.state(), "bad": bad}
+                checkpoints.save(number, state, notes, score=score)
+        figures |= clock.figures(sum(len(episode) for episode, _ in pairs))
+        figures["time/compiled"] = float(compiles.count())
+        log.write(number, figures)
+        bar.set_postfix(
+            reward=f"{figures.get('reward', 0):.3f}",
+            accuracy=f"{figures.get('accuracy', 0):.2f}",
+            search=f"{figures.get('search/any', 0):.2f}",
+            tokens_s=f"{figures['time/tokens_a_second']:.0f}",
+        )
+        if stop.is_set() and number < run.steps:
+            checkpoints.close()
+            engine.close()
+            print(f"{workdir}: stopped after step {number}, which is saved; the same command "
+                  "goes on", file=sys.stderr)  # fmt: skip
+            return 0
+
+    checkpoints.close()
+    engine.close()
+    log.close()
+    qwen2_5_vl.save(learner.model(), workdir / "policy", source=model_dir)
+    print(f"{workdir / 'policy'}: the trained policy", file=sys.stderr)
+    return 0
+
+
+def roll_out(
+    engine: Engine, questions: Iterator[list[Question]], config: settings.Config,
+    judge: Judge | None, *, seed: int, number: int,
+) -> tuple[list[samples.Group], list[Question]]:  # fmt: skip
+    """The groups of a step with their rewards, and their questions by `Episode.group`. Episodes
+    that could not be run are left out. With `objective.refill`, groups without spread give way to
+    new ones (DAPO, arXiv 2503.14476, section 3.2)."""
+    objective, run, limit = config.objective, config.run, config.turns.tokens
+    kept: list[samples.Group] = []
+    idle: list[samples.Group] = []
+    asked: list[Question] = []
+    for attempt in range(objective.refill + 1):
+        new = next(questions)
+        sampling = dataclasses.replace(config.sampling, seed=(seed + attempt * 7919) % 2**31)
+        examples = [question.example() for question in new]
+        episodes = list(engine.rollout(examples, rollouts=run.rollouts, sampling=sampling))
+        episodes.sort(key=lambda episode: episode.number)
+        rewards = score(episodes, new, config, judge, step=number - 1)
+        groups: list[list[tuple[Episode, Reward]]] = [[] for _ in new]
+        for episode, reward in zip(episodes, rewards, strict=True):
+            if episode.end == "error":
+                name = new[episode.group].id
+                print(f"step {number}, question {name}: {episode.error}", file=sys.stderr)
+            else:
+                groups[episode.group].append((episode, reward))
+            episode.group += len(asked)
+        for group in groups:
+            teaches = not objective.refill or samples.has_spread(group, objective, limit)
+            (kept if teaches else idle).append(group)
+        asked += new
+        if len(kept) >= run.questions or not objective.refill:
+            break
+    return (kept + idle)[: run.questions], asked
+
+
+def score(
+    episodes: Sequence[Episode], questions: Sequence[Question], config: settings.Config,
+    judge: Judge | None, *, step: int,
+) -> list[Reward]:  # fmt: skip
+    """What episodes are worth, at a step of training counted from 0. `Episode.group` tells which
+    of the questions each is about."""
+    asked = [questions[episode.group] for episode in episodes]
+    correct: list[float | None] = [None] * len(episodes)
+    if judge is not None:
+
+        async def ask():
+            return await asyncio.gather(*(
+                judge.judge(question.question, question.answers, episode.answer)
+                for episode, question in zip(episodes, asked, strict=True)
+            ))  # fmt: skip
+
+        correct = [verdict.correct for verdict in asyncio.run(ask())]
+    return [
+        episode_reward(episode, question.answers, config.rewards, step, verdict)
+        for episode, question, verdict in zip(episodes, asked, correct, strict=True)
+    ]
+
+
+def validate(
+    engine: Engine, source: QuestionSource, config: settings.Config, judge: Judge | None
+) -> dict[str, float]:
+    """Figures of held-out questions, each answered once, greedily."""
+    greedy = dataclasses.replace(config.sampling, temperature=0.0)
+    questions = list(validation(source, config.data.validation_rows or None))
+    examples = [question.example() for question in questions]
+    episodes = sorted(engine.rollout(examples, sampling=greedy), key=lambda e: e.number)
+    rewards = score(episodes, questions, config, judge, step=config.run.steps)
+    categories = [questions[episode.group].category for episode in episodes]
+    figures = metrics.of_episodes(episodes, rewards, categories)
+    return {f"validation/{name}": value for name, value in figures.items()}
+
+
+def write_episodes(
+    workdir: pathlib.Path, number: int, pairs: samples.Group, asked: Sequence[Question],
+    engine: Engine,
+) -> None:  # fmt: skip
+    """Some episodes of a step, with their questions' answers and their rewards, as JSONL."""
+    path = workdir / "episodes" / f"{number:06d}.jsonl"
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        for episode, reward in pairs:
+            question = asked[episode.group]
+            line = episode.to_json(engine.processor)
+            line |= {"answers": question.answers, "category": question.category}
+            line |= {"source": question.source, "reward": dataclasses.asdict(reward)}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+
+
+def _with(part: list[packing.TrainBatch], learner: Learner, field: str, trained):
+    """Micro-batches with the log-probs of their tokens under some parameters as a field."""
+    scores = learner.score(part, trained)
+    return [b.replace(**{field: s}) for b, s in zip(part, scores, strict=True)]
+
+
+def _write_batch(workdir: pathlib.Path, number: int, packed) -> pathlib.Path:
+    path = workdir / f"not_finite_{number:06d}.npz"
+    arrays = {}
+    for place, batch in enumerate(itertools.chain(*packed)):
+        for name, value in jax.tree_util.tree_leaves_with_path(batch):
+            arrays[f"{place}{jax.tree_util.keystr(name)}"] = value
+    np.savez(path, **arrays)
+    return path
+
+
+class _Clock:
+    """Seconds of the phases of a step."""
+
+    def __init__(self):
+        self._begin = time.perf_counter()
+        self._seconds: dict[str, float] = collections.defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str):
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] += time.perf_counter() - begin
+
+    def figures(self, tokens: int) -> dict[str, float]:
+        total = time.perf_counter() - self._begin
+        found = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+        return found | {"time/step": total, "time/tokens_a_second": tokens / total}
+
+
+class _on_sigterm:
+    """Set once the run is asked to stop."""
+
+    def __init__(self):
+        self._set = False
+        signal.signal(signal.SIGTERM, self._stop)
+
+    def _stop(self, *_) -> None:
+        self._set = True
+        print("asked to stop: this step is finished and saved", file=sys.stderr)
+
+    def is_set(self) -> bool:
+        return self._set
+
+
+def _settings(workdir: pathlib.Path) -> tuple[settings.Config, str]:
+    """Those of the command, or of the run that is gone on with."""
+    path = workdir / "config.json"
+    given = pathlib.Path(flags.FLAGS["config"].config_filename)
+    if path.is_file() and given.resolve() == pathlib.Path(settings.__file__).resolve():
+        config, model_dir = run_settings.read(path)
+        run_settings.override(config, _CONFIG.value, sys.argv)
+        return settings.validate(config), _MODEL.value or model_dir
+    if _MODEL.value is None:
+        raise ValueError("--model: the HF directory of a policy is needed to begin a run")
+    return _CONFIG.value, _MODEL.value
+
+
+if __name__ == "__main__":
+    settings.run(main)
