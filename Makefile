@@ -27,7 +27,7 @@ demo: $(VENV)/.runtime
 	    --tools.index=docs/demo/index
 
 test: $(VENV)/.tests lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 # What takes too long for every day.
 proofs: $(VENV)/.tests

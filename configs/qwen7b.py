@@ -1,9 +1,17 @@
-"""Qwen2.5-VL-7B on one node of eight accelerators with 80 GB each."""
+"""Qwen2.5-VL-7B on one node of eight accelerators with 80 GB each.
+
+--config=configs/qwen7b.py           as in the paper (arXiv 2506.20670)
+--config=configs/qwen7b.py:script    as in the single-node script that its authors published
+"""
 
 from mmsr1_jax.config import Buckets, Config, Images, Mesh, Model, Rollout, Tools, Turns
+from mmsr1_jax.config_training import Objective, Run, Update
 
 
-def get_config() -> Config:
+def get_config(variant: str = "paper") -> Config:
+    if variant not in ("paper", "script"):
+        raise ValueError(f"configs/qwen7b.py:{variant}: there are :paper and :script")
+    script = variant == "script"
     return Config(
         model=Model(
             dtype="bfloat16",  # as released
@@ -43,5 +51,27 @@ def get_config() -> Config:
         tools=Tools(
             results=5,  # the paper
             max_pixels=336 * 336,  # 144 tokens a thumbnail, five of them 720
+        ),
+        objective=Objective(
+            kl_weight=1e-3,  # both, with k3
+            clip_low=0.2,
+            clip_high=0.2,
+            reference="host",  # 15 GB of bfloat16 that are needed once a step
+            updates=1 if script else 4,  # the paper: mini-batches of 128 of 512 questions
+        ),
+        update=Update(
+            row_tokens=8192,
+            row_windows=768,  # a question's picture and five thumbnails take up to 150
+            rows=1,
+            learning_rate=2e-6,
+            schedule="sigmoid" if script else "constant",  # the script: down to 5 % around step 45
+            grad_clip=1.0,
+        ),
+        run=Run(
+            steps=50,  # the paper takes the checkpoint of step 50
+            questions=32 if script else 512,
+            rollouts=4 if script else 8,
+            save_every=10,
+            validate_every=10,
         ),
     )

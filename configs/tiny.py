@@ -1,6 +1,7 @@
 """The embedded default: a policy of a few hundred thousand parameters on a laptop's CPU."""
 
 from mmsr1_jax.config import Buckets, Config, Mesh, Model, Rollout, Tools, Turns
+from mmsr1_jax.config_training import Run, Update
 
 
 def get_config() -> Config:
@@ -35,4 +36,6 @@ def get_config() -> Config:
             result_chars=600,
             max_pixels=112 * 112,  # 16 tokens
         ),
+        update=Update(row_tokens=2048, row_windows=64, learning_rate=1e-3),
+        run=Run(questions=8, rollouts=8),
     )

@@ -211,6 +211,14 @@ def test_what_is_not_finite_changes_nothing(one):
     assert one.update(batches, 1e-3)["finite"] == 1
 
 
+def test_a_reference_in_host_memory(one):
+    batches = packing.pack(samples_of(CONFIG), CONFIG, SHAPE)
+    reference = one.snapshot("pinned_host")
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(reference)} == {"pinned_host"}
+    for found, wanted in zip(one.score(batches, reference), one.score(batches), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
 def test_no_array_of_tokens_by_vocabulary():
     """The released vocabulary and a row of 8k tokens, as compiled."""
     config = variant(vocab_size=151_936)

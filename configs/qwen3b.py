@@ -1,0 +1,17 @@
+"""Qwen2.5-VL-3B on one node of eight accelerators with 80 GB each: as `qwen7b.py` (`:paper` and
+`:script` too), but for what its size changes."""
+
+import pathlib
+import runpy
+
+from mmsr1_jax.config import Config
+
+_LARGER = pathlib.Path(__file__).with_name("qwen7b.py")
+
+
+def get_config(variant: str = "paper") -> Config:
+    config = runpy.run_path(str(_LARGER))["get_config"](variant)
+    config.rollout.lanes = 112  # 8k tokens of 36 KiB each: 32 GiB
+    config.rollout.rows = 96
+    config.objective.reference = "device"  # 7 GB of bfloat16, spread over the devices
+    return config
