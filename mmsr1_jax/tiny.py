@@ -58,7 +58,7 @@ CONFIG = qwen2_5_vl.ModelConfig(
 IMAGES = ImageProcessor(min_pixels=16 * 28 * 28, max_pixels=256 * 28 * 28)
 
 
-def tokenizer() -> tokenizers.Tokenizer:
+def make_tokenizer() -> tokenizers.Tokenizer:
     """A byte-level BPE of under 512 tokens with Qwen's control tokens as its first ids."""
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -91,11 +91,15 @@ def _spread(x: jax.Array) -> jax.Array:
     return jnp.where(std > 0, std, 1)
 
 
-def write(directory, *, config=CONFIG, images=IMAGES, seed: int = 0, param_dtype=jnp.float32):
-    """Writes a random policy, its tokenizer and its processor settings as an HF directory."""
+def write(
+    directory, *, config=CONFIG, images=IMAGES, seed: int = 0, param_dtype=jnp.float32,
+    tokenizer: tokenizers.Tokenizer | None = None,
+):  # fmt: skip
+    """Writes a random policy, its tokenizer (the one above unless another is given) and its
+    processor settings as an HF directory."""
     directory = pathlib.Path(directory)
     qwen2_5_vl.save(random_model(config, seed, param_dtype=param_dtype), directory)
-    tokenizer().save(str(directory / "tokenizer.json"))
+    (tokenizer or make_tokenizer()).save(str(directory / "tokenizer.json"))
     (directory / "preprocessor_config.json").write_text(json.dumps(images.to_hf(), indent=2))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))

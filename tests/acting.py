@@ -23,7 +23,7 @@ ACTIONS = {
 
 def acting_tokenizer(vocab_size: int, actions=ACTIONS) -> str:
     """The `tokenizer.json` for a model of that vocabulary (it has a few tokens less)."""
-    raw = json.loads(tiny.tokenizer().to_str())
+    raw = json.loads(tiny.make_tokenizer().to_str())
     vocabulary = raw["model"]["vocab"]
     letter = str.maketrans({" ": "\u0120", "\n": "\u010a"})  # as a byte-level vocabulary has them
     for text, count in actions.items():

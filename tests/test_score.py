@@ -26,7 +26,8 @@ def run(*arguments, devices=1, module="mmsr1_jax.score", cwd=None):
         **os.environ,
         "PYTHONPATH": root,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+        "--xla_backend_optimization_level=0",  # see conftest
     }
     return subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],

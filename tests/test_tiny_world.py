@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import re
 import time
 
@@ -33,12 +34,14 @@ from mmsr1_jax.data.tiny_world.world import (
     category,
 )
 from mmsr1_jax.images import ImageProcessor
+from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 from mmsr1_jax.processor import Processor
 from mmsr1_jax.rollout import prompts
 from mmsr1_jax.rollout.rules import Rules
 from mmsr1_jax.rollout.turns import parse
 from mmsr1_jax.tools import Query
 from mmsr1_jax.tools.local import LocalIndex
+from tests.test_score import run
 
 SPLITS = ("train", "heldout", "unmet")
 ACTIONS = {
@@ -404,3 +407,17 @@ def test_questions_as_parquet(world, tmp_path):
     for one, other in zip(read, asked, strict=True):
         for field in ("id", "question", "images", "answers", "source", "category"):
             assert getattr(one, field) == getattr(other, field)
+
+
+def test_the_command_writes_what_others_read(tmp_path):
+    out = tmp_path / "world"
+    counts = ["--train=8", "--heldout=4", "--unmet=4", "--stories=6"]
+    done = run(f"--out={out}", *counts, module="mmsr1_jax.tiny_world")
+    assert done.returncode == 0, done.stderr
+    for split, count in (("train", 8), ("heldout", 4), ("unmet", 4)):
+        assert len(list(QuestionSource(out / f"{split}.parquet"))) == count
+    Processor.from_directory(out / "policy").check_fits(ModelConfig.from_directory(out / "policy"))
+    assert LocalIndex(out / "index")
+    stories = [json.loads(line) for line in (out / "stories.jsonl").read_text().splitlines()]
+    assert len(stories) == 6 and all(story["turns"] for story in stories)
+    assert all((out / path).is_file() for story in stories for path in story["images"])
