@@ -103,7 +103,8 @@ class Images:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Rollout:
-    """The rollout engine. What an episode is depends on `rows` and on the tables, as its rounding
+    """The rollout engine; there is one for each `mesh.tensor` devices of a process, and lanes and
+    rows are of each. What an episode is depends on `rows` and on the tables, as its rounding
     does, and on nothing else here (but that `image_tokens` bounds the size of a picture).
 
     Attributes:
@@ -205,13 +206,17 @@ class Services:
         matched (`rewards.match`).
       judge_model: its name of the model.
       fvqa_cache: file of the published cache, pickle or JSON.
-      put_url, public_url: beginnings of the addresses to which a question's picture is put, and
-        where a service then finds it.
-      allowed_hosts: `host` or `host:port` that may be private: one's own services.
+      put_url, public_url: addresses to which a question's picture is put, and where a service
+        then finds it; `{name}` stands for its name, which else comes at the end. Credentials come
+        from PUBLISHER_AUTHORIZATION or PUBLISHER_QUERY in the environment.
+      allowed_hosts: `host` or `host:port` that pages and pictures are fetched from although it is
+        private; the services above may be anywhere.
       seconds: time limit of a connection, and of each wait for data.
       at_once: requests to a service at a time, by one process.
       per_second: requests to a service; of all processes together where `store` is a Redis server.
-      attempts: of a request.
+      limits: other numbers for some services, `NAME=PER_SECOND/AT_ONCE` each (names: see
+        `tools/make.py`).
+      attempts: of a request to a service. A page or picture that fails gives way to the next.
       store: file that keeps what was found, or redis://host:port/database, which many hosts share
         (`tools/redis_store.py`; one database for each account with the services); None: nothing is
         kept.
@@ -237,6 +242,7 @@ class Services:
     seconds: float = 20.0
     at_once: int = 64
     per_second: float = 50.0
+    limits: tuple[str, ...] = ()
     attempts: int = 3
     store: str | None = None
     store_mode: str = "use"

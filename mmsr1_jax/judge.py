@@ -14,7 +14,7 @@ from typing import Literal
 
 from mmsr1_jax import rewards
 from mmsr1_jax.tools.service import Service
-from mmsr1_jax.tools.services import entries, key_of, text_of
+from mmsr1_jax.tools.services import key_of, said
 from mmsr1_jax.tools.stored import Stored
 from mmsr1_jax.tools.web import JSON, BodyError, WebError
 
@@ -113,13 +113,12 @@ class Judge:
             "messages": messages(question, golds, answer),
             "temperature": 0,
             "max_tokens": self._max_tokens,
+            "chat_template_kwargs": {"enable_thinking": False},  # see the summariser
         }
         reply = await self._service.call(
             "POST", self._url, json=body, headers=self._headers, accept=JSON
         )
-        choices = entries(reply.json(), "choices")
-        message = choices[0].get("message") if choices else None
-        return read_verdict(text_of(message, "content") if isinstance(message, dict) else "")
+        return read_verdict(said(reply.json()))
 
 
 def messages(question: str, golds: Sequence[str], answer: str) -> list[dict[str, str]]:

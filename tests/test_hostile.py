@@ -77,6 +77,8 @@ def test_300_hostile_pages(shared):
         assert [token for token in tokens if token in controls] == ends
         written = processor.decode(tokens)
         assert len(re.findall(r"<[\s/]*information", written, re.IGNORECASE)) == 2
+        inside = written.partition("<information>")[2].partition("</information>")[0]
+        assert not re.search(r"<[\s/]*(reason|answer|search|text_search)\b", inside, re.IGNORECASE)
         assert written.count("<information>") == written.count("</information>") == 1
         readable += written.count("The bridge was opened in 1886.") > 0
     assert readable >= 50

@@ -188,3 +188,26 @@ def test_the_recorded_results(shared):
     assert {k: [t for t, _ in v] for k, v in known.items()} == {
         k: [e["title"] for e in v] for k, v in raw.items()
     }
+
+
+def test_limits_of_single_services_and_of_several_loops():
+    config = configured(text="searxng", services={"limits": ("searxng=8/4", "reader=100/50")})
+    for loops, expected in ((1, (8.0, 4)), (3, (8 / 3, 2))):
+        search = make_tools(config, loops=loops)["text_search"]
+        service = search._tool._finder._finder._service
+        assert (service._per_second, service._at_once) == expected
+        reader = search._tool._reader._reader._service
+        assert reader._at_once == -(-50 // loops) and reader._attempts == 1
+    for wrong in ("searxng", "google=1/1", "reader=0/5", "reader=x/5"):
+        with pytest.raises(ToolsError, match="services.limits: "):
+            make_tools(configured(text="searxng", services={"limits": (wrong,)}))
+
+
+def test_pages_may_not_reach_ones_own_services():
+    """Only what `allowed_hosts` names is open to pages; services are where the settings say."""
+    with serve(Starlette(routes=[Route("/{rest:path}", lambda r: JSONResponse({
+        "results": [{"url": f"{r.base_url}page", "title": "t", "content": "s"}]
+    }))])) as address:  # fmt: skip
+        config = configured(text="searxng", services={"searxng_url": address})
+        found = ask(make_tools(config))
+        assert found.status == "failed" and "an address that is not public" in found.error

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import logging
+import time
 import urllib.parse
 
 import PIL.Image
@@ -20,6 +21,7 @@ from mmsr1_jax.tools import Query
 from mmsr1_jax.tools.image_search import ImageSearch, Publisher, Thumbnails
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.services import Hit, KeyMissingError, Match, summariser
+from mmsr1_jax.tools.services import reader as reader_module
 from mmsr1_jax.tools.services.jina import Jina
 from mmsr1_jax.tools.services.reader import Reader, extract
 from mmsr1_jax.tools.services.retrieval import Retrieval
@@ -30,7 +32,7 @@ from mmsr1_jax.tools.services.summariser import Summariser
 from mmsr1_jax.tools.store import Store
 from mmsr1_jax.tools.stored import Stored
 from mmsr1_jax.tools.text_search import TextSearch
-from mmsr1_jax.tools.web import Web
+from mmsr1_jax.tools.web import Web, WebError
 from tests.servers import serve
 
 KEY = "sk-very-secret"
@@ -120,6 +122,9 @@ async def chat(request):
 
 
 def faulty(way: str) -> Response:
+    if way[0] in '{"':  # the very answer
+        data = json.loads(way)
+        return JSONResponse(data) if isinstance(data, dict) else PlainTextResponse(data)
     if way == "truncated":
         return Response(b'{"organic": [{"link": "http', media_type="application/json")
     if way == "not an object":
@@ -203,21 +208,81 @@ def test_real_answers_are_read(address):
     assert run(short.summarise("page", "question")) == "In short."
 
 
-def test_nothing_found_is_not_an_error(address):
-    def search(data):
-        async def answer(*_, **__):
-            class Answer:
-                def json(self):
-                    return data
+def answering(address, name, data):
+    """What a service makes of an answer."""
+    WAYS[name] = json.dumps(data)
+    one = service(address)
+    made = {
+        "serpapi": lambda: SerpApi(one, base_url=f"{address}/serpapi").search("q", 5),
+        "searxng": lambda: SearXNG(one, base_url=f"{address}/searxng").search("q", 5),
+        "jina": lambda: Jina(one, base_url=f"{address}/jina").read("https://x.org"),
+        "chat": lambda: Summariser(one, base_url=f"{address}/chat", model="m").summarise("p", "q"),
+    }
+    return run(made[name]())
 
-            return Answer()
 
-        one = service(address)
-        one.call = answer
-        return run(SerpApi(one).search("q", 5))
+@pytest.mark.parametrize("name, data", [
+    ("serpapi", {"error": "Google hasn't returned any results for this query."}),
+    ("serpapi", {"search_metadata": {"status": "Success"}, "organic_results": None}),
+    ("searxng", {"query": "q", "results": [], "unresponsive_engines": []}),
+])  # fmt: skip
+def test_nothing_found_is_not_an_error(address, name, data):
+    assert answering(address, name, data) == []
 
-    assert search({"error": "Google hasn't returned any results for this query."}) == []
-    assert search({"organic_results": None}) == []
+
+@pytest.mark.parametrize("name, data, message", [
+    ("serpapi", {"search_metadata": {"status": "Error"}, "error": "x"}, "the search itself failed"),
+    ("searxng", {"results": [], "unresponsive_engines": [["google", "CAPTCHA"]]}, "none of its"),
+    ("jina", "Title: Just a moment\n\nWarning: Target URL returned error 403: Forbidden\n\nText",
+     "HTTP status 403"),
+    ("chat", {"choices": [{"message": {"content": "<think>So, the user"}}]}, "while it thought"),
+    ("chat", {"choices": [{"message": {"content": None}}]}, "no summary"),
+])  # fmt: skip
+def test_failures_that_look_like_answers(address, name, data, message):
+    with pytest.raises(WebError, match=message):
+        answering(address, name, data)
+
+
+def test_a_summary_has_five_sentences_and_no_thoughts(address):
+    def summary(text):
+        return answering(address, "chat", {"choices": [{"message": {"content": text}}]})
+
+    sentences = [f"Sentence number {word} ends." for word in ("a", "b", "c", "d", "e", "f")]
+    assert summary("<think>Hm. So.</think>\n" + " ".join(sentences)) == " ".join(sentences[:5])
+    assert summary("It is 4.5 m high. J. S. Bach was here!") == (
+        "It is 4.5 m high. J. S. Bach was here!"
+    )
+
+
+@pytest.mark.parametrize(
+    "charset", ["idna", "undefined", "hex", "utf-7", "unicode_escape", "punycode"]
+)
+def test_charsets_that_are_none(address, charset):
+    assert reader_module._codec(charset) == "utf-8"
+    assert reader_module._codec("ISO-8859-1") == "iso-8859-1"
+
+
+def test_a_silent_page_costs_only_itself(address):
+    """A search answers in its time, with the pages that are there."""
+
+    class Pages:
+        async def search(self, query, count):
+            return [Hit(f"http://{i}", "t", "s") for i in range(count)]
+
+        async def read(self, url):
+            if url.endswith("1"):
+                await asyncio.sleep(30)
+            if url.endswith("2"):
+                raise RuntimeError("unforeseen")
+            return f"text of {url}"
+
+    begin = time.monotonic()
+    found = ask(TextSearch(Pages(), Pages(), results=4, seconds=0.5))
+    assert time.monotonic() - begin < 5
+    assert [r[0].text.split("\n")[0] for r in found.results] == [
+        f"link: http://{i}" for i in (0, 3, 4)
+    ]
+    assert found.error == "page 2: too slow; page 3: RuntimeError"
 
 
 FAULTS = ["401", "403", "429", "500", "timeout", "truncated", "not an object", "wrong type",
@@ -294,6 +359,7 @@ def look_up(address, lens=None, thumbnails=("/thumbnail/0",)):
         Publisher(one, nothing, put_url=f"{address}/put/", public_url="http://image"),
         Thumbnails(one, max_bytes=1_000_000),
         nothing,
+        "test",
     )
     query = Query(action="image_search", text=None, question="What is it?", images=[jpeg()])
     return run(search(query))
@@ -350,8 +416,6 @@ def test_keys_are_in_no_log(address, caplog):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_retrieval_server_that_fails(address, fault):
-    from mmsr1_jax.tools.web import WebError
-
     WAYS["retrieval"] = fault
     with pytest.raises(WebError) as raised:
         run(Retrieval(service(address), base_url=f"{address}/retrieval").passages("q", 2))

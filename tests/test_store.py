@@ -142,6 +142,87 @@ def test_another_process_is_just_making_the_file(path):
     assert store.info() == [("page", 1, 1)]
 
 
+def test_reading_does_not_wait_for_a_writer(path):
+    store = Store(path)
+    store.put("page", "a", b"x")
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    waiting = threading.Thread(target=store.put, args=("page", "b", b"y"))
+    waiting.start()
+    time.sleep(0.1)
+    begin = time.monotonic()
+    assert store.get("page", "a") == (b"x", False)
+    assert time.monotonic() - begin < 1
+    other.execute("COMMIT")
+    waiting.join()
+    assert store.get("page", "b") == (b"y", False)
+
+
+def test_what_is_no_damage_sets_nothing_aside(path, capsys):
+    store = Store(path)
+    store.put("page", "a", b"x")
+    with pytest.raises(StoreError):
+        store.put("page", "b", object())
+    store.put("page", "half a \ud800 pair", b"z")
+    assert store.get("page", "half a \ud800 pair") == (b"z", False)
+    assert store.get("page", "a") == (b"x", False) and "damaged" not in capsys.readouterr().err
+
+
+def test_two_that_use_a_store_that_is_damaged(path, capsys):
+    """The second goes on with the file that the first began, and what is in it."""
+    first, second, third = Store(path), Store(path), Store(path)
+    for number in range(500):
+        first.put("page", str(number), b"x" * 1000)
+    for store in (first, second, third):
+        store.close()
+    second.get("page", "0")  # it has the file open
+    with open(path, "r+b") as file:
+        file.write(b"rubbish" * 50_000)
+    first.put("page", "b", b"y")
+    second.put("page", "c", b"z")
+    third.put("page", "d", b"w")
+    for store in (first, second, third, Store(path, "replay")):
+        assert store.get("page", "b") == (b"y", False)
+        assert store.get("page", "c") == (b"z", False)
+        assert store.get("page", "d") == (b"w", False)
+    assert capsys.readouterr().err.count("a new one is begun") == 1
+
+
+def test_a_failure_does_not_take_the_place_of_what_was_found(path, tmp_path):
+    store = Store(path)
+    store.put("page", "a", b"x")
+    store.put("page", "a", b"503", failed=True)
+    assert store.get("page", "a") == (b"x", False)
+    other = Store(tmp_path / "other.sqlite")
+    other.put("page", "a", b"503", failed=True)
+    assert other.take(path) == 1 and other.get("page", "a") == (b"x", False)
+    recording = Store(path, "record")
+    recording.put("page", "a", b"404", failed=True)
+    assert Store(path, "replay").get("page", "a") == (b"404", True)
+
+
+def test_a_recorded_store_is_only_read(path, tmp_path):
+    store = Store(path)
+    store.put("page", "a", b"x")
+    store.close()
+    before = path.read_bytes()
+    os.chmod(path, 0o444)
+    os.chmod(tmp_path, 0o555)
+    try:
+        replaying = Store(path, "replay")
+        assert replaying.get("page", "a") == (b"x", False)
+        assert replaying.info() == [("page", 1, 1)]
+        replaying.close()
+    finally:
+        os.chmod(tmp_path, 0o755)
+    assert path.read_bytes() == before
+    other = tmp_path / "no_store.sqlite"
+    with sqlite3.connect(other) as connection:
+        connection.execute("CREATE TABLE something (x)")
+    with pytest.raises(StoreError, match="no such table"):
+        Store(other, "replay")
+
+
 def test_the_command(path, tmp_path):
     command = functools.partial(run, module="mmsr1_jax.store")
     store = Store(path)

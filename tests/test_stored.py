@@ -105,7 +105,7 @@ def tools(address, store):
         service, stored, put_url=f"{address}/put/", public_url=f"{address}/public/"
     )
     pictures = StoredPictures(Thumbnails(service), stored)
-    return text, ImageSearch(serper, publisher, pictures, stored, results=3), backend
+    return text, ImageSearch(serper, publisher, pictures, stored, "serper", results=3), backend
 
 
 async def ask_both(text, image):
@@ -173,6 +173,11 @@ def test_a_search_as_a_whole(tmp_path):
             tool = StoredSearch(text, Stored(store), name)
             return asyncio.run(tool(query)), len(backend.tried)
 
+        search("use")  # not whole: two pages failed
+        asked = len(ASKED)
+        search("use")
+        assert len(ASKED) > asked  # they are tried again
+        ASKED.clear()
         recorded, _ = search("record")
         asked = len(ASKED)
         assert search("use") == (recorded, 0) and len(ASKED) == asked

@@ -69,7 +69,29 @@ def then_fine(request):
     return JSONResponse({}) if COUNTS["/flaky"] % 3 == 0 else Response(status_code=503)
 
 
+async def dripping():
+    while True:
+        yield b"x"
+        await asyncio.sleep(0.2)
+
+
+def with_header(name, value, status=200):
+    response = Response(status_code=status, media_type="application/json")
+    response.raw_headers.append((name, value))
+    return response
+
+
 ROUTES = {
+    "/drip": lambda r: StreamingResponse(dripping(), media_type="application/json"),
+    "/nowhere": lambda r: Response(status_code=302),
+    "/same": lambda r: Response(status_code=304),
+    "/odd-target": lambda r: with_header(b"location", b"http://xn--a/", 302),
+    "/odd-wait": lambda r: with_header(b"retry-after", b"\xb2", 429),
+    "/wait-until": lambda r: with_header(b"retry-after", b"Fri, 31 Dec 2100 23:59:59 GMT", 429),
+    "/elsewhere": lambda r: with_header(
+        b"location", f"http://localhost:{r.url.port}/headers".encode(), 302
+    ),
+    "/headers": lambda r: JSONResponse({"key": r.headers.get("authorization")}),
     "/ok": lambda r: JSONResponse({"query": dict(r.query_params)}),
     "/packed": lambda r: gzipped(b'{"a": 1}'),
     "/torn": lambda r: gzipped(b'{"a": 1}' * 100, cut=10),
@@ -121,6 +143,10 @@ def make(address, **keywords):
     return Web(allowed_hosts=[host], backend=backend, **({"seconds": 1.0} | keywords)), backend
 
 
+def allowing(address):
+    return Web(allowed_hosts=[address.removeprefix("http://")])
+
+
 def get(client, url, **keywords):
     return asyncio.run(client.request("GET", url, **({"accept": JSON} | keywords)))
 
@@ -159,6 +185,52 @@ def test_what_is_not_taken(address, path, error, message):
         get(client, address + path)
     # The server itself was reached, and nothing else was even tried.
     assert {f"http://{host}:{port}" for host, port in backend.tried} == {address}
+
+
+@pytest.mark.parametrize("path, error", [
+    ("/nowhere", StatusError), ("/same", StatusError), ("/odd-target", web.WebError),
+    ("/odd-wait", StatusError), ("/wait-until", StatusError),
+])  # fmt: skip
+def test_odd_answers_are_errors_of_ours(address, path, error):
+    with pytest.raises(error) as raised:
+        get(allowing(address), address + path)
+    waits = raised.value.retry_after
+    assert (waits is not None and waits > 1e9) == (path == "/wait-until")
+
+
+def test_headers_stay_with_their_host(address):
+    one = Web(allowed_hosts=["localhost", "127.0.0.1"])
+    request = {"accept": JSON, "headers": {"Authorization": "Bearer key"}}
+    assert asyncio.run(one.request("GET", f"{address}/headers", **request)).json()["key"]
+    assert asyncio.run(one.request("GET", f"{address}/elsewhere", **request)).json()["key"] is None
+
+
+def test_a_server_that_drips_has_a_limit_and_gives_its_place_back(address):
+    one = Web(allowed_hosts=[address.removeprefix("http://")], seconds=0.5, total_seconds=1.0)
+    with pytest.raises(TimedOutError):
+        get(one, f"{address}/drip")
+
+    async def cancelled():
+        slow = Web(allowed_hosts=[address.removeprefix("http://")], seconds=30)
+        service = Service("test", slow, at_once=1)
+        for _ in range(2):  # the same call, which others do not join once nobody waits for it
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(service.call("GET", f"{address}/drip", accept=JSON), 0.3)
+        return await asyncio.wait_for(service.call("GET", f"{address}/ok", accept=JSON), 5)
+
+    assert asyncio.run(cancelled()).json() == {"query": {}}
+
+
+def test_a_burst_at_a_dead_service_ends_early(address, capsys):
+    async def burst():
+        one = Service("test", allowing(address), at_once=8, failures=20, attempts=1, per_second=1e4)
+        calls = (one.call("GET", f"{address}/down?{i}", accept=JSON) for i in range(300))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    COUNTS.pop("/down", None)
+    found = asyncio.run(burst())
+    assert sum(isinstance(error, ServiceDownError) for error in found) > 200
+    assert COUNTS["/down"] < 60 and capsys.readouterr().err.count("in a row") == 1
 
 
 def test_damaged_json(address):
@@ -203,7 +275,9 @@ def test_other_addresses_are_refused(url):
 
 @pytest.mark.parametrize("address, public", [
     ("8.8.8.8", True), ("2606:4700::1111", True), ("::ffff:8.8.8.8", True), ("1.2.3.4%eth0", True),
-    ("2002:7f00:1::", False), ("198.18.0.1", False), ("nonsense", False), ("::", False),
+    ("168.63.129.16", False), ("192.0.0.192", False), ("::127.0.0.1", False), ("fec0::1", False),
+    ("64:ff9b:1::1", False), ("2002:7f00:1::", False), ("198.18.0.1", False),
+    ("nonsense", False), ("::", False),
 ])  # fmt: skip
 def test_public_addresses(address, public):
     assert web.is_public(address) == public

@@ -31,7 +31,10 @@ from mmsr1_jax.rollout.episode import End, Episode, Example, ToolCall
 from mmsr1_jax.rollout.turns import Turn
 from mmsr1_jax.tools import Observation, Part, Picture, Query
 
-_INFORMATION = re.compile(r"<(?=[\s/]*information)", re.IGNORECASE)
+# What the policy writes itself is no part of what it reads from outside either.
+_TAG = re.compile(
+    r"<(?=[\s/]*(?:information|(?:reason|answer|search|text_search)\b))", re.IGNORECASE
+)
 _NO_PICTURE = "(picture not available)"
 _MOST_PARTS = 100  # of one result
 _REASON = {
@@ -290,9 +293,9 @@ def _failed(error: BaseException | str | None) -> Observation:
 
 
 def harmless(text: str) -> str:
-    """Text from outside that cannot open or close `<information>`: the bracket is exchanged for one
-    that looks like it."""
-    return _INFORMATION.sub("\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}", _clean(text))
+    """Text from outside that can open or close neither `<information>` nor an action: the bracket
+    is exchanged for one that looks like it."""
+    return _TAG.sub("\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}", _clean(text))
 
 
 def _clean(text: str) -> str:

@@ -1,6 +1,7 @@
 """The first few that work: tried in parallel, each failure replaced by the next in line."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -11,9 +12,12 @@ R = TypeVar("R")
 
 
 async def first_that_work(
-    items: Sequence[T], count: int, work: Callable[[T], Awaitable[R]]
+    items: Sequence[T], count: int, work: Callable[[T], Awaitable[R]], *, until: float | None = None
 ) -> tuple[list[R], list[str]]:
-    """Results of the first `count` items whose `work` raises no WebError, or of fewer.
+    """Results of the first `count` items whose `work` raises nothing, or of fewer.
+
+    Args:
+      until: on the monotonic clock: what is not there by then is left out; None: no limit.
 
     Returns:
       the results in the order of the items, and why others failed, by their number from 1.
@@ -30,13 +34,20 @@ async def first_that_work(
     start(count)
     try:
         while running:
-            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            left = None if until is None else max(0.0, until - time.monotonic())
+            done, _ = await asyncio.wait(running, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                errors |= {number: f"{number + 1}: too slow" for number in running.values()}
+                break
             for task in done:
                 number = running.pop(task)
                 try:
                     found[number] = task.result()
                 except WebError as error:
                     errors[number] = f"{number + 1}: {error}"
+                    start(1)
+                except Exception as error:  # a page that nobody has thought of
+                    errors[number] = f"{number + 1}: {type(error).__name__}"
                     start(1)
     finally:
         for task in running:

@@ -6,7 +6,10 @@ picture ──► its address ──► matches ──► thumbnail, thumbnail, 
 
 import asyncio
 import io
+import json
+import os
 import pathlib
+import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -30,33 +33,53 @@ class Lens(Protocol):
 class Publisher:
     """Puts pictures where a service can see them: HTTP PUT to an object store.
 
+    What the store wants to know who asks comes from the environment: PUBLISHER_AUTHORIZATION, the
+    header of that name, and PUBLISHER_QUERY, what follows the `?` of the address that is put to.
+
     Args of the constructor:
       service: makes the requests.
-      put_url: beginning of the address to put to; the picture's name follows.
-      public_url: beginning of the address that it will then have.
       stored: remembers what was put, for other runs too.
+      put_url: address to put to, `{name}` being the picture's; without it, the beginning of one.
+      public_url: address that the picture then has, in the same form.
     """
 
     def __init__(self, service: Service, stored: Stored, *, put_url: str, public_url: str):
         self._service, self._stored = service, stored
         self._put, self._public = put_url, public_url
+        self._query = os.environ.get("PUBLISHER_QUERY", "").strip().removeprefix("?")
+        authorization = os.environ.get("PUBLISHER_AUTHORIZATION", "").strip()
+        self._headers = {"Authorization": authorization} if authorization else {}
         self._published: set[str] = set()
 
     async def __call__(self, data: bytes) -> str:
         """The address of a picture, which is put there once. Raises WebError."""
-        name = digest(data)
+        kind = _media_type(data)
+        name = f"{digest(data)}.{kind.partition('/')[2]}"
+        target = _named(self._put, name) + (f"?{self._query}" if self._query else "")
 
         async def put():
-            await self._service.call(
-                "PUT", self._put + name, content=data, accept=(),
-                headers={"Content-Type": "application/octet-stream"},
-            )  # fmt: skip
+            headers = self._headers | {"Content-Type": kind}
+            await self._service.call("PUT", target, content=data, accept=(), headers=headers)
             return True
 
+        public = _named(self._public, name)
         if name not in self._published:
-            await self._stored.get("published", self._public + name, put)
+            await self._stored.get("published", digest(public.encode()), put)
             self._published.add(name)
-        return self._public + name
+        return public
+
+
+def _named(url: str, name: str) -> str:
+    return url.replace("{name}", name) if "{name}" in url else url + name
+
+
+def _media_type(data: bytes) -> str:
+    """Of a picture's file; services look at it."""
+    try:
+        with PIL.Image.open(io.BytesIO(data)) as image:
+            return PIL.Image.MIME.get(image.format or "", "image/jpeg")
+    except Exception:  # no picture: said where it is opened in earnest
+        return "application/octet-stream"
 
 
 class Thumbnails:
@@ -77,7 +100,9 @@ class ImageSearch:
     publish: gives the question's picture an address.
     fetch: brings thumbnails.
     stored: what was found before, by the picture's content.
+    name: of the service; others find other pages.
     results: pages of an observation, at most.
+    seconds: after which it makes do with the pictures that are there; None: it waits for all.
     """
 
     def __init__(
@@ -86,15 +111,19 @@ class ImageSearch:
         publish: Callable[[bytes], Awaitable[str]],
         fetch: Callable[[str], Awaitable[bytes]],
         stored: Stored,
+        name: str,
         *,
         results: int = 5,
+        seconds: float | None = None,
     ):
+        self._name, self._seconds = name, seconds
         self._lens, self._publish, self._fetch = lens, publish, fetch
         self._stored, self._results = stored, results
 
     async def __call__(self, query: Query) -> Observation:
         if not query.images:
             return Observation(status="failed", error="the question has no picture")
+        until = None if self._seconds is None else time.monotonic() + self._seconds
         try:
             data = await asyncio.to_thread(_bytes, query.images[0])
 
@@ -102,12 +131,13 @@ class ImageSearch:
                 matches = await self._lens.lens(await self._publish(data))
                 return [[match.link, match.title, match.thumbnail] for match in matches]
 
-            matches = [Match(*m) for m in await self._stored.get("matches", digest(data), ask)]
+            key = json.dumps([self._name, digest(data)])
+            matches = [Match(*m) for m in await self._stored.get("matches", key, ask)]
         except (WebError, ImageError) as error:
             return Observation(status="failed", error=f"search: {error}")
         if not matches:
             return Observation(status="empty")
-        results, errors = await first_that_work(matches, self._results, self._result)
+        results, errors = await first_that_work(matches, self._results, self._result, until=until)
         if not results:
             return Observation(status="failed", error=f"no picture could be had: {errors[0]}")
         return Observation(results=results, error="; ".join(errors) or None)

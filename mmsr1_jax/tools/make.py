@@ -1,6 +1,8 @@
 """The tools that the settings ask for."""
 
 import functools
+import re
+import urllib.parse
 
 from mmsr1_jax import config as settings
 from mmsr1_jax.judge import Judge
@@ -29,13 +31,22 @@ from mmsr1_jax.tools.text_search import PassageSearch, TextSearch
 from mmsr1_jax.tools.tool import Tool
 from mmsr1_jax.tools.web import Web
 
+SERVICES = (
+    "serpapi", "serper", "searxng", "retrieval", "reader", "summariser", "judge", "thumbnails",
+    "publisher",
+)  # fmt: skip
+
 
 class ToolsError(ValueError):
     """Settings of tools that do not fit together; the message names the field."""
 
 
-def make_tools(config: settings.Config) -> dict[str, Tool]:
+def make_tools(config: settings.Config, *, loops: int = 1) -> dict[str, Tool]:
     """The search tools by action; one that is `none` is left out.
+
+    Args:
+      loops: asyncio loops that will use them, one for each engine. Limits count for each loop, so
+        each has a share of them.
 
     Raises:
       ToolsError, LocalIndexError, KeyMissingError, CacheError, StoreError: one cannot be made.
@@ -50,7 +61,7 @@ def make_tools(config: settings.Config) -> dict[str, Tool]:
         path = _needed("tools.index", tools.index)
         embed = _embedder(config) if image == "local" else None
         index = LocalIndex(path, results=tools.results, chars=tools.result_chars, embed=embed)
-    make = _Makers(tools, services, _store(services))
+    make = _Makers(tools, services, _store(services), loops)
     made: dict[str, Tool] = {}
     if text != "none":
         made["text_search"] = index.text_search if text == "local" else make.text(text)
@@ -64,7 +75,7 @@ def make_judge(config: settings.Config) -> Judge | None:
     services = config.services
     if services.judge_url is None:
         return None
-    return _Makers(config.tools, services, _store(services)).judge()
+    return _Makers(config.tools, services, _store(services), 1).judge()
 
 
 def _store(services: settings.Services) -> Store | RedisStore:
@@ -88,24 +99,38 @@ def _embedder(config: settings.Config) -> Embed | None:
 
 class _Makers:
     def __init__(
-        self, tools: settings.Tools, services: settings.Services, store: Store | RedisStore
-    ):
-        self._tools, self._services = tools, services
+        self, tools: settings.Tools, services: settings.Services, store: Store | RedisStore,
+        loops: int,
+    ):  # fmt: skip
+        self._tools, self._services, self._loops = tools, services, loops
         self._store, self._stored = store, Stored(store)
+        # One's own services may be anywhere; what they find may not.
+        urls = (
+            services.serpapi_url, services.serper_url, services.searxng_url, services.jina_url,
+            services.retrieval_url, services.summariser_url, services.judge_url, services.put_url,
+        )  # fmt: skip
+        own = {urllib.parse.urlsplit(url).netloc for url in urls if url}
+        self._own = Web(allowed_hosts=own, seconds=services.seconds)
         self._web = Web(allowed_hosts=services.allowed_hosts, seconds=services.seconds)
+        self._limits = dict(map(_limit, services.limits))
+        # What is there by then is made do with, so that the search itself is not too late.
+        self._seconds = 0.75 * tools.seconds
 
     def _service(self, name: str) -> Service:
-        settings_, turn = self._services, None
+        """One's own, or one that is paid for."""
+        return self._limited(name, self._own, attempts=self._services.attempts)
+
+    def _hosts(self, name: str) -> Service:
+        """Any host: one that fails says nothing of the others, and the next hit is the retry."""
+        return self._limited(name, self._web, attempts=1, failures=None)
+
+    def _limited(self, name: str, web: Web, **keywords) -> Service:
+        per_second, at_once, turn = self._services.per_second, self._services.at_once, None
+        per_second, at_once = self._limits.get(name, (per_second, at_once))
         if isinstance(self._store, RedisStore):
-            turn = functools.partial(self._store.turn, name, settings_.per_second)
-        return Service(
-            name,
-            self._web,
-            at_once=settings_.at_once,
-            per_second=settings_.per_second,
-            attempts=settings_.attempts,
-            turn=turn,
-        )
+            turn = functools.partial(self._store.turn, name, per_second)
+        at_once, per_second = -(-at_once // self._loops), per_second / self._loops
+        return Service(name, web, at_once=at_once, per_second=per_second, turn=turn, **keywords)
 
     def _google(self, name: str) -> SerpApi | Serper:
         service = self._service(name)
@@ -116,33 +141,37 @@ class _Makers:
     def text(self, name: str) -> Tool:
         services, stored = self._services, self._stored
         if name == "retrieval":
-            retrieval = Retrieval(self._service(name), base_url=services.retrieval_url)
-            return PassageSearch(retrieval, stored, results=self._tools.results)
+            url = services.retrieval_url
+            retrieval = Retrieval(self._service(name), base_url=url)
+            return PassageSearch(retrieval, stored, url, results=self._tools.results)
+        where = name  # by which what was found is known again
         if name == "searxng":
+            where = f"{name} {services.searxng_url}"
             finder = SearXNG(self._service(name), base_url=services.searxng_url)
         else:
             finder = self._google(name)
         summariser = services.summariser_url and services.summariser_model
         results, chars = self._tools.results, self._tools.result_chars
         search = TextSearch(
-            StoredFinder(finder, stored, name),
+            StoredFinder(finder, stored, where),
             self._reader(),
             self._summariser(),
             results=results,
             chars=chars,
+            seconds=self._seconds,
         )
         return StoredSearch(
-            search, stored, f"{name} {services.reader} {summariser} {results} {chars}"
+            search, stored, f"{where} {services.reader} {summariser} {results} {chars}"
         )
 
     def _reader(self) -> StoredReader | None:
         name = self._services.reader
         if name == "none":
             return None
-        service = self._service(f"reader {name}")
-        reader = Reader(service) if name == "local" else Jina(
-            service, base_url=self._services.jina_url
-        )  # fmt: skip
+        if name == "local":
+            reader = Reader(self._hosts("reader"))
+        else:
+            reader = Jina(self._service("reader"), base_url=self._services.jina_url)
         return StoredReader(reader, self._stored, name)
 
     def _summariser(self) -> StoredSummariser | None:
@@ -158,7 +187,7 @@ class _Makers:
 
     def image(self, name: str) -> Tool:
         services, results = self._services, self._tools.results
-        pictures = StoredPictures(Thumbnails(self._service("thumbnails")), self._stored)
+        pictures = StoredPictures(Thumbnails(self._hosts("thumbnails")), self._stored)
         if name == "fvqa":
             path = _needed("services.fvqa_cache", services.fvqa_cache)
             return FvqaCache(path, pictures, results=results)
@@ -168,7 +197,25 @@ class _Makers:
             put_url=_needed("services.put_url", services.put_url),
             public_url=_needed("services.public_url", services.public_url),
         )
-        return ImageSearch(self._google(name), publisher, pictures, self._stored, results=results)
+        return ImageSearch(
+            self._google(name), publisher, pictures, self._stored, name, results=results,
+            seconds=self._seconds,
+        )  # fmt: skip
+
+
+def _limit(text: str) -> tuple[str, tuple[float, int]]:
+    """`NAME=PER_SECOND/AT_ONCE` as (name, (calls a second, calls at a time))."""
+    found = re.fullmatch(r"(\w+)=([0-9.]+)/([0-9]+)", text)
+    try:
+        name, limits = found[1], (float(found[2]), int(found[3]))
+    except (TypeError, ValueError):
+        name, limits = "", (0.0, 0)
+    if name not in SERVICES or not all(limits):
+        raise ToolsError(
+            f"config.services.limits: {text!r} is not NAME=PER_SECOND/AT_ONCE, with a name of "
+            f"{', '.join(SERVICES)}"
+        )
+    return name, limits
 
 
 def _needed(field: str, value: str | None) -> str:

@@ -39,12 +39,21 @@ _FOREVER = 2**52  # milliseconds
 
 # Keeps an entry. What was to stay (PTTL -1: it is there and has no time limit) is to stay still.
 _PUT = """
+if ARGV[3] == '1' and ARGV[6] == 'use' and redis.call('HGET', KEYS[1], 'failed') == '0' then
+  return 0
+end
 local stays = ARGV[5] == 'stays' or redis.call('PTTL', KEYS[1]) == -1
 redis.call('HSET', KEYS[1], 'key', ARGV[1], 'value', ARGV[2], 'failed', ARGV[3], 'made', ARGV[4])
 if stays then redis.call('PERSIST', KEYS[1]) else redis.call('PEXPIRE', KEYS[1], ARGV[5]) end
 return 1
 """
-_TAKE = "if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end" + _PUT
+_TAKE = (
+    """
+if redis.call('EXISTS', KEYS[1]) == 1
+  and (redis.call('HGET', KEYS[1], 'failed') == '0' or ARGV[3] == '1') then return 0 end
+"""
+    + _PUT
+)
 # Gives out turns, one an interval, in microseconds of the server's clock; returns how long it is
 # till this one. A clock that was set back begins anew, lest all wait for it to catch up.
 _TURN = """
@@ -151,7 +160,7 @@ class RedisStore:
         life = "stays"
         if self.mode == "use":
             life = max(1, int(min(self._days * 86_400_000, _FOREVER)))
-        row = [_encode(key), value, int(failed), time.time(), life]
+        row = [_encode(key), value, int(failed), time.time(), life, self.mode]
         self._guarded(lambda: self._put([_entry(kind, key)], row))
 
     async def turn(self, service: str, per_second: float) -> None:
@@ -202,8 +211,8 @@ class RedisStore:
         os.replace(partial, target)
 
     def take(self, source: str | pathlib.Path) -> int:
-        """Takes what a file of `Store` has and this one has not, to stay; returns how much that
-        was.
+        """Takes what a file of `Store` has and this one has not, or only as a failure, to stay;
+        returns how much that was.
 
         Raises:
           StoreError: no such store.
@@ -215,7 +224,7 @@ class RedisStore:
             connection = sqlite3.connect(f"{source.as_uri()}?mode=ro", uri=True)
             with contextlib.closing(connection):
                 for kind, key, value, failed, made in connection.execute(query):
-                    row = [_encode(key), value, failed, made, "stays"]
+                    row = [_encode(key), value, failed, made, "stays", "take"]
                     taken += self._guarded(lambda: self._take([_entry(kind, key)], row))
         except sqlite3.DatabaseError as error:
             raise StoreError(f"{source}: not a store ({error})") from None

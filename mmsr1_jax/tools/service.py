@@ -7,6 +7,8 @@ after a row of failures the service is not asked at all for a while, and that is
 """
 
 import asyncio
+import dataclasses
+import hashlib
 import sys
 import time
 import weakref
@@ -34,7 +36,7 @@ class Service:
       attempts: of one call.
       longest_wait: seconds between two of them, at most; a server that asks for more is not waited
         for.
-      failures: in a row, after which it is not asked.
+      failures: in a row, after which it is not asked; None: it always is (many hosts, say).
       pause: seconds for which it is then not asked.
       turn: awaited before each call: limits that are shared with other processes, which come beside
         `per_second`. `at_once` is of one process always.
@@ -49,7 +51,7 @@ class Service:
         per_second: float = 50.0,
         attempts: int = 3,
         longest_wait: float = 20.0,
-        failures: int = 20,
+        failures: int | None = 20,
         pause: float = 30.0,
         turn: Callable[[], Awaitable[None]] | None = None,
     ):
@@ -72,28 +74,50 @@ class Service:
         if loop not in self._of_loop:
             self._of_loop[loop] = _Limits(self._at_once, self._per_second)
         under_way = self._of_loop[loop].under_way
-        key = repr((method, url, sorted(request.items(), key=lambda item: item[0])))
+        key = _key(method, url, request)
         if key not in under_way:
             task = asyncio.ensure_future(self._call(self._of_loop[loop], method, url, request))
-            under_way[key] = task
-            task.add_done_callback(lambda done: (under_way.pop(key), done.exception()))
-        return await asyncio.shield(under_way[key])
+            under_way[key] = _Shared(task)
+            task.add_done_callback(lambda done: self._ended(under_way, key, done))
+        shared = under_way[key]
+        shared.waiting += 1
+        try:
+            return await asyncio.shield(shared.task)
+        finally:
+            shared.waiting -= 1
+            if not shared.waiting and not shared.task.done():
+                # Nobody wants it any more; one who asks from now on begins anew.
+                del under_way[key]
+                shared.task.cancel()
+
+    @staticmethod
+    def _ended(under_way: "dict[bytes, _Shared]", key: bytes, task: asyncio.Task) -> None:
+        if key in under_way and under_way[key].task is task:
+            del under_way[key]
+        if not task.cancelled():
+            task.exception()  # it has been looked at, also where nobody waited for it
 
     async def _call(self, limits: "_Limits", method: str, url: str, request: dict) -> Answer:
-        if time.monotonic() < self._closed_until:
-            raise ServiceDownError(f"{self.name} failed too often and is not asked for now")
+        async for attempt in tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(self._attempts),
+            wait=self._wait,
+            retry=tenacity.retry_if_exception(self._again),
+            reraise=True,
+        ):
+            with attempt:
+                async with limits.at_once, limits.rate:
+                    if time.monotonic() < self._closed_until:
+                        raise ServiceDownError(
+                            f"{self.name} failed too often and is not asked for now"
+                        )
+                    if self._turn is not None:
+                        await self._turn()
+                    answer = await self._asked(method, url, request)
+        return answer
+
+    async def _asked(self, method: str, url: str, request: dict) -> Answer:
         try:
-            async for attempt in tenacity.AsyncRetrying(
-                stop=tenacity.stop_after_attempt(self._attempts),
-                wait=self._wait,
-                retry=tenacity.retry_if_exception(self._again),
-                reraise=True,
-            ):
-                with attempt:
-                    async with limits.at_once, limits.rate:
-                        if self._turn is not None:
-                            await self._turn()
-                        answer = await self._web.request(method, url, **request)
+            answer = await self._web.request(method, url, **request)
         except WebError as error:
             if error.transient:
                 self._failed(error)
@@ -114,7 +138,7 @@ class Service:
 
     def _failed(self, error: WebError) -> None:
         self._failures += 1
-        if self._failures < self._most_failures:
+        if self._most_failures is None or self._failures < self._most_failures:
             return
         self._closed_until = time.monotonic() + self._pause
         if not self._said:
@@ -134,4 +158,21 @@ class _Limits:
         # A small bucket, lest calls come in bursts of a second's worth.
         burst = max(1.0, per_second / 10)
         self.rate = aiolimiter.AsyncLimiter(burst, burst / per_second)
-        self.under_way: dict[str, asyncio.Task] = {}
+        self.under_way: dict[bytes, _Shared] = {}
+
+
+@dataclasses.dataclass(eq=False)
+class _Shared:
+    """A call under way, and how many wait for it."""
+
+    task: asyncio.Task
+    waiting: int = 0
+
+
+def _key(method: str, url: str, request: dict[str, Any]) -> bytes:
+    """By which identical calls are known; it holds neither keys nor pictures."""
+    digest = hashlib.blake2b(repr((method, url)).encode("utf-8", "replace"), digest_size=16)
+    for name, value in sorted(request.items()):
+        content = value if isinstance(value, bytes) else repr(value).encode("utf-8", "replace")
+        digest.update(name.encode() + b"=" + content)
+    return digest.digest()

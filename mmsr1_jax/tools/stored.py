@@ -38,6 +38,11 @@ class Stored:
         self._remote = isinstance(store, RedisStore)
         self._complained = False
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether what is put is there to be replayed, failures and all."""
+        return self._store.mode == "record"
+
     async def get(self, kind: str, key: str, ask: Callable[[], Awaitable[Any]]) -> Any:
         """The JSON value that the store has, else what `ask` brings, which it then keeps.
 
@@ -63,9 +68,12 @@ class Stored:
         found = await self._try(self._remote, self._store.get, kind, key)
         if found is None:
             return None
-        value = json.loads(found[0])
+        try:
+            value = json.loads(found[0])
+        except ValueError:  # damaged, which no store can see: as if it were not there
+            return None
         if found[1]:
-            raise WebError(value)
+            raise WebError(str(value))
         return value
 
     async def put(self, kind: str, key: str, value: Any, *, failed: bool = False) -> None:
@@ -169,7 +177,8 @@ class StoredSearch:
         made = await self._tool(query)
         if made.status == "failed":
             await self._stored.put("answer", key, made.error, failed=True)
-        else:
+        elif made.error is None or self._stored.keeps_all:
+            # Elsewhere, what is not whole is worth another try.
             texts = [[part.text for part in result] for result in made.results]
             await self._stored.put("answer", key, [made.status, made.error, texts])
         return made

@@ -8,6 +8,7 @@ query ──► hits ──► page, page, page, ..   in parallel; one that fail
 
 import asyncio
 import json
+import time
 from typing import Protocol
 
 from mmsr1_jax.tools.first import first_that_work
@@ -41,6 +42,7 @@ class TextSearch:
     results: pages of an observation, at most.
     spare: hits beyond those that are asked for, to take the place of pages that fail.
     chars: of a page's paragraphs, where nothing summarises them.
+    seconds: after which it makes do with the pages that are there; None: it waits for all.
     """
 
     def __init__(
@@ -52,13 +54,16 @@ class TextSearch:
         results: int = 5,
         spare: int = 5,
         chars: int = 1500,
+        seconds: float | None = None,
     ):
+        self._seconds = seconds
         self._finder, self._reader, self._summariser = finder, reader, summariser
         self._results, self._spare, self._chars = results, spare, chars
 
     async def __call__(self, query: Query) -> Observation:
         if query.text is None:
             return Observation(status="failed", error="searches by text only")
+        until = None if self._seconds is None else time.monotonic() + self._seconds
         try:
             hits = await self._finder.search(query.text, self._results + self._spare)
         except WebError as error:
@@ -69,7 +74,7 @@ class TextSearch:
         def read(hit: Hit):
             return self._result(hit, query.question)
 
-        results, errors = await first_that_work(hits, self._results, read)
+        results, errors = await first_that_work(hits, self._results, read, until=until)
         if not results:
             return Observation(status="failed", error=f"no page could be read: page {errors[0]}")
         return Observation(
@@ -104,16 +109,18 @@ class PassageSearch:
     Args of the constructor:
       retrieval: finds (title, text) of passages.
       stored: what was found before.
+      name: of the index; others find other passages.
       results: passages of an observation, at most.
     """
 
-    def __init__(self, retrieval: Retrieval, stored: Stored, *, results: int = 5):
-        self._retrieval, self._stored, self._results = retrieval, stored, results
+    def __init__(self, retrieval: Retrieval, stored: Stored, name: str, *, results: int = 5):
+        self._retrieval, self._stored = retrieval, stored
+        self._name, self._results = name, results
 
     async def __call__(self, query: Query) -> Observation:
         if query.text is None:
             return Observation(status="failed", error="searches by text only")
-        key = json.dumps(["retrieval", query.text, self._results])
+        key = json.dumps([self._name, query.text, self._results])
         try:
             found = await self._stored.get(
                 "passages", key, lambda: self._retrieval.passages(query.text, self._results)

@@ -7,11 +7,13 @@ that answers differently the second time, leads nowhere either.
 
 import asyncio
 import dataclasses
+import email.utils
 import ipaddress
 import json as json_module
 import logging
 import re
 import socket
+import time
 import weakref
 import zlib
 from collections.abc import Collection, Iterable, Mapping
@@ -28,6 +30,12 @@ logging.getLogger("httpcore").setLevel(logging.WARNING)
 JSON = ("application/json",)
 PAGES = ("text/html", "application/xhtml+xml", "text/plain", "text/markdown")
 IMAGES = ("image/",)
+# Public by their numbers, but a provider's own: Azure's and Oracle's metadata, IPv4-compatible and
+# site-local addresses, local NAT64.
+_NOT_PUBLIC = tuple(
+    map(ipaddress.ip_network,
+        ("168.63.129.16/32", "192.0.0.0/24", "::/96", "fec0::/10", "64:ff9b:1::/48"))
+)  # fmt: skip
 _HEADERS = {"User-Agent": "mmsr1_jax", "Accept": "*/*", "Accept-Encoding": "gzip"}
 _MAX_REDIRECTS = 5
 _CHUNK = 65536
@@ -102,6 +110,7 @@ class Web:
     Args of the constructor:
       allowed_hosts: `host` or `host:port` that may be private all the same (one's own services).
       seconds: time limit of connecting, and of each wait for data.
+      total_seconds: of a request in all, redirects and body included; None: three times `seconds`.
       max_bytes: of a body, as it comes and decompressed.
       connections: at a time.
       backend: makes connections; for tests.
@@ -112,12 +121,14 @@ class Web:
         *,
         allowed_hosts: Collection[str] = (),
         seconds: float = 20.0,
+        total_seconds: float | None = None,
         max_bytes: int = 10_000_000,
         connections: int = 256,
         backend: httpcore.AsyncNetworkBackend | None = None,
     ):
         self._allowed = frozenset(host.lower() for host in allowed_hosts)
         self._seconds = seconds
+        self._total = 3 * seconds if total_seconds is None else total_seconds
         self._max_bytes = max_bytes
         self._connections = connections
         self._backend = backend
@@ -151,32 +162,44 @@ class Web:
         Raises:
           WebError: see its kinds.
         """
-        timeout = {"timeout": httpx.Timeout(self._seconds).as_dict()}
-        headers = dict(headers or {})
+        request = {"params": params, "json": json, "content": content}
         try:
-            for _ in range(_MAX_REDIRECTS + 1):
-                # No httpx client: it would keep cookies, and log the addresses, keys in them too.
-                request = httpx.Request(
-                    method, url, params=params, json=json, content=content,
-                    headers=_HEADERS | headers, extensions=timeout,
-                )  # fmt: skip
-                _check(request.url)
-                response = await self._transport().handle_async_request(request)
-                response.request = request
-                try:
-                    if not (response.is_redirect and method == "GET"):
-                        return await self._read(response, tuple(accept), max_bytes)
-                finally:
-                    await response.aclose()
-                target = request.url.join(response.headers["location"])
-                headers = headers if target.host == request.url.host else {}
-                url, params = str(target), None
-        except httpx.TimeoutException:
+            async with asyncio.timeout(self._total):
+                return await self._follow(
+                    method, url, request, dict(headers or {}), tuple(accept), max_bytes
+                )
+        except (TimeoutError, httpx.TimeoutException):
             raise TimedOutError("the server did not answer in time") from None
-        except (httpx.InvalidURL, httpx.UnsupportedProtocol):
-            raise RefusedError("not a valid address") from None
         except httpx.HTTPError as error:
+            if isinstance(error, httpx.UnsupportedProtocol):
+                raise RefusedError("not a valid address") from None
             raise UnreachableError(f"the connection failed ({type(error).__name__})") from None
+        except (httpx.InvalidURL, ValueError, KeyError) as error:
+            # What libraries raise on addresses and headers that make no sense to them.
+            raise RefusedError(f"not a valid address or answer ({type(error).__name__})") from None
+
+    async def _follow(
+        self, method: str, url: str, request: dict, headers: dict, accept: tuple[str, ...],
+        max_bytes: int | None,
+    ) -> Answer:  # fmt: skip
+        """The answer at the end of the redirects."""
+        timeout = {"timeout": httpx.Timeout(self._seconds).as_dict()}
+        for _ in range(_MAX_REDIRECTS + 1):
+            # No httpx client: it would keep cookies, and log the addresses, keys in them too.
+            made = httpx.Request(
+                method, url, headers=_HEADERS | headers, extensions=timeout, **request
+            )
+            _check(made.url)
+            response = await self._transport().handle_async_request(made)
+            response.request = made
+            try:
+                if not (response.has_redirect_location and method == "GET"):
+                    return await self._read(response, accept, max_bytes)
+            finally:
+                await response.aclose()
+            target = made.url.join(response.headers["location"])
+            headers = headers if _origin(target) == _origin(made.url) else {}
+            url, request = str(target), {}
         raise RefusedError("too many redirects")
 
     async def _read(
@@ -272,7 +295,13 @@ def is_public(address: str) -> bool:
         if inner is None and ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64, RFC 6052
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         ip = inner or ip
+    if any(ip in network for network in _NOT_PUBLIC if network.version == ip.version):
+        return False
     return ip.is_global and not ip.is_multicast
+
+
+def _origin(url: httpx.URL) -> tuple:
+    return url.scheme, url.host, url.port
 
 
 def _check(url: httpx.URL) -> None:
@@ -283,6 +312,11 @@ def _check(url: httpx.URL) -> None:
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds; the header's other form, a date, is left to our own back-off."""
+    """Seconds, from either of the header's forms (RFC 9110, section 10.2.3)."""
     text = response.headers.get("retry-after", "")
-    return float(text) if text.isdigit() else None
+    if re.fullmatch(r"[0-9]{1,9}", text):
+        return float(text)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None

@@ -15,6 +15,8 @@ import PIL.Image
 from mmsr1_jax.tools.first import first_that_work
 from mmsr1_jax.tools.tool import Observation, Picture, Query, Result, image_result
 
+_MAX_PIXELS = 20_000_000
+
 
 class CacheError(ValueError):
     """A file that is no such cache; the message names it."""
@@ -120,6 +122,9 @@ def _picture(value: Any) -> Picture | None:
         return None
     _, mode, size, palette, data = state[:5]
     try:
+        # A few bytes may claim to be a picture of any size.
+        if size[0] * size[1] > min(_MAX_PIXELS, 8 * len(data)):
+            return None
         image = PIL.Image.frombytes(mode, tuple(size), data)
         if palette and mode == "P":
             image.putpalette(palette)

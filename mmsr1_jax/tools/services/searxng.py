@@ -2,7 +2,7 @@
 
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.services import Hit, entries, text_of
-from mmsr1_jax.tools.web import JSON
+from mmsr1_jax.tools.web import JSON, UnreachableError
 
 
 class SearXNG:
@@ -14,6 +14,9 @@ class SearXNG:
         answer = await self._service.call(
             "GET", self._url, params={"q": query, "format": "json"}, accept=JSON
         )
-        found = entries(answer.json(), "results")
+        data = answer.json()
+        found = entries(data, "results")
+        if not found and data.get("unresponsive_engines"):
+            raise UnreachableError("none of its search engines answered")
         hits = [Hit(text_of(e, "url"), text_of(e, "title"), text_of(e, "content")) for e in found]
         return [hit for hit in hits if hit.link][:count]

@@ -2,7 +2,7 @@
 
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.services import Hit, Match, entries, key_of, text_of
-from mmsr1_jax.tools.web import JSON
+from mmsr1_jax.tools.web import JSON, UnreachableError
 
 BASE_URL = "https://serpapi.com"
 KEY = "SERPAPI_API_KEY"
@@ -32,4 +32,8 @@ class SerpApi:
         answer = await self._service.call(
             "GET", self._url, params=params | {"api_key": self._key}, accept=JSON
         )
-        return answer.json()
+        data = answer.json()
+        metadata = data.get("search_metadata") if isinstance(data, dict) else None
+        if isinstance(metadata, dict) and metadata.get("status") == "Error":
+            raise UnreachableError("the search itself failed")
+        return data
