@@ -43,7 +43,7 @@ def main(argv) -> int:
     config.rollout.lanes = config.rollout.rows = 1
     config.rollout.compile_ahead = False
     try:
-        engine = make_engine(config, _MODEL.value)
+        engine = make_engine(config, _MODEL.value, engines=1)
     except (ValueError, OSError) as error:  # checkpoint, tokenizer, prompts or index, in one line
         sys.exit(f"error: {error}")
     example = Example(question=_QUESTION.value, images=_IMAGE.value)

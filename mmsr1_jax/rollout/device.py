@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from mmsr1_jax import config as settings
 from mmsr1_jax.batching import TooLongError, smallest
@@ -93,22 +93,28 @@ class Device:
         self.model_config = model.config
         self.stops = stops
         self._windows = config.buckets.image_windows
-        self._allowed = jnp.asarray(allowed)
-        self._next_state = jnp.asarray(stops.next_state)
-        self._lanes = cache.allocate(model, self.config.lanes, capacity)
-        width = model.config.text.hidden_size
-        self._store = jnp.zeros((self.config.image_tokens, width), model.dtype)
         self._kept: OrderedDict[str, np.ndarray] = OrderedDict()
         self._free = list(range(self.config.image_tokens))
         self._graph, params = nnx.split(model)
         self._layout = jax.tree.map(lambda x: x.sharding, params)
-        self._place = _places(self._lanes, jax.tree.leaves(self._layout)[0])
         self._dtype = model.dtype
+
+        def empty():
+            store = (self.config.image_tokens, model.config.text.hidden_size)
+            return (
+                cache.allocate(model, self.config.lanes, capacity),
+                jnp.zeros(store, self._dtype),
+            )
+
+        self._place = _places(jax.eval_shape(empty)[0], jax.tree.leaves(self._layout)[0])
+        everywhere = self._place.length
         self._compile()
-        # All of it is pinned to its place, as what the programs return is: else each would be
-        # compiled twice. Where nothing has to be changed, the model's own arrays are used.
-        self._lanes = jax.device_put(self._lanes, self._place)
-        self._store = jax.device_put(self._store, self._place.length)
+        # All of it is made in its place (another engine may fill the first device), and pinned to
+        # it, as what the programs return is: else each would be compiled twice. Where nothing has
+        # to be changed, the model's own arrays are used.
+        self._lanes, self._store = jax.jit(empty, out_shardings=(self._place, everywhere))()
+        self._allowed = jax.device_put(allowed, everywhere)
+        self._next_state = jax.device_put(stops.next_state, everywhere)
         self._params = jax.device_put(params, self._layout)
         if any(x.dtype != self._dtype for x in jax.tree.leaves(params)):
             self.load(params)
@@ -146,35 +152,44 @@ class Device:
 
     def load(self, params: nnx.State) -> None:
         """Takes parameters (the trainer's tree: any layout, any dtype) into the engine's own layout
-        and dtype, in one program. Encoded images are forgotten: they are of the old ones.
+        and dtype, in one program. Encoded images are forgotten: they are of the old ones."""
+        self.take(self.prepare(params))
 
-        A trainer with more devices than the engine has the program put all of the parameters on
-        each of them, one of which should be the engine's.
+    def prepare(self, params: nnx.State) -> nnx.State:
+        """Parameters from which each engine like this one can `take` its own: in the engine's
+        dtype, cut as engines cut them. Never the arrays that were given, which the trainer gives
+        away.
+
+        A trainer with more devices than the engine puts a whole on each group of them, by one
+        program: where an engine is on such a group, nothing remains to be copied.
         """
         first, ours = jax.tree.leaves(params)[0], jax.tree.leaves(self._layout)[0].device_set
         theirs = first.sharding.device_set if isinstance(first, jax.Array) else set()
         if theirs == ours:
-            self._params = self._relayout(self._layout)(params)
-        elif len(theirs) > 1:
-            everywhere = NamedSharding(first.sharding.mesh, PartitionSpec())
-            self._params = jax.device_put(self._relayout(everywhere)(params), self._layout)
-        else:
-            self._params = self._relayout(self._layout)(jax.device_put(params, self._layout))
+            return self._relayout(None)(params)
+        if len(theirs) > 1:
+            return self._relayout(first.sharding.mesh)(params)
+        return self._relayout(None)(jax.device_put(params, self._layout))
+
+    def take(self, prepared: nnx.State) -> None:
+        """The second half of `load`; memory is shared where the engine's devices have it all."""
+        self._params = place(prepared, self._layout)
         self._lanes = self._wipe_program(self._lanes)
         self._kept.clear()
         self._free = list(range(self.config.image_tokens))
 
-    def _relayout(self, shardings):
-        """The program that gives parameters these shardings and the engine's dtype."""
+    def _relayout(self, mesh: Mesh | None):
+        """The program that gives parameters the engine's dtype and layout: on a trainer's mesh, or
+        (None) on the engine's own devices."""
 
         def cast(params):
             # Copied even where nothing changes: the trainer gives its own away.
             return jax.tree.map(lambda x: jnp.array(x, self._dtype, copy=True), params)
 
-        key = shardings if isinstance(shardings, NamedSharding) else None
-        if key not in self._load_programs:
-            self._load_programs[key] = jax.jit(cast, out_shardings=shardings)
-        return self._load_programs[key]
+        if mesh not in self._load_programs:
+            layout = self._layout if mesh is None else _layout_on(mesh, self._layout)
+            self._load_programs[mesh] = jax.jit(cast, out_shardings=layout)
+        return self._load_programs[mesh]
 
     def warm_up(self) -> None:
         """Compiles every program of the tables, by running it on padding."""
@@ -368,3 +383,41 @@ def _places(lanes: cache.Lanes, of_params: Sharding) -> cache.Lanes:
     )
     everywhere = NamedSharding(mesh, PartitionSpec())
     return cache.Lanes(k=kv, v=kv, length=everywhere, hidden=everywhere)
+
+
+def _layout_on(mesh: Mesh, layout: nnx.State) -> nnx.State:
+    """An engine's layout on a trainer's mesh: cut along the tensor axis alone, or not at all if the
+    trainer's has not as many parts."""
+
+    def ways(of: Mesh) -> int:
+        return of.shape.get("tensor", 1)
+
+    def one(ours: Sharding) -> NamedSharding:
+        same = isinstance(ours, NamedSharding) and ways(ours.mesh) == ways(mesh)
+        return NamedSharding(mesh, ours.spec if same else PartitionSpec())
+
+    return jax.tree.map(one, layout)
+
+
+def place(arrays: nnx.State, layout: nnx.State) -> nnx.State:
+    """The same arrays in the layout of other devices, or of some of theirs, without the host. What
+    a device has already is not copied but shared; what it has not comes from one that has it."""
+    return jax.tree.map(_place_one, arrays, layout)
+
+
+def _place_one(x: jax.Array, layout: Sharding) -> jax.Array:
+    def key(index: tuple[slice, ...]) -> tuple[tuple[int, int, int], ...]:
+        return tuple(part.indices(size) for part, size in zip(index, x.shape, strict=True))
+
+    held: dict[tuple, dict[jax.Device, jax.Array]] = {}
+    for shard in x.addressable_shards:
+        held.setdefault(key(shard.index), {})[shard.device] = shard.data
+    parts = []
+    for device, index in layout.addressable_devices_indices_map(x.shape).items():
+        found = held.get(key(index))
+        if found is None:  # cut in other places: from a whole copy, where there is one
+            whole = x.addressable_shards[0].data if x.is_fully_replicated else x
+            return jax.device_put(whole, layout)
+        same = found.get(device)
+        parts.append(jax.device_put(next(iter(found.values())), device) if same is None else same)
+    return jax.make_array_from_single_device_arrays(x.shape, layout, parts)

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
@@ -26,7 +27,7 @@ from mmsr1_jax import config as settings
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL, mrope_positions
 from mmsr1_jax.processor import Processor, Prompt
 from mmsr1_jax.rollout import prompts, stop, turns
-from mmsr1_jax.rollout.device import Device, Piece
+from mmsr1_jax.rollout.device import Counts, Device, Piece
 from mmsr1_jax.rollout.episode import Episode, Example, Segment
 from mmsr1_jax.rollout.rules import Reply, Rules
 from mmsr1_jax.rollout.sampler import Sampling
@@ -39,6 +40,10 @@ _DRAWN = ("tokens", "logprobs", "sampling_logprobs")
 # Called as things happen, with the episode and "turn" (the policy's has ended), "reply" (the user
 # turn after it is there) or "end".
 Watch = Callable[[Episode, str], None]
+
+# Gives the next examples with their numbers, at most so many, and perhaps none for now. It is asked
+# in each round of the loop, and may raise to end it.
+Take = Callable[[int], list[tuple[int, Example]]]
 
 
 @dataclasses.dataclass(eq=False)
@@ -99,7 +104,7 @@ class Engine:
       tools: by action, `text_search` and `image_search`; a search without its tool fails in words.
 
     Attributes:
-      device: what it has done is counted in `device.counts`.
+      device: its side of the engine.
     """
 
     def __init__(
@@ -138,6 +143,11 @@ class Engine:
         if config.rollout.compile_ahead:
             self.device.warm_up()
 
+    @property
+    def counts(self) -> Counts:
+        """What the device has done."""
+        return self.device.counts
+
     def load(self, params: nnx.State) -> None:
         """Takes the trainer's parameters, `nnx.split(model)[1]`; images are encoded anew from here
         on.
@@ -175,11 +185,35 @@ class Engine:
           RuntimeError: another rollout of this engine is under way.
           ValueError: settings of sampling that cannot be.
         """
-        settings.validate_sampling(sampling or self.config.sampling)
+        numbered = enumerate(examples)
+        yield from self.rollout_part(
+            lambda count: list(itertools.islice(numbered, count)),
+            rollouts=rollouts,
+            sampling=sampling or self.config.sampling,
+            watch=watch,
+        )
+
+    def rollout_part(
+        self,
+        take: Take,
+        *,
+        rollouts: int,
+        sampling: settings.Sampling,
+        watch: Watch,
+        look_again: float | None = None,
+    ) -> Iterator[Episode]:
+        """`rollout` of those examples that `take` gives to this engine, with their numbers in the
+        whole. It is over when it has no episodes left and `take` gives none.
+
+        Args:
+          look_again: seconds after which an engine that only waits for tools asks `take` again;
+            None: it sleeps until a tool answers.
+        """
+        settings.validate_sampling(sampling)
         if self._busy:
             raise RuntimeError("Engine.rollout: another rollout is under way")
         self._busy = True
-        run = _Run(self, examples, rollouts, sampling or self.config.sampling, watch)
+        run = _Run(self, take, rollouts, sampling, watch, look_again)
         try:
             yield from run.episodes()
         finally:
@@ -188,9 +222,17 @@ class Engine:
 
 
 class _Run:
-    """One call of `Engine.rollout`: the state of its loop."""
+    """One call of `Engine.rollout_part`: the state of its loop."""
 
-    def __init__(self, engine: Engine, examples, rollouts: int, sampling, watch: Watch):
+    def __init__(
+        self,
+        engine: Engine,
+        take: Take,
+        rollouts: int,
+        sampling,
+        watch: Watch,
+        look_again: float | None,
+    ):
         self._device, self._rules = engine.device, engine._rules
         self._engine, self._watch = engine, watch
         self._settings = engine.config
@@ -199,7 +241,7 @@ class _Run:
         self._sampling = Sampling.uniform(
             rows, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
         )
-        self._examples = enumerate(examples)
+        self._take, self._look_again = take, look_again
         self._rollouts = rollouts
         # Examples that are made ready: enough for all lanes, and one more.
         self._ahead = math.ceil(engine.config.rollout.lanes / rollouts) + 1
@@ -214,6 +256,8 @@ class _Run:
     def episodes(self) -> Iterator[Episode]:
         while True:
             self._look_ahead()
+            if not self._groups and not self._live:
+                return
             self._take_answers(wait=self._must_wait_for_tools())
             admitted = self._admit()
             self._write()
@@ -221,14 +265,12 @@ class _Run:
             self._decode()
             yield from self._ended
             self._ended.clear()
-            if not self._groups and not self._live:
-                return
 
     # Admission
 
     def _look_ahead(self) -> None:
         """Has the prompts of the next examples made in the pool."""
-        for number, example in itertools.islice(self._examples, self._ahead - len(self._groups)):
+        for number, example in self._take(self._ahead - len(self._groups)):
             numbers = range(number * self._rollouts, (number + 1) * self._rollouts)
             prompt = self._engine._pool.submit(self._rules.first, example)
             self._groups.append(_Group(number, example, collections.deque(numbers), prompt))
@@ -436,7 +478,11 @@ class _Run:
             self._reply(live, *finish(None, error, 0.0))
 
     def _take_answers(self, wait: bool) -> None:
-        for lane, answer in self._engine._background.answers(wait):
+        look_again = self._look_again if wait else None
+        answers = self._engine._background.answers(wait and look_again is None)
+        if look_again is not None and not answers:
+            time.sleep(look_again)
+        for lane, answer in answers:
             if isinstance(answer, Exception):
                 raise answer
             live = self._live[lane]

@@ -1,0 +1,304 @@
+"""Several engines as one: the same episodes as by a single engine, whoever rolls them out, and an
+end to all of them where one fails or nobody listens."""
+
+import asyncio
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmsr1_jax import compiles, sharding, tiny
+from mmsr1_jax import config as settings
+from mmsr1_jax.rollout import make
+from mmsr1_jax.rollout.device import Counts
+from mmsr1_jax.rollout.engine import Engine
+from mmsr1_jax.rollout.pool import EnginePool, _Shared
+from tests.acting import acting_processor, config_for
+from tests.test_engine import VOCABULARY, by_number, examples, make_config, search_tools
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return acting_processor(VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.random_model(config_for(VOCABULARY), seed=3)
+
+
+@pytest.fixture(scope="module")
+def other():
+    """Parameters of another policy, as a trainer has them: cut over all devices."""
+    params = nnx.split(tiny.random_model(config_for(VOCABULARY), seed=4))[1]
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    return jax.device_put(params, sharding.param_shardings(params, mesh))
+
+
+@pytest.fixture(scope="module")
+def single(model, processor):
+    engine = Engine(model, processor, make_config(), search_tools())
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def expected(single):
+    return list(single.rollout(examples(6), rollouts=4))
+
+
+def meshes(*groups):
+    """A mesh for each list of numbers of devices, along the tensor axis."""
+    devices = jax.devices()
+    return [
+        sharding.make_mesh(1, 1, len(group), devices=[devices[n] for n in group])
+        for group in groups
+    ]
+
+
+@pytest.fixture(scope="module")
+def pool(model, processor):
+    """Two engines, on neither of which is the default device."""
+    models = make.copies(model, meshes([2], [5]))
+    pool = EnginePool(models, processor, make_config(compile_ahead=True), search_tools())
+    yield pool
+    pool.close()
+
+
+def works(pool, expected) -> bool:
+    """Whether the pool is as new."""
+    return by_number(pool.rollout(examples(6), rollouts=4)) == by_number(expected)
+
+
+def engine_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("engine ")]
+
+
+def test_episodes_are_those_of_one_engine(pool, expected):
+    """All of them, to the last bit; nothing is compiled after the start; counts are of both."""
+    before, compiled = pool.counts, compiles.count()
+    decoded = [engine.counts.decoded for engine in pool.engines]
+    episodes = list(pool.rollout(examples(6), rollouts=4))
+    assert by_number(episodes) == by_number(expected)
+    assert {e.number: e.group for e in episodes} == {n: n // 4 for n in range(24)}
+    assert all(engine.counts.decoded > d for engine, d in zip(pool.engines, decoded, strict=True))
+    assert pool.counts.decoded - before.decoded == sum(int(e.loss_mask.sum()) for e in episodes)
+    assert isinstance(pool.counts, Counts)
+    assert compiles.count() == compiled
+
+
+def test_examples_are_read_as_they_are_needed(pool, single):
+    """From an iterator, no more of them than fill the lanes and one more; with another seed."""
+    read, ended, ahead = 0, 0, []
+
+    def watch(episode, event):
+        nonlocal ended
+        ended += event == "end"
+
+    def questions():
+        nonlocal read
+        for example in examples(16):
+            read += 1
+            ahead.append(read - ended)
+            yield example
+
+    sampling = settings.Sampling(seed=7, top_p=0.9)
+    found = by_number(pool.rollout(questions(), sampling=sampling, watch=watch))
+    assert max(ahead) <= 2 * (6 + 1) and len(ahead) == 16
+    assert found == by_number(single.rollout(examples(16), sampling=sampling))
+    assert list(pool.rollout(iter([]))) == []
+
+
+def test_the_next_example_goes_to_who_has_least_left_to_do():
+    shared = _Shared("abcdefgh", engines=2, rollouts=4, lanes=6)
+
+    def takes(engine, count=9):
+        return "".join(example for _, example in shared.take(engine, count))
+
+    def end(engine, episodes):
+        for _ in range(episodes):
+            shared.ended(engine)
+
+    assert takes(0) == "a"  # 4, 0 left: no more of them, though the other has not begun
+    assert takes(0) == takes(1, 0) == ""
+    assert takes(1) == "bc"  # 4, 8
+    assert takes(1) == "" and takes(0) == "d"  # 8, 8: both have more than their six lanes
+    assert takes(0) == takes(1) == ""
+    end(1, 3)  # 8, 5
+    assert takes(0) == "" and takes(1) == "e"  # 8, 9
+    end(0, 8)
+    assert takes(0, 1) == "f"  # 4, 9: one was all it asked for
+    assert shared.take(0, 9) == [(6, "g")]
+    end(1, 9)
+    assert takes(1) == "h"
+    end(0, 8), end(1, 4)
+    assert takes(0) == takes(1) == ""
+
+
+def test_load_takes_what_a_trainer_has_on_all_devices(pool, single, model, other, expected):
+    """By one program, compiled once, whose results the engines keep without a copy."""
+    single.load(other)
+    changed = by_number(single.rollout(examples(6), rollouts=4))
+    single.load(nnx.split(model)[1])
+    pool.load(other)
+    images, compiled = pool.counts.images, compiles.count()
+    pool.load(other)
+    assert by_number(pool.rollout(examples(6), rollouts=4)) == changed != by_number(expected)
+    assert compiles.count() == compiled
+    assert pool.counts.images > images  # those of the old parameters are not used
+    prepared = pool.engines[0].device.prepare(other)
+    for engine in pool.engines:
+        engine.device.take(prepared)
+        (device,) = jax.tree.leaves(engine.device._params)[0].devices()
+        for whole, part in zip(
+            *map(jax.tree.leaves, (prepared, engine.device._params)), strict=True
+        ):
+            (here,) = [s.data for s in whole.addressable_shards if s.device == device]
+            assert part.devices() == {device}
+            assert part.unsafe_buffer_pointer() == here.unsafe_buffer_pointer()
+    # The trainer gives its own parameters away: nobody has kept them.
+    given = jax.tree.map(lambda x: x + 0, nnx.split(model)[1])  # on a device without an engine
+    pool.load(given)
+    jax.tree.map(lambda x: x.delete(), given)
+    assert works(pool, expected)
+
+
+def test_groups_of_devices_along_the_tensor_axis(model, processor, other, expected):
+    """Each group holds its halves; a trainer may have its parameters cut in other places."""
+    groups = [[0, 1], [3, 2]]
+    models = make.copies(model, meshes(*groups))
+    pool = EnginePool(models, processor, make_config(compile_ahead=True), search_tools())
+    again = {episode.number: episode for episode in pool.rollout(examples(6), rollouts=4)}
+    for episode in expected:
+        found = again[episode.number]
+        assert found.tokens.tolist() == episode.tokens.tolist()
+        np.testing.assert_allclose(found.logprobs, episode.logprobs, atol=1e-4, rtol=0)
+    for engine in pool.engines:
+        assert not engine.device._lanes.k.sharding.is_fully_replicated
+    params, whole = nnx.split(model)[1], jax.tree.leaves(nnx.split(model)[1])
+    for fsdp, tensor in ((4, 2), (8, 1)):
+        mesh = sharding.make_mesh(1, fsdp, tensor, devices=jax.devices()[: fsdp * tensor])
+        pool.load(jax.device_put(params, sharding.param_shardings(params, mesh)))
+        for engine, group, one in zip(pool.engines, groups, models, strict=True):
+            taken = jax.tree.leaves(engine.device._params)
+            assert taken[0].devices() == {jax.devices()[n] for n in group}
+            ours = jax.tree.leaves(nnx.split(one)[1])
+            assert all(x.sharding == y.sharding for x, y in zip(taken, ours, strict=True))
+            assert all(np.array_equal(x, y) for x, y in zip(taken, whole, strict=True))
+    # A layout that is not quite the same would have every program compiled again.
+    compiled = compiles.count()
+    assert by_number(pool.rollout(examples(6), rollouts=4)) == by_number(again.values())
+    assert compiles.count() == compiled
+    pool.close()
+
+
+def test_a_tool_that_raises_ends_nothing(pool, expected):
+    async def broken(query):
+        raise SystemExit("no more searches")
+
+    good = [engine.tools for engine in pool.engines]
+    for engine in pool.engines:
+        engine.tools = {"text_search": broken, "image_search": broken}
+    episodes = list(pool.rollout(examples(6), rollouts=4))
+    for engine, tools in zip(pool.engines, good, strict=True):
+        engine.tools = tools
+    assert {episode.end for episode in episodes} <= {"answer", "turns", "tokens"}
+    assert "failed" in {call.status for episode in episodes for call in episode.calls}
+    assert len(episodes) == 24 and works(pool, expected)
+
+
+def test_what_an_engine_raises_ends_all(pool, expected, monkeypatch):
+    def fails(*args, **keywords):
+        raise RuntimeError("out of memory on this device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool.engines[1].device, "decode", fails)
+        with pytest.raises(RuntimeError, match="out of memory on this device"):
+            list(pool.rollout(examples(6), rollouts=4))
+        assert engine_threads() == []
+    assert works(pool, expected)
+
+
+def test_what_examples_and_watch_raise_is_heard(pool, expected):
+    def questions():
+        yield from examples(3)
+        raise OSError("the dataset is gone")
+
+    def watch(episode, event):
+        if event == "end":
+            raise KeyError(episode.number)
+
+    with pytest.raises(OSError, match="the dataset is gone"):
+        list(pool.rollout(questions(), rollouts=4))
+    with pytest.raises(KeyError):
+        list(pool.rollout(examples(6), rollouts=4, watch=watch))
+    assert engine_threads() == [] and works(pool, expected)
+
+
+def test_watch_is_called_by_one_at_a_time(pool):
+    inside, together, ends = 0, 0, []
+
+    def watch(episode, event):
+        nonlocal inside, together
+        inside += 1
+        together = max(together, inside)
+        time.sleep(0.002)
+        inside -= 1
+        if event == "end":
+            ends.append(episode.number)
+
+    episodes = list(pool.rollout(examples(6), rollouts=4, watch=watch))
+    assert together == 1 and sorted(ends) == sorted(e.number for e in episodes) == [*range(24)]
+
+
+def test_who_closes_early_is_not_kept_waiting(pool, expected):
+    """Not even by tools that hang; meanwhile nothing else may be begun."""
+
+    async def hangs(query):
+        await asyncio.sleep(60)
+
+    good = [engine.tools for engine in pool.engines]
+    for engine in pool.engines:
+        engine.tools = {"text_search": hangs, "image_search": hangs}
+    running = pool.rollout(examples(6), rollouts=4)
+    next(running)
+    with pytest.raises(RuntimeError, match="under way"):
+        pool.load(None)
+    with pytest.raises(RuntimeError, match="under way"):
+        next(pool.rollout(examples(1)))
+    time.sleep(0.5)
+    assert len(engine_threads()) == 2  # with their tools
+    begin = time.monotonic()
+    running.close()
+    assert time.monotonic() - begin < 5.0 and engine_threads() == []
+    for engine, tools in zip(pool.engines, good, strict=True):
+        engine.tools = tools
+    assert works(pool, expected)
+
+
+def test_bad_sampling_is_refused_at_once(pool):
+    with pytest.raises(settings.ConfigError, match="temperature=-1"):
+        next(pool.rollout(examples(1), sampling=settings.Sampling(temperature=-1)))
+    assert engine_threads() == []
+
+
+def test_make_engine_takes_all_devices(tiny_dir):
+    def made(tensor, **keywords):
+        config = make_config()
+        config.mesh = settings.Mesh(tensor=tensor, fsdp=1 if tensor == -1 else -1)
+        engine = make.make_engine(config, str(tiny_dir), **keywords)
+        engine.close()
+        engines = engine.engines if isinstance(engine, EnginePool) else [engine]
+        return [
+            sorted(d.id for d in jax.tree.leaves(e.device._params)[0].devices()) for e in engines
+        ]
+
+    assert made(4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert made(3) == [[0, 1, 2], [3, 4, 5]]  # two are left over
+    assert made(1, engines=1) == [[0]]
+    assert made(-1) == [[*range(8)]]
+    with pytest.raises(settings.ConfigError, match="config.mesh.tensor=16: an engine needs 16"):
+        made(16)
