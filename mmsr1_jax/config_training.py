@@ -91,11 +91,12 @@ class Objective:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Data:
-    """Questions (`data/questions.py`).
+    """Questions (`data/questions.py`); for `sft`, episodes (`data/stories.py`).
 
     Attributes:
-      train, validation: parquet files, directories of them, or patterns.
-      max_bad_rows: rows that cannot be used, after which a run stops.
+      train, validation: parquet files (for `sft` JSONL, and no validation), directories of them, or
+        patterns.
+      max_bad_rows: rows or lines that cannot be used, after which a run stops.
       validation_rows: of the validation files, the first so many; 0: all.
     """
 
@@ -110,10 +111,10 @@ class Run:
     """A training run.
 
     Attributes:
-      steps: of rollouts and updates.
-      questions: of a step.
+      steps: of rollouts and updates; of updates for `sft`.
+      questions: of a step; for `sft`, episodes.
       rollouts: of each question.
-      seed: of the order of questions and of sampling.
+      seed: of the order of questions or episodes, and of sampling.
       validate_every: steps; 0: never. Greedy.
       save_every: steps; the last one is always saved.
       keep: checkpoints, the latest; the best one by validation is kept beside them.

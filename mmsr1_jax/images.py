@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import pathlib
 import warnings
 from typing import Any
@@ -152,15 +153,79 @@ class ImageProcessor:
           ImageError: see `target_size`.
         """
         height, width = self.target_size(image.height, image.width)
-        image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
+        return self.cut(image.resize((width, height), PIL.Image.Resampling.BICUBIC))
+
+    def cut(self, image: PIL.Image.Image) -> Patches:
+        """Normalises and patches an RGB image as large as it is.
+
+        Raises:
+          ImageError: its sides are no multiples of a merged token's.
+        """
+        p, m = self.patch_size, self.merge_size
+        height, width = image.height, image.width
+        if height % (p * m) or width % (p * m):
+            raise ImageError(f"{width}x{height} pixels: the sides are no multiples of {p * m}")
         pixels = (np.asarray(image, np.float64) / 255).astype(np.float32)
         pixels = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
-        p, m = self.patch_size, self.merge_size
         h, w = height // p, width // p
         blocks = pixels.reshape(h // m, m, p, w // m, m, p, -1)
         blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # block row, column; in it; C, y, x
         frames = np.repeat(blocks[:, :, :, :, :, None], self.temporal_patch_size, axis=5)
         return Patches(frames.reshape(h * w, -1), (1, h, w))
+
+    def uncut(self, patches: Patches) -> PIL.Image.Image:
+        """The RGB image that a processor with the same settings cut: `cut` of it gives the same
+        patches, to the bit.
+
+        Raises:
+          ImageError: several frames, or patches of another size.
+        """
+        p, m, c = self.patch_size, self.merge_size, len(self.mean)
+        frames, h, w = patches.grid
+        shape = (frames * h * w, c * self.temporal_patch_size * p * p)
+        if frames != 1 or h % m or w % m or patches.values.shape != shape:
+            raise ImageError(f"patches {patches.values.shape} in a grid {patches.grid}: no picture")
+        blocks = patches.values.reshape(h // m, w // m, m, m, c, self.temporal_patch_size, p, p)
+        pixels = blocks[:, :, :, :, :, 0].transpose(0, 2, 5, 1, 3, 6, 4).reshape(h * p, w * p, c)
+        pixels = (pixels * np.array(self.std, np.float64) + np.array(self.mean, np.float64)) * 255
+        return PIL.Image.fromarray(np.rint(pixels).clip(0, 255).astype(np.uint8))
+
+
+def write_picture(
+    patches: Patches, processor: ImageProcessor, directory: pathlib.Path
+) -> pathlib.Path:
+    """Writes a picture as `directory/DIGEST.png`, once; returns its path. Raises ImageError, see
+    `uncut`."""
+    path = directory / f"{patches.digest}.png"
+    if not path.is_file():
+        partial = path.with_name(f".{path.name}.partial")
+        processor.uncut(patches).save(partial, "png", compress_level=1)
+        os.replace(partial, path)
+    return path
+
+
+def read_picture(
+    path: str | pathlib.Path,
+    processor: ImageProcessor,
+    *,
+    max_pixels: int = DEFAULT_MAX_FILE_PIXELS,
+) -> Patches:
+    """The patches that `write_picture` wrote, to the bit.
+
+    Raises:
+      ImageError: see `open_image`; or the file holds other patches than those it is named after.
+    """
+    image = open_image(path, max_pixels=max_pixels)
+    try:
+        patches = processor.cut(image)
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from None
+    if patches.digest != pathlib.Path(path).stem:
+        raise ImageError(
+            f"{path}: not the picture that the file is named after; it was changed, or written "
+            "with other settings of the image processor"
+        )
+    return patches
 
 
 def open_image(

@@ -9,37 +9,33 @@ A step:
     questions ─► episodes ─► rewards ─► advantages ─► packed rows ─► updates ─► engine
                  with tools             in a group                             takes the parameters
 
-RUN holds `config.json`, `metrics.jsonl`, `episodes/`, `checkpoints/`, and at the end `policy/`, a
-HF directory. A run may be killed at any time; what it does then is what it would have done.
+RUN holds `config.json`, `metrics.jsonl`, `episodes/` with their `pictures/`, `checkpoints/`, and at
+the end `policy/`, a HF directory. A run may be killed at any time; what it does then is what it
+would have done.
 """
 
 import asyncio
-import collections
-import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import pathlib
-import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 
-import jax
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from mmsr1_jax import compiles, metrics, run_settings, sharding
+from mmsr1_jax import compiles, metrics, run_settings, running, sharding
 from mmsr1_jax import config as settings
 from mmsr1_jax.checkpoint import Checkpoints
 from mmsr1_jax.data import Question, QuestionSource, batches, validation
+from mmsr1_jax.data.stories import line_of
 from mmsr1_jax.judge import Judge
 from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.rewards import Reward, episode_reward
 from mmsr1_jax.rl import packing, samples
-from mmsr1_jax.rl.schedules import make_schedule
 from mmsr1_jax.rl.update import Learner
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.episode import Episode
@@ -55,7 +51,7 @@ def main(argv) -> int:
     del argv
     workdir = pathlib.Path(_WORKDIR.value)
     try:
-        config, model_dir = _settings(workdir)
+        config, model_dir = running.settings_of(workdir, _CONFIG.value, _MODEL.value)
         return train(config, model_dir, workdir)
     except (ValueError, OSError) as error:  # settings, checkpoint, data, tools: said in one line
         sys.exit(f"error: {error}")
@@ -69,15 +65,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
 
     # Policy and engine
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
-    model = qwen2_5_vl.load(
-        model_dir,
-        mesh=mesh,
-        param_dtype="float32",
-        dtype=config.model.dtype,
-        attention=config.model.attention,
-        remat=config.model.remat,
-        logprob_chunk=config.model.logprob_chunk,
-    )
+    model = running.load_policy(config, model_dir, mesh)
     engine = make_engine(config, model_dir)
     judge = make_judge(config)
 
@@ -96,16 +84,8 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
     )
     memory = "pinned_host" if objective.reference == "host" else None
     reference = learner.snapshot(memory) if objective.kl_weight else None
-    rate = make_schedule(
-        update.schedule,
-        update.learning_rate,
-        steps=run.steps,
-        warmup_steps=update.warmup_steps,
-        final=0.05 if update.schedule == "sigmoid" else 0.0,
-    )
-    shape = packing.RowShape(
-        update.rows * sharding.batch_ways(mesh), update.row_tokens, update.row_windows
-    )
+    rate = running.learning_rate(config)
+    shape = running.row_shape(update, mesh)
 
     # What was done before
     checkpoints = Checkpoints(workdir / "checkpoints", keep=run.keep)
@@ -119,11 +99,11 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
         print(f"{workdir}: goes on after step {begin}", file=sys.stderr)
     engine.load(learner.params)
     log = metrics.Log(workdir, run.log, step=begin, config=dataclasses.asdict(config))
-    stop = _on_sigterm()
+    stop = running.StopSignal()
 
     bar = tqdm(range(begin + 1, run.steps + 1), initial=begin, total=run.steps, unit="step")
     for number in bar:
-        clock = _Clock()
+        clock = running.Clock()
 
         with clock("rollout"):
             seed = (run.seed * 100_003 + number) % 2**31
@@ -151,7 +131,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
         lost = sum(not one["finite"] for one in updates)
         bad = bad + lost if lost == len(updates) and lost else 0
         if bad >= update.bad_in_a_row:
-            path = _write_batch(workdir, number, packed)
+            path = running.write_batch(workdir, number, packed)
             print(f"error: {bad} updates in a row were not finite; what they were made from is in "
                   f"{path}", file=sys.stderr)  # fmt: skip
             return 1
@@ -279,13 +259,14 @@ def write_episodes(
     workdir: pathlib.Path, number: int, pairs: samples.Group, asked: Sequence[Question],
     engine: Engine,
 ) -> None:  # fmt: skip
-    """Some episodes of a step, with their questions' answers and their rewards, as JSONL."""
+    """Some episodes of a step, with their questions' answers and their rewards, as JSONL; their
+    pictures go to `workdir/pictures`."""
     path = workdir / "episodes" / f"{number:06d}.jsonl"
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "w", encoding="utf-8") as file:
         for episode, reward in pairs:
             question = asked[episode.group]
-            line = episode.to_json(engine.processor)
+            line = line_of(episode, engine.processor, path.parent, workdir / "pictures")
             line |= {"answers": question.answers, "category": question.category}
             line |= {"source": question.source, "reward": dataclasses.asdict(reward)}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -296,65 +277,6 @@ def _with(part: list[packing.TrainBatch], learner: Learner, field: str, trained)
     """Micro-batches with the log-probs of their tokens under some parameters as a field."""
     scores = learner.score(part, trained)
     return [b.replace(**{field: s}) for b, s in zip(part, scores, strict=True)]
-
-
-def _write_batch(workdir: pathlib.Path, number: int, packed) -> pathlib.Path:
-    path = workdir / f"not_finite_{number:06d}.npz"
-    arrays = {}
-    for place, batch in enumerate(itertools.chain(*packed)):
-        for name, value in jax.tree_util.tree_leaves_with_path(batch):
-            arrays[f"{place}{jax.tree_util.keystr(name)}"] = value
-    np.savez(path, **arrays)
-    return path
-
-
-class _Clock:
-    """Seconds of the phases of a step."""
-
-    def __init__(self):
-        self._begin = time.perf_counter()
-        self._seconds: dict[str, float] = collections.defaultdict(float)
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str):
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[phase] += time.perf_counter() - begin
-
-    def figures(self, tokens: int) -> dict[str, float]:
-        total = time.perf_counter() - self._begin
-        found = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
-        return found | {"time/step": total, "time/tokens_a_second": tokens / total}
-
-
-class _on_sigterm:
-    """Set once the run is asked to stop."""
-
-    def __init__(self):
-        self._set = False
-        signal.signal(signal.SIGTERM, self._stop)
-
-    def _stop(self, *_) -> None:
-        self._set = True
-        print("asked to stop: this step is finished and saved", file=sys.stderr)
-
-    def is_set(self) -> bool:
-        return self._set
-
-
-def _settings(workdir: pathlib.Path) -> tuple[settings.Config, str]:
-    """Those of the command, or of the run that is gone on with."""
-    path = workdir / "config.json"
-    given = pathlib.Path(flags.FLAGS["config"].config_filename)
-    if path.is_file() and given.resolve() == pathlib.Path(settings.__file__).resolve():
-        config, model_dir = run_settings.read(path)
-        run_settings.override(config, _CONFIG.value, sys.argv)
-        return settings.validate(config), _MODEL.value or model_dir
-    if _MODEL.value is None:
-        raise ValueError("--model: the HF directory of a policy is needed to begin a run")
-    return _CONFIG.value, _MODEL.value
 
 
 if __name__ == "__main__":

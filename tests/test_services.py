@@ -34,6 +34,7 @@ from mmsr1_jax.tools.stored import Stored
 from mmsr1_jax.tools.text_search import TextSearch
 from mmsr1_jax.tools.web import Web, WebError
 from tests.servers import serve
+from tests.test_web import Recording
 
 KEY = "sk-very-secret"
 PAGE = """<html><head><title>T</title><script>var evil = 1;</script></head>
@@ -42,6 +43,7 @@ PAGE = """<html><head><title>T</title><script>var evil = 1;</script></head>
 <p>The Dom Luis bridge crosses the Douro river and was opened in the year 1886, after five years of
 work.</p><p>It carries a metro line on its upper deck.</p>
 </article></body></html>"""
+BACKENDS: list[tuple[str, Recording]] = []  # of each service: its server, where it connected to
 WAYS: dict[str, str] = {}  # how the server answers at present, by service
 
 
@@ -172,13 +174,21 @@ def address():
 
 @pytest.fixture(autouse=True)
 def keys(monkeypatch):
+    """Keys; and after each test, whether connections were made to the test's server only."""
     WAYS.clear()
+    BACKENDS.clear()
     for name in ("SERPAPI_API_KEY", "SERPER_API_KEY", "JINA_API_KEY", "SUMMARISER_API_KEY"):
         monkeypatch.setenv(name, KEY)
+    yield
+    for host, backend in BACKENDS:
+        assert {f"{to}:{port}" for to, port in backend.tried} <= {host}
 
 
 def service(address):
-    web = Web(allowed_hosts=[address.removeprefix("http://")], seconds=0.5, max_bytes=1_000_000)
+    host = address.removeprefix("http://")
+    backend = Recording()
+    BACKENDS.append((host, backend))
+    web = Web(allowed_hosts=[host], seconds=0.5, max_bytes=1_000_000, backend=backend)
     return Service("test", web, attempts=2, longest_wait=0.1)
 
 

@@ -9,7 +9,7 @@ Reward, training, evaluation and the files on disk all read it; nothing is ever 
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from mmsr1_jax.tools import Picture
 
 # Why an episode ended: it answered; its turns or its tokens were used up; it could not be run.
 End = Literal["answer", "turns", "tokens", "error"]
+Kind = Literal["prompt", "model", "forced", "tool"]
+SEGMENTS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class Segment:
         control tokens).
     """
 
-    kind: Literal["prompt", "model", "forced", "tool"]
+    kind: Kind
     tokens: np.ndarray
     logprobs: np.ndarray | None = None
     sampling_logprobs: np.ndarray | None = None
@@ -140,8 +142,15 @@ class Episode:
         last = self.turns[-1] if self.turns else None
         return last.payload if last is not None and last.action == "answer" else None
 
-    def to_json(self, processor: Processor) -> dict[str, Any]:
-        """The episode as plain data, tokens and text (pictures by their grids)."""
+    def to_json(
+        self, processor: Processor, pictures: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        """The episode as plain data, tokens and text.
+
+        Args:
+          processor: turns tokens into text.
+          pictures: where `images` are, by path; None: only their grids are told.
+        """
 
         def of_segment(segment: Segment) -> dict[str, Any]:
             data = {"kind": segment.kind, "text": processor.decode(segment.tokens)}
@@ -163,5 +172,73 @@ class Episode:
             "turns": [dataclasses.asdict(turn) for turn in self.turns],
             "calls": [dataclasses.asdict(call) for call in self.calls],
             "image_grids": [list(image.grid) for image in self.images],
+            **({} if pictures is None else {"images": list(pictures)}),
             "segments": [of_segment(segment) for segment in self.segments],
         }
+
+    @classmethod
+    def from_json(cls, data: Any, images: Sequence[Patches] = ()) -> "Episode":
+        """The episode that `to_json` wrote, with the tokens as they were; the example is without
+        its pictures.
+
+        Args:
+          data: plain data.
+          images: all pictures, in order; not looked at.
+
+        Raises:
+          ValueError: not in that form; the message names the field.
+        """
+        if not isinstance(data, dict):
+            raise ValueError("must be an object")
+
+        def field(name: str, kind: type, default: Any = None) -> Any:
+            value = data.get(name, default)
+            if not isinstance(value, kind):
+                raise ValueError(f"{name!r} must be {_KINDS[kind]}")
+            return value
+
+        segments = field("segments", list)
+        try:
+            read = [Turn(**values) for values in field("turns", list, [])]
+            calls = [
+                ToolCall(**values | {"notes": tuple(values.get("notes", ()))})
+                for values in field("calls", list, [])
+            ]
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"'turns' or 'calls': {error}") from None
+        return cls(
+            example=Example(id=field("id", str, ""), question=field("question", str, "")),
+            group=field("group", int, 0),
+            number=field("number", int, 0),
+            segments=[_segment_of(f"segments[{i}]", values) for i, values in enumerate(segments)],
+            images=list(images),
+            turns=read,
+            calls=calls,
+            end=data.get("end"),
+            error=data.get("error"),
+        )
+
+
+_KINDS = {str: "a text", int: "a whole number", list: "a list"}
+_MOST_TOKEN = 2**31 - 1
+
+
+def _segment_of(name: str, data: Any) -> Segment:
+    """A segment from plain data. Raises ValueError."""
+    if not isinstance(data, dict) or data.get("kind") not in SEGMENTS:
+        raise ValueError(f"{name} must be an object whose 'kind' is one of {', '.join(SEGMENTS)}")
+    tokens = data.get("tokens")
+    whole = isinstance(tokens, list) and all(type(token) is int for token in tokens)
+    if not whole or not all(0 <= token <= _MOST_TOKEN for token in tokens):
+        raise ValueError(f"{name}: 'tokens' must be a list of token ids")
+    drawn = {}
+    for field in ("logprobs", "sampling_logprobs"):
+        values = data.get(field)
+        if values is not None:
+            try:
+                drawn[field] = np.array(values, np.float32)
+            except (TypeError, ValueError):
+                drawn[field] = np.zeros(0)
+            if drawn[field].shape != (len(tokens),):
+                raise ValueError(f"{name}: {field!r} must be a list of a number for each token")
+    return Segment(data["kind"], np.array(tokens, np.int32), **drawn)
