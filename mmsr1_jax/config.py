@@ -428,10 +428,14 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         except (flags.Error, ConfigError, OSError, *_CONFIG_FILE_ERRORS) as error:
             sys.exit(f"error: {_one_line(error)}")
 
-    # They tell of every backend that there is not, and of every file that is written.
-    for name in ("jax", "absl"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    app.run(main, flags_parser=parse)
+    def quietly(argv):
+        # They tell of every backend that there is not, and of every file that is written. Here, as
+        # absl sets its own level after it has read the flags.
+        for name in ("jax", "absl"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        return main(argv)
+
+    app.run(quietly, flags_parser=parse)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:

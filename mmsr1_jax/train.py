@@ -168,7 +168,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
             search=f"{figures.get('search/any', 0):.2f}",
             tokens_s=f"{figures['time/tokens_a_second']:.0f}",
         )
-        if stop.is_set() and number < run.steps:
+        if last and number < run.steps:
             checkpoints.close()
             engine.close()
             print(f"{workdir}: stopped after step {number}, which is saved; the same command "

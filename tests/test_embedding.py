@@ -257,6 +257,7 @@ def test_nothing_of_it_is_imported_without_need():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.proof
 def test_real_photographs_by_a_random_tower(shared, tmp_path):
     """Scaled and compressed ones are found. Of a tower that has learnt nothing no more can be asked
     than most of the cropped ones: the index's default is the hash (`test_local.py`)."""

@@ -166,6 +166,7 @@ def test_load_takes_what_a_trainer_has_on_all_devices(pool, single, model, other
     assert works(pool, expected)
 
 
+@pytest.mark.proof
 def test_groups_of_devices_along_the_tensor_axis(model, processor, other, expected):
     """Each group holds its halves; a trainer may have its parameters cut in other places."""
     groups = [[0, 1], [3, 2]]

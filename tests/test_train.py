@@ -196,7 +196,9 @@ def test_killed_at_ten_random_moments(unbroken, tmp_path, policy, questions):
         assert results(workdir) == results(unbroken), number
 
 
-@pytest.mark.parametrize("name", ["fvqa_mini", "infoseek_mini"])
+@pytest.mark.parametrize(
+    "name", ["fvqa_mini", pytest.param("infoseek_mini", marks=pytest.mark.proof)]
+)
 def test_real_questions(shared, name, tmp_path, policy):
     from mmsr1_jax.tools.local import build
 

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from mmsr1_jax import config as settings
 from mmsr1_jax.batching import TooLongError, smallest
 from mmsr1_jax.images import Patches
-from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
+from mmsr1_jax.models.qwen2_5_vl import ModelConfig, Qwen2_5_VL
 from mmsr1_jax.models.qwen2_5_vl.vision import num_windows, pack_images
 from mmsr1_jax.rollout import cache, decode
 from mmsr1_jax.rollout.sampler import Sampling
@@ -208,14 +208,7 @@ class Device:
 
     def check_image(self, image: Patches) -> None:
         """Raises TooLongError where the picture fits no program or not into the store."""
-        windows = num_windows(image.grid, self.model_config.vision)
-        smallest("image windows", windows, self._windows, "image_windows")
-        most = (self.config.image_tokens - self.config.extend_lengths[-1]) // 2
-        if self._size(image) > most:  # a piece may hold the ends of two of them
-            raise TooLongError(
-                f"a picture of {self._size(image)} tokens, rollout.image_tokens="
-                f"{self.config.image_tokens} leaves room for {most}"
-            )
+        check_image(image, self.model_config, self.config, self._windows)
 
     def _slots_of(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
         """Where in the store each piece's image tokens are, int32[M], one image after the other.
@@ -371,6 +364,21 @@ class Device:
         self.counts.decoded += int(drawn.count.sum())
         self.counts.decode_slots += R * int(drawn.steps)
         return drawn
+
+
+def check_image(
+    image: Patches, model: ModelConfig, rollout: settings.Rollout, windows: Sequence[int]
+) -> None:
+    """Raises TooLongError where an engine with these settings cannot show a picture; `windows`:
+    those of the buckets."""
+    smallest("image windows", num_windows(image.grid, model.vision), windows, "image_windows")
+    size = len(image.values) // model.vision.merge_size**2
+    most = (rollout.image_tokens - rollout.extend_lengths[-1]) // 2
+    if size > most:  # a piece may hold the ends of two of them
+        raise TooLongError(
+            f"a picture of {size} tokens, rollout.image_tokens={rollout.image_tokens} leaves room "
+            f"for {most}"
+        )
 
 
 def _places(lanes: cache.Lanes, of_params: Sharding) -> cache.Lanes:

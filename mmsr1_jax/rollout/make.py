@@ -31,9 +31,7 @@ def make_engine(
     """
     meshes = _meshes(config.mesh)[:engines]
     tools = make_tools(config, loops=len(meshes))
-    processor = Processor.from_directory(model_dir)
-    limit = config.images.max_pixels or min(processor.images.max_pixels, _MAX_PIXELS)
-    processor.images = processor.images.with_limits(config.images.min_pixels, limit)
+    processor = make_processor(config, model_dir)
     model = qwen2_5_vl.load(
         model_dir,
         mesh=meshes[0],
@@ -45,6 +43,14 @@ def make_engine(
     if len(meshes) == 1:
         return Engine(model, processor, config, tools)
     return EnginePool(copies(model, meshes), processor, config, tools)
+
+
+def make_processor(config: settings.Config, model_dir: str) -> Processor:
+    """The processor of a directory, with limits on pictures that an engine can do with."""
+    processor = Processor.from_directory(model_dir)
+    limit = config.images.max_pixels or min(processor.images.max_pixels, _MAX_PIXELS)
+    processor.images = processor.images.with_limits(config.images.min_pixels, limit)
+    return processor
 
 
 def copies(model: Qwen2_5_VL, meshes: list[Mesh]) -> list[Qwen2_5_VL]:

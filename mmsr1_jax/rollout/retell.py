@@ -94,6 +94,8 @@ async def _searched(episode: Episode, rules: Rules, tools, room: int):
         observation = rules.read(await tools[turn.action](query))
     except Exception as raised:
         error = raised
-    return rules.observed(
-        query, example, len(episode.turns) - 1, room, observation, error, seconds=0.0
-    )
+    turn_number = len(episode.turns) - 1
+    try:
+        return rules.observed(query, example, turn_number, room, observation, error, seconds=0.0)
+    except Exception as unforeseen:  # whatever a tool made its results of
+        return rules.observed(query, example, turn_number, room, None, unforeseen, seconds=0.0)

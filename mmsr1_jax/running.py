@@ -1,0 +1,127 @@
+"""What the commands that train have in common: settings, policy, clock, the signal to stop."""
+
+import collections
+import contextlib
+import itertools
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Iterable, Sequence
+
+import jax
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+
+from mmsr1_jax import config as settings
+from mmsr1_jax import run_settings, sharding
+from mmsr1_jax.models import qwen2_5_vl
+from mmsr1_jax.rl.packing import RowShape, TrainBatch
+from mmsr1_jax.rl.schedules import Schedule, make_schedule
+
+
+def settings_of(
+    workdir: pathlib.Path, given: settings.Config, model: str | None
+) -> tuple[settings.Config, str]:
+    """Settings and the policy's directory: those of the command, or of the run that is gone on
+    with.
+
+    Args:
+      workdir: of the run.
+      given: the value of `--config`.
+      model: of `--model`.
+
+    Raises:
+      ValueError: a run is to begin without a policy; or settings that cannot be.
+    """
+    path = workdir / "config.json"
+    file = pathlib.Path(flags.FLAGS["config"].config_filename)
+    if path.is_file() and file.resolve() == pathlib.Path(settings.__file__).resolve():
+        config, model_dir = run_settings.read(path)
+        run_settings.override(config, given, sys.argv)
+        return settings.validate(config), model or model_dir
+    if model is None:
+        raise ValueError("--model: the HF directory of a policy is needed to begin a run")
+    return given, model
+
+
+def load_policy(config: settings.Config, model_dir: str, mesh: Mesh) -> qwen2_5_vl.Qwen2_5_VL:
+    """The policy that is to be trained: parameters in float32."""
+    return qwen2_5_vl.load(
+        model_dir,
+        mesh=mesh,
+        param_dtype="float32",
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+        remat=config.model.remat,
+        logprob_chunk=config.model.logprob_chunk,
+    )
+
+
+def learning_rate(config: settings.Config) -> Schedule:
+    """The schedule of a run, by step counted from 0."""
+    update = config.update
+    return make_schedule(
+        update.schedule,
+        update.learning_rate,
+        steps=config.run.steps,
+        warmup_steps=update.warmup_steps,
+        final=0.05 if update.schedule == "sigmoid" else 0.0,
+    )
+
+
+def row_shape(update: settings.Update, mesh: Mesh) -> RowShape:
+    """Of a micro-batch on the mesh."""
+    rows = update.rows * sharding.batch_ways(mesh)
+    return RowShape(rows, update.row_tokens, update.row_windows)
+
+
+def write_batch(
+    workdir: pathlib.Path, number: int, updates: Sequence[Iterable[TrainBatch]]
+) -> pathlib.Path:
+    """Writes the micro-batches of a step's updates for someone to look at; returns the file."""
+    path = workdir / f"not_finite_{number:06d}.npz"
+    arrays = {}
+    for place, batch in enumerate(itertools.chain(*updates)):
+        for name, value in jax.tree_util.tree_leaves_with_path(batch):
+            arrays[f"{place}{jax.tree_util.keystr(name)}"] = value
+    np.savez(path, **arrays)
+    return path
+
+
+class Clock:
+    """Seconds of the phases of a step."""
+
+    def __init__(self):
+        self._begin = time.perf_counter()
+        self._seconds: dict[str, float] = collections.defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str):
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] += time.perf_counter() - begin
+
+    def figures(self, tokens: int) -> dict[str, float]:
+        """`time/PHASE`, `time/step`, and `time/tokens_a_second` for so many tokens."""
+        total = time.perf_counter() - self._begin
+        found = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+        return found | {"time/step": total, "time/tokens_a_second": tokens / total}
+
+
+class StopSignal:
+    """Set once the run is asked to stop, by SIGTERM."""
+
+    def __init__(self):
+        self._set = False
+        signal.signal(signal.SIGTERM, self._stop)
+
+    def _stop(self, *_) -> None:
+        self._set = True
+        print("asked to stop: this step is finished and saved", file=sys.stderr)
+
+    def is_set(self) -> bool:
+        return self._set

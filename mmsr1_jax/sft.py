@@ -1,0 +1,181 @@
+"""Teaches a policy to write as in given episodes: supervised, by the likelihood of their tokens.
+
+    python -m mmsr1_jax.sft --config=configs/qwen7b.py --model=DIR --workdir=RUN \\
+        --config.data.train="('stories.jsonl',)" [--config.field=value ..]
+    python -m mmsr1_jax.sft --workdir=RUN        goes on with a run that was begun
+
+A step:
+
+    lessons ─► packed rows ─► update          loss = -mean log p(token), over what the policy wrote
+
+What a line of `stories.jsonl` may be is said in `data/stories.py`: an episode that was saved, or a
+question with the policy's turns, whose searches are made when the run begins. Of `config.run`,
+`questions` are the lessons of a step. RUN holds `config.json`, `metrics.jsonl`, `stories.jsonl`
+with its `pictures/`, `checkpoints/`, and at the end `policy/`, a HF directory. A run may be killed
+at any time; what it does then is what it would have done.
+"""
+
+import concurrent.futures
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from mmsr1_jax import compiles, metrics, run_settings, running, sharding
+from mmsr1_jax import config as settings
+from mmsr1_jax.checkpoint import Checkpoints
+from mmsr1_jax.data import stories
+from mmsr1_jax.data.stories import Lesson
+from mmsr1_jax.images import ImageProcessor
+from mmsr1_jax.models import qwen2_5_vl
+from mmsr1_jax.rl import packing
+from mmsr1_jax.rl.loss import token_weights, weighted_sum
+from mmsr1_jax.rl.packing import Sample, TrainBatch
+from mmsr1_jax.rl.update import Learner
+from mmsr1_jax.rollout.make import make_processor
+
+
+def main(argv) -> int:
+    del argv
+    workdir = pathlib.Path(_WORKDIR.value)
+    try:
+        config, model_dir = running.settings_of(workdir, _CONFIG.value, _MODEL.value)
+        return train(config, model_dir, workdir)
+    except (ValueError, OSError) as error:  # settings, checkpoint, data, tools: said in one line
+        sys.exit(f"error: {error}")
+
+
+def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int:
+    """Trains until the last step, or until SIGTERM; returns the exit code."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    run_settings.write(workdir / "config.json", config, model_dir)
+    run, update = config.run, config.update
+
+    # Policy
+    mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
+    model = running.load_policy(config, model_dir, mesh)
+    processor = make_processor(config, model_dir)
+    processor.check_fits(model.config)
+    learner = Learner(model, likelihood_loss, update, mesh)
+    rate = running.learning_rate(config)
+    shape = running.row_shape(update, mesh)
+
+    # Data, and what was done before
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=run.keep)
+    begin, bad = checkpoints.latest or 0, 0
+    if not begin:
+        stories.prepare(workdir / "stories.jsonl", config, processor, model.config)
+    lessons = stories.load(workdir / "stories.jsonl", config)
+    if begin:
+        state = {"trained": learner.trained, "optimizer": learner.optimizer}
+        state, notes = checkpoints.restore(begin, state)
+        learner.trained, learner.optimizer = state["trained"], state["optimizer"]
+        made_with = {"seed": run.seed, "questions": run.questions}
+        if notes["made_with"] != made_with:
+            raise ValueError(
+                f"{workdir}: was begun with {notes['made_with']} of config.run, not {made_with}"
+            )
+        bad = notes["bad"]
+        print(f"{workdir}: goes on after step {begin}", file=sys.stderr)
+    log = metrics.Log(workdir, run.log, step=begin, config=dataclasses.asdict(config))
+    stop = running.StopSignal()
+
+    def batches_of(number: int) -> list[TrainBatch]:
+        numbers = stories.chosen(number, len(lessons), run.questions, run.seed)
+        samples = samples_of([lessons[i] for i in numbers], processor.images)
+        return packing.pack(samples, model.config, shape)
+
+    bar = tqdm(range(begin + 1, run.steps + 1), initial=begin, total=run.steps, unit="step")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(batches_of, begin + 1)
+        for number in bar:
+            clock = running.Clock()
+
+            with clock("pack"):  # what of it was not done during the step before
+                packed = ahead.result()
+            if number < run.steps:
+                ahead = pool.submit(batches_of, number + 1)
+
+            with clock("update"):
+                figures = learner.update(packed, float(rate(number - 1)))
+            lost = not figures.pop("finite")
+            bad = bad + 1 if lost else 0
+            if bad >= update.bad_in_a_row:
+                path = running.write_batch(workdir, number, [packed])
+                print(f"error: {bad} updates in a row were not finite; what they were made from is "
+                      f"in {path}", file=sys.stderr)  # fmt: skip
+                return 1
+
+            # What happened
+            figures |= {
+                "rate": float(rate(number - 1)),
+                "lost": float(lost),
+                "packing": packing.efficiency(packed),
+                "epoch": number * run.questions / len(lessons),
+            }
+            with clock("save"):
+                last = number == run.steps or stop.is_set()
+                if last or (run.save_every and number % run.save_every == 0):
+                    state = {"trained": learner.trained, "optimizer": learner.optimizer}
+                    notes = {"seed": run.seed, "questions": run.questions}
+                    checkpoints.save(number, state, {"made_with": notes, "bad": bad}, score=None)
+            figures |= clock.figures(sum(int((b.rows.segment_ids > 0).sum()) for b in packed))
+            figures["time/compiled"] = float(compiles.count())
+            log.write(number, figures)
+            bar.set_postfix(
+                loss=f"{figures['loss']:.4f}",
+                epoch=f"{figures['epoch']:.1f}",
+                tokens_s=f"{figures['time/tokens_a_second']:.0f}",
+            )
+            if last and number < run.steps:
+                checkpoints.close()
+                print(f"{workdir}: stopped after step {number}, which is saved; the same command "
+                      "goes on", file=sys.stderr)  # fmt: skip
+                return 0
+
+    checkpoints.close()
+    log.close()
+    qwen2_5_vl.save(learner.model(), workdir / "policy", source=model_dir)
+    print(f"{workdir / 'policy'}: the trained policy", file=sys.stderr)
+    return 0
+
+
+def likelihood_loss(
+    logprobs: jax.Array, entropies: jax.Array, batch: TrainBatch
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The negative log-likelihood of what the policy wrote, weighted: the mean over a step's tokens
+    where the weights are those of `samples_of`. For `rl.update.Learner`."""
+    del entropies
+    tokens = jnp.sum(batch.mask, dtype=logprobs.dtype)
+    return weighted_sum(-logprobs, batch.weights, batch.mask), {"tokens": tokens}
+
+
+def samples_of(lessons: Sequence[Lesson], processor: ImageProcessor) -> list[Sample]:
+    """What the lessons of a step bring to its update; each of their tokens counts the same."""
+    weights = token_weights(np.array([lesson.mask.sum() for lesson in lessons]), "token")
+    samples = []
+    for lesson, weight in zip(lessons, weights, strict=True):
+        nothing = np.zeros(len(lesson.tokens), np.float32)
+        samples.append(
+            Sample(
+                prompt=lesson.prompt(processor),
+                mask=lesson.mask,
+                weights=np.full(len(lesson.tokens), weight, np.float32),
+                advantages=nothing,
+                behaviour=nothing,
+            )
+        )
+    return samples
+
+
+if __name__ == "__main__":
+    _CONFIG = settings.define_flag()
+    _MODEL = flags.DEFINE_string("model", None, "HF directory of the policy to begin with")
+    _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run", required=True)
+    settings.run(main)
