@@ -27,7 +27,7 @@ demo: $(VENV)/.runtime
 	    --tools.index=docs/demo/index
 
 test: $(VENV)/.tests lint
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What takes too long for every day.
 proofs: $(VENV)/.tests

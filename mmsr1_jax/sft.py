@@ -119,15 +119,15 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
                 "packing": packing.efficiency(packed),
                 "epoch": number * run.questions / len(lessons),
             }
-            with clock("save"):
-                last = number == run.steps or stop.is_set()
-                if last or (run.save_every and number % run.save_every == 0):
-                    state = {"trained": learner.trained, "optimizer": learner.optimizer}
-                    notes = {"seed": run.seed, "questions": run.questions}
-                    checkpoints.save(number, state, {"made_with": notes, "bad": bad}, score=None)
+            last = number == run.steps or stop.is_set()
             figures |= clock.figures(sum(int((b.rows.segment_ids > 0).sum()) for b in packed))
             figures["time/compiled"] = float(compiles.count())
+            # Before the step is saved: a run goes on after both or neither.
             log.write(number, figures)
+            if last or (run.save_every and number % run.save_every == 0):
+                state = {"trained": learner.trained, "optimizer": learner.optimizer}
+                notes = {"seed": run.seed, "questions": run.questions}
+                checkpoints.save(number, state, {"made_with": notes, "bad": bad}, score=None)
             bar.set_postfix(
                 loss=f"{figures['loss']:.4f}",
                 epoch=f"{figures['epoch']:.1f}",

@@ -142,7 +142,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
         # What happened
         pairs = list(itertools.chain(*groups))
         categories = [asked[episode.group].category for episode, _ in pairs]
-        figures = metrics.of_episodes(*zip(*pairs, strict=True), categories)
+        figures = metrics.of_episodes([e for e, _ in pairs], [r for _, r in pairs], categories)
         for name in sorted({name for one in updates for name in one}):
             figures[f"update/{name}"] = float(np.mean([one[name] for one in updates]))
         figures["update/rate"] = float(rate(number - 1))
@@ -153,15 +153,13 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
         if held_out and run.validate_every and (number % run.validate_every == 0 or last):
             with clock("validation"):
                 figures |= validate(engine, held_out, config, judge)
-        with clock("save"):
-            if last or (run.save_every and number % run.save_every == 0):
-                state = {"trained": learner.trained, "optimizer": learner.optimizer}
-                score = figures.get("validation/accuracy")
-                notes = {"questions": questions.state(), "bad": bad}
-                checkpoints.save(number, state, notes, score=score)
         figures |= clock.figures(sum(len(episode) for episode, _ in pairs))
         figures["time/compiled"] = float(compiles.count())
-        log.write(number, figures)
+        log.write(number, figures)  # before the step is saved: a run goes on after both or neither
+        if last or (run.save_every and number % run.save_every == 0):
+            state = {"trained": learner.trained, "optimizer": learner.optimizer}
+            notes = {"questions": questions.state(), "bad": bad}
+            checkpoints.save(number, state, notes, score=figures.get("validation/accuracy"))
         bar.set_postfix(
             reward=f"{figures.get('reward', 0):.3f}",
             accuracy=f"{figures.get('accuracy', 0):.2f}",

@@ -24,6 +24,9 @@ import pytest
 from mmsr1_jax import tiny
 from mmsr1_jax.processor import Processor
 
+# Files that take longest, which begin first, so that no process is left with one of them alone.
+LONG = ("test_train.py", "test_engine.py", "test_update.py", "test_sharding.py", "test_pool.py",
+        "test_sft.py", "test_embedding.py", "test_faults.py")  # fmt: skip
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -46,3 +49,7 @@ def tiny_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def processor(tiny_dir):
     return Processor.from_directory(tiny_dir)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
