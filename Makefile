@@ -45,6 +45,7 @@ bench: $(VENV)/.tests
 	$(RUN) -m tests.bench.model
 	$(RUN) -m tests.bench.rollout
 	$(RUN) -m tests.bench.tools
+	$(RUN) -m tests.bench.update
 	$(RUN) -m tests.bench.tools --reader=jina
 
 clean:
