@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from mmsr1_jax.rewards import Reward
 from mmsr1_jax.rollout.episode import Episode
 
-SEARCHES = ("text_search", "image_search")
-
 
 def of_episodes(
     episodes: Sequence[Episode], rewards: Sequence[Reward], categories: Sequence[str]
