@@ -3,11 +3,10 @@
 import dataclasses
 from collections.abc import Sequence
 
-ADVANTAGES = ("grpo", "mean", "rloo")
-RATIOS = ("token", "sequence", "trajectory")
-AVERAGES = ("token", "sequence", "fixed")
-KL_ESTIMATES = ("k1", "k2", "k3")
-SCHEDULES = ("constant", "linear", "cosine", "sigmoid")
+from mmsr1_jax.rl.advantages import ADVANTAGES
+from mmsr1_jax.rl.loss import AVERAGES, KLS, RATIOS
+from mmsr1_jax.rl.schedules import SCHEDULES
+
 OLD = ("engine", "trainer")
 REFERENCES = ("device", "host")
 OVERLONG = ("keep", "mask", "penalty")
@@ -136,7 +135,7 @@ class Run:
 def mistake(data: Data, objective: Objective, update: Update, run: Run) -> str | None:
     """What cannot be, beginning with the field; None where all can."""
     allowed: dict[str, Sequence[str]] = {
-        "advantage": ADVANTAGES, "ratio": RATIOS, "average": AVERAGES, "kl": KL_ESTIMATES,
+        "advantage": ADVANTAGES, "ratio": RATIOS, "average": AVERAGES, "kl": KLS,
         "reference": REFERENCES, "old": OLD, "overlong": OVERLONG,
     }  # fmt: skip
     for field, values in allowed.items():

@@ -12,6 +12,7 @@ run of each counts.
 """
 
 import argparse
+import dataclasses
 import time
 
 import jax
@@ -20,7 +21,6 @@ from flax import nnx
 
 from mmsr1_jax import config as settings
 from mmsr1_jax import sharding, tiny
-from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.rl import packing
 from mmsr1_jax.rl.samples import make_loss
 from mmsr1_jax.rl.update import Learner
@@ -136,7 +136,7 @@ def main() -> None:
         config, seed=0, dtype=dtype, attention="auto", remat="full" if large else "none",
         logprob_chunk=256,
     )  # fmt: skip
-    model.config = config = _with_token(config)
+    model.config = config = dataclasses.replace(config, image_token_id=TOKEN)
     samples = episodes(rng, config, arguments.episodes)
     tokens = sum(len(s.mask) for s in samples)
     run, efficiency = ours(model, samples, 8192 if large else 1024, 1)
@@ -163,12 +163,6 @@ def main() -> None:
                                   weights=[len(s.mask) for s in samples]))  # fmt: skip
         flops = useful_flops(config, tokens, int(length), patches)
         print(f"MFU {flops / best['ours'] / peak:.3f} of {kind}")
-
-
-def _with_token(config: qwen2_5_vl.ModelConfig) -> qwen2_5_vl.ModelConfig:
-    import dataclasses
-
-    return dataclasses.replace(config, image_token_id=TOKEN)
 
 
 if __name__ == "__main__":
