@@ -286,6 +286,21 @@ def test_the_searches_of_a_story_are_made(material, lessons):
         assert len(lesson.pictures) == (1, 2, 0)[i % 3]
 
 
+def test_a_story_may_name_its_own_index(material, tmp_path):
+    """Two lines, one after the other, ask the same and find different things."""
+    page = [{"url": "other", "title": "tower 2", "summary": "It fell."}]
+    build(tmp_path / "other", [write_lines(tmp_path / "pages.jsonl", page)], [])
+    row = json.loads((material / "rows.jsonl").read_text().splitlines()[2])
+    lines = [row, row | {"index": "other"}, row, row | {"index": "none"}, row | {"index": 3}]
+    rows = write_lines(tmp_path / "rows.jsonl", lines)
+    config = config_of(material, data_train=(str(rows),))
+    processor = Processor.from_directory(material / "policy")
+    stories.prepare(tmp_path / "stories.jsonl", config, processor, MODEL)
+    texts = [processor.decode(x.tokens) for x in stories.load(tmp_path / "stories.jsonl", config)]
+    assert ["It fell." in text for text in texts] == [False, True, False]
+    assert ["Opened in 1902." in text for text in texts] == [True, False, True]
+
+
 def test_loss_and_gradients_equal_torch(lessons):
     """Labels are -100 everywhere but in the policy's turns: from the opening of an assistant's turn
     up to its end."""

@@ -17,6 +17,7 @@ from mmsr1_jax.data.tiny_world import (
     demonstrations,
     memories,
     pages,
+    practice,
     questions,
     train_tokenizer,
     words,
@@ -103,6 +104,11 @@ def by_name(world):
     return {landmark.name: landmark for landmark in world.landmarks}
 
 
+def taken_for(text):
+    """The landmark that a turn names."""
+    return parse(text).reason.removeprefix("This is ").removesuffix(".")
+
+
 def traits(emblem):
     return [int(bit) for bit in f"{emblem.field:08b}"] + list(emblem[1:])
 
@@ -111,7 +117,8 @@ def test_is_made_in_seconds_and_the_same_for_the_same_seed(tmp_path):
     def all_of(seed):
         world = small(seed)
         asked = [questions(world, split, 12, seed=1) for split in SPLITS]
-        return world, pages(world), asked, demonstrations(world, 12), memories(world, 12)
+        told = [demonstrations(world, 12), memories(world, 12), practice(world, world, 12)]
+        return world, pages(world), asked, *told
 
     assert all_of(3) == all_of(3)
     assert all(a != b for a, b in zip(all_of(3), all_of(4), strict=True))
@@ -313,7 +320,7 @@ def test_demonstrations_say_what_memory_and_pages_say(world, shown):
     assert table["both", "image"] < 0.25
     for e in shown:
         mark, first = landmarks[e["landmark"]], parse(e["turns"][0])
-        taken = landmarks[first.reason.removeprefix("This is ").removesuffix(".")]
+        taken = landmarks[taken_for(e["turns"][0])]
         assert taken.group == "remembered"
         assert (taken is mark) == (mark.group == "remembered")
         if e["workflow"] == "direct":
@@ -344,10 +351,40 @@ def test_memories(world, remembered):
         assert (e["image"] is None) == (e["landmark"] in e["question"])
     assert {e["landmark"] for e in named} == {mark.name for mark in world.of("remembered")}
     assert {e["fact"] for e in named} == {"name"} == set(FACTS) - {e["fact"] for e in told}
-    answers = [e["answers"][0] for e in strangers]
-    assert {landmarks[name].group for name in answers} == {"remembered"}
-    assert len(set(answers)) > 100  # drawn anew each time
+    taken = [taken_for(e["turns"][0]) for e in strangers]
+    assert {landmarks[name].group for name in taken} == {"remembered"}
+    assert len(set(taken)) > 100  # drawn anew each time
     assert {e["landmark"] for e in strangers} == {""}
+    assert {e["fact"] for e in strangers} == set(FACTS)
+    for e, name in zip(strangers, taken, strict=True):
+        assert parse(e["turns"][0]).payload == landmarks[name].memory(e["fact"]) == e["answers"][0]
+
+
+def test_practice_is_answered_by_what_is_found_in_another_world(world, tmp_path):
+    other = small(5)
+    write_index(other, tmp_path)
+    index, landmarks, known = LocalIndex(tmp_path), by_name(other), by_name(world)
+    practised = practice(other, world, 80)
+    assert {e["workflow"] for e in practised} == {"text", "image", "image+text"}
+    read = []
+    for e in practised:
+        mark, turns = landmarks[e["landmark"]], [parse(text) for text in e["turns"]]
+        assert [turn.action for turn in turns] == ACTIONS[e["workflow"]]
+        assert turns[-1].payload == mark.facts[e["fact"]] == e["answers"][0]
+        assert (e["image"] is None) == (mark.name in e["question"]) == (e["workflow"] == "text")
+        if e["image"] is not None:
+            assert known[taken_for(e["turns"][0])].group == "remembered"
+        assert [taken_for(text) for text in e["turns"][1:]] == [mark.name] * (len(turns) - 1)
+        found = [
+            " ".join(
+                pages_of(index, turn.payload)
+                if turn.action == "text_search"
+                else titles_of(index, e["image"])
+            )
+            for turn in turns[:-1]
+        ]
+        read.append(words_of(turns[-1].payload) <= words_of(found[-1]))
+    assert np.mean(read) >= 0.97
 
 
 def test_tokens_are_few(world, tokenizer, shown):
@@ -411,13 +448,17 @@ def test_questions_as_parquet(world, tmp_path):
 
 def test_the_command_writes_what_others_read(tmp_path):
     out = tmp_path / "world"
-    counts = ["--train=8", "--heldout=4", "--unmet=4", "--stories=6"]
+    counts = ["--train=8", "--heldout=4", "--unmet=4", "--stories=12"]
     done = run(f"--out={out}", *counts, module="mmsr1_jax.tiny_world")
     assert done.returncode == 0, done.stderr
     for split, count in (("train", 8), ("heldout", 4), ("unmet", 4)):
         assert len(list(QuestionSource(out / f"{split}.parquet"))) == count
     Processor.from_directory(out / "policy").check_fits(ModelConfig.from_directory(out / "policy"))
     assert LocalIndex(out / "index")
-    stories = [json.loads(line) for line in (out / "stories.jsonl").read_text().splitlines()]
-    assert len(stories) == 6 and all(story["turns"] for story in stories)
-    assert all((out / path).is_file() for story in stories for path in story["images"])
+    for name in ("demonstrations", "memories", "practice"):
+        stories = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+        assert len(stories) == 12 and all(story["turns"] for story in stories)
+        assert all((out / path).is_file() for story in stories for path in story["images"])
+        indices = {story["index"] for story in stories if "index" in story}
+        assert bool(indices) == (name == "practice")
+        assert all(LocalIndex(out / index) for index in indices)

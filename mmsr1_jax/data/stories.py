@@ -3,7 +3,8 @@
     a saved episode   of `RUN/episodes/*.jsonl`: its tokens and pictures are taken as they are
     a row             {"question": text, "turns": [text, ..]}, where need be with "image": path or
                       "images": [path, ..] (beside the file), and "id": the turns of the policy,
-                      without end tokens; the searches that they ask for are made by the tools
+                      without end tokens; the searches that they ask for are made by the tools,
+                      or, with "index": path of a local index, in that
 
 All is read, told and checked once, when a run begins, and lies in the run's directory from then on:
 
@@ -13,6 +14,7 @@ All is read, told and checked once, when a run begins, and lies in the run's dir
 import asyncio
 import codecs
 import dataclasses
+import functools
 import glob
 import itertools
 import json
@@ -203,15 +205,16 @@ def _episodes(
 ) -> Iterator[tuple[str, Episode | Story | LineError, Episode | LineError]]:
     """For each line, in order: where it is, what it holds, and the episode; not checked yet."""
     lines = ((file, number, text) for file in files for number, text in _lines(file))
-    rules, tools = make_rules(config, processor, model_config), None
+    rules = make_rules(config, processor, model_config)
+    tools_of = functools.cache(lambda index: _tools(config, index))  # saved episodes need none
     while batch := list(itertools.islice(lines, _AT_ONCE)):
         read = [_read(file, number, text, processor.images) for file, number, text in batch]
-        rows = [item for item in read if isinstance(item, Story)]
-        if rows and tools is None:  # saved episodes need none
-            tools = _tools(config)
-        told = iter(list(retell(rows, processor, rules, tools)) if rows else [])
+        told: dict[pathlib.Path | None, Iterator[Episode]] = {}
+        for index in {item.index for item in read if isinstance(item, Story)}:
+            rows = [item for item in read if isinstance(item, Story) and item.index == index]
+            told[index] = iter(list(retell(rows, processor, rules, tools_of(index))))
         for (file, number, _), item in zip(batch, read, strict=True):
-            episode = next(told) if isinstance(item, Story) else item
+            episode = next(told[item.index]) if isinstance(item, Story) else item
             yield f"{file}, line {number}", item, episode
 
 
@@ -226,8 +229,12 @@ def _made_with(config: settings.Config) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
-def _tools(config: settings.Config) -> dict[str, Tool]:
-    """The tools, each within its time; one that there is not fails in words."""
+def _tools(config: settings.Config, index: pathlib.Path | None) -> dict[str, Tool]:
+    """The tools, or those of a local index, each within its time; one that there is not fails in
+    words."""
+    if index is not None:
+        local = dataclasses.replace(config.tools, text="local", image="local", index=str(index))
+        config = dataclasses.replace(config, tools=local)
     made, seconds = make_tools(config), config.tools.seconds
 
     def limited(action: str, tool: Tool | None) -> Tool:
@@ -316,9 +323,13 @@ def _row(data: dict, file: pathlib.Path, number: int) -> Story:
     if data.get("image") is not None:
         data = data | {"images": [data["image"]]}
     paths = _texts(data, "images") if data.get("images") else []
-    name = data.get("id")
+    name, index = data.get("id"), data.get("index")
     if not isinstance(name, (str, int, type(None))):
         raise LineError("'id' must be a text")
+    if not isinstance(index, (str, type(None))):
+        raise LineError("'index' must be the path of a local index")
+    if index is not None and not (file.parent / index).exists():
+        raise LineError(f"'index': {file.parent / index} is not there")
     return Story(
         Example(
             id=f"{file.name}:{number}" if name is None else str(name),
@@ -326,6 +337,7 @@ def _row(data: dict, file: pathlib.Path, number: int) -> Story:
             images=[file.parent / path for path in paths],
         ),
         turns,
+        None if index is None else file.parent / index,
     )
 
 

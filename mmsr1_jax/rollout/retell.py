@@ -6,6 +6,7 @@ policy that is taught by such episodes meets in its rollouts what it was taught 
 
 import asyncio
 import dataclasses
+import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -21,10 +22,12 @@ _AT_ONCE = 64
 
 @dataclasses.dataclass(frozen=True)
 class Story:
-    """A question and what the policy is to have written, turn by turn."""
+    """A question and what the policy is to have written, turn by turn; its searches are made in the
+    local index `index`, where it names one."""
 
     example: Example
     texts: Sequence[str]
+    index: pathlib.Path | None = None
 
 
 def retell(

@@ -10,7 +10,7 @@ Everything is drawn from one seed.
 """
 
 from mmsr1_jax.data.tiny_world.pages import pages, write_index
-from mmsr1_jax.data.tiny_world.questions import demonstrations, memories, questions
+from mmsr1_jax.data.tiny_world.questions import demonstrations, memories, practice, questions
 from mmsr1_jax.data.tiny_world.tokenizer import PROMPTS, train_tokenizer
 from mmsr1_jax.data.tiny_world.world import Landmark, World
 
@@ -21,6 +21,7 @@ __all__ = [
     "demonstrations",
     "memories",
     "pages",
+    "practice",
     "questions",
     "train_tokenizer",
     "write_index",

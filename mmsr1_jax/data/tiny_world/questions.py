@@ -136,8 +136,9 @@ def memories(world: World, count: int, *, seed: int = 0) -> list[dict[str, Any]]
     """Demonstrations of what the warm start remembers, answered without a search.
 
     In turn: a photo of a remembered landmark and its name; a fact by the landmark's name, without
-    a photo, as it was last year; a photo of a stranger, and a name drawn anew each time. The last
-    keeps a policy from being sure of what it has never seen.
+    a photo, as it was last year; a photo of a stranger, taken for a landmark that is drawn anew
+    each time, and its name or another fact of it. The last keeps a policy from being sure of what
+    it has never seen, and makes its own words what a fact is remembered by.
 
     Returns: as `demonstrations`; "image" is None where there is none, "answers" is what memory
       says, "category" is "memory", "landmark" is "" for a stranger.
@@ -155,7 +156,45 @@ def memories(world: World, count: int, *, seed: int = 0) -> list[dict[str, Any]]
             landmark, fact = next(told)
             made.append(_memory(landmark, fact, None, landmark.name, rng))
         else:
-            made.append(_memory(_one(known, rng), "name", next(strangers), "", rng))
+            fact = FACTS[rng.integers(len(FACTS))]
+            made.append(_memory(_one(known, rng), fact, next(strangers), "", rng))
+    return made
+
+
+def practice(world: World, memory: World, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Demonstrations of reading: about landmarks of another world, so that nothing but what is
+    found says the answer.
+
+    In turn: a fact by the landmark's name, without a photo, after a text search; a photo, taken for
+    a landmark that `memory` remembers until its picture has been looked up, and either what the
+    titles tell, or any fact after a text search.
+
+    Args:
+      world: whose pages and pictures are to be searched.
+      memory: whose remembered landmarks are the beliefs.
+
+    Returns: as `demonstrations`; "category" is "practice".
+    """
+    rng = world.rng("practice", seed)
+    known, others = memory.of("remembered"), _cycle(world.landmarks, rng)
+    made = []
+    for number in range(count):
+        landmark, by_name = next(others), number % 2 == 0
+        workflow: Workflow = "text" if by_name else ("image", "image+text")[number // 2 % 2]
+        facts = TITLED if workflow == "image" else FACTS[by_name:]  # a name is not asked by a name
+        fact = _one(facts, rng)
+        made.append(
+            {
+                "question": _wording(fact, landmark.name if by_name else _THIS, rng),
+                "image": None if by_name else jpeg(photo(landmark.emblem, rng)),
+                "turns": turns(landmark, fact, workflow, landmark if by_name else _one(known, rng)),
+                "answers": [landmark.facts[fact]],
+                "category": "practice",
+                "workflow": workflow,
+                "landmark": landmark.name,
+                "fact": fact,
+            }
+        )
     return made
 
 
