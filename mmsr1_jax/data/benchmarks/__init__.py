@@ -1,0 +1,17 @@
+"""Benchmarks: questions from their published files (`readers`), how many pages fit (`pages`), and
+how their answers are scored (`scores`)."""
+
+from mmsr1_jax.data.benchmarks.pages import Fit, fit_pages
+from mmsr1_jax.data.benchmarks.readers import NAMES, BenchmarkQuestion, files, read, score
+from mmsr1_jax.data.benchmarks.scores import accuracy_and_f1
+
+__all__ = [
+    "NAMES",
+    "BenchmarkQuestion",
+    "Fit",
+    "accuracy_and_f1",
+    "files",
+    "fit_pages",
+    "read",
+    "score",
+]

@@ -1,0 +1,210 @@
+"""Rows of published files, parquet or JSON, and what their columns hold."""
+
+import base64
+import binascii
+import glob
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from mmsr1_jax.data.parquet import DataError
+
+Row = dict[str, Any]  # column -> its value: an Arrow scalar, which is large, or what JSON has
+
+_ROWS = 4  # that are in memory at a time: one of SlideVQA has twenty pictures
+_BUFFER = 1 << 20  # bytes read at a time, see `data/parquet.py`
+
+
+class BadFieldError(Exception):
+    """What is wrong with a row, and in which field."""
+
+    def __init__(self, field: str, reason: str):
+        super().__init__(reason)
+        self.field = field
+
+
+def find(path: pathlib.Path, patterns: Sequence[str]) -> list[pathlib.Path]:
+    """The file itself, or those that a path with wildcards finds; of a directory, the files of the
+    first of the patterns that finds any. By name.
+
+    Raises:
+      DataError: there is none.
+    """
+    if path.is_dir():
+        for pattern in patterns:
+            if found := sorted(file for file in path.glob(pattern) if file.is_file()):
+                return found
+        raise DataError(f"{path}: has none of the files {', '.join(patterns)}")
+    if found := [path] if path.is_file() else sorted(map(pathlib.Path, glob.glob(str(path)))):
+        return found
+    raise DataError(f"{path}: no such file")
+
+
+def open_rows(
+    path: pathlib.Path,
+    needed: dict[str, str],
+    optional: Sequence[str] = (),
+    expand: Callable[[Row], Sequence[Row]] | None = None,
+) -> Iterator[tuple[int, Row]]:
+    """The rows of a parquet file, or the objects of a list in a JSON file, by number from 0.
+
+    What is wrong with the file as a whole is said at once, not when the first row is asked for.
+
+    Args:
+      needed: columns that must be there and their kinds: `text`, `texts`, `picture`, `any`. JSON
+        has no types: that a field is there in some object is all that is asked of it.
+      optional: other columns that are read, as regular expressions.
+      expand: makes rows of an object of a JSON file, which then share its number.
+
+    Raises:
+      DataError: the file cannot be read or lacks a column; later, too, where it is damaged inside.
+    """
+    if path.suffix == ".json":
+        return _json_rows(path, needed, expand)
+    try:
+        with parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: not a parquet file that can be read ({error})") from None
+    for column, kind in needed.items():
+        if column not in schema.names:
+            raise DataError(f"{path}: no column {column!r}; it has {', '.join(schema.names)}")
+        words, fits = _KINDS[kind]
+        if not fits(schema.field(column).type):
+            found = schema.field(column).type
+            raise DataError(f"{path}: column {column!r} must be {words}; it is {found}")
+    patterns = [*map(re.escape, needed), *optional]
+    columns = [c for c in schema.names if any(re.fullmatch(p, c) for p in patterns)]
+    return _parquet_rows(path, columns)
+
+
+def text(row: Row, field: str, *, needed: bool = True) -> str:
+    """Text or a number as text, without white space around it; "" for null where not `needed`.
+
+    Raises:
+      BadFieldError: it is something else, or there is none and one is needed.
+    """
+    found = _plain(value(row, field), field)
+    if needed and not found:
+        raise BadFieldError(field, "empty")
+    return found
+
+
+def texts(row: Row, field: str) -> tuple[str, ...]:
+    """Texts of a list, blank ones and repeats too; one text counts as a list of it, null as none.
+
+    Raises:
+      BadFieldError: an item is no text.
+    """
+    found = value(row, field)
+    items = found if isinstance(found, list) else [] if found is None else [found]
+    return tuple(_plain(item, field) for item in items)
+
+
+def picture(row: Row, field: str) -> bytes | None:
+    """The picture file that a column holds as bytes, {bytes} or base64, not decoded; None: null.
+
+    Raises:
+      BadFieldError: text that is no base64.
+    """
+    found = value(row, field)
+    if isinstance(found, dict):
+        found = found.get("bytes")
+    if isinstance(found, str):
+        try:
+            found = base64.b64decode(found.split(",")[-1], validate=True)  # after `data:..,`
+        except (binascii.Error, ValueError):
+            raise BadFieldError(field, "not base64") from None
+    return found or None
+
+
+def value(row: Row, field: str) -> Any:
+    """What a column holds, None where it is not there. Raises BadFieldError: no UTF-8."""
+    found = row.get(field)
+    if not isinstance(found, pa.Scalar):
+        return found
+    try:
+        return found.as_py()
+    except UnicodeDecodeError:
+        raise BadFieldError(field, "not UTF-8") from None
+
+
+def _plain(found: Any, field: str) -> str:
+    if found is None:
+        return ""
+    if isinstance(found, bool) or not isinstance(found, (str, int, float)):
+        raise BadFieldError(field, f"holds a {type(found).__name__}, not text")
+    plain = str(found).strip()
+    if any("\ud800" <= letter <= "\udfff" for letter in plain):
+        raise BadFieldError(field, "half a character (a lone surrogate)")
+    return plain
+
+
+def _parquet_rows(path: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
+    number = 0
+    try:
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as file:
+            for batch in file.iter_batches(_ROWS, columns=list(columns), use_threads=False):
+                for i in range(batch.num_rows):
+                    yield number, {name: batch.column(name)[i] for name in columns}
+                    number += 1
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+
+
+def _json_rows(
+    path: pathlib.Path,
+    needed: dict[str, str],
+    expand: Callable[[Row], Sequence[Row]] | None,
+) -> Iterator[tuple[int, Row]]:
+    try:
+        objects = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON that can be read ({error})") from None
+    if not isinstance(objects, list) or not all(isinstance(item, dict) for item in objects):
+        raise DataError(f"{path}: must be a list of objects")
+    rows = [(i, row) for i, item in enumerate(objects) for row in (expand or _itself)(item)]
+    fields = dict.fromkeys(field for _, row in rows for field in row)
+    for field in needed:
+        if field not in fields:
+            raise DataError(
+                f"{path}: no object has a field {field!r}; their fields are "
+                f"{', '.join(fields) or 'none'}"
+            )
+    return iter(rows)
+
+
+def _itself(row: Row) -> Sequence[Row]:
+    return [row]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    letters = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+    return letters or pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+def _is_texts(kind: pa.DataType) -> bool:
+    lists = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
+    return pa.types.is_null(kind) or (isinstance(kind, lists) and _is_text(kind.value_type))
+
+
+def _is_picture(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return "bytes" in [field.name for field in kind]
+    data = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return data or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+_KINDS: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
+    "text": ("text or a number", _is_text),
+    "texts": ("a list of texts", _is_texts),
+    "picture": ("a picture: {bytes, path}, bytes, or base64 text", _is_picture),
+    "any": ("anything", lambda _: True),
+}
