@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from mmsr1_jax.rl.advantages import ADVANTAGES
+from mmsr1_jax.rl.lora import TARGETS, TEXT_TARGETS
 from mmsr1_jax.rl.loss import AVERAGES, KLS, RATIOS
 from mmsr1_jax.rl.schedules import SCHEDULES
 
@@ -21,6 +22,11 @@ class Update:
       row_windows: of 64 patches, that the pictures of a row may have together.
       rows: of a micro-batch, for each part into which the mesh cuts a batch.
       freeze_vision: the vision tower is not trained.
+      lora_rank: of the adapters that are trained in the place of the parameters (`rl/lora.py`); 0:
+        none, all parameters are trained.
+      lora_alpha: what an adapter adds is multiplied by `lora_alpha / lora_rank`.
+      lora_targets: linear maps that have an adapter, by name; those of the vision tower begin with
+        `vision.`.
       learning_rate: the highest.
       schedule: `constant`, `linear`, `cosine` (both down to 0), or `sigmoid`, the published one.
       warmup_steps: in which the rate rises from 0.
@@ -33,6 +39,9 @@ class Update:
     row_windows: int = 384
     rows: int = 1
     freeze_vision: bool = False
+    lora_rank: int = 0
+    lora_alpha: float = 32.0
+    lora_targets: tuple[str, ...] = TEXT_TARGETS
     learning_rate: float = 2e-6
     schedule: str = "constant"
     warmup_steps: int = 0
@@ -144,9 +153,12 @@ def mistake(data: Data, objective: Objective, update: Update, run: Run) -> str |
             return f"objective.{field}={value!r} is not one of {', '.join(values)}"
     if update.schedule not in SCHEDULES:
         return f"update.schedule={update.schedule!r} is not one of {', '.join(SCHEDULES)}"
+    problem = _lora_mistake(update)
+    if problem:
+        return problem
     at_least = [
         (1, "update", update, ("row_tokens", "rows", "bad_in_a_row")),
-        (0, "update", update, ("row_windows", "learning_rate", "warmup_steps", "eps",
+        (0, "update", update, ("row_windows", "lora_rank", "learning_rate", "warmup_steps", "eps",
                                "weight_decay", "grad_clip")),
         (1, "objective", objective, ("updates", "overlong_buffer")),
         (0, "objective", objective, ("clip_low", "clip_high", "kl_weight", "entropy_weight",
@@ -167,4 +179,18 @@ def mistake(data: Data, objective: Objective, update: Update, run: Run) -> str |
         return f"run.log={run.log!r}: only tensorboard and wandb are known"
     if objective.updates > run.questions:
         return f"objective.updates={objective.updates} is more than run.questions={run.questions}"
+    return None
+
+
+def _lora_mistake(update: Update) -> str | None:
+    for name in update.lora_targets:
+        if name not in TARGETS:
+            return f"update.lora_targets: {name!r} is not one of {', '.join(TARGETS)}"
+    if update.lora_rank and not update.lora_targets:
+        return f"update.lora_targets is empty, with lora_rank={update.lora_rank}"
+    if update.lora_rank and not update.lora_alpha > 0:
+        return f"update.lora_alpha={update.lora_alpha} must be over 0"
+    vision = [name for name in update.lora_targets if name.startswith("vision.")]
+    if update.lora_rank and update.freeze_vision and vision:
+        return f"update.lora_targets: {vision[0]!r} is frozen by update.freeze_vision"
     return None

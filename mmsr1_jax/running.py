@@ -17,8 +17,10 @@ from jax.sharding import Mesh
 from mmsr1_jax import config as settings
 from mmsr1_jax import run_settings, sharding
 from mmsr1_jax.models import qwen2_5_vl
+from mmsr1_jax.rl import lora
 from mmsr1_jax.rl.packing import RowShape, TrainBatch
 from mmsr1_jax.rl.schedules import Schedule, make_schedule
+from mmsr1_jax.rl.update import Learner
 
 
 def settings_of(
@@ -47,16 +49,33 @@ def settings_of(
 
 
 def load_policy(config: settings.Config, model_dir: str, mesh: Mesh) -> qwen2_5_vl.Qwen2_5_VL:
-    """The policy that is to be trained: parameters in float32."""
+    """The policy that is to be trained: parameters in float32; with LoRA, which does not change
+    them, in the dtype of computation."""
     return qwen2_5_vl.load(
         model_dir,
         mesh=mesh,
-        param_dtype="float32",
+        param_dtype=config.model.dtype if config.update.lora_rank else "float32",
         dtype=config.model.dtype,
         attention=config.model.attention,
         remat=config.model.remat,
         logprob_chunk=config.model.logprob_chunk,
     )
+
+
+def save_policy(
+    learner: Learner, config: settings.Config, model_dir: str, workdir: pathlib.Path
+) -> None:
+    """Writes what was trained: `policy/`, a HF directory, and with LoRA `adapter/`."""
+    update = config.update
+    policy = learner.model()
+    if update.lora_rank:
+        lora.save(
+            learner.trained, workdir / "adapter", policy.config, alpha=update.lora_alpha,
+            source=model_dir,
+        )  # fmt: skip
+        print(f"{workdir / 'adapter'}: what was trained", file=sys.stderr)
+    qwen2_5_vl.save(policy, workdir / "policy", source=model_dir)
+    print(f"{workdir / 'policy'}: the trained policy", file=sys.stderr)
 
 
 def learning_rate(config: settings.Config) -> Schedule:

@@ -11,8 +11,8 @@ A step:
 What a line of `stories.jsonl` may be is said in `data/stories.py`: an episode that was saved, or a
 question with the policy's turns, whose searches are made when the run begins. Of `config.run`,
 `questions` are the lessons of a step. RUN holds `config.json`, `metrics.jsonl`, `stories.jsonl`
-with its `pictures/`, `checkpoints/`, and at the end `policy/`, a HF directory. A run may be killed
-at any time; what it does then is what it would have done.
+with its `pictures/`, `checkpoints/`, and at the end `policy/`, a HF directory (with LoRA `adapter/`
+too). A run may be killed at any time; what it does then is what it would have done.
 """
 
 import concurrent.futures
@@ -33,7 +33,6 @@ from mmsr1_jax.checkpoint import Checkpoints
 from mmsr1_jax.data import stories
 from mmsr1_jax.data.stories import Lesson
 from mmsr1_jax.images import ImageProcessor
-from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.rl import packing
 from mmsr1_jax.rl.loss import token_weights, weighted_sum
 from mmsr1_jax.rl.packing import Sample, TrainBatch
@@ -62,7 +61,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
     model = running.load_policy(config, model_dir, mesh)
     processor = make_processor(config, model_dir)
     processor.check_fits(model.config)
-    learner = Learner(model, likelihood_loss, update, mesh)
+    learner = Learner(model, likelihood_loss, update, mesh, seed=run.seed)
     rate = running.learning_rate(config)
     shape = running.row_shape(update, mesh)
 
@@ -141,8 +140,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
 
     checkpoints.close()
     log.close()
-    qwen2_5_vl.save(learner.model(), workdir / "policy", source=model_dir)
-    print(f"{workdir / 'policy'}: the trained policy", file=sys.stderr)
+    running.save_policy(learner, config, model_dir, workdir)
     return 0
 
 

@@ -10,8 +10,8 @@ A step:
                  with tools             in a group                             takes the parameters
 
 RUN holds `config.json`, `metrics.jsonl`, `episodes/` with their `pictures/`, `checkpoints/`, and at
-the end `policy/`, a HF directory. A run may be killed at any time; what it does then is what it
-would have done.
+the end `policy/`, a HF directory (with LoRA `adapter/` too). A run may be killed at any time; what
+it does then is what it would have done.
 """
 
 import asyncio
@@ -33,7 +33,6 @@ from mmsr1_jax.checkpoint import Checkpoints
 from mmsr1_jax.data import Question, QuestionSource, batches, validation
 from mmsr1_jax.data.stories import line_of
 from mmsr1_jax.judge import Judge
-from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.rewards import Reward, episode_reward
 from mmsr1_jax.rl import packing, samples
 from mmsr1_jax.rl.update import Learner
@@ -80,8 +79,9 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
 
     # Updates
     learner = Learner(
-        model, samples.make_loss(objective), update, mesh, temperature=config.sampling.temperature
-    )
+        model, samples.make_loss(objective), update, mesh,
+        temperature=config.sampling.temperature, seed=run.seed,
+    )  # fmt: skip
     memory = "pinned_host" if objective.reference == "host" else None
     reference = learner.snapshot(memory) if objective.kl_weight else None
     rate = running.learning_rate(config)
@@ -176,8 +176,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
     checkpoints.close()
     engine.close()
     log.close()
-    qwen2_5_vl.save(learner.model(), workdir / "policy", source=model_dir)
-    print(f"{workdir / 'policy'}: the trained policy", file=sys.stderr)
+    running.save_policy(learner, config, model_dir, workdir)
     return 0
 
 

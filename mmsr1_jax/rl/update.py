@@ -4,10 +4,12 @@
     parameters -= rate * adamw(clipped gradients)
 
 The weights of all tokens are known before, so that the sum is the loss, however the episodes were
-packed and on however many devices. A step whose gradient is not finite changes nothing.
+packed and on however many devices. A step whose gradient is not finite changes nothing. With LoRA
+(`rl/lora.py`) adapters are all that is trained, and all that the optimiser has a state for.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -20,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mmsr1_jax import config as settings
 from mmsr1_jax import sharding
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
+from mmsr1_jax.rl import lora
 from mmsr1_jax.rl.packing import TrainBatch
 
 # From the log-probs and entropies of a batch's tokens, float32[B, C] each: the loss (a sum) and
@@ -31,14 +34,17 @@ class Learner:
     """Parameters, optimiser, and the programs that change them.
 
     Args of the constructor:
-      model: the policy; its parameters are consumed by the first step.
+      model: the policy; its parameters are consumed by the first step. With LoRA it is given
+        adapters.
       loss: see `Loss`.
       config: `config.Update`.
       mesh: on which the parameters are.
       temperature: at which tokens were sampled.
+      seed: of fresh adapters.
 
     Attributes:
-      trained, frozen: the parameters; the vision tower's are frozen by setting.
+      trained, frozen: the parameters; the vision tower's are frozen by setting. With LoRA the
+        adapters are trained and all else is frozen.
       optimizer: the optimiser's state.
     """
 
@@ -50,12 +56,28 @@ class Learner:
         mesh: Mesh,
         *,
         temperature: float = 1.0,
+        seed: int = 0,
     ):
         self.mesh = mesh
         self._loss, self._temperature = loss, temperature
         self._precision = "highest" if model.dtype == jnp.float32 else None
+        self._plain_graph = nnx.split(model)[0]
+        self._merge = None
         is_trained = _is_trained(config.freeze_vision)
+        if config.lora_rank:
+            lora.attach(
+                model, rank=config.lora_rank, alpha=config.lora_alpha, targets=config.lora_targets,
+                mesh=mesh, seed=seed,
+            )  # fmt: skip
+            is_trained = nnx.LoRAParam
         self._graph, self.trained, self.frozen = nnx.split(model, is_trained, ...)
+        if config.lora_rank:
+            scale = config.lora_alpha / config.lora_rank
+            merge = functools.partial(lora.merge, scale=scale)
+            merged = sharding.param_shardings(
+                jax.eval_shape(merge, self.trained, self.frozen), mesh
+            )
+            self._merge = jax.jit(merge, out_shardings=merged)
         self._transform = optax.chain(
             optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity(),
             optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
@@ -91,15 +113,19 @@ class Learner:
 
     @property
     def params(self) -> nnx.State:
-        """All parameters, as `nnx.split(model)[1]`."""
-        return nnx.merge_state(self.trained, self.frozen)
+        """All parameters of the policy, as `nnx.split(model)[1]`. With LoRA those of the policy
+        without adapters, into which the present ones are merged, each time it is asked for."""
+        if self._merge is None:
+            return nnx.merge_state(self.trained, self.frozen)
+        return nnx.merge_state(self.frozen, self._merge(self.trained, self.frozen))
 
     def model(self) -> Qwen2_5_VL:
-        """The policy with its present parameters."""
-        return nnx.merge(self._graph, self.trained, self.frozen)
+        """The policy with `params`."""
+        return nnx.merge(self._plain_graph, self.params)
 
     def snapshot(self, memory: str | None = None) -> nnx.State:
         """A copy of the trained parameters in the dtype of computation, for a reference policy.
+        Of fresh adapters, which add nothing, it makes the policy that training began with.
 
         Args:
           memory: kind of memory that it is to lie in (`pinned_host`); None: the device's own.

@@ -29,8 +29,10 @@ class Linear(nnx.Module):
     """`y = x W + b` from the last `len(inputs)` dimensions of x to `outputs`.
 
     kernel: [L, *outputs, *inputs]; bias: [L, *outputs]. Dimensions are (size, logical axis) pairs.
-    Outputs come first, as in the checkpoints.
+    Outputs come first, as in the checkpoints. An `adapter`, put there by `rl/lora.py`, adds to y.
     """
+
+    adapter = None  # of the class: NNX lets no attribute of a module become an array that was none
 
     def __init__(
         self,
@@ -53,8 +55,25 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = _apply(x, self.kernel.get_value().astype(x.dtype), self.contracted)
+        if self.adapter is not None:
+            y = y + self.adapter(x, self.contracted)
         y = checkpoint_name(y, _LINEAR)
         return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
+
+
+class Adapter(nnx.Module):
+    """`s (x A^T) B^T`, what LoRA adds to a linear map (arXiv 2106.09685, equation 3). A and B are
+    multiplied with x one after the other: a gradient never holds their product.
+
+    a: [L, rank, *inputs]; b: [L, *outputs, rank]; scale: s.
+    """
+
+    def __init__(self, a: nnx.Param, b: nnx.Param, scale: float):
+        self.a, self.b, self.scale = a, b, scale
+
+    def __call__(self, x: jax.Array, contracted: int) -> jax.Array:
+        low = _apply(x, self.a.get_value().astype(x.dtype), contracted) * self.scale
+        return _apply(low, self.b.get_value().astype(x.dtype), 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
