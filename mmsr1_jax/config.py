@@ -19,6 +19,7 @@ from ml_collections import config_flags
 
 from mmsr1_jax import config_training, rewards
 from mmsr1_jax.config_training import Data, Objective, Run, Update
+from mmsr1_jax.evaluation.workflows import WORKFLOWS
 from mmsr1_jax.models.attention import IMPLEMENTATIONS
 from mmsr1_jax.rewards import Rewards
 
@@ -268,6 +269,29 @@ class Sampling:
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
+class Eval:
+    """An evaluation (`evaluate.py`). Its top_k, top_p and seed are those of `Sampling`.
+
+    Attributes:
+      data: questions: parquet files, directories of them, or patterns; empty: `data.validation`.
+      benchmark: that they are of, one of `data/benchmarks`; empty: files in veRL's schema.
+      page_tokens: of a benchmark's documents: of all pages of a question together.
+      rows: the first so many questions; 0: all.
+      workflows: of `evaluation/workflows.py`, in the order of the table.
+      samples: episodes of each question; with more than one there is pass@k.
+      temperature: of sampling; 0: always the likeliest token.
+    """
+
+    data: tuple[str, ...] = ()
+    benchmark: str = ""
+    page_tokens: int = 6144
+    rows: int = 0
+    workflows: tuple[str, ...] = ("on_demand", "rag", "direct", "agent")
+    samples: int = 1
+    temperature: float = 0.0
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
 class Config:
     """All settings."""
 
@@ -285,6 +309,7 @@ class Config:
     objective: Objective = dataclasses.field(default_factory=Objective)
     update: Update = dataclasses.field(default_factory=Update)
     run: Run = dataclasses.field(default_factory=Run)
+    eval: Eval = dataclasses.field(default_factory=Eval)
 
 
 def get_config() -> Config:
@@ -352,6 +377,19 @@ def validate(config: Config) -> Config:
     mistake = config_training.mistake(config.data, config.objective, config.update, config.run)
     if mistake:
         raise ConfigError(f"config.{mistake}")
+    if not config.eval.workflows:
+        raise ConfigError("config.eval.workflows=() must not be empty")
+    for name in config.eval.workflows:
+        _one_of("eval.workflows", name, tuple(WORKFLOWS))
+    _positive("eval.samples", config.eval.samples)
+    _positive("eval.page_tokens", config.eval.page_tokens)
+    if config.eval.rows < 0:
+        raise ConfigError(f"config.eval.rows={config.eval.rows} must not be negative")
+    if not config.eval.temperature >= (0 if config.eval.samples == 1 else 1e-6):
+        raise ConfigError(
+            f"config.eval.temperature={config.eval.temperature} must not be negative, and over 0 "
+            f"where there are several eval.samples ({config.eval.samples}): they would be the same"
+        )
     _positive("buckets.batch_tokens", config.buckets.batch_tokens)
     _positive("buckets.batch_windows", config.buckets.batch_windows)
     _positive("images.max_file_pixels", config.images.max_file_pixels)

@@ -2,7 +2,7 @@
 
 Another way to say `correct` than matching (`rewards.py`): it knows that `NYC` is `New York`, and
 which details matter to the question. What it said is stored, by model, question, gold answers and
-answer. Where it fails, matching decides, and the verdict says so.
+answer. Where it fails, matching decides, and the verdict says so; or there is none (`verdict`).
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ another common name of the same thing: right.
 the question asks for: wrong.
 - Contradicting the reference in what was asked, or naming several things of which only one can \
 be meant: wrong, even where the reference is among them.
+- Several things asked for: right only with all of them, in any order, and nothing that is none.
 - People: part of a name, such as the last name alone, is right if it leaves no doubt about who is \
 meant; a name that is another person's is wrong.
 - Numbers: the value and its unit must agree. The same value in another unit is right; a value \
@@ -81,11 +82,22 @@ class Judge:
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     async def judge(self, question: str, golds: Sequence[str], answer: str | None) -> Verdict:
-        """Whether `answer` answers `question` as one of `golds` does. Never raises WebError.
+        """`verdict`, but where the judge fails, exact match decides. Never raises WebError."""
+        try:
+            return await self.verdict(question, golds, answer)
+        except WebError as error:
+            reason = f"exact match decided, as the judge failed: {error}"
+            return Verdict(rewards.exact_match(answer, golds), reason, "match")
+
+    async def verdict(self, question: str, golds: Sequence[str], answer: str | None) -> Verdict:
+        """Whether `answer` answers `question` as one of `golds` does.
 
         The judge is not asked where there is nothing to ask: no answer, no gold answer, or an
         answer that is a gold one but for letter case, spaces and a full stop. Other punctuation
         may matter (1.5 is not 15), so that is asked.
+
+        Raises:
+          WebError: the judge could not be asked, or did not reply with a verdict.
         """
         question = _valid(question)
         golds = [_valid(gold) for gold in golds if gold.strip()]
@@ -97,13 +109,9 @@ class Judge:
         if _plain(answer) in map(_plain, golds):
             return Verdict(True, "a gold answer, word for word", "match")
         key = json.dumps([self._model, question, golds, answer])
-        try:
-            correct, reason = await self._stored.get(
-                "verdict", key, lambda: self._ask(question, golds, answer)
-            )
-        except WebError as error:
-            reason = f"exact match decided, as the judge failed: {error}"
-            return Verdict(rewards.exact_match(answer, golds), reason, "match")
+        correct, reason = await self._stored.get(
+            "verdict", key, lambda: self._ask(question, golds, answer)
+        )
         return Verdict(correct, reason, "judge")
 
     async def _ask(self, question: str, golds: list[str], answer: str) -> tuple[bool, str]:

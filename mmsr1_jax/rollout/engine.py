@@ -17,7 +17,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ from flax import nnx
 from mmsr1_jax import config as settings
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL, mrope_positions
 from mmsr1_jax.processor import Processor, Prompt
-from mmsr1_jax.rollout import prompts, stop, turns
+from mmsr1_jax.rollout import forcing, prompts, stop, turns
 from mmsr1_jax.rollout.device import Counts, Device, Piece
 from mmsr1_jax.rollout.episode import Episode, Example, Segment
 from mmsr1_jax.rollout.rules import Reply, Rules
@@ -36,10 +36,15 @@ from mmsr1_jax.tools.background import Background, Call
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 _DRAWN = ("tokens", "logprobs", "sampling_logprobs")
+_NOTHING = np.zeros(0, np.int32)
 
 # Called as things happen, with the episode and "turn" (the policy's has ended), "reply" (the user
 # turn after it is there) or "end".
 Watch = Callable[[Episode, str], None]
+
+# Called with an episode and tokens that it has just drawn: int32[n], the next of its turn, which
+# become part of the episode when the turn ends.
+Drawn = Callable[[Episode, np.ndarray], None]
 
 # Gives the next examples with their numbers, at most so many, and perhaps none for now. It is asked
 # in each round of the loop, and may raise to end it.
@@ -78,6 +83,8 @@ class _Live:
       drawn: tokens sampled in all turns; left: that this turn may still have.
       stop_state: of the automaton.
       parts: what the turn's chunks drew, by the names of `_DRAWN`.
+      opened: tokens of the turn up to an opening tag that was forced; None: none was.
+      unwritten: tokens of the episode that were forced at its end, and are not in the lane yet.
       waited: seconds spent on tools.
     """
 
@@ -91,6 +98,8 @@ class _Live:
     left: int = 0
     stop_state: int = 0
     parts: dict[str, list] = dataclasses.field(default_factory=lambda: {n: [] for n in _DRAWN})
+    opened: np.ndarray | None = None
+    unwritten: np.ndarray = dataclasses.field(default_factory=lambda: _NOTHING)
     waited: float = 0.0
 
 
@@ -117,7 +126,8 @@ class Engine:
         self.config = config
         self.processor = processor
         self.tools = dict(tools or {})
-        token_bytes, vocab_size = processor.token_bytes(), model.config.text.vocab_size
+        self._bytes = token_bytes = processor.token_bytes()
+        vocab_size = model.config.text.vocab_size
         ends = {name: processor.control[name] for name in END_TOKENS}
         self._stops = stop.build(token_bytes, vocab_size, turns.STOPS, ends)
         allowed = np.zeros(vocab_size, bool)
@@ -127,14 +137,7 @@ class Engine:
         self.device = Device(
             model, config, capacity=config.turns.tokens, stops=self._stops, allowed=allowed
         )
-        self._rules = Rules(
-            processor,
-            config.turns,
-            config.tools,
-            prompts.load(config.turns.prompts),
-            max_file_pixels=config.images.max_file_pixels,
-            check_image=self.device.check_image,
-        )
+        self._rules = self.make_rules(config.turns, prompts.load(config.turns.prompts))
         self._image_token = model.config.image_token_id
         self._merge_size = model.config.vision.merge_size
         self._pool = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="prepare")
@@ -159,6 +162,21 @@ class Engine:
             raise RuntimeError("Engine.load: a rollout is under way")
         self.device.load(params)
 
+    def make_rules(
+        self, limits: settings.Turns, texts: Mapping[str, str], forced: Sequence[turns.Action] = ()
+    ) -> Rules:
+        """Rules for a `rollout` by others than those of the settings; see `Rules`. Tokens of an
+        episode are at most as many as in the settings."""
+        return Rules(
+            self.processor,
+            limits,
+            self.config.tools,
+            texts,
+            max_file_pixels=self.config.images.max_file_pixels,
+            check_image=self.device.check_image,
+            forced=forced,
+        )
+
     def close(self) -> None:
         """Ends the threads of tools and preparation."""
         self._background.close()
@@ -171,6 +189,8 @@ class Engine:
         rollouts: int = 1,
         sampling: settings.Sampling | None = None,
         watch: Watch = lambda episode, event: None,
+        rules: Rules | None = None,
+        numbers: Iterable[int] | None = None,
     ) -> Iterator[Episode]:
         """Yields episodes as they end, in any order; `group` and `number` tell which they are.
 
@@ -180,17 +200,21 @@ class Engine:
           sampling: instead of `config.sampling`. Random numbers depend on its seed, on the number
             of the episode in this call and on the token: another call wants another seed.
           watch: see `Watch`.
+          rules: of `make_rules`; None: those of the settings.
+          numbers: of the examples, each another; None: 0, 1, .. They make the episodes' numbers, so
+            a part of a call can be done again.
 
         Raises:
           RuntimeError: another rollout of this engine is under way.
           ValueError: settings of sampling that cannot be.
         """
-        numbered = enumerate(examples)
+        numbered = zip(itertools.count() if numbers is None else numbers, examples, strict=False)
         yield from self.rollout_part(
             lambda count: list(itertools.islice(numbered, count)),
             rollouts=rollouts,
             sampling=sampling or self.config.sampling,
             watch=watch,
+            rules=rules,
         )
 
     def rollout_part(
@@ -200,7 +224,9 @@ class Engine:
         rollouts: int,
         sampling: settings.Sampling,
         watch: Watch,
+        rules: Rules | None = None,
         look_again: float | None = None,
+        drawn: Drawn = lambda episode, tokens: None,
     ) -> Iterator[Episode]:
         """`rollout` of those examples that `take` gives to this engine, with their numbers in the
         whole. It is over when it has no episodes left and `take` gives none.
@@ -208,12 +234,13 @@ class Engine:
         Args:
           look_again: seconds after which an engine that only waits for tools asks `take` again;
             None: it sleeps until a tool answers.
+          drawn: see `Drawn`.
         """
         settings.validate_sampling(sampling)
         if self._busy:
             raise RuntimeError("Engine.rollout: another rollout is under way")
         self._busy = True
-        run = _Run(self, take, rollouts, sampling, watch, look_again)
+        run = _Run(self, rules or self._rules, take, rollouts, sampling, watch, look_again, drawn)
         try:
             yield from run.episodes()
         finally:
@@ -227,14 +254,16 @@ class _Run:
     def __init__(
         self,
         engine: Engine,
+        rules: Rules,
         take: Take,
         rollouts: int,
         sampling,
         watch: Watch,
         look_again: float | None,
+        drawn: Drawn,
     ):
-        self._device, self._rules = engine.device, engine._rules
-        self._engine, self._watch = engine, watch
+        self._device, self._rules = engine.device, rules
+        self._engine, self._watch, self._drawn = engine, watch, drawn
         self._settings = engine.config
         rows = engine.config.rollout.rows
         self._seed = sampling.seed
@@ -381,8 +410,10 @@ class _Run:
                     self._begin_turn(live)
 
     def _begin_turn(self, live: _Live) -> None:
-        limits = self._settings.turns
+        limits = self._rules.limits
         live.left = min(limits.turn_tokens, limits.tokens - len(live.episode))
+        if self._rules.forced(live.episode) is not None:  # room for a tag, and for what is in it
+            live.left -= limits.least_tokens // (2 if live.opened is None else 4)
         live.stop_state, live.length = 0, len(live.episode)
         live.parts = {name: [] for name in _DRAWN}
         self._turn.append(live.lane)
@@ -414,6 +445,7 @@ class _Run:
             n = int(drawn.count[row])
             for name in _DRAWN:
                 live.parts[name].append(getattr(drawn, name)[row, :n])
+            self._drawn(live.episode, live.parts["tokens"][-1])
             live.position += n
             live.length += n
             live.drawn += n
@@ -428,10 +460,18 @@ class _Run:
         """Reads what the policy wrote, and does what follows."""
         values = {name: np.concatenate(parts) for name, parts in live.parts.items()}
         episode, processor = live.episode, self._engine.processor
-        episode.segments.append(Segment("model", **values))
         ended_by = self._engine._stops.reason(live.stop_state)
-        text = values["tokens"][:-1] if ended_by in END_TOKENS else values["tokens"]
-        episode.turns.append(turns.parse(processor.decode(text)))
+        tokens = values["tokens"][:-1] if ended_by in END_TOKENS else values["tokens"]
+        begun, live.opened = live.opened, None
+        turn = turns.parse(processor.decode([*(() if begun is None else begun), *tokens]))
+        wanted = self._rules.forced(episode)
+        if wanted is None or turn.action == wanted:
+            episode.segments.append(Segment("model", **values))
+        else:
+            turn, ended_by = self._force(live, values, tokens, begun, wanted), ""
+            if turn is None:
+                return
+        episode.turns.append(turn)
         self._watch(episode, "turn")
         step = self._rules.after(episode.turns, episode.calls, cut=ended_by is None)
         if step.kind == "end":
@@ -444,6 +484,47 @@ class _Run:
             self._search(live, closing, room)
         else:
             self._reply(live, closing, self._rules.say(step, episode, room))
+
+    def _force(
+        self, live: _Live, values: dict, tokens: np.ndarray, begun: np.ndarray | None, wanted
+    ) -> turns.Turn | None:
+        """Makes a turn do what is wanted, see `forcing`; None: the policy is to go on with it.
+
+        Args:
+          values: what was drawn, by the names of `_DRAWN`; tokens: that, without an end token.
+          begun: the turn's tokens before them, up to a tag that was forced.
+        """
+        episode, processor = live.episode, self._engine.processor
+        pieces = [self._engine._bytes[token] for token in tokens]
+        text = b"".join(pieces).decode("latin-1")  # a character a byte; tags are ASCII
+        stay, follows = (forcing.opened if begun is None else forcing.closed)(text, wanted)
+        ends = np.cumsum([len(piece) for piece in pieces])
+        kept = int(np.searchsorted(ends, stay, side="right"))  # whole tokens; the rest is forced
+        rest = (
+            text[ends[kept - 1] if kept else 0 : stay].encode("latin-1").decode("utf-8", "replace")
+        )
+        forced = np.array(processor.encode_text(rest + follows), np.int32)
+        dropped = len(values["tokens"]) - kept
+        if kept:
+            values = {name: value[:kept] for name, value in values.items()}
+            episode.segments.append(Segment("model", **values))
+        if dropped:
+            live.position -= dropped
+            live.length -= dropped
+            self._device.fork(live.lane, live.lane, live.length, live.group.hidden)
+        episode.segments.append(Segment("forced", forced))
+        written = np.concatenate([_NOTHING if begun is None else begun, tokens[:kept], forced])
+        room = self._rules.limits.tokens - len(episode)
+        if (
+            begun is None
+            and wanted != "image_search"
+            and room > self._rules.limits.least_tokens // 4
+        ):
+            live.opened = written
+            live.position = self._to_write(live, Prompt(forced, ()), live.position)
+            return None
+        live.unwritten = forced
+        return turns.parse(processor.decode(written))
 
     def _search(self, live: _Live, closing: list[int], room: int) -> None:
         """Hands the search that the turn asks for to its tool."""
@@ -502,7 +583,8 @@ class _Run:
         episode.segments.append(Segment("tool", reply.prompt.tokens))
         episode.images += reply.prompt.images
         self._watch(episode, "reply")
-        whole = Prompt(np.concatenate([closing, reply.prompt.tokens]), reply.prompt.images)
+        new, live.unwritten = [live.unwritten, closing, reply.prompt.tokens], _NOTHING
+        whole = Prompt(np.concatenate(new), reply.prompt.images)
         live.position = self._to_write(live, whole, live.position)
 
     def _end(self, live: _Live, why) -> None:

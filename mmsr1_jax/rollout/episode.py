@@ -44,8 +44,9 @@ class Segment:
     """Tokens of one origin.
 
     Attributes:
-      kind: `prompt`; `model`: sampled; `forced`: closing the policy's turn in its place; `tool`:
-        the user turn after it. Only what the policy sampled carries loss.
+      kind: `prompt`; `model`: sampled; `forced`: closing the policy's turn in its place, or put
+        into it (`forcing.py`); `tool`: the user turn after it. Only what the policy sampled carries
+        loss.
       tokens: int32[n].
       logprobs: float32[n] of a model segment, under the policy at the sampling temperature.
       sampling_logprobs: float32[n] of a model segment, under what was drawn from (top-k, top-p, no

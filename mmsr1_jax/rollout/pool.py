@@ -10,6 +10,7 @@ whole call, and nothing else of it depends on who rolls it out.
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from mmsr1_jax.processor import Processor
 from mmsr1_jax.rollout.device import Counts
 from mmsr1_jax.rollout.engine import Engine, Watch
 from mmsr1_jax.rollout.episode import Episode, Example
+from mmsr1_jax.rollout.rules import Rules
+from mmsr1_jax.rollout.turns import Action
 from mmsr1_jax.tools import Tool
 
 # Seconds after which an engine that only waits for tools looks whether there is something else:
@@ -78,6 +81,12 @@ class EnginePool:
         for engine in self.engines:
             engine.device.take(prepared)
 
+    def make_rules(
+        self, limits: settings.Turns, texts: Mapping[str, str], forced: Sequence[Action] = ()
+    ) -> Rules:
+        """As `Engine.make_rules`."""
+        return self.engines[0].make_rules(limits, texts, forced)
+
     def close(self) -> None:
         """Ends the threads of tools and preparation."""
         for engine in self.engines:
@@ -90,6 +99,8 @@ class EnginePool:
         rollouts: int = 1,
         sampling: settings.Sampling | None = None,
         watch: Watch = lambda episode, event: None,
+        rules: Rules | None = None,
+        numbers: Iterable[int] | None = None,
     ) -> Iterator[Episode]:
         """Yields episodes as they end, as `Engine.rollout` does.
 
@@ -107,7 +118,8 @@ class EnginePool:
         if self._busy:
             raise RuntimeError("EnginePool.rollout: another rollout is under way")
         self._busy = True
-        shared = _Shared(examples, len(self.engines), rollouts, self.config.rollout.lanes)
+        lanes = self.config.rollout.lanes
+        shared = _Shared(examples, len(self.engines), rollouts, lanes, numbers)
         watching = threading.Lock()
 
         def watch_in_turn(episode: Episode, event: str) -> None:
@@ -121,6 +133,7 @@ class EnginePool:
                     rollouts=rollouts,
                     sampling=sampling,
                     watch=watch_in_turn,
+                    rules=rules,
                     look_again=_LOOK_AGAIN,
                 )
                 for episode in episodes:
@@ -170,7 +183,7 @@ class _Shared:
     """What the engines of one rollout share: examples, handed out one by one, and episodes.
 
     Args of the constructor:
-      examples: as of `EnginePool.rollout`.
+      examples, numbers: as of `EnginePool.rollout`.
       engines: how many.
       rollouts: episodes of each example.
       lanes: of each engine.
@@ -179,9 +192,17 @@ class _Shared:
       found: episodes that have ended; None where an engine has done its part; or a `_Failure`.
     """
 
-    def __init__(self, examples: Iterable[Example], engines: int, rollouts: int, lanes: int):
+    def __init__(
+        self,
+        examples: Iterable[Example],
+        engines: int,
+        rollouts: int,
+        lanes: int,
+        numbers: Iterable[int] | None = None,
+    ):
         self.found: queue.SimpleQueue[Episode | _Failure | None] = queue.SimpleQueue()
-        self._numbered = enumerate(examples)
+        numbers = itertools.count() if numbers is None else numbers
+        self._numbered = zip(numbers, examples, strict=False)
         self._rollouts, self._lanes = rollouts, lanes
         self._left = [0] * engines  # episodes that each has still to end
         self._lock = threading.Lock()

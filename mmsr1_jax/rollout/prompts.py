@@ -7,9 +7,10 @@
     over_limit           after one that was not made    {reason} {question}
     malformed            after a turn without action    {reason} {question}
 
-A directory of one's own may replace any of them. The published prompts come as pickles of one
-string each, which hold only the instruction: they are read as data, no code in them is run, and
-what belongs around them is put there here.
+A workflow that is not the trained one (`evaluation/workflows.py`) may have some of its own, in a
+directory of its name. A directory of one's own may replace any of them. The published prompts come
+as pickles of one string each, which hold only the instruction: they are read as data, no code in
+them is run, and what belongs around them is put there here.
 """
 
 import io
@@ -47,29 +48,33 @@ class PromptsError(ValueError):
     """A prompt that cannot be used; the message names the file."""
 
 
-def load(directory: str | pathlib.Path | None = None) -> dict[str, str]:
+def load(directory: str | pathlib.Path | None = None, workflow: str = "") -> dict[str, str]:
     """All prompts by name: the built-in ones, replaced by those of a directory.
 
     Args:
       directory: of `NAME.txt`, or of published pickles (`round_1_user_prompt*.pkl` ..).
+      workflow: whose own prompts replace both, those built in only what the directory has not.
 
     Raises:
       PromptsError: no such directory, none of the names in it, or a prompt that lacks a field.
     """
-    found = {name: _read(_BUILT_IN / f"{name}.txt") for name in _FIELDS}
+    found = _texts(_BUILT_IN)
+    if workflow:
+        found |= _texts(_BUILT_IN / workflow)
     if directory is None:
         return found
     directory = pathlib.Path(directory)
     if not directory.is_dir():
         raise PromptsError(f"{directory}: no such directory of prompts")
-    texts = {name: directory / f"{name}.txt" for name in _FIELDS}
-    replaced = {name: _read(path) for name, path in texts.items() if path.is_file()}
+    replaced = _texts(directory)
     if not replaced:
         replaced = _published(directory)
     if not replaced:
         raise PromptsError(
             f"{directory}: neither {', '.join(_FIELDS)} as .txt, nor pickled prompts"
         )
+    if workflow:
+        replaced |= _texts(directory / workflow)
     for name, text in replaced.items():
         (needed, allowed), used = _FIELDS[name], _FIELD.findall(text)
         for field in needed:
@@ -79,6 +84,12 @@ def load(directory: str | pathlib.Path | None = None) -> dict[str, str]:
             if field not in needed + allowed:
                 raise PromptsError(f"{directory}: prompt {name!r} has no use for {{{field}}}")
     return found | replaced
+
+
+def _texts(directory: pathlib.Path) -> dict[str, str]:
+    """Those of the prompts that a directory has as text."""
+    paths = {name: directory / f"{name}.txt" for name in _FIELDS}
+    return {name: _read(path) for name, path in paths.items() if path.is_file()}
 
 
 def fill(template: str, fields: Mapping[str, Sequence[T | str]]) -> list[T | str]:

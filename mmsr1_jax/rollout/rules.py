@@ -28,7 +28,7 @@ from mmsr1_jax.images import ImageError, ImageProcessor, Patches, open_image, to
 from mmsr1_jax.processor import Processor, Prompt
 from mmsr1_jax.rollout import prompts
 from mmsr1_jax.rollout.episode import End, Episode, Example, ToolCall
-from mmsr1_jax.rollout.turns import Turn
+from mmsr1_jax.rollout.turns import Action, Turn
 from mmsr1_jax.tools import Observation, Part, Picture, Query
 
 # What the policy writes itself is no part of what it reads from outside either.
@@ -87,6 +87,8 @@ class Rules:
       texts: the prompts, from `prompts.load`.
       max_file_pixels: see `images.open_image`.
       check_image: raises ValueError for a picture that the engine cannot take.
+      forced: what the turns are made to do, one after the other, the last as long as there are
+        turns; empty: whatever the policy likes.
     """
 
     def __init__(
@@ -98,8 +100,10 @@ class Rules:
         *,
         max_file_pixels: int = 100_000_000,
         check_image: Callable[[Patches], None] = lambda image: None,
+        forced: Sequence[Action] = (),
     ):
         self.limits = limits
+        self._forced = tuple(forced)
         self._processor = processor
         self._tools = tools
         self._texts = texts
@@ -130,6 +134,13 @@ class Rules:
                 "(turns.tokens, turns.least_tokens; images.max_pixels makes pictures smaller)"
             )
         return prompt
+
+    def forced(self, episode: Episode) -> Action | None:
+        """What the episode's next turn is made to do, None for whatever the policy likes. There is
+        no image search where there is no picture."""
+        skipped = () if episode.example.images else ("image_search",)
+        actions = [action for action in self._forced if action not in skipped]
+        return actions[min(len(episode.turns), len(actions) - 1)] if actions else None
 
     def after(self, turns: Sequence[Turn], calls: Sequence[ToolCall], cut: bool) -> Step:
         """What follows the last of these turns; `cut`: it was ended by the limit of its tokens."""

@@ -1,0 +1,79 @@
+"""Measures a policy: how many questions it answers, and with how many searches.
+
+    python -m mmsr1_jax.evaluate --config=FILE --model=DIR --out=OUT \\
+        "--config.eval.data=('test.parquet',)" [--config.eval.workflows=..]
+    python -m mmsr1_jax.evaluate --workdir=RUN ..   the policy of a run, or `--step` of it
+    python -m mmsr1_jax.evaluate --rescore=EPISODES.jsonl [--out=OUT]
+    python -m mmsr1_jax.evaluate --compare=OUT_A[:workflow],OUT_B[:workflow]
+
+    questions ─► a workflow ─► episodes ─► verdicts ─► figures
+
+OUT holds `episodes.jsonl` (`evaluation/lines.py`) with the `pictures/` of the episodes, and
+`results.json`. An evaluation may be killed at any time; the same command goes on with it, and ends
+with the same results. `--rescore` decides anew which answers are right, without a policy: the judge
+is asked where it has not said anything, or another one did.
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+
+from mmsr1_jax import config as settings
+from mmsr1_jax import running
+from mmsr1_jax.evaluation.compare import compare_files
+from mmsr1_jax.evaluation.scoring import rescore
+from mmsr1_jax.evaluation.table import table
+
+_CONFIG = settings.define_flag()
+_MODEL = flags.DEFINE_string("model", None, "HF directory of the policy")
+_WORKDIR = flags.DEFINE_string("workdir", None, "run whose policy is measured, by its settings")
+_STEP = flags.DEFINE_integer("step", None, "checkpoint of the run; else its policy, or the last")
+_OUT = flags.DEFINE_string("out", None, "directory of the results; of a run: RUN/evaluation")
+_RESCORE = flags.DEFINE_string("rescore", None, "episodes to decide anew which are right")
+_COMPARE = flags.DEFINE_list("compare", None, "two directories of results, with :workflow or not")
+
+
+def main(argv) -> int:
+    del argv
+    try:
+        if _COMPARE.value:
+            print(compare_files(_COMPARE.value))
+            return 0
+        if _RESCORE.value:
+            results = rescore(_CONFIG.value, pathlib.Path(_RESCORE.value), _OUT.value)
+        else:
+            from mmsr1_jax.evaluation.run import evaluate  # only here: nothing else needs a model
+
+            config, model_dir, checkpoint = _policy()
+            if not _OUT.value and not _WORKDIR.value:
+                raise ValueError("--out: a directory for the results is needed")
+            out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value) / "evaluation")
+            results = evaluate(config, model_dir, out, checkpoint=checkpoint)
+    except (ValueError, OSError) as error:  # settings, checkpoint, data, tools: said in one line
+        sys.exit(f"error: {error}")
+    print(table(results))
+    return 0
+
+
+def _policy() -> tuple[settings.Config, str, tuple[pathlib.Path, int] | None]:
+    """Settings, HF directory and checkpoint (see `evaluate`) that the command line names."""
+    if _WORKDIR.value is None:
+        if _MODEL.value is None:
+            raise ValueError("--model or --workdir: a policy is needed")
+        return _CONFIG.value, _MODEL.value, None
+    run = pathlib.Path(_WORKDIR.value)
+    if _MODEL.value is not None or not (run / "config.json").is_file():
+        raise ValueError(f"--workdir={run}: must be a run, and --model not given beside it")
+    config, model_dir = running.settings_of(run, _CONFIG.value, None)
+    if _STEP.value is None and (run / "policy").is_dir():
+        return config, str(run / "policy"), None
+    saved = [int(path.name) for path in run.glob("checkpoints/*") if path.name.isdigit()]
+    step = max(saved, default=0) if _STEP.value is None else _STEP.value
+    if step not in saved:
+        raise ValueError(f"{run}: has no {f'checkpoint {step}' if step else 'policy yet'}")
+    return config, model_dir, (run, step)
+
+
+if __name__ == "__main__":
+    settings.run(main)

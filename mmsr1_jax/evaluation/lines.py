@@ -1,0 +1,181 @@
+"""Episodes of an evaluation on disk: a line of JSON each.
+
+A line is what `train` writes of an episode (`data/stories.line_of`, and `answers`, `category`,
+`source`, `reward`) and
+
+    workflow, sample     by which it came about; which of the question's episodes it is
+    allowed              searches that it might have made
+    tokens, tokens_sampled
+    em, subem            whether the answer is right, by match
+    judge                {correct, reason, by, model}: what the judge said; `correct` is null where
+                         it said nothing; null: it has not been asked
+    score, answer_format of a benchmark's: by its own rules, in [0, 1]
+
+Lines of recorded answers, {question, ground_truth, candidate_answers, turns: [{response, action}]},
+are read as well: their turns are parsed by the engine's parser.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmsr1_jax import rewards
+from mmsr1_jax.data.parquet import DataError
+from mmsr1_jax.evaluation.figures import KINDS, MATCHES, Outcome
+from mmsr1_jax.rollout import turns
+
+EPISODES = "episodes.jsonl"  # the file's name, in the directory of results
+RECORDED = "recorded"  # the workflow of answers of which nothing but the text is known
+
+
+class LineError(ValueError):
+    """A line that is no episode, with the reason."""
+
+
+def scan(path: pathlib.Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yields (place in bytes, number from 1, line) of the lines of a file that are not blank.
+
+    Raises:
+      DataError: one that is no episode; the message has file and line.
+    """
+    place = 0
+    with open(path, "rb") as file:
+        for number, text in enumerate(file, start=1):
+            if text.strip():
+                try:
+                    yield place, number, parse(text, number)
+                except LineError as error:
+                    raise DataError(f"{path}, line {number}: {error}") from None
+            place += len(text)
+
+
+def mend(path: pathlib.Path) -> None:
+    """Cuts off a last line that was not written to its end; no file is a file without lines."""
+    if path.is_file():
+        with open(path, "rb+") as file:
+            end = 0
+            for line in file:
+                end += len(line) if line.endswith(b"\n") else 0
+            file.truncate(end)
+
+
+def parse(text: bytes, number: int) -> dict[str, Any]:
+    """A line, which is the `number`th of its file. Raises LineError."""
+    try:
+        line = json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise LineError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
+    except (ValueError, RecursionError) as error:
+        raise LineError(f"not JSON ({error})") from None
+    if not isinstance(line, dict):
+        raise LineError("must be an object")
+    if "ground_truth" in line:
+        line = _recorded(line, number)
+    try:
+        outcome_of(line)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise LineError(f"no episode of an evaluation ({_said(error)})") from None
+    return line
+
+
+def outcome_of(line: Mapping[str, Any]) -> Outcome:
+    """What the figures need of a line. EM and SubEM are decided anew.
+
+    Raises:
+      KeyError, TypeError, AttributeError, ValueError: not a line of an evaluation.
+    """
+    calls = [call for call in line["calls"] if call["status"] != "refused"]
+    verdict = (line.get("judge") or {}).get("correct")
+    right = dict(zip(MATCHES, (*matched(line), verdict, line.get("score")), strict=True))
+    return Outcome(
+        workflow=str(line["workflow"]),
+        number=int(line["group"]),
+        sample=int(line["sample"]),
+        id=str(line["id"]),
+        question=str(line["question"]),
+        source=str(line["source"]),
+        category=str(line["category"]),
+        right=right,
+        reward=float(line["reward"]["reward"]),
+        format=bool(line["reward"]["format"]),
+        made={kind: sum(call["action"] == kind for call in calls) for kind in KINDS},
+        failed={
+            kind: sum(call["action"] == kind and call["status"] == "failed" for call in calls)
+            for kind in KINDS
+        },
+        refused=len(line["calls"]) - len(calls),
+        allowed=int(line["allowed"]),
+        turns=len(line["turns"]),
+        tokens=int(line["tokens"]),
+        tokens_sampled=int(line["tokens_sampled"]),
+        end=str(line["end"]),
+    )
+
+
+def matched(line: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether the answer of a line is right by exact match, and by SubEM."""
+    answer, golds = line["answer"], line["answers"]
+    return rewards.exact_match(answer, golds), rewards.sub_exact_match(answer, golds)
+
+
+def moved(line: dict[str, Any], source: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
+    """A line of a file in the folder `source`, for one in `folder`: the paths of its pictures."""
+    if not line.get("images") or source.resolve() == folder.resolve():
+        return line
+    paths = [os.path.relpath(source.resolve() / path, folder.resolve()) for path in line["images"]]
+    return line | {"images": paths}
+
+
+def _recorded(line: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """A recorded answer in our form. Raises LineError."""
+    try:
+        read = [turns.parse(turn["response"]) for turn in line["turns"]]
+        golds = line.get("candidate_answers") or []
+        golds = json.loads(golds) if isinstance(golds, str) else golds
+        answers = list(dict.fromkeys([line["ground_truth"], *golds]))
+        if not all(isinstance(answer, str) for answer in answers):
+            raise TypeError("answers must be texts")
+        sampled = [int(turn.get("output_tokens", 0)) for turn in line["turns"]]
+        last = line["turns"][-1] if line["turns"] else {}
+        in_all = int(last.get("input_tokens", 0)) + int(last.get("output_tokens", 0))
+        question = line["question"]
+        recorded = [turn.get("action") for turn in line["turns"]]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise LineError(f"no recorded answer ({_said(error)})") from None
+    searches = [
+        {"turn": place, "action": turn.action, "query": turn.payload, "status": "unknown"}
+        for place, turn in enumerate(read)
+        if turn.action in KINDS
+    ]
+    reward = rewards.score(
+        read, rewards.exact_match(rewards.answer_of(read), answers), rewards.Rewards()
+    )
+    return {
+        "id": str(line.get("data_id", number)),
+        "question": question,
+        "group": number - 1,
+        "number": number - 1,
+        "sample": 0,
+        "workflow": RECORDED,
+        "end": "answer" if read and read[-1].action == "answer" else "turns",
+        "error": None,
+        "answer": rewards.answer_of(read),
+        "turns": [dataclasses.asdict(turn) for turn in read],
+        "recorded_actions": recorded,
+        "calls": searches,
+        "segments": [],
+        "answers": answers,
+        "category": str(line.get("category") or ""),
+        "source": str(line.get("data_source") or ""),
+        "reward": dataclasses.asdict(reward),
+        "allowed": 2,  # as published, see `config.Turns`
+        "tokens": in_all,
+        "tokens_sampled": sum(sampled),
+    }
+
+
+def _said(error: Exception) -> str:
+    return f"lacks {error}" if isinstance(error, KeyError) else str(error)

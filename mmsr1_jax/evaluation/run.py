@@ -1,0 +1,241 @@
+"""An evaluation: the questions answered by each workflow, as far as that has not been done.
+
+for each workflow:
+    its rules            limits, prompts, what is forced
+    episodes             by the engine, each a line as it ends
+    verdicts, figures    see `scoring`
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from flax import nnx
+from tqdm import tqdm
+
+from mmsr1_jax import config as settings
+from mmsr1_jax import rewards, running, sharding
+from mmsr1_jax.checkpoint import Checkpoints
+from mmsr1_jax.data import DataError, Question, QuestionSource, benchmarks, stories
+from mmsr1_jax.evaluation import lines
+from mmsr1_jax.evaluation.lines import EPISODES
+from mmsr1_jax.evaluation.scoring import MADE_WITH, finish
+from mmsr1_jax.evaluation.workflows import WORKFLOWS, allowed, limits_of
+from mmsr1_jax.images import ImageProcessor
+from mmsr1_jax.processor import Processor
+from mmsr1_jax.rl import samples as rl_samples
+from mmsr1_jax.rl.update import Learner
+from mmsr1_jax.rollout import prompts
+from mmsr1_jax.rollout.engine import Engine
+from mmsr1_jax.rollout.episode import Episode, Example
+from mmsr1_jax.rollout.make import make_engine, make_processor
+from mmsr1_jax.rollout.pool import EnginePool
+from mmsr1_jax.tools.make import make_judge
+
+
+def evaluate(
+    config: settings.Config, model_dir: str | os.PathLike, out: pathlib.Path,
+    *, checkpoint: tuple[pathlib.Path, int] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Answers the questions of `config.eval` by each of its workflows, as far as that has not been
+    done in `out`; returns what it writes to `out/results.json`.
+
+    Args:
+      config: settings; of `run`, `steps` is read, of `services` the judge.
+      model_dir: HF directory of the policy.
+      out: directory, made if need be.
+      checkpoint: run and step whose parameters take the place of those of `model_dir`.
+
+    Raises:
+      ValueError, OSError: settings, data or policy that cannot be used, or an `out` in which
+        something else was begun.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    source = Source(config, make_processor(config, str(model_dir)).images)
+    made_with = _made_with(config, source, model_dir, checkpoint)
+    _check_same(out / MADE_WITH, made_with)
+    judge = make_judge(config)
+    engine = make_engine(config, str(model_dir))
+    if checkpoint is not None:
+        engine.load(parameters(config, str(model_dir), *checkpoint))
+    results: dict[str, Any] = {}
+    try:
+        for name in config.eval.workflows:
+            answer(engine, config, name, source, out)
+            model = config.services.judge_model
+            results = finish(out / EPISODES, out, judge, model, made_with)
+    finally:
+        engine.close()
+    return results
+
+
+class Source:
+    """The questions of `config.eval`, to be gone over as often as one likes, in the same order.
+
+    Attributes:
+      count: of the questions, where it is known without reading them all, else None.
+      fingerprint: by which the same questions are known.
+    """
+
+    def __init__(self, config: settings.Config, images: ImageProcessor):
+        """Args: settings; the policy's image processor. Raises DataError."""
+        self._benchmark, self._rows = config.eval.benchmark, config.eval.rows
+        self._where = config.eval.data or config.data.validation
+        self._bounds = {
+            "max_bad_rows": config.data.max_bad_rows,
+            "max_file_pixels": config.images.max_file_pixels,
+        }
+        self._pages = {"processor": images, "page_tokens": config.eval.page_tokens}
+        if not self._where:
+            raise DataError("config.eval.data: no file was named")
+        if self._benchmark:
+            self._read()  # what cannot be used is said now
+            files = benchmarks.files(self._benchmark, self._where)
+            self.count, self.fingerprint = None, [[f.name, f.stat().st_size] for f in files]
+        else:
+            self._source = QuestionSource(self._where, **self._bounds)
+            self.count = min(self._rows or len(self._source), len(self._source))
+            self.fingerprint = self._source.fingerprint()
+
+    def __iter__(self) -> Iterator[Question]:
+        questions = self._read() if self._benchmark else self._source
+        return itertools.islice(questions, self._rows or None)
+
+    def _read(self) -> Iterator[Question]:
+        return benchmarks.read(self._benchmark, self._where, **self._bounds, **self._pages)
+
+
+def answer(
+    engine: Engine | EnginePool, config: settings.Config, name: str, source: Source,
+    out: pathlib.Path,
+) -> None:  # fmt: skip
+    """Answers the questions by a workflow: appends the episodes that `out` lacks to its file."""
+    samples, path = config.eval.samples, out / EPISODES
+    lines.mend(path)
+    known = (line for _, _, line in lines.scan(path)) if path.is_file() else ()
+    done = {line["number"] for line in known if line["workflow"] == name}
+    limits = limits_of(name, config.turns)
+    texts = prompts.load(config.turns.prompts, name)
+    rules = engine.make_rules(limits, texts, WORKFLOWS[name].forced)
+    sampling = dataclasses.replace(config.sampling, temperature=config.eval.temperature)
+    asked: dict[int, Question] = {}
+
+    def missing() -> Iterator[tuple[int, Example]]:
+        for number, question in enumerate(source):
+            if not done.issuperset(range(number * samples, (number + 1) * samples)):
+                asked[number] = dataclasses.replace(question, images=())
+                yield number, question.example()
+
+    numbers, examples = itertools.tee(missing())
+    episodes = engine.rollout(
+        (example for _, example in examples),
+        rollouts=samples,
+        sampling=sampling,
+        rules=rules,
+        numbers=(number for number, _ in numbers),
+    )
+    total = source.count and source.count * samples
+    with (
+        open(path, "a", encoding="utf-8") as file,
+        tqdm(episodes, desc=name, initial=len(done), total=total, unit="episode") as bar,
+    ):
+        for episode in bar:
+            if episode.number in done:  # others of its question were not
+                continue
+            question = asked[episode.group]
+            if episode.end == "error":
+                bar.write(f"{name}, question {question.id}: {episode.error}", file=sys.stderr)
+            line = line_of(episode, question, name, config, engine.processor, out)
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+
+
+def line_of(
+    episode: Episode,
+    question: Question,
+    name: str,
+    config: settings.Config,
+    processor: Processor,
+    out: pathlib.Path,
+) -> dict[str, Any]:
+    """An episode as a line of `out/episodes.jsonl`, not judged yet; see `evaluation/lines.py`."""
+    line = stories.line_of(episode, processor, out, out / "pictures")
+    reward = rewards.episode_reward(episode, question.answers, config.rewards, config.run.steps)
+    limits = limits_of(name, config.turns)
+    line |= {"answers": question.answers, "category": question.category, "source": question.source}
+    line |= {
+        "reward": dataclasses.asdict(reward),
+        "workflow": name,
+        "sample": episode.number % config.eval.samples,
+        "allowed": allowed(limits, bool(episode.example.images)),
+        "tokens": len(episode),
+        "tokens_sampled": int(episode.loss_mask.sum()),
+    }
+    line["em"], line["subem"] = lines.matched(line)
+    if config.eval.benchmark:
+        line["score"] = benchmarks.score(config.eval.benchmark)(episode.answer, question)
+        line["answer_format"] = getattr(question, "answer_format", "")
+    return line | {"judge": None}
+
+
+def parameters(config: settings.Config, model_dir: str, run: pathlib.Path, step: int) -> nnx.State:
+    """The parameters of a run's checkpoint, as the trainer has them."""
+    mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
+    model = running.load_policy(config, model_dir, mesh)
+    learner = Learner(
+        model, rl_samples.make_loss(config.objective), config.update, mesh,
+        temperature=config.sampling.temperature, seed=config.run.seed,
+    )  # fmt: skip
+    checkpoints = Checkpoints(run / "checkpoints", keep=config.run.keep)
+    state = {"trained": learner.trained, "optimizer": learner.optimizer}
+    state, _ = checkpoints.restore(step, state)
+    checkpoints.close()
+    learner.trained = state["trained"]
+    return learner.params
+
+
+def _made_with(
+    config: settings.Config, source: Source, model_dir: str | os.PathLike,
+    checkpoint: tuple[pathlib.Path, int] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """What episodes depend on, plain data for JSON. Neither lanes nor chunks are among it."""
+    files = sorted(pathlib.Path(model_dir).glob("*.safetensors"))
+    stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    found: dict[str, Any] = {
+        "model": str(model_dir),
+        "model files": stamps,
+        "checkpoint": checkpoint and [str(checkpoint[0]), checkpoint[1]],
+        "data": source.fingerprint,
+    }
+    for part in ("model", "buckets", "images", "rollout", "turns", "tools", "rewards"):
+        for name, value in dataclasses.asdict(getattr(config, part)).items():
+            found[f"{part}.{name}"] = value
+    for name in ("lanes", "chunk", "image_tokens", "compile_ahead"):
+        del found[f"rollout.{name}"]
+    for name in ("benchmark", "page_tokens", "rows", "samples", "temperature"):
+        found[f"eval.{name}"] = getattr(config.eval, name)
+    for name in ("top_k", "top_p", "seed"):
+        found[f"sampling.{name}"] = getattr(config.sampling, name)
+    return json.loads(json.dumps(found))
+
+
+def _check_same(path: pathlib.Path, made_with: Mapping[str, Any]) -> None:
+    """Writes what an evaluation is made with, where one begins. Raises ValueError where another
+    was begun there."""
+    if not path.is_file():
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(made_with, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+        return
+    known = json.loads(path.read_text(encoding="utf-8"))
+    odd = [name for name in {**made_with, **known} if known.get(name) != made_with.get(name)]
+    if odd:
+        raise ValueError(
+            f"{path.parent}: an evaluation was begun there with {odd[0]}={known.get(odd[0])}, not "
+            f"{made_with.get(odd[0])}; give another --out, or the same settings"
+        )

@@ -1,0 +1,200 @@
+"""From episodes on disk to results: verdicts of the judge, and figures."""
+
+import asyncio
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from mmsr1_jax import config as settings
+from mmsr1_jax.data.benchmarks import accuracy_and_f1
+from mmsr1_jax.data.parquet import DataError
+from mmsr1_jax.evaluation import lines
+from mmsr1_jax.evaluation.compare import pairs_of
+from mmsr1_jax.evaluation.figures import Outcome, figures
+from mmsr1_jax.evaluation.lines import EPISODES
+from mmsr1_jax.evaluation.workflows import WORKFLOWS
+from mmsr1_jax.judge import Judge
+from mmsr1_jax.tools.make import make_judge
+from mmsr1_jax.tools.web import WebError
+
+RESULTS = "results.json"
+MADE_WITH = "evaluation.json"  # what the episodes depend on
+_VERDICTS = "verdicts.jsonl"  # of the judge, until they are in the lines
+_AT_ONCE = 256  # answers that are with the judge at a time
+
+Key = tuple[str, int]  # workflow, number of the episode
+
+
+def rescore(
+    config: settings.Config, path: pathlib.Path, out: str | os.PathLike | None
+) -> dict[str, Any]:
+    """Decides anew which answers of a file are right; returns the results, see `finish`.
+
+    Args:
+      config: `services` has the judge.
+      path: lines of an evaluation, or recorded answers.
+      out: directory for the file as it is then, and the results; None: that of `path`, where it is
+        a file of `evaluate`.
+
+    Raises:
+      ValueError: a line that is no episode, or no `out` where there must be one.
+    """
+    if out is None and path.name != EPISODES:
+        raise ValueError(f"--out: needed, as {path} is no {EPISODES} of an evaluation")
+    folder = pathlib.Path(path.parent if out is None else out)
+    folder.mkdir(parents=True, exist_ok=True)
+    known = path.parent / MADE_WITH
+    made_with = json.loads(known.read_text()) if known.is_file() else {"rescored": str(path)}
+    judge = make_judge(config)
+    results = finish(path, folder, judge, config.services.judge_model, made_with)
+    if "recorded" in results:
+        count = results["recorded"]
+        print(f"actions read as recorded: {count['same_actions']} of {count['episodes']}")
+    return results
+
+
+def finish(
+    path: pathlib.Path, out: pathlib.Path, judge: Judge | None, judge_model: str,
+    made_with: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Has the episodes of a file judged, as far as `judge_model` has not said anything of them, and
+    writes `episodes.jsonl`, sorted and with the verdicts, and `results.json`.
+
+    Args:
+      path: of the file; may be `out / EPISODES`.
+      out: directory.
+      judge: None: verdicts stay as they are.
+      judge_model: its name of the model.
+      made_with: goes into the results.
+
+    Returns:
+      The results: `made_with`; `workflows`: `figures.figures` by workflow; `comparisons`:
+      `compare.pairs_of` them by exact match, and by the judge and by a benchmark's score where
+      there are any; `no_verdict`: episodes of which a judge that was asked said nothing; `f1`, of
+      MMLongBench-Doc: see `benchmarks.accuracy_and_f1`, by workflow; `recorded`, of recorded
+      answers: how many `episodes`, and `same_actions`: those whose actions are read as recorded.
+
+    Raises:
+      DataError: a line that is no episode, none at all, or one that comes twice.
+    """
+    found: dict[Key, tuple[int, int]] = {}
+    to_judge: dict[Key, tuple[str, Sequence[str], str | None]] = {}
+    for place, number, line in lines.scan(path):
+        key = (line["workflow"], line["number"])
+        if key in found:
+            raise DataError(f"{path}, line {number}: episode {key[1]} of {key[0]} comes twice")
+        found[key] = place, number
+        verdict = line.get("judge") or {}
+        if verdict.get("correct") is None or verdict.get("model") != judge_model:
+            to_judge[key] = line["question"], line["answers"], line["answer"]
+    if not found:
+        raise DataError(f"{path}: no episode")
+    verdicts = {}
+    if judge is not None:
+        verdicts = judged(to_judge, judge, judge_model, out / _VERDICTS)
+
+    names = [*WORKFLOWS, *sorted({name for name, _ in found} - set(WORKFLOWS))]
+    outcomes: dict[str, list[Outcome]] = {}
+    recorded: list[bool] = []
+    open_ones = 0
+    documents: dict[str, list[tuple[float, str, str | None]]] = {}
+    partial = out / f".{EPISODES}.partial"
+    with open(path, "rb") as old, open(partial, "w", encoding="utf-8") as new:
+        for key in sorted(found, key=lambda key: (names.index(key[0]), key[1])):
+            place, number = found[key]
+            old.seek(place)
+            line = lines.moved(lines.parse(old.readline(), number), path.parent, out)
+            line["em"], line["subem"] = lines.matched(line)
+            line["judge"] = verdicts.get(key, line.get("judge"))
+            open_ones += line["judge"] is not None and line["judge"]["correct"] is None
+            outcomes.setdefault(key[0], []).append(lines.outcome_of(line))
+            if line.get("answer_format"):
+                gold = (line["answers"] or [""])[0]
+                documents.setdefault(key[0], []).append((line["score"], gold, line["answer"]))
+            if "recorded_actions" in line:
+                read = [turn["action"] for turn in line["turns"]]
+                recorded.append(read == line["recorded_actions"])
+            new.write(json.dumps(line, ensure_ascii=False) + "\n")
+    os.replace(partial, out / EPISODES)
+    (out / _VERDICTS).unlink(missing_ok=True)
+
+    results = results_of(outcomes, made_with) | {"no_verdict": open_ones}
+    if documents:
+        results["f1"] = {name: accuracy_and_f1(some)[1] for name, some in documents.items()}
+    if recorded:
+        results["recorded"] = {"episodes": len(recorded), "same_actions": sum(recorded)}
+    partial = out / f".{RESULTS}.partial"
+    partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, out / RESULTS)
+    return results
+
+
+def results_of(
+    outcomes: Mapping[str, Sequence[Outcome]], made_with: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The results of episodes by workflow, `made_with`, `workflows` and `comparisons`; see
+    `finish`."""
+    everything = list(itertools.chain(*outcomes.values()))
+    judged = any(outcome.right["judge"] is not None for outcome in everything)
+    scored = any(outcome.right["score"] is not None for outcome in everything)
+    used = [m for m, use in (("em", True), ("judge", judged), ("score", scored)) if use]
+    comparisons = [pairs_of(outcomes, match) for match in used]
+    return {
+        "made_with": dict(made_with),
+        "workflows": {name: figures(some) for name, some in outcomes.items()},
+        "comparisons": list(itertools.chain(*comparisons)),
+    }
+
+
+def judged(
+    asked: Mapping[Key, tuple[str, Sequence[str], str | None]], judge: Judge, model: str,
+    path: pathlib.Path,
+) -> dict[Key, dict[str, Any]]:  # fmt: skip
+    """What the judge says of answers: {"correct", "reason", "by", "model"}; `correct` is None where
+    it could not be asked, or replied with something else than a verdict.
+
+    Args:
+      asked: question, gold answers and answer.
+      model: the judge's; goes into the verdicts.
+      path: keeps the verdicts as they come; those that it has are not asked for again.
+    """
+    verdicts: dict[Key, dict[str, Any]] = {}
+    lines.mend(path)
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            name, number, verdict = json.loads(text)
+            if verdict["model"] == model:
+                verdicts[name, number] = verdict
+
+    async def ask(key: Key) -> tuple[Key, dict[str, Any]]:
+        try:
+            said = await judge.verdict(*asked[key])
+        except WebError as error:
+            found = {"correct": None, "reason": f"no verdict: {error}", "by": "judge"}
+        else:
+            found = {"correct": said.correct, "reason": said.reason, "by": said.by}
+        return key, found | {"model": model}
+
+    async def ask_all(keys: list[Key]) -> None:
+        with (
+            open(path, "a", encoding="utf-8") as file,
+            tqdm(total=len(keys), desc="judge", unit="answer") as bar,
+        ):
+            for begin in range(0, len(keys), _AT_ONCE):
+                for coming in asyncio.as_completed(map(ask, keys[begin : begin + _AT_ONCE])):
+                    key, verdict = await coming
+                    verdicts[key] = verdict
+                    bar.update()
+                    if verdict["correct"] is not None:  # what failed is tried again
+                        file.write(json.dumps([*key, verdict]) + "\n")
+                        file.flush()
+
+    missing = [key for key in asked if key not in verdicts]
+    if missing:
+        asyncio.run(ask_all(missing))
+    return {key: verdicts[key] for key in asked}

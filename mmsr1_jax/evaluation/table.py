@@ -1,0 +1,104 @@
+"""Results as a table for the terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_NAMES = {"em": "EM", "subem": "SubEM", "judge": "judge", "score": "its score"}
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The workflows of an evaluation.
+
+    Args:
+      results: as `evaluate` writes them to `results.json`.
+
+    Returns:
+      Lines of text: a table with a line for each workflow; then, where questions have categories,
+      the accuracy in each of them and the share of its episodes that search; then how often the
+      judge failed, and comparisons.
+    """
+    workflows = results["workflows"]
+    matches = [m for m in _NAMES if any(m in one["accuracy"] for one in workflows.values())]
+    head = ["workflow", *(f"right by {_NAMES[m]} [95 %]" for m in matches)]
+    head += ["searches a question", "made/allowed", "episodes that search", "turns", "tokens"]
+    rows = []
+    for name, one in workflows.items():
+        made = one["searches"]
+        rows.append([
+            name,
+            *(_with_interval(one["accuracy"].get(m)) for m in matches),
+            f"{made['an_episode']:.2f}",
+            _percent(made["made_of_allowed"]),
+            _percent(made["share"]),
+            f"{one['turns']:.2f}",
+            f"{one['tokens']:.0f}",
+        ])  # fmt: skip
+    text = aligned([head, *rows])
+    categories = sorted({c for one in workflows.values() for c in one["by_category"]})
+    if categories:
+        match = main_match(results)
+        head = ["by category", *categories]
+        rows = []
+        for name, one in workflows.items():
+            parts = [one["by_category"].get(category) for category in categories]
+            rows.append([name, *(_of_category(part, match) for part in parts)])
+        text += f"\n\n{aligned([head, *rows])}\nright by {_NAMES[match]} / episodes that search"
+    if results.get("no_verdict"):
+        text += f"\nof {results['no_verdict']} answers the judge said nothing: --rescore asks again"
+    for pair in results.get("comparisons", ()):
+        text += f"\n{compared(pair)}"
+    return text
+
+
+def compared(pair: Mapping[str, Any]) -> str:
+    """A comparison (`compare.compare`, with the names `a` and `b`) in a line."""
+    low, high = pair["interval"]
+    line = (
+        f"{pair['a']} - {pair['b']}: {100 * pair['difference']:+.1f} "
+        f"[{100 * low:+.1f}, {100 * high:+.1f}] by {_NAMES[pair['match']]}, "
+        f"{pair['questions']} questions"
+    )
+    if pair["p"] is not None:
+        right = pair["right"]
+        line += f", {right['only_a']} against {right['only_b']}, p = {pair['p']:.2g}"
+    return line
+
+
+def main_match(results: Mapping[str, Any]) -> str:
+    """What says whether an answer is right: a benchmark's own rules, the judge, exact match: the
+    first that there is."""
+    found = {match for one in results["workflows"].values() for match in one["accuracy"]}
+    return next(match for match in ("score", "judge", "em") if match in found)
+
+
+def _of_category(part: Mapping[str, Any] | None, match: str) -> str:
+    if part is None:
+        return "-"
+    right = part["accuracy"].get(match)
+    share = _percent(part["searches"]["share"])
+    return f"{_percent(right and right['mean'])} / {share}"
+
+
+def _with_interval(right: Mapping[str, Any] | None) -> str:
+    if right is None:
+        return "-"
+    low, high = right["interval"]
+    missing = f", {right['no_verdict']} open" if right["no_verdict"] else ""
+    return f"{100 * right['mean']:.1f} [{100 * low:.1f}, {100 * high:.1f}]{missing}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
