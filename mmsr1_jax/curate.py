@@ -1,0 +1,220 @@
+"""Finds the questions that are worth training on: a set with and without need of a search.
+
+    python -m mmsr1_jax.curate --config=FILE --model=DIR --out=OUT \\
+        "--config.data.train=('train.parquet',)" [--config.run.rollouts=8] [--mix=..] [--keep=1]
+    python -m mmsr1_jax.curate --out=OUT ..   another mix, or judge, for the episodes of OUT
+
+    questions ─► n episodes each ─► right or wrong ─► classes ─► a mix of them
+
+Classes and mix are those of `data/curation.py`. The episodes are an evaluation
+(`evaluation/run.py`) of the questions as in training: `run.rollouts` of each, sampled as `sampling`
+has it (temperature 1, unless it says otherwise), right as the judge says, or where it says nothing,
+or there is none, as `rewards.match` does. Of `eval` nothing is read. OUT holds what an evaluation
+leaves behind (`episodes.jsonl`, `pictures/`, `results.json`), and
+
+    curated.parquet   the questions of the mix, for `train`; their category is the class
+    sft.jsonl         right episodes of all questions, at most `keep` of each, the ones with the
+                      fewest searches; for `sft`
+    curation.json     how many questions fell where
+
+It may be killed at any time; the same command goes on, and ends with the same files.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from mmsr1_jax import config as settings
+from mmsr1_jax.data import DataError, QuestionSource, curation, write_parquet
+from mmsr1_jax.data.curation import Attempt
+from mmsr1_jax.evaluation import lines
+from mmsr1_jax.evaluation.lines import EPISODES
+from mmsr1_jax.evaluation.scoring import rescore
+
+_CONFIG = settings.define_flag()
+_MODEL = flags.DEFINE_string("model", None, "HF directory of the policy; not if OUT has all")
+_OUT = flags.DEFINE_string("out", None, "directory of what comes of it", required=True)
+_MIX = flags.DEFINE_string(
+    "mix", curation.PAPER_MIX,
+    "PART=NUMBER,.. or PART=SHARE,.. with shares that sum to 1.0; parts are "
+    f"{', '.join(curation.PARTS)}; empty: all questions that were ever right",
+)  # fmt: skip
+_KEEP = flags.DEFINE_integer("keep", 1, "right episodes of a question in sft.jsonl", lower_bound=1)
+
+CURATED, SFT, FIGURES = "curated.parquet", "sft.jsonl", "curation.json"
+_WORKFLOW = "on_demand"  # as in training: the policy searches when it likes
+
+
+def main(argv) -> int:
+    del argv
+    out = pathlib.Path(_OUT.value)
+    try:
+        mix = curation.read_mix(_MIX.value)
+        made_with = roll_out(_CONFIG.value, _MODEL.value, out)
+        found = decide(_CONFIG.value, made_with, out, mix, _KEEP.value)
+    except (ValueError, OSError) as error:  # settings, checkpoint, data, tools: said in one line
+        sys.exit(f"error: {error}")
+    print(curation.table(found))
+    for part, one in found["parts"].items():
+        short = isinstance(one["wanted"], int) and one["chosen"] < one["wanted"]
+        if short or not one["there"]:
+            print(f"{part}: {one['wanted']} of the set were asked for, there are {one['there']}")
+    if found["no_verdict"]:
+        print(f"{found['no_verdict']} episodes of which the judge said nothing were matched; the "
+              "same command asks again", file=sys.stderr)  # fmt: skip
+    if not found["chosen"]:
+        print(f"error: no set can be drawn, so there is no {CURATED}; the episodes are kept: give "
+              "another --mix", file=sys.stderr)  # fmt: skip
+        return 1
+    return 0
+
+
+def roll_out(config: settings.Config, model_dir: str | None, out: pathlib.Path) -> dict[str, Any]:
+    """Makes the episodes that `out` lacks, judged where there is a judge; returns what they were
+    made with.
+
+    Args:
+      config: settings.
+      model_dir: HF directory of the policy; None: `out` has all episodes already.
+      out: directory, made if need be.
+
+    Raises:
+      ValueError, OSError: settings, data or policy that cannot be used; an `out` in which something
+        else was begun; or one without episodes, and no policy.
+    """
+    if not config.data.train:
+        raise DataError("config.data.train: parquet files of questions are needed")
+    if model_dir is None:
+        if not (out / EPISODES).is_file():
+            raise ValueError(f"--model: needed, as {out} has no {EPISODES}")
+        lines.mend(out / EPISODES)
+        return rescore(config, out / EPISODES, None)["made_with"]
+    if config.sampling.temperature == 0 and config.run.rollouts > 1:
+        raise ValueError(
+            "config.sampling.temperature=0: the episodes of a question would all be the same"
+        )
+    from mmsr1_jax.evaluation.run import evaluate  # only here: nothing else needs a model
+
+    of_training = settings.Eval(
+        data=config.data.train,
+        workflows=(_WORKFLOW,),
+        samples=config.run.rollouts,
+        temperature=config.sampling.temperature,
+    )
+    return evaluate(dataclasses.replace(config, eval=of_training), model_dir, out)["made_with"]
+
+
+def decide(
+    config: settings.Config,
+    made_with: Mapping[str, Any],
+    out: pathlib.Path,
+    mix: curation.Mix,
+    keep: int,
+) -> dict[str, Any]:
+    """Classes, set and episodes to learn from, by the episodes of `out`; returns what it writes to
+    `curation.json`: `curation.figures`, `sft` (how many episodes of how many questions),
+    `no_verdict` (episodes of which a judge that was asked said nothing), `bad_rows` of the data,
+    `made_with`.
+
+    Args:
+      config: settings; of `run`, `seed` and `steps` are read.
+      made_with: see `roll_out`.
+      out: directory.
+      mix: of the set.
+      keep: see `curation.cheapest`.
+
+    Raises:
+      DataError: episodes that are not of `config.data.train`, or not all of them.
+    """
+    source = QuestionSource(
+        config.data.train,
+        max_bad_rows=config.data.max_bad_rows,
+        max_file_pixels=config.images.max_file_pixels,
+    )
+    if source.fingerprint() != made_with.get("data"):
+        raise DataError(f"{out}: has the episodes of other questions than config.data.train")
+
+    # Right or wrong
+    attempts: dict[int, list[Attempt]] = {}
+    places: dict[int, tuple[int, int]] = {}
+    no_verdict = 0
+    for place, line_number, line in lines.scan(out / EPISODES):
+        judged = line["judge"]
+        verdict = judged["correct"] if judged else None
+        no_verdict += judged is not None and verdict is None
+        attempt = curation.attempt_of(line, config.rewards, verdict, config.run.steps)
+        attempts.setdefault(attempt.question, []).append(attempt)
+        places[attempt.number] = place, line_number
+
+    count = sum(1 for _ in source) * made_with["eval.samples"]
+    if len(places) != count:
+        raise DataError(f"{out}: has {len(places)} of {count} episodes; --model: the policy that "
+                        "makes the others")  # fmt: skip
+
+    # Classes, and what is taken of them
+    groups = [attempts[number] for number in range(len(attempts))]
+    classes = [curation.class_of(group) for group in groups]
+    chosen = curation.choose(classes, mix, config.run.seed)
+    kept = [curation.cheapest(group, keep) for group in groups]
+
+    (out / FIGURES).unlink(missing_ok=True)  # written last: where it is, the others belong to it
+    write_sft(out, [(a, classes[a.question]) for a in itertools.chain(*kept)], places)
+    write_curated(out / CURATED, source, {number: classes[number] for number in chosen})
+    found = curation.figures(groups, classes, chosen, mix)
+    found["sft"] = {"episodes": sum(map(len, kept)), "questions": sum(map(bool, kept))}
+    found["no_verdict"] = no_verdict
+    found["bad_rows"] = len(source.bad)
+    found["made_with"] = {**made_with, "keep": keep, "run.seed": config.run.seed}
+    partial = out / f".{FIGURES}.partial"
+    partial.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, out / FIGURES)
+    return found
+
+
+def write_sft(
+    out: pathlib.Path,
+    kept: Sequence[tuple[Attempt, str]],
+    places: Mapping[int, tuple[int, int]],
+) -> None:
+    """Writes `out/sft.jsonl`: lines of `out/episodes.jsonl`, with the reward and the class.
+
+    Args:
+      kept: attempts and the classes of their questions, in the order of the file; none: no file.
+      places: (place in bytes, number of the line) of episodes by their number.
+    """
+    if not kept:
+        (out / SFT).unlink(missing_ok=True)
+        return
+    partial = out / f".{SFT}.partial"
+    with open(out / EPISODES, "rb") as old, open(partial, "w", encoding="utf-8") as new:
+        for attempt, name in kept:
+            place, number = places[attempt.number]
+            old.seek(place)
+            line = lines.parse(old.readline(), number)
+            line |= {"category": name, "reward": dataclasses.asdict(attempt.reward)}
+            new.write(json.dumps(line, ensure_ascii=False) + "\n")
+    os.replace(partial, out / SFT)
+
+
+def write_curated(path: pathlib.Path, source: QuestionSource, chosen: Mapping[int, str]) -> None:
+    """Writes questions with their classes; none: no file.
+
+    Args:
+      chosen: classes, by the place of a question among those whose pictures can be used.
+    """
+    if not chosen:
+        path.unlink(missing_ok=True)
+        return
+    questions = ((number, question) for number, question in enumerate(source) if number in chosen)
+    write_parquet(path, (dataclasses.replace(q, category=chosen[n]) for n, q in questions))
+
+
+if __name__ == "__main__":
+    settings.run(main)

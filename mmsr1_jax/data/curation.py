@@ -1,0 +1,236 @@
+"""Which questions are worth training on, by what a policy gets right and with which searches.
+
+Each question is rolled out n times. What its right episodes searched for is its class, and of the
+classes a set is mixed, so that a policy meets questions that need a search and questions that do
+not (MMSearch-R1, arXiv 2506.20670, the search-balanced subset).
+
+    search_free      a right episode made no search
+    image_required   all right episodes searched; for pictures only
+    text_required    all right episodes searched; for text only
+    mix_required     all right episodes searched; for both, each of them or some for one and some
+                     for the other
+    never_right      no episode was right
+    not_run          no episode could be run, of which nothing can be told
+
+Only the first four are trained on.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmsr1_jax import rewards
+from mmsr1_jax.rollout.turns import Turn
+
+FREE, IMAGE, TEXT, MIX = "search_free", "image_required", "text_required", "mix_required"
+NEVER, NOT_RUN = "never_right", "not_run"
+USEFUL = (FREE, IMAGE, TEXT, MIX)
+CLASSES = (*USEFUL, NEVER, NOT_RUN)
+# What a mix may be made of, and the classes of each.
+PARTS: dict[str, tuple[str, ...]] = {
+    **{name: (name,) for name in USEFUL},
+    "search_required": (IMAGE, TEXT, MIX),
+}
+PAPER_MIX = "search_required=0.68,search_free=0.32"  # 3,400 and 1,600 of 5,000
+
+# Amount of each part: numbers of questions (int), or shares of the set (float).
+Mix = Mapping[str, int] | Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """An episode, as far as it matters here.
+
+    Attributes:
+      number: of the episode.
+      question: its number.
+      ran: it could be run.
+      reward: what it is worth.
+      kinds: of search that were made: `image_search`, `text_search`.
+    """
+
+    number: int
+    question: int
+    ran: bool
+    reward: rewards.Reward
+    kinds: frozenset[str]
+
+    @property
+    def right(self) -> bool:
+        return self.ran and bool(self.reward.correct)
+
+
+def attempt_of(
+    line: Mapping[str, Any], scoring: rewards.Rewards, verdict: bool | None = None, step: int = 0
+) -> Attempt:
+    """A line of an evaluation's episodes (`evaluation/lines.py`) as an attempt.
+
+    Args:
+      scoring: says what is right where there is no verdict, whatever the line says.
+      verdict: of a judge.
+      step: of training, see `rewards.score`.
+    """
+    turns = [Turn(**turn) for turn in line["turns"]]
+    made = [call["action"] for call in line["calls"] if call["status"] != "refused"]
+    if verdict is None:
+        verdict = rewards.matches(rewards.answer_of(turns), line["answers"], scoring)
+    return Attempt(
+        number=line["number"],
+        question=line["group"],
+        ran=line["end"] != "error",
+        reward=rewards.score(turns, verdict, scoring, step, searches=len(made)),
+        kinds=frozenset(made),
+    )
+
+
+def class_of(attempts: Sequence[Attempt]) -> str:
+    """The class of a question, by all its attempts; see the top of this file."""
+    if not any(attempt.ran for attempt in attempts):
+        return NOT_RUN
+    right = [attempt for attempt in attempts if attempt.right]
+    if not right:
+        return NEVER
+    if not all(attempt.kinds for attempt in right):
+        return FREE
+    kinds = frozenset().union(*(attempt.kinds for attempt in right))
+    return {frozenset({"image_search"}): IMAGE, frozenset({"text_search"}): TEXT}.get(kinds, MIX)
+
+
+def cheapest(attempts: Sequence[Attempt], most: int) -> list[Attempt]:
+    """The right attempts at a question, at most so many: those with the fewest searches first;
+    of these, well formed before badly formed; then by number."""
+    right = [attempt for attempt in attempts if attempt.right]
+    order = sorted(right, key=lambda a: (a.reward.searches, not a.reward.format, a.number))
+    return order[:most]
+
+
+def read_mix(text: str) -> Mix:
+    """`PART=AMOUNT,..` as a mix; parts are those of `PARTS`.
+
+    Whole numbers are numbers of questions. Numbers with a point are shares, which must sum to 1.
+    Nothing at all: every question that was ever right.
+
+    Raises:
+      ValueError: anything else.
+    """
+    mix: dict[str, Any] = {}
+    for item in filter(None, (item.strip() for item in text.split(","))):
+        name, _, amount = (word.strip() for word in item.partition("="))
+        if name not in PARTS:
+            raise ValueError(f"--mix: {item!r}: the part must be one of {', '.join(PARTS)}")
+        if name in mix:
+            raise ValueError(f"--mix: {name} comes twice")
+        try:
+            mix[name] = float(amount) if "." in amount else int(amount)
+        except ValueError:
+            raise ValueError(f"--mix: {item!r}: must be {name}=NUMBER") from None
+    if "search_required" in mix and set(mix) & set(PARTS["search_required"]):
+        raise ValueError("--mix: search_required is image_, text_ and mix_required together")
+    shares = [amount for amount in mix.values() if isinstance(amount, float)]
+    if shares and len(shares) < len(mix):
+        raise ValueError(f"--mix={text}: must be numbers of questions or shares, not both")
+    if shares and not (min(shares) > 0 and math.isclose(sum(shares), 1, abs_tol=1e-6)):
+        raise ValueError(f"--mix={text}: shares must be over 0 and sum to 1, not {sum(shares)}")
+    if mix and min(mix.values()) < 0:
+        raise ValueError(f"--mix={text}: a number of questions must not be negative")
+    return mix
+
+
+def choose(classes: Sequence[str], mix: Mix, seed: int) -> list[int]:
+    """The questions of a set, by number, ascending.
+
+    Args:
+      classes: of the questions.
+      mix: of numbers: as many of a part as it says, or all that there are. Of shares: the largest
+        set of which each part has its share, rounded to whole questions. Empty: all questions of
+        `USEFUL` classes.
+      seed: of the drawing, not negative. A smaller number of a part is drawn from the same order,
+        so it is a part of the larger.
+    """
+    if not mix:
+        return [number for number, name in enumerate(classes) if name in USEFUL]
+    members = {
+        part: [number for number, name in enumerate(classes) if name in PARTS[part]] for part in mix
+    }
+    sizes = sizes_of(mix, {part: len(numbers) for part, numbers in members.items()})
+    chosen: list[int] = []
+    for part, numbers in members.items():
+        rng = np.random.default_rng([seed, list(PARTS).index(part)])
+        chosen += rng.permutation(numbers)[: sizes[part]].tolist()
+    return sorted(chosen)
+
+
+def sizes_of(mix: Mix, there: Mapping[str, int]) -> dict[str, int]:
+    """How many questions of each part a set has, where so many are there; see `choose`."""
+    if not any(isinstance(amount, float) for amount in mix.values()):
+        return {part: min(int(amount), there[part]) for part, amount in mix.items()}
+    total = int(min(there[part] / share for part, share in mix.items()) + 1e-9)
+    exact = {part: round(share * total, 9) for part, share in mix.items()}
+    sizes = {part: int(value) for part, value in exact.items()}
+    # Largest remainders (of equal ones, the first) go up to a whole question, which is there.
+    order = sorted(mix, key=lambda part: round(sizes[part] - exact[part], 9))
+    for part in order[: total - sum(sizes.values())]:
+        sizes[part] += 1
+    return sizes
+
+
+def figures(
+    attempts: Sequence[Sequence[Attempt]], classes: Sequence[str], chosen: Sequence[int], mix: Mix
+) -> dict[str, Any]:
+    """How many questions fell where, plain data for JSON.
+
+    Args:
+      attempts: at each question.
+      classes: of the questions.
+      chosen: questions of the set.
+      mix: of which it was drawn.
+
+    Returns:
+      `questions`, `episodes`, `errors` (episodes that could not be run), `chosen`; `classes`: for
+      each of `CLASSES` its `questions`, their `share` of all, `right` (mean share of a question's
+      episodes), and how many are `chosen`; `parts` of the mix: `wanted` (as it says), `there`,
+      `chosen`.
+    """
+    found: dict[str, Any] = {}
+    taken = [classes[number] for number in chosen]
+    for name in CLASSES:
+        members = [some for some, own in zip(attempts, classes, strict=True) if own == name]
+        rights = [sum(attempt.right for attempt in some) / len(some) for some in members]
+        found[name] = {
+            "questions": len(members),
+            "share": len(members) / len(classes),
+            "right": math.fsum(rights) / len(rights) if rights else None,
+            "chosen": taken.count(name),
+        }
+    parts = {
+        part: {
+            "wanted": amount,
+            "there": sum(found[name]["questions"] for name in PARTS[part]),
+            "chosen": sum(found[name]["chosen"] for name in PARTS[part]),
+        }
+        for part, amount in mix.items()
+    }
+    return {
+        "questions": len(classes),
+        "episodes": sum(map(len, attempts)),
+        "errors": sum(not attempt.ran for some in attempts for attempt in some),
+        "chosen": len(chosen),
+        "classes": found,
+        "parts": parts,
+    }
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """`figures` for the terminal: a line for each class, and one for all."""
+    total = {"questions": found["questions"], "share": 1.0, "right": None}
+    rows = [*found["classes"].items(), ("all", total | {"chosen": found["chosen"]})]
+    lines = [f"{'class':<16}{'questions':>10}{'share %':>9}{'right %':>9}{'chosen':>8}"]
+    lines.append("-" * len(lines[0]))
+    for name, one in rows:
+        right = "-" if one["right"] is None else f"{100 * one['right']:.1f}"
+        share = f"{100 * one['share']:.1f}"
+        lines.append(f"{name:<16}{one['questions']:>10}{share:>9}{right:>9}{one['chosen']:>8}")
+    return "\n".join(lines)
