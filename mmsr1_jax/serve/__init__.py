@@ -1,0 +1,1 @@
+"""A page on which one asks about a picture and watches the policy search and answer."""
