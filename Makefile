@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 DEMO = build/demo
+WARM_START = mmsr1_jax/data/tiny_world/policy
 
-.PHONY: demo test proofs bench lint format clean
+.PHONY: demo warm_start test proofs bench lint format clean
 
 # Each stamp is made once, so that a second run needs no network.
 $(VENV)/.runtime: requirements.txt
@@ -15,16 +16,25 @@ $(VENV)/.tests: tests/requirements.txt $(VENV)/.runtime
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	touch $@
 
-# A small random policy, written as an HF checkpoint, scores a question about a picture, and then
-# writes turns of its own (they are noise: nothing has been learned).
+# A small policy learns when to search, in a small world: ten minutes of training on two cores, and
+# what it answers before and after.
 demo: $(VENV)/.runtime
-	$(RUN) -m mmsr1_jax.tiny --out=$(DEMO)/policy
-	$(RUN) -m mmsr1_jax.score --config=configs/tiny.py --model=$(DEMO)/policy \
-	    --conversations=docs/demo/question.jsonl --out=$(DEMO)/scores.jsonl
-	$(RUN) -m mmsr1_jax.infer --config=configs/tiny.py --model=$(DEMO)/policy \
-	    --config.sampling.temperature=1 \
-	    --image=docs/demo/bridge.jpg --question="Why is the bridge red?" \
-	    --tools.index=docs/demo/index
+	$(RUN) -m mmsr1_jax.tiny_world --stories=0
+	$(RUN) -m mmsr1_jax.evaluate --config=configs/tiny.py --model=$(WARM_START) \
+	    --config.eval.workflows="('on_demand',)" --out=$(DEMO)/before
+	$(RUN) -m mmsr1_jax.train --config=configs/tiny.py --workdir=$(DEMO)/run
+	$(RUN) -m mmsr1_jax.evaluate --workdir=$(DEMO)/run \
+	    --config.eval.workflows="('direct', 'rag', 'on_demand')" --out=$(DEMO)/after
+	$(RUN) -m mmsr1_jax.demo --before=$(DEMO)/before --after=$(DEMO)/after \
+	    --runs=$(DEMO)/run --png=$(DEMO)/curves.png
+
+# Makes the policy anew that training begins with (about an hour): it learns to read, then the facts.
+warm_start: $(VENV)/.runtime
+	$(RUN) -m mmsr1_jax.tiny_world
+	$(RUN) -m mmsr1_jax.sft --config=configs/tiny.py:warm_start
+	$(RUN) -m mmsr1_jax.sft --config=configs/tiny.py:warm_start_facts
+	rm -rf $(WARM_START)
+	cp -r build/tiny_warm_start_facts/policy $(WARM_START)
 
 test: $(VENV)/.tests lint
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -68,6 +68,7 @@ def get_config(variant: str = "paper") -> Config:
             grad_clip=1.0,
         ),
         run=Run(
+            model="build/qwen2.5-vl-7b",  # from third_party/fetch.py
             steps=50,  # the paper takes the checkpoint of step 50
             questions=32 if script else 512,
             rollouts=4 if script else 8,

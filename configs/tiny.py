@@ -1,11 +1,27 @@
-"""The embedded default: a policy of a few hundred thousand parameters on a laptop's CPU."""
+"""The embedded default: a policy of a million parameters learns when to search, on a laptop's CPU.
 
-from mmsr1_jax.config import Buckets, Config, Mesh, Model, Rollout, Tools, Turns
-from mmsr1_jax.config_training import Run, Update
+    python -m mmsr1_jax.tiny_world
+    python -m mmsr1_jax.train --config=configs/tiny.py
+
+--config=configs/tiny.py                    GRPO on the tiny world's questions
+--config=configs/tiny.py:warm_start         for `sft`: the first part of what made that policy
+--config=configs/tiny.py:warm_start_facts   the second, in which it remembers
+"""
+
+from mmsr1_jax.config import Buckets, Config, Eval, Images, Mesh, Model, Rollout, Tools, Turns
+from mmsr1_jax.config_training import Data, Objective, Run, Update
+from mmsr1_jax.data import tiny_world
+from mmsr1_jax.rewards import Rewards
+
+WORLD = "build/tiny_world"  # where `mmsr1_jax.tiny_world` writes unless it is told otherwise
 
 
-def get_config() -> Config:
-    return Config(
+def get_config(variant: str = "grpo") -> Config:
+    if variant not in ("grpo", "warm_start", "warm_start_facts"):
+        raise ValueError(
+            f"configs/tiny.py:{variant}: there are :grpo, :warm_start and :warm_start_facts"
+        )
+    config = Config(
         model=Model(
             dtype="float32",  # bfloat16 is slower than float32 on a CPU
             attention="xla",  # rows are short
@@ -13,29 +29,66 @@ def get_config() -> Config:
         mesh=Mesh(replica=1, fsdp=-1, tensor=1),
         buckets=Buckets(
             lengths=(128, 256, 512, 1024),
-            image_windows=(4, 8, 16, 32, 64),  # the tiny policy's images have up to 256 tokens
+            image_windows=(1, 4, 16),  # a photo takes one, a result's picture another
             batch_tokens=2048,
-            batch_windows=64,
+            batch_windows=32,
+        ),
+        images=Images(
+            min_pixels=56 * 56,
+            max_pixels=84 * 84,  # a photo is 9 tokens
         ),
         rollout=Rollout(
-            lanes=16,
-            rows=16,
-            chunk=16,
-            extend_lengths=(32, 64, 128, 256),
-            extend_tokens=32,  # one lane at a time: rows of padding would cost as much as real ones
+            lanes=64,  # twice the rows: local tools answer while other lanes are decoded
+            rows=32,
+            chunk=8,  # a turn has about ten tokens
+            extend_lengths=(16, 32, 64, 128),
+            extend_tokens=256,
             encode_windows=16,
             image_tokens=8192,
         ),
         turns=Turns(
-            turn_tokens=128,
-            tokens=2048,  # the small tokenizer needs about three times as many as the released one
-            least_tokens=64,
-            result_tokens=768,
+            turn_tokens=48,  # the longest sensible turn has 16
+            tokens=512,
+            least_tokens=32,
+            result_tokens=256,
+            prompts=str(tiny_world.PROMPTS),
         ),
         tools=Tools(
-            result_chars=600,
-            max_pixels=112 * 112,  # 16 tokens
+            index=f"{WORLD}/index",
+            results=2,  # this year's page and the one that is out of date
+            result_chars=300,
+            max_pixels=56 * 56,  # 4 tokens
         ),
-        update=Update(row_tokens=2048, row_windows=64, learning_rate=1e-3),
-        run=Run(questions=8, rollouts=8),
+        data=Data(
+            train=(f"{WORLD}/train.parquet",),
+        ),
+        eval=Eval(data=(f"{WORLD}/heldout.parquet", f"{WORLD}/unmet.parquet")),
+        rewards=Rewards(
+            per_search_penalty=True,  # one search is to be better than two, where one will do
+        ),
+        objective=Objective(
+            kl_weight=0.0,  # right and wrong are told by rules, which cannot be hacked
+        ),
+        update=Update(
+            row_tokens=512,  # short rows: attention is over all of a row
+            row_windows=12,
+            rows=2,
+            learning_rate=3e-4,
+            weight_decay=0.0,
+        ),
+        run=Run(model=str(tiny_world.POLICY), steps=40, questions=32, rollouts=8, save_every=20),
     )
+    if variant.startswith("warm_start"):
+        parts = ["demonstrations", "memories", "practice"]
+        config.update.schedule = "cosine"
+        config.update.warmup_steps = 50
+        config.update.b2 = 0.99
+        config.run = Run(model=f"{WORLD}/policy", steps=2000, questions=64, save_every=250, log="")
+        config.update.learning_rate = 1.5e-3
+        if variant == "warm_start_facts":  # reading is learned by now, the many facts are not
+            parts.remove("practice")
+            config.run.model = "build/tiny_warm_start/policy"
+            config.run.steps, config.run.seed = 1000, 1
+            config.update.learning_rate = 1e-3
+        config.data.train = tuple(f"{WORLD}/{part}.jsonl" for part in parts)
+    return config

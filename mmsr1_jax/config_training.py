@@ -119,6 +119,7 @@ class Run:
     """A training run.
 
     Attributes:
+      model: HF directory of the policy to begin with, unless `--model` names one.
       steps: of rollouts and updates; of updates for `sft`.
       questions: of a step; for `sft`, episodes.
       rollouts: of each question.
@@ -130,6 +131,7 @@ class Run:
       log: `tensorboard`, `wandb`, both or none, separated by commas. JSONL is always written.
     """
 
+    model: str | None = None
     steps: int = 50
     questions: int = 32
     rollouts: int = 8

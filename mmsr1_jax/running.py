@@ -23,6 +23,21 @@ from mmsr1_jax.rl.schedules import Schedule, make_schedule
 from mmsr1_jax.rl.update import Learner
 
 
+def workdir_of(given: str | None) -> pathlib.Path:
+    """The directory of the run: that of `--workdir`, else `build/` and the config file's name, with
+    its variant.
+
+    Raises:
+      ValueError: neither is given.
+    """
+    if given is not None:
+        return pathlib.Path(given)
+    if _no_config():
+        raise ValueError("--config or --workdir: the settings of a new run, or a run to go on with")
+    name, _, variant = flags.FLAGS["config"].config_filename.partition(":")
+    return pathlib.Path("build", pathlib.Path(name).stem + (f"_{variant}" if variant else ""))
+
+
 def settings_of(
     workdir: pathlib.Path, given: settings.Config, model: str | None
 ) -> tuple[settings.Config, str]:
@@ -32,20 +47,26 @@ def settings_of(
     Args:
       workdir: of the run.
       given: the value of `--config`.
-      model: of `--model`.
+      model: of `--model`; None: `config.run.model`.
 
     Raises:
       ValueError: a run is to begin without a policy; or settings that cannot be.
     """
     path = workdir / "config.json"
-    file = pathlib.Path(flags.FLAGS["config"].config_filename)
-    if path.is_file() and file.resolve() == pathlib.Path(settings.__file__).resolve():
+    if path.is_file() and _no_config():
         config, model_dir = run_settings.read(path)
         run_settings.override(config, given, sys.argv)
         return settings.validate(config), model or model_dir
-    if model is None:
+    model = model or given.run.model
+    if not model:
         raise ValueError("--model: the HF directory of a policy is needed to begin a run")
     return given, model
+
+
+def _no_config() -> bool:
+    """Whether the command names no config file."""
+    file = pathlib.Path(flags.FLAGS["config"].config_filename)
+    return file.resolve() == pathlib.Path(settings.__file__).resolve()
 
 
 def load_policy(config: settings.Config, model_dir: str, mesh: Mesh) -> qwen2_5_vl.Qwen2_5_VL:

@@ -1,6 +1,6 @@
 """Teaches a policy to write as in given episodes: supervised, by the likelihood of their tokens.
 
-    python -m mmsr1_jax.sft --config=configs/qwen7b.py --model=DIR --workdir=RUN \\
+    python -m mmsr1_jax.sft --config=configs/qwen7b.py [--model=DIR] [--workdir=RUN] \\
         --config.data.train="('stories.jsonl',)" [--config.field=value ..]
     python -m mmsr1_jax.sft --workdir=RUN        goes on with a run that was begun
 
@@ -42,8 +42,8 @@ from mmsr1_jax.rollout.make import make_processor
 
 def main(argv) -> int:
     del argv
-    workdir = pathlib.Path(_WORKDIR.value)
     try:
+        workdir = running.workdir_of(_WORKDIR.value)
         config, model_dir = running.settings_of(workdir, _CONFIG.value, _MODEL.value)
         return train(config, model_dir, workdir)
     except (ValueError, OSError) as error:  # settings, checkpoint, data, tools: said in one line
@@ -174,6 +174,6 @@ def samples_of(lessons: Sequence[Lesson], processor: ImageProcessor) -> list[Sam
 
 if __name__ == "__main__":
     _CONFIG = settings.define_flag()
-    _MODEL = flags.DEFINE_string("model", None, "HF directory of the policy to begin with")
-    _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run", required=True)
+    _MODEL = flags.DEFINE_string("model", None, "HF directory to begin with; else config.run.model")
+    _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; else build/CONFIG")
     settings.run(main)

@@ -1,10 +1,12 @@
 """A small random policy with a small tokenizer, as an HF directory: for demos and tests.
 
-python -m mmsr1_jax.tiny --out=DIR
+python -m mmsr1_jax.tiny --out=DIR [--tokenizer=HF_DIR]
 """
 
+import dataclasses
 import json
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -105,13 +107,39 @@ def write(
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
+def fitted(config: qwen2_5_vl.ModelConfig, tokenizer: tokenizers.Tokenizer):
+    """The shape with a tokenizer's vocabulary and ids of control tokens, and one unused id more."""
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    unused = max(ids.values()) + 1
+    return dataclasses.replace(
+        config,
+        text=dataclasses.replace(config.text, vocab_size=unused + 1),
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids.get("<|video_pad|>", unused),
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+
+
 def main(argv):
     del argv
-    write(_OUT.value, seed=_SEED.value)
+    if _TOKENIZER.value is None:
+        write(_OUT.value, seed=_SEED.value)
+    else:
+        try:
+            file = pathlib.Path(_TOKENIZER.value, "tokenizer.json")
+            tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            config = fitted(CONFIG, tokenizer)
+        except OSError as error:
+            sys.exit(f"error: --tokenizer: {error}")
+        except KeyError as error:
+            sys.exit(f"error: --tokenizer: {file} has no token {error}")
+        write(_OUT.value, config=config, seed=_SEED.value, tokenizer=tokenizer)
     print(f"wrote a random policy to {_OUT.value}")
 
 
 if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", None, "directory to write", required=True)
     _SEED = flags.DEFINE_integer("seed", 0, "seed of the random parameters")
+    _TOKENIZER = flags.DEFINE_string("tokenizer", None, "HF directory whose tokenizer it is given")
     settings.run(main)

@@ -1,6 +1,6 @@
 """Teaches a policy when and how to search: GRPO with tools (arXiv 2506.20670, 2402.03300).
 
-    python -m mmsr1_jax.train --config=configs/qwen7b.py --model=DIR --workdir=RUN \\
+    python -m mmsr1_jax.train --config=configs/qwen7b.py [--model=DIR] [--workdir=RUN] \\
         [--config.field=value ..]
     python -m mmsr1_jax.train --workdir=RUN        goes on with a run that was begun
 
@@ -42,14 +42,14 @@ from mmsr1_jax.rollout.make import make_engine
 from mmsr1_jax.tools.make import make_judge
 
 _CONFIG = settings.define_flag()
-_MODEL = flags.DEFINE_string("model", None, "HF directory of the policy to begin with")
-_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run", required=True)
+_MODEL = flags.DEFINE_string("model", None, "HF directory to begin with; else config.run.model")
+_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; else build/CONFIG")
 
 
 def main(argv) -> int:
     del argv
-    workdir = pathlib.Path(_WORKDIR.value)
     try:
+        workdir = running.workdir_of(_WORKDIR.value)
         config, model_dir = running.settings_of(workdir, _CONFIG.value, _MODEL.value)
         return train(config, model_dir, workdir)
     except (ValueError, OSError) as error:  # settings, checkpoint, data, tools: said in one line

@@ -35,8 +35,8 @@ def index(tmp_path_factory):
 @pytest.fixture(scope="module")
 def arguments(directory, index):
     return [f"--model={directory}", f"--image={IMAGE}", "--question=When was it opened?",
-            f"--tools.index={index}", "--config.sampling.temperature=1", "--config=configs/tiny.py",
-            "--config.sampling.seed=1"]  # fmt: skip
+            f"--tools.index={index}", "--config=tests/small_config.py",
+            "--config.sampling.temperature=1", "--config.sampling.seed=1"]  # fmt: skip
 
 
 def test_prints_the_turns(arguments):

@@ -113,7 +113,7 @@ def inputs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def scored(tiny_dir, inputs):
     out = inputs / "out.jsonl"
-    arguments = ["--config=configs/tiny.py", f"--model={tiny_dir}", f"--out={out}"]
+    arguments = ["--config=tests/small_config.py", f"--model={tiny_dir}", f"--out={out}"]
     return run(*arguments, f"--conversations={inputs / 'in.jsonl'}"), out
 
 
@@ -182,7 +182,7 @@ def test_results_do_not_depend_on_the_company(scored, tiny_dir, inputs):
     lines = read(inputs / "good.jsonl")
     write(inputs / "few.jsonl", [lines[4], lines[1]])
     process = run(
-        "--config=configs/tiny.py",
+        "--config=tests/small_config.py",
         f"--model={tiny_dir}",
         f"--conversations={inputs / 'few.jsonl'}",
         f"--out={inputs / 'few_out.jsonl'}",
@@ -198,7 +198,7 @@ def test_eight_devices_and_bfloat16(scored, tiny_dir, inputs):
     exact = {line["id"]: line for line in read(scored[1])}
     out = inputs / "half.jsonl"
     process = run(
-        "--config=configs/tiny.py",
+        "--config=tests/small_config.py",
         "--config.mesh.tensor=2",
         "--dtype=bfloat16",
         f"--model={tiny_dir}",

@@ -239,9 +239,9 @@ def material(tmp_path_factory):
 
 def flags_of(folder, **more):
     given = {
-        "turns.prompts": "mmsr1_jax/data/tiny_world/prompts",
         "tools.index": folder / "index",
         "tools.results": 1,
+        "turns.tokens": 2048,
         "data.train": f"('{folder / 'rows.jsonl'}',)",
         "update.row_tokens": 384,
         "update.row_windows": 12,
@@ -255,8 +255,8 @@ def flags_of(folder, **more):
 
 def config_of(folder, **more):
     config = runpy.run_path(str(ROOT / "configs" / "tiny.py"))["get_config"]()
-    config.turns.prompts = str(ROOT / "mmsr1_jax/data/tiny_world/prompts")
     config.tools.index, config.tools.results = str(folder / "index"), 1
+    config.turns.tokens = 2048
     config.data.train = (str(folder / "rows.jsonl"),)
     config.update.row_tokens, config.update.row_windows = 384, 12
     for field, value in more.items():
@@ -512,6 +512,6 @@ def test_killed_in_a_save_then_asked_to_stop_and_gone_on_with(unbroken, material
 
 
 def test_mistakes_are_said_in_one_line(material, tmp_path):
-    done = run(command(tmp_path / "run", *flags_of(material)))
+    done = run(command(tmp_path / "run", *flags_of(material, **{"run.model": ""})))
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: --model: the HF directory")

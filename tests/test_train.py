@@ -17,13 +17,14 @@ import pytest
 
 from mmsr1_jax import config as settings
 from mmsr1_jax import metrics, tiny
-from mmsr1_jax.data import Question, write_parquet
+from mmsr1_jax.data import Question, QuestionSource, write_parquet
 from mmsr1_jax.rl.samples import figures_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = [
     "--config=configs/tiny.py",
-    "--config.turns.prompts=mmsr1_jax/data/tiny_world/prompts",
+    "--config.tools.text=none",
+    "--config.tools.image=none",
     "--config.turns.turn_tokens=24",
     "--config.turns.tokens=512",
     "--config.turns.least_tokens=16",
@@ -34,6 +35,7 @@ SMALL = [
     "--config.update.row_tokens=512",
     "--config.update.row_windows=16",
     "--config.update.learning_rate=1e-3",
+    "--config.objective.kl_weight=0.001",
     "--config.objective.entropy_weight=0.01",  # a random policy is never right: else all is 0
     "--config.run.questions=2",
     "--config.run.rollouts=2",
@@ -196,34 +198,77 @@ def test_killed_at_ten_random_moments(unbroken, tmp_path, policy, questions):
         assert results(workdir) == results(unbroken), number
 
 
-@pytest.mark.parametrize(
-    "name", ["fvqa_mini", pytest.param("infoseek_mini", marks=pytest.mark.proof)]
-)
-def test_real_questions(shared, name, tmp_path, policy):
+@pytest.fixture(scope="module")
+def real_index(shared, tmp_path_factory):
+    """The real pages, and the real photographs with their recorded titles."""
     from mmsr1_jax.tools.local import build
 
-    build(tmp_path / "index", [shared / "data" / "web_pages.jsonl"])
-    small = [flag for flag in SMALL if not flag.startswith("--config.turns.prompts")]
-    done = run(
-        command(
-            tmp_path / "run", f"--model={policy}", *small,
-            f"--config.data.train=('{shared / 'data' / name}.parquet',)",
-            f"--config.data.validation=('{shared / 'data' / name}.parquet',)",
-            "--config.data.validation_rows=3", f"--config.tools.index={tmp_path / 'index'}",
-            "--config.turns.tokens=1536", "--config.update.row_tokens=1536",
-            "--config.update.row_windows=64", "--config.run.steps=2",
-            "--config.run.validate_every=1",
-        ),
-    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("real")
+    known = json.loads((shared / "data" / "image_search_results.json").read_text("utf-8"))
+    lines = []
+    for row in QuestionSource((str(shared / "data" / "fvqa_mini.parquet"),)):
+        (folder / f"{len(lines)}.img").write_bytes(row.images[0])
+        titles = [entry["title"] for entry in known.get(row.id, [])][:5]
+        lines.append({"image": f"{len(lines)}.img", "titles": titles or [row.question]})
+    (folder / "pictures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    build(folder / "index", [shared / "data" / "web_pages.jsonl"], [folder / "pictures.jsonl"])
+    return folder / "index"
+
+
+@pytest.mark.parametrize(
+    "name, tokenizer",
+    [
+        ("fvqa_mini", "own"),
+        pytest.param("fvqa_mini", "released", marks=pytest.mark.proof),
+        pytest.param("infoseek_mini", "own", marks=pytest.mark.proof),
+    ],
+)
+def test_real_questions(shared, real_index, name, tokenizer, tmp_path):
+    """The warm start, which searches; or a random policy with the released tokenizer."""
+    data = f"('{shared / 'data' / name}.parquet',)"
+    arguments = [
+        "--config=configs/tiny.py", f"--config.data.train={data}",
+        f"--config.data.validation={data}", "--config.data.validation_rows=3",
+        f"--config.tools.index={real_index}", "--config.run.questions=2",
+        "--config.run.rollouts=4", "--config.run.validate_every=1", "--config.run.save_every=1",
+        "--config.run.episodes=8", "--config.rollout.lanes=8", "--config.rollout.rows=8",
+        "--config.rollout.compile_ahead=False",
+        "--config.objective.entropy_weight=0.01",  # else groups without spread teach nothing
+    ]  # fmt: skip
+    if tokenizer == "released":
+        made = ["-m", "mmsr1_jax.tiny", f"--out={tmp_path / 'policy'}",
+                f"--tokenizer={shared / 'tokenizer' / 'qwen'}"]  # fmt: skip
+        assert run([sys.executable, *made]).returncode == 0
+        arguments.append(f"--model={tmp_path / 'policy'}")
+    done = run(command(tmp_path / "run", *arguments, "--config.run.steps=1"))
     assert done.returncode == 0, done.stderr[-3000:]
+    done = run(command(tmp_path / "run", "--config.run.steps=2"))
+    assert done.returncode == 0 and "goes on after step 1" in done.stderr, done.stderr[-3000:]
     lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
-    assert len(lines) == 2 and "validation/reward" in lines[-1]
+    assert len(lines) == 2 and lines[0].keys() == lines[1].keys()
+    parts = {"reward", "accuracy", "format", "searches", "search/any", "search/text",
+             "search/image", "search/both", "search/none", "turns", "tokens", "tool/failed",
+             "validation/accuracy", "update/clip_fraction", "update/entropy",
+             "update/gradient_norm", "update/engine_gap_abs", "update/packing", "time/rollout",
+             "time/update", "time/compiled"}  # fmt: skip
+    assert parts <= lines[1].keys() and all(np.isfinite(lines[1][part]) for part in parts)
+    assert lines[1]["update/engine_gap_abs"] < 1e-4
+    saved = [
+        json.loads(line)
+        for path in sorted((tmp_path / "run" / "episodes").iterdir())
+        for line in path.read_text().splitlines()
+    ]
+    assert len(saved) == 16 and all(episode["images"] for episode in saved)
+    if tokenizer == "own":
+        found = {call["action"] for e in saved for call in e["calls"] if call["shown"]}
+        assert found == ({"image_search", "text_search"} if name == "fvqa_mini" else found)
+        assert found
 
 
-@pytest.mark.parametrize("name", ["tiny", "qwen3b", "qwen7b"])
+@pytest.mark.parametrize("name", ["tiny", "qwen3b", "qwen7b", "qwen7b_lora"])
 def test_configs(name):
     get_config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]
-    variants = [] if name == "tiny" else ["paper", "script"]
+    variants = ["warm_start", "warm_start_facts"] if name == "tiny" else ["paper", "script"]
     for arguments in [(), *((v,) for v in variants)]:
         config = settings.validate(get_config(*arguments))
         # What the engine can roll out has room in a row of the update.
@@ -236,7 +281,9 @@ def test_mistakes_are_said_in_one_line(tmp_path, policy, questions):
         assert done.returncode == 1
         return done.stderr.strip().splitlines()[-1]
 
-    assert "--model: the HF directory" in error(*SMALL)
+    nothing = run([sys.executable, "-m", "mmsr1_jax.train"])
+    assert nothing.returncode == 1 and "--config or --workdir" in nothing.stderr
+    assert "--model: the HF directory" in error(*SMALL, "--config.run.model=")
     nowhere = error(*SMALL, f"--model={policy}", "--config.data.train=('nowhere.parquet',)")
     assert nowhere.startswith("error: ") and "nowhere.parquet" in nowhere
     assert "objective.ratio='x'" in error(*SMALL, "--config.objective.ratio=x")

@@ -11,10 +11,11 @@ Everything is drawn from one seed.
 
 from mmsr1_jax.data.tiny_world.pages import pages, write_index
 from mmsr1_jax.data.tiny_world.questions import demonstrations, memories, practice, questions
-from mmsr1_jax.data.tiny_world.tokenizer import PROMPTS, train_tokenizer
+from mmsr1_jax.data.tiny_world.tokenizer import POLICY, PROMPTS, train_tokenizer
 from mmsr1_jax.data.tiny_world.world import Landmark, World
 
 __all__ = [
+    "POLICY",
     "PROMPTS",
     "Landmark",
     "World",

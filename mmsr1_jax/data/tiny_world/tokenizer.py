@@ -21,6 +21,7 @@ from mmsr1_jax.rollout.turns import TAGS, WHOLE_IMAGE
 from mmsr1_jax.tools.tool import image_result, text_result
 
 PROMPTS = pathlib.Path(__file__).parent / "prompts"  # short ones, for a policy that reads little
+POLICY = pathlib.Path(__file__).parent / "policy"  # what `make warm_start` makes
 
 _VOCABULARY = 4096  # at most; all of the corpus is merged before that
 # A tag, a word or a number, each with the space before it, and whatever else there is.

@@ -1,0 +1,152 @@
+"""Shows what training changed: a table of workflows, and curves as a PNG.
+
+    python -m mmsr1_jax.demo --before=OUT --after=OUT[,OUT ..] --runs=RUN[,RUN ..] --png=FILE
+
+OUT is a directory of `evaluate`, of the policy before training and of those after it (runs that
+differ in their seed, say: figures are means over them). A line of the table is a workflow, a column
+a category of questions; each source of questions has a table of its own. A RUN is a directory of
+`train`.
+"""
+
+import itertools
+import pathlib
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from mmsr1_jax import config as settings
+from mmsr1_jax import metrics
+from mmsr1_jax.evaluation import lines
+from mmsr1_jax.evaluation.figures import Outcome, figures
+from mmsr1_jax.evaluation.table import aligned
+
+_BEFORE = flags.DEFINE_string("before", None, "results of the policy before", required=True)
+_AFTER = flags.DEFINE_list("after", None, "results of policies after training", required=True)
+_RUNS = flags.DEFINE_list("runs", [], "runs whose curves are drawn")
+_PNG = flags.DEFINE_string("png", None, "file for the curves")
+
+NEEDLESS = "free"  # the category of questions that need no search (`data/tiny_world/world.py`)
+_CURVES = {
+    "reward and accuracy": ("reward", "accuracy"),
+    "episodes that search": ("search/any", "search/text", "search/image", "search/both"),
+    "episodes that search, by category": "search/",
+}
+
+
+def main(argv) -> None:
+    del argv
+    try:
+        before = outcomes(pathlib.Path(_BEFORE.value))
+        after = [outcomes(pathlib.Path(name)) for name in _AFTER.value]
+        for source in sorted({outcome.source for outcome in before}):
+            print(f"{source}\n{table(before, after, source)}\n")
+        if _RUNS.value and _PNG.value:
+            draw([pathlib.Path(run) for run in _RUNS.value], pathlib.Path(_PNG.value))
+            print(f"{_PNG.value}: the curves")
+    except (ValueError, OSError) as error:  # no such results, or others
+        sys.exit(f"error: {error}")
+
+
+def outcomes(folder: pathlib.Path) -> list[Outcome]:
+    """What came of the episodes of an evaluation. Raises DataError, OSError."""
+    return [lines.outcome_of(line) for _, _, line in lines.scan(folder / lines.EPISODES)]
+
+
+def table(before: Sequence[Outcome], after: Sequence[Sequence[Outcome]], source: str) -> str:
+    """Workflows by what they reach with the questions of a source, and what that says.
+
+    Args:
+      before: of the policy before training.
+      after: of each trained policy.
+    """
+    rows = {
+        "direct": [_of(one, source, "direct") for one in after],
+        "forced search": [_of(one, source, "rag") for one in after],
+        "on demand, before": [_of(before, source, "on_demand")],
+        "on demand, after": [_of(one, source, "on_demand") for one in after],
+    }
+    categories = sorted(rows["on demand, before"][0]["by_category"])
+    head = ["workflow", "right", "searches a question", "search", *categories]
+    body = []
+    for name, found in rows.items():
+        parts = [[one["by_category"][category] for one in found] for category in categories]
+        body.append([
+            name,
+            _percent(_right(found)),
+            f"{_searches(found):.2f}",
+            _percent(_share(found)),
+            *(f"{_percent(_right(part))} / {_percent(_share(part))}" for part in parts),
+        ])  # fmt: skip
+    text = aligned([head, *body]) + "\nof a category: right / episodes that search, in percent"
+    forced, trained = rows["forced search"], rows["on demand, after"]
+    gain = 100 * (_right(trained) - _right(forced))
+    text += f"\non demand, after, against forced search: {gain:+.1f} points with "
+    text += f"{_percent(_searches(trained) / _searches(forced))} % of the searches"
+    if NEEDLESS in categories:
+        share = {
+            name: statistics.fmean(
+                _share([one["by_category"][category]])
+                for one, category in itertools.product(trained, categories)
+                if (category == NEEDLESS) == (name == "do not")
+            )
+            for name in ("need it", "do not")
+        }
+        text += "\nepisodes that search: " + ", ".join(
+            f"{_percent(part)} % of questions that {name}" for name, part in share.items()
+        )
+    return text
+
+
+def draw(runs: Sequence[pathlib.Path], file: pathlib.Path) -> None:
+    """Draws the curves of some runs, one over the other, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no window
+    from matplotlib import pyplot
+
+    found = [metrics.read(run / "metrics.jsonl") for run in runs]
+    figure, panels = pyplot.subplots(1, len(_CURVES), figsize=(15, 4.2), layout="constrained")
+    for panel, (title, names) in zip(panels, _CURVES.items(), strict=True):
+        if isinstance(names, str):
+            known = {name for name in found[0][-1] if name.startswith(names)}
+            names = sorted(known - {*itertools.chain(*_CURVES.values()), "search/none"})
+        for place, name in enumerate(names):
+            for number, steps in enumerate(found):
+                points = [(step["step"], step[name]) for step in steps if name in step]
+                label = name.removeprefix("search/") if number == 0 else None
+                panel.plot(*zip(*points, strict=True), color=f"C{place}", alpha=0.8, label=label)
+        panel.set(title=title, xlabel="step", ylim=(0, 1))
+        panel.grid(alpha=0.3)
+        panel.legend()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=100)
+
+
+def _of(found: Sequence[Outcome], source: str, workflow: str) -> dict[str, Any]:
+    chosen = [o for o in found if o.source == source and o.workflow == workflow]
+    if not chosen:
+        raise ValueError(f"no episodes of {workflow} about questions of {source!r}")
+    return figures(chosen)
+
+
+def _right(found: Sequence[dict[str, Any]]) -> float:
+    return statistics.fmean(one["accuracy"]["em"]["mean"] for one in found)
+
+
+def _searches(found: Sequence[dict[str, Any]]) -> float:
+    return statistics.fmean(one["searches"]["an_episode"] for one in found)
+
+
+def _share(found: Sequence[dict[str, Any]]) -> float:
+    return statistics.fmean(one["searches"]["share"] for one in found)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+if __name__ == "__main__":
+    settings.run(main)

@@ -1,0 +1,73 @@
+"""The demo's table says what happened: hand-made episodes with known figures."""
+
+import json
+
+from mmsr1_jax import demo
+
+KINDS = ("image_search", "text_search")
+
+
+def line(number, workflow, category, right, searches, source="held out"):
+    calls = [{"action": KINDS[i], "status": "ok"} for i in range(searches)]
+    return {
+        "workflow": workflow, "group": number, "sample": 0, "id": str(number), "question": "?",
+        "source": source, "category": category, "answer": "a" if right else "b", "answers": ["a"],
+        "reward": {"reward": 0.0, "format": True}, "calls": calls, "allowed": 2, "tokens": 9,
+        "tokens_sampled": 3, "turns": [{}] * (searches + 1), "end": "answer",
+    }  # fmt: skip
+
+
+def write(folder, lines):
+    folder.mkdir()
+    text = "".join(json.dumps(one) + "\n" for one in lines)
+    (folder / "episodes.jsonl").write_text(text)
+    return demo.outcomes(folder)
+
+
+def test_table(tmp_path):
+    """Of four questions of each of two kinds: how many are right, and how many search."""
+
+    def workflow(name, free, both):
+        parts = [("free", *free), ("both", *both)]
+        return [
+            line(4 * place + i, name, category, i < right, searches * (i < searching))
+            for place, (category, right, searching, searches) in enumerate(parts)
+            for i in range(4)
+        ]
+
+    before = write(tmp_path / "before", workflow("on_demand", (2, 2, 1), (1, 2, 2)))
+    after = [
+        write(
+            tmp_path / f"after{number}",
+            [
+                *workflow("direct", (4, 0, 0), (0, 0, 0)),
+                *workflow("rag", (3, 4, 2), (4, 4, 2)),
+                *workflow("on_demand", (4, number, 1), (4, 4, 2)),
+                line(99, "on_demand", "free", False, 0, source="another"),
+            ],
+        )
+        for number in (0, 1)
+    ]
+    text = demo.table(before, after, "held out").splitlines()
+    cells = {row[:18].strip(): " ".join(row[18:].split()) for row in text[2:6]}
+    assert text[0].split()[-2:] == ["both", "free"]
+    # right, searches a question, search; then right / search of both and of free
+    assert cells["direct"] == "50.0 0.00 0.0 0.0 / 0.0 100.0 / 0.0"
+    assert cells["forced search"] == "87.5 2.00 100.0 100.0 / 100.0 75.0 / 100.0"
+    assert cells["on demand, before"] == "37.5 0.75 50.0 25.0 / 50.0 50.0 / 50.0"
+    assert cells["on demand, after"] == "100.0 1.06 56.2 100.0 / 100.0 100.0 / 12.5"
+    assert "+12.5 points with 53.1 % of the searches" in text[-2]
+    assert text[-1] == (
+        "episodes that search: 100.0 % of questions that need it, 12.5 % of questions that do not"
+    )
+
+
+def test_curves(tmp_path):
+    steps = [
+        {"step": i, "reward": 0.1 * i, "accuracy": 0.1 * i, "search/any": 0.5, "search/text": 0.1,
+         "search/image": 0.2, "search/both": 0.2, "search/none": 0.5, "search/free": 0.3}
+        for i in range(1, 5)
+    ]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    demo.draw([tmp_path], tmp_path / "out" / "curves.png")
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
