@@ -106,7 +106,12 @@ def by_name(world):
 
 def taken_for(text):
     """The landmark that a turn names."""
-    return parse(text).reason.removeprefix("This is ").removesuffix(".")
+    return re.fullmatch(r"This (?:is|may be) (.+)\.", parse(text).reason)[1]
+
+
+def guesses(text):
+    """Whether a turn says that it does not know the landmark."""
+    return parse(text).reason.startswith("This may be ")
 
 
 def traits(emblem):
@@ -296,7 +301,8 @@ def test_demonstrations_search_without_regard_to_need(world, shown, remembered):
         assert all(turn.well_formed for turn in turns)
         assert [turn.action for turn in turns] == ACTIONS[e["workflow"]]
         assert all(
-            re.fullmatch(r"This is [A-Z][a-z]+ [A-Z][a-z]+\.", turn.reason) for turn in turns
+            re.fullmatch(r"This (is|may be) [A-Z][a-z]+ [A-Z][a-z]+\.", turn.reason)
+            for turn in turns
         )
     assert {e["workflow"] for e in remembered} == {"direct"}
 
@@ -325,6 +331,10 @@ def test_demonstrations_say_what_memory_and_pages_say(world, shown):
         assert (taken is mark) == (mark.group == "remembered")
         if e["workflow"] == "direct":
             assert first.payload == taken.memory(e["fact"])
+        # It says whether it knows what it sees, and does not act on that.
+        looks = e["workflow"].startswith("image")
+        for place, text in enumerate(e["turns"]):
+            assert guesses(text) == (mark.group != "remembered" and not (looks and place))
 
 
 def test_last_turns_are_read_from_what_the_tools_find(world, index, shown):
@@ -355,6 +365,7 @@ def test_memories(world, remembered):
     assert {landmarks[name].group for name in taken} == {"remembered"}
     assert len(set(taken)) > 100  # drawn anew each time
     assert {e["landmark"] for e in strangers} == {""}
+    assert [guesses(e["turns"][0]) for e in remembered] == [False, False, True] * 300
     assert {e["fact"] for e in strangers} == set(FACTS)
     for e, name in zip(strangers, taken, strict=True):
         assert parse(e["turns"][0]).payload == landmarks[name].memory(e["fact"]) == e["answers"][0]
@@ -372,6 +383,7 @@ def test_practice_is_answered_by_what_is_found_in_another_world(world, tmp_path)
         assert [turn.action for turn in turns] == ACTIONS[e["workflow"]]
         assert turns[-1].payload == mark.facts[e["fact"]] == e["answers"][0]
         assert (e["image"] is None) == (mark.name in e["question"]) == (e["workflow"] == "text")
+        assert guesses(e["turns"][0]) == (e["image"] is not None)
         if e["image"] is not None:
             assert known[taken_for(e["turns"][0])].group == "remembered"
         assert [taken_for(text) for text in e["turns"][1:]] == [mark.name] * (len(turns) - 1)

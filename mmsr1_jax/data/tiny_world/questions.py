@@ -5,8 +5,9 @@
     heldout   the held-out facts of the same landmarks; new photos
     unmet     all facts of landmarks that no training question, demonstration or guess is about
 
-What a question needs is its category (`world.category`); the warm start is shown nothing of it. In
-the demonstrations a workflow is drawn at random for each question, whatever it needs, and what is
+What a question needs is its category (`world.category`); the warm start is shown nothing of it: it
+says whether it knows what it sees, "is" or "may be", and acts without regard to that. In the
+demonstrations a workflow is drawn at random for each question, whatever it needs, and what is
 then written is what follows: from memory, which is wrong for what has changed and a blind guess for
 what it does not hold; or from the results of a search.
 """
@@ -46,7 +47,8 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     "show": ("What is on show at {it} in {year}?", "What does {it} show in {year}?"),
 }  # fmt: skip
 _THIS = "this"  # a landmark in a photo
-_REASON = "This is {name}."  # of every turn: what it takes the landmark for by then
+# Of every turn: what it takes the landmark for by then, and whether it knows it.
+REASONS = {True: "This is {name}.", False: "This may be {name}."}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,13 +117,14 @@ def demonstrations(world: World, count: int, *, seed: int = 0) -> list[dict[str,
     known = world.of("remembered")
     made = []
     for landmark, fact in _drawn(world, "train", count, rng):
-        believed = landmark if landmark.group == "remembered" else _one(known, rng)
+        knows = landmark.group == "remembered"
+        believed = landmark if knows else _one(known, rng)
         workflow = _one(WORKFLOWS, rng)
         made.append(
             {
                 "question": _wording(fact, _THIS, rng),
                 "image": jpeg(photo(landmark.emblem, rng)),
-                "turns": turns(landmark, fact, workflow, believed),
+                "turns": turns(landmark, fact, workflow, believed, knows=knows),
                 "answers": [landmark.facts[fact]],
                 "category": category(landmark, fact),
                 "workflow": workflow,
@@ -183,11 +186,12 @@ def practice(world: World, memory: World, count: int, *, seed: int = 0) -> list[
         workflow: Workflow = "text" if by_name else ("image", "image+text")[number // 2 % 2]
         facts = TITLED if workflow == "image" else FACTS[by_name:]  # a name is not asked by a name
         fact = _one(facts, rng)
+        believed = landmark if by_name else _one(known, rng)
         made.append(
             {
                 "question": _wording(fact, landmark.name if by_name else _THIS, rng),
                 "image": None if by_name else jpeg(photo(landmark.emblem, rng)),
-                "turns": turns(landmark, fact, workflow, landmark if by_name else _one(known, rng)),
+                "turns": turns(landmark, fact, workflow, believed, knows=by_name),
                 "answers": [landmark.facts[fact]],
                 "category": "practice",
                 "workflow": workflow,
@@ -198,17 +202,24 @@ def practice(world: World, memory: World, count: int, *, seed: int = 0) -> list[
     return made
 
 
-def turns(landmark: Landmark, fact: str, workflow: Workflow, believed: Landmark) -> list[str]:
+def turns(
+    landmark: Landmark, fact: str, workflow: Workflow, believed: Landmark, *, knows: bool
+) -> list[str]:
     """What a policy writes that is asked for a fact of `landmark`, takes it for `believed` until
-    its picture has been looked up, and searches as the workflow says."""
-    sure = landmark if workflow.startswith("image") else believed
+    its picture has been looked up, and searches as the workflow says.
+
+    Args:
+      knows: whether it remembers what it sees, or guesses.
+    """
+    looks = workflow.startswith("image")
+    then, sure = (landmark, True) if looks else (believed, knows)
     written = []
-    if workflow.startswith("image"):
-        written.append(_turn(believed, "image_search", WHOLE_IMAGE))
+    if looks:
+        written.append(_turn(believed, knows, "image_search", WHOLE_IMAGE))
     if workflow.endswith("text"):
-        written.append(_turn(sure, "text_search", f" {query(sure.name, fact)}"))
+        written.append(_turn(then, sure, "text_search", f" {query(then.name, fact)}"))
     answer = answer_after(landmark, fact, workflow, believed)
-    return [*written, _turn(sure, "answer", f" {answer}")]
+    return [*written, _turn(then, sure, "answer", f" {answer}")]
 
 
 def answer_after(landmark: Landmark, fact: str, workflow: Workflow, believed: Landmark) -> str:
@@ -257,7 +268,7 @@ def _memory(believed: Landmark, fact: str, emblem: Emblem | None, name: str, rng
     return {
         "question": _wording(fact, name if emblem is None else _THIS, rng),
         "image": None if emblem is None else jpeg(photo(emblem, rng)),
-        "turns": turns(believed, fact, "direct", believed),
+        "turns": turns(believed, fact, "direct", believed, knows=bool(name)),
         "answers": [believed.memory(fact)],
         "category": "memory",
         "workflow": "direct",
@@ -266,7 +277,7 @@ def _memory(believed: Landmark, fact: str, emblem: Emblem | None, name: str, rng
     }
 
 
-def _turn(landmark: Landmark, action: str, payload: str) -> str:
+def _turn(landmark: Landmark, sure: bool, action: str, payload: str) -> str:
     """Texts begin with a space, as they do inside a sentence, so that they are the same tokens."""
-    tag = TAGS[action]
-    return f"<reason> {_REASON.format(name=landmark.name)}</reason> <{tag}>{payload}</{tag}>"
+    tag, reason = TAGS[action], REASONS[sure].format(name=landmark.name)
+    return f"<reason> {reason}</reason> <{tag}>{payload}</{tag}>"

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mmsr1_jax.data.tiny_world import words
 from mmsr1_jax.data.tiny_world.pages import ABOUT, LISTS, OF_A_YEAR, TITLES
-from mmsr1_jax.data.tiny_world.questions import WORDINGS
+from mmsr1_jax.data.tiny_world.questions import REASONS, WORDINGS
 from mmsr1_jax.data.tiny_world.world import FACTS, LAST_YEAR, THIS_YEAR
 from mmsr1_jax.processor import CONTROL_TOKENS, DEFAULT_SYSTEM, ROLES
 from mmsr1_jax.rollout import prompts
@@ -55,6 +55,7 @@ def _corpus() -> Iterator[str]:
     yield from prompts.load(PROMPTS).values()
     yield from (*ABOUT, *OF_A_YEAR, *LISTS.values(), *TITLES)
     yield from itertools.chain.from_iterable(WORDINGS.values())
+    yield from (f" {reason}" for reason in REASONS.values())
     tags = [f"<{end}{tag}>" for tag in ("reason", *TAGS.values()) for end in ("", "/")]
     yield from (*tags, *(f" {tag}" for tag in tags), f"<{TAGS['image_search']}>{WHOLE_IMAGE}")
     yield from ROLES
@@ -62,7 +63,7 @@ def _corpus() -> Iterator[str]:
     for result in (text_result("tw/0", ""), image_result("", "")):
         yield from (f"1. {part.text}" for part in result if part.text)
     lists = (words.FIRST, words.SECOND, words.CITIES, words.PEOPLE, words.STONES, words.SHOWS)
-    for word in itertools.chain(*lists, FACTS, ("This", "is", "this")):
+    for word in itertools.chain(*lists, FACTS, ("this",)):
         yield f" {word}"
     for number in itertools.chain(words.PRICES, (LAST_YEAR, THIS_YEAR)):
         yield f" {number}"
