@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from mmsr1_jax.rl.advantages import ADVANTAGES
-from mmsr1_jax.rl.lora import TARGETS, TEXT_TARGETS
+from mmsr1_jax.rl.lora_targets import TARGETS, TEXT_TARGETS
 from mmsr1_jax.rl.loss import AVERAGES, KLS, RATIOS
 from mmsr1_jax.rl.schedules import SCHEDULES
 

@@ -38,16 +38,6 @@ from mmsr1_jax.evaluation import lines
 from mmsr1_jax.evaluation.lines import EPISODES
 from mmsr1_jax.evaluation.scoring import rescore
 
-_CONFIG = settings.define_flag()
-_MODEL = flags.DEFINE_string("model", None, "HF directory of the policy; not if OUT has all")
-_OUT = flags.DEFINE_string("out", None, "directory of what comes of it", required=True)
-_MIX = flags.DEFINE_string(
-    "mix", curation.PAPER_MIX,
-    "PART=NUMBER,.. or PART=SHARE,.. with shares that sum to 1.0; parts are "
-    f"{', '.join(curation.PARTS)}; empty: all questions that were ever right",
-)  # fmt: skip
-_KEEP = flags.DEFINE_integer("keep", 1, "right episodes of a question in sft.jsonl", lower_bound=1)
-
 CURATED, SFT, FIGURES = "curated.parquet", "sft.jsonl", "curation.json"
 _WORKFLOW = "on_demand"  # as in training: the policy searches when it likes
 
@@ -217,4 +207,15 @@ def write_curated(path: pathlib.Path, source: QuestionSource, chosen: Mapping[in
 
 
 if __name__ == "__main__":
+    _CONFIG = settings.define_flag()
+    _MODEL = flags.DEFINE_string("model", None, "HF directory of the policy; not if OUT has all")
+    _OUT = flags.DEFINE_string("out", None, "directory of what comes of it", required=True)
+    _MIX = flags.DEFINE_string(
+        "mix", curation.PAPER_MIX,
+        "PART=NUMBER,.. or PART=SHARE,.. with shares that sum to 1.0; parts are "
+        f"{', '.join(curation.PARTS)}; empty: all questions that were ever right",
+    )  # fmt: skip
+    _KEEP = flags.DEFINE_integer(
+        "keep", 1, "right episodes of a question in sft.jsonl", lower_bound=1
+    )
     settings.run(main)

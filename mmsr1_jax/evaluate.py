@@ -25,14 +25,6 @@ from mmsr1_jax.evaluation.compare import compare_files
 from mmsr1_jax.evaluation.scoring import rescore
 from mmsr1_jax.evaluation.table import table
 
-_CONFIG = settings.define_flag()
-_MODEL = flags.DEFINE_string("model", None, "HF directory of the policy")
-_WORKDIR = flags.DEFINE_string("workdir", None, "run whose policy is measured, by its settings")
-_STEP = flags.DEFINE_integer("step", None, "checkpoint of the run; else its policy, or the last")
-_OUT = flags.DEFINE_string("out", None, "directory of the results; of a run: RUN/evaluation")
-_RESCORE = flags.DEFINE_string("rescore", None, "episodes to decide anew which are right")
-_COMPARE = flags.DEFINE_list("compare", None, "two directories of results, with :workflow or not")
-
 
 def main(argv) -> int:
     del argv
@@ -76,4 +68,15 @@ def _policy() -> tuple[settings.Config, str, tuple[pathlib.Path, int] | None]:
 
 
 if __name__ == "__main__":
+    _CONFIG = settings.define_flag()
+    _MODEL = flags.DEFINE_string("model", None, "HF directory of the policy")
+    _WORKDIR = flags.DEFINE_string("workdir", None, "run whose policy is measured, by its settings")
+    _STEP = flags.DEFINE_integer(
+        "step", None, "checkpoint of the run; else its policy, or the last"
+    )
+    _OUT = flags.DEFINE_string("out", None, "directory of the results; of a run: RUN/evaluation")
+    _RESCORE = flags.DEFINE_string("rescore", None, "episodes to decide anew which are right")
+    _COMPARE = flags.DEFINE_list(
+        "compare", None, "two directories of results, with :workflow or not"
+    )
     settings.run(main)

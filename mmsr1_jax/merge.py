@@ -16,10 +16,6 @@ from mmsr1_jax import sharding
 from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.rl import lora
 
-_MODEL = flags.DEFINE_string("model", None, "HF directory of the policy", required=True)
-_ADAPTER = flags.DEFINE_string("adapter", None, "directory of the adapter", required=True)
-_OUT = flags.DEFINE_string("out", None, "directory to write", required=True)
-
 
 def main(argv) -> None:
     del argv
@@ -46,4 +42,7 @@ def merge(model_dir: str, adapter_dir: str, out: str) -> None:
 
 
 if __name__ == "__main__":
+    _MODEL = flags.DEFINE_string("model", None, "HF directory of the policy", required=True)
+    _ADAPTER = flags.DEFINE_string("adapter", None, "directory of the adapter", required=True)
+    _OUT = flags.DEFINE_string("out", None, "directory to write", required=True)
     settings.run(main)

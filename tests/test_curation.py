@@ -278,6 +278,7 @@ def command(world, out, *arguments, model=True):
         sys.executable, "-m", "mmsr1_jax.curate", f"--out={out}", *given, *SMALL,
         f"--config.data.train=('{world / 'questions.parquet'}',)",
         f"--config.run.rollouts={ROLLOUTS}", f"--config.tools.index={world / 'index'}",
+        "--config.tools.text=local", "--config.tools.image=local",
         *arguments,
     ]  # fmt: skip
 
@@ -364,7 +365,7 @@ def test_what_is_left_behind(world, unbroken):
 
 def test_sft_reads_it(world, unbroken, tmp_path):
     out, _ = unbroken
-    config = runpy.run_path(str(ROOT / "configs" / "tiny.py"))["get_config"]()
+    config = runpy.run_path(str(ROOT / "tests" / "small_config.py"))["get_config"]()
     config.data.train, config.data.max_bad_rows = (str(out / "sft.jsonl"),), 0
     processor = Processor.from_directory(world / "policy")
     path = tmp_path / "stories.jsonl"

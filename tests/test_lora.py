@@ -158,6 +158,7 @@ def test_no_float32_copy_of_the_policy(tiny_dir, one_device):
     assert kernels.isdisjoint(x.shape for x in jax.tree.leaves((one.trained, one.optimizer)))
 
 
+@pytest.mark.proof
 def test_a_gradient_holds_no_product_of_the_factors():
     """In the compiled program no matrix product, however its axes lie, is as large as a kernel."""
     batches = packing.pack(samples_of(CONFIG), CONFIG, packing.RowShape(1, 130, 10))
@@ -172,6 +173,7 @@ def test_a_gradient_holds_no_product_of_the_factors():
     assert (wide, inner) not in products(**EVERYWHERE)
 
 
+@pytest.mark.proof
 def test_eight_devices():
     batches = packing.RowShape(8, 128, 16)
     one = learner(CONFIG, grad_clip=0.0, **EVERYWHERE)
@@ -259,6 +261,7 @@ def test_updates_equal_torch(tmp_path):
     assert max(worst.values()) <= 1e-5, max(worst, key=worst.get)
 
 
+@pytest.mark.proof
 def test_the_merge_command(tiny_dir, tmp_path):
     config = settings.Config(update=settings.Update(**EVERYWHERE))
     mesh = sharding.make_mesh(1, 4, 2)

@@ -25,16 +25,8 @@ from jax.sharding import Mesh
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL, checkpoint
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
 from mmsr1_jax.models.qwen2_5_vl.layers import Adapter, Linear
+from mmsr1_jax.rl.lora_targets import TARGETS
 from mmsr1_jax.sharding import param_shardings
-
-# Linear maps that can have an adapter, by their names in the settings.
-TARGETS: dict[str, tuple[str, ...]] = {
-    **{name: ("text", "layers", "attention", name) for name in ("q", "k", "v", "out")},
-    **{name: ("text", "layers", "mlp", name) for name in ("gate", "up", "down")},
-    **{f"vision.{name}": ("vision", "blocks", "attention", name) for name in ("qkv", "out")},
-    **{f"vision.{name}": ("vision", "blocks", "mlp", name) for name in ("gate", "up", "down")},
-}
-TEXT_TARGETS = tuple(name for name in TARGETS if not name.startswith("vision."))
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PEFT's wrapper, before the names that modules have in memory
