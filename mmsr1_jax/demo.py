@@ -32,7 +32,6 @@ NEEDLESS = "free"  # the category of questions that need no search (`data/tiny_w
 _CURVES = {
     "reward and accuracy": ("reward", "accuracy"),
     "episodes that search": ("search/any", "search/text", "search/image", "search/both"),
-    "episodes that search, by category": "search/",
 }
 
 
@@ -108,11 +107,11 @@ def draw(runs: Sequence[pathlib.Path], file: pathlib.Path) -> None:
     from matplotlib import pyplot
 
     found = [metrics.read(run / "metrics.jsonl") for run in runs]
-    figure, panels = pyplot.subplots(1, len(_CURVES), figsize=(15, 4.2), layout="constrained")
-    for panel, (title, names) in zip(panels, _CURVES.items(), strict=True):
-        if isinstance(names, str):
-            known = {name for name in found[0][-1] if name.startswith(names)}
-            names = sorted(known - {*itertools.chain(*_CURVES.values()), "search/none"})
+    kinds = {*itertools.chain(*_CURVES.values()), "search/none"}
+    of_categories = {name for name in found[0][-1] if name.startswith("search/")} - kinds
+    curves = _CURVES | {"episodes that search, by category": sorted(of_categories)}
+    figure, panels = pyplot.subplots(1, len(curves), figsize=(15, 4.2), layout="constrained")
+    for panel, (title, names) in zip(panels, curves.items(), strict=True):
         for place, name in enumerate(names):
             for number, steps in enumerate(found):
                 points = [(step["step"], step[name]) for step in steps if name in step]

@@ -21,6 +21,7 @@ from mmsr1_jax.processor import Processor
 from mmsr1_jax.report import page, pictures, reader, records
 from mmsr1_jax.rollout import turns
 from mmsr1_jax.rollout.episode import Episode, Example, Segment, ToolCall
+from tests.browser import chromium, violations
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HOSTILE = (
@@ -28,7 +29,6 @@ HOSTILE = (
     " javascript:alert(1)"
 )
 PAGE = "https://example.org/bridge?a=1&b=%3Cscript%3E"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 CATEGORIES = ("search_free", "search_required", "<b>odd</b>")
 FIGURES = (
     *("reward", "accuracy", "searches", "turns", "tokens", "tokens_sampled", "accuracy/free"),
@@ -417,13 +417,8 @@ SEEN = """new Promise((resolve) => {
 
 @pytest.fixture(scope="module")
 def browser():
-    if CHROMIUM is None:
-        pytest.skip("no chromium to look at the page with")
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright")
-    with playwright.sync_playwright() as started:
-        found = started.chromium.launch(executable_path=CHROMIUM)
+    with chromium() as found:
         yield found
-        found.close()
 
 
 @pytest.fixture
@@ -624,12 +619,8 @@ def test_overview(opened, directory):
      ("#episode-1", "dark", 1440), ("#episode-3", "light", 390)],
 )  # fmt: skip
 def test_accessibility(opened, view, scheme, width):
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe-core")
     tab = opened(view, color_scheme=scheme, viewport={"width": width, "height": 900})
     for node in tab.locator("main details:visible").all()[:4]:
         unfold(node)
-    found = axe.Axe().run(tab).response["violations"]
-    serious = [(one["id"], one["nodes"][0]["html"], one["nodes"][0]["failureSummary"])
-               for one in found if one["impact"] in ("serious", "critical")]  # fmt: skip
-    assert not serious
+    assert not violations(tab)
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")  # nothing sticks out
