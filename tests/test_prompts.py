@@ -106,3 +106,14 @@ def test_two_pickles_for_one_prompt(tmp_path):
     (tmp_path / "round_1_user_prompt_other.pkl").write_bytes(pickle.dumps("x"))
     with pytest.raises(prompts.PromptsError, match="Keep one of them"):
         prompts.load(tmp_path)
+
+
+def test_the_agent_has_a_question_of_its_own(tmp_path):
+    """Else it would be the trained workflow under another name."""
+    published(tmp_path)
+    with pytest.raises(prompts.PromptsError, match="agent/question.txt"):
+        prompts.load(tmp_path, "agent")
+    (tmp_path / "agent").mkdir()
+    (tmp_path / "agent" / "question.txt").write_text("Search! {question} {images}")
+    assert prompts.load(tmp_path, "agent")["question"] == "Search! {question} {images}"
+    assert prompts.load(tmp_path, "rag")["question"] == prompts.load(tmp_path)["question"]

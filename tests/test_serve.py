@@ -6,6 +6,7 @@ import base64
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -21,6 +22,7 @@ import time
 import zlib
 
 import httpx
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -336,12 +338,21 @@ def test_who_leaves_an_episode_under_way_leaves_no_lane_behind(engine, alone):
         wait_for(lambda: not any(desk._under_way))
 
 
-def test_an_engine_that_fails_goes_on(engine, alone, monkeypatch, caplog):
+def _gone(device, *args, **keywords):
+    """A program that fails after it was given lanes and store."""
+    for buffer in jax.tree.leaves((device._lanes, device._store)):
+        buffer.delete()
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("where", ["decode", "_encode"])
+def test_an_engine_that_fails_goes_on(engine, alone, monkeypatch, caplog, where):
     with served(engine) as (url, _, gate):
         gate.open()
         with monkeypatch.context() as patch:
             for one in engine.engines:
-                patch.setattr(one.device, "decode", lambda *args, **keywords: 1 / 0)
+                one.device.reset()  # no picture has been encoded yet
+                patch.setattr(one.device, where, functools.partial(_gone, one.device))
             events = ask(url, QUESTIONS[0], PICTURES[0])
         assert events[-1]["event"] == "failed" and "ZeroDivision" not in events[-1]["error"]
         assert "ZeroDivisionError" in caplog.text

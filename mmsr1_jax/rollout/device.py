@@ -93,17 +93,18 @@ class Device:
         self.model_config = model.config
         self.stops = stops
         self._windows = config.buckets.image_windows
-        self._kept: OrderedDict[str, np.ndarray] = OrderedDict()
-        self._free = list(range(self.config.image_tokens))
         self._graph, params = nnx.split(model)
         self._layout = jax.tree.map(lambda x: x.sharding, params)
         self._dtype = model.dtype
 
+        # Without the arrays, which are not to be kept once others are loaded.
+        like = nnx.merge(self._graph, jax.eval_shape(lambda: params))
+
         def empty():
-            store = (self.config.image_tokens, model.config.text.hidden_size)
+            store = (self.config.image_tokens, like.config.text.hidden_size)
             return (
-                cache.allocate(model, self.config.lanes, capacity),
-                jnp.zeros(store, self._dtype),
+                cache.allocate(like, self.config.lanes, capacity),
+                jnp.zeros(store, like.dtype),
             )
 
         self._place = _places(jax.eval_shape(empty)[0], jax.tree.leaves(self._layout)[0])
@@ -112,12 +113,20 @@ class Device:
         # All of it is made in its place (another engine may fill the first device), and pinned to
         # it, as what the programs return is: else each would be compiled twice. Where nothing has
         # to be changed, the model's own arrays are used.
-        self._lanes, self._store = jax.jit(empty, out_shardings=(self._place, everywhere))()
+        self._empty = jax.jit(empty, out_shardings=(self._place, everywhere))
+        self.reset()
         self._allowed = jax.device_put(allowed, everywhere)
         self._next_state = jax.device_put(stops.next_state, everywhere)
         self._params = jax.device_put(params, self._layout)
         if any(x.dtype != self._dtype for x in jax.tree.leaves(params)):
             self.load(params)
+
+    def reset(self) -> None:
+        """Empty lanes and an empty store, as at the beginning: a program that failed may have left
+        neither behind."""
+        self._lanes = self._store = None  # their memory is free before it is taken again
+        self._lanes, self._store = self._empty()
+        self._forget()
 
     def _compile(self) -> None:
         """Makes the programs; each compiles when it first meets a shape."""
@@ -175,7 +184,11 @@ class Device:
         """The second half of `load`; memory is shared where the engine's devices have it all."""
         self._params = place(prepared, self._layout)
         self._lanes = self._wipe_program(self._lanes)
-        self._kept.clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        """All encoded images."""
+        self._kept: OrderedDict[str, np.ndarray] = OrderedDict()
         self._free = list(range(self.config.image_tokens))
 
     def _relayout(self, mesh: Mesh | None):
@@ -224,7 +237,6 @@ class Device:
             while len(self._free) < self._size(image):
                 self._free += self._kept.popitem(last=False)[1].tolist()  # the longest unused
             slots = np.array([self._free.pop() for _ in range(self._size(image))], np.int32)
-            self._kept[digest] = slots
             windows = num_windows(image.grid, self.model_config.vision)
             windows = smallest("image windows", windows, self._windows, "image_windows")
             by_windows.setdefault(windows, []).append((image, slots))
@@ -232,6 +244,7 @@ class Device:
             rows = self._encode_rows(windows)
             for first in range(0, len(found), rows):
                 self._encode(windows, found[first : first + rows])
+                self._kept |= {image.digest: slots for image, slots in found[first : first + rows]}
         self.counts.images += len(missing)
         nothing = np.zeros(0, np.int32)
         return [

@@ -8,7 +8,8 @@ is. Else it is cut off after its reasoning, the action's tag is put there, and t
     <reason>..</reason> <text_search>Eiffel Tower built</text_search>
 
 So it meets the tokens of its own turns in their usual order, and no instruction has to be followed.
-What was forced carries no loss, as other forced tokens.
+What was forced carries no loss, as other forced tokens. Where it writes no query, the question is
+the query, cut to some words.
 """
 
 import re
@@ -17,6 +18,7 @@ from mmsr1_jax.rollout.turns import TAGS, WHOLE_IMAGE, Action
 
 _TAG = re.compile("|".join(f"</?{tag}>" for tag in TAGS.values()))
 _REASON, _REASON_ENDS = "<reason>", "</reason>"
+_QUERY_WORDS = 32
 
 
 def opened(text: str, action: Action) -> tuple[int, str]:
@@ -42,12 +44,17 @@ def opened(text: str, action: Action) -> tuple[int, str]:
     return stay, f"{follows} <{name}>{inside}"
 
 
-def closed(text: str, action: Action) -> tuple[int, str]:
+def closed(text: str, action: Action, question: str) -> tuple[int, str]:
     """The same for an action that was opened and not closed.
 
     Args:
       text: that the policy wrote after the opening tag.
       action: that it is to close.
+      question: of the episode.
     """
     tag = _TAG.search(text)
-    return tag.start() if tag else len(text), f"</{TAGS[action]}>"
+    stay = tag.start() if tag else len(text)
+    query = ""
+    if action == "text_search" and not text[:stay].strip():
+        query = " ".join(_TAG.sub(" ", question).split()[:_QUERY_WORDS])
+    return stay, f"{query}</{TAGS[action]}>"

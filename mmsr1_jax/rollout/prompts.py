@@ -74,7 +74,13 @@ def load(directory: str | pathlib.Path | None = None, workflow: str = "") -> dic
             f"{directory}: neither {', '.join(_FIELDS)} as .txt, nor pickled prompts"
         )
     if workflow:
-        replaced |= _texts(directory / workflow)
+        own = _texts(directory / workflow)
+        if workflow == "agent" and "question" in replaced.keys() - own.keys():
+            raise PromptsError(
+                f"{directory}: has a question prompt of its own, so the workflow agent, which is "
+                "told apart by that alone, wants one too: agent/question.txt"
+            )
+        replaced |= own
     for name, text in replaced.items():
         (needed, allowed), used = _FIELDS[name], _FIELD.findall(text)
         for field in needed:

@@ -133,6 +133,7 @@ class Desk:
                     lost, self._under_way[number] = self._under_way[number], set()
                 for question in lost:
                     question.tell("failed")
+                self._engines[number].device.reset()
 
     def _wait(self, number: int) -> bool:
         """Until there is a question for an engine; False: there will be none."""

@@ -86,13 +86,13 @@ def search(latency: bool):
     return {"text_search": call}
 
 
-class Rounds(engine_module._Run):
+class Rounds(engine_module.Run):
     """The same engine, held to rounds: all lanes begin together, and each turn waits for the
     slowest tool of the round before."""
 
     def _take_answers(self, wait: bool) -> None:
         if not self._turn and not self._unwritten():
-            while len(self._engine._background):
+            while len(self._engine.background):
                 super()._take_answers(True)
 
     def _admit(self):
@@ -101,11 +101,11 @@ class Rounds(engine_module._Run):
 
 @contextlib.contextmanager
 def held_to_rounds():
-    free, engine_module._Run = engine_module._Run, Rounds
+    free, engine_module.Run = engine_module.Run, Rounds
     try:
         yield
     finally:
-        engine_module._Run = free
+        engine_module.Run = free
 
 
 def timed_rollout(engine: Engine, count: int, seed: int = 0) -> tuple[float, list[Episode]]:
