@@ -1,5 +1,5 @@
-"""Qwen2.5-VL-3B on one node of eight accelerators with 80 GB each: as `qwen7b.py` (`:paper` and
-`:script` too), but for what its size changes."""
+"""Qwen2.5-VL-3B on one node of eight accelerators with 80 GB each: as `qwen7b.py` (its
+variants too), but for what its size changes."""
 
 import pathlib
 import runpy

@@ -1,5 +1,5 @@
 """Qwen2.5-VL-7B with LoRA on one node of eight accelerators with 80 GB each: as `qwen7b.py`
-(`:paper` and `:script` too), but for what LoRA changes."""
+(its variants too), but for what LoRA changes."""
 
 import pathlib
 import runpy
@@ -22,6 +22,6 @@ def get_config(variant: str = "paper") -> Config:
     config.objective.reference = "device"  # adapters of zero, no second copy of the policy
     # The policy in bfloat16 without optimiser state or gradients: 2 GB a device in the place of 17.
     # That is room for more lanes, of 448 MiB each, and for the merged kernels, of 1.6 GB.
-    config.rollout.lanes = 104
-    config.rollout.rows = 80
+    config.rollout.lanes = 72
+    config.rollout.rows = 60
     return config

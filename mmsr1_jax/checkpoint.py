@@ -17,16 +17,21 @@ class Checkpoints:
 
     Args of the constructor:
       directory: made if need be.
-      keep: the latest that are kept; the best one is kept beside them.
+      keep: the latest that are kept; the best one is kept beside them. None: to read only, what
+        another process is just writing is left alone.
     """
 
-    def __init__(self, directory: str | pathlib.Path, *, keep: int):
-        best = _POLICIES.BestN(get_metric_fn=lambda metrics: metrics["score"], n=1)
+    def __init__(self, directory: str | pathlib.Path, *, keep: int | None):
+        best = _POLICIES.BestN(
+            get_metric_fn=lambda metrics: metrics["score"],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
         self._checkpointer = ocp.training.Checkpointer(
             pathlib.Path(directory).resolve(),
             save_decision_policy=_Always(),
             preservation_policy=_POLICIES.AnyPreservationPolicy([_POLICIES.LatestN(keep), best]),
-            cleanup_tmp_directories=True,  # of a save that was killed
+            cleanup_tmp_directories=keep is not None,  # of a save that was killed
         )
 
     @property

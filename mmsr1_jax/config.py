@@ -18,6 +18,14 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from mmsr1_jax import config_training, rewards
+from mmsr1_jax.config_tools import (
+    IMAGE_SEARCHES,
+    READERS,
+    STORE_MODES,
+    TEXT_SEARCHES,
+    Services,
+    Tools,
+)
 from mmsr1_jax.config_training import Data, Objective, Run, Update
 from mmsr1_jax.evaluation.workflows import WORKFLOWS
 from mmsr1_jax.models.attention import IMPLEMENTATIONS
@@ -25,10 +33,6 @@ from mmsr1_jax.rewards import Rewards
 
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "dots", "full")
-TEXT_SEARCHES = ("auto", "none", "local", "serpapi", "serper", "searxng", "retrieval")
-IMAGE_SEARCHES = ("auto", "none", "local", "serpapi", "serper", "fvqa")
-READERS = ("none", "local", "jina")
-STORE_MODES = ("use", "record", "replay")
 
 
 class ConfigError(ValueError):
@@ -161,97 +165,6 @@ class Turns:
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class Tools:
-    """Search tools, and what of their answers reaches the policy.
-
-    Attributes:
-      text: what searches for text: `none`, `local` (the index), or a service: `serpapi`, `serper`,
-        `searxng`, `retrieval`. `auto`: `local` if there is an index, else `none`.
-      image: what searches for pictures: `none`, `local`, `serpapi`, `serper`, or `fvqa` (the
-        published cache); `auto` as above.
-      index: a local index (`mmsr1_jax.index`), or a directory with a `pages.jsonl`.
-      image_model: HF directory whose vision tower made the index (`--model`): the local image
-        search then goes by its embeddings. None: by perceptual hash.
-      results: of one search, at most.
-      result_chars: characters of text in one result; the rest is cut off.
-      max_pixels: bound on a retrieved picture, in pixels.
-      seconds: time limit of a call.
-      episode_seconds: time that an episode may spend waiting for tools; after that no tool is
-        called for it, and its searches fail at once.
-    """
-
-    text: str = "auto"
-    image: str = "auto"
-    index: str | None = None
-    image_model: str | None = None
-    results: int = 5
-    result_chars: int = 4000
-    max_pixels: int = 224 * 224
-    seconds: float = 60.0
-    episode_seconds: float = 180.0
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class Services:
-    """Web services (`tools/services/`) and the store. Keys come from the environment only:
-    SERPAPI_API_KEY, SERPER_API_KEY, JINA_API_KEY, SUMMARISER_API_KEY, JUDGE_API_KEY; a
-    Redis password from STORE_PASSWORD.
-
-    Attributes:
-      serpapi_url, serper_url, jina_url: where they are.
-      searxng_url, retrieval_url: of one's own servers.
-      reader: what reads pages: `none` (their snippets have to do), `local`, or `jina`.
-      summariser_url: of an OpenAI-compatible server; None: the best paragraphs instead.
-      summariser_model: its name of the model.
-      judge_url: of an OpenAI-compatible server that says whether answers are right; None: they are
-        matched (`rewards.match`).
-      judge_model: its name of the model.
-      fvqa_cache: file of the published cache, pickle or JSON.
-      put_url, public_url: addresses to which a question's picture is put, and where a service
-        then finds it; `{name}` stands for its name, which else comes at the end. Credentials come
-        from PUBLISHER_AUTHORIZATION or PUBLISHER_QUERY in the environment.
-      allowed_hosts: `host` or `host:port` that pages and pictures are fetched from although it is
-        private; the services above may be anywhere.
-      seconds: time limit of a connection, and of each wait for data.
-      at_once: requests to a service at a time, by one process.
-      per_second: requests to a service; of all processes together where `store` is a Redis server.
-      limits: other numbers for some services, `NAME=PER_SECOND/AT_ONCE` each (names: see
-        `tools/make.py`).
-      attempts: of a request to a service. A page or picture that fails gives way to the next.
-      store: file that keeps what was found, or redis://host:port/database, which many hosts share
-        (`tools/redis_store.py`; one database for each account with the services); None: nothing is
-        kept.
-      store_mode: `use`, `record` or `replay` (`tools/store.py`).
-      store_days: after which `use` asks again.
-      store_max_bytes: of a file; a Redis server has its own setting, `maxmemory`.
-    """
-
-    serpapi_url: str = "https://serpapi.com"
-    serper_url: str = "https://google.serper.dev"
-    jina_url: str = "https://r.jina.ai"
-    searxng_url: str = "http://127.0.0.1:8888"
-    retrieval_url: str = "http://127.0.0.1:8000"
-    reader: str = "local"
-    summariser_url: str | None = None
-    summariser_model: str = "Qwen/Qwen3-32B"
-    judge_url: str | None = None
-    judge_model: str = "Qwen/Qwen3-32B"
-    fvqa_cache: str | None = None
-    put_url: str | None = None
-    public_url: str | None = None
-    allowed_hosts: tuple[str, ...] = ()
-    seconds: float = 20.0
-    at_once: int = 64
-    per_second: float = 50.0
-    limits: tuple[str, ...] = ()
-    attempts: int = 3
-    store: str | None = None
-    store_mode: str = "use"
-    store_days: float = 90.0
-    store_max_bytes: int = 20_000_000_000
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
 class Sampling:
     """How tokens are drawn.
 
@@ -377,6 +290,12 @@ def validate(config: Config) -> Config:
     mistake = config_training.mistake(config.data, config.objective, config.update, config.run)
     if mistake:
         raise ConfigError(f"config.{mistake}")
+    buffer = config.objective.overlong_buffer
+    if config.objective.overlong == "penalty" and buffer >= turns.tokens:
+        raise ConfigError(
+            f"config.objective.overlong_buffer={buffer} must be less than "
+            f"turns.tokens={turns.tokens}"
+        )
     if not config.eval.workflows:
         raise ConfigError("config.eval.workflows=() must not be empty")
     for name in config.eval.workflows:

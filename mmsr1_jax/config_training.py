@@ -75,7 +75,7 @@ class Objective:
       updates: of a step: its groups are dealt out to so many.
       overlong: what becomes of an episode whose tokens were used up: `keep`, `mask` (it carries no
         loss), `penalty` (it costs reward, more so the longer).
-      overlong_buffer: tokens before the limit from which on the penalty grows.
+      overlong_buffer: tokens before the limit, `turns.tokens`, from which on the penalty grows.
       refill: times that a step's groups without spread may be replaced by new ones (DAPO); 0: they
         stay.
     """

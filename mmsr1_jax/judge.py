@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from mmsr1_jax import rewards
@@ -55,7 +55,7 @@ class Verdict:
     Attributes:
       correct: it is.
       reason: the judge's, or why it was not asked, or how it failed.
-      by: `judge`, or `match`: exact match, see `rewards.exact_match`.
+      by: `judge`, or `match`, see `rewards.matches`.
     """
 
     correct: bool
@@ -64,7 +64,17 @@ class Verdict:
 
 
 class Judge:
-    """`model`: the server's name of the model; `max_tokens`: of what it replies."""
+    """A judge.
+
+    Args of the constructor:
+      model: the server's name of the model.
+      max_tokens: of what it replies.
+      pauses: seconds, each before what could not be asked for is asked again, where there is time
+        for that (`evaluation/asking.py`).
+
+    Attributes:
+      model, stored, pauses: as given.
+    """
 
     def __init__(
         self,
@@ -74,20 +84,29 @@ class Judge:
         base_url: str,
         model: str,
         max_tokens: int = 300,
+        pauses: Sequence[float] = (),
     ):
-        self._service, self._stored = service, stored
+        self.pauses, self.model, self.stored = tuple(pauses), model, stored
+        self._service, self._max_tokens = service, max_tokens
         self._url = f"{base_url}/v1/chat/completions"
-        self._model, self._max_tokens = model, max_tokens
         key = key_of(KEY, needed=False)
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
-    async def judge(self, question: str, golds: Sequence[str], answer: str | None) -> Verdict:
-        """`verdict`, but where the judge fails, exact match decides. Never raises WebError."""
+    async def judge(
+        self,
+        question: str,
+        golds: Sequence[str],
+        answer: str | None,
+        settings: rewards.Rewards | None = None,
+    ) -> Verdict:
+        """`verdict`, but where the judge fails, `rewards.matches` decides, by the settings or the
+        default ones. Never raises WebError."""
         try:
             return await self.verdict(question, golds, answer)
         except WebError as error:
-            reason = f"exact match decided, as the judge failed: {error}"
-            return Verdict(rewards.exact_match(answer, golds), reason, "match")
+            settings = settings or rewards.Rewards()
+            reason = f"{settings.match} decided, as the judge failed: {error}"
+            return Verdict(rewards.matches(answer, golds, settings), reason, "match")
 
     async def verdict(self, question: str, golds: Sequence[str], answer: str | None) -> Verdict:
         """Whether `answer` answers `question` as one of `golds` does.
@@ -108,17 +127,21 @@ class Judge:
         answer = _valid(answer)
         if _plain(answer) in map(_plain, golds):
             return Verdict(True, "a gold answer, word for word", "match")
-        key = json.dumps([self._model, question, golds, answer])
-        correct, reason = await self._stored.get(
+        key = json.dumps([self.model, question, golds, answer])
+        correct, reason = await self.stored.get(
             "verdict", key, lambda: self._ask(question, golds, answer)
         )
         return Verdict(correct, reason, "judge")
 
     async def _ask(self, question: str, golds: list[str], answer: str) -> tuple[bool, str]:
         """Raises WebError, also for a reply that is no verdict."""
+        return read_verdict(await self.chat(messages(question, golds, answer)))
+
+    async def chat(self, turns: Sequence[Mapping[str, str]]) -> str:
+        """What the model says next in a chat. Raises WebError."""
         body = {
-            "model": self._model,
-            "messages": messages(question, golds, answer),
+            "model": self.model,
+            "messages": turns,
             "temperature": 0,
             "max_tokens": self._max_tokens,
             "chat_template_kwargs": {"enable_thinking": False},  # see the summariser
@@ -126,7 +149,7 @@ class Judge:
         reply = await self._service.call(
             "POST", self._url, json=body, headers=self._headers, accept=JSON
         )
-        return read_verdict(said(reply.json()))
+        return said(reply.json())
 
 
 def messages(question: str, golds: Sequence[str], answer: str) -> list[dict[str, str]]:

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import statistics
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 
 from mmsr1_jax.rewards import Reward
@@ -21,6 +22,7 @@ def of_episodes(
       categories: of their questions; empty: none.
 
     Returns:
+      `errors`: those that could not be run; where there are others, of these
       `reward`, `accuracy`, `format`; `searches` an episode; `search/any`, `/text`, `/image`,
       `/both`, `/none`: shares of the episodes; `accuracy/CATEGORY`, `search/CATEGORY`; `turns`,
       `tokens` of an episode, `tokens_sampled`; `end/REASON`; `tool/calls`, `tool/failed` (share of
@@ -67,6 +69,19 @@ def of_episodes(
     return figures
 
 
+def check(also: str) -> None:
+    """Raises ValueError where `Log` could not write to what the settings name."""
+    if "wandb" in _names(also):
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            raise ValueError("config.run.log names wandb: pip install wandb") from None
+
+
+def _names(also: str) -> set[str]:
+    return {name.strip() for name in also.split(",")} - {""}
+
+
 class Log:
     """`metrics.jsonl`, a line a step, and what else the settings name.
 
@@ -83,7 +98,7 @@ class Log:
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
         os.replace(partial, self._path)
-        names = {name.strip() for name in also.split(",")} - {""}
+        names = _names(also)
         self._board = self._wandb = None
         if "tensorboard" in names:
             import tensorboardX
@@ -94,9 +109,12 @@ class Log:
         if "wandb" in names:
             import wandb
 
+            path = directory / "wandb_id"  # by which a run that is gone on with is the same one
+            if not path.is_file():
+                path.write_text(uuid.uuid4().hex)
             self._wandb = wandb.init(
-                project="mmsr1_jax", dir=directory, config=dict(config), id=directory.name,
-                resume="allow",
+                project="mmsr1_jax", dir=directory, config=dict(config), name=directory.name,
+                id=path.read_text(), resume="allow",
             )  # fmt: skip
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import itertools
 import pathlib
 import signal
@@ -63,6 +64,35 @@ def settings_of(
     return given, model
 
 
+# Settings on which what is learned depends, by part of the config; None: all of them.
+_LEARNED_BY: dict[str, tuple[str, ...] | None] = {
+    **dict.fromkeys(("images", "turns", "tools", "sampling", "rewards", "objective", "update")),
+    "data": ("train",),
+    "run": ("questions", "rollouts", "seed"),
+}
+
+
+def check_begun(workdir: pathlib.Path, given: settings.Config, model: str) -> None:
+    """Raises ValueError where a command with a config file names the directory of a run that has
+    saved something and was begun otherwise."""
+    path = workdir / "config.json"
+    if _no_config() or not path.is_file() or not any(workdir.glob("checkpoints/[0-9]*")):
+        return
+    there, model_there = run_settings.read(path)
+    found = [("model", model_there, model)]
+    for part, names in _LEARNED_BY.items():
+        then, now = getattr(there, part), getattr(given, part)
+        for name in names or [field.name for field in dataclasses.fields(then)]:
+            found.append((f"config.{part}.{name}", getattr(then, name), getattr(now, name)))
+    for name, then, now in found:
+        if then != now:
+            raise ValueError(
+                f"{workdir}: has a run that was begun with {name}={then}, not {now}; give another "
+                f"--workdir, or go on with it, changed, by --workdir={workdir} --{name}=.. and no "
+                "--config"
+            )
+
+
 def _no_config() -> bool:
     """Whether the command names no config file."""
     file = pathlib.Path(flags.FLAGS["config"].config_filename)
@@ -86,8 +116,14 @@ def load_policy(config: settings.Config, model_dir: str, mesh: Mesh) -> qwen2_5_
 def save_policy(
     learner: Learner, config: settings.Config, model_dir: str, workdir: pathlib.Path
 ) -> None:
-    """Writes what was trained: `policy/`, a HF directory, and with LoRA `adapter/`."""
-    update = config.update
+    """Writes what was trained: `policy/`, a HF directory, and with LoRA `adapter/`; unless that of
+    the last step is there."""
+    update, done = config.update, workdir / "policy_step"
+    there = done.is_file() and (workdir / "policy").is_dir()
+    if there and done.read_text() == str(config.run.steps):
+        print(f"{workdir / 'policy'}: the run is over, its policy is there", file=sys.stderr)
+        return
+    done.unlink(missing_ok=True)
     policy = learner.model()
     if update.lora_rank:
         lora.save(
@@ -96,6 +132,7 @@ def save_policy(
         )  # fmt: skip
         print(f"{workdir / 'adapter'}: what was trained", file=sys.stderr)
     qwen2_5_vl.save(policy, workdir / "policy", source=model_dir)
+    done.write_text(str(config.run.steps))
     print(f"{workdir / 'policy'}: the trained policy", file=sys.stderr)
 
 

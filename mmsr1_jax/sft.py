@@ -1,6 +1,6 @@
 """Teaches a policy to write as in given episodes: supervised, by the likelihood of their tokens.
 
-    python -m mmsr1_jax.sft --config=configs/qwen7b.py [--model=DIR] [--workdir=RUN] \\
+    python -m mmsr1_jax.sft --config=configs/qwen7b.py:sft [--model=DIR] [--workdir=RUN] \\
         --config.data.train="('stories.jsonl',)" [--config.field=value ..]
     python -m mmsr1_jax.sft --workdir=RUN        goes on with a run that was begun
 
@@ -45,6 +45,7 @@ def main(argv) -> int:
     try:
         workdir = running.workdir_of(_WORKDIR.value)
         config, model_dir = running.settings_of(workdir, _CONFIG.value, _MODEL.value)
+        running.check_begun(workdir, config, model_dir)
         return train(config, model_dir, workdir)
     except (ValueError, OSError) as error:  # settings, checkpoint, data, tools: said in one line
         sys.exit(f"error: {error}")
@@ -52,9 +53,9 @@ def main(argv) -> int:
 
 def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int:
     """Trains until the last step, or until SIGTERM; returns the exit code."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    run_settings.write(workdir / "config.json", config, model_dir)
     run, update = config.run, config.update
+    metrics.check(run.log)
+    workdir.mkdir(parents=True, exist_ok=True)
 
     # Policy
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
@@ -82,6 +83,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
             )
         bad = notes["bad"]
         print(f"{workdir}: goes on after step {begin}", file=sys.stderr)
+    run_settings.write(workdir / "config.json", config, model_dir)
     log = metrics.Log(workdir, run.log, step=begin, config=dataclasses.asdict(config))
     stop = running.StopSignal()
 
@@ -106,6 +108,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
             lost = not figures.pop("finite")
             bad = bad + 1 if lost else 0
             if bad >= update.bad_in_a_row:
+                bar.close()
                 path = running.write_batch(workdir, number, [packed])
                 print(f"error: {bad} updates in a row were not finite; what they were made from is "
                       f"in {path}", file=sys.stderr)  # fmt: skip
@@ -133,6 +136,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
                 tokens_s=f"{figures['time/tokens_a_second']:.0f}",
             )
             if last and number < run.steps:
+                bar.close()
                 checkpoints.close()
                 print(f"{workdir}: stopped after step {number}, which is saved; the same command "
                       "goes on", file=sys.stderr)  # fmt: skip

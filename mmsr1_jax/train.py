@@ -41,16 +41,13 @@ from mmsr1_jax.rollout.episode import Episode
 from mmsr1_jax.rollout.make import make_engine
 from mmsr1_jax.tools.make import make_judge
 
-_CONFIG = settings.define_flag()
-_MODEL = flags.DEFINE_string("model", None, "HF directory to begin with; else config.run.model")
-_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; else build/CONFIG")
-
 
 def main(argv) -> int:
     del argv
     try:
         workdir = running.workdir_of(_WORKDIR.value)
         config, model_dir = running.settings_of(workdir, _CONFIG.value, _MODEL.value)
+        running.check_begun(workdir, config, model_dir)
         return train(config, model_dir, workdir)
     except (ValueError, OSError) as error:  # settings, checkpoint, data, tools: said in one line
         sys.exit(f"error: {error}")
@@ -58,9 +55,11 @@ def main(argv) -> int:
 
 def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int:
     """Trains until the last step, or until SIGTERM; returns the exit code."""
-    (workdir / "episodes").mkdir(parents=True, exist_ok=True)
-    run_settings.write(workdir / "config.json", config, model_dir)
     run, objective, update = config.run, config.objective, config.update
+    metrics.check(run.log)
+    if not config.sampling.temperature > 0:
+        raise ValueError("config.sampling.temperature=0: training needs episodes that differ")
+    (workdir / "episodes").mkdir(parents=True, exist_ok=True)
 
     # Policy and engine
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
@@ -75,7 +74,13 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
         max_file_pixels=config.images.max_file_pixels,
     )
     questions = batches(source, run.questions, run.seed)
-    held_out = QuestionSource(config.data.validation) if config.data.validation else None
+    held_out = None
+    if config.data.validation:
+        held_out = QuestionSource(
+            config.data.validation,
+            max_bad_rows=config.data.max_bad_rows,
+            max_file_pixels=config.images.max_file_pixels,
+        )
 
     # Updates
     learner = Learner(
@@ -98,6 +103,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
         bad = notes["bad"]
         print(f"{workdir}: goes on after step {begin}", file=sys.stderr)
     engine.load(learner.params)
+    run_settings.write(workdir / "config.json", config, model_dir)
     log = metrics.Log(workdir, run.log, step=begin, config=dataclasses.asdict(config))
     stop = running.StopSignal()
 
@@ -107,15 +113,16 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
 
         with clock("rollout"):
             seed = (run.seed * 100_003 + number) % 2**31
-            groups, asked = roll_out(engine, questions, config, judge, seed=seed, number=number)
+            rolled = roll_out(engine, questions, config, judge, seed=seed, number=number)
 
         with clock("pack"):
-            parts = [groups[i :: objective.updates] for i in range(objective.updates)]
+            parts = [rolled.groups[i :: objective.updates] for i in range(objective.updates)]
             found = [
                 samples.samples_of(part, objective, config.turns.tokens, model.config, shape)
                 for part in parts
             ]
-            for reason in itertools.chain(*(odd for _, odd in found)):
+            left_out = list(itertools.chain(*(odd for _, odd in found)))
+            for reason in left_out:
                 print(f"step {number}: left out of the update, {reason}", file=sys.stderr)
             packed = [packing.pack(chosen, model.config, shape) for chosen, _ in found]
 
@@ -128,9 +135,12 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
         with clock("update"):
             sums = [learner.update(part, float(rate(number - 1))) for part in packed if part]
         updates = [samples.figures_of(one) for one in sums]
-        lost = sum(not one["finite"] for one in updates)
-        bad = bad + lost if lost == len(updates) and lost else 0
+        for one in updates:
+            bad = 0 if one["finite"] else bad + 1
+            if bad == update.bad_in_a_row:
+                break
         if bad >= update.bad_in_a_row:
+            bar.close()
             path = running.write_batch(workdir, number, packed)
             print(f"error: {bad} updates in a row were not finite; what they were made from is in "
                   f"{path}", file=sys.stderr)  # fmt: skip
@@ -140,22 +150,26 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
             engine.load(learner.params)
 
         # What happened
-        pairs = list(itertools.chain(*groups))
-        categories = [asked[episode.group].category for episode, _ in pairs]
-        figures = metrics.of_episodes([e for e, _ in pairs], [r for _, r in pairs], categories)
+        episodes, rewards = zip(*rolled.episodes, strict=True)
+        categories = [rolled.asked[episode.group].category for episode in episodes]
+        figures = metrics.of_episodes(episodes, rewards, categories)
+        figures["groups/asked"] = float(len(rolled.asked))
+        figures["groups/spread"] = rolled.spread / len(rolled.asked)
         for name in sorted({name for one in updates for name in one}):
             figures[f"update/{name}"] = float(np.mean([one[name] for one in updates]))
         figures["update/rate"] = float(rate(number - 1))
-        figures["update/lost"] = float(lost)
+        figures["update/lost"] = float(sum(not one["finite"] for one in updates))
+        figures["update/left_out"] = float(len(left_out))
         figures["update/packing"] = packing.efficiency(list(itertools.chain(*packed)))
-        write_episodes(workdir, number, pairs[: run.episodes], asked, engine)
-        last = number == run.steps or stop.is_set()
-        if held_out and run.validate_every and (number % run.validate_every == 0 or last):
+        write_episodes(workdir, number, rolled.usable[: run.episodes], rolled.asked, engine)
+        over = number == run.steps
+        if held_out and run.validate_every and (number % run.validate_every == 0 or over):
             with clock("validation"):
                 figures |= validate(engine, held_out, config, judge)
-        figures |= clock.figures(sum(len(episode) for episode, _ in pairs))
+        figures |= clock.figures(sum(len(episode) for episode in episodes))
         figures["time/compiled"] = float(compiles.count())
         log.write(number, figures)  # before the step is saved: a run goes on after both or neither
+        last = over or stop.is_set()
         if last or (run.save_every and number % run.save_every == 0):
             state = {"trained": learner.trained, "optimizer": learner.optimizer}
             notes = {"questions": questions.state(), "bad": bad}
@@ -166,7 +180,8 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
             search=f"{figures.get('search/any', 0):.2f}",
             tokens_s=f"{figures['time/tokens_a_second']:.0f}",
         )
-        if last and number < run.steps:
+        if last and not over:
+            bar.close()
             checkpoints.close()
             engine.close()
             print(f"{workdir}: stopped after step {number}, which is saved; the same command "
@@ -180,17 +195,39 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
     return 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Rolled:
+    """The episodes of a step.
+
+    Attributes:
+      groups: what the updates learn from, without episodes that could not be run.
+      episodes: all of the step, with their rewards.
+      asked: their questions, by `Episode.group`.
+      spread: of the groups that were asked for, those whose rewards differ.
+    """
+
+    groups: list[samples.Group]
+    episodes: list[tuple[Episode, Reward]]
+    asked: list[Question]
+    spread: int
+
+    @property
+    def usable(self) -> samples.Group:
+        """The episodes of the groups."""
+        return list(itertools.chain(*self.groups))
+
+
 def roll_out(
     engine: Engine, questions: Iterator[list[Question]], config: settings.Config,
     judge: Judge | None, *, seed: int, number: int,
-) -> tuple[list[samples.Group], list[Question]]:  # fmt: skip
-    """The groups of a step with their rewards, and their questions by `Episode.group`. Episodes
-    that could not be run are left out. With `objective.refill`, groups without spread give way to
-    new ones (DAPO, arXiv 2503.14476, section 3.2)."""
+) -> Rolled:  # fmt: skip
+    """The episodes of a step with their rewards. With `objective.refill`, groups without spread
+    give way to new ones (DAPO, arXiv 2503.14476, section 3.2)."""
     objective, run, limit = config.objective, config.run, config.turns.tokens
     kept: list[samples.Group] = []
     idle: list[samples.Group] = []
     asked: list[Question] = []
+    everything: list[tuple[Episode, Reward]] = []
     for attempt in range(objective.refill + 1):
         new = next(questions)
         sampling = dataclasses.replace(config.sampling, seed=(seed + attempt * 7919) % 2**31)
@@ -206,13 +243,15 @@ def roll_out(
             else:
                 groups[episode.group].append((episode, reward))
             episode.group += len(asked)
+            episode.number += len(everything)
         for group in groups:
-            teaches = not objective.refill or samples.has_spread(group, objective, limit)
-            (kept if teaches else idle).append(group)
+            (kept if samples.has_spread(group, objective, limit) else idle).append(group)
         asked += new
-        if len(kept) >= run.questions or not objective.refill:
+        everything += zip(episodes, rewards, strict=True)
+        if len(kept) >= run.questions:
             break
-    return (kept + idle)[: run.questions], asked
+    chosen = (kept + idle)[: run.questions] if objective.refill else groups
+    return Rolled(chosen, everything, asked, len(kept))
 
 
 def score(
@@ -227,7 +266,7 @@ def score(
 
         async def ask():
             return await asyncio.gather(*(
-                judge.judge(question.question, question.answers, episode.answer)
+                judge.judge(question.question, question.answers, episode.answer, config.rewards)
                 for episode, question in zip(episodes, asked, strict=True)
             ))  # fmt: skip
 
@@ -277,4 +316,7 @@ def _with(part: list[packing.TrainBatch], learner: Learner, field: str, trained)
 
 
 if __name__ == "__main__":
+    _CONFIG = settings.define_flag()
+    _MODEL = flags.DEFINE_string("model", None, "HF directory to begin with; else config.run.model")
+    _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; else build/CONFIG")
     settings.run(main)

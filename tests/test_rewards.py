@@ -342,7 +342,7 @@ def test_any_other_reply_is_an_error_and_exact_match_decides(server, reply):
     server.reply = reply
     verdict = ask(server.judge(), golds=["Tagus-River"], answer="the Tagus-River!")
     assert (verdict.correct, verdict.by) == (True, "match")
-    assert verdict.reason.startswith("exact match decided, as the judge failed: the verdict")
+    assert verdict.reason.startswith("EM decided, as the judge failed: the verdict")
     assert ask(server.judge(), answer="the Tagus").correct is False
 
 

@@ -54,7 +54,9 @@ def make_loss(objective: settings.Objective):
 
 
 def shaped_rewards(group: Group, objective: settings.Objective, limit: int) -> np.ndarray:
-    """float[G]: the rewards, less what overlong episodes cost; `limit`: tokens of an episode."""
+    """float[G]: the rewards, less what overlong episodes cost; `limit`: tokens of an episode, with
+    what it was shown: that is the room that is used up, and the policy chooses what to search for.
+    """
     rewards = np.array([reward.reward for _, reward in group], np.float64)
     if objective.overlong == "penalty":
         lengths = np.array([len(episode) for episode, _ in group])
