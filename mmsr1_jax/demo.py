@@ -60,6 +60,9 @@ def table(before: Sequence[Outcome], after: Sequence[Sequence[Outcome]], source:
     Args:
       before: of the policy before training.
       after: of each trained policy.
+
+    Raises:
+      ValueError: one of `after` has no episodes of a workflow, or of a category of `before`.
     """
     rows = {
         "direct": [_of(one, source, "direct") for one in after],
@@ -67,10 +70,18 @@ def table(before: Sequence[Outcome], after: Sequence[Sequence[Outcome]], source:
         "on demand, before": [_of(before, source, "on_demand")],
         "on demand, after": [_of(one, source, "on_demand") for one in after],
     }
+    if any(outcome.workflow == "agent" for outcome in itertools.chain(*after)):
+        rows["agent"] = [_of(one, source, "agent") for one in after]
     categories = sorted(rows["on demand, before"][0]["by_category"])
     head = ["workflow", "right", "searches a question", "search", *categories]
     body = []
     for name, found in rows.items():
+        for one, category in itertools.product(found, categories):
+            if category not in one["by_category"]:
+                raise ValueError(
+                    f"{name}: no episodes of --after about questions of {source!r} of the category "
+                    f"{category!r}, which --before has"
+                )
         parts = [[one["by_category"][category] for one in found] for category in categories]
         body.append([
             name,

@@ -11,7 +11,8 @@
 OUT holds `episodes.jsonl` (`evaluation/lines.py`) with the `pictures/` of the episodes, and
 `results.json`. An evaluation may be killed at any time; the same command goes on with it, and ends
 with the same results. `--rescore` decides anew which answers are right, without a policy: the judge
-is asked where it has not said anything, or another one did.
+is asked where it has not said anything, or another one did. Where a benchmark scores short forms of
+answers (MMLongBench-Doc), the judge's server is asked for those too (`evaluation/extraction.py`).
 """
 
 import pathlib
@@ -22,6 +23,7 @@ from absl import flags
 from mmsr1_jax import config as settings
 from mmsr1_jax import running
 from mmsr1_jax.evaluation.compare import compare_files
+from mmsr1_jax.evaluation.extraction import finish_documents
 from mmsr1_jax.evaluation.scoring import rescore
 from mmsr1_jax.evaluation.table import table
 
@@ -33,7 +35,10 @@ def main(argv) -> int:
             print(compare_files(_COMPARE.value))
             return 0
         if _RESCORE.value:
-            results = rescore(_CONFIG.value, pathlib.Path(_RESCORE.value), _OUT.value)
+            path = pathlib.Path(_RESCORE.value)
+            results = rescore(_CONFIG.value, path, _OUT.value)
+            out = path.parent if _OUT.value is None else pathlib.Path(_OUT.value)
+            results = finish_documents(_CONFIG.value, out, results)
         else:
             from mmsr1_jax.evaluation.run import evaluate  # only here: nothing else needs a model
 

@@ -12,9 +12,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from mmsr1_jax.config import Config, Eval
 from mmsr1_jax.data import DataError, write_parquet
-from mmsr1_jax.data.benchmarks import files, fit_pages, read, score
+from mmsr1_jax.data.benchmarks import files, fit_pages, page_processor, read, score
+from mmsr1_jax.evaluation.run import evaluate, line_of
 from mmsr1_jax.images import ImageProcessor, open_image
+from mmsr1_jax.rollout.episode import Episode
 
 TOKEN = 28 * 28  # pixels
 
@@ -210,11 +213,25 @@ def test_pages_are_left_out_only_where_the_least_size_does_not_fit(tmp_path, cap
     path = table(tmp_path / "a.parquet", slidevqa(5, pages=7))
     (question,) = read("slidevqa", path, page_tokens=7 * 4)
     assert len(question.images) == 7 and capsys.readouterr().err == ""
+    assert question.pages_left_out == 0
     (question,) = read("slidevqa", path, page_tokens=6 * 4 + 3)
-    assert len(question.images) == 6
+    assert len(question.images) == 6 and question.pages_left_out == 1
     assert "question 5: the last 1 pages left out" in capsys.readouterr().err
     with pytest.raises(DataError, match="the first page needs 4 tokens at the least"):
         list(read("slidevqa", path, page_tokens=3))
+
+
+def test_the_least_size_of_a_page_is_not_that_of_a_photograph(tmp_path):
+    path = table(tmp_path / "a.parquet", slidevqa(5))
+    policy = ImageProcessor(min_pixels=512 * 512, max_pixels=2 * 672 * 672)
+    (question,) = read("slidevqa", path, page_tokens=400, processor=policy)
+    assert len(question.images) == 20 and question.pages_left_out == 0
+    shown = page_processor(policy)
+    sizes = [open_image(image).size[::-1] for image in question.images]
+    assert [shown.target_size(*size) for size in sizes] == sizes
+    assert 300 < sum(height * width // TOKEN for height, width in sizes) <= 400
+    assert (shown.min_pixels, shown.max_pixels) == (56 * 56, policy.max_pixels)
+    assert page_processor(ImageProcessor(min_pixels=TOKEN)).min_pixels == TOKEN
 
 
 def test_documents_become_pictures_of_their_pages(tmp_path):
@@ -234,6 +251,8 @@ def test_documents_become_pictures_of_their_pages(tmp_path):
     assert score("mmlongbench")("2015.0", one) == 1 and score("mmlongbench")("2016", one) == 0
     (small, _) = read("mmlongbench", tmp_path, page_tokens=120)
     assert len(small.images) == 3 and 90 < tokens(small) <= 120
+    left_out = [q.pages_left_out for q in read("mmlongbench", tmp_path, page_tokens=7)]
+    assert left_out == [2, 2]  # two pages need eight tokens at the least
 
     (tmp_path / "samples.json").write_text(json.dumps(rows[:1]))  # as on GitHub
     (again,) = read("mmlongbench", tmp_path / "samples.json")
@@ -270,7 +289,6 @@ def test_verl_files_are_read_as_for_training(tmp_path, name, file, shared):
     assert write_parquet(tmp_path / f"{file}_test.parquet", questions) == len(questions)
     again = read(name, tmp_path)
     assert [q.answers for q in again] == [q.answers for q in questions]
-    assert score(name)(questions[0].answers[-1].upper(), questions[0]) == 1
 
 
 ROWS = {
@@ -365,6 +383,31 @@ def test_pictures_outside_the_folder_are_not_read(tmp_path, capsys):
     with pytest.raises(DataError, match="no question"):
         list(read("livevqa", path))
     assert "row 0: query_image" in capsys.readouterr().err
+
+
+def test_an_evaluation_does_not_go_on_with_other_questions(tmp_path, tiny_dir, processor):
+    """The first row's picture comes after the second question was answered, as number 0."""
+    policy, out = tmp_path / "policy", tmp_path / "out"
+    policy.mkdir()  # without parameters, so that nothing is answered
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        (policy / name).write_bytes((tiny_dir / name).read_bytes())
+    (tmp_path / "a.png").write_bytes(picture(1))
+    rows = [livevqa(3, query_image="late.png"), livevqa(4, query_image="a.png")]
+    (tmp_path / "qa.json").write_text(json.dumps(rows))
+    config = Config(eval=Eval(data=(str(tmp_path),), benchmark="livevqa"))
+    (question,) = read("livevqa", tmp_path)
+    out.mkdir()
+    made = Episode(example=question.example(), group=0, number=0, end="turns")
+    line = json.dumps(line_of(made, question, "direct", config, processor, out)) + "\n"
+    (out / "episodes.jsonl").write_text(line + line[:40])  # as a kill leaves it
+    with pytest.raises(ValueError, match=f"{policy}.*config.json"):
+        evaluate(config, policy, out)
+    (tmp_path / "late.png").write_bytes(picture(2))
+    with pytest.raises(
+        DataError, match="question 0 is '4' there, and now it is '3' .*qa.json, row 0"
+    ):
+        evaluate(config, policy, out)
+    assert (out / "episodes.jsonl").read_text() == line
 
 
 def test_pages_take_as_many_tokens_as_they_may():

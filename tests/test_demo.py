@@ -1,9 +1,16 @@
 """The demo's table says what happened: hand-made episodes with known figures."""
 
 import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
 
 from mmsr1_jax import demo
+from mmsr1_jax.data import tiny_world, write_parquet
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 KINDS = ("image_search", "text_search")
 
 
@@ -62,6 +69,20 @@ def test_table(tmp_path):
     )
 
 
+def test_a_category_that_is_not_there_after_training(tmp_path):
+    def workflows(categories):
+        return [
+            line(number, name, category, True, 1)
+            for name in ("direct", "rag", "on_demand")
+            for number, category in enumerate(categories)
+        ]
+
+    before = write(tmp_path / "before", workflows(["free", "both"]))
+    after = write(tmp_path / "after", workflows(["free"]))
+    with pytest.raises(ValueError, match="^direct: no episodes of --after .* the category 'both'"):
+        demo.table(before, [after], "held out")
+
+
 def test_curves(tmp_path):
     steps = [
         {"step": i, "reward": 0.1 * i, "accuracy": 0.1 * i, "search/any": 0.5, "search/text": 0.1,
@@ -71,3 +92,37 @@ def test_curves(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     demo.draw([tmp_path], tmp_path / "out" / "curves.png")
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.proof
+def test_the_table_is_that_of_evaluate(tmp_path):
+    """The tiny world's questions by all workflows: the demo's table has `evaluate`'s figures."""
+    world = tiny_world.World.make()
+    tiny_world.write_index(world, tmp_path / "index")
+    write_parquet(tmp_path / "q.parquet", tiny_world.questions(world, "heldout", 24))
+    subprocess.run(
+        [sys.executable, "-m", "mmsr1_jax.evaluate", "--config=configs/tiny.py",
+         f"--model={tiny_world.POLICY}", f"--config.tools.index={tmp_path / 'index'}",
+         f"--config.eval.data=('{tmp_path / 'q.parquet'}',)", f"--out={tmp_path / 'out'}",
+         "--config.eval.workflows=('direct', 'rag', 'on_demand', 'agent')"],
+        cwd=ROOT, check=True,
+    )  # fmt: skip
+    found = demo.outcomes(tmp_path / "out")
+    table = demo.table(found, [found], "tiny_world heldout").splitlines()
+    names = {"direct": "direct", "forced search": "rag", "on demand, before": "on_demand",
+             "on demand, after": "on_demand", "agent": "agent"}  # fmt: skip
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["workflows"]
+    rows = {row[:18].strip(): row[18:].split() for row in table[2:7]}
+    assert rows.keys() == names.keys()
+    for row, name in names.items():
+        one = results[name]
+        parts = [one["by_category"][category] for category in sorted(one["by_category"])]
+        assert len(parts) == 4
+        expected = [100 * one["accuracy"]["em"]["mean"], one["searches"]["an_episode"]]
+        expected.append(100 * one["searches"]["share"])
+        for part in parts:
+            expected += [100 * part["accuracy"]["em"]["mean"], 100 * part["searches"]["share"]]
+        shown = [float(cell) for cell in rows[row] if cell != "/"]
+        assert shown == pytest.approx(expected, abs=0.051), row
+    assert results["rag"]["searches"]["an_episode"] == 2
+    assert results["direct"]["searches"]["share"] == 0

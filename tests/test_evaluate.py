@@ -24,8 +24,9 @@ from starlette.routing import Route
 from mmsr1_jax import config as settings
 from mmsr1_jax import run_settings, running, sharding, tiny
 from mmsr1_jax.checkpoint import Checkpoints
+from mmsr1_jax.data import QuestionSource
 from mmsr1_jax.evaluation.compare import compare_files
-from mmsr1_jax.evaluation.run import parameters
+from mmsr1_jax.evaluation.run import evaluate, parameters
 from mmsr1_jax.evaluation.scoring import rescore
 from mmsr1_jax.evaluation.table import table
 from mmsr1_jax.evaluation.workflows import WORKFLOWS, limits_of
@@ -78,8 +79,17 @@ def test_where_an_action_is_opened(text, action, expected):
 
 @pytest.mark.parametrize("text", ["Paris", "Paris</search>", "Paris<answer>x</answer>"])
 def test_where_an_action_is_closed(text):
-    stay, follows = forcing.closed(text, "answer")
+    stay, follows = forcing.closed(text, "answer", "Which city?")
     assert text[:stay] + follows == "Paris</answer>"
+
+
+@pytest.mark.parametrize("text", ["", " ", "</text_search>", " <answer>x</answer>"])
+def test_a_query_that_is_not_written_is_the_question(text):
+    question = "Who built this?</text_search> " + 40 * "x "
+    stay, follows = forcing.closed(text, "text_search", question)
+    turn = turns.parse(f"<reason>r</reason> <text_search>{text[:stay]}{follows}")
+    assert turn.payload.strip() == "Who built this? " + 28 * "x " + "x"
+    assert forcing.closed("", "answer", question) == (0, "</answer>")
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +124,7 @@ def test_forced_turns_do_what_they_are_to_do(forced):
     for episode in forced["rag"]:
         wanted = ["image_search", "text_search", "answer"][not episode.example.images :]
         actions = [turn.action for turn in episode.turns]
-        empty = [turn.problem == "an empty query" for turn in episode.turns]
-        for action, want, nothing in zip(actions, wanted, empty, strict=False):
-            assert action == want or nothing
+        assert actions == wanted[: len(actions)]
         if episode.end == "answer":
             assert actions[-1] == "answer" and len(actions) >= len(wanted)
             begun += actions == wanted
@@ -324,6 +332,72 @@ def test_a_judge_that_is_not_there(shared, tmp_path):
     assert all(verdict["by"] == "match" for verdict in asked if verdict["correct"] is not None)
 
 
+# What an evaluation was begun with
+
+
+@pytest.fixture
+def begun(shared, tiny_dir, tmp_path):
+    """Settings, a policy without parameters, so that nothing is answered, and a directory in which
+    an evaluation was begun."""
+    policy, out = tmp_path / "policy", tmp_path / "out"
+    policy.mkdir()
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        shutil.copy(tiny_dir / name, policy / name)
+    shutil.copy(shared / "data" / "web_pages.jsonl", tmp_path / "pages.jsonl")
+    (tmp_path / "prompts").mkdir()
+    for name in ("question.txt", "agent/question.txt"):
+        (tmp_path / "prompts" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "prompts" / name).write_text("{images} {question}")
+    config = settings.Config()
+    config.eval.data = (str(shared / "data" / "fvqa_mini.parquet"),)
+    config.eval.workflows = ("on_demand", "agent")
+    config.turns.prompts = str(tmp_path / "prompts")
+    config.tools.index = str(tmp_path)
+    config.services.store = str(tmp_path / "store.sqlite")
+    for _ in range(2):  # begun, and gone on with
+        with pytest.raises(ValueError, match=f"{policy}.*config.json"):
+            evaluate(config, policy, out)
+    return config, policy, out
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("reader", "none"), ("summariser_url", "http://127.0.0.1:1"), ("summariser_model", "other"),
+        ("store_mode", "record"), ("fvqa_cache", "cache.json"), ("searxng_url", "http://127.0.0.1:2"),
+    ],
+)  # fmt: skip
+def test_services_are_part_of_what_an_evaluation_was_begun_with(begun, field, value):
+    config, policy, out = begun
+    setattr(config.services, field, value)
+    with pytest.raises(ValueError, match=f"begun there with services.{field}=.*not {value}"):
+        evaluate(config, policy, out)
+
+
+def test_so_are_prompts_and_what_is_searched(begun, tmp_path):
+    config, policy, out = begun
+    for path, name in (
+        (tmp_path / "pages.jsonl", "tools.files"),
+        (tmp_path / "prompts" / "agent" / "question.txt", "prompts.agent"),
+        (tmp_path / "prompts" / "question.txt", "prompts.on_demand"),
+    ):
+        data, times = path.read_bytes(), path.stat()
+        path.write_bytes(data + b"\n{} ")
+        with pytest.raises(ValueError, match=f"an evaluation was begun there with {name}="):
+            evaluate(config, policy, out)
+        path.write_bytes(data)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    for workflows in (("direct",), ("rag", "on_demand")):  # others may follow, each as it was begun
+        config.eval.workflows = workflows
+        with pytest.raises(ValueError, match=f"{policy}.*config.json"):
+            evaluate(config, policy, out)
+    (tmp_path / "prompts" / "direct").mkdir()
+    (tmp_path / "prompts" / "direct" / "question.txt").write_text("{images} {question}?")
+    config.eval.workflows = ("direct",)
+    with pytest.raises(ValueError, match="an evaluation was begun there with prompts.direct="):
+        evaluate(config, policy, out)
+
+
 # The command
 
 
@@ -379,7 +453,15 @@ def material(tmp_path_factory, shared):
     directory = tmp_path_factory.mktemp("evaluation")
     acting.write(directory / "policy")
     (directory / "config.py").write_text(CONFIG)
-    build(directory / "index", [shared / "data" / "web_pages.jsonl"])
+    known = json.loads((shared / "data" / "image_search_results.json").read_text("utf-8"))
+    photographs = []
+    for row in itertools.islice(QuestionSource(shared / "data" / "fvqa_mini.parquet"), 4):
+        (directory / f"{row.id}.img").write_bytes(row.images[0])
+        titles = [entry["title"] for entry in known.get(row.id, [])[:2]] or [row.question]
+        photographs.append(json.dumps({"image": f"{row.id}.img", "titles": titles}) + "\n")
+    (directory / "pictures.jsonl").write_text("".join(photographs))
+    pages = shared / "data" / "web_pages.jsonl"
+    build(directory / "index", [pages], [directory / "pictures.jsonl"])
     return directory
 
 
@@ -410,6 +492,11 @@ def test_killed_and_gone_on_with(shared, material, tmp_path, judge, rows):
     assert results["no_verdict"] == 0
     for line in lines:
         assert all((whole / path).is_file() for path in line["images"])
+    for line in lines[rows : rows + 2]:  # of rag: the question's photograph is in the index
+        (found,) = [call for call in line["calls"] if call["action"] == "image_search"]
+        assert line["workflow"] == "rag" and found["status"] == "ok" and found["shown"] >= 1
+        (reply, *_) = [s["text"] for s in line["segments"] if s["kind"] == "tool"]
+        assert "<|image_pad|>" in reply and len(line["images"]) == 1 + reply.count("<|vision_end|>")
 
     again = command(*arguments, f"--out={parts}")
     for count in (3 * rows,) if rows < 26 else (1, rows, 3 * rows):
@@ -442,6 +529,32 @@ def test_a_run_is_measured_by_its_own_settings(shared, material, tmp_path):
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
     assert results["workflows"]["direct"]["questions"] == 1 and len(results["workflows"]) == 1
     assert results["made_with"]["model"] == str(tmp_path / "policy")
+
+
+def test_a_checkpoint_of_a_run_is_measured(shared, material, tmp_path):
+    """All its parameters are 0, so that all tokens are equally likely, and one is always taken."""
+    config = runpy.run_path(str(material / "config.py"))["get_config"]()
+    run_settings.write(tmp_path / "config.json", config, str(material / "policy"))
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    policy = running.load_policy(config, material / "policy", mesh)
+    trainer = Learner(policy, make_loss(config.objective), config.update, mesh)
+    state = {"trained": jax.tree.map(lambda x: 0 * x, trainer.trained)}
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(2, state | {"optimizer": trainer.optimizer}, {}, score=None)
+    checkpoints.close()
+    run(
+        command(
+            f"--workdir={tmp_path}", "--step=2", "--config.eval.workflows=('on_demand',)",
+            "--config.eval.rows=1", f"--config.eval.data=('{shared}/data/fvqa_mini.parquet',)",
+        )
+    )  # fmt: skip
+    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    assert results["made_with"]["checkpoint"] == [str(tmp_path), 2]
+    (line,) = read_lines(tmp_path / "evaluation" / "episodes.jsonl")
+    sampled = [segment for segment in line["segments"] if segment["kind"] == "model"]
+    assert len(sampled) == 3  # turns, all without an action
+    for values in ("tokens", "logprobs"):
+        assert len(set(itertools.chain(*(segment[values] for segment in sampled)))) == 1
 
 
 def test_the_command_scores_without_a_policy(shared, tmp_path):

@@ -17,6 +17,7 @@ from mmsr1_jax.config import Config, ConfigError, Eval, Turns, validate
 from mmsr1_jax.data import DataError
 from mmsr1_jax.evaluation import lines
 from mmsr1_jax.evaluation.compare import compare, compare_files, mcnemar
+from mmsr1_jax.evaluation.extraction import finish_documents
 from mmsr1_jax.evaluation.figures import Outcome, figures, interval, pass_at
 from mmsr1_jax.evaluation.run import Source, line_of
 from mmsr1_jax.evaluation.scoring import rescore, results_of
@@ -281,7 +282,9 @@ def test_unanswerable_questions_have_an_f1(tmp_path):
             for n, said, gold, kind, score in some
         )
     )
-    assert rescore(Config(), path, None)["f1"] == {"direct": pytest.approx(2 / 3)}
+    found = finish_documents(Config(), tmp_path, rescore(Config(), path, None))
+    assert found["f1"] == {"direct": pytest.approx(2 / 3)}
+    assert found["scored"] == "answers as they are" and found["no_extraction"] == 0
 
 
 @pytest.mark.parametrize(
@@ -352,6 +355,12 @@ def test_the_table_and_a_comparison_of_files(tmp_path):
     said = compare_files([str(tmp_path / "a"), str(tmp_path / "b")])
     assert f"{tmp_path / 'a'}:direct - {tmp_path / 'b'}:direct: +100.0" in said.splitlines()[0]
     assert len(said.splitlines()) == 2  # by EM and SubEM
+    for name in ("10:30", "rag"):  # a colon in a name, and a workflow's
+        (tmp_path / "a").rename(tmp_path / name)
+        said = compare_files([f"{tmp_path / name}:direct", f"{tmp_path / 'b'}:direct"])
+        assert said.startswith(f"{tmp_path / name}:direct - {tmp_path / 'b'}:direct: +100.0")
+        assert compare_files([str(tmp_path / name), str(tmp_path / "b")]) == said
+        (tmp_path / name).rename(tmp_path / "a")
     with pytest.raises(ValueError, match="no episode of rag"):
         compare_files([f"{tmp_path / 'a'}:rag", f"{tmp_path / 'b'}:direct"])
     with pytest.raises(ValueError, match="two directories"):

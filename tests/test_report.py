@@ -197,7 +197,7 @@ def test_an_episode_as_a_record(processor, tmp_path):
     )
     folder = tmp_path / "episodes"
     line = written(episode, processor, folder, ["x"], category="c")
-    known = pictures.Pictures()
+    known = pictures.Pictures(tmp_path)
     record = records.record(line, folder, known, processor.token_bytes(), step=4)
     assert record["pictures"] == [0, 1] and record["prompt"].count(0) == 1
     assert record["actions"] == "image,answer" and record["correct"] == 1.0
@@ -267,7 +267,11 @@ def test_what_evaluations_add(processor, tmp_path):
     scored = read(judged | {"score": 0.25})
     assert scored["correct"] == 0.25 and scored["verdicts"][0] == ["score", "0.25"]
     silent = read(line | {"judge": {"correct": None, "reason": "timed out"}})
-    assert silent["correct"] == 0.0 and ["reason", "timed out"] in silent["verdicts"]
+    assert silent["reward"]["correct"] == 0.0 and silent["correct"] is None  # what it did not say
+    assert ["reason", "timed out"] in silent["verdicts"]
+    assert "judge" not in dict(silent["verdicts"])
+    assert read(line | {"judge": None})["correct"] == 0.0  # it was not asked
+    assert read(line | {"judge": {"correct": None}, "score": 0.5})["correct"] == 0.5
     bare = read({"segments": [], "turns": line["turns"]})  # answers of which only texts are known
     assert bare["correct"] is None and bare["turns"][0]["pieces"] == []
 
@@ -297,7 +301,7 @@ def test_pictures_are_held_once_and_bounded(tmp_path, monkeypatch):
     (tmp_path / "bad.png").write_bytes(b"no picture")
 
     def encode():
-        known = pictures.Pictures()
+        known = pictures.Pictures(tmp_path)
         for name in ("copy", "b", "bad", "none", "c"):
             known.number(tmp_path / f"{name}.png", pictures.RESULT)
         assert known.number(tmp_path / "copy.png", pictures.QUESTION) == 0
@@ -312,6 +316,67 @@ def test_pictures_are_held_once_and_bounded(tmp_path, monkeypatch):
     data, missing = encode()
     assert data["of"] == [0, None, None, None, None, 0]  # the questions' first
     assert missing[-1].startswith("2 pictures: ")
+
+
+@pytest.fixture
+def private(tmp_path):
+    """A run, and a picture that is not of it."""
+    (tmp_path / "run" / "episodes").mkdir(parents=True)
+    (tmp_path / "run" / "pictures").mkdir()
+    PIL.Image.new("RGB", (56, 56), (200, 10, 10)).save(tmp_path / "private.png")
+    PIL.Image.new("RGB", (56, 56), (10, 200, 10)).save(tmp_path / "run" / "pictures" / "own.png")
+    return tmp_path
+
+
+def shown(run, names, source=None, allowed=None):
+    """Whether each picture is shown that a run's lines name, and what is said of the others."""
+    text = "<|vision_start|><|image_pad|><|vision_end|>"
+    line = {"segments": [{"kind": "prompt", "text": text, "tokens": [1]}], "turns": [],
+            "image_grids": [[1, 2, 2]], "question": "Q"}  # fmt: skip
+    path = run / "episodes" / "000001.jsonl"
+    path.write_text("".join(json.dumps(line | {"images": [name]}) + "\n" for name in names))
+    found = reader.read(source or run, 100, shown=allowed)
+    assert len(found.episodes) == len(names) and not found.skipped
+    data, missing = found.pictures.encode()
+    of = [data["of"][episode["pictures"][0]] for episode in found.episodes]
+    return [place is not None for place in of], missing
+
+
+def test_pictures_of_others_are_not_shown(private):
+    run = private / "run"
+    (run / "pictures" / "link.png").symlink_to(private / "private.png")
+    names = ["../pictures/own.png", str(run / "pictures" / "own.png"), str(private / "private.png"),
+             "../../private.png", "../pictures/../../private.png", "../pictures/link.png",
+             "../../run/pictures/own.png", "../../nowhere.png"]  # fmt: skip
+    got, missing = shown(run, names)
+    assert got == [True, True, False, False, False, False, True, False]
+    assert len(missing) == 5
+    assert all("not in the directory that is read; --pictures=DIR" in said for said in missing)
+    step = run / "episodes" / "000001.jsonl"
+    assert shown(run, names, source=step)[0] == got
+    assert shown(run, names, allowed=private)[0] == [True] * 7 + [False]
+
+
+def test_paths_that_are_no_file_are_missing(private):
+    """None of them ends the report, fills the memory, or waits for ever."""
+    run = private / "run"
+    os.mkfifo(run / "pictures" / "pipe.png")
+    (run / "pictures" / "round.png").symlink_to(run / "pictures" / "round.png")
+    with open(run / "pictures" / "large.png", "wb") as file:
+        file.truncate(10**9)  # nothing of it is on the disk
+    names = ["../pictures/own.png", "/dev/zero", "../pictures/pipe.png", "../pictures",
+             "../pictures/large.png", "../pictures/nothing.png", "a\0b.png", "\ud800.png",
+             "x" * 5000, "../pictures/round.png", ""]  # fmt: skip
+    got, missing = shown(run, names, allowed=pathlib.Path("/dev"))
+    assert got == [True] + [False] * 10
+    reasons = ["not a regular file", "not a regular file", "not a regular file",
+               "1000000000 bytes are more than 64000000", "No such file", "null", "surrogates",
+               "File name too long", "symbolic links", "not a regular file"]  # fmt: skip
+    for said, reason in zip(missing, reasons, strict=True):
+        assert reason in said
+    done = command(run, f"--out={private / 'r.html'}")
+    assert done.returncode == 0 and "11 of 11 episodes" in done.stdout, done.stderr[-3000:]
+    assert "/dev/zero: not in the directory that is read" in done.stderr
 
 
 def test_broken_lines_are_named(report, directory):
@@ -539,6 +604,30 @@ def test_filters(opened, directory):
     assert "No episode fits" in tab.locator("#episode").inner_text()
     tab.fill("#text", "")
     assert count.inner_text() == "1000 episodes"
+
+
+def test_what_the_judge_said_nothing_of_is_not_judged(browser, processor, tmp_path):
+    """Neither right nor wrong, whatever it was rewarded with."""
+    episode = episode_of(
+        processor, 0, texts=["<answer>x</answer>"], found=[], question="Q", images=[],
+        rng=np.random.default_rng(0),
+    )  # fmt: skip
+    line = written(episode, processor, tmp_path / "episodes", ["x"])
+    judge = {"correct": None, "reason": "no verdict: timed out", "by": "judge", "model": "m"}
+    lines = [line | {"judge": judge}, line]
+    path = tmp_path / "episodes" / "episodes.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    page.write(tmp_path / "r.html", reader.read(path, 10))
+    tab = browser.new_page()
+    tab.goto(f"{(tmp_path / 'r.html').as_uri()}#episode-1")
+    assert tab.locator("#episode .pill").inner_text() == "not judged"
+    assert "no verdict: timed out" in tab.locator("#episode .verdict").inner_text()
+    tab.select_option("#by-verdict", "open")
+    assert tab.locator("#count").inner_text() == "1 of 2 episodes"
+    tab.select_option("#by-verdict", "right")
+    assert tab.locator("#count").inner_text() == "1 of 2 episodes"
+    assert tab.locator("#episode .pill").inner_text() == "right"
+    tab.close()
 
 
 def test_keyboard(opened):

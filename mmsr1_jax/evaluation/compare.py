@@ -12,6 +12,7 @@ import numpy as np
 from mmsr1_jax.evaluation import lines
 from mmsr1_jax.evaluation.figures import MATCHES, Outcome, interval
 from mmsr1_jax.evaluation.table import compared
+from mmsr1_jax.evaluation.workflows import WORKFLOWS
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -107,9 +108,10 @@ def compare_files(names: Sequence[str]) -> str:
     """
     if len(names) != 2:
         raise ValueError(f"--compare: two directories are needed, not {len(names)}")
-    sides = [_outcomes(name) for name in names]
+    parted = [_parted(name) for name in names]
+    sides = [_outcomes(*one) for one in parted]
     pairs = list(itertools.product(*sides))
-    if not all(":" in name for name in names):
+    if not all(workflow for _, workflow in parted):
         pairs = [(name, name) for name in sides[0] if name in sides[1]]
     if not pairs:
         raise ValueError(f"--compare: no workflow is in both, {' and '.join(names)}")
@@ -119,14 +121,21 @@ def compare_files(names: Sequence[str]) -> str:
             outcomes = sides[0][a], sides[1][b]
             if all(any(o.right[match] is not None for o in side) for side in outcomes):
                 found = compare(*outcomes, match)
-                a_name, b_name = (n if ":" in n else f"{n}:{a}" for n in names)
+                (a_folder, _), (b_folder, _) = parted
+                a_name, b_name = f"{a_folder}:{a}", f"{b_folder}:{b}"
                 said.append(compared({"a": a_name, "b": b_name, **found}))
     return "\n".join(said)
 
 
-def _outcomes(name: str) -> dict[str, list[Outcome]]:
-    """By workflow, those of a directory of results, `DIR` or `DIR:workflow`."""
-    folder, _, workflow = name.partition(":")
+def _parted(name: str) -> tuple[str, str]:
+    """(DIR, workflow) of `DIR:workflow`, (DIR, "") of `DIR`, in which colons may be, too."""
+    folder, _, workflow = name.rpartition(":")
+    known = workflow in (*WORKFLOWS, lines.RECORDED)
+    return (folder, workflow) if folder and known else (name, "")
+
+
+def _outcomes(folder: str, workflow: str) -> dict[str, list[Outcome]]:
+    """By workflow, those of a directory of results; of all workflows where `workflow` is empty."""
     path = pathlib.Path(folder)
     found: dict[str, list[Outcome]] = {}
     for _, _, line in lines.scan(path / lines.EPISODES if path.is_dir() else path):

@@ -9,7 +9,10 @@ A line is what `train` writes of an episode (`data/stories.line_of`, and `answer
     em, subem            whether the answer is right, by match
     judge                {correct, reason, by, model}: what the judge said; `correct` is null where
                          it said nothing; null: it has not been asked
-    score, answer_format of a benchmark's: by its own rules, in [0, 1]
+    score, answer_format of a benchmark's with rules of its own: by them, in [0, 1]; null: no short
+                         form could be had, see `extraction`
+    extracted            see `extraction`
+    pages_left_out       of the question's document, for want of tokens
 
 Lines of recorded answers, {question, ground_truth, candidate_answers, turns: [{response, action}]},
 are read as well: their turns are parsed by the engine's parser.
@@ -19,6 +22,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -35,8 +39,14 @@ class LineError(ValueError):
     """A line that is no episode, with the reason."""
 
 
+class NotJsonError(LineError):
+    """A line that is no JSON, as one that was not written to its end."""
+
+
 def scan(path: pathlib.Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Yields (place in bytes, number from 1, line) of the lines of a file that are not blank.
+
+    A last line that was not written to its end is left out, with a word on stderr.
 
     Raises:
       DataError: one that is no episode; the message has file and line.
@@ -48,6 +58,10 @@ def scan(path: pathlib.Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
                 try:
                     yield place, number, parse(text, number)
                 except LineError as error:
+                    if isinstance(error, NotJsonError) and not text.endswith(b"\n"):
+                        print(f"{path}, line {number}: not written to its end; left out",
+                              file=sys.stderr)  # fmt: skip
+                        return
                     raise DataError(f"{path}, line {number}: {error}") from None
             place += len(text)
 
@@ -67,9 +81,9 @@ def parse(text: bytes, number: int) -> dict[str, Any]:
     try:
         line = json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise LineError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
+        raise NotJsonError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
     except (ValueError, RecursionError) as error:
-        raise LineError(f"not JSON ({error})") from None
+        raise NotJsonError(f"not JSON ({error})") from None
     if not isinstance(line, dict):
         raise LineError("must be an object")
     if "ground_truth" in line:
@@ -96,8 +110,8 @@ def outcome_of(line: Mapping[str, Any]) -> Outcome:
         sample=int(line["sample"]),
         id=str(line["id"]),
         question=str(line["question"]),
-        source=str(line["source"]),
-        category=str(line["category"]),
+        source=_printable(str(line["source"])),
+        category=_printable(str(line["category"])),
         right=right,
         reward=float(line["reward"]["reward"]),
         format=bool(line["reward"]["format"]),
@@ -175,6 +189,11 @@ def _recorded(line: Mapping[str, Any], number: int) -> dict[str, Any]:
         "tokens": in_all,
         "tokens_sampled": sum(sampled),
     }
+
+
+def _printable(text: str) -> str:
+    """Without halves of surrogate pairs, as JSON can hold them: they become question marks."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _said(error: Exception) -> str:

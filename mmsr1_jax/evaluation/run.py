@@ -3,16 +3,17 @@
 for each workflow:
     its rules            limits, prompts, what is forced
     episodes             by the engine, each a line as it ends
-    verdicts, figures    see `scoring`
+    verdicts, figures    see `scoring`, and of questions about documents `extraction`
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from flax import nnx
@@ -23,6 +24,7 @@ from mmsr1_jax import rewards, running, sharding
 from mmsr1_jax.checkpoint import Checkpoints
 from mmsr1_jax.data import DataError, Question, QuestionSource, benchmarks, stories
 from mmsr1_jax.evaluation import lines
+from mmsr1_jax.evaluation.extraction import finish_documents
 from mmsr1_jax.evaluation.lines import EPISODES
 from mmsr1_jax.evaluation.scoring import MADE_WITH, finish
 from mmsr1_jax.evaluation.workflows import WORKFLOWS, allowed, limits_of
@@ -35,7 +37,15 @@ from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.episode import Episode, Example
 from mmsr1_jax.rollout.make import make_engine, make_processor
 from mmsr1_jax.rollout.pool import EnginePool
+from mmsr1_jax.tools import local
 from mmsr1_jax.tools.make import make_judge
+
+# Of `config.services`, what episodes depend on.
+_SERVICES = (
+    "serpapi_url", "serper_url", "searxng_url", "retrieval_url", "jina_url", "reader",
+    "summariser_url", "summariser_model", "fvqa_cache", "allowed_hosts", "store", "store_mode",
+)  # fmt: skip
+_PROMPTS = "prompts."  # and a workflow: the digest of its texts
 
 
 def evaluate(
@@ -56,9 +66,15 @@ def evaluate(
         something else was begun.
     """
     out.mkdir(parents=True, exist_ok=True)
-    source = Source(config, make_processor(config, str(model_dir)).images)
+    images = make_processor(config, str(model_dir)).images
+    if config.eval.benchmark in benchmarks.OF_DOCUMENTS:
+        least = benchmarks.page_processor(images).min_pixels
+        shown = dataclasses.replace(config.images, min_pixels=least)
+        config = dataclasses.replace(config, images=shown)
+    source = Source(config, images)
     made_with = _made_with(config, source, model_dir, checkpoint)
-    _check_same(out / MADE_WITH, made_with)
+    made_with = _check_same(out / MADE_WITH, made_with)
+    _check_questions(out / EPISODES, source)
     judge = make_judge(config)
     engine = make_engine(config, str(model_dir))
     if checkpoint is not None:
@@ -69,6 +85,7 @@ def evaluate(
             answer(engine, config, name, source, out)
             model = config.services.judge_model
             results = finish(out / EPISODES, out, judge, model, made_with)
+            results = finish_documents(config, out, results)
     finally:
         engine.close()
     return results
@@ -177,9 +194,12 @@ def line_of(
         "tokens_sampled": int(episode.loss_mask.sum()),
     }
     line["em"], line["subem"] = lines.matched(line)
-    if config.eval.benchmark:
-        line["score"] = benchmarks.score(config.eval.benchmark)(episode.answer, question)
-        line["answer_format"] = getattr(question, "answer_format", "")
+    score = benchmarks.score(config.eval.benchmark) if config.eval.benchmark else None
+    if score is not None:
+        line["score"] = score(episode.answer, question)
+        line["answer_format"] = question.answer_format
+    if config.eval.benchmark in benchmarks.OF_DOCUMENTS:
+        line["pages_left_out"] = question.pages_left_out
     return line | {"judge": None}
 
 
@@ -191,7 +211,7 @@ def parameters(config: settings.Config, model_dir: str, run: pathlib.Path, step:
         model, rl_samples.make_loss(config.objective), config.update, mesh,
         temperature=config.sampling.temperature, seed=config.run.seed,
     )  # fmt: skip
-    checkpoints = Checkpoints(run / "checkpoints", keep=config.run.keep)
+    checkpoints = Checkpoints(run / "checkpoints", keep=None)
     state = {"trained": learner.trained, "optimizer": learner.optimizer}
     state, _ = checkpoints.restore(step, state)
     checkpoints.close()
@@ -204,11 +224,9 @@ def _made_with(
     checkpoint: tuple[pathlib.Path, int] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """What episodes depend on, plain data for JSON. Neither lanes nor chunks are among it."""
-    files = sorted(pathlib.Path(model_dir).glob("*.safetensors"))
-    stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     found: dict[str, Any] = {
         "model": str(model_dir),
-        "model files": stamps,
+        "model files": _stamps(sorted(pathlib.Path(model_dir).glob("*.safetensors"))),
         "checkpoint": checkpoint and [str(checkpoint[0]), checkpoint[1]],
         "data": source.fingerprint,
     }
@@ -221,21 +239,58 @@ def _made_with(
         found[f"eval.{name}"] = getattr(config.eval, name)
     for name in ("top_k", "top_p", "seed"):
         found[f"sampling.{name}"] = getattr(config.sampling, name)
+    for name in _SERVICES:
+        found[f"services.{name}"] = getattr(config.services, name)
+    searched = [path for path in (config.tools.index, config.services.fvqa_cache) if path]
+    names = ("", local.FILE, "pages.jsonl")
+    found["tools.files"] = _stamps(pathlib.Path(p, name) for p in searched for name in names)
+    for name in config.eval.workflows:
+        texts = json.dumps(prompts.load(config.turns.prompts, name), sort_keys=True)
+        found[_PROMPTS + name] = hashlib.blake2b(texts.encode(), digest_size=16).hexdigest()
     return json.loads(json.dumps(found))
 
 
-def _check_same(path: pathlib.Path, made_with: Mapping[str, Any]) -> None:
-    """Writes what an evaluation is made with, where one begins. Raises ValueError where another
-    was begun there."""
-    if not path.is_file():
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(made_with, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-        return
-    known = json.loads(path.read_text(encoding="utf-8"))
-    odd = [name for name in {**made_with, **known} if known.get(name) != made_with.get(name)]
+def _stamps(files: Iterable[pathlib.Path]) -> list[list[Any]]:
+    """Name, size and time of change of those of the files that there are."""
+    stats = [(file.name, file.stat()) for file in files if file.is_file()]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def _check_same(path: pathlib.Path, made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes what an evaluation is made with, in `path`; returns it, with the prompts of workflows
+    of before. Raises ValueError where another was begun there."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    both = {**known, **made_with}
+    # A workflow may be left for later.
+    compared = [n for n in both if not n.startswith(_PROMPTS) or (n in known and n in made_with)]
+    odd = [name for name in compared if known and known.get(name) != made_with.get(name)]
     if odd:
         raise ValueError(
             f"{path.parent}: an evaluation was begun there with {odd[0]}={known.get(odd[0])}, not "
             f"{made_with.get(odd[0])}; give another --out, or the same settings"
         )
+    if both != known:
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(both, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    return both
+
+
+def _check_questions(path: pathlib.Path, source: Source) -> None:
+    """Raises DataError where a question has not the number any more that it has in the file: rows
+    that could not be used have no number, and they may be usable now."""
+    lines.mend(path)
+    there: dict[int, tuple[str, str]] = {}
+    for _, _, line in lines.scan(path) if path.is_file() else ():
+        there[line["group"]] = line["id"], line["question"]
+    if not there:
+        return
+    for number, question in enumerate(itertools.islice(source, max(there) + 1)):
+        known = there.get(number)
+        if known is not None and known != (question.id, question.question):
+            raise DataError(
+                f"{path}: question {number} is {known[0]!r} there, and now it is {question.id!r} "
+                f"({question.file}, row {question.row}): a row before it could not be used then, "
+                "and can be now (its picture or document is there, say), or the other way round. "
+                "Make that as it was, or give another --out"
+            )

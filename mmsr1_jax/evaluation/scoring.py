@@ -1,6 +1,5 @@
 """From episodes on disk to results: verdicts of the judge, and figures."""
 
-import asyncio
 import itertools
 import json
 import os
@@ -8,12 +7,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from mmsr1_jax import config as settings
-from mmsr1_jax.data.benchmarks import accuracy_and_f1
 from mmsr1_jax.data.parquet import DataError
 from mmsr1_jax.evaluation import lines
+from mmsr1_jax.evaluation.asking import digest_of, replies_to
 from mmsr1_jax.evaluation.compare import pairs_of
 from mmsr1_jax.evaluation.figures import Outcome, figures
 from mmsr1_jax.evaluation.lines import EPISODES
@@ -25,7 +22,6 @@ from mmsr1_jax.tools.web import WebError
 RESULTS = "results.json"
 MADE_WITH = "evaluation.json"  # what the episodes depend on
 _VERDICTS = "verdicts.jsonl"  # of the judge, until they are in the lines
-_AT_ONCE = 256  # answers that are with the judge at a time
 
 Key = tuple[str, int]  # workflow, number of the episode
 
@@ -75,9 +71,9 @@ def finish(
     Returns:
       The results: `made_with`; `workflows`: `figures.figures` by workflow; `comparisons`:
       `compare.pairs_of` them by exact match, and by the judge and by a benchmark's score where
-      there are any; `no_verdict`: episodes of which a judge that was asked said nothing; `f1`, of
-      MMLongBench-Doc: see `benchmarks.accuracy_and_f1`, by workflow; `recorded`, of recorded
-      answers: how many `episodes`, and `same_actions`: those whose actions are read as recorded.
+      there are any; `no_verdict`: episodes of which a judge that was asked said nothing;
+      `recorded`, of recorded answers: how many `episodes`, and `same_actions`: those whose actions
+      are read as recorded.
 
     Raises:
       DataError: a line that is no episode, none at all, or one that comes twice.
@@ -102,9 +98,12 @@ def finish(
     outcomes: dict[str, list[Outcome]] = {}
     recorded: list[bool] = []
     open_ones = 0
-    documents: dict[str, list[tuple[float, str, str | None]]] = {}
     partial = out / f".{EPISODES}.partial"
-    with open(path, "rb") as old, open(partial, "w", encoding="utf-8") as new:
+    with (
+        open(path, "rb") as old,
+        # Half of a surrogate pair, as JSON can hold, is written as JSON writes it: \udXXX.
+        open(partial, "w", encoding="utf-8", errors="backslashreplace") as new,
+    ):
         for key in sorted(found, key=lambda key: (names.index(key[0]), key[1])):
             place, number = found[key]
             old.seek(place)
@@ -113,9 +112,6 @@ def finish(
             line["judge"] = verdicts.get(key, line.get("judge"))
             open_ones += line["judge"] is not None and line["judge"]["correct"] is None
             outcomes.setdefault(key[0], []).append(lines.outcome_of(line))
-            if line.get("answer_format"):
-                gold = (line["answers"] or [""])[0]
-                documents.setdefault(key[0], []).append((line["score"], gold, line["answer"]))
             if "recorded_actions" in line:
                 read = [turn["action"] for turn in line["turns"]]
                 recorded.append(read == line["recorded_actions"])
@@ -124,12 +120,11 @@ def finish(
     (out / _VERDICTS).unlink(missing_ok=True)
 
     results = results_of(outcomes, made_with) | {"no_verdict": open_ones}
-    if documents:
-        results["f1"] = {name: accuracy_and_f1(some)[1] for name, some in documents.items()}
     if recorded:
         results["recorded"] = {"episodes": len(recorded), "same_actions": sum(recorded)}
     partial = out / f".{RESULTS}.partial"
-    partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(partial, out / RESULTS)
     return results
 
@@ -156,45 +151,28 @@ def judged(
     path: pathlib.Path,
 ) -> dict[Key, dict[str, Any]]:  # fmt: skip
     """What the judge says of answers: {"correct", "reason", "by", "model"}; `correct` is None where
-    it could not be asked, or replied with something else than a verdict.
+    it could not be asked, after the last of `judge.pauses` neither, or replied with something else
+    than a verdict.
 
     Args:
       asked: question, gold answers and answer.
+      judge: a service that was down is asked again after each of its pauses, and no more.
       model: the judge's; goes into the verdicts.
-      path: keeps the verdicts as they come; those that it has are not asked for again.
+      path: keeps the verdicts as they come, each with a digest of what was asked: what it has is
+        not asked for again, and what it has of other answers is not looked at.
     """
-    verdicts: dict[Key, dict[str, Any]] = {}
-    lines.mend(path)
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            name, number, verdict = json.loads(text)
-            if verdict["model"] == model:
-                verdicts[name, number] = verdict
+    digests = {key: digest_of(model, *one) for key, one in asked.items()}
 
-    async def ask(key: Key) -> tuple[Key, dict[str, Any]]:
-        try:
-            said = await judge.verdict(*asked[key])
-        except WebError as error:
-            found = {"correct": None, "reason": f"no verdict: {error}", "by": "judge"}
-        else:
-            found = {"correct": said.correct, "reason": said.reason, "by": said.by}
-        return key, found | {"model": model}
+    async def ask(one: tuple[str, Sequence[str], str | None]) -> dict[str, Any]:
+        said = await judge.verdict(*one)
+        return {"correct": said.correct, "reason": said.reason, "by": said.by, "model": model}
 
-    async def ask_all(keys: list[Key]) -> None:
-        with (
-            open(path, "a", encoding="utf-8") as file,
-            tqdm(total=len(keys), desc="judge", unit="answer") as bar,
-        ):
-            for begin in range(0, len(keys), _AT_ONCE):
-                for coming in asyncio.as_completed(map(ask, keys[begin : begin + _AT_ONCE])):
-                    key, verdict = await coming
-                    verdicts[key] = verdict
-                    bar.update()
-                    if verdict["correct"] is not None:  # what failed is tried again
-                        file.write(json.dumps([*key, verdict]) + "\n")
-                        file.flush()
+    def failed(error: WebError) -> dict[str, Any]:
+        reason = f"no verdict: {error}"
+        return {"correct": None, "reason": reason, "by": "judge", "model": model}
 
-    missing = [key for key in asked if key not in verdicts]
-    if missing:
-        asyncio.run(ask_all(missing))
-    return {key: verdicts[key] for key in asked}
+    found = replies_to(
+        {digest: asked[key] for key, digest in digests.items()}, ask, failed, path,
+        pauses=judge.pauses, what="judge",
+    )  # fmt: skip
+    return {key: found[digest] for key, digest in digests.items()}

@@ -15,7 +15,7 @@ def table(results: Mapping[str, Any]) -> str:
     Returns:
       Lines of text: a table with a line for each workflow; then, where questions have categories,
       the accuracy in each of them and the share of its episodes that search; then how often the
-      judge failed, and comparisons.
+      judge failed, what was scored of answers about documents, and comparisons.
     """
     workflows = results["workflows"]
     matches = [m for m in _NAMES if any(m in one["accuracy"] for one in workflows.values())]
@@ -45,6 +45,15 @@ def table(results: Mapping[str, Any]) -> str:
         text += f"\n\n{aligned([head, *rows])}\nright by {_NAMES[match]} / episodes that search"
     if results.get("no_verdict"):
         text += f"\nof {results['no_verdict']} answers the judge said nothing: --rescore asks again"
+    if "scored" in results:
+        text += f"\n{_NAMES['score']} is of: {results['scored']}"
+    if results.get("no_extraction"):
+        text += f"\n{results['no_extraction']} answers have no score, as the judge's server failed "
+        text += "to bring them into a short form: --rescore asks again"
+    if results.get("pages_left_out", {}).get("pages"):
+        left_out = results["pages_left_out"]
+        text += f"\n{left_out['pages']} pages of {left_out['questions']} questions were left out: "
+        text += "they do not fit into eval.page_tokens"
     for pair in results.get("comparisons", ()):
         text += f"\n{compared(pair)}"
     return text

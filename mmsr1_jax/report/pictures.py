@@ -3,21 +3,29 @@
 import base64
 import hashlib
 import io
+import os
 import pathlib
+import stat
 
 from mmsr1_jax.images import ImageError, open_image
 
 QUESTION, RESULT = 320, 160  # pixels of the longer side
 _MOST = 24_000_000  # characters of all pictures of a page
+_LARGEST = 64_000_000  # bytes of a file
 
 
 class Pictures:
     """Numbers for files while episodes are read; afterwards what the page holds of them.
 
     A picture is known by its number, from 0.
+
+    Args of the constructor:
+      folders: files are shown only if they lie in one of them. Lines may be written by others, and
+        a page is there to be passed on: it must not hold what its maker did not mean to show.
     """
 
-    def __init__(self):
+    def __init__(self, *folders: pathlib.Path):
+        self._folders = [os.path.realpath(folder) for folder in folders]
         self._numbers: dict[pathlib.Path, int] = {}
         self._sides: list[int] = []
 
@@ -34,7 +42,8 @@ class Pictures:
 
         Returns:
           `{"data": [data URL, ..], "of": [place in "data" or None, ..]}`, "of" by number; and a
-          line for each file that cannot be read, and one for those that there is no room for.
+          line for each file that is not shown, with the reason, and one for those that there is no
+          room for.
         """
         data: list[str] = []
         places: dict[tuple[str, int], int] = {}  # by digest of the file, and size
@@ -43,7 +52,7 @@ class Pictures:
         order = sorted(self._numbers.items(), key=lambda item: -self._sides[item[1]])
         for path, number in order:
             try:
-                file = path.read_bytes()
+                file = self._read(path)
                 key = hashlib.sha256(file).hexdigest(), self._sides[number]
                 if key not in places:
                     url = _small(file, self._sides[number])
@@ -54,11 +63,23 @@ class Pictures:
                     places[key] = len(data)
                     data.append(url)
                 of[number] = places[key]
-            except (ImageError, OSError) as error:
+            except (OSError, ValueError) as error:  # no such path can be, no file, no picture
                 missing.append(f"{path}: {getattr(error, 'strerror', None) or error}")
         if without:
             missing.append(f"{without} pictures: the page would become too large")
         return {"data": data, "of": of}, missing
+
+    def _read(self, path: pathlib.Path) -> bytes:
+        """Raises OSError, ValueError: no such file, or one that is not shown."""
+        real = pathlib.Path(os.path.realpath(path))
+        if not any(real.is_relative_to(folder) for folder in self._folders):
+            raise ImageError("not in the directory that is read; --pictures=DIR allows another")
+        found = real.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ImageError("not a regular file")
+        if found.st_size > _LARGEST:
+            raise ImageError(f"{found.st_size} bytes are more than {_LARGEST}")
+        return real.read_bytes()
 
 
 def _small(file: bytes, side: int) -> str:

@@ -51,12 +51,15 @@ class Found:
     token_texts: bool
 
 
-def read(source: pathlib.Path, most: int, model: str | None = None) -> Found:
+def read(
+    source: pathlib.Path, most: int, model: str | None = None, shown: pathlib.Path | None = None
+) -> Found:
     """Reads a directory of a run or of an evaluation, or one file of episodes.
 
     Args:
       most: episodes; of more, evenly spaced ones are taken.
       model: HF directory for the texts of tokens; None: the run's own, if it is found.
+      shown: directory whose pictures are shown, beside those in `source`.
 
     Raises:
       ValueError: there is nothing in it, or `model` has no tokenizer.
@@ -77,7 +80,7 @@ def read(source: pathlib.Path, most: int, model: str | None = None) -> Found:
         if not files and not curves and results is None:
             raise ValueError(f"{source}: no metrics.jsonl, results.json or episodes in it")
     token_bytes = _token_bytes(source, model, skipped)
-    pictures = Pictures()
+    pictures = Pictures(*_folders(source), *([] if shown is None else [shown]))
     total = sum(1 for path, _ in files for _ in _lines(path))
     most = min(most, total)
     episodes, place = [], -1
@@ -135,6 +138,15 @@ def curves_of(lines: Sequence[Any]) -> dict[str, Any]:
         name: values for name, values in figures.items() if any(v is not None for v in values)
     }
     return {"steps": [block[-1]["step"] for block in blocks], "mean_of": every, "figures": figures}
+
+
+def _folders(source: pathlib.Path) -> list[pathlib.Path]:
+    """Where the pictures of a directory, or of a file of episodes, lie."""
+    if source.is_dir():
+        return [source]
+    folder = source.absolute().parent
+    # The file of a step of training: its pictures are beside the folder.
+    return [folder, *([folder.parent / "pictures"] if folder.name == "episodes" else [])]
 
 
 def _number(value: Any) -> bool:

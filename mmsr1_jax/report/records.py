@@ -174,10 +174,14 @@ def _pieces(ids: Sequence[int], token_bytes: Sequence[bytes]) -> list[str] | Non
 
 def _judged(data: Mapping[str, Any], reward: Mapping[str, Any]) -> dict[str, Any]:
     """`correct`: by a benchmark's own rules, by the judge, or as it was rewarded, the first that
-    there is; and all that an evaluation found, in words."""
-    judge = data.get("judge") if isinstance(data.get("judge"), dict) else {}
+    there is; a judge that was asked and said nothing is there, and makes it None. And all that an
+    evaluation found, in words."""
+    asked = isinstance(data.get("judge"), dict)
+    judge = data["judge"] if asked else {}
     score, said = finite(data.get("score")), finite(judge.get("correct"))
-    found = (score, said, finite(reward.get("correct")))
+    correct = said if asked else finite(reward.get("correct"))
+    if "score" in data and data["score"] is None:  # to be had from a server that failed
+        correct = None
     verdicts = [] if score is None else [["score", f"{score:.2f}"]]
     verdicts += [
         [name, "right" if right else "wrong"]
@@ -186,7 +190,7 @@ def _judged(data: Mapping[str, Any], reward: Mapping[str, Any]) -> dict[str, Any
     ]
     if judge.get("reason"):
         verdicts.append(["reason", str(judge["reason"])])
-    return {"correct": next((x for x in found if x is not None), None), "verdicts": verdicts}
+    return {"correct": correct if score is None else score, "verdicts": verdicts}
 
 
 def _text(value: Any) -> str | None:

@@ -35,6 +35,7 @@ SERVICES = (
     "serpapi", "serper", "searxng", "retrieval", "reader", "summariser", "judge", "thumbnails",
     "publisher",
 )  # fmt: skip
+_JUDGE_PAUSE = 60.0  # seconds; longer than a `Service` that failed is left alone
 
 
 class ToolsError(ValueError):
@@ -183,7 +184,9 @@ class _Makers:
 
     def judge(self) -> Judge:
         url, model = self._services.judge_url, self._services.judge_model
-        return Judge(self._service("judge"), self._stored, base_url=url, model=model)
+        pauses = [_JUDGE_PAUSE] * (self._services.attempts - 1)
+        service = self._service("judge")
+        return Judge(service, self._stored, base_url=url, model=model, pauses=pauses)
 
     def image(self, name: str) -> Tool:
         services, results = self._services, self._tools.results

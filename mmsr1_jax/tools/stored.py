@@ -5,6 +5,7 @@
     picture   address -> file               published address at which a picture is
     answer    query and question -> all of a text search
     verdict   question, gold answers and answer -> right or not, and why
+    short form question and answer -> what of the answer is scored
 
 Failures are kept too, so that a replay fails where the record did.
 """

@@ -14,6 +14,7 @@ from mmsr1_jax.data.parquet import DataError
 from mmsr1_jax.images import ImageError, ImageProcessor, open_image
 
 POINTS_TO_PIXELS = 2.0  # 144 dots an inch, as MMLongBench-Doc renders; a point is 1/72 inch
+_LEAST_TOKENS = 4  # of a page: the lower bound of the released preprocessor_config.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,14 @@ class Fit:
     pages: int
     max_pixels: int
     sizes: tuple[tuple[int, int], ...]
+
+
+def page_processor(processor: ImageProcessor) -> ImageProcessor:
+    """The processor by which pages are fitted and shown: a lower bound that is meant for
+    photographs would leave room for a few of them only, so theirs is that of Qwen2.5-VL as
+    released, four tokens."""
+    side = processor.patch_size * processor.merge_size
+    return processor.with_limits(min(processor.min_pixels, _LEAST_TOKENS * side**2), None)
 
 
 def fit_pages(sizes: Sequence[tuple[int, int]], tokens: int, processor: ImageProcessor) -> Fit:

@@ -26,9 +26,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from mmsr1_jax import rewards
 from mmsr1_jax.data.benchmarks import scores
-from mmsr1_jax.data.benchmarks.pages import load_pdfium, render_pdf, shrink_pictures
+from mmsr1_jax.data.benchmarks.pages import (
+    load_pdfium,
+    page_processor,
+    render_pdf,
+    shrink_pictures,
+)
 from mmsr1_jax.data.benchmarks.tables import (
     BadFieldError,
     Row,
@@ -53,22 +57,24 @@ class BenchmarkQuestion(Question):
     Attributes:
       references: the answers of all people who were asked, with repeats (OK-VQA); else empty.
       answer_format: of the gold answer (MMLongBench-Doc), one of `scores.FORMATS`; else "".
+      pages_left_out: pages of its document that are not among the images, for want of tokens.
     """
 
     references: tuple[str, ...] = ()
     answer_format: str = ""
+    pages_left_out: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class _Context:
-    """The settings of `read`, the file, and of the last document its name and its pages: several
-    questions in a row are about one."""
+    """The settings of `read`, the file, and of the last document its name, its pages and how many
+    were left out: several questions in a row are about one."""
 
     path: pathlib.Path
     processor: ImageProcessor
     page_tokens: int
     max_file_pixels: int
-    document: dict[str, tuple[bytes, ...]] = dataclasses.field(default_factory=dict)
+    document: dict[str, tuple[tuple[bytes, ...], int]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +111,8 @@ def read(
     Args:
       name: one of NAMES.
       where: a directory as it was published, a file, a path with wildcards, or several of these.
-      processor: the policy's; None: Qwen2.5-VL's. The pages of a question are resized by it, so it
-        has to be the one by which they are shown.
+      processor: the policy's; None: Qwen2.5-VL's. The pages of a question are resized by
+        `page_processor` of it, which has to be the one by which they are shown.
       page_tokens: of all pages of a question, see `pages.fit_pages`. The default leaves a quarter
         of the 8,192 tokens of an episode for the rest.
       max_bad_rows: with more bad rows than this, DataError is raised.
@@ -124,9 +130,12 @@ def read(
     benchmark = _BENCHMARKS[name]
     if benchmark.question is _mmlongbench:
         load_pdfium()  # without it no row can be read
+    processor = processor or ImageProcessor()
+    if name in OF_DOCUMENTS:
+        processor = page_processor(processor)
     tables = [
         (
-            _Context(path, processor or ImageProcessor(), page_tokens, max_file_pixels),
+            _Context(path, processor, page_tokens, max_file_pixels),
             open_rows(path, benchmark.needed, benchmark.optional, benchmark.expand),
         )
         for path in paths
@@ -145,17 +154,16 @@ def files(
     return [path for item in given for path in find(pathlib.Path(item), patterns)]
 
 
-def score(name: str) -> Callable[[str | None, Question], float]:
-    """How a benchmark scores an answer (None: there is none) to one of its questions, in [0, 1].
-
-    OK-VQA, SlideVQA and MMLongBench-Doc by rules of their own (`scores.py`), the others by exact
-    match; their papers ask a judge.
+def score(name: str) -> Callable[[str | None, Question], float] | None:
+    """How a benchmark scores an answer (None: there is none) to one of its questions, in [0, 1]:
+    OK-VQA, SlideVQA and MMLongBench-Doc by rules of their own (`scores.py`). None for the others:
+    their papers ask a judge.
 
     Raises:
       DataError: no such benchmark.
     """
     _check(name)
-    return _SCORES.get(name, lambda answer, q: float(rewards.exact_match(answer, q.answers)))
+    return _SCORES.get(name)
 
 
 def _questions(
@@ -310,6 +318,7 @@ def _slidevqa(row: Row, context: _Context) -> dict[str, Any]:
         "images": shown,
         "answers": (text(row, "answer"),),
         "category": text(row, "reasoning_type", needed=False),
+        "pages_left_out": left_out,
     }
 
 
@@ -334,9 +343,10 @@ def _mmlongbench(row: Row, context: _Context) -> dict[str, Any]:
             raise BadFieldError("doc_id", f"{folders[0] / name}: no such file")
         shown, left_out = render_pdf(path, context.page_tokens, context.processor)
         context.document.clear()
-        context.document[name] = shown
+        context.document[name] = shown, left_out
         _tell(str(path), left_out, context)
-    return fields | {"images": context.document[name]}
+    shown, left_out = context.document[name]
+    return fields | {"images": shown, "pages_left_out": left_out}
 
 
 def _tell(what: str, left_out: int, context: _Context) -> None:
@@ -403,6 +413,7 @@ _BENCHMARKS = {
     ),
 }
 NAMES = (*_VERL, *_BENCHMARKS)
+OF_DOCUMENTS = ("slidevqa", "mmlongbench")  # whose questions have pages for pictures
 _SCORES: dict[str, Callable[[str | None, Any], float]] = {
     "okvqa": lambda answer, q: scores.vqa_accuracy(answer, q.references),
     "slidevqa": lambda answer, q: scores.token_f1(answer, q.answers[0]),

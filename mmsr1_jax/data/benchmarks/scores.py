@@ -159,7 +159,7 @@ def document_score(answer: str | None, gold: str, answer_format: str) -> float:
     return min((_similarity(*pair) for pair in zip(golds, said, strict=True)), default=1.0)
 
 
-def accuracy_and_f1(scored: Sequence[tuple[float, str, str | None]]) -> tuple[float, float]:
+def accuracy_and_f1(scored: Sequence[tuple[float | None, str, str | None]]) -> tuple[float, float]:
     """Accuracy and F1 over questions of which some cannot be answered (arXiv 2407.01523).
 
     Accuracy is the mean score. F1 is of the sum of scores over questions that can be answered:
@@ -168,8 +168,10 @@ def accuracy_and_f1(scored: Sequence[tuple[float, str, str | None]]) -> tuple[fl
     do not keep an answer from being `Not answerable`.
 
     Args:
-      scored: of each question: its score, its gold answer, and the answer.
+      scored: of each question: its score, its gold answer, and the answer. One without a score
+        (None) is left out.
     """
+    scored = [one for one in scored if one[0] is not None]
     if not scored:
         return 0.0, 0.0
     accuracy = sum(score for score, _, _ in scored) / len(scored)
@@ -182,10 +184,7 @@ def accuracy_and_f1(scored: Sequence[tuple[float, str, str | None]]) -> tuple[fl
 
 def extraction(question: str, reply: str) -> list[dict[str, str]]:
     """The chat by which a language model brings a long reply into the form that `document_score`
-    reads; after the rule of MMLongBench-Doc (arXiv 2407.01523), in our words.
-
-    What stands between `<answer>` tags is short already, and needs none of it.
-    """
+    reads; after the rule of MMLongBench-Doc (arXiv 2407.01523), in our words."""
     data = json.dumps([question, reply])
     fence = "=" * 8 + hashlib.blake2b(data.encode(), digest_size=8).hexdigest()
     parts = {"Question": question, "Reply": reply}

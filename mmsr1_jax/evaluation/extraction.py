@@ -1,0 +1,159 @@
+"""Questions about documents, after their episodes have been judged.
+
+    answer ─► a language model, the judge's ─► its short form ─► score
+
+MMLongBench-Doc scores the short form that a language model takes out of an answer
+(`data/benchmarks/scores.py`). A line that has been through this has
+
+    extracted    {answer, error, model}: the short form, null where the answer says nothing; or why
+                 there is none, which is asked for again: then the line's `score` is null
+
+Without a judge, answers are scored as they are.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from mmsr1_jax import config as settings
+from mmsr1_jax.data.benchmarks import accuracy_and_f1
+from mmsr1_jax.data.benchmarks.scores import document_score, extraction, read_extraction
+from mmsr1_jax.data.parquet import DataError
+from mmsr1_jax.evaluation import lines
+from mmsr1_jax.evaluation.asking import digest_of, replies_to
+from mmsr1_jax.evaluation.figures import Outcome
+from mmsr1_jax.evaluation.lines import EPISODES
+from mmsr1_jax.evaluation.scoring import RESULTS, results_of
+from mmsr1_jax.judge import Judge
+from mmsr1_jax.tools.make import make_judge
+from mmsr1_jax.tools.web import BodyError, WebError
+
+_EXTRACTIONS = "extractions.jsonl"  # until they are in the lines
+_FIELDS = {"answer", "error", "model"}
+
+
+def finish_documents(
+    config: settings.Config, out: pathlib.Path, results: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Has the short forms of answers extracted, as far as `services.judge_model` has not, scores
+    those, and writes `episodes.jsonl` and `results.json` anew. Where no question of `out` is about
+    a document, nothing is done.
+
+    Args:
+      config: `services` has the judge.
+      out: directory, as `scoring.finish` leaves it.
+      results: that it returned.
+
+    Returns:
+      The results, and: `f1`, of what was scored; `scored`: what that was; `no_extraction`:
+      answers without score, as the language model failed; `pages_left_out`: how many `pages` of
+      how many `questions`, for want of tokens.
+
+    Raises:
+      DataError: a line whose `answer_format` or `extracted` cannot be.
+    """
+    path, model = out / EPISODES, config.services.judge_model
+    asked: dict[str, tuple[str, str | None]] = {}
+    any_document = False
+    for _, number, line in lines.scan(path):
+        any_document |= "pages_left_out" in line or bool(line.get("answer_format"))
+        if line.get("answer_format"):
+            known = line.get("extracted")
+            if known is not None and (not isinstance(known, dict) or set(known) != _FIELDS):
+                fields = ", ".join(sorted(_FIELDS))
+                raise DataError(
+                    f"{path}, line {number}: 'extracted' must have {fields}, and no more"
+                )
+            if known is None or known["model"] != model or known["error"] is not None:
+                asked[_digest(line, model)] = line["question"], line["answer"]
+    if not any_document:
+        return dict(results)
+    judge = make_judge(config)
+    found = {} if judge is None else short_forms(asked, judge, model, out / _EXTRACTIONS)
+
+    outcomes: dict[str, list[Outcome]] = {}
+    scored: dict[str, list[tuple[float | None, str, str | None]]] = {}
+    short, failed = [], 0
+    pages: dict[int, int] = {}
+    partial = out / f".{EPISODES}.partial"
+    with open(partial, "w", encoding="utf-8", errors="backslashreplace") as new:
+        for _, number, line in lines.scan(path):
+            if line.get("answer_format"):
+                gold = (line["answers"] or [""])[0]
+                extracted = found.get(_digest(line, model), line.get("extracted"))
+                answer = line["answer"]
+                if extracted is not None:
+                    line["extracted"], answer = extracted, extracted["answer"]
+                    try:
+                        score = document_score(answer, gold, line["answer_format"])
+                    except ValueError as error:
+                        raise DataError(f"{path}, line {number}: {error}") from None
+                    line["score"] = None if extracted["error"] is not None else score
+                    failed += line["score"] is None
+                short.append(extracted is not None)
+                scored.setdefault(line["workflow"], []).append((line.get("score"), gold, answer))
+            pages[line["group"]] = line.get("pages_left_out", 0)
+            outcomes.setdefault(line["workflow"], []).append(lines.outcome_of(line))
+            new.write(json.dumps(line, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+    (out / _EXTRACTIONS).unlink(missing_ok=True)
+
+    made = {**results, **results_of(outcomes, results["made_with"])}
+    if scored:
+        made["f1"] = {name: accuracy_and_f1(some)[1] for name, some in scored.items()}
+        made["scored"] = "short forms of the answers" if all(short) else "answers as they are"
+        if len(set(short)) == 2:
+            made["scored"] = "short forms of some answers, the others as they are"
+        made["no_extraction"] = failed
+    left_out = [count for count in pages.values() if count]
+    made["pages_left_out"] = {"pages": sum(left_out), "questions": len(left_out)}
+    partial = out / f".{RESULTS}.partial"
+    text = json.dumps(made, indent=1, ensure_ascii=False) + "\n"
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(partial, out / RESULTS)
+    return made
+
+
+def short_forms(
+    asked: Mapping[str, tuple[str, str | None]], judge: Judge, model: str, path: pathlib.Path
+) -> dict[str, dict[str, Any]]:
+    """What a language model takes out of answers: {"answer", "error", "model"}, see above.
+
+    Args:
+      asked: question and answer, by digest.
+      judge: whose server, limits, store and pauses are used.
+      model: its name; goes into what is returned.
+      path: keeps short forms as they come; those that it has are not asked for again.
+    """
+
+    async def ask(one: tuple[str, str | None]) -> dict[str, Any]:
+        question, answer = one
+        short = await _short_form(judge, question, answer) if (answer or "").strip() else None
+        return {"answer": short, "error": None, "model": model}
+
+    def failed(error: WebError) -> dict[str, Any]:
+        return {"answer": None, "error": str(error), "model": model}
+
+    return replies_to(asked, ask, failed, path, pauses=judge.pauses, what="short forms")
+
+
+async def _short_form(judge: Judge, question: str, answer: str) -> str | None:
+    """Asks the judge's server, within its limits and through its store. Raises WebError, also for a
+    reply that is not in the form that was asked for."""
+    question, answer = (text.encode("utf-8", "replace").decode() for text in (question, answer))
+
+    async def ask() -> str:
+        reply = await judge.chat(extraction(question, answer))
+        try:
+            return read_extraction(reply) or ""  # a store keeps no null
+        except ValueError as error:
+            raise BodyError(str(error)) from None
+
+    key = json.dumps([judge.model, question, answer])
+    return await judge.stored.get("short form", key, ask) or None
+
+
+def _digest(line: Mapping[str, Any], model: str) -> str:
+    return digest_of(model, line["question"], line["answer"])
