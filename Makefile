@@ -24,12 +24,13 @@ demo: $(VENV)/.runtime
 	    --config.eval.workflows="('on_demand',)" --out=$(DEMO)/before
 	$(RUN) -m mmsr1_jax.train --config=configs/tiny.py --workdir=$(DEMO)/run
 	$(RUN) -m mmsr1_jax.evaluate --workdir=$(DEMO)/run \
-	    --config.eval.workflows="('direct', 'rag', 'on_demand')" --out=$(DEMO)/after
+	    --config.eval.workflows="('direct', 'rag', 'on_demand', 'agent')" --out=$(DEMO)/after
 	$(RUN) -m mmsr1_jax.demo --before=$(DEMO)/before --after=$(DEMO)/after \
 	    --runs=$(DEMO)/run --png=$(DEMO)/curves.png
 
 # Makes the policy anew that training begins with (about an hour): it learns to read, then the facts.
 warm_start: $(VENV)/.runtime
+	rm -rf build/tiny_warm_start build/tiny_warm_start_facts
 	$(RUN) -m mmsr1_jax.tiny_world
 	$(RUN) -m mmsr1_jax.sft --config=configs/tiny.py:warm_start
 	$(RUN) -m mmsr1_jax.sft --config=configs/tiny.py:warm_start_facts
