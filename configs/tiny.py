@@ -79,7 +79,7 @@ def get_config(variant: str = "grpo") -> Config:
             learning_rate=3e-4,
             weight_decay=0.0,
         ),
-        run=Run(model=str(tiny_world.POLICY), steps=64, questions=32, rollouts=8, save_every=16),
+        run=Run(model=str(tiny_world.POLICY), steps=88, questions=32, rollouts=8, save_every=22),
     )
     if variant.startswith("warm_start"):
         parts = ["demonstrations", "memories", "practice"]

@@ -220,7 +220,7 @@ class Judging:
         self.verdicts, self.asked = verdicts, []
         self._rng = np.random.default_rng(0)
 
-    async def judge(self, question, golds, answer):
+    async def judge(self, question, golds, answer, settings):
         self.asked.append((question, golds, answer))
         async with asyncio.timeout(10):
             while len(self.asked) < len(self.verdicts):

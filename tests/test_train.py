@@ -77,7 +77,11 @@ def run(command):
 def results(workdir):
     """All that a run leaves behind but its times, and the parameters."""
     lines = [
-        {name: value for name, value in line.items() if not name.startswith(("time/", "tool/s"))}
+        {
+            name: value
+            for name, value in line.items()
+            if not name.startswith("time/") and not name.endswith("tool/seconds")
+        }
         for line in metrics.read(workdir / "metrics.jsonl")
     ]
     files = sorted((workdir / "policy").glob("*.safetensors"))
@@ -196,7 +200,7 @@ def test_a_run_is_gone_on_with_as_it_was_begun(unbroken, tmp_path, questions):
     before = (workdir / "config.json").read_bytes()
     stamp = (workdir / "policy" / "config.json").stat().st_mtime_ns
     other = run(begin(workdir, questions, "--config.rewards.search_penalty=0"))
-    assert other.returncode == 1 and "config.rewards.search_penalty=0.1, not 0" in other.stderr
+    assert other.returncode == 1 and "config.rewards.search_penalty=0.3, not 0" in other.stderr
     seed = run(command(workdir, "--config.run.seed=1"))
     assert seed.returncode == 1 and "seed=0" in seed.stderr
     assert (workdir / "config.json").read_bytes() == before
