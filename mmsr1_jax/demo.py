@@ -29,6 +29,7 @@ _RUNS = flags.DEFINE_list("runs", [], "runs whose curves are drawn")
 _PNG = flags.DEFINE_string("png", None, "file for the curves")
 
 NEEDLESS = "free"  # the category of questions that need no search (`data/tiny_world/world.py`)
+_OF = "search_of/"  # of a category
 _CURVES = {
     "reward and accuracy": ("reward", "accuracy"),
     "episodes that search": ("search/any", "search/text", "search/image", "search/both"),
@@ -118,15 +119,14 @@ def draw(runs: Sequence[pathlib.Path], file: pathlib.Path) -> None:
     from matplotlib import pyplot
 
     found = [metrics.read(run / "metrics.jsonl") for run in runs]
-    kinds = {*itertools.chain(*_CURVES.values()), "search/none"}
-    of_categories = {name for name in found[0][-1] if name.startswith("search/")} - kinds
-    curves = _CURVES | {"episodes that search, by category": sorted(of_categories)}
+    of_categories = sorted({name for step in found[0] for name in step if name.startswith(_OF)})
+    curves = _CURVES | {"episodes that search, by category": of_categories}
     figure, panels = pyplot.subplots(1, len(curves), figsize=(15, 4.2), layout="constrained")
     for panel, (title, names) in zip(panels, curves.items(), strict=True):
         for place, name in enumerate(names):
             for number, steps in enumerate(found):
                 points = [(step["step"], step[name]) for step in steps if name in step]
-                label = name.removeprefix("search/") if number == 0 else None
+                label = name.rpartition("/")[2] if number == 0 else None
                 panel.plot(*zip(*points, strict=True), color=f"C{place}", alpha=0.8, label=label)
         panel.set(title=title, xlabel="step", ylim=(0, 1))
         panel.grid(alpha=0.3)

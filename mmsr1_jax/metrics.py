@@ -24,8 +24,8 @@ def of_episodes(
     Returns:
       `errors`: those that could not be run; where there are others, of these
       `reward`, `accuracy`, `format`; `searches` an episode; `search/any`, `/text`, `/image`,
-      `/both`, `/none`: shares of the episodes; `accuracy/CATEGORY`, `search/CATEGORY`; `turns`,
-      `tokens` of an episode, `tokens_sampled`; `end/REASON`; `tool/calls`, `tool/failed` (share of
+      `/both`, `/none`: shares of the episodes; `accuracy_of/CATEGORY`, `search_of/CATEGORY`;
+      `turns`, `tokens` of an episode, `tokens_sampled`; `end/REASON`; `tool/calls`, `tool/failed` (share of
       the calls), `tool/refused`, `tool/seconds` (mean of a call).
     """
     ran = [i for i, episode in enumerate(episodes) if episode.end != "error"]
@@ -64,8 +64,8 @@ def of_episodes(
         by_category[categories[i]].append(i)
     for category in sorted(set(by_category) - {""}):
         chosen = by_category[category]
-        figures[f"accuracy/{category}"] = mean(rewards[i].correct for i in chosen)
-        figures[f"search/{category}"] = mean(bool(kinds[i]) for i in chosen)
+        figures[f"accuracy_of/{category}"] = mean(rewards[i].correct for i in chosen)
+        figures[f"search_of/{category}"] = mean(bool(kinds[i]) for i in chosen)
     return figures
 
 

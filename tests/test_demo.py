@@ -86,7 +86,7 @@ def test_a_category_that_is_not_there_after_training(tmp_path):
 def test_curves(tmp_path):
     steps = [
         {"step": i, "reward": 0.1 * i, "accuracy": 0.1 * i, "search/any": 0.5, "search/text": 0.1,
-         "search/image": 0.2, "search/both": 0.2, "search/none": 0.5, "search/free": 0.3}
+         "search/image": 0.2, "search/both": 0.2, "search/none": 0.5, "search_of/free": 0.3}
         for i in range(1, 5)
     ]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))

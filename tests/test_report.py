@@ -31,8 +31,9 @@ HOSTILE = (
 PAGE = "https://example.org/bridge?a=1&b=%3Cscript%3E"
 CATEGORIES = ("search_free", "search_required", "<b>odd</b>")
 FIGURES = (
-    *("reward", "accuracy", "searches", "turns", "tokens", "tokens_sampled", "accuracy/free"),
-    *(f"search/{kind}" for kind in ("any", "text", "image", "both", "none", "free")),
+    *("reward", "accuracy", "searches", "turns", "tokens", "tokens_sampled", "accuracy_of/free"),
+    *(f"search/{kind}" for kind in ("any", "text", "image", "both", "none")),
+    "search_of/free",
     *("time/rollout", "time/update", "time/step"),
 )
 WORDS = ("bridge", "tower", "cathedral", "stadium", "zürich", "canal")
@@ -698,8 +699,8 @@ def test_overview(opened, directory):
     unfold(charts.first.locator("details"))
     last = charts.first.locator("tbody tr").last.locator("td").all_inner_texts()
     assert float(last[1]) == pytest.approx(json.loads(lines[-1])["reward"], abs=6e-5)
-    tab.select_option(".any select", "search/free")
-    assert tab.locator(".any figcaption").inner_text() == "search/free"
+    tab.select_option(".any select", "search_of/free")
+    assert tab.locator(".any figcaption").inner_text() == "search_of/free"
 
 
 @pytest.mark.parametrize(

@@ -129,8 +129,8 @@ function chartsOf({ steps, figures, mean_of }) {
       ["format", "right form"], ["validation/accuracy", "accuracy, held out"])],
     ["Share of the episodes that search", Object.entries(KINDS).flatMap(([kind, label]) =>
       pick([`search/${kind}`, label]))],
-    ["Searching, by category", under("search/", (name) => name.slice(7) in KINDS)],
-    ["Accuracy, by category", under("accuracy/")],
+    ["Searching, by category", under("search_of/")],
+    ["Accuracy, by category", under("accuracy_of/")],
     ["Searches and turns of an episode", pick(["searches", "searches"], ["turns", "turns"])],
     ["Tokens of an episode", pick(["tokens_sampled", "written by the policy"], ["tokens", "all"])],
     ["What ends an episode, share", under("end/")],
