@@ -25,8 +25,8 @@ def of_episodes(
       `errors`: those that could not be run; where there are others, of these
       `reward`, `accuracy`, `format`; `searches` an episode; `search/any`, `/text`, `/image`,
       `/both`, `/none`: shares of the episodes; `accuracy_of/CATEGORY`, `search_of/CATEGORY`;
-      `turns`, `tokens` of an episode, `tokens_sampled`; `end/REASON`; `tool/calls`, `tool/failed` (share of
-      the calls), `tool/refused`, `tool/seconds` (mean of a call).
+      `turns`, `tokens` of an episode, `tokens_sampled`; `end/REASON`; `tool/calls`, `tool/failed`
+      (share of the calls), `tool/refused`, `tool/seconds` (mean of a call).
     """
     ran = [i for i, episode in enumerate(episodes) if episode.end != "error"]
     figures = {"errors": float(len(episodes) - len(ran))}

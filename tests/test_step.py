@@ -318,7 +318,7 @@ def test_figures_of_hand_made_episodes():
         ([image, text, nonsense], [("image", "failed", 3.0), ("text", "refused", 0.0)], "tokens",
          reward_of(0.0, format=False), ""),
         ([], [], "error", reward_of(0.7, True), "need"),
-        ([image, answer("x")], [("image", "ok", 4.0)], "answer", reward_of(0.1), "far"),
+        ([image, answer("x")], [("image", "ok", 4.0)], "answer", reward_of(0.1), "both"),
         ([text], [("text", "ok", 7.0)], "error", reward_of(0.7, True), "gone"),
     ]  # fmt: skip
     episodes = [
@@ -354,8 +354,8 @@ def test_figures_of_hand_made_episodes():
             "search_of/need": 2 / 2,
             "accuracy_of/free": 1.5 / 2,
             "search_of/free": 0 / 2,
-            "accuracy_of/far": 0,
-            "search_of/far": 1,
+            "accuracy_of/both": 0,
+            "search_of/both": 1,
         },
         rel=1e-12,
     )
