@@ -16,7 +16,7 @@ $(VENV)/.tests: tests/requirements.txt $(VENV)/.runtime
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	touch $@
 
-# A small policy learns when to search, in a small world: ten minutes of training on two cores, and
+# A small policy learns when to search, in a small world: some minutes of training on two cores, and
 # what it answers before and after.
 demo: $(VENV)/.runtime
 	$(RUN) -m mmsr1_jax.tiny_world --stories=0
