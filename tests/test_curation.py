@@ -380,6 +380,7 @@ def test_sft_reads_it(world, unbroken, tmp_path):
         assert [list(image.grid) for image in prompt.images] == line["image_grids"]
 
 
+@pytest.mark.proof
 def test_killed_and_gone_on_with(world, unbroken, tmp_path):
     out = tmp_path / "out"
     path = out / "episodes.jsonl"

@@ -21,7 +21,7 @@ from tests.reference import (
     torch_logits,
     torch_model,
 )
-from tests.test_train import ROOT, begin, command, policy, questions, run  # noqa: F401
+from tests.test_train import ROOT, begin, command, questions, run  # noqa: F401
 from tests.test_update import (
     CONFIG,
     SHAPE,
@@ -287,11 +287,12 @@ def test_the_merge_command(tiny_dir, tmp_path):
     )  # fmt: skip
 
 
-def test_a_run_gone_on_with(tmp_path, policy, questions):  # noqa: F811
+@pytest.mark.proof
+def test_a_run_gone_on_with(tmp_path, questions):  # noqa: F811
     workdir = tmp_path / "run"
     flags = ["lora_rank=4", "learning_rate=1e-2"]
     flags = ["--config.run.validate_every=0", *(f"--config.update.{flag}" for flag in flags)]
-    done = run([*begin(workdir, policy, questions), *flags, "--config.run.steps=1"])
+    done = run(begin(workdir, questions, *flags, "--config.run.steps=1"))
     assert done.returncode == 0, done.stderr[-3000:]
     done = run(command(workdir, "--config.run.steps=2"))
     assert done.returncode == 0 and "goes on after step 1" in done.stderr, done.stderr[-3000:]

@@ -297,7 +297,9 @@ def test_mistakes_are_said_in_one_line(tmp_path, policy):
     nothing = run([sys.executable, "-m", "mmsr1_jax.train"])
     assert nothing.returncode == 1 and "--config or --workdir" in nothing.stderr
     assert "--model: the HF directory" in error(*SMALL, "--config.run.model=")
-    nowhere = error(*SMALL, f"--model={policy}", "--config.data.train=('nowhere.parquet',)")
+    no_tools = ["--config.tools.text=none", "--config.tools.image=none"]
+    data = "--config.data.train=('nowhere.parquet',)"
+    nowhere = error(*SMALL, f"--model={policy}", data, *no_tools)
     assert nowhere.startswith("error: ") and "nowhere.parquet" in nowhere
     assert not (tmp_path / "run" / "config.json").exists()
     assert "temperature=0" in error(*SMALL, "--config.sampling.temperature=0")
