@@ -465,7 +465,8 @@ def material(tmp_path_factory, shared):
     return directory
 
 
-@pytest.mark.parametrize("rows", [2, pytest.param(26, marks=pytest.mark.proof)])
+@pytest.mark.proof
+@pytest.mark.parametrize("rows", [2, 26])
 def test_killed_and_gone_on_with(shared, material, tmp_path, judge, rows):
     arguments = [
         f"--config={material / 'config.py'}", f"--model={material / 'policy'}",

@@ -23,6 +23,8 @@ from mmsr1_jax.rl.samples import figures_of
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = [
     "--config=configs/tiny.py",
+    "--config.buckets.image_windows=(1, 4)",
+    "--config.rollout.extend_lengths=(32, 128)",
     "--config.rollout.lanes=4",
     "--config.rollout.rows=4",
     "--config.objective.kl_weight=0.001",
@@ -144,6 +146,7 @@ def start(arguments):
     )  # fmt: skip
 
 
+@pytest.mark.proof
 def test_killed_in_a_save_and_gone_on_with(unbroken, tmp_path, questions):
     workdir = tmp_path / "run"
     saving = workdir / "checkpoints"
