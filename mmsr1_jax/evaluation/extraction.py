@@ -25,7 +25,7 @@ from mmsr1_jax.evaluation import lines
 from mmsr1_jax.evaluation.asking import digest_of, replies_to
 from mmsr1_jax.evaluation.figures import Outcome
 from mmsr1_jax.evaluation.lines import EPISODES
-from mmsr1_jax.evaluation.scoring import RESULTS, results_of
+from mmsr1_jax.evaluation.scoring import results_of, write_results
 from mmsr1_jax.judge import Judge
 from mmsr1_jax.tools.make import make_judge
 from mmsr1_jax.tools.web import BodyError, WebError
@@ -109,10 +109,7 @@ def finish_documents(
         made["no_extraction"] = failed
     left_out = [count for count in pages.values() if count]
     made["pages_left_out"] = {"pages": sum(left_out), "questions": len(left_out)}
-    partial = out / f".{RESULTS}.partial"
-    text = json.dumps(made, indent=1, ensure_ascii=False) + "\n"
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, out / RESULTS)
+    write_results(out, made)
     return made
 
 

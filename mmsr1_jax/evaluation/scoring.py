@@ -122,11 +122,16 @@ def finish(
     results = results_of(outcomes, made_with) | {"no_verdict": open_ones}
     if recorded:
         results["recorded"] = {"episodes": len(recorded), "same_actions": sum(recorded)}
+    write_results(out, results)
+    return results
+
+
+def write_results(out: pathlib.Path, results: Mapping[str, Any]) -> None:
+    """Writes `results.json`, whole or not at all."""
     partial = out / f".{RESULTS}.partial"
     text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
     partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(partial, out / RESULTS)
-    return results
 
 
 def results_of(
