@@ -1,4 +1,4 @@
-"""Pictures from outside: opened with care, then resized, normalised and cut into patches.
+"""Images to patches: resized, normalised and cut. `image_files.py` opens their files.
 
 The result equals the HF Qwen2-VL image processor's (its PIL backend): same grid, same patches.
 """
@@ -6,24 +6,29 @@ The result equals the HF Qwen2-VL image processor's (its PIL backend): same grid
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import math
 import os
 import pathlib
-import warnings
 from typing import Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
+
+from mmsr1_jax.image_files import DEFAULT_MAX_FILE_PIXELS, ImageError, open_image, to_rgb
+
+__all__ = [
+    "DEFAULT_MAX_FILE_PIXELS",
+    "ImageError",
+    "ImageProcessor",
+    "Patches",
+    "open_image",
+    "read_picture",
+    "to_rgb",
+    "write_picture",
+]
 
 MAX_ASPECT_RATIO = 200  # the published processor refuses images that are longer than this
-DEFAULT_MAX_FILE_PIXELS = 100_000_000  # before resizing; a larger file is taken for a bomb
-
-
-class ImageError(ValueError):
-    """A picture that cannot be used, with the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,47 +231,3 @@ def read_picture(
             "with other settings of the image processor"
         )
     return patches
-
-
-def open_image(
-    source: str | pathlib.Path | bytes, *, max_pixels: int = DEFAULT_MAX_FILE_PIXELS
-) -> PIL.Image.Image:
-    """Opens a picture from a path or from bytes as upright RGB.
-
-    Turned as its EXIF tag says; transparent parts become white.
-
-    Raises:
-      ImageError: no such file, not a picture, damaged, or more than `max_pixels` pixels (checked
-        on the header, before anything is decompressed; Pillow's own bomb limit holds above it).
-    """
-    name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-            stream = io.BytesIO(source) if isinstance(source, bytes) else source
-            with PIL.Image.open(stream) as image:
-                if image.width * image.height > max_pixels:
-                    raise ImageError(
-                        f"{name}: {image.width}x{image.height} pixels are more than the "
-                        f"{max_pixels} allowed"
-                    )
-                return to_rgb(PIL.ImageOps.exif_transpose(image))
-    except ImageError:
-        raise
-    except PIL.UnidentifiedImageError:
-        raise ImageError(f"{name}: not an image") from None
-    except FileNotFoundError:
-        raise ImageError(f"{name}: no such file") from None
-    except PIL.Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: {error}") from None
-    except Exception as error:  # decoders raise what they like on hostile input
-        raise ImageError(f"{name}: cannot be decoded ({type(error).__name__}: {error})") from None
-
-
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """RGB, with transparency laid over white as the published processor does."""
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = PIL.Image.alpha_composite(white, image)
-    return image.convert("RGB")

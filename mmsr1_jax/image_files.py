@@ -1,0 +1,261 @@
+"""Opening image files from outside: decoded in worker processes, within limits.
+
+An image reaches the program as a path, as the bytes of a file, or as a `PIL.Image.Image`. The same
+image gives the same pixels by every door: upright (as its EXIF tag says), RGB, transparent parts
+laid over white. Whatever is not decoded yet is decoded in a worker (`mmsr1_jax/workers.py`); an
+image object that already holds its pixels is converted in place.
+
+Only the formats of `FORMATS` are opened. Pillow knows more, some of which start other programs
+(EPS) or decode before the size is known (ICO).
+"""
+
+import hashlib
+import io
+import os
+import pathlib
+import stat
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import PIL.Image
+import PIL.ImageFile
+import PIL.ImageOps
+
+from mmsr1_jax import workers
+
+ImageSource = PIL.Image.Image | bytes | str | pathlib.Path  # bytes: of a file; str: a path
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG includes MPO
+DEFAULT_MAX_FILE_PIXELS = 100_000_000  # before resizing; a larger file is taken for a bomb
+MAX_FILE_BYTES = 512 * 2**20
+# Encoders write about 10; decoding takes the time of the scans times the pixels.
+_MAX_JPEG_SCANS = 100
+_STRIP = 256  # rows of a transparent image that are composited at a time
+
+
+class ImageError(ValueError):
+    """An image that cannot be used, with the reason."""
+
+
+def open_image(
+    source: ImageSource, *, max_pixels: int = DEFAULT_MAX_FILE_PIXELS
+) -> PIL.Image.Image:
+    """Return an image as upright RGB.
+
+    Turned as its EXIF tag says; transparent parts become white, as in the published processor.
+
+    Raises:
+      ImageError: No such file, not an image of `FORMATS`, damaged, more than `max_pixels` pixels
+        (checked on the header, before anything is decompressed), or decoding it exceeded a limit.
+    """
+    size, pixels = _in_worker(_pixels, source, max_pixels)
+    return PIL.Image.frombytes("RGB", size, pixels)
+
+
+def process_image(
+    source: ImageSource,
+    processor: Callable[[PIL.Image.Image], Any],
+    *,
+    max_pixels: int = DEFAULT_MAX_FILE_PIXELS,
+) -> Any:
+    """Return `processor(open_image(source))`, both computed in the worker.
+
+    Args:
+      processor: Picklable, such as an `images.ImageProcessor`; of a module without JAX.
+
+    Raises:
+      ImageError: See `open_image`; or raised by the processor.
+    """
+    return _in_worker(processor, source, max_pixels)
+
+
+async def process_image_async(
+    source: ImageSource,
+    processor: Callable[[PIL.Image.Image], Any],
+    *,
+    max_pixels: int = DEFAULT_MAX_FILE_PIXELS,
+) -> Any:
+    """Like `process_image`, from a coroutine. Cancelling it stops the worker."""
+    function, args = _task(processor, source, max_pixels)
+    if function is None:
+        return _held(processor, source, max_pixels)
+    try:
+        return await workers.run_async(function, *args, limits=_limits(max_pixels))
+    except workers.WorkerError as error:
+        raise ImageError(f"{_name(source)}: decoding it {error}") from None
+
+
+def image_size(
+    source: ImageSource, *, max_pixels: int = DEFAULT_MAX_FILE_PIXELS
+) -> tuple[int, int]:
+    """Return (height, width) of an upright image that can be decoded. Raises as `open_image`."""
+    return _in_worker(_size, source, max_pixels)
+
+
+def public_jpeg(
+    source: ImageSource, *, max_pixels: int = DEFAULT_MAX_FILE_PIXELS
+) -> tuple[bytes, str]:
+    """Return an image as a JPEG file that holds its pixels and nothing else, and their digest.
+
+    No EXIF (place, device, owner), no profile, no comment, no bytes after the image. The digest
+    depends on the pixels alone, not on the file they came in nor on the version of an encoder.
+
+    Raises:
+      ImageError: See `open_image`.
+    """
+    return _in_worker(_as_jpeg, source, max_pixels)
+
+
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Return RGB, with transparency laid over white as the published processor does."""
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    out = PIL.Image.new("RGB", image.size)
+    for top in range(0, image.height, _STRIP):  # in strips: three copies of a large image are much
+        bottom = min(top + _STRIP, image.height)
+        strip = image.crop((0, top, image.width, bottom)).convert("RGBA")
+        white = PIL.Image.new("RGBA", strip.size, (255, 255, 255, 255))
+        out.paste(PIL.Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return out
+
+
+def upright_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Return `to_rgb` of an image, turned as its EXIF tag says."""
+    return to_rgb(PIL.ImageOps.exif_transpose(image))
+
+
+def _in_worker(function: Callable, source: ImageSource, max_pixels: int) -> Any:
+    """Return `function` of the opened image. Raises ImageError."""
+    task, args = _task(function, source, max_pixels)
+    if task is None:
+        return _held(function, source, max_pixels)
+    try:
+        return workers.run(task, *args, limits=_limits(max_pixels))
+    except workers.WorkerError as error:
+        raise ImageError(f"{_name(source)}: decoding it {error}") from None
+
+
+def _task(
+    function: Callable, source: ImageSource, max_pixels: int
+) -> tuple[Callable | None, tuple[Any, ...]]:
+    """Return the worker's task for an image, or (None, ()) for one that holds its pixels."""
+    name, frame = _name(source), 0
+    if isinstance(source, PIL.Image.Image):
+        if not isinstance(source, PIL.ImageFile.ImageFile) or source._im is not None:
+            return None, ()
+        frame = source.tell()
+        source = _file_of(source)
+    elif not isinstance(source, bytes):
+        source = os.path.abspath(source)
+    return _open, (source, name, frame, max_pixels, function)
+
+
+def _held(function: Callable, image: PIL.Image.Image, max_pixels: int) -> Any:
+    """Return `function` of an image that holds its pixels. Raises ImageError."""
+    try:
+        _check_size(_name(image), image, max_pixels)
+        return function(upright_rgb(image))
+    except ImageError:
+        raise
+    except Exception as error:  # closed, or of an odd mode
+        raise ImageError(
+            f"{_name(image)}: cannot be used ({type(error).__name__}: {error})"
+        ) from None
+
+
+def _file_of(image: PIL.ImageFile.ImageFile) -> bytes:
+    """Return the bytes of the file of an image that Pillow has opened and not decoded."""
+    try:
+        place = image.fp.tell()
+        image.fp.seek(0)
+        data = image.fp.read(MAX_FILE_BYTES + 1)
+        image.fp.seek(place)
+    except Exception as error:  # closed
+        raise ImageError(
+            f"{_name(image)}: cannot be read ({type(error).__name__}: {error})"
+        ) from None
+    _check_bytes(_name(image), len(data))
+    return data
+
+
+def _limits(max_pixels: int) -> workers.Limits:
+    """Return limits under which any image of so many pixels can be decoded."""
+    millions = max_pixels / 1e6
+    return workers.Limits(
+        cpu_seconds=5 + millions / 20,
+        wall_seconds=60 + millions,
+        memory_bytes=(128 << 20) + 20 * max_pixels,
+    )
+
+
+def _name(source: ImageSource) -> str:
+    if isinstance(source, PIL.Image.Image):
+        return "image"
+    return f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+
+
+def _check_bytes(name: str, count: int) -> None:
+    if count > MAX_FILE_BYTES:
+        raise ImageError(f"{name}: the file is larger than {MAX_FILE_BYTES >> 20} MiB")
+
+
+def _check_size(name: str, image: PIL.Image.Image, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise ImageError(
+            f"{name}: {image.width}x{image.height} pixels are more than the {max_pixels} allowed"
+        )
+
+
+# What follows runs in the workers.
+
+
+def _open(source: bytes | str, name: str, frame: int, max_pixels: int, function: Callable) -> Any:
+    """Return `function` of the upright RGB image in a file. Raises ImageError."""
+    try:
+        data = source if isinstance(source, bytes) else _read(source, name)
+        if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > _MAX_JPEG_SCANS:
+            raise ImageError(f"{name}: a JPEG with more than {_MAX_JPEG_SCANS} scans")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                _check_size(name, image, max_pixels)
+                if frame:
+                    image.seek(frame)
+                return function(upright_rgb(image))
+    except ImageError:
+        raise
+    except PIL.UnidentifiedImageError:
+        raise ImageError(f"{name}: not an image ({', '.join(FORMATS)})") from None
+    except FileNotFoundError:
+        raise ImageError(f"{name}: no such file") from None
+    except PIL.Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: {error}") from None
+    except Exception as error:  # decoders raise what they like on hostile input
+        raise ImageError(f"{name}: cannot be decoded ({type(error).__name__}: {error})") from None
+
+
+def _read(path: str, name: str) -> bytes:
+    """Return the bytes of a regular file of bounded size."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ImageError(f"{name}: not a regular file")
+        _check_bytes(name, found.st_size)
+        return file.read()
+
+
+def _pixels(image: PIL.Image.Image) -> tuple[tuple[int, int], bytes]:
+    return image.size, image.tobytes()
+
+
+def _size(image: PIL.Image.Image) -> tuple[int, int]:
+    return image.height, image.width
+
+
+def _as_jpeg(image: PIL.Image.Image) -> tuple[bytes, str]:
+    digest = hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16)
+    file = io.BytesIO()
+    image.info = {}
+    image.save(file, "jpeg", quality=95, subsampling=0)
+    return file.getvalue(), digest.hexdigest()

@@ -1,0 +1,287 @@
+"""Worker processes for CPU work on bytes from outside: decoding images, extracting page text.
+
+A thread cannot be stopped, so a hostile page or picture could occupy it for good and keep the
+process from exiting. Here such work runs in a small pool of processes, each task with limits of CPU
+time, wall time and memory. A task that exceeds a limit fails alone: its process is killed and
+replaced, other tasks are unaffected.
+
+Workers are spawned by exec, never forked. They import neither JAX nor the program's main module,
+and get only the environment variables of `_ENVIRONMENT`, so no API key is in their reach. They end
+with this process, whatever they are doing.
+"""
+
+import asyncio
+import atexit
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import math
+import os
+import pickle
+import resource
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import pebble
+from loky.backend.context import LokyContext
+
+_ENVIRONMENT = frozenset((
+    "PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "LD_LIBRARY_PATH",
+    "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE",
+))  # fmt: skip
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+_POLL = 0.2  # seconds between looks at whether the interpreter is shutting down
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one task may use.
+
+    Attributes:
+      cpu_seconds: CPU time. This is the limit that acts on hostile input; it does not depend on how
+        busy the machine is.
+      wall_seconds: Time since a worker accepted the task.
+      memory_bytes: Address space beyond what the worker holds before the task.
+    """
+
+    cpu_seconds: float = 5.0
+    wall_seconds: float = 30.0
+    memory_bytes: int = 1 << 30
+
+
+DEFAULT_LIMITS = Limits()
+
+
+class WorkerError(Exception):
+    """A task that exceeded a limit, or whose process died; the message says which."""
+
+
+def run(function: Callable[..., Any], *args: Any, limits: Limits = DEFAULT_LIMITS) -> Any:
+    """Return `function(*args)`, computed in a worker process. Blocks the calling thread.
+
+    Args:
+      function: A module-level function of a module that imports no JAX.
+      args: Picklable.
+      limits: Of this task; time in the queue does not count.
+
+    Raises:
+      WorkerError: A limit was exceeded, or the interpreter is shutting down.
+      Exception: Whatever the function raised.
+    """
+    future = _POOL.submit(function, args, limits)
+    while True:
+        try:
+            return future.result(timeout=_POLL)
+        except concurrent.futures.TimeoutError:
+            # Threads are joined when the interpreter shuts down: they must not wait for a worker.
+            if not threading.main_thread().is_alive():
+                future.cancel()
+                raise WorkerError("the program is shutting down") from None
+        except concurrent.futures.CancelledError:
+            raise WorkerError("the worker pool was closed") from None
+
+
+async def run_async(
+    function: Callable[..., Any], *args: Any, limits: Limits = DEFAULT_LIMITS
+) -> Any:
+    """Like `run`, from a coroutine. Cancelling it stops the task."""
+    return await asyncio.wrap_future(_POOL.submit(function, args, limits))
+
+
+def start() -> None:
+    """Start the worker processes now, so that the first task does not wait for them."""
+    _POOL.start()
+
+
+def count() -> int:
+    """Return the number of worker processes."""
+    return _POOL.size
+
+
+def close() -> None:
+    """Kill the workers. Waiting tasks are cancelled; a later task starts new workers."""
+    _POOL.close()
+
+
+@dataclasses.dataclass(eq=False)
+class _Task:
+    function: Callable[..., Any]
+    args: tuple
+    limits: Limits
+    future: concurrent.futures.Future
+
+
+class _Pool:
+    """A pebble pool behind a queue.
+
+    Tasks wait here and not in pebble's pipe, from which a cancelled task cannot be taken back.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self._lock = threading.RLock()
+        self._waiting: collections.deque[_Task] = collections.deque()
+        self._running = 0
+        self._pool: pebble.ProcessPool | None = None
+
+    def submit(self, function: Callable, args: tuple, limits: Limits) -> concurrent.futures.Future:
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        with self._lock:
+            self._waiting.append(_Task(function, args, limits, future))
+        self._dispatch()
+        return future
+
+    def start(self) -> None:
+        with self._lock:
+            if self._pool is None or not self._pool.active:
+                self._pool = pebble.ProcessPool(
+                    self.size, initializer=_initialize, context=_CleanContext()
+                )
+                self._pool.schedule(_nothing)  # pebble starts processes with the first task
+
+    def close(self) -> None:
+        with self._lock:
+            pool, self._pool = self._pool, None
+            waiting, self._waiting = self._waiting, collections.deque()
+        for task in waiting:
+            task.future.cancel()
+        if pool is not None:
+            pool.stop()
+            pool.join()
+
+    def _dispatch(self) -> None:
+        """Hand waiting tasks to idle workers."""
+        with self._lock:
+            while self._waiting and self._running < self.size:
+                task = self._waiting.popleft()
+                if task.future.cancelled():
+                    continue
+                try:
+                    self.start()
+                    inner = self._pool.schedule(
+                        _limited,
+                        args=(task.function, task.args, task.limits),
+                        timeout=task.limits.wall_seconds,
+                    )
+                except Exception as error:
+                    _settle(task, lambda error=error: _raise(error))
+                    continue
+                self._running += 1
+                task.future.add_done_callback(lambda outer, inner=inner: inner.cancel())
+                inner.add_done_callback(lambda done, task=task: self._finished(task, done))
+
+    def _finished(self, task: _Task, inner: concurrent.futures.Future) -> None:
+        with self._lock:
+            self._running -= 1
+        _settle(task, inner.result)
+        self._dispatch()
+
+
+def _settle(task: _Task, outcome: Callable[[], tuple[Any, Any]]) -> None:
+    """Hand a task's result or error to its future, unless that was cancelled."""
+    result, error = None, None
+    try:
+        result, error = outcome()
+    except concurrent.futures.TimeoutError:
+        error = WorkerError(f"took longer than {task.limits.wall_seconds:g} s")
+    except concurrent.futures.CancelledError:
+        error = WorkerError("the worker pool was closed")
+    except pebble.ProcessExpired as expired:
+        error = WorkerError(_why_it_died(expired.exitcode, task.limits))
+    except BaseException as failed:
+        error = WorkerError(f"the worker failed ({type(failed).__name__}: {failed})")
+    with contextlib.suppress(concurrent.futures.InvalidStateError):  # cancelled
+        if error is None:
+            task.future.set_result(result)
+        else:
+            task.future.set_exception(error)
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _why_it_died(exit_code: int, limits: Limits) -> str:
+    if exit_code == -signal.SIGXCPU:
+        return f"used more than {limits.cpu_seconds:g} s of CPU time"
+    return f"its process died (exit code {exit_code})"
+
+
+class _CleanContext(LokyContext):
+    """Starts processes by exec, without the main module and without the environment's secrets."""
+
+    def Process(self, *args, **keywords):
+        process = super().Process(*args, **keywords)
+        hidden = dict.fromkeys(os.environ.keys() - _ENVIRONMENT, "")
+        process.env = hidden | _ONE_THREAD
+        return process
+
+
+# What follows runs in the workers.
+
+
+def _initialize() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler in Python waits for C code
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _nothing() -> None:
+    """The task with which a pool is started."""
+
+
+def _limited(function: Callable[..., Any], args: tuple, limits: Limits) -> tuple[Any, Any]:
+    """Return (result, None) or (None, error) of a call within its limits."""
+    try:
+        with _resource_limits(limits):
+            return function(*args), None
+    except MemoryError:
+        return None, WorkerError(f"used more than {limits.memory_bytes >> 20} MiB")
+    except Exception as error:
+        try:  # an exception that cannot be read back would break the pool's pipe
+            pickle.loads(pickle.dumps(error))
+            return None, error
+        except Exception:
+            return None, WorkerError(traceback.format_exception_only(error)[-1].strip()[:500])
+    except BaseException as error:  # such as SystemExit
+        return None, WorkerError(f"{type(error).__name__}: {error}")
+
+
+@contextlib.contextmanager
+def _resource_limits(limits: Limits):
+    """Limit the CPU time and memory of this process, and lift the limits at the end.
+
+    They are lifted before the result is sent: a process that is killed while it writes into the
+    pool's pipe would break it for all.
+    """
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = math.ceil(used.ru_utime + used.ru_stime + limits.cpu_seconds)
+    before = {}
+    for kind, soft in ((resource.RLIMIT_CPU, cpu), (resource.RLIMIT_AS, _address_space(limits))):
+        before[kind] = _, hard = resource.getrlimit(kind)
+        with contextlib.suppress(ValueError, OSError):  # a system without this limit
+            resource.setrlimit(kind, (soft, hard))
+    try:
+        yield
+    finally:
+        for kind, values in before.items():
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(kind, values)
+
+
+def _address_space(limits: Limits) -> int:
+    """Return the address space that the process may have, in bytes."""
+    try:
+        with open("/proc/self/statm") as file:
+            held = int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:  # no Linux
+        return resource.RLIM_INFINITY
+    return held + limits.memory_bytes
+
+
+_POOL = _Pool(max(2, min(16, os.cpu_count() or 2)))
+# Before pebble's own handler, which kills one worker after the other.
+atexit.register(close)
