@@ -14,6 +14,7 @@ import io
 import os
 import pathlib
 import stat
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,7 @@ DEFAULT_MAX_FILE_PIXELS = 100_000_000  # before resizing; a larger file is taken
 MAX_FILE_BYTES = 512 * 2**20
 # Encoders write about 10; decoding takes the time of the scans times the pixels.
 _MAX_JPEG_SCANS = 100
+_READING = threading.Lock()
 _STRIP = 256  # rows of a transparent image that are composited at a time
 
 
@@ -93,7 +95,12 @@ def image_size(
     return _in_worker(_size, source, max_pixels)
 
 
-def public_jpeg(
+async def check_image(source: ImageSource, *, max_pixels: int) -> None:
+    """Decode an image and drop it. Raises ImageError, see `open_image`."""
+    await process_image_async(source, _size, max_pixels=max_pixels)
+
+
+async def public_jpeg(
     source: ImageSource, *, max_pixels: int = DEFAULT_MAX_FILE_PIXELS
 ) -> tuple[bytes, str]:
     """Return an image as a JPEG file that holds its pixels and nothing else, and their digest.
@@ -104,7 +111,7 @@ def public_jpeg(
     Raises:
       ImageError: See `open_image`.
     """
-    return _in_worker(_as_jpeg, source, max_pixels)
+    return await process_image_async(source, _as_jpeg, max_pixels=max_pixels)
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -146,8 +153,10 @@ def _task(
             return None, ()
         frame = source.tell()
         source = _file_of(source)
-    elif not isinstance(source, bytes):
+    elif isinstance(source, (str, pathlib.Path)):
         source = os.path.abspath(source)
+    elif not isinstance(source, bytes):
+        raise ImageError(f"{name}: neither an image, nor the bytes or the path of its file")
     return _open, (source, name, frame, max_pixels, function)
 
 
@@ -167,10 +176,11 @@ def _held(function: Callable, image: PIL.Image.Image, max_pixels: int) -> Any:
 def _file_of(image: PIL.ImageFile.ImageFile) -> bytes:
     """Return the bytes of the file of an image that Pillow has opened and not decoded."""
     try:
-        place = image.fp.tell()
-        image.fp.seek(0)
-        data = image.fp.read(MAX_FILE_BYTES + 1)
-        image.fp.seek(place)
+        with _READING:  # several threads may hold the same image
+            place = image.fp.tell()
+            image.fp.seek(0)
+            data = image.fp.read(MAX_FILE_BYTES + 1)
+            image.fp.seek(place)
     except Exception as error:  # closed
         raise ImageError(
             f"{_name(image)}: cannot be read ({type(error).__name__}: {error})"
@@ -192,7 +202,9 @@ def _limits(max_pixels: int) -> workers.Limits:
 def _name(source: ImageSource) -> str:
     if isinstance(source, PIL.Image.Image):
         return "image"
-    return f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+    if isinstance(source, bytes):
+        return f"{len(source)} bytes"
+    return str(source) if isinstance(source, (str, pathlib.Path)) else type(source).__name__
 
 
 def _check_bytes(name: str, count: int) -> None:

@@ -15,14 +15,8 @@ import numpy as np
 import PIL.Image
 import tokenizers
 
-from mmsr1_jax.images import (
-    DEFAULT_MAX_FILE_PIXELS,
-    ImageError,
-    ImageProcessor,
-    Patches,
-    open_image,
-    to_rgb,
-)
+from mmsr1_jax.image_files import DEFAULT_MAX_FILE_PIXELS, process_image
+from mmsr1_jax.images import ImageError, ImageProcessor, Patches
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
 
 ROLES = ("system", "user", "assistant")
@@ -194,9 +188,7 @@ class Processor:
     def _part(self, part, max_file_pixels: int) -> str | Patches:
         if isinstance(part, str):
             return part
-        if isinstance(part["image"], PIL.Image.Image):
-            return self.images(to_rgb(part["image"]))
-        return self.images(open_image(part["image"], max_pixels=max_file_pixels))
+        return process_image(part["image"], self.images, max_pixels=max_file_pixels)
 
     def _turn(self, role: str, parts: Sequence[str | Patches]) -> list[str | int | Patches]:
         start, end = self.control["<|im_start|>"], self.control["<|im_end|>"]

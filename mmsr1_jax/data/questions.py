@@ -19,7 +19,8 @@ from typing import Any
 import grain
 
 from mmsr1_jax.data.parquet import BadRow, DataError, Question, QuestionFile, find_files
-from mmsr1_jax.images import DEFAULT_MAX_FILE_PIXELS, ImageError, ImageProcessor, open_image
+from mmsr1_jax.image_files import DEFAULT_MAX_FILE_PIXELS, ImageError, image_size
+from mmsr1_jax.images import ImageProcessor
 
 
 class QuestionSource:
@@ -134,8 +135,8 @@ class QuestionSource:
     def _checked(self, images: tuple[bytes, ...], question: Question) -> tuple[bytes, ...] | BadRow:
         for place, image in enumerate(images):
             try:
-                opened = open_image(image, max_pixels=self._max_file_pixels)
-                ImageProcessor().target_size(opened.height, opened.width)  # refuses too long ones
+                size = image_size(image, max_pixels=self._max_file_pixels)
+                ImageProcessor().target_size(*size)  # refuses too long ones
             except ImageError as error:
                 return BadRow(question.file, question.row, f"images[{place}]", str(error))
         return images

@@ -7,7 +7,7 @@ import os
 import pathlib
 import stat
 
-from mmsr1_jax.images import ImageError, open_image
+from mmsr1_jax.image_files import ImageError, open_image
 
 QUESTION, RESULT = 320, 160  # pixels of the longer side
 _MOST = 24_000_000  # characters of all pictures of a page

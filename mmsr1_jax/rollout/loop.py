@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 _DRAWN = ("tokens", "logprobs", "sampling_logprobs")
 _NOTHING = np.zeros(0, np.int32)
+_DECODED_BY = 0.9  # share of a call's time after which images that are not decoded are left out
 
 # Called as things happen, with the episode and "turn" (the policy's has ended), "reply" (the user
 # turn after it is there) or "end".
@@ -401,7 +402,9 @@ class Run:
         async def begin():
             if tool is None:
                 raise LookupError(f"no tool for {query.action}")
-            return self._rules.read(await tool(query))
+            until = time.monotonic() + _DECODED_BY * seconds
+            observation = self._rules.read(await tool(query))
+            return await self._rules.decoded(observation, until)
 
         def finish(observation, error, seconds) -> tuple[list[int], Reply]:
             observed = functools.partial(self._rules.observed, query, example, number, room)

@@ -13,18 +13,18 @@ cannot close `<information>`, pictures of a bounded size, results that fit as a 
 out.
 """
 
+import asyncio
 import dataclasses
 import itertools
 import re
-import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import PIL.Image
-
 from mmsr1_jax import config as settings
-from mmsr1_jax.images import ImageError, ImageProcessor, Patches, open_image, to_rgb
+from mmsr1_jax.image_files import ImageError, process_image, process_image_async
+from mmsr1_jax.images import Patches
 from mmsr1_jax.processor import Processor, Prompt
 from mmsr1_jax.rollout import prompts
 from mmsr1_jax.rollout.episode import End, Episode, Example, ToolCall
@@ -37,6 +37,7 @@ _TAG = re.compile(
 )
 _NO_PICTURE = "(picture not available)"
 _MOST_PARTS = 100  # of one result
+_MAX_RETRIEVED_PIXELS = 20_000_000  # of the file of a retrieved image
 _REASON = {
     "ok": "the results are too long to be shown",
     "empty": "nothing was found",
@@ -108,10 +109,10 @@ class Rules:
         self._tools = tools
         self._texts = texts
         self._max_file_pixels = max_file_pixels
+        self._max_retrieved = min(max_file_pixels, _MAX_RETRIEVED_PIXELS)
         self._check_image = check_image
         # Equal pictures of different episodes are held once.
         self._known: weakref.WeakValueDictionary[str, Patches] = weakref.WeakValueDictionary()
-        self._loading = threading.Lock()  # a tool may hand out one unread file to several threads
         low = min(processor.images.min_pixels, tools.max_pixels // 4)
         self._retrieved = dataclasses.replace(
             processor.images, min_pixels=low, max_pixels=tools.max_pixels
@@ -124,7 +125,7 @@ class Rules:
           ImageError: a picture that cannot be used.
           PromptTooLongError: no room is left for the policy.
         """
-        images = [self._open(image, self._processor.images) for image in example.images]
+        images = [self._open(image) for image in example.images]
         fields = {"question": [_clean(example.question)], "images": images}
         prompt = self._processor.first_turn(prompts.fill(self._texts["question"], fields))
         room = self.limits.tokens - self.limits.least_tokens
@@ -208,10 +209,9 @@ class Rules:
           room: tokens that the user turn may have.
           observation: what the tool returned, through `read`; None where there is an `error`.
           error: what it raised.
-          seconds: that it took.
+          seconds: that it took so far; the record adds what decoding takes here.
         """
-        if observation is None:
-            observation = _failed(error)
+        observation, spent = self._decode_rest(observation or _failed(error))
         results = observation.results
         notes = [] if observation.error is None else [describe(observation.error)]
         shown: list[list[str | Patches]] = []
@@ -240,7 +240,7 @@ class Rules:
                 action=query.action,
                 query=query.text,
                 status=observation.status,
-                seconds=seconds,
+                seconds=seconds + spent,
                 found=len(results),
                 shown=len(shown),
                 notes=tuple(notes),
@@ -266,7 +266,9 @@ class Rules:
                 text_left -= len(parts[-1])
                 continue
             try:
-                picture = self._open(part.image, self._retrieved)
+                if isinstance(part.image, ImageError):
+                    raise part.image
+                picture = part.image
                 if len(picture.values) * self._retrieved.patch_size**2 > self._tools.max_pixels:
                     raise ImageError("a strip, too long for its width")
             except ImageError as error:
@@ -279,24 +281,89 @@ class Rules:
             parts.append(picture)
         return _joined(parts)
 
-    def _open(self, image: Picture, processor: ImageProcessor) -> Patches:
-        if not isinstance(image, PIL.Image.Image):
-            image = open_image(image, max_pixels=self._max_file_pixels)
-        if image.width * image.height > self._max_file_pixels:
-            raise ImageError(f"{image.width}x{image.height} pixels are too many")
+    async def decoded(self, observation: Observation, until: float) -> Observation:
+        """Decode the images of an observation in worker processes.
+
+        Args:
+          observation: Of `read`.
+          until: Time on the monotonic clock. An image that is not decoded by then is left out.
+
+        Returns:
+          The observation with `Patches` in place of its images, or the `ImageError` of one that
+          cannot be used.
+        """
+        parts = [part for result in observation.results for part in result]
+        tasks = {
+            id(part): asyncio.ensure_future(self._decode(part.image))
+            for part in parts
+            if part.image is not None
+        }
         try:
-            with self._loading:
-                image = to_rgb(image)
-            patches = processor(image)
+            if tasks:
+                await asyncio.wait(tasks.values(), timeout=max(0.0, until - time.monotonic()))
+            opened = {key: task.result() for key, task in tasks.items() if task.done()}
+        finally:
+            for task in tasks.values():
+                task.cancel()
+        late = ImageError("not decoded in the time of the call")
+        return _with_images(observation, lambda part: opened.get(id(part), late))
+
+    async def _decode(self, image: Picture) -> Patches | ImageError:
+        try:
+            return self._checked(
+                await process_image_async(image, self._retrieved, max_pixels=self._max_retrieved)
+            )
+        except ImageError as error:
+            return error
+
+    def _decode_rest(self, observation: Observation) -> tuple[Observation, float]:
+        """Return `decoded`, of what is not decoded yet, and the seconds it took; blocks."""
+        begun = time.monotonic()
+        if all(isinstance(image, (Patches, ImageError)) for image in _images(observation)):
+            return observation, 0.0
+
+        def decode(part: Part) -> Patches | ImageError:
+            if isinstance(part.image, (Patches, ImageError)):
+                return part.image
+            try:
+                limit = self._max_retrieved
+                return self._checked(process_image(part.image, self._retrieved, max_pixels=limit))
+            except ImageError as error:
+                return error
+
+        return _with_images(observation, decode), time.monotonic() - begun
+
+    def _open(self, image: Picture) -> Patches:
+        """Return the patches of a question's image. Raises ImageError."""
+        processor, limit = self._processor.images, self._max_file_pixels
+        return self._checked(process_image(image, processor, max_pixels=limit))
+
+    def _checked(self, patches: Patches) -> Patches:
+        """Return the patches, equal ones once, if the engine can take them. Raises ImageError."""
+        try:
             self._check_image(patches)
         except ImageError:
             raise
-        except Exception as error:  # closed, damaged and not read until now, of no size, too large
+        except ValueError as error:
             raise ImageError(describe(error)) from None
         return self._known.setdefault(patches.digest, patches)
 
     def _merged(self, image: Patches) -> int:
         return len(image.values) // self._processor.images.merge_size**2
+
+
+def _images(observation: Observation) -> list[Any]:
+    images = (part.image for result in observation.results for part in result)
+    return [image for image in images if image is not None]
+
+
+def _with_images(observation: Observation, image_of: Callable[[Part], Any]) -> Observation:
+    """Return the observation with `image_of` of each part that has an image in its place."""
+    results = [
+        tuple(part if part.image is None else Part(image=image_of(part)) for part in result)
+        for result in observation.results
+    ]
+    return dataclasses.replace(observation, results=results)
 
 
 def _failed(error: BaseException | str | None) -> Observation:

@@ -17,6 +17,7 @@ from typing import Any
 
 _TICK = 0.1  # seconds in which a call's time is counted
 _GRACE = 1.0  # seconds that the loop may be blocked for beyond the time of the call that does it
+_MIN_FINISH = 0.5  # seconds that `finish` has where the call has used up all of its time
 
 
 @dataclasses.dataclass(eq=False)
@@ -28,8 +29,9 @@ class Call:
       begin: makes the coroutine to be awaited.
       finish: makes the answer, in a thread of a pool, from (result, None, seconds taken) or
         (None, the exception, seconds taken); a call whose time is over ends with a TimeoutError.
-        What it raises itself is the answer.
-      seconds: time limit.
+        What it raises itself is the answer. It is called a second time, with a TimeoutError, where
+        the first call does not return in time.
+      seconds: time limit of both together.
       started: on the monotonic clock, of this attempt.
       awaited: the coroutine is at its end, and only `finish` is to come.
       task: of the coroutine.
@@ -73,26 +75,31 @@ class Background:
 
     async def _run(self, call: Call) -> None:
         call.task = asyncio.ensure_future(_outcome(call.begin))
-        left = call.seconds
-        while not call.task.done() and left > 0:
-            tick, before = min(left, _TICK), time.monotonic()
-            await asyncio.wait({call.task}, timeout=tick)
-            # While another call blocks the loop, this one cannot get on: that time is not its own.
-            left -= min(time.monotonic() - before, 2 * tick)
-        if call.task.done():
-            value, error = call.task.result()
-        else:
+        budget = await _wait(call.task, call.seconds)
+        if not call.task.done():
             call.task.cancel()
-            value, error = None, TimeoutError("the call took too long")
+            call.awaited = True
+            self._give_up(call, "the call took too long")
+            return
+        value, error = call.task.result()
         call.awaited = True
-        self._pool.submit(self._finish, call, value, error, time.monotonic() - call.started)
+        seconds = time.monotonic() - call.started
+        finishing = self._pool.submit(self._finish, call, value, error, seconds)
+        await _wait(asyncio.wrap_future(finishing), max(budget, _MIN_FINISH))
+        if not finishing.done():
+            self._give_up(call, "the results took too long to be prepared")
+
+    def _give_up(self, call: Call, reason: str) -> None:
+        """Answer a call with a TimeoutError, whatever it still does."""
+        seconds = time.monotonic() - call.started
+        self._pool.submit(self._finish, call, None, TimeoutError(reason), seconds)
 
     def _finish(self, call: Call, value: Any, error: BaseException | None, seconds: float) -> None:
         try:
             answer = call.finish(value, error, seconds)
         except Exception as raised:
             answer = raised
-        self._answers.put((call, answer))
+        self._answers.put((call, answer))  # the first answer of a call counts, see `answers`
 
     def answers(self, wait: bool) -> list[tuple[Any, Any]]:
         """(key, answer) of the calls that have come to an end; `wait`: at least one of them, where
@@ -130,9 +137,7 @@ class Background:
         self._abandon()
         for call in guilty:
             call.awaited = True
-            error = TimeoutError("the tool blocks its thread")
-            seconds = time.monotonic() - call.started
-            self._pool.submit(self._finish, call, None, error, seconds)
+            self._give_up(call, "the tool blocks its thread")
         for call in others:
             self.submit(dataclasses.replace(call, task=None))
 
@@ -153,6 +158,18 @@ class Background:
         """The same, and ends the thread."""
         self.forget()
         self._abandon()
+
+
+async def _wait(future: asyncio.Future, budget: float) -> float:
+    """Wait for a future, at most `budget` seconds; return the seconds that remain.
+
+    Time in which another call blocks the loop does not count: this one could not proceed.
+    """
+    while not future.done() and budget > 0:
+        tick, before = min(budget, _TICK), time.monotonic()
+        await asyncio.wait({future}, timeout=tick)
+        budget -= min(time.monotonic() - before, 2 * tick)
+    return budget
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:

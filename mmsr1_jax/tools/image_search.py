@@ -4,23 +4,18 @@ picture ──► its address ──► matches ──► thumbnail, thumbnail, 
             published once               be fetched or opened gives way to the next match
 """
 
-import asyncio
-import io
 import json
 import os
-import pathlib
 import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-import PIL.Image
-
-from mmsr1_jax.images import ImageError, open_image
+from mmsr1_jax.image_files import ImageError, check_image, public_jpeg
 from mmsr1_jax.tools.first import first_that_work
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.services import Match
 from mmsr1_jax.tools.stored import Stored, digest
-from mmsr1_jax.tools.tool import Observation, Picture, Query, Result, image_result
+from mmsr1_jax.tools.tool import Observation, Query, Result, image_result
 from mmsr1_jax.tools.web import IMAGES, WebError
 
 _MAX_PIXELS = 20_000_000  # of a thumbnail's file
@@ -51,15 +46,22 @@ class Publisher:
         self._headers = {"Authorization": authorization} if authorization else {}
         self._published: set[str] = set()
 
-    async def __call__(self, data: bytes) -> str:
-        """The address of a picture, which is put there once. Raises WebError."""
-        kind = _media_type(data)
-        name = f"{digest(data)}.{kind.partition('/')[2]}"
+    async def __call__(self, jpeg: bytes, name: str) -> str:
+        """Return the public address of an image, which is uploaded once.
+
+        Args:
+          jpeg: Of `image_files.public_jpeg`: never the user's file, which may say where it was
+            taken and hold other things behind the image.
+          name: Of the file at that address.
+
+        Raises:
+          WebError: It could not be uploaded.
+        """
         target = _named(self._put, name) + (f"?{self._query}" if self._query else "")
 
         async def put():
-            headers = self._headers | {"Content-Type": kind}
-            await self._service.call("PUT", target, content=data, accept=(), headers=headers)
+            headers = self._headers | {"Content-Type": "image/jpeg"}
+            await self._service.call("PUT", target, content=jpeg, accept=(), headers=headers)
             return True
 
         public = _named(self._public, name)
@@ -71,15 +73,6 @@ class Publisher:
 
 def _named(url: str, name: str) -> str:
     return url.replace("{name}", name) if "{name}" in url else url + name
-
-
-def _media_type(data: bytes) -> str:
-    """Of a picture's file; services look at it."""
-    try:
-        with PIL.Image.open(io.BytesIO(data)) as image:
-            return PIL.Image.MIME.get(image.format or "", "image/jpeg")
-    except Exception:  # no picture: said where it is opened in earnest
-        return "application/octet-stream"
 
 
 class Thumbnails:
@@ -99,7 +92,7 @@ class ImageSearch:
     lens: finds pages by an image's address.
     publish: gives the question's picture an address.
     fetch: brings thumbnails.
-    stored: what was found before, by the picture's content.
+    stored: what was found before, by the image's pixels.
     name: of the service; others find other pages.
     results: pages of an observation, at most.
     seconds: after which it makes do with the pictures that are there; None: it waits for all.
@@ -108,7 +101,7 @@ class ImageSearch:
     def __init__(
         self,
         lens: Lens,
-        publish: Callable[[bytes], Awaitable[str]],
+        publish: Callable[[bytes, str], Awaitable[str]],
         fetch: Callable[[str], Awaitable[bytes]],
         stored: Stored,
         name: str,
@@ -125,13 +118,13 @@ class ImageSearch:
             return Observation(status="failed", error="the question has no picture")
         until = None if self._seconds is None else time.monotonic() + self._seconds
         try:
-            data = await asyncio.to_thread(_bytes, query.images[0])
+            jpeg, pixels = await public_jpeg(query.images[0])
 
             async def ask():
-                matches = await self._lens.lens(await self._publish(data))
+                matches = await self._lens.lens(await self._publish(jpeg, f"{pixels}.jpg"))
                 return [[match.link, match.title, match.thumbnail] for match in matches]
 
-            key = json.dumps([self._name, digest(data)])
+            key = json.dumps([self._name, pixels])
             matches = [Match(*m) for m in await self._stored.get("matches", key, ask)]
         except (WebError, ImageError) as error:
             return Observation(status="failed", error=f"search: {error}")
@@ -146,21 +139,7 @@ class ImageSearch:
         """Raises WebError where the thumbnail cannot be had or opened."""
         data = await self._fetch(match.thumbnail)
         try:
-            await asyncio.to_thread(open_image, data, max_pixels=_MAX_PIXELS)
+            await check_image(data, max_pixels=_MAX_PIXELS)
         except ImageError as error:
             raise WebError(str(error)) from None
         return image_result(data, match.title)
-
-
-def _bytes(image: Picture) -> bytes:
-    """The file of a picture. Raises ImageError."""
-    if isinstance(image, bytes):
-        return image
-    if isinstance(image, PIL.Image.Image):
-        file = io.BytesIO()
-        image.convert("RGB").save(file, "png")
-        return file.getvalue()
-    try:
-        return pathlib.Path(image).read_bytes()
-    except OSError as error:
-        raise ImageError(f"{image}: {error.strerror or error}") from None

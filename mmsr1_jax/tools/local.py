@@ -27,7 +27,7 @@ import imagehash
 import numpy as np
 import PIL.Image
 
-from mmsr1_jax.images import ImageError, open_image, to_rgb
+from mmsr1_jax.image_files import ImageError, open_image
 from mmsr1_jax.tools.passages import best_passages, words_of
 from mmsr1_jax.tools.tool import Observation, Picture, Query, Result, image_result, text_result
 
@@ -218,7 +218,7 @@ class LocalIndex:
         ]
 
     def _find_pictures(self, image: Picture) -> list[Result]:
-        image = _opened(image)
+        image = open_image(image)
         nearest = self._by_hash(image) if self._embed is None else self._by_embedding(image)
         found = []
         for number in nearest:
@@ -247,10 +247,6 @@ class LocalIndex:
 def hash_of(image: PIL.Image.Image) -> bytes:
     """256 bits: the difference hash of a picture."""
     return np.packbits(imagehash.dhash(image, hash_size=_SIDE).hash).tobytes()
-
-
-def _opened(image: Picture) -> PIL.Image.Image:
-    return to_rgb(image) if isinstance(image, PIL.Image.Image) else open_image(image)
 
 
 def _read(path: str | pathlib.Path, parse) -> Iterator[tuple]:

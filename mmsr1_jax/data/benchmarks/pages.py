@@ -2,16 +2,18 @@
 
 import bisect
 import dataclasses
-import io
+import functools
 import itertools
+import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
-import PIL.Image
-
+from mmsr1_jax import workers
 from mmsr1_jax.data.parquet import DataError
-from mmsr1_jax.images import ImageError, ImageProcessor, open_image
+from mmsr1_jax.image_files import ImageError, image_size, process_image
+from mmsr1_jax.images import ImageProcessor
+from mmsr1_jax.pdf_files import LIMITS as PDF_LIMITS
+from mmsr1_jax.pdf_files import page_sizes, render_pages, resized_png
 
 POINTS_TO_PIXELS = 2.0  # 144 dots an inch, as MMLongBench-Doc renders; a point is 1/72 inch
 _LEAST_TOKENS = 4  # of a page: the lower bound of the released preprocessor_config.json
@@ -102,18 +104,24 @@ def shrink_pictures(
       DataError: see `fit_pages`.
       ImageError: one of them is no picture that can be used; it says which, counting from 1.
     """
-    opened = []
+    sizes = []
     for number, picture in enumerate(pictures, 1):
         try:
-            opened.append(open_image(picture, max_pixels=max_file_pixels))
-            processor.target_size(opened[-1].height, opened[-1].width)  # refuses too long ones
+            sizes.append(image_size(picture, max_pixels=max_file_pixels))
+            processor.target_size(*sizes[-1])  # refuses too long ones
         except ImageError as error:
             raise ImageError(f"page {number}: {error}") from None
-    fit = fit_pages([(page.height, page.width) for page in opened], tokens, processor)
+    fit = fit_pages(sizes, tokens, processor)
     left_out = len(pictures) - fit.pages
     if fit.max_pixels == processor.max_pixels:
         return tuple(pictures[: fit.pages]), left_out
-    return tuple(_png(page, size) for page, size in zip(opened, fit.sizes, strict=False)), left_out
+    shown = zip(pictures, fit.sizes, strict=False)
+    return tuple(
+        process_image(
+            picture, functools.partial(resized_png, size=size), max_pixels=max_file_pixels
+        )
+        for picture, size in shown
+    ), left_out
 
 
 def render_pdf(
@@ -126,49 +134,29 @@ def render_pdf(
       DataError: see `fit_pages`; or `pypdfium2` is not installed.
       ImageError: the file is no PDF that can be read, or has no page that can be shown.
     """
-    pdfium = load_pdfium()
+    load_pdfium()
+    file = os.path.abspath(path)
     try:
-        document = pdfium.PdfDocument(path)
-        try:
-            shapes = [document.get_page_size(number) for number in range(len(document))]
-            sizes = [
-                (round(height * POINTS_TO_PIXELS), round(width * POINTS_TO_PIXELS))
-                for width, height in shapes
-            ]
-            if not sizes or min(map(min, sizes)) < 1:
-                raise ImageError(f"{path}: no page, or one without area")
-            fit = fit_pages(sizes, tokens, processor)
-            pages = [
-                _render(document[number], shapes[number], size)
-                for number, size in enumerate(fit.sizes)
-            ]
-        finally:
-            document.close()
-    except (pdfium.PdfiumError, OSError) as error:
-        raise ImageError(f"{path}: not a PDF that can be read ({error})") from None
+        shapes = workers.run(page_sizes, file, limits=PDF_LIMITS)
+        sizes = [
+            (round(height * POINTS_TO_PIXELS), round(width * POINTS_TO_PIXELS))
+            for width, height in shapes
+        ]
+        if not sizes or min(map(min, sizes)) < 1:
+            raise ImageError(f"{path}: no page, or one without area")
+        fit = fit_pages(sizes, tokens, processor)
+        pages = workers.run(render_pages, file, fit.sizes, limits=PDF_LIMITS)
+    except workers.WorkerError as error:
+        raise ImageError(f"{path}: rendering it {error}") from None
     return tuple(pages), len(sizes) - len(pages)
 
 
-def load_pdfium() -> Any:
-    """The library that renders PDFs. Raises DataError: it is not installed."""
+def load_pdfium() -> None:
+    """Raise DataError if the library that renders PDFs is not installed."""
     try:
-        import pypdfium2
+        import pypdfium2  # noqa: F401
     except ImportError:
         raise DataError(
             "documents are PDFs, and the package that renders them is not installed: "
             "pip install pypdfium2"
         ) from None
-    return pypdfium2
-
-
-def _render(page: Any, shape: tuple[float, float], size: tuple[int, int]) -> bytes:
-    (width, height), (rows, columns) = shape, size
-    # Both sides at least as long as wanted, then to the pixel: sides are rounded differently.
-    bitmap = page.render(scale=max(rows / height, columns / width))
-    return _png(bitmap.to_pil().convert("RGB"), size)
-
-
-def _png(image: PIL.Image.Image, size: tuple[int, int]) -> bytes:
-    file = io.BytesIO()
-    image.resize(size[::-1], PIL.Image.Resampling.BICUBIC).save(file, "png", compress_level=1)
-    return file.getvalue()

@@ -44,7 +44,8 @@ from mmsr1_jax.data.benchmarks.tables import (
 )
 from mmsr1_jax.data.parquet import BadRow, DataError, Question
 from mmsr1_jax.data.questions import QuestionSource
-from mmsr1_jax.images import DEFAULT_MAX_FILE_PIXELS, ImageError, ImageProcessor, open_image
+from mmsr1_jax.image_files import DEFAULT_MAX_FILE_PIXELS, ImageError, image_size
+from mmsr1_jax.images import ImageProcessor
 
 _PEOPLE = 10  # who answered a question of OK-VQA
 _PAGE = r"page_\d+"
@@ -211,8 +212,8 @@ def _sound(data: bytes | None, field: str, context: _Context) -> tuple[bytes, ..
     if data is None:
         raise BadFieldError(field, "no picture")
     try:
-        opened = open_image(data, max_pixels=context.max_file_pixels)
-        context.processor.target_size(opened.height, opened.width)  # refuses too long ones
+        size = image_size(data, max_pixels=context.max_file_pixels)
+        context.processor.target_size(*size)  # refuses too long ones
     except ImageError as error:
         raise BadFieldError(field, str(error)) from None
     return (data,)
