@@ -8,11 +8,9 @@ that answers differently the second time, leads nowhere either.
 import asyncio
 import dataclasses
 import email.utils
-import ipaddress
 import json as json_module
 import logging
 import re
-import socket
 import time
 import weakref
 import zlib
@@ -22,6 +20,13 @@ from typing import Any
 import httpcore
 import httpx
 
+from mmsr1_jax.tools.addresses import (
+    foreign_names,
+    is_public,
+    normal_host,
+    own_names,
+    parse_host,
+)
 from mmsr1_jax.tools.connections import Connections
 
 # At lower levels it writes requests into the log, keys in them too.
@@ -30,12 +35,6 @@ logging.getLogger("httpcore").setLevel(logging.WARNING)
 JSON = ("application/json",)
 PAGES = ("text/html", "application/xhtml+xml", "text/plain", "text/markdown")
 IMAGES = ("image/",)
-# Public by their numbers, but a provider's own: Azure's and Oracle's metadata, IPv4-compatible and
-# site-local addresses, local NAT64.
-_NOT_PUBLIC = tuple(
-    map(ipaddress.ip_network,
-        ("168.63.129.16/32", "192.0.0.0/24", "::/96", "fec0::/10", "64:ff9b:1::/48"))
-)  # fmt: skip
 _HEADERS = {"User-Agent": "mmsr1_jax", "Accept": "*/*", "Accept-Encoding": "gzip"}
 _MAX_REDIRECTS = 5
 _CHUNK = 65536
@@ -108,7 +107,7 @@ class Web:
     """A connection pool for each asyncio loop.
 
     Args of the constructor:
-      allowed_hosts: `host` or `host:port` that may be private all the same (one's own services).
+      allowed_hosts: `host`, `host:port` or URLs of one's own services, which may be private.
       seconds: time limit of connecting, and of each wait for data.
       total_seconds: of a request in all, redirects and body included; None: three times `seconds`.
       max_bytes: of a body, as it comes and decompressed.
@@ -126,7 +125,7 @@ class Web:
         connections: int = 256,
         backend: httpcore.AsyncNetworkBackend | None = None,
     ):
-        self._allowed = frozenset(host.lower() for host in allowed_hosts)
+        self._allowed = frozenset(map(parse_host, allowed_hosts))
         self._seconds = seconds
         self._total = 3 * seconds if total_seconds is None else total_seconds
         self._max_bytes = max_bytes
@@ -244,29 +243,33 @@ class _Transport(httpx.AsyncHTTPTransport):
 
 
 class CheckedBackend(httpcore.AsyncNetworkBackend):
-    """Connects to public addresses, and to hosts that are allowed by name."""
+    """Connects to public addresses, and to hosts that are allowed by name.
 
-    def __init__(self, allowed: Collection[str], inner: httpcore.AsyncNetworkBackend):
+    Args of the constructor:
+      allowed: (host, port) of `addresses.parse_host`; None as a port: any.
+      inner: Makes the connections.
+    """
+
+    def __init__(
+        self, allowed: Collection[tuple[str, int | None]], inner: httpcore.AsyncNetworkBackend
+    ):
         self._allowed = allowed
         self._inner = inner
 
     async def connect_tcp(
         self, host, port, timeout=None, local_address=None, socket_options=None
     ) -> httpcore.AsyncNetworkStream:
-        loop = asyncio.get_running_loop()
+        name = normal_host(host)
+        allowed = not {(name, port), (name, None)}.isdisjoint(self._allowed)
+        names = own_names if allowed else foreign_names
         try:
-            found = await asyncio.wait_for(
-                loop.getaddrinfo(host, port, type=socket.SOCK_STREAM), timeout
-            )
+            addresses = await asyncio.wait_for(names.find(host, port), timeout)
         except TimeoutError:
             raise httpcore.ConnectTimeout("name lookup") from None
         except (OSError, UnicodeError):
             raise httpcore.ConnectError("name lookup") from None
-        addresses = list(dict.fromkeys(entry[4][0] for entry in found))
-        if not ({host.lower(), f"{host.lower()}:{port}"} & set(self._allowed)):
-            for address in addresses:
-                if not is_public(address):
-                    raise RefusedError("an address that is not public")
+        if not allowed and not all(map(is_public, addresses)):
+            raise RefusedError("an address that is not public")
         error: Exception = httpcore.ConnectError("no address")
         for address in addresses:
             try:
@@ -284,22 +287,6 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
         await asyncio.sleep(seconds)
 
 
-def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet, also where it wraps an IPv4 one."""
-    try:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return False
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if inner is None and ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64, RFC 6052
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        ip = inner or ip
-    if any(ip in network for network in _NOT_PUBLIC if network.version == ip.version):
-        return False
-    return ip.is_global and not ip.is_multicast
-
-
 def _origin(url: httpx.URL) -> tuple:
     return url.scheme, url.host, url.port
 
@@ -307,6 +294,8 @@ def _origin(url: httpx.URL) -> tuple:
 def _check(url: httpx.URL) -> None:
     if url.scheme not in ("http", "https") or not _HOST.fullmatch(url.host):
         raise RefusedError("not an http or https address")
+    if url.port is not None and not 0 < url.port < 65536:
+        raise RefusedError("not a port")
     if url.userinfo:
         raise RefusedError("an address with a password in it")
 
