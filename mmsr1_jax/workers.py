@@ -206,7 +206,7 @@ def _raise(error: Exception) -> None:
 
 
 def _why_it_died(exit_code: int, limits: Limits) -> str:
-    if exit_code == -signal.SIGXCPU:
+    if exit_code in (-signal.SIGPROF, -signal.SIGXCPU):
         return f"used more than {limits.cpu_seconds:g} s of CPU time"
     return f"its process died (exit code {exit_code})"
 
@@ -258,15 +258,18 @@ def _resource_limits(limits: Limits):
     pool's pipe would break it for all.
     """
     used = resource.getrusage(resource.RUSAGE_SELF)
-    cpu = math.ceil(used.ru_utime + used.ru_stime + limits.cpu_seconds)
+    cpu = math.ceil(used.ru_utime + used.ru_stime + limits.cpu_seconds) + 1
     before = {}
     for kind, soft in ((resource.RLIMIT_CPU, cpu), (resource.RLIMIT_AS, _address_space(limits))):
         before[kind] = _, hard = resource.getrlimit(kind)
         with contextlib.suppress(ValueError, OSError):  # a system without this limit
             resource.setrlimit(kind, (soft, hard))
+    # RLIMIT_CPU counts whole seconds; the timer's signal ends the process, in C code too.
+    signal.setitimer(signal.ITIMER_PROF, limits.cpu_seconds)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         for kind, values in before.items():
             with contextlib.suppress(ValueError, OSError):
                 resource.setrlimit(kind, values)
