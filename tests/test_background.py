@@ -124,3 +124,19 @@ def test_what_finish_raises_is_the_answer(background):
 
     background.submit(Call("a", soon, finish, 5.0))
     assert isinstance(all_answers(background)["a"], KeyError)
+
+
+def test_the_time_of_a_call_covers_the_preparation_of_its_results(background):
+    """The answer does not wait for it, and says how long it was waited for."""
+    over = threading.Event()
+
+    def finish(value, error, seconds):
+        if error is None:
+            over.wait()  # as decoding of a hostile image would
+        return value, error, seconds
+
+    background.submit(Call("a", soon, finish, 0.6))
+    value, error, seconds = all_answers(background)["a"]
+    assert value is None and isinstance(error, TimeoutError) and seconds >= 0.5
+    over.set()
+    assert background.answers(wait=False) == []  # the late answer is no second one

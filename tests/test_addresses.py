@@ -1,0 +1,181 @@
+"""Which addresses are public, which hosts are allowed, and whose name lookups wait for whom."""
+
+import asyncio
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from mmsr1_jax.tools import addresses
+from mmsr1_jax.tools.addresses import is_public, parse_host
+from mmsr1_jax.tools.web import RefusedError, UnreachableError, Web
+
+
+def listed(text):
+    return text.split()
+
+
+# Every block of the IANA special-purpose registries (their first, a middle and the last address
+# where it matters), and addresses that wrap a private one.
+PRIVATE = listed("""
+0.0.0.0 0.1.2.3 10.1.1.1 10.255.255.255 100.64.0.1 100.100.100.200 100.127.255.255 127.0.0.1
+127.255.255.254 169.254.169.254 172.16.0.1 172.31.255.255 192.0.0.1 192.0.0.170 192.0.0.192
+192.0.2.1 192.31.196.1 192.52.193.1 192.88.99.1 192.168.0.1 192.175.48.1 198.18.0.1 198.19.255.255
+198.51.100.1 203.0.113.1 224.0.0.1 239.255.255.250 240.0.0.1 255.255.255.255 168.63.129.16
+:: ::1 ::127.0.0.1 ::ffff:127.0.0.1 ::ffff:10.0.0.1 ::ffff:0:127.0.0.1 ::ffff:0:8.8.8.8
+64:ff9b::7f00:1 64:ff9b::a9fe:a9fe 64:ff9b:1::1 64:ff9b:1:ffff:ffff:ffff:808:808 100::1 100:0:0:1::1
+2001::1 2001:0:7f00:1:: 2001:1::1 2001:2::1 2001:3::1 2001:4:112::1 2001:10::1 2001:20::1
+2001:1ff::1
+2001:db8::1 2002:7f00:1:: 2002:808:808:: 2620:4f:8000::1 3fff::1 3fff:fff:ffff::1 4000::1 5f00::1
+8000::1 fc00::1 fd00:ec2::254 fd20:ce::254 fe80::1 fe80::1%eth0 fec0::1 ff02::1 ff0e::1
+2606:4700:0:1:0:5efe:7f00:1 2606:4700:0:1:200:5efe:a00:1 2606:4700:0:1:0:5efe:808:808
+""")
+PUBLIC = listed("""
+8.8.8.8 1.1.1.1 9.255.255.255 11.0.0.0 100.63.255.255 100.128.0.1 172.15.0.1 172.32.0.1 192.0.1.1
+192.167.255.255 198.17.255.255 198.20.0.1 223.255.255.255 ::ffff:8.8.8.8 64:ff9b::808:808
+2001:200::1 2001:4860:4860::8888 2003::1 2606:4700::1111 2620:4f:7fff::1 2a00:1450::1 3ffe::1
+2606:4700:0:1:1:5efe:7f00:1
+""")
+
+
+@pytest.mark.parametrize("address", PRIVATE)
+def test_addresses_that_are_not_public(address):
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", PUBLIC)
+def test_addresses_that_are_public(address):
+    assert is_public(address)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "name", "1.2.3", "0x7f.1", "127.1", "1.2.3.4.5", ":::", "٨.8.8.8"]
+)
+def test_what_is_no_address_is_not_public(text):
+    assert not is_public(text)
+
+
+@pytest.mark.parametrize("text, host, port", [
+    ("localhost", "localhost", None), ("LOCALHOST.:80", "localhost", 80),
+    ("http://LocalHost/v1", "localhost", 80), ("https://a.example", "a.example", 443),
+    ("http://user:word@a.example:9/x?y", "a.example", 9), ("[::1]:8000", "::1", 8000),
+    ("http://[0:0:0:0:0:0:0:1]:8000/", "::1", 8000), ("::1", "::1", None),
+    ("fe80::0001", "fe80::1", None), ("http://bücher.example", "xn--bcher-kva.example", 80),
+    ("redis://10.0.0.1:6379/0", "10.0.0.1", 6379),
+])  # fmt: skip
+def test_hosts_are_compared_in_one_form(text, host, port):
+    assert parse_host(text) == (host, port)
+
+
+@pytest.mark.parametrize("text", ["", "http://", ":80", "a:b", "http://a:99999999/"])
+def test_what_names_no_host_is_refused(text):
+    with pytest.raises(ValueError):
+        parse_host(text)
+
+
+def refused(web, url):
+    """Whether the address was refused, not merely found closed."""
+    try:
+        asyncio.run(web.request("GET", url, accept=()))
+    except RefusedError:
+        return True
+    except UnreachableError:
+        return False
+    raise AssertionError("answered")
+
+
+def test_an_allowed_host_is_that_host_and_port_only():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    one = Web(allowed_hosts=[f"http://127.0.0.1:{port}/v1"], seconds=60)
+    assert not refused(one, f"http://127.0.0.1:{port}/x")
+    assert refused(one, f"http://127.0.0.1:{port + 1}/x")
+    assert refused(one, f"http://localhost:{port}/x")  # another name
+    six = Web(allowed_hosts=["http://[0:0::1]:9/"], seconds=60)
+    assert not refused(six, "http://[::1]:9/")
+    assert refused(six, "http://[::1]:10/")
+    assert refused(six, "http://[::ffff:127.0.0.1]:9/")
+    default = Web(allowed_hosts=["http://localhost"], seconds=60)
+    assert refused(default, "http://localhost:8/")  # allowed on port 80 only
+
+
+@pytest.fixture
+def slow_names(monkeypatch):
+    """Names that end in .slow are not found until the test is over; how often each was asked."""
+    over, asked = threading.Event(), []
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host, *rest, **keywords):
+        if str(host).endswith(".slow"):
+            asked.append(host)
+            over.wait()
+            raise socket.gaierror(socket.EAI_AGAIN, "try again")
+        return real(host, *rest, **keywords)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    yield asked
+    over.set()
+
+
+def test_foreign_names_hold_up_neither_own_services_nor_threads(slow_names):
+    web, own = Web(seconds=600), Web(allowed_hosts=["localhost:1"], seconds=600)
+
+    async def main():
+        names = [f"http://a{i % 50}.slow/" for i in range(200)]
+        waiting = [asyncio.ensure_future(web.request("GET", url, accept=())) for url in names]
+        await asyncio.sleep(0)
+        with pytest.raises(UnreachableError):
+            await own.request("GET", "http://localhost:1/", accept=())
+        assert await asyncio.to_thread(len, "abc") == 3
+        assert not any(task.done() for task in waiting)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    asyncio.run(main())
+    assert len(slow_names) == len(set(slow_names)) <= 50  # each name is looked up once
+
+
+def test_one_who_gives_up_a_lookup_does_not_end_it_for_others(monkeypatch):
+    gate = threading.Event()
+
+    def getaddrinfo(host, port, **keywords):
+        gate.wait()
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.7", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+    async def main():
+        first = asyncio.ensure_future(addresses.foreign_names.find("some.example", 80))
+        second = asyncio.ensure_future(addresses.foreign_names.find("some.example", 80))
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.sleep(0)
+        gate.set()
+        return await second
+
+    assert asyncio.run(main()) == ["192.0.2.7"]
+
+
+def test_the_program_ends_while_names_are_looked_up():
+    program = """
+import asyncio, socket, time
+socket.getaddrinfo = lambda *a, **k: time.sleep(10_000)
+from mmsr1_jax.tools.web import Web, WebError
+async def main():
+    try:
+        await Web(seconds=0.2).request("GET", "http://a.example/", accept=())
+    except WebError as error:
+        print(error)
+asyncio.run(main())
+"""
+    root = pathlib.Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    # The lookup takes hours; the limit is for a machine that is busy.
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          env=environment, timeout=120)  # fmt: skip
+    assert done.returncode == 0 and "did not answer in time" in done.stdout, done.stderr
