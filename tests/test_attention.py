@@ -12,6 +12,13 @@ from mmsr1_jax.models.attention import attention, choose
 from tests.programs import array_sizes
 
 
+@pytest.fixture(autouse=True)
+def float32_products():
+    """GPUs and TPUs would take fewer bits for float32 by default, and miss the tolerances here."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 def formula(q, k, v, segment_ids, causal):
     """softmax(q k^T / sqrt(H)) v in float64, a query at a time."""
     B, T, N, H = q.shape
