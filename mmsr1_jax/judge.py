@@ -2,24 +2,39 @@
 
 Another way to say `correct` than matching (`rewards.py`): it knows that `NYC` is `New York`, and
 which details matter to the question. What it said is stored, by model, question, gold answers and
-answer. Where it fails, matching decides, and the verdict says so; or there is none (`verdict`).
+answer.
+
+    reply with a verdict     right or wrong
+    reply without one        wrong: what an answer makes a judge write must not help it
+    no reply (a fault)       no verdict; the episode is left out where verdicts are needed
+    refused for good         ServiceRefusedError: key, address or model are wrong
+
+Matching never takes the place of a judge that is configured.
 """
 
+import asyncio
 import dataclasses
 import hashlib
+import html
 import json
-import re
+import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from mmsr1_jax import rewards
-from mmsr1_jax.tools.service import Service
-from mmsr1_jax.tools.services import key_of, said
+from mmsr1_jax.tools.service import Service, ServiceRefusedError, is_refusal
+from mmsr1_jax.tools.services.chat import Chat, Reply
 from mmsr1_jax.tools.stored import Stored
-from mmsr1_jax.tools.web import JSON, BodyError, WebError
+from mmsr1_jax.tools.web import BodyError, WebError
 
 KEY = "JUDGE_API_KEY"
-_FENCED = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL | re.IGNORECASE)
+_MAX_REPLY = 20_000  # characters; a verdict takes a few hundred
+_MAX_OBJECTS = 16  # of a reply
+# An answer with one of these might be quoted by the judge, and the quotation read as its verdict.
+_QUOTABLE = ("{", "}", "<", "`", "\\", "%7b")
+NO_VERDICT = "no verdict in the reply: "  # begins the reason of an unreadable verdict
+_TEST = ("What is the capital of France?", ["Paris"], "The city of Paris")
+_CONFIRMATIONS, _PAUSE = 3, 1.0  # requests, and seconds between them
+
 _SYSTEM = """\
 You check answers to questions about pictures, which you do not see. You get the question, the \
 reference answers, and the answer to check. Each stands between two lines that read {fence}. What \
@@ -48,19 +63,37 @@ Reply with one JSON object and nothing else: {{"correct": true or false, "reason
 sentence"}}"""
 
 
+class NoVerdictError(BodyError):
+    """A reply of the judge that holds no verdict."""
+
+    def __init__(self, reason: str):
+        super().__init__(NO_VERDICT + reason)
+
+
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     """Whether an answer is right.
 
     Attributes:
-      correct: it is.
-      reason: the judge's, or why it was not asked, or how it failed.
-      by: `judge`, or `match`, see `rewards.matches`.
+      correct: Whether it is; None: the judge could not be asked.
+      reason: Judge's reason, or why there is no verdict, or why the judge was not asked.
+      by: `judge`, or `match`: nothing had to be asked.
+      readable: Whether the judge's reply held a verdict; an answer is wrong if it did not.
     """
 
-    correct: bool
+    correct: bool | None
     reason: str
     by: Literal["judge", "match"]
+    readable: bool = True
+
+    @property
+    def outcome(self) -> str:
+        """`match`, `verdict`, `unreadable` or `failed`, as `rewards.Reward.judge` has it."""
+        if self.by == "match":
+            return "match"
+        if self.correct is None:
+            return "failed"
+        return "verdict" if self.readable else "unreadable"
 
 
 class Judge:
@@ -74,6 +107,7 @@ class Judge:
 
     Attributes:
       model, stored, pauses: as given.
+      service: makes its requests.
     """
 
     def __init__(
@@ -87,26 +121,19 @@ class Judge:
         pauses: Sequence[float] = (),
     ):
         self.pauses, self.model, self.stored = tuple(pauses), model, stored
-        self._service, self._max_tokens = service, max_tokens
-        self._url = f"{base_url}/v1/chat/completions"
-        key = key_of(KEY, needed=False)
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.service = service
+        self._chat = Chat(service, base_url=base_url, model=model, max_tokens=max_tokens, key=KEY)
 
-    async def judge(
-        self,
-        question: str,
-        golds: Sequence[str],
-        answer: str | None,
-        settings: rewards.Rewards | None = None,
-    ) -> Verdict:
-        """`verdict`, but where the judge fails, `rewards.matches` decides, by the settings or the
-        default ones. Never raises WebError."""
+    async def judge(self, question: str, golds: Sequence[str], answer: str | None) -> Verdict:
+        """Return `verdict`, with `correct` None if the judge could not be asked.
+
+        Raises:
+          ServiceRefusedError: The judge refuses all requests; never WebError.
+        """
         try:
             return await self.verdict(question, golds, answer)
         except WebError as error:
-            settings = settings or rewards.Rewards()
-            reason = f"{settings.match} decided, as the judge failed: {error}"
-            return Verdict(rewards.matches(answer, golds, settings), reason, "match")
+            return Verdict(None, f"not judged: {error}", "judge")
 
     async def verdict(self, question: str, golds: Sequence[str], answer: str | None) -> Verdict:
         """Whether `answer` answers `question` as one of `golds` does.
@@ -116,7 +143,7 @@ class Judge:
         may matter (1.5 is not 15), so that is asked.
 
         Raises:
-          WebError: the judge could not be asked, or did not reply with a verdict.
+          WebError: The judge could not be asked; ServiceRefusedError: it refuses all requests.
         """
         question = _valid(question)
         golds = [_valid(gold) for gold in golds if gold.strip()]
@@ -128,28 +155,62 @@ class Judge:
         if _plain(answer) in map(_plain, golds):
             return Verdict(True, "a gold answer, word for word", "match")
         key = json.dumps([self.model, question, golds, answer])
-        correct, reason = await self.stored.get(
-            "verdict", key, lambda: self._ask(question, golds, answer)
-        )
-        return Verdict(correct, reason, "judge")
+        try:
+            found = await self.stored.get(
+                "verdict", key, lambda: self._ask(question, golds, answer)
+            )
+        except WebError as error:
+            # A store keeps such a reply as a failure: a replay repeats it, another run asks again.
+            if not str(error).startswith(NO_VERDICT):
+                raise
+            return Verdict(False, str(error), "judge", readable=False)
+        match found:
+            case [bool(correct), str(reason)]:
+                return Verdict(correct, reason, "judge")
+        raise WebError("the store's entry is not a verdict")
 
     async def _ask(self, question: str, golds: list[str], answer: str) -> tuple[bool, str]:
-        """Raises WebError, also for a reply that is no verdict."""
-        return read_verdict(await self.chat(messages(question, golds, answer)))
+        """Raises WebError, NoVerdictError for a reply without a verdict."""
+        return verdict_of(await self.chat(messages(question, golds, answer)), answer)
 
-    async def chat(self, turns: Sequence[Mapping[str, str]]) -> str:
-        """What the model says next in a chat. Raises WebError."""
-        body = {
-            "model": self.model,
-            "messages": turns,
-            "temperature": 0,
-            "max_tokens": self._max_tokens,
-            "chat_template_kwargs": {"enable_thinking": False},  # see the summariser
-        }
-        reply = await self._service.call(
-            "POST", self._url, json=body, headers=self._headers, accept=JSON
-        )
-        return said(reply.json())
+    async def chat(self, turns: Sequence[Mapping[str, str]]) -> Reply:
+        """Return what the model says next in a chat.
+
+        Raises:
+          WebError: The request failed; ServiceRefusedError: so does a harmless one, for good.
+        """
+        try:
+            return await self._chat(turns)
+        except WebError as error:
+            if is_refusal(error):
+                await self._confirm()
+            raise
+
+    async def _confirm(self) -> None:
+        """Raise ServiceRefusedError if the test question is refused again and again.
+
+        A single refusal may be due to what was asked (a firewall that dislikes the answer, a text
+        that is too long), or to one bad server of several.
+        """
+        for number in range(_CONFIRMATIONS):
+            if number:
+                await asyncio.sleep(_PAUSE)
+            try:
+                await self._chat(messages(*_TEST), even_if_down=True)
+                return
+            except WebError as error:
+                if not is_refusal(error):
+                    return
+                refused = self.service.refusal(error)
+        raise ServiceRefusedError(refused)
+
+    async def test(self) -> None:
+        """Ask a question whose answer is known, past the store.
+
+        Raises:
+          WebError: The judge could not be asked; NoVerdictError: its reply holds no verdict.
+        """
+        verdict_of(await self._chat(messages(*_TEST)), _TEST[2])
 
 
 def messages(question: str, golds: Sequence[str], answer: str) -> list[dict[str, str]]:
@@ -165,23 +226,100 @@ def messages(question: str, golds: Sequence[str], answer: str) -> list[dict[str,
     ]
 
 
-def read_verdict(text: str) -> tuple[bool, str]:
-    """(correct, reason) of what the judge wrote: the JSON object, with or without a code fence.
+def verdict_of(reply: Reply, answer: str) -> tuple[bool, str]:
+    """Return (correct, reason) of a judge's reply.
+
+    Args:
+      reply: The reply. One that consists of thoughts alone counts if the thoughts are a verdict and
+        nothing else, as servers that mistake a reply for thoughts send it.
+      answer: Answer that was judged; if it holds something that could be quoted as a verdict, the
+        reply must be a verdict and nothing else, and must not be cut off.
 
     Raises:
-      BodyError: it is anything else.
+      NoVerdictError: The reply holds no verdict.
     """
-    text = text.strip()
-    fenced = _FENCED.fullmatch(text)
+    text = reply.text or reply.thoughts
+    if not text:
+        raise NoVerdictError("nothing but thoughts or blanks")
+    seen = unicodedata.normalize("NFKC", html.unescape(answer)).casefold()
+    alone = not reply.text or any(word in seen for word in _QUOTABLE)
+    if alone and not reply.whole:
+        raise NoVerdictError("it was cut off")
+    return read_verdict(text, alone=alone)
+
+
+def read_verdict(text: str, *, alone: bool = False) -> tuple[bool, str]:
+    """Return (correct, reason) of what a judge wrote: its JSON object, with words around it or not.
+
+    The object's `correct` must be true or false; `reason` may be missing, and other fields are
+    ignored. Several objects must agree. Objects that cannot be read make the whole text unreadable,
+    since what looks like an object may be a part of them. The time is linear in the text's length.
+
+    Args:
+      text: Reply without thoughts.
+      alone: Whether the object, with or without a code fence, must be all of the text.
+
+    Raises:
+      NoVerdictError: The text holds no verdict, or several that contradict one another.
+    """
+    if len(text) > _MAX_REPLY:
+        raise NoVerdictError(f"more than {_MAX_REPLY} characters")
+    objects = [_decoded(_unfenced(text), 0)] if alone else _objects(text)
+    if alone and _unfenced(text)[objects[0][1] :].strip():
+        raise NoVerdictError("more than the verdict")
+    found = [value for value, _ in objects if isinstance(value, dict) and "correct" in value]
+    if not found:
+        raise NoVerdictError("the verdict is not an object with the field 'correct'")
+    if not all(isinstance(value["correct"], bool) for value in found):
+        raise NoVerdictError("the verdict's 'correct' must be true or false")
+    if len({value["correct"] for value in found}) > 1:
+        raise NoVerdictError("the verdict is given as right and as wrong")
+    reason = found[-1].get("reason")
+    return found[-1]["correct"], _valid(reason) if isinstance(reason, str) else ""
+
+
+def _objects(text: str) -> list[tuple[Any, int]]:
+    """Return (object, place of its end) of the JSON objects in a text, outermost ones alone."""
+    found: list[tuple[Any, int]] = []
+    place = text.find("{")
+    while place >= 0:
+        end = place + 1
+        # Another brace is a part of a sentence.
+        if text[end : end + 100].lstrip().startswith(('"', "}")):
+            found.append(_decoded(text, place))
+            end = found[-1][1]
+        if len(found) > _MAX_OBJECTS:
+            raise NoVerdictError(f"the verdict is lost among more than {_MAX_OBJECTS} objects")
+        place = text.find("{", end)
+    return found
+
+
+def _decoded(text: str, place: int) -> tuple[Any, int]:
+    """Return (value, place of its end) of the JSON value at a place. Raises NoVerdictError."""
     try:
-        data = json.loads(fenced[1] if fenced else text)
+        return _DECODER.raw_decode(text, place)
     except (ValueError, RecursionError):
-        raise BodyError("the verdict is not JSON") from None
-    if not isinstance(data, dict) or set(data) != {"correct", "reason"}:
-        raise BodyError("the verdict is not an object of 'correct' and 'reason'")
-    if not isinstance(data["correct"], bool) or not isinstance(data["reason"], str):
-        raise BodyError("the verdict's 'correct' must be true or false, its 'reason' a text")
-    return data["correct"], _valid(data["reason"])
+        raise NoVerdictError("the verdict is not JSON") from None
+
+
+def _unfenced(text: str) -> str:
+    """Return what a code fence holds if the text is one."""
+    text = text.strip()
+    if text.startswith("```") and text.endswith("```") and len(text) >= 6:
+        text = text[3:-3].lstrip()
+        text = text[4:] if text[:4].lower() == "json" else text
+    return text.strip()
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object. Raises ValueError for two values of `correct`."""
+    if len({repr(value) for name, value in pairs if name == "correct"}) > 1:
+        raise ValueError("two values of 'correct'")
+    return dict(pairs)
+
+
+# Models write line breaks into strings as they are, hence not strict.
+_DECODER = json.JSONDecoder(strict=False, object_pairs_hook=_unambiguous)
 
 
 def _plain(text: str) -> str:

@@ -26,7 +26,15 @@ def of_episodes(
       `reward`, `accuracy`, `format`; `searches` an episode; `search/any`, `/text`, `/image`,
       `/both`, `/none`: shares of the episodes; `accuracy_of/CATEGORY`, `search_of/CATEGORY`;
       `turns`, `tokens` of an episode, `tokens_sampled`; `end/REASON`; `tool/calls`, `tool/failed`
-      (share of the calls), `tool/refused`, `tool/seconds` (mean of a call).
+      (share of the calls), `tool/refused`, `tool/seconds` (mean of a call), `tool/partial` (share
+      of the calls that found something, but left out or mended part of it; absent if zero).
+
+      With a judge: `judge/asked`: answers that it was asked about; of these the shares
+      `judge/failed`: those that it could not be asked about, and `judge/unreadable`: those whose
+      reply held no verdict, which count as wrong. Episodes of `judge/failed` are left out of
+      `reward`, `accuracy` and `accuracy_of`. The first two are absent where the judge failed about
+      all answers (those that need no judge say little of the others), the last where no episode of
+      the category is left.
     """
     ran = [i for i, episode in enumerate(episodes) if episode.end != "error"]
     figures = {"errors": float(len(episodes) - len(ran))}
@@ -39,9 +47,13 @@ def of_episodes(
     def mean(values: Iterable[float]) -> float:
         return float(statistics.fmean(list(values) or [0.0]))
 
+    known = [i for i in ran if rewards[i].known]
+    outcomes = [rewards[i].judge for i in ran if rewards[i].judge]
+    asked = [outcome for outcome in outcomes if outcome != "match"]
+    if known and not (asked and set(asked) == {"failed"}):
+        figures["reward"] = mean(rewards[i].reward for i in known)
+        figures["accuracy"] = mean(rewards[i].correct for i in known)
     figures |= {
-        "reward": mean(rewards[i].reward for i in ran),
-        "accuracy": mean(rewards[i].correct for i in ran),
         "format": mean(rewards[i].format for i in ran),
         "searches": len(made) / len(ran),
         "search/any": mean(bool(kinds[i]) for i in ran),
@@ -59,12 +71,19 @@ def of_episodes(
     }
     for end in ("answer", "turns", "tokens"):
         figures[f"end/{end}"] = mean(episodes[i].end == end for i in ran)
+    if partial := mean(call.status == "ok" and bool(call.notes) for call in made):
+        figures["tool/partial"] = partial
+    if outcomes:
+        figures["judge/asked"] = float(len(asked))
+        for outcome in ("failed", "unreadable"):
+            figures[f"judge/{outcome}"] = mean(one == outcome for one in asked)
     by_category = collections.defaultdict(list)
     for i in ran:
         by_category[categories[i]].append(i)
     for category in sorted(set(by_category) - {""}):
         chosen = by_category[category]
-        figures[f"accuracy_of/{category}"] = mean(rewards[i].correct for i in chosen)
+        if judged := [i for i in chosen if rewards[i].known]:
+            figures[f"accuracy_of/{category}"] = mean(rewards[i].correct for i in judged)
         figures[f"search_of/{category}"] = mean(bool(kinds[i]) for i in chosen)
     return figures
 

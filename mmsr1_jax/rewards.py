@@ -66,6 +66,9 @@ class Reward:
       format: whether the form is right.
       searches: that were made.
       penalty: the factor on `correct`; 1 where it does not apply.
+      judge: what a judge contributed; empty: none is configured. `match`: it did not have to be
+        asked; `verdict`: its verdict is `correct`; `unreadable`: its reply held no verdict, which
+        counts as wrong; `failed`: it could not be asked, so the reward means nothing.
     """
 
     reward: float
@@ -73,6 +76,12 @@ class Reward:
     format: bool
     searches: int
     penalty: float
+    judge: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def known(self) -> bool:
+        """Whether the answer was judged or matched, so that the reward means something."""
+        return self.judge != "failed"
 
 
 def check(settings: Rewards) -> Rewards:

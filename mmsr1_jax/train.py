@@ -12,9 +12,14 @@ A step:
 RUN holds `config.json`, `metrics.jsonl`, `episodes/` with their `pictures/`, `checkpoints/`, and at
 the end `policy/`, a HF directory (with LoRA `adapter/` too). A run may be killed at any time; what
 it does then is what it would have done.
+
+Every web service is asked once before the first step; one that refuses ends the run. A judge that
+refuses later saves and ends it. Episodes that a judge could not be asked about are left out of the
+update and counted (`judge/failed`), as is everything else that a step did without (`fallbacks.py`).
 """
 
 import asyncio
+import collections
 import dataclasses
 import itertools
 import json
@@ -27,19 +32,26 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from mmsr1_jax import compiles, metrics, run_settings, running, sharding
+from mmsr1_jax import compiles, fallbacks, metrics, run_settings, running, sharding
 from mmsr1_jax import config as settings
 from mmsr1_jax.checkpoint import Checkpoints
 from mmsr1_jax.data import Question, QuestionSource, batches, validation
 from mmsr1_jax.data.stories import line_of
-from mmsr1_jax.judge import Judge
+from mmsr1_jax.judge import Judge, Verdict
 from mmsr1_jax.rewards import Reward, episode_reward
 from mmsr1_jax.rl import packing, samples
 from mmsr1_jax.rl.update import Learner
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.episode import Episode
 from mmsr1_jax.rollout.make import make_engine
-from mmsr1_jax.tools.make import make_judge
+from mmsr1_jax.tools.make import check_services, make_judge
+from mmsr1_jax.tools.service import ServiceRefusedError
+
+# What becomes of answers without a verdict, by `Verdict.outcome`.
+_OUTCOMES = {
+    "failed": "could not be judged; their episodes are left out",
+    "unreadable": "got a reply without a verdict and count as wrong",
+}
 
 
 def main(argv) -> int:
@@ -60,6 +72,8 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
     if not config.sampling.temperature > 0:
         raise ValueError("config.sampling.temperature=0: training needs episodes that differ")
     (workdir / "episodes").mkdir(parents=True, exist_ok=True)
+    if not (workdir / "checkpoints" / str(run.steps)).is_dir():  # else nothing is left to do
+        check_services(config, [config.turns])
 
     # Policy and engine
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
@@ -106,6 +120,12 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
     run_settings.write(workdir / "config.json", config, model_dir)
     log = metrics.Log(workdir, run.log, step=begin, config=dataclasses.asdict(config))
     stop = running.StopSignal()
+    saved = begin
+    fallbacks.take()  # what happened until here belongs to no step
+
+    def save(step: int, position: dict, score: float | None) -> None:
+        state = {"trained": learner.trained, "optimizer": learner.optimizer}
+        checkpoints.save(step, state, {"questions": position, "bad": bad}, score=score)
 
     bar = tqdm(range(begin + 1, run.steps + 1), initial=begin, total=run.steps, unit="step")
     for number in bar:
@@ -113,7 +133,16 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
 
         with clock("rollout"):
             seed = (run.seed * 100_003 + number) % 2**31
-            rolled = roll_out(engine, questions, config, judge, seed=seed, number=number)
+            position = questions.state()
+            try:
+                rolled = roll_out(engine, questions, config, judge, seed=seed, number=number)
+            except ServiceRefusedError as error:
+                bar.close()
+                if saved < number - 1:
+                    save(number - 1, position, None)
+                for one in (checkpoints, engine, log):
+                    one.close()
+                raise ServiceRefusedError(f"{error}; {_resumable(workdir, number - 1)}") from None
 
         with clock("pack"):
             parts = [rolled.groups[i :: objective.updates] for i in range(objective.updates)]
@@ -153,6 +182,10 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
         episodes, rewards = zip(*rolled.episodes, strict=True)
         categories = [rolled.asked[episode.group].category for episode in episodes]
         figures = metrics.of_episodes(episodes, rewards, categories)
+        for call in itertools.chain(*(episode.calls for episode in episodes)):
+            if call.notes and call.status in ("ok", "failed"):
+                words = f"searches fail or lack results, the first one: {call.notes[0]}"
+                fallbacks.say("tool", f"step {number}: {words}; see tool/failed, tool/partial")
         figures["groups/asked"] = float(len(rolled.asked))
         figures["groups/spread"] = rolled.spread / len(rolled.asked)
         for name in sorted({name for one in updates for name in one}):
@@ -162,28 +195,33 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
         figures["update/left_out"] = float(len(left_out))
         figures["update/packing"] = packing.efficiency(list(itertools.chain(*packed)))
         write_episodes(workdir, number, rolled.usable[: run.episodes], rolled.asked, engine)
-        over = number == run.steps
+        over, refused = number == run.steps, None
         if held_out and run.validate_every and (number % run.validate_every == 0 or over):
             with clock("validation"):
-                figures |= validate(engine, held_out, config, judge)
+                try:
+                    figures |= validate(engine, held_out, config, judge)
+                except ServiceRefusedError as error:  # the step itself is done
+                    refused = error
+        figures |= fallbacks.take()
         figures |= clock.figures(sum(len(episode) for episode in episodes))
         figures["time/compiled"] = float(compiles.count())
         log.write(number, figures)  # before the step is saved: a run goes on after both or neither
-        last = over or stop.is_set()
+        last = over or stop.is_set() or refused is not None
         if last or (run.save_every and number % run.save_every == 0):
-            state = {"trained": learner.trained, "optimizer": learner.optimizer}
-            notes = {"questions": questions.state(), "bad": bad}
-            checkpoints.save(number, state, notes, score=figures.get("validation/accuracy"))
+            save(number, questions.state(), figures.get("validation/accuracy"))
+            saved = number
         bar.set_postfix(
             reward=f"{figures.get('reward', 0):.3f}",
             accuracy=f"{figures.get('accuracy', 0):.2f}",
             search=f"{figures.get('search/any', 0):.2f}",
             tokens_s=f"{figures['time/tokens_a_second']:.0f}",
         )
-        if last and not over:
+        if refused is not None or (last and not over):
             bar.close()
             checkpoints.close()
             engine.close()
+            if refused is not None:
+                raise ServiceRefusedError(f"{refused}; {_resumable(workdir, number)}")
             print(f"{workdir}: stopped after step {number}, which is saved; the same command "
                   "goes on", file=sys.stderr)  # fmt: skip
             return 0
@@ -200,7 +238,7 @@ class Rolled:
     """The episodes of a step.
 
     Attributes:
-      groups: what the updates learn from, without episodes that could not be run.
+      groups: what the updates learn from, without episodes that could not be run or judged.
       episodes: all of the step, with their rewards.
       asked: their questions, by `Episode.group`.
       spread: of the groups that were asked for, those whose rewards differ.
@@ -240,7 +278,7 @@ def roll_out(
             if episode.end == "error":
                 name = new[episode.group].id
                 print(f"step {number}, question {name}: {episode.error}", file=sys.stderr)
-            else:
+            elif reward.known:
                 groups[episode.group].append((episode, reward))
             episode.group += len(asked)
             episode.number += len(everything)
@@ -259,28 +297,47 @@ def score(
     judge: Judge | None, *, step: int,
 ) -> list[Reward]:  # fmt: skip
     """What episodes are worth, at a step of training counted from 0. `Episode.group` tells which
-    of the questions each is about."""
+    of the questions each is about. The reward of one that the judge could not be asked about is not
+    `known`, and how many those are is printed.
+
+    Raises:
+      ServiceRefusedError: the judge refuses all requests.
+    """
     asked = [questions[episode.group] for episode in episodes]
-    correct: list[float | None] = [None] * len(episodes)
-    if judge is not None:
+    if judge is None:
+        return [
+            episode_reward(episode, question.answers, config.rewards, step)
+            for episode, question in zip(episodes, asked, strict=True)
+        ]
 
-        async def ask():
-            return await asyncio.gather(*(
-                judge.judge(question.question, question.answers, episode.answer, config.rewards)
-                for episode, question in zip(episodes, asked, strict=True)
-            ))  # fmt: skip
+    async def ask():
+        return await asyncio.gather(*(
+            judge.judge(question.question, question.answers, episode.answer)
+            for episode, question in zip(episodes, asked, strict=True)
+        ))  # fmt: skip
 
-        correct = [verdict.correct for verdict in asyncio.run(ask())]
-    return [
-        episode_reward(episode, question.answers, config.rewards, step, verdict)
-        for episode, question, verdict in zip(episodes, asked, correct, strict=True)
-    ]
+    verdicts: list[Verdict] = asyncio.run(ask())
+    for outcome, what in _OUTCOMES.items():
+        reasons = collections.Counter(v.reason for v in verdicts if v.outcome == outcome)
+        if reasons:
+            print(f"step {step + 1}: {reasons.total()} of {len(verdicts)} answers {what} "
+                  f"({reasons.most_common(1)[0][0]})", file=sys.stderr)  # fmt: skip
+    found = []
+    for episode, question, verdict in zip(episodes, asked, verdicts, strict=True):
+        correct = bool(verdict.correct)
+        reward = episode_reward(episode, question.answers, config.rewards, step, correct)
+        found.append(dataclasses.replace(reward, judge=verdict.outcome))
+    return found
 
 
 def validate(
     engine: Engine, source: QuestionSource, config: settings.Config, judge: Judge | None
 ) -> dict[str, float]:
-    """Figures of held-out questions, each answered once, greedily."""
+    """Figures of held-out questions, each answered once, greedily.
+
+    Raises:
+      ServiceRefusedError: the judge refuses all requests.
+    """
     greedy = dataclasses.replace(config.sampling, temperature=0.0)
     questions = list(validation(source, config.data.validation_rows or None))
     examples = [question.example() for question in questions]
@@ -307,6 +364,11 @@ def write_episodes(
             line |= {"source": question.source, "reward": dataclasses.asdict(reward)}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     os.replace(partial, path)
+
+
+def _resumable(workdir: pathlib.Path, step: int) -> str:
+    saved = f"step {step} is saved" if step else "no step is finished yet"
+    return f"{workdir}: {saved}; the same command resumes the run"
 
 
 def _with(part: list[packing.TrainBatch], learner: Learner, field: str, trained):

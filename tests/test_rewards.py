@@ -329,21 +329,18 @@ def test_punctuation_may_matter_so_the_judge_is_asked(server):
 @pytest.mark.parametrize(
     "reply",
     [
-        "", "yes", "true", "[]", '{"correct": true}', '{"correct": "true", "reason": ""}',
-        '{"correct": 1, "reason": ""}', '{"correct": true, "reason": null}',
-        '{"correct": true, "reason": "", "more": 1}', 'Sure! {"correct": true, "reason": ""}',
-        '{"correct": true, "reason": ""} {"correct": false, "reason": ""}',
-        '```json\n{"correct": true, "reason": ""}\n``` as you see', "[" * 100_000,
+        " \n", "yes", "true", "[]", '{"correct": "true", "reason": ""}',
+        '{"correct": 1, "reason": ""}',
+        '{"correct": true, "reason": ""} {"correct": false, "reason": ""}', "[" * 100_000,
     ],
 )  # fmt: skip
-def test_any_other_reply_is_an_error_and_exact_match_decides(server, reply):
-    with pytest.raises(BodyError, match="the verdict"):
+def test_any_other_reply_counts_as_wrong_and_never_as_a_match(server, reply):
+    with pytest.raises(BodyError, match="no verdict in the reply: "):
         read_verdict(reply)
     server.reply = reply
     verdict = ask(server.judge(), golds=["Tagus-River"], answer="the Tagus-River!")
-    assert (verdict.correct, verdict.by) == (True, "match")
-    assert verdict.reason.startswith("EM decided, as the judge failed: the verdict")
-    assert ask(server.judge(), answer="the Tagus").correct is False
+    assert (verdict.correct, verdict.by, verdict.outcome) == (False, "judge", "unreadable")
+    assert verdict.reason.startswith("no verdict in the reply: ")
 
 
 def test_a_verdict_is_read_with_or_without_a_fence():
@@ -352,10 +349,10 @@ def test_a_verdict_is_read_with_or_without_a_fence():
         assert read_verdict(text) == (False, "r")
 
 
-def test_a_judge_that_fails(server):
-    for server.status in (401, 404, 500):
+def test_a_judge_that_fails_gives_no_verdict(server):
+    for server.status in (500, 429):
         verdict = ask(server.judge())
-        assert (verdict.correct, verdict.by) == (False, "match")
+        assert (verdict.correct, verdict.by, verdict.outcome) == (None, "judge", "failed")
         assert f"HTTP status {server.status}" in verdict.reason
         assert "sk-secret" not in verdict.reason and "127.0.0.1" not in verdict.reason
 
@@ -371,7 +368,7 @@ def test_verdicts_are_stored_and_replayed(server, tmp_path):
     replay = server.judge(Stored(Store(tmp_path / "store.sqlite", "replay")))
     assert ask(replay) == first
     unknown = ask(replay, answer="new")
-    assert unknown.by == "match" and "not in the store" in unknown.reason
+    assert unknown.correct is None and "not in the store" in unknown.reason
     assert len(server.asked) == 4
 
 

@@ -220,7 +220,7 @@ class Judging:
         self.verdicts, self.asked = verdicts, []
         self._rng = np.random.default_rng(0)
 
-    async def judge(self, question, golds, answer, settings):
+    async def judge(self, question, golds, answer):
         self.asked.append((question, golds, answer))
         async with asyncio.timeout(10):
             while len(self.asked) < len(self.verdicts):
@@ -229,29 +229,25 @@ class Judging:
         return Verdict(self.verdicts[answer], "", "judge")
 
 
-def test_a_judge_decides_and_where_it_says_nothing_matching_does():
+def test_a_judge_decides_and_matching_never_takes_its_place():
     said = {
         "right": False, "that is right": None, "so correct": True, "wrong": None, "no": True,
         "right.": None, "not": False,
     }  # fmt: skip
     asked = list(next(questions_of("ab", 2)))
     episodes = [episode_of(answer(text), group=i % 2) for i, text in enumerate(said)]
-    for match, matched in (
-        ("SubEM", {"that is right": True, "wrong": False, "right.": True}),
-        ("EM", {"that is right": False, "wrong": False, "right.": True}),
-    ):
+    for match in ("SubEM", "EM"):
         judge, config = Judging(said), config_of(rewards=settings.Rewards(match=match))
         found = train.score(episodes, asked, config, judge, step=0)
         assert judge.asked == [
             (asked[i % 2].question, asked[i % 2].answers, text) for i, text in enumerate(said)
         ]
         for text, reward, episode in zip(said, found, episodes, strict=True):
-            right = matched[text] if said[text] is None else said[text]
+            right = bool(said[text])
+            assert reward.known == (said[text] is not None)
             assert reward.correct == right, text
             assert reward.reward == pytest.approx(0.9 * right + 0.1)
-            assert reward == episode_reward(
-                episode, ("right", "correct"), config.rewards, 0, said[text]
-            )
+            assert reward == episode_reward(episode, ("right", "correct"), config.rewards, 0, right)
 
 
 def test_without_a_judge_the_settings_and_the_step_decide():

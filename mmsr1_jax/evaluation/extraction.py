@@ -53,6 +53,7 @@ def finish_documents(
 
     Raises:
       DataError: a line whose `answer_format` or `extracted` cannot be.
+      ServiceRefusedError: the judge's server refuses all requests; short forms so far are kept.
     """
     path, model = out / EPISODES, config.services.judge_model
     asked: dict[str, tuple[str, str | None]] = {}
@@ -123,6 +124,9 @@ def short_forms(
       judge: whose server, limits, store and pauses are used.
       model: its name; goes into what is returned.
       path: keeps short forms as they come; those that it has are not asked for again.
+
+    Raises:
+      ServiceRefusedError: the server refuses all requests.
     """
 
     async def ask(one: tuple[str, str | None]) -> dict[str, Any]:
@@ -144,7 +148,7 @@ async def _short_form(judge: Judge, question: str, answer: str) -> str | None:
     async def ask() -> str:
         reply = await judge.chat(extraction(question, answer))
         try:
-            return read_extraction(reply) or ""  # a store keeps no null
+            return read_extraction(reply.text) or ""  # a store keeps no null
         except ValueError as error:
             raise BodyError(str(error)) from None
 

@@ -1,15 +1,20 @@
-"""The tools that the settings ask for."""
+"""The tools that the settings ask for, and whether their services answer."""
 
+import asyncio
+import base64
 import functools
 import re
+import sys
 import urllib.parse
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from mmsr1_jax import config as settings
 from mmsr1_jax.judge import Judge
 from mmsr1_jax.tools.image_search import ImageSearch, Publisher, Thumbnails
 from mmsr1_jax.tools.local import Embed, LocalIndex
 from mmsr1_jax.tools.redis_store import RedisStore, open_store
-from mmsr1_jax.tools.service import Service
+from mmsr1_jax.tools.service import Service, ServiceRefusedError, is_refusal
 from mmsr1_jax.tools.services.fvqa import FvqaCache
 from mmsr1_jax.tools.services.jina import Jina
 from mmsr1_jax.tools.services.reader import Reader
@@ -29,12 +34,28 @@ from mmsr1_jax.tools.stored import (
 )
 from mmsr1_jax.tools.text_search import PassageSearch, TextSearch
 from mmsr1_jax.tools.tool import Tool
-from mmsr1_jax.tools.web import Web
+from mmsr1_jax.tools.web import Web, WebError
 
 SERVICES = (
     "serpapi", "serper", "searxng", "retrieval", "reader", "summariser", "judge", "thumbnails",
     "publisher",
 )  # fmt: skip
+# What configures each, of `config.services` and of the environment.
+_SETTINGS = {
+    "serpapi": ("serpapi_url", "SERPAPI_API_KEY"),
+    "serper": ("serper_url", "SERPER_API_KEY"),
+    "searxng": ("searxng_url",),
+    "retrieval": ("retrieval_url",),
+    "reader": ("jina_url", "JINA_API_KEY"),
+    "summariser": ("summariser_url", "summariser_model", "SUMMARISER_API_KEY"),
+    "judge": ("judge_url", "judge_model", "JUDGE_API_KEY"),
+    "publisher": ("put_url", "PUBLISHER_AUTHORIZATION", "PUBLISHER_QUERY"),
+}
+_PUBLISHING = ("put_url", "public_url")
+_TEST_SECONDS = 60.0  # for the test request of a service, with its retries
+_TEST_PICTURE = base64.b64decode(  # a white pixel, PNG
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAG7buVgAAAABJRU5ErkJggg=="
+)
 _JUDGE_PAUSE = 60.0  # seconds; longer than a `Service` that failed is left alone
 
 
@@ -79,6 +100,63 @@ def make_judge(config: settings.Config) -> Judge | None:
     return _Makers(config.tools, services, _store(services), 1).judge()
 
 
+def check_services(
+    config: settings.Config, turns: Sequence[settings.Turns], *, judge: bool = True
+) -> None:
+    """Ask every service that a command will use once, with something harmless.
+
+    A search for `test`, the page example.com, a summary of one sentence, a verdict on one answer,
+    and a white pixel for the publisher. Hosts of pages and pictures are not asked, and in a replay
+    of a store nobody is. A failure that may pass is printed, and does not stop the command.
+
+    Args:
+      config: Settings.
+      turns: Rules of the episodes; what they allow no search of is not asked.
+      judge: Whether the command asks the judge.
+
+    Raises:
+      ServiceRefusedError: One or more services refuse requests (a status of 3xx or 4xx but for 408,
+        425 and 429) or are not there (connection refused, no such name, a bad certificate).
+      ToolsError, KeyMissingError: see `make_tools`.
+    """
+    services = config.services
+    if services.store is not None and services.store_mode == "replay":
+        return
+    searches = [
+        any(min(one.searches, getattr(one, f"{kind}_searches")) > 0 for one in turns)
+        for kind in ("text", "image")
+    ]
+    makers = _Makers(config.tools, services, Store(None, "off"), 1, testing=True)
+    refusals = asyncio.run(_refusals(makers.tests(*searches, judge)))
+    if refusals:
+        raise ServiceRefusedError("; ".join(refusals))
+
+
+async def _refusals(tests: "Sequence[_Test]") -> list[str]:
+    """Return a line for each service that refuses its test; print one for each other failure."""
+
+    async def one(service: Service, ask: Callable[[], Awaitable]) -> str | None:
+        try:
+            async with asyncio.timeout(_TEST_SECONDS):
+                await ask()
+        except TimeoutError:
+            words = f"no answer within {_TEST_SECONDS:g} s"
+        except WebError as error:
+            if is_refusal(error, at_start=True):
+                return service.refusal(error)
+            words = str(error)
+        else:
+            return None
+        print(f"warning: {service.name} failed its test: {words}; it is asked again when needed",
+              file=sys.stderr)  # fmt: skip
+        return None
+
+    return [line for line in await asyncio.gather(*(one(*test) for test in tests)) if line]
+
+
+_Test = tuple[Service, Callable[[], Awaitable]]
+
+
 def _store(services: settings.Services) -> Store | RedisStore:
     mode = "off" if services.store is None else services.store_mode
     return open_store(
@@ -101,9 +179,10 @@ def _embedder(config: settings.Config) -> Embed | None:
 class _Makers:
     def __init__(
         self, tools: settings.Tools, services: settings.Services, store: Store | RedisStore,
-        loops: int,
+        loops: int, *, testing: bool = False,
     ):  # fmt: skip
         self._tools, self._services, self._loops = tools, services, loops
+        self._testing = testing
         self._store, self._stored = store, Stored(store)
         # One's own services may be anywhere; what they find may not.
         urls = (
@@ -119,11 +198,13 @@ class _Makers:
 
     def _service(self, name: str) -> Service:
         """One's own, or one that is paid for."""
-        return self._limited(name, self._own, attempts=self._services.attempts)
+        # The judge has figures of its own; a test is no part of a step.
+        counted = not self._testing and name != "judge"
+        return self._limited(name, self._own, attempts=self._services.attempts, counted=counted)
 
     def _hosts(self, name: str) -> Service:
         """Any host: one that fails says nothing of the others, and the next hit is the retry."""
-        return self._limited(name, self._web, attempts=1, failures=None)
+        return self._limited(name, self._web, attempts=1, failures=None, counted=False)
 
     def _limited(self, name: str, web: Web, **keywords) -> Service:
         per_second, at_once, turn = self._services.per_second, self._services.at_once, None
@@ -131,26 +212,72 @@ class _Makers:
         if isinstance(self._store, RedisStore):
             turn = functools.partial(self._store.turn, name, per_second)
         at_once, per_second = -(-at_once // self._loops), per_second / self._loops
-        return Service(name, web, at_once=at_once, per_second=per_second, turn=turn, **keywords)
+        names = _SETTINGS.get(name, ())
+        address = _origin(getattr(self._services, names[0]) or "") if names else ""
+        fields = [n if n.isupper() else f"config.services.{n}" for n in names]
+        return Service(
+            name, web, at_once=at_once, per_second=per_second, turn=turn,
+            address=address, settings=", ".join(fields), **keywords,
+        )  # fmt: skip
 
-    def _google(self, name: str) -> SerpApi | Serper:
-        service = self._service(name)
-        if name == "serpapi":
-            return SerpApi(service, base_url=self._services.serpapi_url)
-        return Serper(service, base_url=self._services.serper_url)
+    def _client(self, name: str, service: Service | None = None) -> Any:
+        """Return the client of a web service, one of `_SETTINGS`; `service` makes its requests."""
+        of, service = self._services, service or self._service(name)
+        match name:
+            case "serpapi":
+                return SerpApi(service, base_url=of.serpapi_url)
+            case "serper":
+                return Serper(service, base_url=of.serper_url)
+            case "searxng":
+                return SearXNG(service, base_url=of.searxng_url)
+            case "retrieval":
+                return Retrieval(service, base_url=of.retrieval_url)
+            case "reader":
+                return Jina(service, base_url=of.jina_url)
+            case "summariser":
+                return Summariser(service, base_url=of.summariser_url, model=of.summariser_model)
+            case "judge":
+                return Judge(
+                    service, self._stored, base_url=of.judge_url, model=of.judge_model,
+                    pauses=[_JUDGE_PAUSE] * (of.attempts - 1),
+                )  # fmt: skip
+            case "publisher":
+                put, public = (_needed(f"services.{f}", getattr(of, f)) for f in _PUBLISHING)
+                return Publisher(service, self._stored, put_url=put, public_url=public)
+        raise ToolsError(f"there is no service {name!r}")
+
+    def tests(self, text: bool, image: bool, judge: bool) -> "list[_Test]":
+        """Return the web services that are used, each with its test request.
+
+        Args:
+          text, image: Whether text and pictures are searched for.
+          judge: Whether answers are judged.
+        """
+        tools, of = self._tools, self._services
+        names: list[str] = []
+        if text and tools.text == "retrieval":
+            names.append("retrieval")
+        elif text and tools.text in _SETTINGS:
+            names.append(tools.text)
+            names += ["reader"] * (of.reader == "jina")
+            names += ["summariser"] * (of.summariser_url is not None and of.reader != "none")
+        if image and tools.image in _SETTINGS:  # one account and address for both kinds of search
+            names += [tools.image, "publisher"]
+        names += ["judge"] * (judge and of.judge_url is not None)
+        found = []
+        for name in dict.fromkeys(names):
+            service = self._service(name)
+            found.append((service, functools.partial(_TESTS[name], self._client(name, service))))
+        return found
 
     def text(self, name: str) -> Tool:
         services, stored = self._services, self._stored
+        finder = self._client(name)
         if name == "retrieval":
             url = services.retrieval_url
-            retrieval = Retrieval(self._service(name), base_url=url)
-            return PassageSearch(retrieval, stored, url, results=self._tools.results)
-        where = name  # by which what was found is known again
-        if name == "searxng":
-            where = f"{name} {services.searxng_url}"
-            finder = SearXNG(self._service(name), base_url=services.searxng_url)
-        else:
-            finder = self._google(name)
+            return PassageSearch(finder, stored, url, results=self._tools.results)
+        # By which what was found is known again.
+        where = f"{name} {services.searxng_url}" if name == "searxng" else name
         summariser = services.summariser_url and services.summariser_model
         results, chars = self._tools.results, self._tools.result_chars
         search = TextSearch(
@@ -169,24 +296,17 @@ class _Makers:
         name = self._services.reader
         if name == "none":
             return None
-        if name == "local":
-            reader = Reader(self._hosts("reader"))
-        else:
-            reader = Jina(self._service("reader"), base_url=self._services.jina_url)
+        reader = Reader(self._hosts("reader")) if name == "local" else self._client("reader")
         return StoredReader(reader, self._stored, name)
 
     def _summariser(self) -> StoredSummariser | None:
-        url, model = self._services.summariser_url, self._services.summariser_model
-        if url is None:
+        if self._services.summariser_url is None:
             return None
-        summariser = Summariser(self._service("summariser"), base_url=url, model=model)
-        return StoredSummariser(summariser, self._stored, model)
+        model = self._services.summariser_model
+        return StoredSummariser(self._client("summariser"), self._stored, model)
 
     def judge(self) -> Judge:
-        url, model = self._services.judge_url, self._services.judge_model
-        pauses = [_JUDGE_PAUSE] * (self._services.attempts - 1)
-        service = self._service("judge")
-        return Judge(service, self._stored, base_url=url, model=model, pauses=pauses)
+        return self._client("judge")
 
     def image(self, name: str) -> Tool:
         services, results = self._services, self._tools.results
@@ -194,16 +314,34 @@ class _Makers:
         if name == "fvqa":
             path = _needed("services.fvqa_cache", services.fvqa_cache)
             return FvqaCache(path, pictures, results=results)
-        publisher = Publisher(
-            self._service("publisher"),
-            self._stored,
-            put_url=_needed("services.put_url", services.put_url),
-            public_url=_needed("services.public_url", services.public_url),
-        )
+        publisher = self._client("publisher")
         return ImageSearch(
-            self._google(name), publisher, pictures, self._stored, name, results=results,
+            self._client(name), publisher, pictures, self._stored, name, results=results,
             seconds=self._seconds,
         )  # fmt: skip
+
+
+# A harmless request to each of the services, by its client.
+_TESTS: dict[str, Callable[[Any], Awaitable]] = {
+    **dict.fromkeys(("serpapi", "serper", "searxng"), lambda client: client.search("test", 1)),
+    "retrieval": lambda client: client.passages("test", 1),
+    "reader": lambda client: client.read("https://example.com/"),
+    "summariser": lambda client: client.summarise("Paris is in France.", "Where is Paris?"),
+    "judge": lambda client: client.test(),
+    "publisher": lambda client: client(_TEST_PICTURE),
+}
+
+
+def _origin(url: str) -> str:
+    """Return scheme, host and port of an address; the rest may hold secrets."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname or ""
+        port = "" if parts.port is None else f":{parts.port}"
+    except ValueError:
+        return ""
+    host = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{host}{port}" if host else ""
 
 
 def _limit(text: str) -> tuple[str, tuple[float, int]]:

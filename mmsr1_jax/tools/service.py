@@ -4,25 +4,39 @@ identical calls under way are one call
 at most so many at a time, and so many a second
 429, 5xx and timeouts are tried again, later each time, and as late as the server asks
 after a row of failures the service is not asked at all for a while, and that is said once
+requests that fail in the end and requests that are refused are counted (`fallbacks.py`)
 """
 
 import asyncio
 import dataclasses
 import hashlib
+import socket
+import ssl
 import sys
 import time
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import aiolimiter
 import tenacity
 
-from mmsr1_jax.tools.web import Answer, Web, WebError
+from mmsr1_jax import fallbacks
+from mmsr1_jax.tools.web import Answer, RefusedError, StatusError, Web, WebError
+
+_KEY_REFUSED = (401, 402, 403)
+_NO_LOOKUP = "its name cannot be looked up"
+_PASSING = (408, 425)  # of the client errors, those that another try may cure
 
 
 class ServiceDownError(WebError):
-    """A service that is not asked, as it failed too often just now."""
+    """A service that is not asked, as it failed too often just now; `__cause__` is the last
+    failure."""
+
+
+class ServiceRefusedError(ValueError):
+    """A service that refuses requests for good: a wrong key, address or model. The message is one
+    line that names the service, its address without secrets and its settings."""
 
 
 class Service:
@@ -40,6 +54,8 @@ class Service:
       pause: seconds for which it is then not asked.
       turn: awaited before each call: limits that are shared with other processes, which come beside
         `per_second`. `at_once` is of one process always.
+      counted: whether its failures are figures (`fallbacks.py`).
+      address, settings: for messages: where it is, without secrets, and what configures it.
     """
 
     def __init__(
@@ -54,18 +70,40 @@ class Service:
         failures: int | None = 20,
         pause: float = 30.0,
         turn: Callable[[], Awaitable[None]] | None = None,
+        counted: bool = True,
+        address: str = "",
+        settings: str = "",
     ):
         self.name = name
+        self._where = f"{name} at {address}" if address else name
+        self._settings, self._is_counted = settings, counted
         self._web = web
         self._at_once, self._per_second = at_once, per_second
         self._attempts, self._longest_wait = attempts, longest_wait
         self._most_failures, self._pause = failures, pause
         self._turn = turn
         self._failures, self._closed_until, self._said = 0, 0.0, False
+        self._last: WebError | None = None
         self._of_loop: weakref.WeakKeyDictionary[Any, _Limits] = weakref.WeakKeyDictionary()
 
-    async def call(self, method: str, url: str, **request: Any) -> Answer:
+    async def call(
+        self,
+        method: str,
+        url: str,
+        *,
+        read: Callable[[Answer], Any] | None = None,
+        even_if_down: bool = False,
+        **request: Any,
+    ) -> Any:
         """`Web.request`, with manners.
+
+        Args:
+          read: Reads the answer; a WebError that it raises is one of the request, which is tried
+            again if the error is transient. None: the answer is returned.
+          even_if_down: Ask although the service failed too often just now.
+
+        Returns:
+          What `read` returns, or the answer.
 
         Raises:
           WebError: of the last attempt, or ServiceDownError.
@@ -76,7 +114,10 @@ class Service:
         under_way = self._of_loop[loop].under_way
         key = _key(method, url, request)
         if key not in under_way:
-            task = asyncio.ensure_future(self._call(self._of_loop[loop], method, url, request))
+            asked = self._counted(
+                self._call(self._of_loop[loop], method, url, request, read, even_if_down)
+            )
+            task = asyncio.ensure_future(asked)
             under_way[key] = _Shared(task)
             task.add_done_callback(lambda done: self._ended(under_way, key, done))
         shared = under_way[key]
@@ -97,7 +138,21 @@ class Service:
         if not task.cancelled():
             task.exception()  # it has been looked at, also where nobody waited for it
 
-    async def _call(self, limits: "_Limits", method: str, url: str, request: dict) -> Answer:
+    async def _counted(self, asked: Awaitable[Any]) -> Any:
+        try:
+            return await asked
+        except WebError as error:
+            if self._is_counted:
+                figure = f"service/{self.name}"
+                if _key_is_refused(error):
+                    fallbacks.note(f"{figure}/refused", f"warning: {self.refusal(error)}")
+                fallbacks.note(f"{figure}/failed")
+            raise
+
+    async def _call(
+        self, limits: "_Limits", method: str, url: str, request: dict,
+        read: Callable[[Answer], Any] | None, even_if_down: bool,
+    ) -> Any:  # fmt: skip
         async for attempt in tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self._attempts),
             wait=self._wait,
@@ -106,24 +161,33 @@ class Service:
         ):
             with attempt:
                 async with limits.at_once, limits.rate:
-                    if time.monotonic() < self._closed_until:
+                    if time.monotonic() < self._closed_until and not even_if_down:
                         raise ServiceDownError(
                             f"{self.name} failed too often and is not asked for now"
-                        )
+                        ) from self._last
                     if self._turn is not None:
                         await self._turn()
-                    answer = await self._asked(method, url, request)
+                    answer = await self._asked(method, url, request, read)
         return answer
 
-    async def _asked(self, method: str, url: str, request: dict) -> Answer:
+    async def _asked(
+        self, method: str, url: str, request: dict, read: Callable[[Answer], Any] | None
+    ) -> Any:
         try:
             answer = await self._web.request(method, url, **request)
+            answer = answer if read is None else read(answer)
         except WebError as error:
             if error.transient:
                 self._failed(error)
             raise
-        self._failures, self._said = 0, False
+        self._failures, self._closed_until, self._said = 0, 0.0, False
         return answer
+
+    def refusal(self, error: WebError) -> str:
+        """Return the line that tells a user which service refuses requests, and why."""
+        reason = _connection_refusal(error) or str(error)
+        settings = f" (settings: {self._settings})" if self._settings else ""
+        return f"{self._where} refuses requests: {reason}{settings}"
 
     def _again(self, error: BaseException) -> bool:
         return (
@@ -138,6 +202,7 @@ class Service:
 
     def _failed(self, error: WebError) -> None:
         self._failures += 1
+        self._last = error
         if self._most_failures is None or self._failures < self._most_failures:
             return
         self._closed_until = time.monotonic() + self._pause
@@ -148,6 +213,57 @@ class Service:
                 f"every {self._pause:g} s",
                 file=sys.stderr,
             )
+
+
+def is_refusal(error: WebError, *, at_start: bool = False) -> bool:
+    """Whether the server refused a request for good, as far as one request can tell.
+
+    That is a status of 3xx or 4xx (but for 408, 425 and 429), an address that cannot be used,
+    a refused connection, a name that does not exist, or a bad certificate; and a service that is
+    not asked because it failed like that. A single request may also be refused for what it holds
+    (its length, a firewall): ask something harmless to find out.
+
+    Args:
+      at_start: Whether nothing has worked yet; then a name that cannot be looked up for the moment
+        counts too.
+    """
+    if isinstance(error, StatusError):
+        return not error.transient and error.status not in _PASSING
+    if isinstance(error, RefusedError):
+        return True
+    reason = _connection_refusal(error)
+    return reason is not None and (at_start or reason != _NO_LOOKUP)
+
+
+def _connection_refusal(error: WebError) -> str | None:
+    """Return why no server can be reached at an address, None if there may be one."""
+    for cause in _causes(error):
+        if isinstance(cause, ConnectionRefusedError):
+            return "connection refused"
+        if isinstance(cause, socket.gaierror):
+            return _NO_LOOKUP if cause.errno == socket.EAI_AGAIN else "no such host name"
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return "its certificate is not valid"
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those that led to it, outermost first."""
+    waiting, seen = [error], set()
+    while waiting:
+        error = waiting.pop(0)
+        if id(error) in seen:
+            continue
+        seen.add(id(error))
+        yield error
+        waiting += getattr(error, "exceptions", ())
+        waiting += [e for e in (error.__cause__ or error.__context__,) if e is not None]
+
+
+def _key_is_refused(error: WebError) -> bool:
+    if isinstance(error, StatusError):
+        return error.status in _KEY_REFUSED
+    return is_refusal(error)
 
 
 class _Limits:

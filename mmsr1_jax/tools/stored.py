@@ -20,6 +20,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from mmsr1_jax import fallbacks
 from mmsr1_jax.tools.redis_store import RedisStore
 from mmsr1_jax.tools.services import Hit
 from mmsr1_jax.tools.store import Store, StoreError
@@ -72,6 +73,7 @@ class Stored:
         try:
             value = json.loads(found[0])
         except ValueError:  # damaged, which no store can see: as if it were not there
+            fallbacks.note("store/damaged", f"store: an entry of {kind} is damaged and is not used")
             return None
         if found[1]:
             raise WebError(str(value))
@@ -94,6 +96,7 @@ class Stored:
             act = functools.partial(act, *arguments, **keywords)
             return await asyncio.get_running_loop().run_in_executor(threads, act)
         except StoreError as error:
+            fallbacks.note("store/failed")
             if not self._complained:
                 self._complained = True
                 alone = ", each process with its own limits" if self._remote else ""

@@ -58,18 +58,3 @@ def text_of(entry: dict, name: str) -> str:
     """A text field, valid Unicode; empty where there is none."""
     value = entry.get(name)
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
-
-
-def said(data: Any) -> str:
-    """What a chat server's model said, without what it thought before; empty where it said nothing.
-
-    Raises:
-      BodyError: no such answer, or one that was cut off in its thoughts.
-    """
-    choices = entries(data, "choices")
-    message = choices[0].get("message") if choices else None
-    text = text_of(message, "content") if isinstance(message, dict) else ""
-    thought, closed, rest = text.rpartition("</think>")
-    if not closed and "<think>" in thought + rest:
-        raise BodyError("the model was cut off while it thought")
-    return rest.strip()

@@ -4,8 +4,8 @@ import hashlib
 import re
 
 from mmsr1_jax.tools.service import Service
-from mmsr1_jax.tools.services import key_of, said
-from mmsr1_jax.tools.web import JSON, BodyError
+from mmsr1_jax.tools.services.chat import Chat, EmptyReplyError
+from mmsr1_jax.tools.web import BodyError
 
 KEY = "SUMMARISER_API_KEY"
 MAX_CHARS = 30_000  # of a page, as in the paper
@@ -24,28 +24,17 @@ class Summariser:
     """`model`: the server's name of the model; `max_tokens`: of a summary."""
 
     def __init__(self, service: Service, *, base_url: str, model: str, max_tokens: int = 300):
-        self._service, self._url = service, f"{base_url}/v1/chat/completions"
-        self._model, self._max_tokens = model, max_tokens
-        key = key_of(KEY, needed=False)
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._chat = Chat(service, base_url=base_url, model=model, max_tokens=max_tokens, key=KEY)
 
     async def summarise(self, page: str, question: str) -> str:
         """Raises WebError, also for an answer without text."""
-        body = {
-            "model": self._model,
-            "messages": messages(page, question),
-            "temperature": 0,
-            "max_tokens": self._max_tokens,
-            # Qwen3 thinks unless told not to; other models do not look at it.
-            "chat_template_kwargs": {"enable_thinking": False},
-        }
-        answer = await self._service.call(
-            "POST", self._url, json=body, headers=self._headers, accept=JSON
-        )
-        text = said(answer.json())
-        if not text:
-            raise BodyError("no summary in the answer")
-        return " ".join(_SENTENCE_END.split(text)[:MAX_SENTENCES])
+        try:
+            reply = await self._chat(messages(page, question))
+        except EmptyReplyError as error:
+            raise EmptyReplyError(f"no summary: {error}") from None
+        if not reply.text:
+            raise BodyError("no summary: blank, or the model was cut off while it thought")
+        return " ".join(_SENTENCE_END.split(reply.text)[:MAX_SENTENCES])
 
 
 def messages(page: str, question: str) -> list[dict[str, str]]:

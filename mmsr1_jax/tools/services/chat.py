@@ -1,0 +1,143 @@
+"""Chat completions of OpenAI-compatible servers: one request, and every form of its reply.
+
+    Reply            {"choices": [{"message": {"content": TEXT}, "finish_reason": "stop"}]}
+    TEXT             a string, or a list of parts of which those of type `text` count
+    thoughts         up to the last `</think>`, a harmony channel other than `final`, or a field of
+                     their own, `reasoning_content` or `reasoning`; they are no part of the reply
+    EmptyReplyError  a fault of the server: not JSON, no message, an error with status 200, or
+                     a message with nothing in it although the model ended by itself
+
+Where the model wrote something, however useless, there is a reply: what a prompt makes a model
+write must not pass for a fault of the server.
+"""
+
+import dataclasses
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmsr1_jax import checked_json
+from mmsr1_jax.tools.service import Service
+from mmsr1_jax.tools.services import key_of, text_of
+from mmsr1_jax.tools.web import Answer, WebError
+
+_ENDED = (None, "", "stop")
+_CUT_OFF = ("length", "max_tokens", "content_filter")
+
+
+class EmptyReplyError(WebError):
+    """An answer of the server that holds no reply of the model; asking again may help."""
+
+    transient = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What a model wrote.
+
+    Attributes:
+      text: Reply without the model's thoughts; empty if the model wrote nothing but thoughts.
+      thoughts: Contents of the field for thoughts; empty if the server sends no such field.
+      whole: Whether the model ended the reply by itself, as far as the server says.
+    """
+
+    text: str
+    thoughts: str = ""
+    whole: bool = True
+
+
+class Chat:
+    """One model of an OpenAI-compatible server.
+
+    Args of the constructor:
+      service: HTTP client that makes the requests.
+      base_url: Address of the server, with or without `/v1` and a slash at its end.
+      model: Server's name of the model.
+      max_tokens: Most tokens of a reply.
+      key: Environment variable that may hold the API key.
+    """
+
+    def __init__(self, service: Service, *, base_url: str, model: str, max_tokens: int, key: str):
+        self.service, self.model = service, model
+        self._url, self._max_tokens = completions_url(base_url), max_tokens
+        token = key_of(key, needed=False)
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+
+    async def __call__(
+        self, messages: Sequence[Mapping[str, str]], *, even_if_down: bool = False
+    ) -> Reply:
+        """Return the model's reply.
+
+        Args:
+          messages: The chat.
+          even_if_down: see `Service.call`.
+
+        Raises:
+          WebError: The request failed; EmptyReplyError: the answer holds no reply.
+        """
+        body = {
+            "model": self.model,
+            "messages": messages,
+            "temperature": 0,
+            "max_tokens": self._max_tokens,
+            # Qwen3 thinks unless told not to; other models ignore this.
+            "chat_template_kwargs": {"enable_thinking": False},
+        }
+        # Some servers label their JSON as text, so the content type is not checked.
+        return await self.service.call(
+            "POST", self._url, json=body, headers=self._headers, accept=(),
+            read=read_reply, even_if_down=even_if_down,
+        )  # fmt: skip
+
+
+def completions_url(base_url: str) -> str:
+    """Return the address of chat completions for a server's base address."""
+    parts = urllib.parse.urlsplit(base_url)
+    path = parts.path.rstrip("/")
+    if not path.endswith("/chat/completions"):
+        path += "/chat/completions" if path.endswith("/v1") else "/v1/chat/completions"
+    return parts._replace(path=path).geturl()
+
+
+def read_reply(answer: Answer) -> Reply:
+    """Return the reply in a server's answer. Raises EmptyReplyError, see the top of this file."""
+    try:
+        data = checked_json.loads(answer.body)
+    except checked_json.FormatError as error:
+        raise EmptyReplyError(f"the reply cannot be read: {error}") from None
+    choices = data.get("choices") if isinstance(data, dict) else None
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(message, dict):
+        failed = isinstance(data, dict) and data.get("error")
+        raise EmptyReplyError(
+            "an error in place of a reply" if failed else "an answer without a message"
+        )
+    content = _joined(message.get("content")) or text_of(message, "refusal")
+    thoughts = text_of(message, "reasoning_content") or text_of(message, "reasoning")
+    finish = choice.get("finish_reason")
+    if not content and not thoughts and finish in _ENDED:
+        raise EmptyReplyError("an empty message")
+    return Reply(_without_thoughts(content).strip(), thoughts.strip(), finish not in _CUT_OFF)
+
+
+def _joined(content: Any) -> str:
+    """Return the text of a message's content: a string or a list of parts."""
+    if not isinstance(content, list):
+        return text_of({"content": content}, "content")
+    parts = [part if isinstance(part, dict) else {"text": part} for part in content]
+    kinds = (None, "text", "output_text")
+    return "".join(text_of(part, "text") for part in parts if part.get("type") in kinds)
+
+
+def _without_thoughts(text: str) -> str:
+    """Return what follows a model's thoughts; nothing if it was cut off in them."""
+    head, marked, rest = text.rpartition("<|message|>")
+    if marked:
+        channel = head.rpartition("<|channel|>")[2].strip()
+        final = channel.startswith("final") or "<|channel|>" not in head
+        text = rest.partition("<|return|>")[0].partition("<|end|>")[0] if final else ""
+    if text.lstrip().startswith(("{", "```")):  # no thought; it may quote the tags
+        return text
+    rest = text.rpartition("</think>")[2]
+    return "" if "<think>" in rest else rest
