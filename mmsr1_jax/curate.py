@@ -8,9 +8,10 @@
 
 Classes and mix are those of `data/curation.py`. The episodes are an evaluation
 (`evaluation/run.py`) of the questions as in training: `run.rollouts` of each, sampled as `sampling`
-has it (temperature 1, unless it says otherwise), right as the judge says, or where it says nothing,
-or there is none, as `rewards.match` does. Of `eval` nothing is read. OUT holds what an evaluation
-leaves behind (`episodes.jsonl`, `pictures/`, `results.json`), and
+has it (temperature 1, unless it says otherwise), right as the judge says, or without a judge as
+`rewards.match` does. Episodes that the judge could not be asked about are left out, as those that
+could not be run, and counted. Of `eval` nothing is read. OUT holds what an evaluation leaves behind
+(`episodes.jsonl`, `pictures/`, `results.json`), and
 
     curated.parquet   the questions of the mix, for `train`; their category is the class
     sft.jsonl         right episodes of all questions, at most `keep` of each, the ones with the
@@ -57,8 +58,8 @@ def main(argv) -> int:
         if short or not one["there"]:
             print(f"{part}: {one['wanted']} of the set were asked for, there are {one['there']}")
     if found["no_verdict"]:
-        print(f"{found['no_verdict']} episodes of which the judge said nothing were matched; the "
-              "same command asks again", file=sys.stderr)  # fmt: skip
+        print(f"{found['no_verdict']} episodes that the judge could not be asked about were left "
+              "out; the same command asks again", file=sys.stderr)  # fmt: skip
     if not found["chosen"]:
         print(f"error: no set can be drawn, so there is no {CURATED}; the episodes are kept: give "
               "another --mix", file=sys.stderr)  # fmt: skip
@@ -110,8 +111,8 @@ def decide(
 ) -> dict[str, Any]:
     """Classes, set and episodes to learn from, by the episodes of `out`; returns what it writes to
     `curation.json`: `curation.figures`, `sft` (how many episodes of how many questions),
-    `no_verdict` (episodes of which a judge that was asked said nothing), `bad_rows` of the data,
-    `made_with`.
+    `no_verdict` (episodes left out, as the judge could not be asked about them), `bad_rows` of the
+    data, `made_with`.
 
     Args:
       config: settings; of `run`, `seed` and `steps` are read.
@@ -138,8 +139,11 @@ def decide(
     for place, line_number, line in lines.scan(out / EPISODES):
         judged = line["judge"]
         verdict = judged["correct"] if judged else None
-        no_verdict += judged is not None and verdict is None
+        unjudged = judged is not None and verdict is None
+        no_verdict += unjudged
         attempt = curation.attempt_of(line, config.rewards, verdict, config.run.steps)
+        if unjudged:
+            attempt = dataclasses.replace(attempt, ran=False)
         attempts.setdefault(attempt.question, []).append(attempt)
         places[attempt.number] = place, line_number
 

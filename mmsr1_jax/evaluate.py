@@ -10,9 +10,12 @@
 
 OUT holds `episodes.jsonl` (`evaluation/lines.py`) with the `pictures/` of the episodes, and
 `results.json`. An evaluation may be killed at any time; the same command goes on with it, and ends
-with the same results. `--rescore` decides anew which answers are right, without a policy: the judge
-is asked where it has not said anything, or another one did. Where a benchmark scores short forms of
-answers (MMLongBench-Doc), the judge's server is asked for those too (`evaluation/extraction.py`).
+with the same results. Every web service is asked once before the first episode; one that refuses
+ends the command, and so does a judge that refuses later: what is done is kept.
+
+`--rescore` decides anew which answers are right, without a policy: the judge is asked where it has
+not said anything, or another one did. Where a benchmark scores short forms of answers
+(MMLongBench-Doc), the judge's server is asked for those too (`evaluation/extraction.py`).
 """
 
 import pathlib

@@ -36,6 +36,7 @@ from mmsr1_jax.rl.update import Learner
 from mmsr1_jax.rollout import forcing, prompts, turns
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.pool import EnginePool
+from mmsr1_jax.tools.service import ServiceRefusedError
 from tests import acting
 from tests.acting import acting_processor, config_for
 from tests.servers import serve
@@ -298,17 +299,21 @@ def test_a_judge_that_fails_gives_no_verdict_and_is_asked_again(shared, tmp_path
         if kind == 3:
             assert verdict["correct"] == json.loads(verdict_of(line["answer"]))["correct"]
             assert verdict["reason"] == f"so it is of {len(line['answer'])}"
+        elif kind == 2:
+            assert verdict["correct"] is False
+            assert verdict["reason"].startswith("no verdict in the reply: ")
         else:
             assert verdict["correct"] is None and verdict["reason"].startswith("no verdict: ")
     assert all(of_kind.values())
-    failed = of_kind[0] + of_kind[1] + of_kind[2]
+    failed, again = of_kind[0] + of_kind[1], of_kind[0] + of_kind[1] + of_kind[2]
+    assert found["unreadable"] == of_kind[2]
     assert f"of {failed} answers the judge said nothing" in table(found)
     accuracy = found["workflows"]["recorded"]["accuracy"]["judge"]
     assert found["no_verdict"] == accuracy["no_verdict"] == failed
 
     judge.fault, judge.asked = False, 0
     found = rescore(judge_config(judge), tmp_path / "episodes.jsonl", None)
-    assert judge.asked == failed and found["no_verdict"] == 0
+    assert judge.asked == again and found["no_verdict"] == 0
     for line in (known := read_lines(tmp_path / "episodes.jsonl")):
         if line["judge"]["by"] == "judge":
             right = json.loads(verdict_of(line["answer"]))["correct"]
@@ -317,19 +322,17 @@ def test_a_judge_that_fails_gives_no_verdict_and_is_asked_again(shared, tmp_path
     assert found["workflows"]["recorded"]["accuracy"]["judge"]["mean"] == pytest.approx(right / 26)
     # All is known; another judge is asked anew; without one, verdicts stay.
     rescore(judge_config(judge), tmp_path / "episodes.jsonl", None)
-    assert judge.asked == failed
+    assert judge.asked == again
     assert rescore(judge_config(None), tmp_path / "episodes.jsonl", None)["no_verdict"] == 0
     rescore(judge_config(judge, judge_model="other"), tmp_path / "episodes.jsonl", None)
-    assert judge.asked == failed + sum(of_kind.values())
+    assert judge.asked == again + sum(of_kind.values())
 
 
-def test_a_judge_that_is_not_there(shared, tmp_path):
+def test_a_judge_that_is_not_there_ends_the_evaluation(shared, tmp_path):
     config = settings.Config()
     config.services = settings.Services(judge_url="http://127.0.0.1:1", attempts=1)
-    found = rescore(config, shared / "data" / "transcripts.jsonl", tmp_path)
-    asked = [line["judge"] for line in read_lines(tmp_path / "episodes.jsonl")]
-    assert found["no_verdict"] == sum(verdict["correct"] is None for verdict in asked) > 10
-    assert all(verdict["by"] == "match" for verdict in asked if verdict["correct"] is not None)
+    with pytest.raises(ServiceRefusedError, match="judge at http://127.0.0.1:1 .*refused"):
+        rescore(config, shared / "data" / "transcripts.jsonl", tmp_path)
 
 
 # What an evaluation was begun with

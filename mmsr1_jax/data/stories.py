@@ -40,7 +40,7 @@ from mmsr1_jax.rollout.episode import Episode, Example
 from mmsr1_jax.rollout.retell import Story, retell
 from mmsr1_jax.rollout.rules import Rules
 from mmsr1_jax.tools import Observation, Query, Tool
-from mmsr1_jax.tools.make import make_tools
+from mmsr1_jax.tools.make import check_services, make_tools
 
 _AT_ONCE = 64  # lines whose pictures are in memory at a time
 
@@ -231,10 +231,12 @@ def _made_with(config: settings.Config) -> dict[str, Any]:
 
 def _tools(config: settings.Config, index: pathlib.Path | None) -> dict[str, Tool]:
     """The tools, or those of a local index, each within its time; one that there is not fails in
-    words."""
+    words. Raises ServiceRefusedError: a service refuses requests."""
     if index is not None:
         local = dataclasses.replace(config.tools, text="local", image="local", index=str(index))
         config = dataclasses.replace(config, tools=local)
+    else:
+        check_services(config, [config.turns], judge=False)
     made, seconds = make_tools(config), config.tools.seconds
 
     def limited(action: str, tool: Tool | None) -> Tool:

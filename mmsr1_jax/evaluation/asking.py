@@ -3,7 +3,7 @@
     asked, by digest ─► replies.jsonl, as they come ─► replies, by digest
 
 An interrupted asking goes on where it stopped. A server that is down is asked again after pauses,
-and no more.
+and no more. One that refuses all requests ends the asking; the replies so far are kept.
 """
 
 import asyncio
@@ -49,8 +49,12 @@ def replies_to(
       path: keeps replies as they come; what it has of others is not looked at.
       pauses: seconds, each before what could not be asked for is asked again.
       what: is asked for, for the bar.
+
+    Raises:
+      ServiceRefusedError: of `ask`.
     """
     found: dict[str, Reply] = {}
+    errors: dict[str, WebError] = {}
     lines.mend(path)
     if path.is_file():
         for text in path.read_text(encoding="utf-8").splitlines():
@@ -62,8 +66,9 @@ def replies_to(
         """The digest, if it may be asked again."""
         try:
             found[digest] = await ask(asked[digest])
+            errors.pop(digest, None)
         except WebError as error:
-            found[digest] = failed(error)
+            found[digest], errors[digest] = failed(error), error
             return digest if error.transient or isinstance(error, ServiceDownError) else None
         file.write(json.dumps([digest, found[digest]]) + "\n")
         file.flush()
@@ -75,10 +80,16 @@ def replies_to(
         with tqdm(total=len(digests), desc=what, unit="answer") as bar:
             for begin in range(0, len(digests), _AT_ONCE):
                 some = digests[begin : begin + _AT_ONCE]
-                for coming in asyncio.as_completed([one(digest, file) for digest in some]):
-                    digest = await coming
-                    again += [] if digest is None else [digest]
-                    bar.update()
+                tasks = [asyncio.ensure_future(one(digest, file)) for digest in some]
+                try:
+                    for coming in asyncio.as_completed(tasks):
+                        digest = await coming
+                        again += [] if digest is None else [digest]
+                        bar.update()
+                finally:  # a server that refuses one refuses the others
+                    for task in tasks:
+                        task.cancel()
+                    await asyncio.gather(*tasks, return_exceptions=True)
         return again
 
     async def all_of(digests: Sequence[str]) -> None:
@@ -95,4 +106,8 @@ def replies_to(
     missing = [digest for digest in asked if digest not in found]
     if missing:
         asyncio.run(all_of(missing))
+    if errors:
+        example = next(iter(errors.values()))
+        print(f"{what}: no reply about {len(errors)} of {len(asked)} answers, the first one: "
+              f"{example}", file=sys.stderr)  # fmt: skip
     return found

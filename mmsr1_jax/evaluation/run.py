@@ -38,7 +38,7 @@ from mmsr1_jax.rollout.episode import Episode, Example
 from mmsr1_jax.rollout.make import make_engine, make_processor
 from mmsr1_jax.rollout.pool import EnginePool
 from mmsr1_jax.tools import local
-from mmsr1_jax.tools.make import make_judge
+from mmsr1_jax.tools.make import check_services, make_judge
 
 # Of `config.services`, what episodes depend on.
 _SERVICES = (
@@ -64,6 +64,8 @@ def evaluate(
     Raises:
       ValueError, OSError: settings, data or policy that cannot be used, or an `out` in which
         something else was begun.
+      ServiceRefusedError: a service refuses requests before the first episode, or the judge all of
+        them later; `out` keeps what is done.
     """
     out.mkdir(parents=True, exist_ok=True)
     images = make_processor(config, str(model_dir)).images
@@ -75,6 +77,7 @@ def evaluate(
     made_with = _made_with(config, source, model_dir, checkpoint)
     made_with = _check_same(out / MADE_WITH, made_with)
     _check_questions(out / EPISODES, source)
+    check_services(config, [limits_of(name, config.turns) for name in config.eval.workflows])
     judge = make_judge(config)
     engine = make_engine(config, str(model_dir))
     if checkpoint is not None:

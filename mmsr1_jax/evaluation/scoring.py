@@ -15,7 +15,7 @@ from mmsr1_jax.evaluation.compare import pairs_of
 from mmsr1_jax.evaluation.figures import Outcome, figures
 from mmsr1_jax.evaluation.lines import EPISODES
 from mmsr1_jax.evaluation.workflows import WORKFLOWS
-from mmsr1_jax.judge import Judge
+from mmsr1_jax.judge import NO_VERDICT, Judge
 from mmsr1_jax.tools.make import make_judge
 from mmsr1_jax.tools.web import WebError
 
@@ -58,7 +58,7 @@ def finish(
     path: pathlib.Path, out: pathlib.Path, judge: Judge | None, judge_model: str,
     made_with: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """Has the episodes of a file judged, as far as `judge_model` has not said anything of them, and
+    """Has the episodes of a file judged, as far as `judge_model` has given no verdict on them, and
     writes `episodes.jsonl`, sorted and with the verdicts, and `results.json`.
 
     Args:
@@ -71,12 +71,15 @@ def finish(
     Returns:
       The results: `made_with`; `workflows`: `figures.figures` by workflow; `comparisons`:
       `compare.pairs_of` them by exact match, and by the judge and by a benchmark's score where
-      there are any; `no_verdict`: episodes of which a judge that was asked said nothing;
+      there are any; `no_verdict`: episodes that a judge could not be asked about, which are left
+      out of its accuracy; `unreadable`: those on which its reply held no verdict, which are wrong;
+      `partial_searches`: searches that found something, but left out or mended part of it;
       `recorded`, of recorded answers: how many `episodes`, and `same_actions`: those whose actions
       are read as recorded.
 
     Raises:
       DataError: a line that is no episode, none at all, or one that comes twice.
+      ServiceRefusedError: the judge refuses all requests; verdicts so far are kept.
     """
     found: dict[Key, tuple[int, int]] = {}
     to_judge: dict[Key, tuple[str, Sequence[str], str | None]] = {}
@@ -86,7 +89,8 @@ def finish(
             raise DataError(f"{path}, line {number}: episode {key[1]} of {key[0]} comes twice")
         found[key] = place, number
         verdict = line.get("judge") or {}
-        if verdict.get("correct") is None or verdict.get("model") != judge_model:
+        unread = str(verdict.get("reason")).startswith(NO_VERDICT)  # the judge may be mended by now
+        if verdict.get("correct") is None or unread or verdict.get("model") != judge_model:
             to_judge[key] = line["question"], line["answers"], line["answer"]
     if not found:
         raise DataError(f"{path}: no episode")
@@ -97,7 +101,7 @@ def finish(
     names = [*WORKFLOWS, *sorted({name for name, _ in found} - set(WORKFLOWS))]
     outcomes: dict[str, list[Outcome]] = {}
     recorded: list[bool] = []
-    open_ones = 0
+    open_ones = unreadable = partial_searches = 0
     partial = out / f".{EPISODES}.partial"
     with (
         open(path, "rb") as old,
@@ -110,7 +114,12 @@ def finish(
             line = lines.moved(lines.parse(old.readline(), number), path.parent, out)
             line["em"], line["subem"] = lines.matched(line)
             line["judge"] = verdicts.get(key, line.get("judge"))
-            open_ones += line["judge"] is not None and line["judge"]["correct"] is None
+            verdict = line["judge"] or {"correct": False, "reason": ""}
+            open_ones += verdict["correct"] is None
+            unreadable += str(verdict.get("reason")).startswith(NO_VERDICT)
+            partial_searches += sum(
+                call["status"] == "ok" and bool(call.get("notes")) for call in line["calls"]
+            )
             outcomes.setdefault(key[0], []).append(lines.outcome_of(line))
             if "recorded_actions" in line:
                 read = [turn["action"] for turn in line["turns"]]
@@ -119,7 +128,9 @@ def finish(
     os.replace(partial, out / EPISODES)
     (out / _VERDICTS).unlink(missing_ok=True)
 
-    results = results_of(outcomes, made_with) | {"no_verdict": open_ones}
+    results = results_of(outcomes, made_with) | {
+        "no_verdict": open_ones, "unreadable": unreadable, "partial_searches": partial_searches,
+    }  # fmt: skip
     if recorded:
         results["recorded"] = {"episodes": len(recorded), "same_actions": sum(recorded)}
     write_results(out, results)
@@ -156,8 +167,7 @@ def judged(
     path: pathlib.Path,
 ) -> dict[Key, dict[str, Any]]:  # fmt: skip
     """What the judge says of answers: {"correct", "reason", "by", "model"}; `correct` is None where
-    it could not be asked, after the last of `judge.pauses` neither, or replied with something else
-    than a verdict.
+    it could not be asked, after the last of `judge.pauses` neither.
 
     Args:
       asked: question, gold answers and answer.
@@ -165,6 +175,9 @@ def judged(
       model: the judge's; goes into the verdicts.
       path: keeps the verdicts as they come, each with a digest of what was asked: what it has is
         not asked for again, and what it has of other answers is not looked at.
+
+    Raises:
+      ServiceRefusedError: the judge refuses all requests.
     """
     digests = {key: digest_of(model, *one) for key, one in asked.items()}
 
