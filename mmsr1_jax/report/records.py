@@ -94,7 +94,7 @@ def record(
         "actions": ",".join(NAMES.get(turn["action"], "none") for turn in turns),
         **{field: _text(data.get(field)) or "" for field in _TEXTS},
         "step": step,
-        "reward": {str(name): finite(value) for name, value in reward.items()},
+        "reward": {str(name): finite(value) for name, value in reward.items() if name != "judge"},
         **_judged(data, reward),
         "end": _text(episode.end),
         "error": _text(episode.error),
