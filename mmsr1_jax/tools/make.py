@@ -1,7 +1,6 @@
 """The tools that the settings ask for, and whether their services answer."""
 
 import asyncio
-import base64
 import functools
 import re
 import sys
@@ -9,8 +8,12 @@ import urllib.parse
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import PIL.Image
+
 from mmsr1_jax import config as settings
+from mmsr1_jax.image_files import public_jpeg
 from mmsr1_jax.judge import Judge
+from mmsr1_jax.tools.addresses import parse_host
 from mmsr1_jax.tools.image_search import ImageSearch, Publisher, Thumbnails
 from mmsr1_jax.tools.local import Embed, LocalIndex
 from mmsr1_jax.tools.redis_store import RedisStore, open_store
@@ -53,9 +56,6 @@ _SETTINGS = {
 }
 _PUBLISHING = ("put_url", "public_url")
 _TEST_SECONDS = 60.0  # for the test request of a service, with its retries
-_TEST_PICTURE = base64.b64decode(  # a white pixel, PNG
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAG7buVgAAAABJRU5ErkJggg=="
-)
 _JUDGE_PAUSE = 60.0  # seconds; longer than a `Service` that failed is left alone
 
 
@@ -189,7 +189,7 @@ class _Makers:
             services.serpapi_url, services.serper_url, services.searxng_url, services.jina_url,
             services.retrieval_url, services.summariser_url, services.judge_url, services.put_url,
         )  # fmt: skip
-        own = {urllib.parse.urlsplit(url).netloc for url in urls if url}
+        own = [url for url in urls if url and _names_host(url)]
         self._own = Web(allowed_hosts=own, seconds=services.seconds)
         self._web = Web(allowed_hosts=services.allowed_hosts, seconds=services.seconds)
         self._limits = dict(map(_limit, services.limits))
@@ -321,6 +321,11 @@ class _Makers:
         )  # fmt: skip
 
 
+async def _publish_test_image(publish: Publisher) -> None:
+    jpeg, pixels = await public_jpeg(PIL.Image.new("RGB", (8, 8), "white"))
+    await publish(jpeg, f"{pixels}.jpg")
+
+
 # A harmless request to each of the services, by its client.
 _TESTS: dict[str, Callable[[Any], Awaitable]] = {
     **dict.fromkeys(("serpapi", "serper", "searxng"), lambda client: client.search("test", 1)),
@@ -328,8 +333,17 @@ _TESTS: dict[str, Callable[[Any], Awaitable]] = {
     "reader": lambda client: client.read("https://example.com/"),
     "summariser": lambda client: client.summarise("Paris is in France.", "Where is Paris?"),
     "judge": lambda client: client.test(),
-    "publisher": lambda client: client(_TEST_PICTURE),
+    "publisher": _publish_test_image,
 }
+
+
+def _names_host(url: str) -> bool:
+    """Return whether an address names a host; one that does not is refused when it is asked."""
+    try:
+        parse_host(url)
+    except ValueError:
+        return False
+    return True
 
 
 def _origin(url: str) -> str:
