@@ -1,11 +1,11 @@
 """The local index: pages and pictures in one SQLite file, searched without a network.
 
-Pages are ranked by BM25 (SQLite's FTS5, words brought to their stems). Pictures are found by a
-perceptual hash: for each of 16 x 16 places, whether the picture gets brighter to the right. It
+Pages are ranked by BM25 (SQLite's FTS5), by words of every script (`words.py`). Pictures are found
+by a perceptual hash: for each of 16 x 16 places, whether the picture gets brighter to the right. It
 survives scaling, compression and a little cropping; the nearest hashes are the answer. Or, where
 the index was made with a model, by that model's embeddings (`tools/embedding.py`).
 
-    index.sqlite    page(url, title, snippet, text)
+    index.sqlite    page(url, title, snippet, text)    page_words: their search forms, by row
                     picture(hash, title, link, thumbnail, embedding)    embedded(model)
 """
 
@@ -28,16 +28,20 @@ import numpy as np
 import PIL.Image
 
 from mmsr1_jax.image_files import ImageError, open_image
-from mmsr1_jax.tools.passages import best_passages, words_of
+from mmsr1_jax.tools.passages import best_passages
 from mmsr1_jax.tools.tool import Observation, Picture, Query, Result, image_result, text_result
+from mmsr1_jax.tools.words import TOKENIZER, search_form, words_of
 
 FILE = "index.sqlite"
 _SIDE = 16  # of the hash, in bits
 # Bits that may differ. Unrelated pictures differ in 128 +- 8, ones cut by 5 % in up to 92.
 _MOST_BITS = 100
 _THUMBNAIL = 336  # pixels on its longer side
-_SCHEMA = """
-CREATE VIRTUAL TABLE page USING fts5(url UNINDEXED, title, snippet, text, tokenize = 'porter');
+_SCHEMA = f"""
+CREATE TABLE page (url TEXT, title TEXT, snippet TEXT, text TEXT);
+CREATE VIRTUAL TABLE page_words USING fts5(
+  title, snippet, text, content = '', tokenize = "{TOKENIZER}"
+);
 CREATE TABLE picture (hash BLOB, title TEXT, link TEXT, thumbnail BLOB, embedding BLOB);
 CREATE TABLE embedded (model TEXT);
 """
@@ -107,7 +111,12 @@ def _fill(connection: sqlite3.Connection, pages, pictures, embed: Embed | None) 
     to_rows = functools.partial(_picture, embed=embed)
     page_rows = (row for path in pages for row in _read(path, _page))
     picture_rows = (row for path in pictures for row in _read(path, to_rows))
+    connection.create_function("search_form", 1, search_form, deterministic=True)
     connection.executemany("INSERT INTO page VALUES (?, ?, ?, ?)", page_rows)
+    connection.execute(
+        "INSERT INTO page_words (rowid, title, snippet, text) SELECT rowid, search_form(title), "
+        "search_form(snippet), search_form(text) FROM page ORDER BY rowid"
+    )
     connection.executemany("INSERT INTO picture VALUES (?, ?, ?, ?, ?)", picture_rows)
     counts = tuple(
         connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
@@ -156,7 +165,7 @@ class LocalIndex:
         self._connection = connection
         try:
             rows = connection.execute("SELECT rowid, hash FROM picture ORDER BY rowid").fetchall()
-            connection.execute("SELECT rowid FROM page LIMIT 1")
+            self._check_pages(connection)
             if self._embed is not None:
                 self._open_embeddings(self._embed.fingerprint)
         except sqlite3.DatabaseError as error:
@@ -164,6 +173,14 @@ class LocalIndex:
         self._ids = [row for row, _ in rows]
         hashes = b"".join(bits for _, bits in rows)
         self._hashes = np.frombuffer(hashes, np.uint64).reshape(len(rows), _SIDE * _SIDE // 64)
+
+    def _check_pages(self, connection: sqlite3.Connection) -> None:
+        connection.execute("SELECT url, title, snippet, text FROM page LIMIT 1")
+        if not connection.execute("PRAGMA table_info(page_words)").fetchall():
+            raise LocalIndexError(
+                f"{self._file}: an index of an earlier version, whose pages are not found in all "
+                "languages; make it anew: python -m mmsr1_jax.index --pages=.. --images=.. --out=.."
+            )
 
     def _open_embeddings(self, model: str) -> None:
         made = None
@@ -208,8 +225,9 @@ class LocalIndex:
     def _find_pages(self, words: str, question: str) -> list[Result]:
         with self._lock:
             rows = self._connection.execute(
-                "SELECT url, title, snippet, text FROM page WHERE page MATCH ? "
-                "ORDER BY bm25(page, 1, 2, 1, 1), rowid LIMIT ?",
+                "SELECT url, page.title, page.snippet, page.text FROM page_words "
+                "JOIN page ON page.rowid = page_words.rowid WHERE page_words MATCH ? "
+                "ORDER BY bm25(page_words, 2, 1, 1), page.rowid LIMIT ?",
                 (words, self._results),
             ).fetchall()
         return [

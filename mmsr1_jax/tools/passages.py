@@ -2,26 +2,34 @@
 
 import re
 import sqlite3
+from collections.abc import Iterator
 
+from mmsr1_jax.tools.words import TOKENIZER, search_form, words_of
 
-def words_of(text: str) -> str:
-    """The words of a text as a query of SQLite's FTS5: any of them, and nothing else of its
-    language; empty where there are none."""
-    return " OR ".join(f'"{word}"' for word in dict.fromkeys(re.findall(r"\w+", text)))
+# Ends of sentences; after a full stop of the West, white space follows.
+_SENTENCE_END = re.compile(
+    "[.!?\u203d\u2026][\"')\\]\u00bb\u2019\u201d]*(?= )"
+    "|[\u3002\uff01\uff1f\uff0e\uff61\u0589\u061f\u06d4\u0964\u0965\u104a\u104b\u1362\u17d4\u17d5]"
+    "[\"')\\]\u300d\u300f\u3011\uff09\u00bb\u2019\u201d]*"
+)
 
 
 def best_passages(page: str, question: str, chars: int) -> str:
-    """The paragraphs that are most about the question, in the page's order, at most `chars` long
-    together; the beginning of the page where none is about it."""
-    paragraphs = [p for p in (" ".join(p.split()) for p in re.split(r"\n+", page)) if p]
+    """Return the paragraphs that are most about the question, in the page's order.
+
+    A paragraph longer than `chars` is taken in pieces, which end with a sentence where they can.
+    The result is at most `chars` long; it is the page's beginning if nothing is about the question.
+    """
+    paragraphs = [p for p in (" ".join(p.split()) for p in page.splitlines()) if p]
     if sum(map(len, paragraphs)) <= chars:
         return "\n".join(paragraphs)
-    pieces = [p[i : i + chars] for p in paragraphs for i in range(0, len(p), chars)]
+    pieces = [piece for paragraph in paragraphs for piece in _pieces(paragraph, chars)]
     query, order = words_of(question), []
     if query:
         with sqlite3.connect(":memory:") as table:
-            table.execute("CREATE VIRTUAL TABLE piece USING fts5(text, tokenize='porter')")
-            table.executemany("INSERT INTO piece VALUES (?)", [(piece,) for piece in pieces])
+            table.execute(f'CREATE VIRTUAL TABLE piece USING fts5(text, tokenize = "{TOKENIZER}")')
+            rows = ((search_form(piece),) for piece in pieces)
+            table.executemany("INSERT INTO piece VALUES (?)", rows)
             rows = table.execute(
                 "SELECT rowid - 1 FROM piece WHERE piece MATCH ? ORDER BY bm25(piece), rowid",
                 (query,),
@@ -36,3 +44,30 @@ def best_passages(page: str, question: str, chars: int) -> str:
         elif not chosen or not order:
             break
     return "\n".join(pieces[number] for number in sorted(chosen))
+
+
+def _pieces(paragraph: str, chars: int) -> Iterator[str]:
+    """Yield a paragraph, in pieces if it is longer than `chars`."""
+    # Several pieces fit into a result: the sentences about a question may be far from each other.
+    length = max(chars // 4, min(chars, 200)) if len(paragraph) > chars else chars
+    begin = 0
+    while len(paragraph) - begin > length:
+        end = _end_of_piece(paragraph, begin, length, begin + chars)
+        yield paragraph[begin:end].strip()
+        begin = end
+    yield paragraph[begin:].strip()
+
+
+def _end_of_piece(paragraph: str, begin: int, length: int, limit: int) -> int:
+    """Return where a piece ends: about `length` characters long, after a sentence, else at a space;
+    at `limit` if the paragraph has neither."""
+    middle, end = begin + length // 2, begin + length
+    sentences = list(_SENTENCE_END.finditer(paragraph, middle, end))
+    if sentences:
+        return sentences[-1].end()
+    if sentence := _SENTENCE_END.search(paragraph, end, limit):
+        return sentence.end()
+    space = paragraph.rfind(" ", middle, end)
+    if space < 0:
+        space = paragraph.find(" ", end, limit)
+    return min(limit, len(paragraph)) if space < 0 else space

@@ -1,0 +1,119 @@
+"""Words of every script, in the form in which SQLite's FTS5 indexes and finds them.
+
+FTS5's own tokenizer splits text at spaces and punctuation and stems English words. A text is
+rewritten first so that this is enough:
+
+    compatibility forms    full-width letters, ligatures, decomposed letters take one form
+    diacritics             dropped where writers omit them: Latin, Cyrillic, Arabic, Hebrew
+    no spaces              Chinese, Japanese, Korean: every pair of letters is a term;
+                           Thai, Lao, Khmer, Burmese and others: every three letters
+
+English text stays as it is. The index and the query are rewritten by the same rules.
+"""
+
+import itertools
+import re
+import unicodedata
+
+import regex
+
+# Vowels of Indian scripts are combining marks: they belong to their word.
+TOKENIZER = "porter unicode61 categories 'L* M* N* Co'"
+
+# Korean has spaces, but writes particles and nouns as one word.
+_PAIRS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Bopomofo}\p{Yi}\u30fc\u3099\u309a"
+_TRIPLES = (
+    r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tai_Le}\p{New_Tai_Lue}\p{Tai_Tham}\p{Tai_Viet}"
+    r"\p{Balinese}\p{Javanese}"
+)
+# U+200B to U+200D inside such a run only say where a line may break.
+_RUN = regex.compile(
+    rf"([{_PAIRS}--\p{{P}}][{_PAIRS}\u200b-\u200d--\p{{P}}]*+)"
+    rf"|([{_TRIPLES}--\p{{P}}][{_TRIPLES}\u200b-\u200d--\p{{P}}]*+)",
+    regex.VERSION1,
+)
+_ZERO_WIDTH = re.compile("[\u200b-\u200d]+")
+_WORD = regex.compile(r"\0?[\w\p{M}--[\u200c\u200d]]+", regex.VERSION1)
+# More marks in a row than any script has: Python would sort them in quadratic time.
+_MANY_MARKS = regex.compile(r"(\p{M}{16})\p{M}++")
+# Joiners shape letters of Indian scripts. Between Persian words the non-joiner stands for a space.
+_INDIAN_JOINER = re.compile("(?<=[\u0900-\u0dff])[\u200c\u200d]")
+# Text that is not plain English, punctuation included, with the ASCII characters in between.
+_FOREIGN = re.compile(
+    "[^\x01-\x7f\xa0\xa1\xa7\xa9\xab\xae\xb0\xb1\xb6\xbb\xbf\u2010-\u2015\u2018-\u2022\u2026\u20ac]"
+    "(?:[\x01-\x7f]{0,3}[^\x01-\x7f])*"
+)
+
+
+def _ranges(*ends: tuple[int, int]) -> list[int]:
+    """Code points of ranges, both ends included."""
+    return list(itertools.chain.from_iterable(range(low, high + 1) for low, high in ends))
+
+
+_INVISIBLE = _ranges(
+    (0x00AD, 0x00AD), (0x034F, 0x034F), (0x061C, 0x061C), (0x200E, 0x200F), (0x202A, 0x202E),
+    (0x2060, 0x206F), (0xFE00, 0xFE0F), (0xFEFF, 0xFEFF), (0xE0100, 0xE01EF),
+)  # fmt: skip
+_OPTIONAL_MARKS = _ranges(
+    (0x0300, 0x036F), (0x0483, 0x0487), (0x0591, 0x05BD), (0x05BF, 0x05BF), (0x05C1, 0x05C2),
+    (0x05C4, 0x05C5), (0x05C7, 0x05C7), (0x0610, 0x061A), (0x064B, 0x065F), (0x0670, 0x0670),
+    (0x06D6, 0x06DC), (0x06DF, 0x06E4), (0x06E7, 0x06E8), (0x06EA, 0x06ED), (0x0730, 0x074A),
+    (0x08D3, 0x08E1), (0x08E3, 0x08FF), (0x1AB0, 0x1AFF), (0x1DC0, 0x1DFF), (0x20D0, 0x20FF),
+    (0xFE20, 0xFE2F),
+    *((nukta, nukta) for nukta in (0x093C, 0x09BC, 0x0A3C, 0x0ABC, 0x0B3C, 0x0CBC)),
+)  # fmt: skip
+_ZEROS = (
+    0x0660, 0x06F0, 0x07C0, 0x0966, 0x09E6, 0x0A66, 0x0AE6, 0x0B66, 0x0BE6, 0x0C66, 0x0CE6, 0x0D66,
+    0x0E50, 0x0ED0, 0x0F20, 0x1040, 0x17E0, 0x1810,
+)  # fmt: skip
+# Before decomposition, which would make letters of the two signs.
+_SIGNS = dict.fromkeys(_INVISIBLE) | dict.fromkeys(map(ord, "\0™℠"), " ")
+# After it. The pairs: Arabic yeh (three), kaf and heh (two); sharp s (two), Turkish i, final sigma.
+_FOLDED = (
+    dict.fromkeys([*_OPTIONAL_MARKS, 0x0640])
+    | {zero + digit: str(digit) for zero in _ZEROS for digit in range(10)}
+    | {0x0649: "\u064a", 0x06CC: "\u064a", 0x06D2: "\u064a", 0x06A9: "\u0643", 0x0629: "\u0647"}
+    | {0x06C1: "\u0647", 0x00DF: "ss", 0x1E9E: "ss", 0x0131: "i", 0x03C2: "\u03c3"}
+)
+
+
+def search_form(text: str) -> str:
+    """Return a text whose words FTS5 finds with `TOKENIZER`; English text is returned as it is."""
+    return text if text.isascii() else _RUN.sub(_terms, _FOREIGN.sub(_folded, text))
+
+
+def words_of(text: str) -> str:
+    """Return an FTS5 query that matches any word of a text; empty if the text has no words.
+
+    Operators of the query language are words like others.
+    """
+    text = _RUN.sub(_wanted_terms, _FOREIGN.sub(_folded, text))
+    words = dict.fromkeys(_WORD.findall(text))
+    return " OR ".join(f'"{word[1:]}" *' if word[0] == "\0" else f'"{word}"' for word in words)
+
+
+def _folded(match: re.Match[str]) -> str:
+    """Replace forms that readers take for the same letters by one of them."""
+    text = _MANY_MARKS.sub(r"\1", match[0].translate(_SIGNS))
+    decomposed = unicodedata.normalize("NFKD", text).translate(_FOLDED)
+    return _INDIAN_JOINER.sub("", unicodedata.normalize("NFC", decomposed))
+
+
+def _run_of(match: regex.Match[str]) -> tuple[str, int]:
+    """Return the letters of a run, and how many of them make a term."""
+    return _ZERO_WIDTH.sub("", match[0]), 2 if match[1] else 3
+
+
+def _terms(match: regex.Match[str]) -> str:
+    """Return a run's terms for the index. One starts at every letter, so that a query of fewer
+    letters is found as the beginning of a term."""
+    run, length = _run_of(match)
+    return f" {' '.join(run[i : i + length] for i in range(len(run)))} "
+
+
+def _wanted_terms(match: regex.Match[str]) -> str:
+    """Return a run's terms for a query; a NUL marks the beginning of a term."""
+    run, length = _run_of(match)
+    if len(run) < length:
+        return f" \0{run} "
+    return f" {' '.join(run[i : i + length] for i in range(len(run) - length + 1))} "
