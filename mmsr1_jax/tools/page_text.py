@@ -1,0 +1,108 @@
+"""The main text of a page's bytes, taken out by trafilatura.
+
+Pure functions that a worker process can run: nothing is fetched, nothing is unpacked, and the
+number of tags is bounded, as some of the time grows with its square.
+"""
+
+import re
+
+import lxml.html
+import regex
+import trafilatura
+
+from mmsr1_jax.tools.charsets import decode
+
+PLAIN = ("text/plain", "text/markdown")
+_MAX_TAGS = 30_000
+_FILES = {
+    b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz",
+    b"PK\x03\x04": "zip", b"%PDF-": "PDF", b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG",
+    b"GIF8": "GIF", b"\x7fELF": "ELF",
+}  # fmt: skip
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f\ufffe\uffff]")
+_BROKEN = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\ufffd]")
+# Python normalises rows of combining marks in quadratic time.
+_MANY_MARKS = regex.compile(r"(\p{M}{16})\p{M}++")
+
+
+class PageError(ValueError):
+    """Bytes that are no page; the message says what they are."""
+
+
+def read_page(body: bytes, charset: str | None = None, media_type: str = "text/html") -> str:
+    """Return the text of a page: without menus, comments and scripts, if it is HTML.
+
+    Args:
+      body: the bytes, decompressed; they may be cut off anywhere.
+      charset: label in the HTTP header.
+      media_type: in lower case, without parameters.
+
+    Returns:
+      The text; empty if a page has none, or none can be told from its menus.
+
+    Raises:
+      PageError: the bytes are compressed, of another kind of file, or not text.
+      MemoryError: the parser ran out of memory.
+    """
+    for beginning, kind in _FILES.items():
+        if body.startswith(beginning):
+            raise PageError(f"the page is a {kind} file")
+    text = decode(body, charset, markup=media_type not in PLAIN)
+    if len(_BROKEN.findall(sample := text[:4096])) > len(sample) / 10:
+        raise PageError("the page is not text")
+    if media_type in PLAIN:
+        return text
+    try:
+        tree = _parsed(text)
+        if tree is None:
+            return ""
+        return trafilatura.extract(tree, include_comments=False, include_tables=True) or ""
+    except MemoryError:
+        raise
+    except Exception as error:  # parsers may raise anything on hostile input
+        raise PageError(f"the page cannot be parsed ({type(error).__name__})") from None
+
+
+def extract(html: bytes) -> str:
+    """Return the text of an HTML page as `read_page` does; empty where that raises PageError."""
+    try:
+        return read_page(html)
+    except PageError:
+        return ""
+
+
+def _parsed(text: str) -> lxml.html.HtmlElement | None:
+    """Return a page's tree, or None if the text is no markup.
+
+    trafilatura would unpack bytes, and repairs text by regular expressions that are not linear;
+    a tree is taken as it is.
+    """
+    text = _cut(_CONTROLS.sub("", text))
+    is_html = "html" in text[:50].lower()
+    if text.lstrip()[:2] == "<!":  # a doctype may be of any length
+        text = text.partition(">")[2]
+    if not text.strip():
+        return None
+    parser = lxml.html.HTMLParser(
+        collect_ids=False, default_doctype=False, encoding="utf-8", remove_comments=True,
+        remove_pis=True,
+    )  # fmt: skip
+    tree = lxml.html.fromstring(text.encode("utf-8", "replace"), parser=parser)
+    if not is_html and len(tree) < 2:
+        return None
+    for element in tree.iter():
+        if element.text and not element.text.isascii():
+            element.text = _MANY_MARKS.sub(r"\1", element.text)
+        if element.tail and not element.tail.isascii():
+            element.tail = _MANY_MARKS.sub(r"\1", element.tail)
+    return tree
+
+
+def _cut(text: str) -> str:
+    """Return the text up to the tag that is one too many."""
+    place = -1
+    if text.count("<") <= _MAX_TAGS:
+        return text
+    for _ in range(_MAX_TAGS):
+        place = text.find("<", place + 1)
+    return text[:place]
