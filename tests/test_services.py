@@ -21,7 +21,6 @@ from mmsr1_jax.tools import Query
 from mmsr1_jax.tools.image_search import ImageSearch, Publisher, Thumbnails
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.services import Hit, KeyMissingError, Match, summariser
-from mmsr1_jax.tools.services import reader as reader_module
 from mmsr1_jax.tools.services.jina import Jina
 from mmsr1_jax.tools.services.reader import Reader, extract
 from mmsr1_jax.tools.services.retrieval import Retrieval
@@ -265,14 +264,6 @@ def test_a_summary_has_five_sentences_and_no_thoughts(address):
     assert summary("It is 4.5 m high. J. S. Bach was here!") == (
         "It is 4.5 m high. J. S. Bach was here!"
     )
-
-
-@pytest.mark.parametrize(
-    "charset", ["idna", "undefined", "hex", "utf-7", "unicode_escape", "punycode"]
-)
-def test_charsets_that_are_none(address, charset):
-    assert reader_module._codec(charset) == "utf-8"
-    assert reader_module._codec("ISO-8859-1") == "iso-8859-1"
 
 
 def test_a_silent_page_costs_only_itself(address):

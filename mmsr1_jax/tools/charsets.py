@@ -10,8 +10,9 @@ import codecs
 import re
 from collections.abc import Iterator
 
-import charset_normalizer
 import webencodings
+
+from mmsr1_jax.tools.charset_detection import detected
 
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -21,13 +22,6 @@ _BOMS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _MULTIBYTE = ("gb18030", "big5hkscs", "cp932", "euc_jp", "euc_jis_2004", "iso2022_jp_2", "cp949")
-# What pages are written in: of more charsets, detection confuses more.
-_DETECTED = [
-    "gb18030", "big5hkscs", "cp932", "euc_jp", "cp949", "cp1250", "cp1251", "cp1252", "cp1253",
-    "cp1254", "cp1255", "cp1256", "cp1257", "cp1258", "cp874", "koi8_u", "iso8859_2", "iso8859_5",
-    "iso8859_7",
-]  # fmt: skip
-_SAMPLE = 8192  # bytes, of text in other letters than ASCII's
 _DECLARATIONS = 1000  # elements that are looked at for a declaration
 _DECLARED = re.compile(rb"""charset\s{0,9}=[\s"']{0,9}([\w.:+-]{1,40})""", re.IGNORECASE)
 _XML_DECLARED = re.compile(rb"""<\?xml\b[^>]{0,200}?\bencoding\s{0,9}=\s{0,9}["']([\w.:-]{1,40})""")
@@ -55,7 +49,7 @@ def decode(body: bytes, charset: str | None = None, *, markup: bool = True) -> s
             return text
     if _is_mostly(text := body.decode("utf-8", "replace"), body):
         return text
-    return body.decode(_detected(body), "replace")
+    return body.decode(detected(body), "replace")
 
 
 def _decoded_as(label: str, body: bytes) -> str | None:
@@ -141,38 +135,3 @@ def _declared(body: bytes) -> Iterator[str]:
             # A declaration that could be read as ASCII is not in UTF-16.
             yield "utf-8" if label.lower().startswith("utf-16") else label
         meta = lower.find(b"<meta", meta + 5)
-
-
-def _detected(body: bytes) -> str:
-    """Return a codec by the looks of the text between tags."""
-    sample = _sample(body)
-    names = _DETECTED
-    if _CONTROL_BYTES.search(sample):  # controls in those, which no page has
-        names = [name for name in names if not name.startswith("iso8859")]
-    best = charset_normalizer.from_bytes(sample, cp_isolation=names, threshold=0.5).best()
-    if best is None:
-        return "cp1252"
-    # They differ in few letters, and hardly any text in the former lacks bytes 0x80 to 0x9F.
-    return (
-        "iso8859_2" if best.encoding == "cp1250" and len(names) == len(_DETECTED) else best.encoding
-    )
-
-
-_CONTROL_BYTES = re.compile(b"[\x80-\x9f]")
-_BETWEEN_TAGS = re.compile(b"[^<>]+")
-
-
-def _sample(body: bytes) -> bytes:
-    """Return text between tags that is not only ASCII, cut where no character is cut."""
-    sample = bytearray()
-    for match in _BETWEEN_TAGS.finditer(body):
-        if match[0].isascii():
-            continue
-        text = match[0][:_SAMPLE]
-        if len(match[0]) > _SAMPLE:
-            # No charset has bytes below 0x30 inside a character.
-            text = text[: max(text.rfind(b) for b in (b" ", b"\n", b".")) + 1] or text
-        sample += text + b"\n"
-        if len(sample) >= _SAMPLE:
-            break
-    return bytes(sample)

@@ -70,7 +70,7 @@ _WIDE = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]")
 def nothing_said(page: str) -> str | None:
     """Return why a page (plain text or markdown) says nothing, or None if it says something."""
     if len(page) > _SHORT:
-        return None if _LETTER.search(page) else "a page without letters"
+        return None if _LETTER.search(page) else "no text in it"
     text = _ADDRESS.sub(" ", _IMAGE.sub(" ", page))
     refusals = notices = removed = 0
     left = []
@@ -86,7 +86,7 @@ def nothing_said(page: str) -> str | None:
         return "a check for humans, or an error page"
     if notices and (letters < _NOTICE_LETTERS or (notices > 2 and letters * 2 < removed)):
         return "only a request for cookies, scripts or consent"
-    return None if letters else "a page without letters"
+    return None if letters else "no text in it"
 
 
 def _letters(text: str) -> int:

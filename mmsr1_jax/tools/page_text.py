@@ -13,12 +13,13 @@ import trafilatura
 from mmsr1_jax.tools.charsets import decode
 
 PLAIN = ("text/plain", "text/markdown")
-_MAX_TAGS = 30_000
+_MAX_OPENING_TAGS, _MAX_TAGS = 20_000, 40_000
 _FILES = {
     b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz",
     b"PK\x03\x04": "zip", b"%PDF-": "PDF", b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG",
     b"GIF8": "GIF", b"\x7fELF": "ELF",
 }  # fmt: skip
+_TAG = re.compile("<(/?)")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f\ufffe\uffff]")
 _BROKEN = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\ufffd]")
 # Python normalises rows of combining marks in quadratic time.
@@ -100,9 +101,11 @@ def _parsed(text: str) -> lxml.html.HtmlElement | None:
 
 def _cut(text: str) -> str:
     """Return the text up to the tag that is one too many."""
-    place = -1
-    if text.count("<") <= _MAX_TAGS:
+    if text.count("<") <= _MAX_OPENING_TAGS:
         return text
-    for _ in range(_MAX_TAGS):
-        place = text.find("<", place + 1)
-    return text[:place]
+    opening = 0
+    for number, tag in enumerate(_TAG.finditer(text)):
+        opening += not tag[1]
+        if opening > _MAX_OPENING_TAGS or number == _MAX_TAGS:
+            return text[: tag.start()]
+    return text

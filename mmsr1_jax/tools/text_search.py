@@ -12,12 +12,13 @@ import time
 from typing import Protocol
 
 from mmsr1_jax.tools.first import first_that_work
+from mmsr1_jax.tools.page_checks import nothing_said
 from mmsr1_jax.tools.passages import best_passages
-from mmsr1_jax.tools.services import Hit
+from mmsr1_jax.tools.services import Hit, has_text
 from mmsr1_jax.tools.services.retrieval import Retrieval
 from mmsr1_jax.tools.stored import Stored
 from mmsr1_jax.tools.tool import Observation, Query, Result, text_result
-from mmsr1_jax.tools.web import WebError
+from mmsr1_jax.tools.web import BodyError, WebError
 
 _LONG = 50_000  # characters
 
@@ -83,17 +84,19 @@ class TextSearch:
 
     async def _result(self, hit: Hit, question: str) -> Result:
         """Raises WebError where the page cannot be read or summarised."""
-        if self._reader is None:
-            text = hit.snippet or hit.title
+        if self._reader is None or not hit.link:
+            text = hit.snippet if has_text(hit.snippet) else hit.title
+            if not has_text(text):
+                raise BodyError("no snippet")
         else:
             page = await self._reader.read(hit.link)
-            if not page.strip():
-                raise WebError("no text in it")
+            if why := nothing_said(page):
+                raise BodyError(why)
             if self._summariser is None:
                 text = await _passages(page, question, self._chars)
             else:
                 text = await self._summariser.summarise(page, question)
-        return text_result(hit.link, text)
+        return text_result(hit.link or hit.title, text)
 
 
 async def _passages(page: str, question: str, chars: int) -> str:

@@ -38,6 +38,7 @@ IMAGES = ("image/",)
 _HEADERS = {"User-Agent": "mmsr1_jax", "Accept": "*/*", "Accept-Encoding": "gzip"}
 _MAX_REDIRECTS = 5
 _CHUNK = 65536
+_ERROR_BYTES = 4096
 _HOST = re.compile(r"[^\s/@\\%]+")
 
 
@@ -70,11 +71,16 @@ class UnreachableError(WebError):
 
 
 class StatusError(WebError):
-    """An answer with a status that is not success."""
+    """An answer with a status that is not success.
 
-    def __init__(self, status: int, retry_after: float | None = None):
+    Attributes:
+      status: HTTP status.
+      body: beginning of the answer, which may say more.
+    """
+
+    def __init__(self, status: int, retry_after: float | None = None, body: bytes = b""):
         super().__init__(f"HTTP status {status}")
-        self.status = status
+        self.status, self.body = status, body
         self.transient = status == 429 or status >= 500
         self.retry_after = retry_after
 
@@ -205,7 +211,8 @@ class Web:
         self, response: httpx.Response, accept: tuple[str, ...], max_bytes: int | None
     ) -> Answer:
         if not response.is_success:
-            raise StatusError(response.status_code, _retry_after(response))
+            body = await _beginning(response)
+            raise StatusError(response.status_code, _retry_after(response), body)
         media_type, _, _ = response.headers.get("content-type", "").lower().partition(";")
         media_type = media_type.strip()
         if accept and not media_type.startswith(accept):
@@ -298,6 +305,19 @@ def _check(url: httpx.URL) -> None:
         raise RefusedError("not a port")
     if url.userinfo:
         raise RefusedError("an address with a password in it")
+
+
+async def _beginning(response: httpx.Response) -> bytes:
+    """Return the first bytes of an error's answer, at most `_ERROR_BYTES`."""
+    unpack = response.headers.get("content-encoding", "").lower() == "gzip"
+    inflate = zlib.decompressobj(wbits=31) if unpack else None
+    try:
+        async for chunk in response.aiter_raw(_ERROR_BYTES):
+            part = inflate.decompress(chunk, _ERROR_BYTES) if inflate else chunk
+            return part[:_ERROR_BYTES]
+    except (httpx.HTTPError, zlib.error):  # the status says enough
+        pass
+    return b""
 
 
 def _retry_after(response: httpx.Response) -> float | None:

@@ -1,8 +1,8 @@
 """SearXNG: text search on a server of one's own (its settings must allow `format: json`)."""
 
 from mmsr1_jax.tools.service import Service
-from mmsr1_jax.tools.services import Hit, entries, text_of
-from mmsr1_jax.tools.web import JSON, UnreachableError
+from mmsr1_jax.tools.services import Hit, ask, found_in, snippet_hit, text_of
+from mmsr1_jax.tools.web import UnreachableError
 
 
 class SearXNG:
@@ -11,12 +11,27 @@ class SearXNG:
 
     async def search(self, query: str, count: int) -> list[Hit]:
         """Raises WebError."""
-        answer = await self._service.call(
-            "GET", self._url, params={"q": query, "format": "json"}, accept=JSON
-        )
-        data = answer.json()
-        found = entries(data, "results")
-        if not found and data.get("unresponsive_engines"):
+        params = {"q": query, "format": "json"}
+        data = await ask(self._service, "GET", self._url, params=params)
+        hits = found_in(data, "results", _hit, instead=_boxes(data))
+        if not hits and data.get("unresponsive_engines"):
             raise UnreachableError("none of its search engines answered")
-        hits = [Hit(text_of(e, "url"), text_of(e, "title"), text_of(e, "content")) for e in found]
-        return [hit for hit in hits if hit.link][:count]
+        return hits[:count]
+
+
+def _hit(entry: dict) -> Hit | None:
+    hit = Hit(text_of(entry, "url"), text_of(entry, "title"), text_of(entry, "content"))
+    return hit if hit.link else None
+
+
+def _boxes(data: dict) -> list[Hit]:
+    """Return what the search engines answer themselves."""
+    made = []
+    for name, title, text in (("answers", "", "answer"), ("infoboxes", "infobox", "content")):
+        boxes = data.get(name)
+        for box in boxes if isinstance(boxes, list) else ():
+            if isinstance(box, str):  # an answer, in older versions
+                box = {text: box}
+            if isinstance(box, dict):
+                made.append(snippet_hit(text_of(box, title), text_of(box, text)))
+    return [hit for hit in made if hit is not None]

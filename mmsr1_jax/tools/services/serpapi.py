@@ -1,11 +1,13 @@
 """SerpApi: Google's text search, and Lens by an image's address."""
 
 from mmsr1_jax.tools.service import Service
-from mmsr1_jax.tools.services import Hit, Match, entries, key_of, text_of
-from mmsr1_jax.tools.web import JSON, UnreachableError
+from mmsr1_jax.tools.services import Hit, Match, ask, found_in, key_of, snippet_hit, text_of
+from mmsr1_jax.tools.web import UnreachableError
 
 BASE_URL = "https://serpapi.com"
 KEY = "SERPAPI_API_KEY"
+# "Google hasn't returned any results for this query.", or Google Lens.
+_NONE_FOUND = "hasn't returned any results"
 
 
 class SerpApi:
@@ -15,25 +17,57 @@ class SerpApi:
     async def search(self, query: str, count: int) -> list[Hit]:
         """Raises WebError."""
         data = await self._get(engine="google", q=query, num=str(count))
-        found = entries(data, "organic_results")
-        hits = [Hit(text_of(e, "link"), text_of(e, "title"), text_of(e, "snippet")) for e in found]
-        return [hit for hit in hits if hit.link]
+        information = data.get("search_information")
+        state = text_of(information, "organic_results_state") if _is(information) else ""
+        return found_in(
+            data,
+            "organic_results",
+            _hit,
+            instead=_boxes(data),
+            none_found=_none_found(data) or state == "Fully empty",
+        )
 
     async def lens(self, url: str) -> list[Match]:
         """Raises WebError."""
         data = await self._get(engine="google_lens", url=url)
-        found = entries(data, "visual_matches")
-        matches = [
-            Match(text_of(e, "link"), text_of(e, "title"), text_of(e, "thumbnail")) for e in found
-        ]
-        return [match for match in matches if match.title]
+        return found_in(data, "visual_matches", _match, none_found=_none_found(data))
 
-    async def _get(self, **params: str):
-        answer = await self._service.call(
-            "GET", self._url, params=params | {"api_key": self._key}, accept=JSON
-        )
-        data = answer.json()
-        metadata = data.get("search_metadata") if isinstance(data, dict) else None
-        if isinstance(metadata, dict) and metadata.get("status") == "Error":
+    async def _get(self, **params: str) -> dict:
+        params |= {"api_key": self._key}
+        data = await ask(self._service, "GET", self._url, params=params)
+        metadata = data.get("search_metadata")
+        status = text_of(metadata, "status") if _is(metadata) else ""
+        if status == "Error":
             raise UnreachableError("the search itself failed")
+        if status in ("Processing", "Queued"):
+            raise UnreachableError("the search is not finished")
         return data
+
+
+def _hit(entry: dict) -> Hit | None:
+    hit = Hit(text_of(entry, "link"), text_of(entry, "title"), text_of(entry, "snippet"))
+    return hit if hit.link else None
+
+
+def _match(entry: dict) -> Match | None:
+    match = Match(text_of(entry, "link"), text_of(entry, "title"), text_of(entry, "thumbnail"))
+    return match if match.title else None
+
+
+def _boxes(data: dict) -> list[Hit]:
+    """Return what Google answers above its results."""
+    made = []
+    for name in ("answer_box", "knowledge_graph"):
+        box = data.get(name)
+        if _is(box):
+            texts = (text_of(box, key) for key in ("answer", "result", "snippet", "description"))
+            made.append(snippet_hit(text_of(box, "title"), next(filter(None, texts), "")))
+    return [hit for hit in made if hit is not None]
+
+
+def _none_found(data: dict) -> bool:
+    return _NONE_FOUND in text_of(data, "error")
+
+
+def _is(value: object) -> bool:
+    return isinstance(value, dict)

@@ -3,8 +3,7 @@
 from typing import Any
 
 from mmsr1_jax.tools.service import Service
-from mmsr1_jax.tools.services import Hit, Match, entries, key_of, text_of
-from mmsr1_jax.tools.web import JSON
+from mmsr1_jax.tools.services import Hit, Match, ask, found_in, key_of, snippet_hit, text_of
 
 BASE_URL = "https://google.serper.dev"
 KEY = "SERPER_API_KEY"
@@ -28,25 +27,34 @@ class Serper:
     async def search(self, query: str, count: int) -> list[Hit]:
         """Raises WebError."""
         data = await self._post("/search", {"q": query, "num": count} | self._place)
-        found = entries(data, "organic")
-        hits = [Hit(text_of(e, "link"), text_of(e, "title"), text_of(e, "snippet")) for e in found]
-        return [hit for hit in hits if hit.link]
+        return found_in(data, "organic", _hit, instead=_boxes(data))
 
     async def lens(self, url: str) -> list[Match]:
         """Raises WebError."""
-        found = entries(await self._post("/lens", {"url": url} | self._place), "organic")
-        matches = [
-            Match(
-                text_of(e, "link"),
-                text_of(e, "title"),
-                text_of(e, "thumbnailUrl") or text_of(e, "imageUrl"),
-            )
-            for e in found
-        ]
-        return [match for match in matches if match.title]
+        data = await self._post("/lens", {"url": url} | self._place)
+        return found_in(data, "organic", _match)
 
-    async def _post(self, path: str, body: dict[str, Any]):
-        answer = await self._service.call(
-            "POST", self._base + path, json=body, headers=self._headers, accept=JSON
-        )
-        return answer.json()
+    async def _post(self, path: str, body: dict[str, Any]) -> dict:
+        return await ask(self._service, "POST", self._base + path, json=body, headers=self._headers)
+
+
+def _hit(entry: dict) -> Hit | None:
+    hit = Hit(text_of(entry, "link"), text_of(entry, "title"), text_of(entry, "snippet"))
+    return hit if hit.link else None
+
+
+def _match(entry: dict) -> Match | None:
+    thumbnail = text_of(entry, "thumbnailUrl") or text_of(entry, "imageUrl")
+    match = Match(text_of(entry, "link"), text_of(entry, "title"), thumbnail)
+    return match if match.title else None
+
+
+def _boxes(data: dict) -> list[Hit]:
+    """Return what Google answers above its results."""
+    made = []
+    for name in ("answerBox", "knowledgeGraph"):
+        box = data.get(name)
+        if isinstance(box, dict):
+            texts = (text_of(box, key) for key in ("answer", "snippet", "description"))
+            made.append(snippet_hit(text_of(box, "title"), next(filter(None, texts), "")))
+    return [hit for hit in made if hit is not None]

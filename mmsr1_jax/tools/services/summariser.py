@@ -4,6 +4,7 @@ import hashlib
 import re
 
 from mmsr1_jax.tools.service import Service
+from mmsr1_jax.tools.services import has_text
 from mmsr1_jax.tools.services.chat import Chat, EmptyReplyError
 from mmsr1_jax.tools.web import BodyError
 
@@ -32,7 +33,7 @@ class Summariser:
             reply = await self._chat(messages(page, question))
         except EmptyReplyError as error:
             raise EmptyReplyError(f"no summary: {error}") from None
-        if not reply.text:
+        if not has_text(reply.text):
             raise BodyError("no summary: blank, or the model was cut off while it thought")
         return " ".join(_SENTENCE_END.split(reply.text)[:MAX_SENTENCES])
 

@@ -1,0 +1,82 @@
+"""The charset of a page that declares none, by the looks of its text.
+
+Text in Latin letters is told by languages: in the right charset, its letters beyond ASCII are those
+of one. Other scripts are left to charset_normalizer.
+"""
+
+import re
+
+import charset_normalizer
+
+_EASTERN = ["gb18030", "big5hkscs", "cp932", "euc_jp", "cp949"]
+_ALPHABETS = ["cp1251", "cp1253", "cp1255", "cp1256", "cp874", "koi8_u", "iso8859_5", "iso8859_7"]
+# Letters beyond ASCII, a language each; of equally good charsets the first is taken.
+_LATIN = {
+    "cp1252": (
+        "àâæçèéêëîïôœùûüÿ", "äöüß", "áéíñóúü", "ãáâàçéêíóôõúü", "àèéìíîòóùú", "éèëïöüá", "åäöéàü",
+        "æøåéèòô", "áéíóúýþðæö", "äõöüšž", "àçèéíïòóúü",
+    ),
+    "cp1250": (
+        "áčďéěíňóřšťúůýž", "áäčďéíĺľňóôŕšťúýž", "ąćęłńóśźż", "áéíóöőúüű", "čćđšž", "ăâîşţ",
+    ),
+    "cp1254": ("çğıöşüâîû",),
+    "cp1257": ("ąčęėįšųūž", "āčēģīķļņšūž"),
+}  # fmt: skip
+_SAMPLE = 8192  # bytes
+_LETTER = re.compile(b"[A-Za-z]")
+_OTHER = re.compile(b"[\x80-\xff]")
+_RUN = re.compile(b"[\xc0-\xff]{4}")
+_CONTROL = re.compile(b"[\x80-\x9f]")
+_BETWEEN_TAGS = re.compile(b"[^<>]+")
+_PUNCTUATION = re.compile(
+    "[\0-\x7f\xa0\xa1\xa7\xa9\xab\xad\xae\xb0\xb7\xbb\xbf\u2013\u2014\u2018-\u2022\u2026\u20ac]+"
+)
+
+
+def detected(body: bytes) -> str:
+    """Return the codec of a page that is not in UTF-8, by a sample of the text between its tags."""
+    sample = _sample(body)
+    # Letters with accents stand between letters of ASCII, hardly ever four in a row.
+    if len(_LETTER.findall(sample)) > len(_OTHER.findall(sample)) and not _RUN.search(sample):
+        return _latin(sample)
+    names = [*_EASTERN, *_ALPHABETS]
+    if _CONTROL.search(sample):  # controls in ISO 8859, which no page has
+        names = [name for name in names if not name.startswith("iso8859")]
+    found = charset_normalizer.from_bytes(sample, cp_isolation=names, threshold=0.5)
+    # Japanese makes as much sense as Thai; Russian makes some as half-width Japanese, but less.
+    best = min(
+        found,
+        key=lambda m: (round(m.chaos, 2), -round(m.coherence, 1), m.encoding not in _EASTERN),
+        default=None,
+    )
+    return best.encoding if best else "cp1252"
+
+
+def _latin(sample: bytes) -> str:
+    """Return the codec in which the fewest letters are foreign to some language."""
+    best, fewest = "cp1252", len(sample)
+    for codec, languages in _LATIN.items():
+        if codec == "cp1250" and not _CONTROL.search(sample):
+            codec = "iso8859_2"  # Windows' charset hardly ever does without these bytes
+        letters = _PUNCTUATION.sub("", sample.decode(codec, "replace").lower())
+        for language in languages:
+            foreign = len(letters.translate(dict.fromkeys(map(ord, language))))
+            if foreign < fewest:
+                best, fewest = codec, foreign
+    return best
+
+
+def _sample(body: bytes) -> bytes:
+    """Return text between tags that is not only ASCII, cut where no character is cut."""
+    sample = bytearray()
+    for match in _BETWEEN_TAGS.finditer(body):
+        if match[0].isascii():
+            continue
+        text = match[0][:_SAMPLE]
+        if len(match[0]) > _SAMPLE:
+            # No charset has bytes below 0x30 inside a character.
+            text = text[: max(text.rfind(byte) for byte in (b" ", b"\n", b".")) + 1] or text
+        sample += text + b"\n"
+        if len(sample) >= _SAMPLE:
+            break
+    return bytes(sample)

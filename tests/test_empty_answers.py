@@ -1,0 +1,326 @@
+"""Answers of services with nothing inside, or an error: never read as "nothing found"."""
+
+import asyncio
+import json
+
+import pytest
+
+from mmsr1_jax.tools import Query
+from mmsr1_jax.tools.services import Hit
+from mmsr1_jax.tools.services.jina import Jina
+from mmsr1_jax.tools.services.reader import Reader
+from mmsr1_jax.tools.services.retrieval import Retrieval
+from mmsr1_jax.tools.services.searxng import SearXNG
+from mmsr1_jax.tools.services.serpapi import SerpApi
+from mmsr1_jax.tools.services.serper import Serper
+from mmsr1_jax.tools.services.summariser import Summariser
+from mmsr1_jax.tools.store import Store
+from mmsr1_jax.tools.stored import Stored, StoredFinder, StoredReader, StoredSearch
+from mmsr1_jax.tools.text_search import PassageSearch, TextSearch
+from mmsr1_jax.tools.web import Answer, StatusError, WebError
+
+
+class Answering:
+    """A service that answers with what it is given; an exception is raised."""
+
+    def __init__(self, *answers):
+        self.answers, self.calls = list(answers), 0
+
+    async def call(self, method, url, **request):
+        self.calls += 1
+        answer = self.answers[0] if len(self.answers) == 1 else self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        if isinstance(answer, Answer):
+            return answer
+        return Answer("", "application/json", None, json.dumps(answer).encode())
+
+
+def text_answer(text, charset=None, media_type="text/plain"):
+    body = text if isinstance(text, bytes) else text.encode()
+    return Answer("", media_type, charset, body)
+
+
+@pytest.fixture(autouse=True)
+def keys(monkeypatch):
+    for name in ("SERPAPI_API_KEY", "SERPER_API_KEY", "JINA_API_KEY", "SUMMARISER_API_KEY"):
+        monkeypatch.setenv(name, "secret")
+
+
+FINDERS = {
+    "serpapi": SerpApi,
+    "serper": Serper,
+    "searxng": lambda service: SearXNG(service, base_url="http://x"),
+}
+CALLS = {name: lambda make, service: make(service).search("q", 5) for name in FINDERS} | {
+    "serpapi lens": lambda make, service: SerpApi(service).lens("http://p"),
+    "serper lens": lambda make, service: Serper(service).lens("http://p"),
+    "retrieval": lambda make, service: Retrieval(service, base_url="http://x").passages("q", 5),
+}
+
+
+def found(name, answer):
+    return asyncio.run(CALLS[name](FINDERS.get(name), Answering(answer)))
+
+
+META = {"search_metadata": {"status": "Success"}, "search_parameters": {"q": "x"}}
+NONE = "Google hasn't returned any results for this query."
+
+
+@pytest.mark.parametrize("name, answer", [
+    ("serpapi", META | {"error": NONE}),
+    ("serpapi", META | {"search_information": {"organic_results_state": "Fully empty"}}),
+    ("serpapi", META | {"organic_results": []}),
+    ("serpapi lens", META | {"error": "Google Lens hasn't returned any results for this query."}),
+    ("serper", {"searchParameters": {}, "organic": [], "credits": 1}),
+    ("serper lens", {"organic": []}),
+    ("searxng", {"results": [], "answers": [], "infoboxes": []}),
+    ("retrieval", {"result": [[]]}),
+    ("retrieval", {"results": []}),
+])  # fmt: skip
+def test_nothing_found_where_the_service_says_so(name, answer):
+    assert found(name, answer) == []
+
+
+@pytest.mark.parametrize("name, answer", [
+    ("serpapi", META), ("serpapi", {}), ("serpapi", [1]), ("serpapi", None),
+    ("serpapi", {"search_metadata": {"status": "Processing"}}),
+    ("serpapi", {"search_metadata": {"status": "Queued"}}),
+    ("serpapi", META | {"error": "We couldn't get valid results for this search."}),
+    ("serpapi", META | {"organic_results": {"0": {"link": "http://a"}}}),
+    ("serpapi", META | {"organic_results": [None, {}, {"link": 3}]}),
+    ("serpapi lens", META), ("serpapi lens", META | {"visual_matches": [{"title": None}]}),
+    ("serper", {"searchParameters": {"q": "x"}, "credits": 1}), ("serper", {"organic": "x"}),
+    ("serper", {"organic": [{"title": "no link"}]}), ("serper", {"error": {"message": "busy"}}),
+    ("serper lens", {"searchParameters": {}}),
+    ("searxng", {"query": "q"}), ("searxng", {"results": [{"title": "t"}]}),
+    ("searxng", {"results": [], "error": "engine failed"}),
+    ("searxng", {"results": [], "unresponsive_engines": [["google", "CAPTCHA"]]}),
+    ("retrieval", {}), ("retrieval", {"result": []}), ("retrieval", {"error": "index not loaded"}),
+    ("retrieval", {"result": [[{"document": {"id": "1"}, "score": 1}, None]]}),
+    ("retrieval", {"result": [[{"document": {"contents": " \n"}}]]}),
+    ("retrieval", {"results": [{"id": "1", "content": "..."}]}),
+    ("retrieval", {"result": [[], []]}),
+])  # fmt: skip
+def test_an_answer_without_results_is_a_failure(name, answer):
+    with pytest.raises(WebError) as raised:
+        found(name, answer)
+    assert "secret" not in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name, answer, status", [
+    ("serpapi", {"error": "Your account has run out of searches."}, 402),
+    ("serpapi", {"error": "Invalid API key. Your API key should be here: https://x"}, 401),
+    ("serpapi", StatusError(429, None, b'{"error": "Your account has run out of searches."}'), 402),
+    ("serpapi", StatusError(401, None, b'{"error": "Invalid API key."}'), 401),
+    ("serpapi", {"error": "Your account has been suspended"}, 403),
+    ("serper", {"message": "Not enough credits", "statusCode": 400}, 402),
+    ("serper", StatusError(400, None, b'{"message":"Not enough credits","statusCode":400}'), 402),
+    ("serper", {"message": "Unauthorized.", "statusCode": 403}, 401),
+    ("serper", {"message": "odd", "statusCode": 403}, 403),
+    ("searxng", StatusError(403, None, b"<h1>Forbidden</h1>"), 403),
+    ("retrieval", {"error": {"message": "insufficient quota", "code": 429}}, 402),
+])  # fmt: skip
+def test_refusals_have_the_status_that_means_them(name, answer, status):
+    with pytest.raises(StatusError) as raised:
+        found(name, answer)
+    assert raised.value.status == status and not raised.value.transient
+
+
+@pytest.mark.parametrize("name, answer", [
+    ("serpapi", {"error": "You are exceeding 200 searches per hour limit of your plan."}),
+    ("serpapi", StatusError(429, None, b'{"error": "Rate limit exceeded, try again"}')),
+    ("serper", {"message": "Too many requests", "statusCode": 429}),
+    ("serper", {"message": "Internal", "statusCode": 500}),
+    ("searxng", StatusError(503, None, b"unauthorized upstream")),
+    ("retrieval", {"error": "CUDA out of memory"}),
+])  # fmt: skip
+def test_faults_that_pass_are_no_refusals(name, answer):
+    with pytest.raises(WebError) as raised:
+        found(name, answer)
+    assert raised.value.transient or not isinstance(raised.value, StatusError)
+    assert getattr(raised.value, "status", None) not in (401, 402, 403)
+
+
+def test_results_count_more_than_an_error_beside_them():
+    entry = {"link": "http://a", "title": "t", "snippet": "s"}
+    answer = META | {"error": NONE, "organic_results": [entry, None, {"link": None}]}
+    assert found("serpapi", answer) == [Hit("http://a", "t", "s")]
+
+
+@pytest.mark.parametrize("name, answer, text", [
+    ("serpapi", META | {"answer_box": {"answer": "1932"}}, "1932"),
+    ("serpapi", META | {"organic_results": [], "knowledge_graph": {"title": "Tower",
+                        "description": "Built in 1932"}}, "Built in 1932"),
+    ("serper", {"answerBox": {"snippet": "1932", "title": "Tower"}, "organic": []}, "1932"),
+    ("serper", {"knowledgeGraph": {"title": "Tower", "description": "Built in 1932"}},
+     "Built in 1932"),
+    ("searxng", {"results": [], "answers": [{"answer": "1932", "url": "http://a"}]}, "1932"),
+    ("searxng", {"results": [], "answers": ["1932"], "unresponsive_engines": [["x", "y"]]}, "1932"),
+    ("searxng", {"results": [], "infoboxes": [{"infobox": "T", "content": "1932"}]}, "1932"),
+])  # fmt: skip
+def test_what_a_search_engine_answers_itself_is_shown_and_not_read(name, answer, text):
+    class Unused:
+        async def read(self, url):
+            raise AssertionError(url)
+
+    (hit,) = found(name, answer)
+    search = TextSearch(FINDERS[name](Answering(answer)), Unused())
+    (result,) = asyncio.run(search(query())).results
+    assert hit.snippet == text and result[0].text.endswith(f"\nsummary: {text}")
+    assert not result[0].text.startswith("link: \n")
+
+
+def query():
+    return Query(action="text_search", text="q", question="When was it built?")
+
+
+DOCUMENTS = [
+    ({"result": [[{"document": {"contents": '"Tower"\nBuilt in 1932.'}, "score": 0.9}]]},
+     ("Tower", "Built in 1932.")),
+    ({"result": [[{"document": {"title": "Tower", "text": "Built in 1932."}, "score": 0.9}]]},
+     ("Tower", "Built in 1932.")),
+    ({"result": [[{"document": {"title": "Tower", "contents": "Built in 1932.\nIt is tall."}}]]},
+     ("Tower", "Built in 1932.\nIt is tall.")),
+    ({"result": [[{"title": "Tower", "contents": '"Tower"\nBuilt in 1932.'}]]},
+     ("Tower", "Built in 1932.")),
+    ({"query": "q", "results": [{"id": "1", "content": "Built in 1932.", "score": 0.9}]},
+     ("Built in 1932.", "Built in 1932.")),
+    ({"results": [[{"document": "Tower\nBuilt in 1932."}]]}, ("Tower", "Built in 1932.")),
+    ({"result": [["Tower\nBuilt in 1932."]]}, ("Tower", "Built in 1932.")),
+    ({"result": [[{"document": {"contents": " ", "text": "Built in 1932.", "title": "T"}}]]},
+     ("T", "Built in 1932.")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer, passage", DOCUMENTS)
+def test_documents_of_retrieval_servers_are_read_whatever_their_fields(answer, passage):
+    assert found("retrieval", answer) == [passage]
+
+
+HEADER = "Title: report.pdf\n\nURL Source: http://first.example/report.pdf\n\n"
+NO_PAGES = {
+    "blank": text_answer(""),
+    "a blank page": text_answer(HEADER + "Markdown Content:\n"),
+    "all fields": text_answer(HEADER + "Published Time: Tue, 01 Jan 2030 00:00:00 GMT\n\n"
+                              "Number of Pages: 3\n\nMarkdown Content:\n\n\n"),
+    "no content field": text_answer("Title: \n\nURL Source: http://first.example\n"),
+    "title only": text_answer("Title: The tower of Porto"),
+    "target refused": text_answer(HEADER + "Warning: Target URL returned error 403: Forbidden\n\n"
+                                  "Markdown Content:\n## Access denied and some more text"),
+    "CAPTCHA": text_answer(HEADER + "Warning: This page maybe requiring CAPTCHA, please make sure "
+                           "you are authorized.\n\nMarkdown Content:\nJust a moment..."),
+    "challenge by title": text_answer("Title: Just a moment...\n\nMarkdown Content:\nexample.com"),
+    "images only": text_answer(HEADER + "Markdown Content:\n![Image 1: a logo](http://x/y.png)"),
+    "JSON": text_answer('{"code": 200, "data": {"title": "T", "content": ""}}', None,
+                        "application/json"),
+    "JSON of an error": text_answer('{"data": null, "code": 422, "message": "Failed to goto"}'),
+    "JSON of another service": text_answer('{"status": "ok"}', None, "application/json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NO_PAGES)
+def test_a_header_without_a_page_is_a_failure(kind):
+    jina = Jina(Answering(NO_PAGES[kind]))
+    with pytest.raises(WebError):
+        asyncio.run(jina.read("http://first.example"))
+
+
+@pytest.mark.parametrize("answer, status", [
+    ({"data": None, "code": 402, "name": "InsufficientBalanceError",
+      "message": "Account balance not enough to run this query"}, 402),
+    ({"data": None, "code": 401, "name": "AuthenticationFailedError"}, 401),
+    ({"data": None, "code": 429, "name": "RateLimitTriggeredError"}, 429),
+])  # fmt: skip
+def test_an_error_of_the_reader_itself_has_its_status(answer, status):
+    with pytest.raises(StatusError) as raised:
+        asyncio.run(Jina(Answering(answer)).read("http://x"))
+    assert raised.value.status == status
+
+
+def test_a_page_that_cannot_be_had_is_no_refusal_of_the_service():
+    """One page's 403 must not stop a run as a refused key does."""
+    with pytest.raises(WebError, match="HTTP status 403") as raised:
+        asyncio.run(Jina(Answering(NO_PAGES["target refused"])).read("http://x"))
+    assert not isinstance(raised.value, StatusError)
+
+
+@pytest.mark.parametrize("answer, text", [
+    (text_answer(HEADER + "Markdown Content:\nBuilt in 1932."), "Built in 1932."),
+    (text_answer("# Tower\nBuilt in 1932."), "# Tower\nBuilt in 1932."),
+    (text_answer(HEADER + "Warning: This is a cached snapshot\n\nMarkdown Content:\nBuilt in 1932"),
+     "Built in 1932"),
+    (text_answer("Title: x\n\nMarkdown Content:\nfür 5 Jahre".encode("latin-1"), "iso-8859-1"),
+     "für 5 Jahre"),
+    (text_answer("塔建于1932年".encode("gbk"), "gb2312"), "塔建于1932年"),
+    (text_answer('{"code": 200, "data": {"title": "T", "content": "Built in 1932"}}', None,
+                 "application/json"), "Built in 1932"),
+    (text_answer('{"name": "a page that is JSON itself"}'), '{"name": "a page'),
+])  # fmt: skip
+def test_pages_of_the_reader_service_are_read(answer, text):
+    assert text in asyncio.run(Jina(Answering(answer)).read("http://x"))
+
+
+def test_the_next_hit_is_read_in_place_of_a_page_that_says_nothing():
+    hits = {"results": [{"url": f"http://{n}", "title": "t"} for n in range(3)]}
+    pages = [text_answer("Just a moment..."), text_answer(HEADER), text_answer("Built in 1932.")]
+    finder = SearXNG(Answering(hits), base_url="http://x")
+    found = asyncio.run(TextSearch(finder, Jina(Answering(*pages)), results=1, spare=2)(query()))
+    assert [result[0].text for result in found.results] == [
+        "link: http://2\nsummary: Built in 1932."
+    ]
+    assert "page 1: " in found.error and "page 2: " in found.error
+
+
+def test_hits_are_not_shown_blank():
+    entries = [{"link": "http://a"}, {"link": "http://b", "title": None, "snippet": ["x"]},
+               {"link": "http://c", "title": "Tower", "snippet": "..."}]  # fmt: skip
+    service = Answering(META | {"organic_results": entries})
+    found = asyncio.run(TextSearch(SerpApi(service))(query()))
+    assert [result[0].text for result in found.results] == ["link: http://c\nsummary: Tower"]
+
+
+@pytest.mark.parametrize("summary", ["", " \n", "...", "\u200b"])
+def test_a_blank_summary_is_a_failure(summary):
+    service = Answering({"choices": [{"message": {"content": summary}}]})
+    summariser = Summariser(service, base_url="http://x", model="m")
+    with pytest.raises(WebError, match="no summary"):
+        asyncio.run(summariser.summarise("page", "q"))
+
+
+def test_what_failed_is_asked_for_again(tmp_path):
+    """Metadata alone, an error in a 200, a blank page: none of them is kept as an answer."""
+    full = META | {"organic_results": [{"link": "http://a", "title": "T", "snippet": "s"}]}
+    answers = [META, {"error": "Invalid API key."}, full]
+    pages = [text_answer(HEADER + "Markdown Content:\n"), text_answer("Just a moment..."),
+             text_answer("Built in 1932.")]  # fmt: skip
+    service, reading = Answering(*answers), Answering(*pages)
+
+    def search():
+        stored = Stored(Store(tmp_path / "s.sqlite", "use"))
+        finder = StoredFinder(SerpApi(service), stored, "serpapi")
+        reader = StoredReader(Jina(reading), stored, "jina")
+        return asyncio.run(StoredSearch(TextSearch(finder, reader), stored, "x")(query()))
+
+    assert [search().status for _ in range(6)] == ["failed"] * 4 + ["ok"] * 2
+    assert service.calls == 3 and reading.calls == 3
+
+
+def test_passages_without_text_are_not_kept_as_nothing_found(tmp_path):
+    good = DOCUMENTS[0][0]
+    service = Answering({"result": [[{"document": {"id": "1"}}]]}, {"error": "busy"}, good)
+    retrieval = Retrieval(service, base_url="http://x")
+    search = PassageSearch(retrieval, Stored(Store(tmp_path / "s.sqlite", "use")), "x")
+    statuses = [asyncio.run(search(query())).status for _ in range(4)]
+    assert statuses == ["failed", "failed", "ok", "ok"] and service.calls == 3
+
+
+@pytest.mark.parametrize("body", [
+    b"<html><body><p>...</p></body></html>", b"\x1f\x8b\x08" + bytes(30), b"",
+    b"<html><head><title>Just a moment...</title></head><body><h2>Enable JavaScript and cookies to "
+    b"continue</h2></body></html>",
+])  # fmt: skip
+def test_the_built_in_reader_fails_on_pages_that_say_nothing(body):
+    reader = Reader(Answering(text_answer(body, None, "text/html")))
+    with pytest.raises(WebError):
+        asyncio.run(reader.read("http://x"))

@@ -1,0 +1,71 @@
+"""Pages that are valid and say nothing, beside short ones that say something."""
+
+import json
+
+import pytest
+
+from mmsr1_jax.tools.page_checks import nothing_said
+
+NOTHING = [
+    "", " \n\u200b", "...", "12 34", "---\n* * *",
+    "Just a moment...",
+    "www.example.com\nJust a moment...\nVerifying you are human. This may take a few seconds.\n"
+    "www.example.com needs to review the security of your connection before proceeding.\n"
+    "Ray ID: 8f23ab\nPerformance & security by Cloudflare",
+    "Checking your browser before accessing example.com.\nThis process is automatic. Your browser "
+    "will redirect to your requested content shortly.\nDDoS protection by Cloudflare\nRay ID: 1",
+    "Please enable JavaScript.", "You need to enable JavaScript to run this app.",
+    "Enable JavaScript and cookies to continue", "Loading...",
+    "Access Denied\nYou don't have permission to access \"http://www.x.com/\" on this server.\n"
+    "Reference #18.4f2",
+    "Attention Required! | Cloudflare\nSorry, you have been blocked\nYou are unable to access "
+    "example.com\nThis website is using a security service to protect itself from online attacks.",
+    "Before you continue to Google\nWe use cookies and data to\nDeliver and maintain services\n"
+    "Track outages and protect against spam, fraud, and abuse\nAccept all\nReject all",
+    "We value your privacy\nWe and our 843 partners store and/or access information on a device, "
+    "such as cookies and process personal data, such as unique identifiers.\nAccept all",
+    "This website uses cookies to improve your experience. Accept",
+    "403 Forbidden\nnginx", "404 Not Found", "502 Bad Gateway",
+    "Page not found\nThe page you are looking for does not exist.",
+    "Our systems have detected unusual traffic from your computer network. Please try again later.",
+    "Pardon Our Interruption\nSomething about your browser made us think you were a bot.",
+    "Request unsuccessful. Incapsula incident ID: 877000680",
+    "Are you a robot?\nPlease click the box below to let us know you're not a robot.",
+    "Robot or human?\nActivate and hold the button to confirm that you're human. Thank You!",
+    "请完成安全验证", "请稍候…", "しばらくお待ちください", "로봇이 아닙니다", "Nur einen Moment…",
+    "Un instant…", "Подтвердите, что вы не робот", "Bitte aktivieren Sie JavaScript",
+    "![Image 1: logo](https://x.org/logo.png)\n\n![Image 2](https://x.org/b.png)",
+    "[](https://x.org/)",
+]  # fmt: skip
+SOMETHING = [
+    "The tower was built in 1932.", "莲花塔建于1932年", "탑은 1932년에 세워졌다", "หอคอยบัวสร้าง",
+    "ok",
+    "Please enable JavaScript. The tower of Porto was built in 1932 by Miller.",
+    "This site uses cookies. Accept\nThe bridge opened in 1886 and crosses the Douro.",
+    "Cloudflare, Inc. is an American company that provides content delivery network services.",
+    "A CAPTCHA is a type of challenge-response test that tells humans from bots.",
+    "Just a Moment is a 1979 album by the Danish pianist, recorded in Copenhagen with a trio.",
+    "404 is a natural number following 403 and preceding 405.",
+    "HTTP cookies are small blocks of data created by a web server.",
+    "JavaScript is a programming language created by Brendan Eich at Netscape.",
+    "[The Dom Luis bridge](https://x.org/bridge)",
+    "Just a moment...\n" + "The bridge was opened in 1886 by the king. " * 10,
+    "Accept all cookies.\n" * 300 + "The bridge was opened in 1886.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("page", NOTHING)
+def test_pages_that_say_nothing(page):
+    assert nothing_said(page)
+
+
+@pytest.mark.parametrize("page", SOMETHING)
+def test_pages_that_say_something(page):
+    assert nothing_said(page) is None
+
+
+def test_all_recorded_pages_say_something(shared):
+    lines = (shared / "data" / "web_pages.jsonl").read_text(encoding="utf-8").splitlines()
+    for page in map(json.loads, lines):
+        for text in (page["snippet"], page["summary"]):
+            assert not text or nothing_said(text) is None, text

@@ -1,0 +1,117 @@
+"""The main text of a page: read in its charset, never unpacked, in bounded time."""
+
+import bz2
+import gzip
+import lzma
+import pickle
+import subprocess
+import sys
+import time
+import zlib
+
+import pytest
+import trafilatura
+
+from mmsr1_jax.tools import page_text
+from mmsr1_jax.tools.page_text import PageError, extract, read_page
+
+ARTICLE = """<!DOCTYPE html><html lang="en"><head><title>T</title>
+<script>var evil = 1;</script></head>
+<body><nav><a href="/">menu</a></nav><article><h1>The bridge</h1><p>The Dom Luis bridge crosses the
+Douro river and was opened in the year 1886, after five years of work.</p>
+<table><tr><th>height</th><td>45 m</td></tr></table>
+<ul><li>It carries a metro line on its upper deck.</li></ul></article></body></html>"""
+
+
+def test_a_page_gives_what_trafilatura_makes_of_it():
+    plain = trafilatura.extract(ARTICLE, include_comments=False, include_tables=True)
+    assert "opened in the year 1886" in plain and "evil" not in plain
+    assert read_page(ARTICLE.encode()) == plain
+    assert read_page(ARTICLE.encode("utf-16")) == plain
+    assert read_page(b"<?xml version='1.0' encoding='utf-8'?>" + ARTICLE.encode()) == plain
+
+
+def test_plain_text_is_kept_as_it_is():
+    text = "<p>Nur ein Beispiel für Text.\n</p>"
+    assert read_page(text.encode("latin-1"), "latin1", "text/plain") == text
+    assert read_page(text.encode(), None, "text/markdown") == text
+
+
+PACKED = {
+    "gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress, "zlib": zlib.compress,
+    "zlib, fast": lambda data: zlib.compress(data, 1),
+    "deflate": lambda data: zlib.compress(data, wbits=-15),
+    "zip": lambda data: b"PK\x03\x04" + data,
+    "zstd": lambda data: b"\x28\xb5\x2f\xfd" + data[:50], "PDF": lambda data: b"%PDF-1.7\n" + data,
+    "PNG": lambda data: b"\x89PNG\r\n" + data, "zeros": lambda data: b"\0" * 1000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_files_of_other_kinds_are_refused(kind):
+    import random
+
+    words = random.Random(0).choices(range(10**6), k=3000)  # which no compression makes text again
+    body = PACKED[kind](b"<html><body><article><p>" + repr(words).encode() + b"</p></html>")
+    for media_type in ("text/html", "text/plain"):
+        with pytest.raises(PageError, match="the page is"):
+            read_page(body, None, media_type)
+    assert extract(body) == ""
+
+
+def test_its_errors_travel_between_processes():
+    with pytest.raises(PageError) as raised:
+        read_page(b"\x1f\x8b\x08" + bytes(20))
+    copy = pickle.loads(pickle.dumps(raised.value))
+    assert type(copy) is PageError and str(copy) == str(raised.value)
+
+
+def test_a_worker_that_imports_it_imports_no_jax():
+    code = "import sys, mmsr1_jax.tools.page_text; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+HOSTILE = {
+    "headings": lambda n: "<h1>x</h1>" * (n // 10),
+    "open paragraphs": lambda n: "<p a b c>x" * (n // 10),
+    "closing tags": lambda n: "</p>x" * (n // 5),
+    "rows": lambda n: "<tr><td>x" * (n // 9),
+    "breaks": lambda n: "x<br>" * (n // 5),
+    "nested": lambda n: "<div>x" * (n // 6),
+    "definitions": lambda n: "<dl><dt>x<dd>y" * (n // 14),
+    "doctype": lambda n: "<!DOCTYPE " + "/" * n,
+    "doctypes": lambda n: "<!DOCTYPE html /" * (n // 16),
+    "html tags": lambda n: "<html " * (n // 6),
+    "spaces": lambda n: "<html><body><p>x" + " \n" * (n // 2) + "y",
+    "marks": lambda n: "<html><body><p>a" + "\u0301\u0327" * (n // 2),
+    "marks as entities": lambda n: "<html><body><p>a" + "&#x301;&#x327;" * (n // 14),
+    "json": lambda n: "<script type='application/ld+json'>" + "{" * n + "</script><p>x",
+    "titles": lambda n: "<title>" + "-|" * (n // 2) + "</title><p>x",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_time_grows_with_the_length_of_a_page(name):
+    """The parts of extractors that are not linear are not reached."""
+
+    def seconds(n):
+        text = HOSTILE[name](n)
+        text = text if text[:2].lower() in ("<!", "<h") else f"<html><body><article>{text}"
+        begin = time.process_time()
+        extract(text.encode())
+        return time.process_time() - begin
+
+    seconds(100)
+    assert seconds(60_000) <= 15 * min(seconds(6_000) for _ in range(2)) + 0.1
+
+
+def test_tags_are_bounded(monkeypatch):
+    """Some of an extractor's time grows with the square of their number."""
+    monkeypatch.setattr(page_text, "_MAX_OPENING_TAGS", 200)
+    monkeypatch.setattr(page_text, "_MAX_TAGS", 400)
+    for tag in ("<p>", "</p>", "<br>"):
+        text = extract(b"<html><body><article>" + f"{tag}word ".encode() * 1000)
+        assert text.count("word") <= 400
+    honest = "".join(f"<p>Paragraph {i} of <b>many</b>.</p>" for i in range(90))
+    assert "Paragraph 89" in extract(f"<html><body><article>{honest}".encode())
