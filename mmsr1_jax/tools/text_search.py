@@ -6,11 +6,11 @@ query ──► hits ──► page, page, page, ..   in parallel; one that fail
                       └─ without one: the paragraphs that are most about the question
 """
 
-import asyncio
 import json
 import time
 from typing import Protocol
 
+from mmsr1_jax import workers
 from mmsr1_jax.tools.first import first_that_work
 from mmsr1_jax.tools.page_checks import nothing_said
 from mmsr1_jax.tools.passages import best_passages
@@ -20,7 +20,7 @@ from mmsr1_jax.tools.stored import Stored
 from mmsr1_jax.tools.tool import Observation, Query, Result, text_result
 from mmsr1_jax.tools.web import BodyError, WebError
 
-_LONG = 50_000  # characters
+_LONG = 20_000  # characters
 
 
 class Finder(Protocol):
@@ -100,10 +100,17 @@ class TextSearch:
 
 
 async def _passages(page: str, question: str, chars: int) -> str:
-    """`best_passages`, in a thread where it takes longer than handing it to one."""
+    """Return `best_passages`, computed in a worker if that takes longer than handing it over.
+
+    Raises:
+      BodyError: The worker exceeded a limit.
+    """
     if len(page) < _LONG:
         return best_passages(page, question, chars)
-    return await asyncio.to_thread(best_passages, page, question, chars)
+    try:
+        return await workers.run_async(best_passages, page, question, chars)
+    except workers.WorkerError as error:
+        raise BodyError(f"choosing its passages {error}") from None
 
 
 class PassageSearch:
