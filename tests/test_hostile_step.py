@@ -14,6 +14,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from mmsr1_jax import config as settings
 from mmsr1_jax import image_files, tiny, workers
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.episode import Example
@@ -24,9 +25,9 @@ from tests.servers import serve
 from tests.test_engine import VOCABULARY, make_config, picture
 from tests.test_image_files import EPS, icon, png, scans
 
-LANES = 64
-SHORT = workers.Limits(cpu_seconds=0.4, wall_seconds=600.0, memory_bytes=400 << 20)
-HONEST = "The bridge was opened in 1886, says page {}. "
+SHORT = workers.Limits(cpu_seconds=0.3, wall_seconds=600.0, memory_bytes=400 << 20)
+HONEST = "Built in 1886, says page {}. "
+LIMITS = settings.Turns(turn_tokens=40, tokens=1024, least_tokens=16, result_tokens=440)
 ACTIONS = {
     "<reason>r{}</reason> <text_search>bridge {}</text_search>\n": 40,
     "<reason>r{}</reason> <search><img></search>": 40,
@@ -112,11 +113,11 @@ def make_app(hostile: bool) -> Starlette:
     ])  # fmt: skip
 
 
-def make_engine(address: str, seconds: float):
-    config = make_config(lanes=LANES, rows=16)
-    config.turns.tokens, config.turns.result_tokens = 1024, 400
+def make_engine(address: str, lanes: int):
+    seconds = 3000.0  # the limits of items act, not those of calls
+    config = make_config(lanes=lanes, limits=LIMITS)
     config.tools.text, config.tools.image, config.tools.results = "searxng", "serper", 3
-    config.tools.result_chars, config.tools.max_pixels = 200, 4 * 28 * 28
+    config.tools.result_chars, config.tools.max_pixels = 80, 4 * 28 * 28
     config.tools.seconds = config.tools.episode_seconds = seconds
     services = config.services
     services.searxng_url = services.serper_url = address
@@ -128,14 +129,14 @@ def make_engine(address: str, seconds: float):
     return Engine(model, processor, config, make_tools(config))
 
 
-def step(hostile: bool, seconds: float = 3000.0):
-    """The episodes of a step, and its seconds and CPU seconds of ended workers."""
+def step(lanes: int, *, hostile: bool):
+    """The engine, the episodes of a step, and the seconds that it took."""
     with serve(make_app(hostile)) as address:
-        engine = make_engine(address, seconds)
+        engine = make_engine(address, lanes)
         try:
             questions = [
                 Example(id=str(i), question=f"Which bridge is it? {i}", images=[picture(i)])
-                for i in range(LANES)
+                for i in range(lanes)
             ]
             begun = time.monotonic()
             episodes = list(engine.rollout(questions))
@@ -144,11 +145,11 @@ def step(hostile: bool, seconds: float = 3000.0):
             engine.close()
 
 
-def check(engine, episodes):
+def check(engine, episodes, lanes):
     """Every episode ended, every honest item is there, and nothing from outside is control."""
-    assert len(episodes) == LANES and all(e.end in ("answer", "turns", "tokens") for e in episodes)
+    assert len(episodes) == lanes and all(e.end in ("answer", "turns", "tokens") for e in episodes)
     calls = [call for episode in episodes for call in episode.calls if call.status != "refused"]
-    assert {call.action for call in calls} == {"text_search", "image_search"} and len(calls) > LANES
+    assert {call.action for call in calls} == {"text_search", "image_search"} and len(calls) > lanes
     for call in calls:
         assert call.status == "ok" and call.found == call.shown == 3, call
     controls = set(engine.processor.control.values())
@@ -162,7 +163,7 @@ def check(engine, episodes):
                 continue
             found = [t for t in segment.tokens.tolist() if t in controls and t not in images]
             assert found == wanted
-            honest += engine.processor.decode(segment.tokens).count("The bridge was opened in 1886")
+            honest += engine.processor.decode(segment.tokens).count("Built in 1886")
     assert honest > 0
     return calls
 
@@ -174,12 +175,12 @@ def short_limits(monkeypatch):
     monkeypatch.setenv("SERPER_API_KEY", "k")
 
 
-def test_a_hostile_item_in_every_result_costs_that_item_only(short_limits):
+def test_a_hostile_item_in_every_result_costs_that_item_only(short_limits, lanes=6):
     """The bound is on CPU time, which does not depend on what else the machine does."""
     workers.close()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    engine, episodes, _ = step(hostile=True)
-    calls = check(engine, episodes)
+    engine, episodes, _ = step(lanes, hostile=True)
+    calls = check(engine, episodes, lanes)
     workers.close()  # the CPU time of a process counts when it has ended
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -188,12 +189,12 @@ def test_a_hostile_item_in_every_result_costs_that_item_only(short_limits):
 
 
 @pytest.mark.proof
-def test_the_step_takes_at_most_the_hostile_items_limits_longer(short_limits):
+def test_a_step_of_64_lanes_takes_at_most_the_hostile_items_limits_longer(short_limits, lanes=64):
     """By the clock, so the machine has to be quiet."""
-    engine, episodes, undisturbed = step(hostile=False)
-    check(engine, episodes)
-    engine, episodes, seconds = step(hostile=True)
-    calls = check(engine, episodes)
+    engine, episodes, undisturbed = step(lanes, hostile=False)
+    check(engine, episodes, lanes)
+    engine, episodes, seconds = step(lanes, hostile=True)
+    calls = check(engine, episodes, lanes)
     allowed = undisturbed + len(calls) * SHORT.cpu_seconds / workers.count()
     print(f"{len(calls)} hostile items: {seconds:.1f} s; without {undisturbed:.1f} s; "
           f"at most {allowed:.1f} s")  # fmt: skip
