@@ -60,6 +60,23 @@ class Segment:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ShownResult:
+    """A result as the policy saw it: what came from outside, escaped and shortened as it was
+    written. The texts may look like anything; what they are is told by their places here.
+
+    Attributes:
+      link, title: "" where it has none.
+      text: its summary, or all of its text where a tool gave no labels.
+      images: numbers of its pictures among those of the user turn, from 0.
+    """
+
+    link: str = ""
+    title: str = ""
+    text: str = ""
+    images: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ToolCall:
     """A search, made or refused.
 
@@ -70,6 +87,8 @@ class ToolCall:
       seconds: that the tool took.
       found, shown: results that came back, and that the policy saw.
       notes: what was left out or mended, and why a search failed.
+      results: those that the policy saw; empty too where a record does not have them. Two calls
+        are equal without them, as they say what the tokens say.
     """
 
     turn: int
@@ -80,6 +99,7 @@ class ToolCall:
     found: int = 0
     shown: int = 0
     notes: tuple[str, ...] = ()
+    results: tuple[ShownResult, ...] = dataclasses.field(default=(), compare=False)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -148,13 +168,18 @@ class Episode:
     ) -> dict[str, Any]:
         """The episode as plain data, tokens and text.
 
+        A prompt or tool segment has `pictures`: for each of them in order, where its placeholders
+        begin and end in the segment's `text`, in characters.
+
         Args:
           processor: turns tokens into text.
           pictures: where `images` are, by path; None: only their grids are told.
         """
 
         def of_segment(segment: Segment) -> dict[str, Any]:
-            data = {"kind": segment.kind, "text": processor.decode(segment.tokens)}
+            text, spans = _text_of(segment.tokens, processor)
+            data: dict[str, Any] = {"kind": segment.kind, "text": text}
+            data |= {"pictures": spans} if segment.kind in ("prompt", "tool") else {}
             data["tokens"] = segment.tokens.tolist()
             for field in ("logprobs", "sampling_logprobs"):
                 values = getattr(segment, field)
@@ -201,10 +226,7 @@ class Episode:
         segments = field("segments", list)
         try:
             read = [Turn(**values) for values in field("turns", list, [])]
-            calls = [
-                ToolCall(**values | {"notes": tuple(values.get("notes", ()))})
-                for values in field("calls", list, [])
-            ]
+            calls = [_call_of(values) for values in field("calls", list, [])]
         except (TypeError, AttributeError) as error:
             raise ValueError(f"'turns' or 'calls': {error}") from None
         return cls(
@@ -218,6 +240,34 @@ class Episode:
             end=data.get("end"),
             error=data.get("error"),
         )
+
+
+def _text_of(tokens: np.ndarray, processor: Processor) -> tuple[str, list[list[int]]]:
+    """The text of tokens, and where in it are the placeholders of pictures. Control tokens stand
+    between characters, so the pieces between them can be decoded one by one."""
+    begins = np.flatnonzero(tokens == processor.control["<|vision_start|>"])
+    ends = np.flatnonzero(tokens == processor.control["<|vision_end|>"]) + 1
+    if len(begins) != len(ends) or np.any(begins >= ends) or np.any(ends[:-1] > begins[1:]):
+        return processor.decode(tokens), []  # sampled, or made by hand
+    text, spans, done = "", [], 0
+    for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
+        text += processor.decode(tokens[done:begin])
+        placeholder = processor.decode(tokens[begin:end])
+        spans.append([len(text), len(text) + len(placeholder)])
+        text, done = text + placeholder, end
+    return text + processor.decode(tokens[done:]), spans
+
+
+def _call_of(values: Any) -> ToolCall:
+    """A call from plain data. Raises TypeError, AttributeError."""
+    results = tuple(ShownResult(**result) for result in values.get("results", ()))
+    for result in results:
+        texts, images = (result.link, result.title, result.text), result.images
+        whole = isinstance(images, (list, tuple)) and all(type(image) is int for image in images)
+        if not whole or not all(isinstance(text, str) for text in texts):
+            raise TypeError("results must have texts, and whole numbers as images")
+    results = tuple(dataclasses.replace(r, images=tuple(r.images)) for r in results)
+    return ToolCall(**values | {"notes": tuple(values.get("notes", ())), "results": results})
 
 
 _KINDS = {str: "a text", int: "a whole number", list: "a list"}

@@ -9,14 +9,13 @@
     the last turn              the episode ends, whatever it was
 
 What comes from outside goes through `Rules.observed`: text that can hold no control token and
-cannot close `<information>`, pictures of a bounded size, results that fit as a whole or are left
-out.
+imitate nothing of ours (`escaping.py`), pictures of a bounded size, results whose text is shortened
+so that all fit (`layout.py`).
 """
 
 import asyncio
 import dataclasses
 import itertools
-import re
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -26,15 +25,13 @@ from mmsr1_jax import config as settings
 from mmsr1_jax.image_files import ImageError, process_image, process_image_async
 from mmsr1_jax.images import Patches
 from mmsr1_jax.processor import Processor, Prompt
-from mmsr1_jax.rollout import prompts
+from mmsr1_jax.rollout import layout, prompts
 from mmsr1_jax.rollout.episode import End, Episode, Example, ToolCall
+from mmsr1_jax.rollout.escaping import clean
+from mmsr1_jax.rollout.escaping import harmless as harmless  # a part of the rules
 from mmsr1_jax.rollout.turns import Action, Turn
 from mmsr1_jax.tools import Observation, Part, Picture, Query
 
-# What the policy writes itself is no part of what it reads from outside either.
-_TAG = re.compile(
-    r"<(?=[\s/]*(?:information|(?:reason|answer|search|text_search)\b))", re.IGNORECASE
-)
 _NO_PICTURE = "(picture not available)"
 _MOST_PARTS = 100  # of one result
 _MAX_RETRIEVED_PIXELS = 20_000_000  # of the file of a retrieved image
@@ -126,7 +123,7 @@ class Rules:
           PromptTooLongError: no room is left for the policy.
         """
         images = [self._open(image) for image in example.images]
-        fields = {"question": [_clean(example.question)], "images": images}
+        fields = {"question": [clean(example.question)], "images": images}
         prompt = self._processor.first_turn(prompts.fill(self._texts["question"], fields))
         room = self.limits.tokens - self.limits.least_tokens
         if len(prompt.tokens) > room:
@@ -193,6 +190,8 @@ class Rules:
                 is_text = isinstance(part, Part) and isinstance(part.text, str)
                 if not isinstance(part, Part) or is_text == (part.image is not None):
                     return _failed("results that are not parts of text or pictures")
+                if not _are_fields(part.fields):
+                    return _failed("fields of a part that are not (label, value)")
             results.append(parts)
         return Observation(status="ok" if results else "empty", results=results, error=value.error)
 
@@ -214,19 +213,13 @@ class Rules:
         observation, spent = self._decode_rest(observation or _failed(error))
         results = observation.results
         notes = [] if observation.error is None else [describe(observation.error)]
-        shown: list[list[str | Patches]] = []
         budget = min(room, self.limits.result_tokens)
+        blocks = {}
         for number, result in enumerate(results, start=1):
-            parts = self._parts(result, number, budget, notes)
-            if parts is None:
-                break
-            shown.append(parts)
-        prompt = None
-        while shown and prompt is None:
-            block = list(itertools.chain(*([*parts, "\n"] for parts in shown)))[:-1]
-            prompt = self._within(budget, f"after_{query.action}", example, results=block)
-            if prompt is None:
-                shown.pop()
+            block = self._block(result, number, budget, notes)
+            if block is not None:
+                blocks[number] = block
+        prompt, shown = self._fitted(f"after_{query.action}", example, blocks, budget, notes)
         if len(shown) < len(results):
             notes.append(f"{len(results) - len(shown)} of {len(results)} results left out: no room")
         if prompt is None:
@@ -244,26 +237,55 @@ class Rules:
                 found=len(results),
                 shown=len(shown),
                 notes=tuple(notes),
+                results=layout.shown(shown),
             ),
         )
 
+    def _turn(self, name: str, example: Example, **fields) -> Prompt:
+        fields["question"] = [clean(example.question)]
+        return self._processor.next_turn(prompts.fill(self._texts[name], fields))
+
     def _within(self, room: int, name: str, example: Example, **fields) -> Prompt | None:
-        fields["question"] = [_clean(example.question)]
-        prompt = self._processor.next_turn(prompts.fill(self._texts[name], fields))
+        prompt = self._turn(name, example, **fields)
         return prompt if len(prompt.tokens) <= room else None
 
-    def _parts(self, result, number: int, budget: int, notes: list[str]):
+    def _fitted(
+        self, name: str, example: Example, blocks: dict[int, layout.Block], budget: int,
+        notes: list[str],
+    ) -> tuple[Prompt | None, list[layout.Block]]:  # fmt: skip
+        """The user turn with these results, shortened to `budget` tokens where they have more; and
+        the results that it holds. None where it can hold none."""
+        shown = list(blocks.values())
+        if not shown:
+            return None, []
+        prompt = self._turn(name, example, results=layout.written(shown))
+        if len(prompt.tokens) <= budget:
+            return prompt, shown
+        shortener = layout.Shortener(self._processor, blocks)
+        left = budget - len(self._turn(name, example, results=[]).tokens)
+        while True:
+            fitting, cut = shortener(left)
+            shown = list(fitting.values())
+            if not shown:
+                return None, []
+            prompt = self._turn(name, example, results=layout.written(shown))
+            if len(prompt.tokens) <= budget:
+                notes += cut
+                return prompt, shown
+            left -= len(prompt.tokens) - budget  # the parts have fewer tokens than the whole
+
+    def _block(self, result, number: int, budget: int, notes: list[str]) -> layout.Block | None:
         """A result as texts and pictures; None where its pictures alone exceed the budget."""
         text_left, tokens = self._tools.result_chars, 0
-        parts: list[str | Patches] = [f"{number}. "]
+        pieces: list[layout.Piece] = []
         for part in result:
             if part.image is None:
-                if len(part.text) > text_left:
+                if len(part.text) > text_left >= 0:
                     notes.append(
                         f"result {number}: text cut to {self._tools.result_chars} characters"
                     )
-                parts.append(part.text[:text_left])
-                text_left -= len(parts[-1])
+                pieces += layout.pieces_of(part, not pieces, max(text_left, 0))
+                text_left -= len(part.text)
                 continue
             try:
                 if isinstance(part.image, ImageError):
@@ -273,13 +295,13 @@ class Rules:
                     raise ImageError("a strip, too long for its width")
             except ImageError as error:
                 notes.append(f"result {number}: {error}")
-                parts.append(_NO_PICTURE)
+                pieces.append(layout.Piece(_NO_PICTURE))
                 continue
             tokens += self._merged(picture) + 2
             if tokens > budget:
                 return None
-            parts.append(picture)
-        return _joined(parts)
+            pieces.append(layout.Piece(picture))
+        return layout.joined(pieces)
 
     async def decoded(self, observation: Observation, until: float) -> Observation:
         """Decode the images of an observation in worker processes.
@@ -360,7 +382,10 @@ def _images(observation: Observation) -> list[Any]:
 def _with_images(observation: Observation, image_of: Callable[[Part], Any]) -> Observation:
     """Return the observation with `image_of` of each part that has an image in its place."""
     results = [
-        tuple(part if part.image is None else Part(image=image_of(part)) for part in result)
+        tuple(
+            part if part.image is None else dataclasses.replace(part, image=image_of(part))
+            for part in result
+        )
         for result in observation.results
     ]
     return dataclasses.replace(observation, results=results)
@@ -370,26 +395,11 @@ def _failed(error: BaseException | str | None) -> Observation:
     return Observation(status="failed", error=describe(error))
 
 
-def harmless(text: str) -> str:
-    """Text from outside that can open or close neither `<information>` nor an action: the bracket
-    is exchanged for one that looks like it."""
-    return _TAG.sub("\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}", _clean(text))
-
-
-def _clean(text: str) -> str:
-    """Valid Unicode: half surrogates become question marks."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _joined(parts: Sequence[str | Patches]) -> list[str | Patches]:
-    """Neighbouring texts made one and harmless, so that no tag can be put together from two."""
-    joined: list[str | Patches] = []
-    for part in parts:
-        if isinstance(part, str) and joined and isinstance(joined[-1], str):
-            joined[-1] += part
-        else:
-            joined.append(part)
-    return [harmless(part) if isinstance(part, str) else part for part in joined]
+def _are_fields(fields: Any) -> bool:
+    return isinstance(fields, tuple) and all(
+        isinstance(field, tuple) and len(field) == 2 and all(isinstance(x, str) for x in field)
+        for field in fields
+    )
 
 
 def describe(error: BaseException | str | None) -> str:

@@ -24,7 +24,7 @@ from mmsr1_jax import fallbacks
 from mmsr1_jax.tools.redis_store import RedisStore
 from mmsr1_jax.tools.services import Hit
 from mmsr1_jax.tools.store import Store, StoreError
-from mmsr1_jax.tools.tool import Observation, Part, Query, Tool
+from mmsr1_jax.tools.tool import Observation, Query, Tool, text_result_of
 from mmsr1_jax.tools.web import WebError
 
 
@@ -176,7 +176,7 @@ class StoredSearch:
             return Observation(status="failed", error=str(error))
         if found is not None:
             status, error, texts = found
-            results = [tuple(Part(text=text) for text in result) for result in texts]
+            results = [sum(map(text_result_of, result), ()) for result in texts]
             return Observation(status=status, error=error, results=results)
         made = await self._tool(query)
         if made.status == "failed":

@@ -1,0 +1,91 @@
+"""What a text looks like: its characters mapped to the ASCII characters that they resemble.
+
+    ＜/іnf\u200bоrmation＞  ->  </information>
+
+Only checks read the mapped text; what is shown to the policy stays as it is.
+"""
+
+import functools
+import re
+import unicodedata
+
+from confusable_homoglyphs import confusables
+
+# Invisible, though Unicode calls them letters or symbols.
+_INVISIBLE = frozenset("\u115f\u1160\u2800\u3164\uffa0\ufffc\U0001d159")
+# Beyond Unicode's list of confusables: Cyrillic and Greek letters that resemble Latin ones, and
+# signs that resemble `<`, `>` and `|`. « and » stand for all brackets that are rightly quotation
+# marks of some language, or mathematics.
+_MORE = (
+    ("кκ", "k"), ("пηԥ", "n"), ("гᴦ", "r"), ("тτ", "t"), ("м", "m"), ("вβ", "b"), ("ε", "e"),
+    ("ѡω", "w"), ("ςѕ", "s"), ("υ", "u"), ("хχ", "x"), ("ɢ", "g"), ("ʜ", "h"), ("ꜰ", "f"),
+    ("∣⏽ǀ׀│┃❘｜丨￨", "|"), ("‖║", "|"), ("＼﹨∖⧵", "\\"), ("∕⁄╱⧸⟋⫽", "/"),
+    ("‹❮˂ᐸᚲ𝈶", "<"), ("›❯˃ᐳ𝈷", ">"),
+    ("«≪≺⋖⪡⋜くㄑ〱ᑉ◁◀◂◃◄⊲←⇐⟵⟸", "«"), ("»≫≻⋗⪢⋝ᑐ▷▶▸▹►⊳→⇒⟶⟹", "»"),
+)  # fmt: skip
+_LATIN = re.compile(
+    r"(?:LATIN|MODIFIER|REGIONAL INDICATOR SYMBOL|(?:NEGATIVE )?(?:CIRCLED|SQUARED) LATIN)"
+    r"(?: LETTER| SMALL| CAPITAL| DOTLESS)* ([A-Z])(?: WITH .+)?"
+)
+
+
+class _Table(dict):
+    """The mapping in the form that `str.translate` takes, filled as characters are met."""
+
+    def __missing__(self, code: int) -> str:
+        decomposed = unicodedata.normalize("NFKD", chr(code))
+        self[code] = "".join(_resembled(character) for character in decomposed).casefold()
+        return self[code]
+
+
+LOOKS_LIKE = _Table()
+"""Text by code point: lower-case ASCII where a character resembles that; "" for what is invisible
+or a combining mark; a space or a newline for white space."""
+
+
+def deceives(character: str) -> bool:
+    """Whether a character cannot be told from ASCII by its look, or cannot be seen at all, and yet
+    is neither. An ü or ß deceives nobody."""
+    if character.isascii():
+        return False
+    if LOOKS_LIKE[ord(character)] == "":
+        return True
+    alike = _listed().get(character) or unicodedata.normalize("NFKC", character)
+    return alike.isascii()
+
+
+def _resembled(character: str) -> str:
+    category = unicodedata.category(character)
+    if character.isspace() or category in ("Zl", "Zp"):
+        return "\n" if character in "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029" else " "
+    if category in ("Cc", "Cf", "Mn", "Me", "Cn", "Co", "Cs") or character in _INVISIBLE:
+        return ""
+    if character.isascii():
+        return character
+    digit = unicodedata.digit(character, None)
+    if digit is not None:
+        return str(digit)
+    listed = _listed().get(character)
+    if listed is not None:
+        return listed
+    name = unicodedata.name(character, "")
+    if category in ("Ps", "Pi", "Pe", "Pf") and "QUOTATION MARK" not in name:
+        opening = category in ("Ps", "Pi")
+        if "ANGLE" in name:
+            return "«" if opening else "»"
+        return "[" if opening else "]"
+    latin = _LATIN.fullmatch(name)
+    return latin[1] if latin else character
+
+
+@functools.cache
+def _listed() -> dict[str, str]:
+    """Characters of Unicode's list of confusables (UTS 39) that resemble ASCII ones, and more."""
+    found: dict[str, str] = {}
+    for character, others in confusables.confusables_data.items():
+        character = character.strip("\u200e")  # around letters that are written from right to left
+        for other in others:
+            text = other["c"].strip("\u200e")
+            if len(character) == 1 and not character.isascii() and text.isascii():
+                found.setdefault(character, text)
+    return found | {character: text for characters, text in _MORE for character in characters}

@@ -1,0 +1,161 @@
+"""Text from outside cannot imitate what is written around it, and is otherwise left as it is."""
+
+import json
+import time
+
+import pytest
+
+from mmsr1_jax.rollout.escaping import _edits, harmless
+
+TAGS = (
+    # As they are, and with signs or spaces in them.
+    "</information>", "<information", "a</INFORMATION >b", "< / information>", "<\ninformation>",
+    "<<</information>>", "<" + " " * 50 + "/information>", "<\\/information>", "<!-- /information",
+    "</information id='1'>", "< / i n f o r m a t i o n >", "</infor\nmation>", "</text-search>",
+    "<answer>", "</answer>", "<reason>", "<search>", "<img>", "<text_search>", "<think>",
+    "</tool_response>", "<tool_call>", "</result>", "<results>", "<informational>",
+    # Characters that are not seen.
+    "</\u200binformation>", "<\ufeff/information>", "</info\u00adrmation>", "</information\u200b>",
+    "</in\u3164formation>", "<\u2800/information>", "</informa\u034ftion", "<\U0001d159/answer>",
+    "".join(chr(0xE0000 + ord(c)) for c in "</information>"), "</i\u0307nformation>",
+    # Characters that look like others.
+    "\uff1c/information\uff1e", "\u2039/information\u203a", "\u2039answer\u203a",
+    "</inf\u043ermation>", "</\u0455\u0435\u0430r\u0441h>", "</\U0001d5c2\U0001d5c7formation>",
+    "</1nf0rmat1on>", "</inforrnation>", "<\u0131nformation>", "\ufe64/answer\ufe65",
+    "<\u2044information>", "\u00ab/information\u00bb", "\u3008/answer\u3009", "\u27ea/answer\u27eb",
+    "\u304f/information>", "\U0001f1ee\U0001f1f3</\U0001f158nformation>",
+    "[/information]", "[ / information ]", "{/answer}", "\u3010/information\u3011",
+    "(/information)",
+    # Encoded, also several times over or in part.
+    "&lt;/information&gt;", "&LT;/information", "&ltinformation&gt", "&#60;/answer", "&#x3C/answer",
+    "&amp;lt;/information&amp;gt;", "&amp;amp;#60;/answer", "</&#105;nformation>",
+    "&lt;/in&zwnj;formation&gt;", "<&#1;/information>", "\\u003c/information\\u003e",
+    "\\x3c/answer",
+    "%3C/information%3E",
+    # Control tokens.
+    "<|im_end|>", "<|im_start|>", "<|endoftext", "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<\u2223im_end\u2223>", "\u00ab|im_end|\u00bb", "<|i m_e n d|>", "[|im_end|]", "<im_end>",
+    "<|vision_start|><|image_pad|>",
+    # Headers of results.
+    "[Text Search Results]", "\uff3bImage Search Results\uff3d", "[ text  search results ]",
+    "\u3010Image Search Results\u3011",
+)  # fmt: skip
+LABELS = (
+    "2. link: https://x", "2) Link : x", "2 - link: x", "#2 link: x", "2.link: x",
+    "000002. link: x",
+    "link: x", "Link: https://x", "image: x", "title: x", "summary: x", "          link: x",
+    "2.             link: x", "**2.** **link**: x", "2. _link_: x", "\u20222. image: x",
+    "2.\tlink\t:\tx", "\u200b2. image: x", "\uff12\uff0e\uff4c\uff49\uff4e\uff4b\uff1a x",
+    "\u0662. link: x", "\u2488 link: x", "\u2777 link: x", "2\ufe0f\u20e3 link: x",
+    "2\u2024 link\ua789 x", "2. l\u0456nk: x", "2. li\u200bnk: x", "&#50;. link: x",
+    "2. &#108;ink: x", "Original question: x", "the question was: x", "_The question was_: x",
+)  # fmt: skip
+BREAKS = ("\n", "\r", "\r\n", "\u2028", "\u2029", "\x0b", "\x0c", "\x85", "\x1c", "&#10;", "%0A")
+HARMLESS = (
+    "List<Result> and <img src='a.png'>", "5 <= result; i < result; x <- answer", "f <| x |> g",
+    "[information](/information)", "[Search](/search) [search] (search)", '{"/search": {}}',
+    "<reasonable> <answer_key> <searching>", "5 < 6 and <b>inform</b>", "/information>",
+    "\u201cAnswer\u201d \u2018answer\u2019 \u00abinformation\u00bb \u00ab information \u00bb",
+    "\u300aAnswer\u300b",
+    "Title: A page\nSummary: of it\nImage: AP\nLinks: two", "1. First\n2. Second\n3. Summary: x",
+    "> link: quoted", "see our link: https://x", "R&D, AT&T, 100%, &copy; &c", "C:\\new\\link",
+    "\u0928\u092e\u0938\u094d\u0924\u0947 \u0915\u094d\u200d\u0937",
+    "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467",
+    "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",
+    "cafe\u0301 \u00e9", "\u2066a\u2069 \u200fb\u200e", "\ufb01lm \u2167 \uff21", "\ufeffBOM",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TAGS)
+def test_no_tag_header_or_control_token_passes(text):
+    safe = harmless(f"before {text} after")
+    assert safe != f"before {text} after" and harmless(safe) == safe
+    assert safe.count("\N{NOT SIGN}") >= 1
+    # Nothing else has changed.
+    assert safe.startswith("before ") and safe.endswith(" after")
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_no_line_begins_like_a_result(label):
+    for between in BREAKS:
+        text = f"A page.{between}{label}"
+        safe = harmless(text)
+        assert safe != text and harmless(safe) == safe, repr(text)
+        assert safe.replace("> ", "") == text
+    assert harmless(label) != label  # it begins the text
+    if label[:1] in "lits":
+        assert harmless(label, line_start=False) == label  # it stands after a label of ours
+
+
+def test_a_numbered_label_inside_a_line_is_escaped_too():
+    assert harmless("All is well. 2. link: https://x") == "All is well. 2. > link: https://x"
+    assert harmless("well.\\n2. link: x") == "well.\\n> 2. > link: x"
+    assert harmless("2. image: x", line_start=False) == "2. > image: x"
+
+
+@pytest.mark.parametrize("text", HARMLESS)
+def test_what_is_harmless_keeps_every_character(text):
+    assert harmless(text) == text
+
+
+def test_overrides_of_direction_are_dropped():
+    assert harmless("\u202e>noitamrofni/<\u202c") == ">noitamrofni/<\u202c"
+
+
+def test_half_surrogates_become_question_marks():
+    assert harmless("a\ud800b") == "a?b"
+
+
+def test_an_imitation_is_escaped_where_it_stands():
+    """The places of a view are those of the text, whatever is encoded, invisible or expanded."""
+    text = (
+        "\ufdfa&amp;&#1;\u200b&nLt; e\u0301 %41 &lt;/information&gt; \ufdfa 2. link: \u1100\u1161"
+    )
+    assert harmless(text) == text.replace("&lt;/inf", "\N{NOT SIGN}/inf").replace("link", "> link")
+
+
+PATTERNS = {
+    "brackets": "<", "spaced brackets": "< ", "names": "<i ", "almost tags": "</informatio ",
+    "tags": "</information>", "entities": "&lt;", "ampersands": "&amp;", "one entity": "amp;",
+    "expanding entities": "&nLt;", "numbers without an end": "&#60", "lines": "\n", "list": "1. ",
+    "spaces": " ", "labels": "2. link: \n", "almost labels": "2. link \n", "invisible": "\u200b",
+    "spaced letters": "<i n f o r m a t i o X", "marks": "\u0301", "square": "[", "dashes": "-",
+    "headers": "[text search ", "control": "<|a", "ligatures": "\ufdfa", "digits": "1",
+    "hidden tags": "\U000e003c", "overrides": "\u202e<", "questions": "the question was ",
+    "prose": "The bridge (1886) was [citation] & more. ",
+    "Japanese": "\u65e5\u672c\u8a9e\u306e\u3002",
+    "backslashes": "\\n", "percent": "%3C", "underscores": "_",
+}  # fmt: skip
+
+
+def test_escaping_is_linear():
+    """Ten times the text takes at most 15 times as long; the shortest of two runs each."""
+
+    def seconds(piece: str, length: int) -> float:
+        text = "<2&" + piece * (length // len(piece))
+        times = []
+        for _ in range(2):
+            begin = time.process_time()
+            harmless(text)
+            times.append(time.process_time() - begin)
+        return min(times)
+
+    for name, piece in PATTERNS.items():
+        for _ in range(5):  # a measurement that was disturbed is made again
+            small, large = seconds(piece, 4_000), seconds(piece, 40_000)
+            if large <= 15 * small:
+                break
+        else:
+            pytest.fail(f"{name}: {small:.4f} s for 4,000 characters, {large:.4f} s for 40,000")
+
+
+def test_real_pages_and_titles_are_harmless(shared):
+    lines = (shared / "data" / "web_pages.jsonl").read_text(encoding="utf-8").splitlines()
+    titles = json.loads((shared / "data" / "image_search_results.json").read_text(encoding="utf-8"))
+    texts = [value for line in lines for value in json.loads(line).values()]
+    texts += [entry["title"] for entries in titles.values() for entry in entries]
+    texts = [text for text in texts if isinstance(text, str)]
+    assert len(texts) > 300
+    for text in texts:
+        assert harmless(text) == text and not _edits(text, False)
