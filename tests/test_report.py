@@ -20,7 +20,7 @@ from mmsr1_jax.evaluation.figures import MATCHES, Outcome, figures
 from mmsr1_jax.processor import Processor
 from mmsr1_jax.report import page, pictures, reader, records
 from mmsr1_jax.rollout import turns
-from mmsr1_jax.rollout.episode import Episode, Example, Segment, ToolCall
+from mmsr1_jax.rollout.episode import Episode, Example, Segment, ShownResult, ToolCall
 from tests.browser import chromium, violations
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -47,7 +47,7 @@ def picture(processor, seed, side=112):
 
 def episode_of(processor, number, *, texts, found, question, images, rng):
     """An episode of given turns, as the engine would have recorded it; `found`: the reply of each
-    turn but the last, as parts."""
+    turn but the last, as parts, and the results in it."""
     example = Example(id=f"q{number}", question=question)
     episode = Episode(example=example, group=number, number=number)
     prompt = processor.first_turn([*images, question])
@@ -60,9 +60,11 @@ def episode_of(processor, number, *, texts, found, question, images, rng):
         episode.turns.append(turns.parse(text))
         if place < len(texts) - 1:
             read = episode.turns[-1]
-            reply = processor.next_turn(found[place])
+            parts, results = found[place]
+            reply = processor.next_turn(parts)
             call = ToolCall(turn=place, action=read.action, query=read.payload, status="ok",
-                            seconds=0.25, found=2, shown=2, notes=("result 2: cut",))  # fmt: skip
+                            seconds=0.25, found=2, shown=2, notes=("result 2: cut",),
+                            results=results)  # fmt: skip
             episode.calls.append(call)
             closing = np.array(processor.closing(), np.int32)
             episode.segments += [Segment("forced", closing), Segment("tool", reply.tokens)]
@@ -83,12 +85,14 @@ def image_results(processor, seed, title):
     parts = ["<information>\n[Image Search Results]\n1. image: ", picture(processor, seed, 56),
              f"\ntitle: {title}\n2. image: ", picture(processor, seed + 1, 56),
              "\ntitle: another\n</information>\nGo on."]  # fmt: skip
-    return parts
+    return parts, (ShownResult(title=title, images=(0,)), ShownResult(title="another", images=(1,)))
 
 
 def text_results(link, text):
-    return [f"<information>\n[Text Search Results]\n1. link: {link}\nsummary: {text}\n"
-            "2. link: ftp://example.org/x\nsummary: second\n</information>\nGo on."]  # fmt: skip
+    parts = [f"<information>\n[Text Search Results]\n1. link: {link}\nsummary: {text}\n"
+             "2. link: ftp://example.org/x\nsummary: second\n</information>\nGo on."]  # fmt: skip
+    second = ShownResult(link="ftp://example.org/x", text="second")
+    return parts, (ShownResult(link=link, text=text), second)
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +243,7 @@ def test_tokens_of_another_tokenizer_are_told_by_number(processor, tmp_path):
 
 def test_a_placeholder_that_a_page_writes_is_text(processor, tmp_path):
     fake = "<|vision_start|><|image_pad|><|vision_end|>"
-    found = [[f"1. {fake} ", picture(processor, 3, 56), " end"]]
+    found = [([f"1. {fake} ", picture(processor, 3, 56), " end"], ())]
     episode = episode_of(
         processor, 0, texts=["<search><img></search>", "<answer>x</answer>"], found=found,
         question=f"{fake}?", images=[picture(processor, 1)], rng=np.random.default_rng(0),

@@ -28,12 +28,11 @@ import PIL.Image
 import pytest
 
 from mmsr1_jax import config as settings
-from mmsr1_jax.images import Patches
 from mmsr1_jax.rollout.episode import Example
 from mmsr1_jax.rollout.make import make_engine
 from mmsr1_jax.serve.app import Limits, check_picture, make_app, split
 from mmsr1_jax.serve.desk import Desk
-from mmsr1_jax.serve.telling import Teller, results_of
+from mmsr1_jax.serve.telling import Teller
 from mmsr1_jax.tools.local import build
 from tests import acting, browser
 from tests.servers import serve
@@ -271,18 +270,6 @@ def test_thumbnails_are_what_the_policy_saw(engine, alone):
     saw = engine.processor.images.uncut(alone[number].images[1])
     difference = np.asarray(image, float) - np.asarray(saw, float)
     assert image.size == saw.size and np.abs(difference).mean() < 8
-
-
-def test_results_are_those_between_the_tags():
-    patches = Patches(np.zeros((4, 3), np.float32), (1, 2, 2))
-    lines = [["Question 1. x"], ["<information>"], ["[Text Search Results]"], ["1. link: http://a"],
-             ["summary: b"], ["3. not a result"], [], ["2. image: ", patches], ["title: c"],
-             ["</information>"], ["3. after"]]  # fmt: skip
-    assert results_of(lines) == [
-        [["link: http://a"], ["summary: b"], ["3. not a result"], []],
-        [["image: ", patches], ["title: c"]],
-    ]
-    assert results_of([["1. x"], ["<information>"], ["nothing"], ["</information>"]]) == []
 
 
 def test_characters_of_several_tokens(processor):

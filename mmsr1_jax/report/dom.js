@@ -47,6 +47,7 @@ function linkTo(address, text) {
     return null;
   }
   if (url.protocol !== "http:" && url.protocol !== "https:") return null;
+  if (url.username || url.password) return null; // the host is not what it begins with
   return element("a", { href: url.href, target: "_blank", rel: "noopener noreferrer" }, text);
 }
 

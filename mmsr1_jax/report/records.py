@@ -5,17 +5,17 @@ import itertools
 import math
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mmsr1_jax.report.pictures import QUESTION, RESULT, Pictures
 from mmsr1_jax.rewards import NAMES
-from mmsr1_jax.rollout.episode import Episode, Segment
+from mmsr1_jax.rollout.episode import Episode, Segment, ToolCall
 
-_PICTURE = re.compile(r"<\|vision_start\|>((?:<\|image_pad\|>)+)<\|vision_end\|>")
+_PICTURE = re.compile(r"<\|vision_start\|>((?:<\|image_pad\|>)++)<\|vision_end\|>")
 _PAD = len("<|image_pad|>")
 _MERGED = 4  # patches of a merged token
-_USER = re.compile(r"\A<\|im_start\|>user\n(.*?)<\|im_end\|>\n<\|im_start\|>assistant\n\Z", re.S)
+_USER = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")  # around a user turn
 _TEXTS = ("category", "source", "workflow")
 
 
@@ -44,7 +44,9 @@ def record(
       `actions` (names with commas), `category`, `source`, `workflow`, `step`, `reward` (its parts),
       `end`, `error`, `pictures` (of the question), `prompt` (parts), `turns`. A part is a text or
       the number of a picture, -1 where there is no file of it. A turn holds its reading, `pieces`
-      (sampled or forced), `calls` and `reply` (parts).
+      (sampled or forced), `calls` and `reply` (parts). A call holds its `results` as they were
+      recorded: `link`, `title`, `text`, and `pictures` by number; older lines have none, and are
+      shown by the text of the reply alone.
 
     Raises:
       LineError: no episode; the message names the field.
@@ -56,17 +58,17 @@ def record(
     texts = _segment_texts(data)
     shown = _Shown(data, folder, pictures)
     kinds = [segment.kind for segment in episode.segments]
-    prompt = shown.parts(texts[0], QUESTION) if kinds[:1] == ["prompt"] else []
+    prompt = shown.parts(0, texts[0], QUESTION) if kinds[:1] == ["prompt"] else []
     begin = 1 if prompt else 0
     turns: list[dict[str, Any]] = []
     fresh = True
-    for segment, text in zip(episode.segments[begin:], texts[begin:], strict=True):
+    for number in range(begin, len(texts)):
+        segment, text = episode.segments[number], texts[number]
         if fresh:
             turns.append({"pieces": [], "reply": None})
             fresh = False
         if segment.kind == "tool":
-            user = _USER.match(text)
-            turns[-1]["reply"] = shown.parts(user[1] if user else text, RESULT)
+            turns[-1]["reply"] = _without_roles(shown.parts(number, text, RESULT))
             fresh = True
         elif segment.kind == "model":
             turns[-1]["pieces"].append(_sampled(segment, text, token_bytes))
@@ -81,7 +83,8 @@ def record(
         turn["calls"] = [
             {"action": _text(call.action), "query": _text(call.query), "status": _text(call.status),
              "seconds": finite(call.seconds), "found": finite(call.found),
-             "shown": finite(call.shown), "notes": [str(note) for note in call.notes]}
+             "shown": finite(call.shown), "notes": [str(note) for note in call.notes],
+             "results": _results(call, turn["reply"])}
             for call in episode.calls if call.turn == number
         ]  # fmt: skip
     reward = data.get("reward") if isinstance(data.get("reward"), dict) else {}
@@ -105,25 +108,33 @@ def record(
 
 
 class _Shown:
-    """Texts with placeholders to parts, the episode's pictures in their order."""
+    """Texts of segments to parts, the episode's pictures in their order."""
 
     def __init__(self, data: Mapping[str, Any], folder: pathlib.Path, pictures: Pictures):
         paths, grids = data.get("images"), data.get("image_grids")
         self._paths = iter(paths if isinstance(paths, list) else ())
         self._grids = [_merged(grid) for grid in (grids if isinstance(grids, list) else ())]
+        self._segments = data["segments"]
         self._folder, self._pictures = folder, pictures
 
-    def parts(self, text: str, side: int) -> list[str | int]:
-        """A page may write a placeholder out: so only one of the next picture's length is it."""
+    def parts(self, number: int, text: str, side: int) -> list[str | int]:
+        """The parts of a segment. Raises LineError."""
         parts: list[str | int] = []
-        begin = 0
+        done = 0
+        segment = self._segments[number]
+        written = "pictures" in segment
+        for begin, end in _spans(number, segment, text) if written else self._guessed(text):
+            parts += [text[done:begin], self._number(side)]
+            done = end
+        return [part for part in [*parts, text[done:]] if part != ""]
+
+    def _guessed(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where the pictures are in a segment of older files, which do not say it. A page may write
+        a placeholder out: so only one of the next picture's length is it."""
         for match in _PICTURE.finditer(text):
-            if self._grids[:1] != [len(match[1]) // _PAD]:
-                continue
-            del self._grids[0]
-            parts += [text[begin : match.start()], self._number(side)]
-            begin = match.end()
-        return [part for part in [*parts, text[begin:]] if part != ""]
+            if self._grids[:1] == [len(match[1]) // _PAD]:
+                del self._grids[0]
+                yield match.span()
 
     def _number(self, side: int) -> int:
         path = next(self._paths, None)
@@ -133,6 +144,41 @@ class _Shown:
 def _merged(grid: Any) -> int | None:
     whole = isinstance(grid, list) and all(type(n) is int for n in grid)
     return math.prod(grid) // _MERGED if whole else None
+
+
+def _spans(number: int, segment: Mapping[str, Any], text: str) -> list[list[int]]:
+    """Where pictures stand in a segment's text. Raises LineError."""
+    spans = segment.get("pictures", [])
+    whole = isinstance(spans, list) and all(
+        isinstance(span, list) and len(span) == 2 and all(type(place) is int for place in span)
+        for span in spans
+    )
+    places = [place for span in spans for place in span] if whole else [-1]
+    if places != sorted(places) or any(not 0 <= place <= len(text) for place in places):
+        raise LineError(
+            f"segments[{number}]: 'pictures' must be ascending pairs of places in 'text'"
+        )
+    return spans
+
+
+def _without_roles(parts: list[str | int]) -> list[str | int]:
+    """A user turn without what begins and ends it."""
+    begin, end = _USER
+    inside = [part if isinstance(part, str) else "" for part in parts]
+    if inside and inside[0].startswith(begin) and inside[-1].endswith(end):
+        parts = [*parts[:-1], inside[-1].removesuffix(end)]
+        parts[0] = parts[0].removeprefix(begin)
+    return [part for part in parts if part != ""]
+
+
+def _results(call: ToolCall, reply: list[str | int] | None) -> list[dict[str, Any]]:
+    """What a call found as it was shown, its pictures by their numbers."""
+    numbers = [part for part in reply or () if isinstance(part, int)]
+    return [
+        {"link": result.link, "title": result.title, "text": result.text,
+         "pictures": [numbers[i] for i in result.images if 0 <= i < len(numbers)]}
+        for result in call.results
+    ]  # fmt: skip
 
 
 def _segment_texts(data: Mapping[str, Any]) -> list[str]:

@@ -85,59 +85,23 @@ function callOf(call) {
     call.notes.length ? element("span", { class: "notes" }, call.notes.join("; ")) : null);
 }
 
-// What was written to the policy after its turn.
+// What was written to the policy after its turn: results as they were recorded, which no page can
+// write itself, and the text as a whole.
 function replyOf(turn) {
-  const { results, others } = resultsIn(turn.reply);
+  const results = turn.calls.flatMap((call) => call.results);
   return element("div", { class: "reply" },
     results.length ? element("ol", { class: "results" }, results.map(resultOf)) : null,
     results.length
       ? folded("All that the policy read", () => raw(turn.reply))
-      : element("div", { class: "said" }, raw(others)));
+      : element("div", { class: "said" }, raw(turn.reply)));
 }
 
-// Parts as lines, each a list of texts and numbers of pictures.
-function linesOf(parts) {
-  const lines = [[]];
-  for (const part of parts) {
-    if (typeof part === "number") {
-      lines[lines.length - 1].push(part);
-      continue;
-    }
-    part.split("\n").forEach((text, i) => {
-      if (i) lines.push([]);
-      if (text !== "") lines[lines.length - 1].push(text);
-    });
-  }
-  return lines;
-}
-
-// The numbered results between the tags, which no page can write.
-function resultsIn(parts) {
-  const lines = linesOf(parts);
-  const begin = lines.findIndex((line) => line[0] === "<information>");
-  const end = lines.findIndex((line) => line[0] === "</information>");
-  const results = [];
-  for (const line of lines.slice(begin + 1, Math.max(begin + 1, end))) {
-    const head = typeof line[0] === "string" && line[0].match(/^(\d+)\. /);
-    if (head && Number(head[1]) === results.length + 1) {
-      results.push([[line[0].slice(head[0].length), ...line.slice(1)]]);
-    } else if (results.length) {
-      results[results.length - 1].push(line);
-    }
-  }
-  return { results, others: parts };
-}
-
-function resultOf(lines) {
-  const pictures = lines.flat().filter((part) => typeof part === "number");
-  const texts = lines.map((line) => line.filter((part) => typeof part === "string").join(""));
-  const shown = texts.filter((text) => text.trim() && text.trim() !== "image:").map((text) => {
-    const [, label, rest] = text.match(/^(link|title|summary): (.*)$/s) || [null, "", text];
-    if (label !== "link") return element("p", { class: label || null }, linked(rest));
-    return element("p", { class: "link" }, linkTo(rest.trim(), rest.trim()) || rest);
-  });
+function resultOf({ link, title, text, pictures }) {
   return element("li", {}, pictures.map((place) => picture(place, "found picture")),
-    element("div", {}, shown));
+    element("div", {},
+      link ? element("p", { class: "link" }, linkTo(link, link) || link) : null,
+      title ? element("p", { class: "title" }, title) : null,
+      text ? element("p", { class: "text" }, linked(text)) : null));
 }
 
 // Parts as they are, pictures between the texts.

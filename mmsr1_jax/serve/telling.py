@@ -14,7 +14,6 @@ Notes of searches are left out, as they may hold addresses with keys.
 import base64
 import codecs
 import io
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,11 +21,10 @@ import numpy as np
 
 from mmsr1_jax.images import ImageError, Patches
 from mmsr1_jax.processor import Processor
-from mmsr1_jax.rollout.episode import Episode, ToolCall
+from mmsr1_jax.rollout.episode import Episode, ShownResult, ToolCall
 from mmsr1_jax.rollout.turns import Turn
 
 _THUMBNAIL = 224  # pixels of the longer side
-_LABEL = re.compile(r"(link|title|summary): ")
 
 
 class Teller:
@@ -74,9 +72,10 @@ class Teller:
     def _reply(
         self, tokens: np.ndarray, images: Sequence[Patches], call: ToolCall | None
     ) -> dict[str, Any]:
-        lines = self._lines(tokens, images)
-        results = [self._result(result) for result in results_of(lines)]
-        said = "\n".join("".join(p for p in line if isinstance(p, str)) for line in lines)
+        pads = int(np.sum(tokens == self._processor.control["<|vision_start|>"]))
+        own = images[len(images) - pads :]
+        results = [] if call is None else [self._result(result, own) for result in call.results]
+        said = "" if results else self._said(tokens)
         told = None if call is None else {
             "action": call.action,
             "query": call.query,
@@ -85,7 +84,7 @@ class Teller:
             "found": call.found,
             "shown": call.shown,
         }  # fmt: skip
-        return {"call": told, "results": results, "said": "" if results else said.strip()}
+        return {"call": told, "results": results, "said": said}
 
     def _end(self, episode: Episode) -> dict[str, Any]:
         return {"end": episode.end, "answer": episode.answer, "error": episode.error}
@@ -94,45 +93,23 @@ class Teller:
         return {"error": "The policy's engine failed. Ask again; if it does not help, the "
                          "server's log says why."}  # fmt: skip
 
-    def _lines(self, tokens: np.ndarray, images: Sequence[Patches]) -> list[list[str | Patches]]:
-        """The lines of a user turn, each of texts and pictures. By ids, so no text is taken for a
-        placeholder."""
+    def _said(self, tokens: np.ndarray) -> str:
+        """The text of a user turn, without its role."""
         control, ids = self._processor.control, tokens.tolist()
-        start, end = control["<|vision_start|>"], control["<|vision_end|>"]
-        own = iter(images[len(images) - ids.count(start) :])
-        begin = ids.index(control["<|im_start|>"]) + 1
-        lines: list[list[str | Patches]] = [[]]
-        text: list[int] = []
-        for token in ids[begin : ids.index(control["<|im_end|>"]) + 1]:
-            if token not in self._control:
-                text.append(token)
-                continue
-            first, *others = self._processor.decode(text).split("\n")
-            lines[-1] += [first] if first else []
-            lines += [[line] if line else [] for line in others]
-            text = []
-            if token == end:
-                lines[-1].append(next(own))
-        return lines[1:]  # the first is the role
+        turn = ids[ids.index(control["<|im_start|>"]) : ids.index(control["<|im_end|>"])]
+        text = self._processor.decode(token for token in turn if token not in self._control)
+        return text.removeprefix("user\n").strip()
 
-    def _result(self, lines: Sequence[Sequence[str | Patches]]) -> dict[str, Any]:
-        """A result by its labels; what has none is its text."""
-        told: dict[str, Any] = {"title": "", "link": "", "text": "", "picture": None}
-        text = []
-        for line in lines:
-            written = "".join(part for part in line if isinstance(part, str))
-            pictures = [part for part in line if isinstance(part, Patches)]
-            if pictures and told["picture"] is None:
-                told["picture"] = self._thumbnail(pictures[0])
-            if pictures and written.strip() == "image:":
-                continue
-            label = _LABEL.match(written)
-            name = label[1] if label else "text"
-            if name in ("title", "link") and not told[name] and not text:
-                told[name] = written[label.end() :].strip()
-            else:
-                text.append(written[label.end() :] if label and not text else written)
-        return told | {"text": "\n".join(text).strip()}
+    def _result(self, result: ShownResult, images: Sequence[Patches]) -> dict[str, Any]:
+        """A result as it was recorded; `images`: those of its user turn. The first of its pictures
+        is shown."""
+        known = [images[number] for number in result.images if 0 <= number < len(images)]
+        return {
+            "title": result.title,
+            "link": result.link,
+            "text": result.text.strip(),
+            "picture": self._thumbnail(known[0]) if known else None,
+        }
 
     def _thumbnail(self, picture: Patches) -> str | None:
         """A data URL of what the policy saw."""
@@ -144,23 +121,3 @@ class Teller:
         out = io.BytesIO()
         image.save(out, "webp", quality=80)
         return f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode('ascii')}"
-
-
-def results_of(
-    lines: Sequence[Sequence[str | Patches]],
-) -> list[list[list[str | Patches]]]:
-    """The numbered results between the tags, which no page can write (`rules.harmless`): for each
-    its lines, without the number."""
-    results: list[list[list[str | Patches]]] = []
-    inside = False
-    for line in lines:
-        first = line[0] if line and isinstance(line[0], str) else ""
-        if list(line) == ["</information>"]:
-            break
-        number = f"{len(results) + 1}. "
-        if inside and first.startswith(number):
-            results.append([[first[len(number) :], *line[1:]]])
-        elif results:
-            results[-1].append(list(line))
-        inside = inside or list(line) == ["<information>"]
-    return results
