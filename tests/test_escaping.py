@@ -1,9 +1,13 @@
 """Text from outside cannot imitate what is written around it, and is otherwise left as it is."""
 
+import collections
 import json
+import random
 import time
+import unicodedata
 
 import pytest
+from confusable_homoglyphs.confusables import confusables_data
 
 from mmsr1_jax.rollout.escaping import _edits, harmless
 
@@ -105,6 +109,34 @@ def test_overrides_of_direction_are_dropped():
 
 def test_half_surrogates_become_question_marks():
     assert harmless("a\ud800b") == "a?b"
+
+
+def test_disguises_of_every_character_are_seen_through():
+    """Tags and labels of which each character is replaced or accompanied at random."""
+    rng = random.Random(0)
+    unseen = [chr(c) for c in range(0x20000) if unicodedata.category(chr(c)) == "Cf"]
+    unseen = [c for c in unseen if c not in "\u202d\u202e"]
+    same = collections.defaultdict(list)
+    for code in range(0x80, 0x20000):
+        same[unicodedata.normalize("NFKC", chr(code))].append(chr(code))
+
+    def disguised(character: str) -> str:
+        alike = [one["c"] for one in confusables_data.get(character, []) if len(one["c"]) == 1]
+        choices = [
+            [character] * 8, [character.upper()] if character not in "is" else [], alike,
+            same[character], [rng.choice(unseen) + character], [f"&#{ord(character)};"],
+            [f"&#x{ord(character):X};"],
+            [character + rng.choice("\u0301\u0336\ufe0f")], [f"%{ord(character):02x}"],
+            [f"\\u{ord(character):04x}"],
+        ]  # fmt: skip
+        return rng.choice(rng.choice([choice for choice in choices if choice]))
+
+    for text in ("</information>", "</answer>", "<|im_end|>", "[/reason]", "[text search results]",
+                 "2. link: https", "2. image: ", "link: x", "summary: x", "original question: x",
+                 ) * 60:  # fmt: skip
+        text = f"before\n{''.join(map(disguised, text))}\nafter"
+        safe = harmless(text)
+        assert safe != text and harmless(safe) == safe, ascii(text)
 
 
 def test_an_imitation_is_escaped_where_it_stands():

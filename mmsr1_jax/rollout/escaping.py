@@ -28,9 +28,9 @@ _BRACKET = "\N{NOT SIGN}"  # takes the place of a bracket; nothing that is looke
 _MARK = "> "  # is put before a label
 
 # Letters with what is written for them.
-_LETTERS = {"a": "[a4@]", "e": "[e3]", "i": "[il1]", "l": "[il1]", "m": "(?:m|rn)",
-            "o": "[o05]", "s": "[s5$]", "t": "[t7]"}  # fmt: skip
-_BETWEEN = r"(?:[^\w<>«»\[\]{}()@$¬]|_){0,3}+"  # letters of a tag: signs and spaces
+_LETTERS = {"a": "[a4@]", "e": "[e3]", "f": "[fs]", "i": "[il1|]", "l": "[il1|]",
+            "m": "(?:m|rn)", "o": "[o05]", "s": "[s5$f]", "t": "[t7]"}  # fmt: skip
+_BETWEEN = r"(?:[^\w<>«»\[\]{}()@$|¬]|_){0,3}+"  # letters of a tag: signs and spaces
 _OURS = ("reason", "answer", "search", "textsearch")
 _RESULT = ("result", "results", "searchresult", "searchresults")
 _OTHERS = ("img", "think", "thinking", "toolcall", "toolcalls", "toolresponse", "observation")
@@ -49,17 +49,18 @@ def _any(words: Sequence[str]) -> str:
 
 # A run of brackets and signs from the first bracket on, taken as a whole, and the name after it.
 _TAG = re.compile(
-    r"(?P<run>[<«\[{(](?:[^\w>»\]})¬]|_)*+)"
-    rf"(?:(?P<information>{_any(['information'])})|(?:(?P<ours>{_any(_OURS)})"
-    rf"|(?P<result>{_any(_RESULT)})|(?P<other>{_any(_OTHERS)})|(?P<control>{_any(_CONTROL)}))(?!\w))?"
+    r"(?P<run>[<«\[{(](?:[^\w>»\]})|¬]|_|\|(?!n))*+)"
+    rf"(?:(?P<information>{_any(['information'])})|(?P<control>{_any(_CONTROL)})"
+    rf"|(?:(?P<ours>{_any(_OURS)})|(?P<result>{_any(_RESULT)})|(?P<other>{_any(_OTHERS)}))(?!\w))?"
 )
 _CLOSED = re.compile(r"(?:[^\w<\n\"]|_){0,8}[>»\]})]")
 _CONTROL_TOKEN = re.compile(r"<\s?\|[^\s<>|](?:[^<>|\n]{0,40}[^\s<>|])?\|\s?>")
 _HEADER = re.compile(
     rf"[\[{{<«](?=\W{{0,4}}(?:{_word('text')}|{_word('image')})\W{{0,3}}{_word('search')}\W{{0,3}}"
-    rf"{_word('result')}[s5]?\W{{0,4}}?[\]}}>»])"
+    rf"{_word('result')}{_word('s')}?\W{{0,4}}?[\]}}>»])"
 )
-_SIGNS = r"(?:[^\w\n>]|_)"  # all but letters, digits, line breaks, and `>`, which marks a quotation
+# All but letters, digits, line breaks, and `>`, which marks a quotation; `|ink` looks like `link`.
+_SIGNS = r"(?:[^\w\n>|]|_|\|(?!ink|mage))"
 _LABELS = f"{_word('link')}|{_word('title')}|{_word('image')}|{_word('summary')}"
 _LABEL = re.compile(
     rf"(?:^|\n){_SIGNS}*+(?P<number>\d++{_SIGNS}++)?(?P<label>{_LABELS})(?:[^\w\n:]|_)*+:"

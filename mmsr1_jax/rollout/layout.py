@@ -17,7 +17,7 @@ from mmsr1_jax.images import Patches
 from mmsr1_jax.processor import Processor
 from mmsr1_jax.rollout.episode import ShownResult
 from mmsr1_jax.rollout.escaping import harmless
-from mmsr1_jax.tools.links import one_line
+from mmsr1_jax.tools.links import one_line, shown_link
 from mmsr1_jax.tools.tool import Part
 
 _LEAST = 64  # tokens of text; a result that would have fewer is left out
@@ -56,19 +56,20 @@ Block = tuple[Piece, ...]
 
 
 def pieces_of(part: Part, begins: bool, limit: int) -> list[Piece]:
-    """Return the pieces of a part that holds text.
+    """Return the pieces of a part that holds text; text without labels is escaped by `joined`.
 
     Args:
       begins: whether it begins the result.
       limit: characters; the rest is cut off.
     """
     if not part.fields:
-        return [Piece(harmless(part.text[:limit]), "text", True)]
+        return [Piece(part.text[:limit], "text", True)]
     pieces = []
     for label, value in part.fields:
         own = f"{'' if begins else chr(10)}{label}: "
         begins, limit = False, max(limit - len(own), 0)
-        value = value[:limit] if label == "summary" else one_line(value[:limit])
+        shown_as = {"link": shown_link, "summary": str}.get(label, one_line)
+        value = shown_as(value[:limit])
         limit -= len(value)
         field = label if label in ("link", "title") else "text"
         pieces += [Piece(own), Piece(harmless(value, line_start=False), field)]
@@ -79,12 +80,12 @@ def joined(pieces: Sequence[Piece]) -> Block:
     """Return pieces as a block: neighbouring texts without labels are one, so that no imitation can
     be put together from two."""
     block: list[Piece] = []
-    for piece in pieces:
-        last = block[-1] if block else None
-        if last is not None and last.line_start and piece.line_start:
-            block[-1] = Piece(harmless(last.value + piece.value), "text", True)
+    for plain, group in itertools.groupby(pieces, lambda piece: piece.line_start):
+        if plain:
+            text = harmless("".join(piece.value for piece in group))
+            block.append(Piece(text, "text", True))
         else:
-            block.append(piece)
+            block += group
     return tuple(block)
 
 

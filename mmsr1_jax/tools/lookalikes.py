@@ -34,6 +34,9 @@ class _Table(dict):
 
     def __missing__(self, code: int) -> str:
         decomposed = unicodedata.normalize("NFKD", chr(code))
+        sign = len(decomposed) == 1 and decomposed.isascii() and not decomposed.isalnum()
+        if chr(code) in _listed() and not sign and unicodedata.digit(chr(code), None) is None:
+            decomposed = chr(code)
         self[code] = "".join(_resembled(character) for character in decomposed).casefold()
         return self[code]
 
