@@ -121,7 +121,11 @@ def test_disguises_of_every_character_are_seen_through():
         same[unicodedata.normalize("NFKC", chr(code))].append(chr(code))
 
     def disguised(character: str) -> str:
-        alike = [one["c"] for one in confusables_data.get(character, []) if len(one["c"]) == 1]
+        alike = [
+            one["c"]
+            for one in confusables_data.get(character, [])
+            if len(one["c"]) == 1 and not one["c"].isascii()
+        ]
         choices = [
             [character] * 8, [character.upper()] if character not in "is" else [], alike,
             same[character], [rng.choice(unseen) + character], [f"&#{ord(character)};"],
