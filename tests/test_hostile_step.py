@@ -27,7 +27,7 @@ from tests.test_image_files import EPS, icon, png, scans
 
 SHORT = workers.Limits(cpu_seconds=0.3, wall_seconds=600.0, memory_bytes=400 << 20)
 HONEST = "Built in 1886, says page {}. "
-LIMITS = settings.Turns(turn_tokens=40, tokens=1024, least_tokens=16, result_tokens=440)
+LIMITS = settings.Turns(turn_tokens=40, tokens=1536, least_tokens=16, result_tokens=600)
 ACTIONS = {
     "<reason>r{}</reason> <text_search>bridge {}</text_search>\n": 40,
     "<reason>r{}</reason> <search><img></search>": 40,
