@@ -78,11 +78,12 @@ class Printer:
     def _turn(self, episode: Episode) -> None:
         turn = episode.turns[-1]
         print(f"--- turn {len(episode.turns)}")
-        if turn.problem:
+        if turn.strict_form is None:  # there is more than reasoning and action
             print(self._processor.decode(episode.segments[-1].tokens))
-            print(f"(badly formed: {turn.problem})")
         else:
             print(f"reasoning: {turn.reason}")
+        if turn.problem:
+            print(f"(badly formed: {turn.problem})")
         if turn.action:
             print(f"{turn.action.replace('_', ' ')}: {turn.payload or 'the whole picture'}")
         print(flush=True)

@@ -1,13 +1,14 @@
 """Rewards of episodes that are given as texts.
 
     python -m mmsr1_jax.reward --episodes=IN.jsonl --out=OUT.jsonl \\
-        [--match=EM|SubEM] [--search_penalty=0.1] [--per_search_penalty] [--format_penalty=0.1]
+        [--match=EM|SubEM] [--search_penalty=0.1] [--per_search_penalty] [--format_penalty=0.1] \\
+        [--strict_form]
 
 IN, a line: {"turns": [text, ..], "answers": [text, ..]}, the turns of the policy, without end
 tokens, and the gold answer with its aliases.
 OUT, a line, in the order of IN: {"reward": .., "correct": .., "format": .., "searches": ..}, or
-{"error": ..} for a line that cannot be scored; then the exit code is 1. A search is a turn that
-asks for one, as texts do not tell which the engine refused.
+{"error": ..} for a line that cannot be scored; then the exit code is 1. Searches are counted as
+published (`rewards.searches_in`), as texts do not say which the engine refused.
 """
 
 import codecs
@@ -36,6 +37,9 @@ _PER_SEARCH = flags.DEFINE_bool(
 _FORMAT = flags.DEFINE_float(
     "format_penalty", _DEFAULT.format_penalty, "the share that is for the form, in [0, 1]"
 )
+_STRICT = flags.DEFINE_bool(
+    "strict_form", _DEFAULT.strict_form, "no words between the reasoning of a turn and its action"
+)
 
 
 class LineError(ValueError):
@@ -50,6 +54,7 @@ def main(argv) -> int:
             search_penalty=_SEARCH.value,
             per_search_penalty=_PER_SEARCH.value,
             format_penalty=_FORMAT.value,
+            strict_form=_STRICT.value,
         )
         try:
             rewards.check(settings)
@@ -92,9 +97,10 @@ def reward_file(settings: rewards.Rewards, source: pathlib.Path, out: pathlib.Pa
         finally:
             partial.unlink(missing_ok=True)
     scored = lines - failed
+    mean = f", mean reward {total / scored:.4f}" if scored else ""
     print(
-        f"scored {scored} of {lines} episodes, mean reward {total / max(scored, 1):.4f}, "
-        f"{correct} correct, {searching} with a search: {out}"
+        f"scored {scored} of {lines} episodes{mean}, {correct} correct, {searching} with a search: "
+        f"{out}"
     )
     if failed:
         print(f"{failed} of {lines} lines could not be scored", file=sys.stderr)

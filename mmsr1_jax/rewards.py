@@ -5,7 +5,7 @@
     format    1 if every turn is well formed and the actions came in an allowed order, else 0
 
 As in MMSearch-R1 (arXiv 2506.20670, section 3.3), with a = p = 0.1. Pure functions of turns as
-`rollout/turns.py` reads them; nothing here needs an accelerator or tokens.
+`rollout/turns.py` parses them; nothing here needs an accelerator or tokens.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import string
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mmsr1_jax.rollout.turns import Action, Turn
+from mmsr1_jax.rollout.turns import Action, Turn, answer_in, asks_for_search
 
 if TYPE_CHECKING:
     from mmsr1_jax.rollout.episode import Episode
@@ -46,6 +46,9 @@ class Rewards:
       sequences: orders of actions that are of the right form, each a list of `answer`, `image` and
         `text` with commas, of any length. The published ones leave out `text,text,answer`,
         although two text searches are allowed.
+      strict_form: Whether nothing but white space may stand between the reasoning of a turn and its
+        action (`turns.strict_form`). False: the published form, with any words between them
+        (`turns.published_form`).
     """
 
     match: str = "EM"
@@ -54,6 +57,7 @@ class Rewards:
     penalty_warmup: int = 0
     format_penalty: float = 0.1
     sequences: tuple[str, ...] = SEQUENCES
+    strict_form: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +117,10 @@ def normalise(text: str) -> str:
 
 
 def exact_match(answer: str | None, golds: Sequence[str]) -> bool:
-    """Whether the answer is one of the gold ones, after `normalise`.
+    """Return whether the answer is one of the gold answers, after `normalise`.
 
-    A blank answer is no answer, a blank gold one no gold one. But golds like `A` or `+`, of which
-    `normalise` leaves nothing, are still right where the answer is such a one too.
+    A blank answer is no answer, a blank gold answer is none. Golds of which `normalise` leaves
+    nothing (`A`, `The The`, `+`) are right where nothing is left of the answer either, as published.
     """
     golds = _texts(golds)
     if not answer or not answer.strip():
@@ -125,33 +129,65 @@ def exact_match(answer: str | None, golds: Sequence[str]) -> bool:
 
 
 def sub_exact_match(answer: str | None, golds: Sequence[str]) -> bool:
-    """Whether a gold answer is a part of the answer, after `normalise`, letter by letter.
+    """Return whether a gold answer is a part of the answer, after `normalise`, letter by letter.
 
-    A gold answer of which nothing is left never counts, as it is a part of everything.
+    The published program finds a gold of which `normalise` leaves nothing in every answer. Here it
+    counts where `exact_match` holds, or where it stands in the answer as it is, not inside a word,
+    in any letter case: gold `A` is in `It is A.` and in `Vitamin A`, and not in `Tagus`.
     """
     golds = _texts(golds)
     if not answer:
         return False
-    normalised = normalise(answer)
-    return any(gold in normalised for gold in map(normalise, golds) if gold)
+    normalised, spaced = normalise(answer), _spaced(answer)
+    for gold in golds:
+        part = normalise(gold)
+        if part and part in normalised:
+            return True
+        if not part and gold.strip() and _stands_in(_spaced(gold), spaced):
+            return True
+    return exact_match(answer, golds)
 
 
 def answer_of(turns: Sequence[Turn]) -> str | None:
-    """The answer, which only the last turn can hold; None where there is none, or a blank one."""
-    last = turns[-1] if turns else None
-    return (last.payload or None) if last is not None and last.action == "answer" else None
+    """Return the answer, the last `<answer>..</answer>` of the last turn; None where there is none,
+    or a blank one."""
+    if not turns:
+        return None
+    last = turns[-1]
+    if last.text is not None:
+        return answer_in(last.text) or None
+    return (last.payload or None) if last.action == "answer" else None
 
 
 def searches_in(turns: Sequence[Turn]) -> int:
-    """Turns that ask for a search that could be carried out."""
-    return sum(turn.action in ("image_search", "text_search") for turn in turns)
+    """Return how many turns ask for a search, by `turns.asks_for_search`.
+
+    A search beside the answer, in the last of several turns, is none, as published.
+    """
+    counted = [
+        turn.action in ("image_search", "text_search")
+        if turn.text is None
+        else asks_for_search(turn.text)
+        for turn in turns
+    ]
+    if len(turns) > 1 and answer_of(turns) is not None:
+        counted.pop()
+    return sum(counted)
 
 
-def format_right(turns: Sequence[Turn], allowed: Sequence[str] = SEQUENCES) -> bool:
-    """Whether each turn is well formed and the actions are one of the `allowed` sequences."""
-    if not all(turn.well_formed for turn in turns):
-        return False
-    return ",".join(NAMES[turn.action] for turn in turns) in allowed
+def format_right(
+    turns: Sequence[Turn], allowed: Sequence[str] = SEQUENCES, *, strict: bool = False
+) -> bool:
+    """Return whether each turn is well formed and the actions are one of the `allowed` sequences.
+
+    Args:
+      turns: Parsed turns; the actions are those of their forms, which in texts from elsewhere may
+        be others than the engine would carry out.
+      allowed: See `Rewards.sequences`.
+      strict: See `Rewards.strict_form`.
+    """
+    forms = [turn.strict_form if strict else turn.form for turn in turns]
+    return None not in forms and ",".join(NAMES[form] for form in forms) in allowed
 
 
 def penalty_at(settings: Rewards, step: int) -> float:
@@ -174,9 +210,8 @@ def score(
       turns: as `turns.parse` reads them.
       correct: of the answer, in [0, 1]; taken as 0 where the last turn holds no answer.
       step: of training, from 0; for the warm-up of the penalty.
-      searches: that were made. None: as many as there are turns that ask for one, which is all
-        that can be known where there is nothing but turns. The two differ where the engine refused
-        one, see `episode_reward`.
+      searches: that were made. None: `searches_in`, which is all that can be known where there is
+        nothing but turns. The two differ where the engine refused one, see `episode_reward`.
     """
     if answer_of(turns) is None:
         correct = False
@@ -187,7 +222,7 @@ def score(
     if correct and searches:
         times = searches if settings.per_search_penalty else 1
         penalty = (1.0 - penalty_at(settings, step)) ** times
-    right = format_right(turns, settings.sequences)
+    right = format_right(turns, settings.sequences, strict=settings.strict_form)
     a = settings.format_penalty
     return Reward((1.0 - a) * correct * penalty + a * right, correct, right, searches, penalty)
 
@@ -218,6 +253,24 @@ def episode_reward(
 def matches(answer: str | None, golds: Sequence[str], settings: Rewards) -> bool:
     """Whether an answer is right by `settings.match`."""
     return (exact_match if settings.match == "EM" else sub_exact_match)(answer, golds)
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _stands_in(part: str, text: str) -> bool:
+    """Whether `part`, which does not begin or end with white space, is in `text`, not in a word."""
+    text, begin = f" {text} ", -1
+    while (begin := text.find(part, begin + 1)) >= 0:
+        ends = (text[begin - 1], part[0]), (part[-1], text[begin + len(part)])
+        if not any(_in_word(left) and _in_word(right) for left, right in ends):
+            return True
+    return False
+
+
+def _in_word(letter: str) -> bool:
+    return letter.isalnum() or letter == "_"
 
 
 def _texts(golds: Sequence[str]) -> Sequence[str]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmsr1_jax.rollout import stop
-from mmsr1_jax.rollout.turns import STOPS, parse
+from mmsr1_jax.rollout.turns import STOPS, Turn, parse
 
 R = "<reason>It is a bridge.</reason>"
 
@@ -28,7 +28,6 @@ def test_real_turns_of_the_released_policy(shared):
         (f"{R}<answer>Tagus</answer>", "answer", "Tagus"),
         (f"\n {R}\n\n<answer>\n Tagus\nriver </answer>\n ", "answer", "Tagus\nriver"),
         (f"{R} <search><img></search>", "image_search", None),
-        (f"{R} <search> <img>\n</search>\n", "image_search", None),
         (f"{R}<text_search>who built\nit?</text_search>\n", "text_search", "who built\nit?"),
         (f"{R}<answer>a < b > c </b></answer>", "answer", "a < b > c </b>"),
         ("<reason></reason><answer>x</answer>", "answer", "x"),
@@ -38,6 +37,40 @@ def test_real_turns_of_the_released_policy(shared):
 def test_well_formed(text, action, payload):
     turn = parse(text)
     assert (turn.action, turn.payload, turn.problem) == (action, payload, None)
+    assert turn.form == turn.strict_form == action and turn.well_formed
+
+
+@pytest.mark.parametrize(
+    "text, action, payload",
+    [
+        (f"{R} so <answer>Tagus</answer>", "answer", "Tagus"),
+        (f"{R}\nI look it up.\n<text_search>q</text_search>\n", "text_search", "q"),
+        (f"{R} This picture: <search><img></search>", "image_search", None),
+        (f"{R} <answer> </answer>", "answer", ""),
+        (f"{R} </b> <search> <answer>Tagus</answer>", "answer", "Tagus"),
+    ],
+)
+def test_well_formed_as_published_only(text, action, payload):
+    turn = parse(text)
+    assert (turn.action, turn.payload, turn.problem) == (action, payload, None)
+    assert turn.well_formed and turn.strict_form is None
+
+
+@pytest.mark.parametrize(
+    "text, action, problem",
+    [
+        (f"{R} <search> <img>\n</search>\n", "image_search", "white space inside"),
+        (f"{R} <search>\n<img></search>\n", "image_search", "white space inside"),
+        ("<reason>an <answer> is</reason><text_search>q</text_search>", "text_search",
+         "<answer> stands beside the action"),
+        ("<reason>or <text_search>?</reason><search><img></search>", "image_search",
+         "<text_search> stands beside the action"),
+    ],
+)  # fmt: skip
+def test_well_formed_in_the_strict_form_only(text, action, problem):
+    turn = parse(text)
+    assert turn.action == turn.strict_form == action
+    assert problem in turn.problem and not turn.well_formed
 
 
 @pytest.mark.parametrize(
@@ -45,14 +78,13 @@ def test_well_formed(text, action, payload):
     [
         ("<answer>Tagus</answer>", "answer", "Tagus", "does not begin with"),
         (f"Well. {R}<answer>Tagus</answer>", "answer", "Tagus", "does not begin with"),
-        (f"{R} so <answer>Tagus</answer>", "answer", "Tagus", "text between"),
-        (f"{R}{R}<answer>Tagus</answer>", "answer", "Tagus", "text between"),
+        (f"{R}{R}<answer>Tagus</answer>", "answer", "Tagus", "<reason> comes more than once"),
         (f"{R}<answer>Tagus</answer> I think", "answer", "Tagus", "text after"),
-        (f"{R}<answer> </answer>", "answer", "", "an empty answer"),
-        ("<reason>a<reason>b</reason><answer>c</answer>", "answer", "c", "<reason> inside"),
+        (f"{R}<answer>a<answer>b</answer>", "answer", "a<answer>b", "<answer> comes more than"),
+        ("<reason>a<reason>b</reason><answer>c</answer>", "answer", "c", "<reason> comes more"),
+        ("<reason>a<answer>b</reason>c</answer>", "answer", "b</reason>c", "does not begin with"),
         (f"{R}<text_search>q</text_search><answer>a</answer>", "text_search", "q", "text after"),
-        (f"{R}<text_search>a<text_search>b</text_search>", "text_search", "b", "text between"),
-        (f"{R}<text_search> \n</text_search>", None, None, "an empty query"),
+        (f"{R}<text_search>a<text_search>b</text_search>", "text_search", "b", "comes more than"),
         (f"{R}<search>bridge</search>", None, None, "something else than <img>"),
         (f"{R}Tagus</answer>", None, None, "</answer> without <answer>"),
         (f"{R}<answer>Tagus", None, None, "no closing tag"),
@@ -63,7 +95,19 @@ def test_well_formed(text, action, payload):
 def test_badly_formed(text, action, payload, problem):
     turn = parse(text)
     assert (turn.action, turn.payload) == (action, payload)
-    assert problem in turn.problem and not turn.well_formed
+    assert problem in turn.problem and not turn.well_formed and turn.strict_form is None
+
+
+def test_a_query_that_is_empty_is_well_formed_as_published_and_no_action():
+    turn = parse(f"{R}<text_search> \n</text_search>")
+    assert (turn.action, turn.problem) == (None, "an empty query")
+    assert turn.form == "text_search" and turn.strict_form is None
+
+
+def test_turns_of_files_without_their_text_have_the_form_that_was_read():
+    assert Turn("answer", "x", "r", None).form == "answer"
+    assert not Turn("answer", "x", "r", "text after the action").well_formed
+    assert Turn("answer", "x", "r", None).strict_form == "answer"
 
 
 def test_the_action_is_where_the_engine_stops():

@@ -1,13 +1,15 @@
 """What the policy may write in a turn, and how it is read: the one parser of turns.
 
-The engine asks it what to do, the reward whether the turn is well formed; so a search that counts
-as well formed is always one that runs. A well-formed turn is one of
+The engine asks which action to carry out (`parse`), the reward whether the form is right. Two forms
+are known; the first is the default of `config.rewards`:
 
-    <reason>..</reason> <answer>..</answer>
-    <reason>..</reason> <search><img></search>
-    <reason>..</reason> <text_search>..</text_search>
+    published   <reason>..</reason> any words <answer>..</answer>
+                <reason>..</reason> any words <search><img></search>
+                <reason>..</reason> any words <text_search>..</text_search>
+    strict      only white space between the reasoning and the action, which is not empty; white
+                space around <img>
 
-with any white space between, before and after, and lines broken anywhere inside the tags.
+White space may stand around a turn, and lines may be broken anywhere inside the tags.
 """
 
 import dataclasses
@@ -27,66 +29,177 @@ WHOLE_IMAGE = "<img>"  # the only thing that an image search can be asked to loo
 
 _CLOSE = re.compile("|".join(map(re.escape, STOPS)))
 _REASON = re.compile(r"\s*<reason>(.*?)</reason>\s*", re.DOTALL)
+_REASON_TAGS = ("<reason>", "</reason>")
 _ACTION_OF = {f"</{tag}>": action for action, tag in TAGS.items()}
+# The tags of each action in the published form. Those of an image search are one string: `<search>`
+# alone is not one of them.
+_PUBLISHED_TAGS: dict[Action, tuple[str, ...]] = {
+    "answer": ("<answer>", "</answer>"),
+    "image_search": (f"<search>{WHOLE_IMAGE}</search>",),
+    "text_search": ("<text_search>", "</text_search>"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """A turn of the policy, read.
+    """A parsed turn of the policy.
 
     Attributes:
-      action: what it asks for; None where nothing can be made out.
-      payload: the answer or the query, without white space around it; None for an image search and
-        where there is no action.
-      reason: the text of its reasoning, None where there is none in the right place.
-      problem: what is wrong with the form, in words; None for a well-formed turn. A turn may have
-        an action that can be carried out and still be badly formed.
+      action: Action that the engine carries out; None where nothing can be made out.
+      payload: The answer or the query, without white space around it; None for an image search and
+        where there is no action. An answer is that of `answer_in`.
+      reason: Text of the reasoning, None where there is none in the right place.
+      problem: Why there is no action, or what keeps the turn from the published form, in words;
+        None: neither. A turn may have an action that can be carried out and still be badly formed.
+      text: What the policy wrote; None in turns of files that were written before it was kept.
     """
 
     action: Action | None
     payload: str | None
     reason: str | None
     problem: str | None
+    text: str | None = None
+
+    @property
+    def form(self) -> Action | None:
+        """Action whose published form the turn has, see `published_form`."""
+        return self._kept_form if self.text is None else published_form(self.text)
+
+    @property
+    def strict_form(self) -> Action | None:
+        """Action whose strict form the turn has, see `strict_form`."""
+        return self._kept_form if self.text is None else strict_form(self.text)
 
     @property
     def well_formed(self) -> bool:
-        return self.problem is None
+        """Whether the turn has the published form of an action."""
+        return self.form is not None
+
+    @property
+    def _kept_form(self) -> Action | None:
+        return self.action if self.problem is None else None
 
 
 def parse(text: str) -> Turn:
-    """Reads one turn, without its end token. Never raises.
+    """Return a parsed turn. `text` is without its end token. Never raises.
 
     The action is the one whose closing tag comes first, as that is where the engine stops.
     """
-    close = _CLOSE.search(text)
     begin = _REASON.match(text)
     reason = begin[1].strip() if begin else None
+    action, start, end, found = _read_action(text)
+    if action is None:
+        return Turn(None, None, reason, found, text)
+    payload: str | None = found
+    if action != "text_search":
+        payload = answer_in(text[:end]) if action == "answer" else None
+    problem = None
+    if published_form(text) != action:
+        problem = _problem(text, begin, action, start, end)
+    return Turn(action, payload, reason, problem, text)
+
+
+def published_form(text: str) -> Action | None:
+    """Return the action whose published form a turn has, None where it has none.
+
+    As the program of MMSearch-R1 decides it, letter case included, after `str.strip` of the turn:
+
+    - the turn begins with `<reason>` and ends with the action's closing tag;
+    - `</reason>` stands before the action; any words may stand between them;
+    - `<reason>`, `</reason>` and the tags of the action occur once each, also inside of what they
+      enclose. The tags of an image search are the one string `<search><img></search>`, without
+      white space inside; `<search>` or `</search>` elsewhere does no harm;
+    - no tag of another action occurs (`<answer>`, `</answer>`, `<text_search>`, `</text_search>`,
+      and the string `<search><img></search>`).
+
+    The reasoning, an answer and a query may be empty.
+    """
+    text = text.strip()
+    if not text.startswith("<reason>") or any(text.count(tag) != 1 for tag in _REASON_TAGS):
+        return None
+    present = {tag: text.count(tag) for tags in _PUBLISHED_TAGS.values() for tag in tags}
+    for action, tags in _PUBLISHED_TAGS.items():
+        if (
+            all(count == (tag in tags) for tag, count in present.items())
+            and text.index("</reason>") < text.index(tags[0])
+            and text.endswith(tags[-1])
+        ):
+            return action
+    return None
+
+
+def strict_form(text: str) -> Action | None:
+    """Return the action whose strict form a turn has, None where it has none.
+
+    The action is the one that the engine carries out, and nothing but white space stands between
+    the reasoning, which holds no second `<reason>`, and it, nor after it; neither an answer nor a
+    query is empty. White space may stand around the `<img>` of an image search.
+    """
+    begin = _REASON.match(text)
+    action, start, end, payload = _read_action(text)
+    if action is None or begin is None or begin.end() != start or text[end:].strip():
+        return None
+    return action if payload and "<reason>" not in begin[1] else None
+
+
+def answer_in(text: str) -> str | None:
+    """Return the answer that is scored if this is the last turn: the last `<answer>..</answer>`,
+    without white space around it; None where there is none.
+
+    Pairs are taken from the left, each from an opening tag to the first closing tag after it, as
+    published: so an opening tag inside an answer is part of the answer.
+    """
+    found, begin = None, text.find("<answer>")
+    while begin >= 0:
+        begin += len("<answer>")
+        end = text.find("</answer>", begin)
+        if end < 0:
+            break
+        found = text[begin:end].strip()
+        begin = text.find("<answer>", end)
+    return found
+
+
+def asks_for_search(text: str) -> bool:
+    """Return whether a turn counts as one that searches, as published: it holds
+    `<search><img></search>`, or both tags of a text search, wherever they stand."""
+    return any(
+        all(tag in text for tag in _PUBLISHED_TAGS[action])
+        for action in ("image_search", "text_search")
+    )
+
+
+def _read_action(text: str) -> tuple[Action | None, int, int, str]:
+    """Action that the engine carries out, where it begins and ends, and what its tags enclose; or
+    None, 0, 0, and why there is no action."""
+    close = _CLOSE.search(text)
     if close is None:
-        return Turn(None, None, reason, "no closing tag of an action")
+        return None, 0, 0, "no closing tag of an action"
     action = _ACTION_OF[close[0]]
     opening = f"<{TAGS[action]}>"
     start = text.rfind(opening, 0, close.start())
     if start < 0:
-        return Turn(None, None, reason, f"{close[0]} without {opening}")
-    payload = text[start + len(opening) : close.start()].strip()
-    if action == "image_search":
-        if payload != WHOLE_IMAGE:
-            return Turn(None, None, reason, f"{opening} holds something else than {WHOLE_IMAGE}")
-        payload = None
-    elif action == "text_search" and not payload:
-        return Turn(None, None, reason, "an empty query")
-    return Turn(action, payload, reason, _problem(text, begin, start, close.end(), payload))
+        return None, 0, 0, f"{close[0]} without {opening}"
+    inside = text[start + len(opening) : close.start()].strip()
+    if action == "image_search" and inside != WHOLE_IMAGE:
+        return None, 0, 0, f"{opening} holds something else than {WHOLE_IMAGE}"
+    if action == "text_search" and not inside:
+        return None, 0, 0, "an empty query"
+    return action, start, close.end(), inside
 
 
-def _problem(text: str, begin: re.Match | None, start: int, end: int, payload: str | None):
-    if begin is None:
+def _problem(text: str, begin: re.Match | None, action: Action, start: int, end: int) -> str:
+    """What keeps a turn from the published form of its action, in words."""
+    if begin is None or begin.end() > start:
         return "does not begin with <reason>..</reason>"
-    if begin.end() != start:
-        return "text between the reasoning and the action"
     if text[end:].strip():
         return "text after the action"
-    if "<reason>" in begin[1]:
-        return "<reason> inside the reasoning"
-    if payload == "":
-        return "an empty answer"
-    return None
+    for tag in _REASON_TAGS:
+        if text.count(tag) > 1:
+            return f"{tag} comes more than once"
+    for other, tags in _PUBLISHED_TAGS.items():
+        for tag in tags:
+            if text.count(tag) > (other == action):
+                fault = "comes more than once" if other == action else "stands beside the action"
+                return f"{tag} {fault}"
+    return f"{_PUBLISHED_TAGS['image_search'][0]} with white space inside"
