@@ -12,7 +12,7 @@ import itertools
 import pathlib
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from absl import flags
@@ -20,6 +20,7 @@ from absl import flags
 from mmsr1_jax import config as settings
 from mmsr1_jax import metrics
 from mmsr1_jax.evaluation import lines
+from mmsr1_jax.evaluation.compare import compare
 from mmsr1_jax.evaluation.figures import Outcome, figures
 from mmsr1_jax.evaluation.table import aligned
 
@@ -87,26 +88,26 @@ def table(before: Sequence[Outcome], after: Sequence[Sequence[Outcome]], source:
         body.append([
             name,
             _percent(_right(found)),
-            f"{_searches(found):.2f}",
+            _decimal(_searches(found)),
             _percent(_share(found)),
             *(f"{_percent(_right(part))} / {_percent(_share(part))}" for part in parts),
         ])  # fmt: skip
     text = aligned([head, *body]) + "\nof a category: right / episodes that search, in percent"
-    forced, trained = rows["forced search"], rows["on demand, after"]
-    gain = 100 * (_right(trained) - _right(forced))
-    text += f"\non demand, after, against forced search: {gain:+.1f} points with "
-    text += f"{_percent(_searches(trained) / _searches(forced))} % of the searches"
+    gain, (low, high) = _gain(after, source)
+    text += f"\non demand, after, against forced search: {100 * gain:+.1f} points"
+    made, forced = _searches(rows["on demand, after"]), _searches(rows["forced search"])
+    if forced and made is not None:
+        text += f" with {_percent(made / forced)} % of the searches"
+    text += f"; 95 % interval: {100 * low:+.1f} to {100 * high:+.1f} points"
     if NEEDLESS in categories:
         share = {
-            name: statistics.fmean(
-                _share([one["by_category"][category]])
-                for one, category in itertools.product(trained, categories)
-                if (category == NEEDLESS) == (name == "do not")
-            )
-            for name in ("need it", "do not")
+            "need it": _searching(after, source, [c for c in categories if c != NEEDLESS]),
+            "do not": _searching(after, source, [NEEDLESS]),
         }
         text += "\nepisodes that search: " + ", ".join(
-            f"{_percent(part)} % of questions that {name}" for name, part in share.items()
+            f"{_percent(part)} % of questions that {name}"
+            for name, part in share.items()
+            if part is not None
         )
     return text
 
@@ -142,20 +143,50 @@ def _of(found: Sequence[Outcome], source: str, workflow: str) -> dict[str, Any]:
     return figures(chosen)
 
 
-def _right(found: Sequence[dict[str, Any]]) -> float:
-    return statistics.fmean(one["accuracy"]["em"]["mean"] for one in found)
+def _gain(after: Sequence[Sequence[Outcome]], source: str) -> tuple[float, list[float]]:
+    """How much more is right on demand than by forced search, and its interval over questions."""
+    chosen = [outcome for outcome in itertools.chain(*after) if outcome.source == source]
+    workflows = ([o for o in chosen if o.workflow == name] for name in ("on_demand", "rag"))
+    found = compare(*workflows, "em")
+    return found["difference"], found["interval"]
 
 
-def _searches(found: Sequence[dict[str, Any]]) -> float:
-    return statistics.fmean(one["searches"]["an_episode"] for one in found)
+def _searching(
+    after: Sequence[Sequence[Outcome]], source: str, categories: Sequence[str]
+) -> float | None:
+    """Share of the episodes on demand that search, of questions of some categories."""
+    return _mean(
+        outcome.searches > 0
+        for outcome in itertools.chain(*after)
+        if outcome.source == source and outcome.workflow == "on_demand"
+        and outcome.category in categories and outcome.end != "error"
+    )  # fmt: skip
 
 
-def _share(found: Sequence[dict[str, Any]]) -> float:
-    return statistics.fmean(one["searches"]["share"] for one in found)
+def _right(found: Sequence[dict[str, Any]]) -> float | None:
+    return _mean(one["accuracy"]["em"]["mean"] for one in found)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+def _searches(found: Sequence[dict[str, Any]]) -> float | None:
+    return _mean(one["searches"]["an_episode"] for one in found)
+
+
+def _share(found: Sequence[dict[str, Any]]) -> float | None:
+    return _mean(one["searches"]["share"] for one in found)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """None where there are none, or one of them is None: of a policy no episode could be run."""
+    values = list(values)
+    return None if not values or None in values else statistics.fmean(values)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def _decimal(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 if __name__ == "__main__":

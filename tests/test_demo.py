@@ -64,6 +64,7 @@ def test_table(tmp_path):
     assert cells["on demand, before"] == "37.5 0.75 50.0 25.0 / 50.0 50.0 / 50.0"
     assert cells["on demand, after"] == "100.0 1.06 56.2 100.0 / 100.0 100.0 / 12.5"
     assert "+12.5 points with 53.1 % of the searches" in text[-2]
+    assert text[-2].endswith("; 95 % interval: +0.0 to +37.5 points")
     assert text[-1] == (
         "episodes that search: 100.0 % of questions that need it, 12.5 % of questions that do not"
     )
@@ -81,6 +82,31 @@ def test_a_category_that_is_not_there_after_training(tmp_path):
     after = write(tmp_path / "after", workflows(["free"]))
     with pytest.raises(ValueError, match="^direct: no episodes of --after .* the category 'both'"):
         demo.table(before, [after], "held out")
+
+
+def test_what_there_is_no_figure_of_is_a_dash(tmp_path):
+    """No episode of forced search could be run; and one question says little about a difference."""
+    made = [line(0, name, "free", True, 0) for name in ("direct", "rag", "on_demand")]
+    made[1]["end"] = "error"
+    found = write(tmp_path / "out", made)
+    text = demo.table(found, [found], "held out").splitlines()
+    assert text[3].split()[-5:] == ["-", "-", "100.0", "/", "-"]
+    assert "of the searches" not in text[-2]
+    assert text[-2].endswith("+0.0 points; 95 % interval: -79.3 to +79.3 points")
+    assert text[-1] == "episodes that search: 0.0 % of questions that do not"
+
+
+def test_a_share_of_questions_is_of_all_of_them_whatever_their_category(tmp_path):
+    made = [
+        line(number, name, category, True, searches)
+        for name in ("direct", "rag", "on_demand")
+        for number, (category, searches) in enumerate(
+            [("free", 0), ("both", 1), ("text", 0), ("text", 0), ("text", 0)]
+        )
+    ]
+    found = write(tmp_path / "out", made)
+    text = demo.table(found, [found], "held out").splitlines()
+    assert "25.0 % of questions that need it, 0.0 % of questions that do not" in text[-1]
 
 
 def test_curves(tmp_path):

@@ -36,8 +36,8 @@ def compare(a: Sequence[Outcome], b: Sequence[Outcome], match: str) -> dict[str,
 
     Returns:
       `questions`: in both, with a verdict; `left_out`: in one of them only, or without a verdict;
-      `accuracy`: [of a, of b]; `difference`: of a from b, with its `interval`, by the bootstrap
-      over questions; `right`: questions by who has them right, `both`, `only_a`, `only_b`,
+      `accuracy`: [of a, of b]; `difference`: of a from b, with its `interval` over questions, see
+      `figures.interval`; `right`: questions by who has them right, `both`, `only_a`, `only_b`,
       `neither`, and `p`, see `mcnemar`: both None where questions have several episodes, and by
       `score`.
 
@@ -65,7 +65,7 @@ def compare(a: Sequence[Outcome], b: Sequence[Outcome], match: str) -> dict[str,
         "left_out": len(of_a.keys() | of_b.keys()) - len(shared),
         "accuracy": [float(x) for x in shares.mean(axis=0)],
         "difference": float(difference.mean()),
-        "interval": interval(difference),
+        "interval": interval(difference, bounds=(-1.0, 1.0)),
         "right": right,
         "p": p,
     }

@@ -1,7 +1,7 @@
 """Figures of episodes that have ended: how many answers are right, and what was searched for it.
 
 Accuracy is a mean over questions; with several episodes of a question, of their shares. Its
-interval is the percentile bootstrap's (Efron and Tibshirani 1993, section 13.3), over questions.
+interval is over questions too, see `interval`. A mean of no episodes is None, never 0 or NaN.
 """
 
 import dataclasses
@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 MATCHES = ("em", "subem", "judge", "score")  # the last: by the rules of a benchmark
 KINDS = ("image_search", "text_search")
 _RESAMPLES, _AT_ONCE = 10_000, 500_000  # numbers drawn at a time
+_SAME = 1e-9  # values that differ by less do so by rounding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,8 +69,8 @@ def figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
       `questions`, `episodes`, `errors` (episodes that could not be run: they count as wrong, and
       in nothing else); `accuracy`, see `accuracy`, by `em`, `subem`, and `judge` where there is
       any verdict; `reward`, `format`: means; `searches`, see `searches`; `turns`, `tokens`,
-      `tokens_sampled`: means; `end`: shares of the episodes by how they ended; `by_category` and
-      `by_source`: the same figures of a part.
+      `tokens_sampled`: means, None where no episode could be run; `end`: shares of the episodes by
+      how they ended; `by_category` and `by_source`: the same figures of a part.
     """
     found = _figures(outcomes)
     for field in ("category", "source"):
@@ -105,9 +107,10 @@ def accuracy(outcomes: Sequence[Outcome], match: str) -> dict[str, Any]:
     """How many answers are right by one of `MATCHES`.
 
     Returns:
-      `mean`; `interval`: [low, high], 95 %; `no_verdict`: episodes of which the judge said nothing,
-      which are left out; `pass@k` by k, where there are several episodes of a question, each right
-      or wrong.
+      `mean`; `interval`: [low, high], 95 %, see `interval`; both None where there is no verdict;
+      `no_verdict`: episodes of which the judge said nothing, which are left out; `pass@k` by k,
+      where each question has several episodes, each right or wrong: for no k above the number that
+      all questions have, as it would be of some questions only.
     """
     of_question: dict[int, list[float]] = {}
     for outcome in outcomes:
@@ -116,16 +119,14 @@ def accuracy(outcomes: Sequence[Outcome], match: str) -> dict[str, Any]:
     counts = [(len(rights), sum(rights)) for rights in of_question.values()]
     shares = np.array([right / n for n, right in counts])
     found: dict[str, Any] = {
-        "mean": float(shares.mean()),
+        "mean": _mean(shares),
         "interval": interval(shares),
         "no_verdict": sum(outcome.right[match] is None for outcome in outcomes),
     }
-    most = max(n for n, _ in counts)
+    most = min((n for n, _ in counts), default=0)
     if most > 1 and match != "score":
         ks = sorted({2**i for i in range(most.bit_length())} | {most})
-        found["pass@k"] = {
-            str(k): _mean(pass_at(k, n, int(right)) for n, right in counts if n >= k) for k in ks
-        }
+        found["pass@k"] = {str(k): _mean(pass_at(k, n, int(r)) for n, r in counts) for k in ks}
     return found
 
 
@@ -135,20 +136,39 @@ def pass_at(k: int, n: int, right: int) -> float:
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def interval(values: np.ndarray, seed: int = 0) -> list[float]:
-    """[low, high]: the 2.5th and the 97.5th percentile of the mean of as many values drawn with
-    replacement, 10,000 times.
+def interval(
+    values: np.ndarray, seed: int = 0, *, bounds: tuple[float, float] = (0.0, 1.0)
+) -> list[float] | None:
+    """Return a 95 % interval of the mean, [low, high], never of zero width; None: of no values.
+
+    Where values vary it is the percentile bootstrap's (Efron and Tibshirani 1993, section 13.3):
+    the 2.5th and the 97.5th percentile of the mean of as many values drawn with replacement, 10,000
+    times. Where all are the same, resampling would claim certainty. Then it is what is possible if
+    other questions give other values: at most as many as the upper end of Wilson's interval of none
+    in n says, and these anything within `bounds`. For all-right and all-wrong samples this is
+    Wilson's interval (Wilson 1927); for pairs that all agree, its upper end to both sides.
 
     Args:
       values: float[n], one for each question.
       seed: of the drawing; so the interval of the same values is always the same.
+      bounds: Least and greatest possible value; -1 and 1 for differences.
     """
     rng, n = np.random.default_rng(seed), len(values)
+    if not n:
+        return None
+    if np.ptp(values) < _SAME:
+        value, others = float(values[0]), _most_others(n)
+        return [value + others * (bound - value) for bound in bounds]
     means, part = [], max(1, _AT_ONCE // n)
     for begin in range(0, _RESAMPLES, part):
         chosen = rng.integers(0, n, (min(part, _RESAMPLES - begin), n))
         means.append(values[chosen].mean(axis=1))
     return [float(x) for x in np.percentile(np.concatenate(means), [2.5, 97.5])]
+
+
+def _most_others(n: int) -> float:
+    """Upper end of Wilson's 95 % interval of a share of which n draws show none."""
+    return float(stats.binomtest(0, n).proportion_ci(0.95, method="wilson").high)
 
 
 def searches(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -157,9 +177,10 @@ def searches(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     Returns:
       `made`, `allowed`: in all; `made_of_allowed`: the first by the second (one of the published
       search ratios), None where none was allowed; `share`: of the episodes, that search at all (the
-      other one); `an_episode`: mean; `refused`: in all; `failed`: share of those made; for each
-      of `KINDS` `made`, `share` of the episodes that do, `failed`; `only_image_search`,
-      `only_text_search`, `both`, `none`: shares of the episodes.
+      other one); `an_episode`: mean; `refused`: in all; `failed`: share of those made, 0 where none
+      was made; for each of `KINDS` `made`, `share` of the episodes that do, `failed`;
+      `only_image_search`, `only_text_search`, `both`, `none`: shares of the episodes. Shares of no
+      episodes are None.
     """
     made = sum(outcome.searches for outcome in outcomes)
     allowed = sum(outcome.allowed for outcome in outcomes)
@@ -189,7 +210,7 @@ def searches(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     return found
 
 
-def _mean(values) -> float:
-    """0 where there are none."""
+def _mean(values) -> float | None:
+    """None where there are none."""
     values = [float(value) for value in values]
-    return math.fsum(values) / len(values) if values else 0.0
+    return math.fsum(values) / len(values) if values else None

@@ -149,7 +149,8 @@ def _recorded(line: Mapping[str, Any], number: int) -> dict[str, Any]:
         read = [turns.parse(turn["response"]) for turn in line["turns"]]
         golds = line.get("candidate_answers") or []
         golds = json.loads(golds) if isinstance(golds, str) else golds
-        answers = list(dict.fromkeys([line["ground_truth"], *golds]))
+        answers = [line["ground_truth"], *(gold for gold in golds if gold is not None)]
+        answers = list(dict.fromkeys(answers))
         if not all(isinstance(answer, str) for answer in answers):
             raise TypeError("answers must be texts")
         sampled = [int(turn.get("output_tokens", 0)) for turn in line["turns"]]

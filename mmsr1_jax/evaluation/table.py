@@ -14,8 +14,9 @@ def table(results: Mapping[str, Any]) -> str:
 
     Returns:
       Lines of text: a table with a line for each workflow; then, where questions have categories,
-      the accuracy in each of them and the share of its episodes that search; then how often the
-      judge failed, what was scored of answers about documents, and comparisons.
+      for each of them how many questions it has, their accuracy and the share of the episodes that
+      search; then how often the judge failed, what was scored of answers about documents, and
+      comparisons.
     """
     workflows = results["workflows"]
     matches = [m for m in _NAMES if any(m in one["accuracy"] for one in workflows.values())]
@@ -27,11 +28,11 @@ def table(results: Mapping[str, Any]) -> str:
         rows.append([
             name,
             *(_with_interval(one["accuracy"].get(m)) for m in matches),
-            f"{made['an_episode']:.2f}",
+            _decimal(made["an_episode"], 2),
             _percent(made["made_of_allowed"]),
             _percent(made["share"]),
-            f"{one['turns']:.2f}",
-            f"{one['tokens']:.0f}",
+            _decimal(one["turns"], 2),
+            _decimal(one["tokens"], 0),
         ])  # fmt: skip
     text = aligned([head, *rows])
     categories = sorted({c for one in workflows.values() for c in one["by_category"]})
@@ -42,7 +43,8 @@ def table(results: Mapping[str, Any]) -> str:
         for name, one in workflows.items():
             parts = [one["by_category"].get(category) for category in categories]
             rows.append([name, *(_of_category(part, match) for part in parts)])
-        text += f"\n\n{aligned([head, *rows])}\nright by {_NAMES[match]} / episodes that search"
+        text += f"\n\n{aligned([head, *rows])}\n"
+        text += f"right by {_NAMES[match]} / episodes that search, of so many questions"
     if results.get("no_verdict"):
         text += f"\nof {results['no_verdict']} answers the judge said nothing: --rescore asks again"
     if "scored" in results:
@@ -70,6 +72,8 @@ def compared(pair: Mapping[str, Any]) -> str:
     if pair["p"] is not None:
         right = pair["right"]
         line += f", {right['only_a']} against {right['only_b']}, p = {pair['p']:.2g}"
+    if pair["left_out"]:
+        line += f"; {pair['left_out']} questions left out: in one of them only, or without a verdict"
     return line
 
 
@@ -85,11 +89,11 @@ def _of_category(part: Mapping[str, Any] | None, match: str) -> str:
         return "-"
     right = part["accuracy"].get(match)
     share = _percent(part["searches"]["share"])
-    return f"{_percent(right and right['mean'])} / {share}"
+    return f"{_percent(right and right['mean'])} / {share} of {part['questions']}"
 
 
 def _with_interval(right: Mapping[str, Any] | None) -> str:
-    if right is None:
+    if right is None or right["mean"] is None:
         return "-"
     low, high = right["interval"]
     missing = f", {right['no_verdict']} open" if right["no_verdict"] else ""
@@ -98,6 +102,10 @@ def _with_interval(right: Mapping[str, Any] | None) -> str:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
+
+
+def _decimal(value: float | None, places: int) -> str:
+    return "-" if value is None else f"{value:.{places}f}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
