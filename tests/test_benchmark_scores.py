@@ -140,6 +140,9 @@ def test_words_in_common_are_weighed():
     assert token_f1("The users: 3 million", "3 million users") == 1
     assert token_f1("3 users", "3 million users") == pytest.approx(2 * 1 * (2 / 3) / (1 + 2 / 3))
     assert token_f1(None, "a b") == token_f1("", "b") == token_f1("c", "b") == 0
+    # Nothing is left of a gold but articles: as SQuAD 2.0 has it, of the answer neither.
+    assert token_f1("A", "A") == token_f1("An", "The The") == 1
+    assert token_f1("", "A") == token_f1(None, "A") == token_f1("b", "A") == token_f1("A", "b") == 0
 
 
 QUESTION = BenchmarkQuestion(id="", question="", images=(), answers=("Ann",),

@@ -5,7 +5,8 @@ prompt        yes     list of {content, role}: the question is what the one user
                       without "<image>" marks around it; a system message is left out
 images        yes     list of {bytes, path}: bytes of files, or paths from the parquet's folder
 reward_model  yes     {ground_truth, candidate_answers}: the answer; other forms of it, as JSON
-                      in a string, as a list, or null
+                      in a string, as a list, or null; numbers and nulls in it as `data/cells.py`
+                      reads them
 data_id       no      the id; else file and row
 data_source   no      the source; else the file's name
 category      no      FVQA's search_required or search_free
@@ -24,6 +25,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
+from mmsr1_jax.data import cells
 from mmsr1_jax.rollout.episode import Example
 
 _MARK = "<image>"
@@ -146,8 +148,8 @@ class QuestionFile:
         for batch in self._batches(_TEXT_ROWS, self.columns, None):
             for i in range(batch.num_rows):
                 try:
-                    cells = {name: _cell(name, batch.column(name)[i]) for name in self.columns}
-                    yield _question(cells, self.path, row)
+                    values = {name: _cell(name, batch.column(name)[i]) for name in self.columns}
+                    yield _question(values, self.path, row)
                 except _BadFieldError as error:
                     yield BadRow(str(self.path), row, error.field, error.reason)
                 row += 1
@@ -268,20 +270,20 @@ def _fits(kind: pa.DataType, listed: bool, fields: Sequence[str]) -> bool:
 
 def _cell(field: str, scalar: pa.Scalar) -> Any:
     try:
-        return scalar.as_py()
+        return cells.value_of(scalar)
     except UnicodeDecodeError:
         raise _BadFieldError(field, "not UTF-8") from None
 
 
-def _question(cells: dict[str, Any], path: pathlib.Path, row: int) -> Question:
+def _question(values: dict[str, Any], path: pathlib.Path, row: int) -> Question:
     """Raises _BadFieldError."""
     return Question(
-        id=_plain(cells.get("data_id"), "data_id") or f"{path.stem}_{row}",
-        question=_question_text(cells["prompt"]),
+        id=_plain(values.get("data_id"), "data_id") or f"{path.stem}_{row}",
+        question=_question_text(values["prompt"]),
         images=(),
-        answers=_answers(cells["reward_model"]),
-        source=_plain(cells.get("data_source"), "data_source") or path.stem,
-        category=_plain(cells.get("category"), "category"),
+        answers=_answers(values["reward_model"]),
+        source=_plain(values.get("data_source"), "data_source") or path.stem,
+        category=_plain(values.get("category"), "category"),
         file=str(path),
         row=row,
     )
@@ -308,9 +310,13 @@ def _answers(reward: Any) -> tuple[str, ...]:
     field = "reward_model.candidate_answers"
     others = reward.get("candidate_answers")
     if isinstance(others, str):
-        try:  # numbers as they are written
-            kept = {"parse_int": str, "parse_float": str, "parse_constant": str}
-            others = json.loads(others, **kept) if others.strip() else None
+        try:  # NaN and infinities are nothing
+            others = json.loads(
+                others if others.strip() else "null",
+                parse_int=str,
+                parse_float=cells.json_number,
+                parse_constant=lambda constant: None,
+            )
         except (ValueError, RecursionError) as error:
             raise _BadFieldError(field, f"not JSON ({error})") from None
     if not isinstance(others, (list, type(None))):
@@ -320,17 +326,11 @@ def _answers(reward: Any) -> tuple[str, ...]:
 
 
 def _plain(value: Any, field: str) -> str:
-    """Text without white space around it; "" for null. A number is taken as text."""
-    if value is None:
-        return ""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise _BadFieldError(field, f"holds a {type(value).__name__}, not text")
-    text = str(value).strip()
+    """`cells.text_of` a value. Raises _BadFieldError."""
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise _BadFieldError(field, "half a character (a lone surrogate)") from None
-    return text
+        return cells.text_of(value)
+    except ValueError as error:
+        raise _BadFieldError(field, str(error)) from None
 
 
 def _images(cell: pa.Scalar, folder: pathlib.Path) -> tuple[bytes, ...]:

@@ -95,14 +95,15 @@ def vqa_accuracy(answer: str | None, references: Sequence[str]) -> float:
 
     Args:
       answer: None or a blank one scores 0.
-      references: of all people who were asked, with repeats; at least two.
+      references: of all people who were asked, with repeats; at least two. A blank one is of
+        somebody who said nothing: no answer is the same.
     """
     if len(references) < 2:
         raise ValueError(f"{len(references)} references; the soft accuracy needs at least two")
     if answer is None or not answer.strip():
         return 0.0
     answer = vqa_normalise(answer)
-    same = sum(vqa_normalise(reference) == answer for reference in references)
+    same = sum(vqa_normalise(text) == answer for text in references if text.strip())
     with_one_less = same * min(1.0, (same - 1) / 3)
     with_all = (len(references) - same) * min(1.0, same / 3)
     return (with_one_less + with_all) / len(references)
@@ -115,6 +116,8 @@ def token_f1(answer: str | None, gold: str) -> float:
     the latter's own program also rewrites some words of its answers, which is not done here.
     """
     said, wanted = normalise(answer or "").split(), normalise(gold).split()
+    if not said or not wanted:  # as SQuAD 2.0; but a blank answer is none
+        return float(said == wanted and bool(answer and answer.strip()))
     shared = sum((collections.Counter(said) & collections.Counter(wanted)).values())
     return 2 * shared / (len(said) + len(wanted)) if shared else 0.0
 

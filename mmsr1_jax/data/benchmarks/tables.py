@@ -1,7 +1,6 @@
 """Rows of published files, parquet or JSON, and what their columns hold."""
 
 import base64
-import binascii
 import glob
 import json
 import pathlib
@@ -12,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
+from mmsr1_jax.data import cells
 from mmsr1_jax.data.parquet import DataError
 
 Row = dict[str, Any]  # column -> its value: an Arrow scalar, which is large, or what JSON has
@@ -84,7 +84,7 @@ def open_rows(
 
 
 def text(row: Row, field: str, *, needed: bool = True) -> str:
-    """Text or a number as text, without white space around it; "" for null where not `needed`.
+    """Text or a number as `cells.text_of` it; "" for null where not `needed`.
 
     Raises:
       BadFieldError: it is something else, or there is none and one is needed.
@@ -96,7 +96,8 @@ def text(row: Row, field: str, *, needed: bool = True) -> str:
 
 
 def texts(row: Row, field: str) -> tuple[str, ...]:
-    """Texts of a list, blank ones and repeats too; one text counts as a list of it, null as none.
+    """Texts of a list, blank ones (of null and NaN, too) and repeats too; one text counts as a list
+    of it, null as none.
 
     Raises:
       BadFieldError: an item is no text.
@@ -109,6 +110,9 @@ def texts(row: Row, field: str) -> tuple[str, ...]:
 def picture(row: Row, field: str) -> bytes | None:
     """The picture file that a column holds as bytes, {bytes} or base64, not decoded; None: null.
 
+    Base64 may be broken into lines, stand after `data:image/png;base64,`, lack the `=` at its end,
+    and be of either alphabet (RFC 4648, sections 4 and 5).
+
     Raises:
       BadFieldError: text that is no base64.
     """
@@ -117,8 +121,8 @@ def picture(row: Row, field: str) -> bytes | None:
         found = found.get("bytes")
     if isinstance(found, str):
         try:
-            found = base64.b64decode(found.split(",")[-1], validate=True)  # after `data:..,`
-        except (binascii.Error, ValueError):
+            found = _from_base64(found)
+        except ValueError:
             raise BadFieldError(field, "not base64") from None
     return found or None
 
@@ -129,20 +133,23 @@ def value(row: Row, field: str) -> Any:
     if not isinstance(found, pa.Scalar):
         return found
     try:
-        return found.as_py()
+        return cells.value_of(found)
     except UnicodeDecodeError:
         raise BadFieldError(field, "not UTF-8") from None
 
 
 def _plain(found: Any, field: str) -> str:
-    if found is None:
-        return ""
-    if isinstance(found, bool) or not isinstance(found, (str, int, float)):
-        raise BadFieldError(field, f"holds a {type(found).__name__}, not text")
-    plain = str(found).strip()
-    if any("\ud800" <= letter <= "\udfff" for letter in plain):
-        raise BadFieldError(field, "half a character (a lone surrogate)")
-    return plain
+    try:
+        return cells.text_of(found)
+    except ValueError as error:
+        raise BadFieldError(field, str(error)) from None
+
+
+def _from_base64(text: str) -> bytes:
+    """Raises ValueError: it is none."""
+    letters = "".join(text.rpartition(",")[2].split()).rstrip("=")
+    letters = letters.replace("-", "+").replace("_", "/")
+    return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
 
 
 def _parquet_rows(path: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
@@ -187,7 +194,8 @@ def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     letters = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
-    return letters or pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    return letters or number
 
 
 def _is_texts(kind: pa.DataType) -> bool:
