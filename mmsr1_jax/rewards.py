@@ -119,8 +119,8 @@ def normalise(text: str) -> str:
 def exact_match(answer: str | None, golds: Sequence[str]) -> bool:
     """Return whether the answer is one of the gold answers, after `normalise`.
 
-    A blank answer is no answer, a blank gold answer is none. Golds of which `normalise` leaves
-    nothing (`A`, `The The`, `+`) are right where nothing is left of the answer either, as published.
+    A blank answer is no answer, and a blank gold answer is none. Golds of which `normalise` leaves
+    nothing (`A`, `The The`, `+`) are right where nothing is left of the answer, as published.
     """
     golds = _texts(golds)
     if not answer or not answer.strip():

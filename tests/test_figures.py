@@ -135,7 +135,7 @@ def test_intervals_of_all_right_and_all_wrong_are_wilsons(n):
 @pytest.mark.parametrize("n", [1, 3, 200])
 @pytest.mark.parametrize("value", [-1.0, -0.25, 0.0, 0.3, 1.0])
 def test_no_interval_has_zero_width(n, value):
-    """Of values that are all the same, to the bit or to rounding; the true mean may be elsewhere."""
+    """Of values that are the same, to the bit or to rounding; the true mean may be elsewhere."""
     same = np.full(n, value) + 1e-16 * np.arange(n)
     low, high = interval(same, bounds=(-1.0, 1.0))
     assert -1 <= low <= value <= high <= 1
@@ -213,7 +213,7 @@ def test_a_comparison_says_how_many_questions_are_left_out():
     )
     line = compared({"a": "x", "b": "y", **found})
     assert "2 questions, 2 against 0" in line and line.endswith(
-        "; 4 questions left out: in one of them only, or without a verdict"
+        "; 4 questions left out: in only one of them, or not judged"
     )
 
 

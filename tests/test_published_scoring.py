@@ -1,5 +1,5 @@
-"""Texts are scored as the program of MMSearch-R1 scores them: against a second reading of its rules,
-by the order of tags and regular expressions, on generated turns and on recorded ones."""
+"""Texts are scored as the program of MMSearch-R1 scores them: against a second reading of its
+rules, by the order of tags and regular expressions, on generated turns and on recorded ones."""
 
 import json
 import random
@@ -33,8 +33,8 @@ GOOD = [
 PIECES = [
     "<reason>", "</reason>", "<answer>", "</answer>", "<search>", "</search>", "<img>",
     "<search><img></search>", "<text_search>", "</text_search>", "<search> <img></search>",
-    "<REASON>", "</ answer>", "</", "<", " ", "\n", "\u2003", "\xa0", "\x1f", "\u200b", "\x00", "Tagus",
-    "the", "<answer>Tagus</answer>", "<text_search>q</text_search>", "<reason>s</reason>",
+    "<REASON>", "</ answer>", "</", "<", " ", "\n", "\u2003", "\xa0", "\x1f", "\u200b", "\x00",
+    "Tagus", "the", "<answer>Tagus</answer>", "<text_search>q</text_search>", "<reason>s</reason>",
 ]  # fmt: skip
 AROUND = ["", "", "", "\n", " \t", "\u2003", "\u200b", "So: "]
 

@@ -73,7 +73,7 @@ def compared(pair: Mapping[str, Any]) -> str:
         right = pair["right"]
         line += f", {right['only_a']} against {right['only_b']}, p = {pair['p']:.2g}"
     if pair["left_out"]:
-        line += f"; {pair['left_out']} questions left out: in one of them only, or without a verdict"
+        line += f"; {pair['left_out']} questions left out: in only one of them, or not judged"
     return line
 
 
