@@ -1,0 +1,288 @@
+"""Every regular expression of the package takes time in proportion to its text.
+
+A text from outside (a page, a reply of a judge, a turn of the policy) may be written to make an
+expression backtrack, and Python cannot interrupt one that does. So all are listed here, and each is
+tried with texts made of its own parts. A new one has to be added to `EXPRESSIONS`, with texts of
+its own where a person can think of a worse one.
+"""
+
+import ast
+import dataclasses
+import importlib
+import itertools
+import math
+import pathlib
+import re
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import mmsr1_jax
+
+ROOT = pathlib.Path(mmsr1_jax.__file__).parent
+METHODS = ("match", "fullmatch", "search", "findall", "finditer", "split", "sub", "subn")
+Text = Callable[[int], str]
+LEAST, MUCH = 0.0002, 0.03  # seconds: what can be timed; what is far too long for ..
+SHORT = 1024  # .. so many characters, for which 0.0001 is much
+BEYOND = 2048  # above all limits of repetition, such as `{0,500}`: till there time may grow faster
+# Small steps first: a text that takes twice as long with each letter must be seen in time.
+SIZES = [*range(8, 48, 4), *(2**i for i in range(6, 22))]
+
+# Where an expression stands: module, and the name that it is assigned to or the function that it
+# is in -> texts of about n characters that are tried besides those of `texts_for`.
+EXPRESSIONS: dict[str, tuple[Text, ...]] = {
+    "data.benchmarks.readers._slidevqa": (),
+    "data.benchmarks.scores._EXACT": (lambda n: "a." * n, lambda n: "a@" + "b." * n),
+    "data.benchmarks.scores._EXTRACTED": (),
+    "data.benchmarks.scores._FORMAT": (),
+    "data.benchmarks.scores._clean": (lambda n: " " * n + "x", lambda n: "'" * n),
+    "data.benchmarks.scores.read_extraction": (),
+    "data.benchmarks.scores.vqa_normalise": (),
+    "judge._FENCED": (lambda n: "```" + "\n" * n + "x",),
+    "report.records._PICTURE": (lambda n: "<|vision_start|>" + "<|image_pad|>" * (n // 13),),
+    "report.records._USER": (lambda n: "<|im_start|>user\n" + "<|im_end|>\n" * (n // 11),),
+    "rewards._ARTICLES": (),
+    "rollout.forcing._TAG": (),
+    "rollout.prompts._FIELD": (),
+    "rollout.rules._TAG": (lambda n: "</" + " " * n + "x", lambda n: "< / " * (n // 4)),
+    "rollout.turns._CLOSE": (),
+    "rollout.turns._REASON": (
+        lambda n: " " * n + "x",
+        lambda n: "<reason>" * (n // 8),
+        lambda n: "<reason></reason>" + " " * n + "x",
+    ),
+    "serve.telling._LABEL": (),
+    "tools.make._limit": (),
+    "tools.passages.best_passages": (),
+    "tools.passages.words_of": (),
+    "tools.redis_store._without_secrets": (),
+    "tools.redis_store.is_redis": (),
+    "tools.services.jina._FAILED": (),
+    "tools.services.reader._CHARSET": (lambda n: "<meta" + " charset" * (n // 8),),
+    "tools.services.summariser._SENTENCE_END": (lambda n: "ab." + " " * n + "x",),
+    "tools.web._HOST": (),
+    "tools.web._retry_after": (),
+}
+# Expressions that are made where they are used: what is given there.
+MADE: dict[str, tuple[str, ...]] = {"data.benchmarks.tables.open_rows": (r"page_\d+", "image")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """An expression, and the method that it is used by."""
+
+    place: str
+    pattern: re.Pattern
+    method: str
+
+    def seconds(self, text: str) -> float:
+        """Processor time of one use."""
+        text = text if isinstance(self.pattern.pattern, str) else text.encode("latin-1", "replace")
+        arguments = (text[:0], text) if self.method.startswith("sub") else (text,)
+        begin = time.process_time()
+        found = getattr(self.pattern, self.method)(*arguments)
+        if self.method == "finditer":
+            list(found)
+        return time.process_time() - begin
+
+
+def uses() -> Iterator[Use]:
+    """All expressions of the package. Fails where one cannot be known from the source."""
+    for path in sorted(ROOT.rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            other = isinstance(node, ast.ImportFrom) and node.module in ("re", "regex")
+            if isinstance(node, ast.Import):
+                other = any(n.name == "regex" or (n.name == "re" and n.asname) for n in node.names)
+            if other:
+                pytest.fail(f"{path}: import re as re, so that its use can be found")
+        yield from _of_module(module, tree)
+
+
+def _of_module(module: str, tree: ast.Module) -> Iterator[Use]:
+    for top in tree.body:
+        for node in ast.walk(top):
+            if not (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and isinstance(node.func.value, ast.Name)
+                and node.func.value.id == "re"
+                and node.func.attr in ("compile", *METHODS)
+            ):
+                continue
+            place = f"{module}.{_name_of(top, node)}"
+            names = {ast.unparse(node), *_targets(top)}
+            methods = {node.func.attr}
+            if node.func.attr == "compile":
+                methods = {
+                    other.attr
+                    for other in ast.walk(tree)
+                    if isinstance(other, ast.Attribute)
+                    and other.attr in METHODS
+                    and ast.unparse(other.value) in names
+                } or {"search"}
+            for pattern, method in itertools.product(_patterns(module, place, node), methods):
+                yield Use(place, pattern, method)
+
+
+def _targets(top: ast.stmt) -> list[str]:
+    return [ast.unparse(target) for target in top.targets] if isinstance(top, ast.Assign) else []
+
+
+def _name_of(top: ast.stmt, node: ast.Call) -> str:
+    """The name that is assigned to, or the innermost function, or class and function."""
+    names, found = _targets(top)[:1], top
+    while isinstance(found, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        names.append(found.name)
+        inside = (
+            child
+            for child in found.body
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+            and any(other is node for other in ast.walk(child))
+        )
+        found = next(inside, None)
+    return ".".join(names)
+
+
+def _patterns(module: str, place: str, node: ast.Call) -> Iterator[re.Pattern]:
+    flags = [word.value for word in node.keywords if word.arg == "flags"]
+    at = {"compile": 1, "sub": 4, "subn": 4, "split": 3}.get(node.func.attr, 2)
+    flags += node.args[at : at + 1]
+    flag = eval(ast.unparse(flags[0]), {"re": re}) if flags else 0
+    if place in MADE:
+        yield from (re.compile(pattern, flag) for pattern in MADE[place])
+        return
+    try:
+        pattern = ast.literal_eval(node.args[0])
+    except ValueError:
+        known = vars(importlib.import_module(f"mmsr1_jax.{module}"))
+        try:
+            pattern = eval(ast.unparse(node.args[0]), dict(known))
+        except NameError:
+            pytest.fail(
+                f"{place}: MADE has to say which expressions {ast.unparse(node)} is used with"
+            )
+    yield re.compile(pattern, flag) if isinstance(pattern, (str, bytes)) else pattern
+
+
+def texts_for(pattern: re.Pattern) -> list[Text]:
+    """Texts of what the expression is made of: its words and letters, one or two of them again and
+    again, after one of its words, and before a letter at which it fails."""
+    words, letters = _atoms(re._parser.parse(pattern.pattern, pattern.flags & ~re.DEBUG))
+    letters = list(dict.fromkeys([*letters, " ", "\n", "a", "1", "<"]))[:8]
+    atoms = [*words[:4], *letters]
+    bodies = [*atoms, *("".join(pair) for pair in itertools.permutations(atoms[:7], 2))]
+    return [
+        lambda n, head=head, body=body, end=end: head + body * (n // len(body)) + end
+        for head, body, end in itertools.product(["", *words[:2]], bodies, ["", "\x00"])
+    ]
+
+
+def _atoms(parsed) -> tuple[list[str], list[str]]:
+    """The words (letters in a row) and the single letters of a parsed expression, each once."""
+    words: dict[str, None] = {}
+    letters: dict[str, None] = {}
+
+    def walk(items) -> None:
+        row = ""
+        for code, value in [*items, (None, None)]:
+            if str(code) == "LITERAL":
+                row += chr(value)
+                continue
+            if row:
+                (words if len(row) > 1 else letters)[row] = None
+                letters[row[0]] = letters[row[-1]] = None
+            row = ""
+            if str(code) in ("IN", "NOT_LITERAL", "ANY"):
+                letters.update(dict.fromkeys(_of_class(code, value)))
+            for inner in value if isinstance(value, (tuple, list)) else ():
+                for part in inner if isinstance(inner, list) else [inner]:
+                    if isinstance(part, re._parser.SubPattern):
+                        walk(part)
+
+    walk(parsed)
+    return list(words), list(letters)
+
+
+def _of_class(code, value) -> list[str]:
+    """Some letters that a class of letters holds."""
+    if str(code) != "IN":
+        return ["x"]
+    samples = {"CATEGORY_SPACE": " ", "CATEGORY_DIGIT": "1", "CATEGORY_WORD": "a"}
+    found = []
+    for kind, inside in value:
+        if str(kind) == "LITERAL":
+            found.append(chr(inside))
+        elif str(kind) == "RANGE":
+            found.append(chr(inside[0]))
+        else:
+            found.append(samples.get(str(inside), "-"))
+    return found
+
+
+def growth(use: Use, text: Text) -> float:
+    """How many times as long 10 times the text takes, of a text that is long enough to be timed;
+    an estimate by 4 times the text, or infinity, where that is far too long already."""
+    for n in SIZES:
+        took = use.seconds(text(n))
+        if n <= SHORT and took > MUCH:
+            return math.inf
+        if n >= BEYOND and took > LEAST:
+            break
+    ratio = math.inf
+    for attempt in range(4):  # others at work can only make it look longer
+        took = min(use.seconds(text(n)) for _ in range(5 if took < 0.001 else 2))
+        by_four = use.seconds(text(4 * n)) / took
+        if by_four > 12:
+            ratio = min(ratio, by_four ** math.log(10, 4))
+            if attempt:
+                break
+            continue
+        long = text(10 * n)
+        ratio = min(ratio, min(use.seconds(long) for _ in range(3 + 2 * attempt)) / took)
+        if ratio < 13:
+            break
+    return ratio
+
+
+def worst(use: Use) -> list[Text]:
+    """The texts with which an expression is slowest; only one that is far too slow already."""
+    found = []
+    for text in texts_for(use.pattern):
+        for n in SIZES[: SIZES.index(SHORT) + 1]:
+            took = use.seconds(text(n))
+            if took > MUCH:
+                return [text]
+        found.append((took, len(found), text))
+    return [text for _, _, text in sorted(found)[-2:]]
+
+
+USES = list(uses())
+
+
+def test_all_expressions_are_listed():
+    places = {use.place for use in USES}
+    missing, gone = places - {*EXPRESSIONS, *MADE}, {*EXPRESSIONS, *MADE} - places
+    assert not missing, f"add them to EXPRESSIONS: {sorted(missing)}"
+    assert not gone, f"no longer in the package: {sorted(gone)}"
+
+
+@pytest.mark.parametrize("use", USES, ids=lambda use: f"{use.place}-{use.method}")
+def test_ten_times_the_text_takes_at_most_fifteen_times_as_long(use):
+    for text in [*EXPRESSIONS.get(use.place, ()), *worst(use)]:
+        assert growth(use, text) <= 15, f"{use.pattern.pattern!r} with {text(60)!r}"
+
+
+@pytest.mark.parametrize(
+    "pattern, method",
+    [
+        (r"\s*x", "search"), (r"```(?:json)?\s*\n(.*)\n\s*```", "match"), (r"(a+)+b", "fullmatch"),
+        (r"<a>(.*?)</a>", "findall"), (r"\s+$", "sub"), (r"(?:x|xx)+y", "match"),
+        (rb"charset=.*?;", "search"), (r"(\w+\s?)+:", "match"),
+    ],
+)  # fmt: skip
+def test_one_that_backtracks_is_found(pattern, method):
+    use = Use("", re.compile(pattern, re.DOTALL), method)
+    assert any(growth(use, text) > 15 for text in worst(use))
