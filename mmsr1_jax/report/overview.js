@@ -81,12 +81,14 @@ function intervalOf(right) {
     ` ${(100 * low).toFixed(1)} – ${(100 * high).toFixed(1)}${missing}`);
 }
 
-// What is right, and how often is searched, in each category or source.
+// What is right, of how many questions, and how often is searched, in each category or source.
 function partsOf(workflows, match, field, what) {
   const all = workflows.flatMap(([, one]) => entries(one[field]).map(([name]) => name));
   const names = [...new Set(all)].sort();
   if (names.length < 2) return null;
-  const of = (part) => [percent(part?.accuracy?.[match]?.mean), percent(part?.searches?.share)];
+  const of = (part) => [
+    part ? `${percent(part.accuracy?.[match]?.mean)} of ${number(part.questions)}` : "–",
+    percent(part?.searches?.share)];
   const rows = workflows.map(([workflow, one]) =>
     [element("b", {}, workflow), ...names.flatMap((name) => of(one[field]?.[name]))]);
   const head = ["workflow", ...names.flatMap((name) => [`${name}: right`, "search"])];
@@ -98,7 +100,9 @@ function comparisonsOf(pairs) {
   if (!Array.isArray(pairs) || !pairs.length) return null;
   const points = (value) => `${value > 0 ? "+" : ""}${(100 * value).toFixed(1)}`.replace("-", "−");
   const rows = pairs.map((pair) => [
-    `${pair.a} − ${pair.b}`, number(pair.questions), MATCHES[pair.match] || "",
+    `${pair.a} − ${pair.b}`,
+    number(pair.questions) + (pair.left_out ? `, ${number(pair.left_out)} left out` : ""),
+    MATCHES[pair.match] || "",
     points(pair.difference), `${points(pair.interval?.[0])} to ${points(pair.interval?.[1])}`,
     number(pair.p)]);
   const head = ["workflows", "questions", "right by", "difference", "95 % interval", "p (McNemar)"];
