@@ -11,6 +11,7 @@ from mmsr1_jax import rewards
 from mmsr1_jax.reward import reward_line
 from mmsr1_jax.rewards import Rewards
 from mmsr1_jax.rollout.turns import answer_in, parse
+from tests.test_rewards import reward_file
 
 TAG = re.compile(r"</?reason>|</?answer>|</?text_search>|<search><img></search>")
 ORDERS = {
@@ -209,3 +210,17 @@ def test_a_search_beside_the_answer_was_made_only_in_an_episode_of_one_turn():
 def test_gold_answers_of_which_normalising_leaves_nothing(answer, gold, exact, part):
     assert rewards.exact_match(answer, [gold]) is exact
     assert rewards.sub_exact_match(answer, [gold, ""]) is part
+
+
+def test_the_strict_form_is_an_option_of_the_command(tmp_path):
+    line = {"turns": ["<reason>r</reason> So: <answer>Tagus</answer>"], "answers": ["tagus"]}
+    for arguments, right in (((), True), (["--strict_form"], False)):
+        process, out = reward_file(tmp_path, [line], *arguments)
+        assert process.returncode == 0, process.stderr
+        assert out[0]["format"] is right
+        assert out[0]["reward"] == pytest.approx(1.0 if right else 0.9)
+
+
+def test_no_mean_is_claimed_where_no_episode_could_be_scored(tmp_path):
+    process, _ = reward_file(tmp_path, [{"turns": 3}])
+    assert process.stdout.startswith("scored 0 of 1 episodes, 0 correct")

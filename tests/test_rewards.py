@@ -449,20 +449,6 @@ def test_options(tmp_path):
     assert out[0]["reward"] == pytest.approx(0.5 * 0.8**2 + 0.5)
 
 
-def test_the_strict_form_is_an_option_of_the_command(tmp_path):
-    line = {"turns": ["<reason>r</reason> So: <answer>Tagus</answer>"], "answers": ["tagus"]}
-    for arguments, right in (((), True), (["--strict_form"], False)):
-        process, out = reward_file(tmp_path, [line], *arguments)
-        assert process.returncode == 0, process.stderr
-        assert out[0]["format"] is right
-        assert out[0]["reward"] == pytest.approx(1.0 if right else 0.9)
-
-
-def test_no_mean_is_claimed_where_no_episode_could_be_scored(tmp_path):
-    process, _ = reward_file(tmp_path, [{"turns": 3}])
-    assert process.stdout.startswith("scored 0 of 1 episodes, 0 correct")
-
-
 @pytest.mark.parametrize(
     "argument, words",
     [
