@@ -64,7 +64,7 @@ class Teller:
         return {
             "action": turn.action,
             "payload": turn.payload,
-            "reason": turn.reason,
+            "reason": turn.reason if turn.strict_form else None,
             "problem": turn.problem,
             "text": text,
         }
