@@ -104,12 +104,15 @@ class Data:
     Attributes:
       train, validation: parquet files (for `sft` JSONL, and no validation), directories of them, or
         patterns.
+      image_roots: directories in which pictures (of `sft` also indexes) may lie that the files
+        name, beside the folder of the file that names them.
       max_bad_rows: rows or lines that cannot be used, after which a run stops.
       validation_rows: of the validation files, the first so many; 0: all.
     """
 
     train: tuple[str, ...] = ()
     validation: tuple[str, ...] = ()
+    image_roots: tuple[str, ...] = ()
     max_bad_rows: int = 100
     validation_rows: int = 0
 

@@ -33,6 +33,7 @@ from typing import Any
 from absl import flags
 
 from mmsr1_jax import config as settings
+from mmsr1_jax import outputs
 from mmsr1_jax.data import DataError, QuestionSource, curation, write_parquet
 from mmsr1_jax.data.curation import Attempt
 from mmsr1_jax.evaluation import lines
@@ -48,8 +49,9 @@ def main(argv) -> int:
     out = pathlib.Path(_OUT.value)
     try:
         mix = curation.read_mix(_MIX.value)
-        made_with = roll_out(_CONFIG.value, _MODEL.value, out)
-        found = decide(_CONFIG.value, made_with, out, mix, _KEEP.value)
+        with outputs.lock(out):
+            made_with = roll_out(_CONFIG.value, _MODEL.value, out)
+            found = decide(_CONFIG.value, made_with, out, mix, _KEEP.value)
     except (ValueError, OSError) as error:  # settings, checkpoint, data, tools: said in one line
         sys.exit(f"error: {error}")
     print(curation.table(found))
@@ -126,6 +128,7 @@ def decide(
     """
     source = QuestionSource(
         config.data.train,
+        image_roots=config.data.image_roots,
         max_bad_rows=config.data.max_bad_rows,
         max_file_pixels=config.images.max_file_pixels,
     )

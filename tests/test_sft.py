@@ -385,7 +385,10 @@ def test_lines_that_cannot_be_used_are_named(material, tmp_path, capfd):
         file.write(b"\xff\n{\n\n" + b"[" * 100_000 + b"\n")
     bad |= {"not UTF-8": 0, "cannot be read (Expecting property name": 0, "nested too deeply": 0}
     processor = Processor.from_directory(material / "policy")
-    config = config_of(material, data_train=(str(path),), data_max_bad_rows=len(bad))
+    roots = (str(material),)
+    config = config_of(
+        material, data_train=(str(path),), data_max_bad_rows=len(bad), data_image_roots=roots
+    )
     stories.prepare(tmp_path / "stories.jsonl", config, processor, MODEL)
     assert len(stories.load(tmp_path / "stories.jsonl", config)) == 2
     said = [line for line in capfd.readouterr().err.splitlines() if "; left out" in line]

@@ -3,7 +3,8 @@
 column        needed  what is taken from it
 prompt        yes     list of {content, role}: the question is what the one user message says,
                       without "<image>" marks around it; a system message is left out
-images        yes     list of {bytes, path}: bytes of files, or paths from the parquet's folder
+images        yes     list of {bytes, path}: bytes of files, or paths from the parquet's folder that
+                      lead to files in it
 reward_model  yes     {ground_truth, candidate_answers}: the answer; other forms of it, as JSON
                       in a string, as a list, or null; numbers and nulls in it as `data/cells.py`
                       reads them
@@ -17,7 +18,6 @@ import dataclasses
 import glob
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -25,7 +25,9 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
+from mmsr1_jax import outputs
 from mmsr1_jax.data import cells
+from mmsr1_jax.files import FileRefusedError, inside, read_regular
 from mmsr1_jax.rollout.episode import Example
 
 _MARK = "<image>"
@@ -155,9 +157,14 @@ class QuestionFile:
                 row += 1
 
     def pictures(
-        self, group: int, rows: Iterable[int]
+        self, group: int, rows: Iterable[int], image_roots: Sequence[str] = ()
     ) -> Iterator[tuple[int, tuple[bytes, ...] | BadRow]]:
         """Rows of a row group, ascending, each with the bytes of its picture files, not decoded.
+
+        Args:
+          group: number of the row group.
+          rows: numbers of rows in it.
+          image_roots: directories in which named pictures may lie, beside the file's own folder.
 
         Raises DataError where the file cannot be read, or is not the one that was opened.
         """
@@ -167,7 +174,7 @@ class QuestionFile:
             for i in range(batch.num_rows):
                 if row in wanted:
                     try:
-                        yield row, _images(batch.column(0)[i], self.path.parent)
+                        yield row, _images(batch.column(0)[i], self.path.parent, image_roots)
                     except _BadFieldError as error:
                         yield row, BadRow(str(self.path), row, error.field, error.reason)
                 row += 1
@@ -193,26 +200,24 @@ def write_parquet(path: str | pathlib.Path, questions: Iterable[Question]) -> in
 
     The file appears when it is complete. About 16 MB of pictures are in memory at a time.
     """
-    path, count = pathlib.Path(path), 0
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    count = 0
+    with (
+        outputs.new_file(path) as partial,
         # Pages of few pictures, so that a reader need not hold many; pictures are all different.
-        with parquet.ParquetWriter(
+        parquet.ParquetWriter(
             partial, _SCHEMA, use_dictionary=["data_source", "category"], write_batch_size=4
-        ) as writer:
-            rows, size = [], 0
-            for question in questions:
-                rows.append(_row(question))
-                count += 1
-                size += sum(map(len, question.images))
-                if size >= _GROUP_BYTES:
-                    writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
-                    rows, size = [], 0
-            if rows:
+        ) as writer,
+    ):
+        rows, size = [], 0
+        for question in questions:
+            rows.append(_row(question))
+            count += 1
+            size += sum(map(len, question.images))
+            if size >= _GROUP_BYTES:
                 writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+                rows, size = [], 0
+        if rows:
+            writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
     return count
 
 
@@ -333,20 +338,17 @@ def _plain(value: Any, field: str) -> str:
         raise _BadFieldError(field, str(error)) from None
 
 
-def _images(cell: pa.Scalar, folder: pathlib.Path) -> tuple[bytes, ...]:
+def _images(cell: pa.Scalar, folder: pathlib.Path, image_roots: Sequence[str]) -> tuple[bytes, ...]:
     """Bytes of the picture files of a row. Raises _BadFieldError."""
     images = []
     for number, entry in enumerate(_cell("images", cell) or ()):
         field, entry = f"images[{number}]", entry or {}
         data, path = entry.get("bytes"), _plain(entry.get("path"), f"{field}.path")
         if data is None and path:
-            file = folder / path
             try:
-                data = file.read_bytes() if file.is_file() else None
-            except OSError as error:
-                raise _BadFieldError(field, f"{file}: {error.strerror or error}") from None
-            if data is None:
-                raise _BadFieldError(field, f"{file}: no such file")
+                data = read_regular(inside(path, folder, image_roots))
+            except FileRefusedError as error:
+                raise _BadFieldError(field, str(error)) from None
         if not isinstance(data, bytes) or not data:
             raise _BadFieldError(field, "neither bytes nor path")
         images.append(data)

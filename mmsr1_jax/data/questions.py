@@ -36,6 +36,7 @@ class QuestionSource:
 
     Args of the constructor:
       where: see `parquet.find_files`.
+      image_roots: see `QuestionFile.pictures`.
       max_bad_rows: with more bad rows than this, DataError is raised.
       max_file_pixels: see `images.open_image`.
     """
@@ -44,12 +45,14 @@ class QuestionSource:
         self,
         where: str | pathlib.Path | Sequence[str | pathlib.Path],
         *,
+        image_roots: Sequence[str] = (),
         max_bad_rows: int = 100,
         max_file_pixels: int = DEFAULT_MAX_FILE_PIXELS,
     ):
         """Raises DataError: no such file, one that is not parquet or lacks a column, no question
         that can be used, or too many that cannot."""
         self.bad: list[BadRow] = []
+        self._image_roots = tuple(image_roots)
         self._max_bad_rows, self._max_file_pixels = max_bad_rows, max_file_pixels
         self._lock = threading.Lock()
         self._sound: set[int] = set()  # numbers whose pictures were decoded once
@@ -121,7 +124,8 @@ class QuestionSource:
 
         for (file, group), members in itertools.groupby(numbers, place):
             wanted = {self._questions[number].row: number for number in members}
-            for row, images in self._files[file].pictures(group, wanted.keys()):
+            pictures = self._files[file].pictures(group, wanted.keys(), self._image_roots)
+            for row, images in pictures:
                 number = wanted[row]
                 if not isinstance(images, BadRow) and number not in self._sound:
                     images = self._checked(images, self._questions[number])

@@ -6,6 +6,9 @@
                       without end tokens; the searches that they ask for are made by the tools,
                       or, with "index": path of a local index, in that
 
+Pictures and indexes lie in the folder of the file that names them (of a run's `episodes/`, also in
+`pictures/` beside it), or in one of `config.data.image_roots`.
+
 All is read, told and checked once, when a run begins, and lies in the run's directory from then on:
 
     files ──prepare──► RUN/stories.jsonl, RUN/pictures/ ──load──► lessons ──chosen──► a step
@@ -30,6 +33,7 @@ from tqdm import tqdm
 from mmsr1_jax import config as settings
 from mmsr1_jax.batching import TooLongError
 from mmsr1_jax.data.parquet import DataError
+from mmsr1_jax.files import FileRefusedError, check_regular, inside
 from mmsr1_jax.images import ImageError, ImageProcessor, read_picture, write_picture
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 from mmsr1_jax.processor import Processor, Prompt
@@ -39,7 +43,7 @@ from mmsr1_jax.rollout.device import check_image
 from mmsr1_jax.rollout.episode import Episode, Example
 from mmsr1_jax.rollout.retell import Story, retell
 from mmsr1_jax.rollout.rules import Rules
-from mmsr1_jax.tools import Observation, Query, Tool
+from mmsr1_jax.tools import Observation, Query, Tool, local
 from mmsr1_jax.tools.make import check_services, make_tools
 
 _AT_ONCE = 64  # lines whose pictures are in memory at a time
@@ -174,7 +178,7 @@ def load(path: pathlib.Path, config: settings.Config) -> list[Lesson]:
             for line in file:
                 data = json.loads(line)
                 episode = Episode.from_json(data)
-                files = tuple(path.parent / name for name in data["images"])
+                files = tuple(inside(name, path.parent) for name in data["images"])
                 lessons.append(Lesson(episode.tokens, episode.loss_mask, files))
         except DataError:
             raise
@@ -205,10 +209,10 @@ def _episodes(
 ) -> Iterator[tuple[str, Episode | Story | LineError, Episode | LineError]]:
     """For each line, in order: where it is, what it holds, and the episode; not checked yet."""
     lines = ((file, number, text) for file in files for number, text in _lines(file))
-    rules = make_rules(config, processor, model_config)
+    rules, roots = make_rules(config, processor, model_config), config.data.image_roots
     tools_of = functools.cache(lambda index: _tools(config, index))  # saved episodes need none
     while batch := list(itertools.islice(lines, _AT_ONCE)):
-        read = [_read(file, number, text, processor.images) for file, number, text in batch]
+        read = [_read(file, number, text, processor.images, roots) for file, number, text in batch]
         told: dict[pathlib.Path | None, Iterator[Episode]] = {}
         for index in {item.index for item in read if isinstance(item, Story)}:
             rows = [item for item in read if isinstance(item, Story) and item.index == index]
@@ -280,7 +284,11 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _read(
-    file: pathlib.Path, number: int, text: bytes, images: ImageProcessor
+    file: pathlib.Path,
+    number: int,
+    text: bytes,
+    images: ImageProcessor,
+    roots: Sequence[str] = (),
 ) -> Episode | Story | LineError:
     """What a line holds, or why it cannot be used. Never raises, whatever is in it."""
     try:
@@ -288,8 +296,8 @@ def _read(
         if not isinstance(data, dict):
             return LineError("must be an object")
         if "segments" in data:
-            return _saved(data, file.parent, images)
-        return _row(data, file, number)
+            return _saved(data, file.parent, images, roots)
+        return _row(data, file, number, roots)
     except (LineError, ImageError) as error:
         return LineError(str(error))
     except UnicodeDecodeError as error:
@@ -300,17 +308,22 @@ def _read(
         return LineError(f"cannot be read ({error})")
 
 
-def _saved(data: dict, folder: pathlib.Path, images: ImageProcessor) -> Episode:
+def _saved(
+    data: dict, folder: pathlib.Path, images: ImageProcessor, roots: Sequence[str]
+) -> Episode:
     """A saved episode with its pictures. Raises ValueError."""
     if data.get("end") == "error":
         raise LineError(f"an episode that could not be run: {data.get('error')}")
     if data.get("image_grids") and "images" not in data:
         raise LineError("an episode with pictures that does not say where they are: no 'images'")
     paths = _texts(data, "images") if data.get("images") else []
-    return Episode.from_json(data, [read_picture(folder / path, images) for path in paths])
+    if folder.name == "episodes":  # of a run, whose pictures are beside it
+        roots = (*roots, folder.parent / "pictures")
+    found = [_picture(path, folder, roots, "images") for path in paths]
+    return Episode.from_json(data, [read_picture(path, images) for path in found])
 
 
-def _row(data: dict, file: pathlib.Path, number: int) -> Story:
+def _row(data: dict, file: pathlib.Path, number: int, roots: Sequence[str] = ()) -> Story:
     """A question and its turns. Raises LineError."""
     for field in ("question", "turns"):
         if field not in data:
@@ -322,7 +335,8 @@ def _row(data: dict, file: pathlib.Path, number: int) -> Story:
         raise LineError("'turns' must be texts that are not empty, at least one")
     if data.get("image") is not None and data.get("images"):
         raise LineError("has both 'image' and 'images'")
-    if data.get("image") is not None:
+    field = "images" if data.get("image") is None else "image"
+    if field == "image":
         data = data | {"images": [data["image"]]}
     paths = _texts(data, "images") if data.get("images") else []
     name, index = data.get("id"), data.get("index")
@@ -330,17 +344,39 @@ def _row(data: dict, file: pathlib.Path, number: int) -> Story:
         raise LineError("'id' must be a text")
     if not isinstance(index, (str, type(None))):
         raise LineError("'index' must be the path of a local index")
-    if index is not None and not (file.parent / index).exists():
-        raise LineError(f"'index': {file.parent / index} is not there")
     return Story(
         Example(
             id=f"{file.name}:{number}" if name is None else str(name),
             question=question,
-            images=[file.parent / path for path in paths],
+            images=[_picture(path, file.parent, roots, field) for path in paths],
         ),
         turns,
-        None if index is None else file.parent / index,
+        None if index is None else _index(index, file.parent, roots),
     )
+
+
+def _picture(
+    name: str, folder: pathlib.Path, roots: Sequence[str | pathlib.Path], field: str
+) -> pathlib.Path:
+    """The path of a picture that a line names. Raises LineError."""
+    try:
+        path = inside(name, folder, roots)
+        check_regular(path)
+        return path
+    except FileRefusedError as error:
+        raise LineError(f"{field!r}: {error}") from None
+
+
+def _index(name: str, folder: pathlib.Path, roots: Sequence[str]) -> pathlib.Path:
+    """The path of a local index that a line names. Raises LineError."""
+    try:
+        path = inside(name, folder, roots)
+        for file in (local.FILE, "pages.jsonl"):
+            if os.path.lexists(path / file):
+                inside(path / file, folder, roots)
+        return path
+    except FileRefusedError as error:
+        raise LineError(f"'index': {error}") from None
 
 
 def _texts(data: dict, field: str) -> list[str]:

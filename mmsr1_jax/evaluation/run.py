@@ -20,7 +20,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from mmsr1_jax import config as settings
-from mmsr1_jax import rewards, running, sharding
+from mmsr1_jax import redaction, rewards, running, sharding
 from mmsr1_jax.checkpoint import Checkpoints
 from mmsr1_jax.data import DataError, Question, QuestionSource, benchmarks, stories
 from mmsr1_jax.evaluation import lines
@@ -107,6 +107,7 @@ class Source:
         self._benchmark, self._rows = config.eval.benchmark, config.eval.rows
         self._where = config.eval.data or config.data.validation
         self._bounds = {
+            "image_roots": config.data.image_roots,
             "max_bad_rows": config.data.max_bad_rows,
             "max_file_pixels": config.images.max_file_pixels,
         }
@@ -250,7 +251,7 @@ def _made_with(
     for name in config.eval.workflows:
         texts = json.dumps(prompts.load(config.turns.prompts, name), sort_keys=True)
         found[_PROMPTS + name] = hashlib.blake2b(texts.encode(), digest_size=16).hexdigest()
-    return json.loads(json.dumps(found))
+    return json.loads(json.dumps(redaction.redact(found)))
 
 
 def _stamps(files: Iterable[pathlib.Path]) -> list[list[Any]]:

@@ -5,8 +5,8 @@ import hashlib
 import io
 import os
 import pathlib
-import stat
 
+from mmsr1_jax.files import read_regular
 from mmsr1_jax.image_files import ImageError, open_image
 
 QUESTION, RESULT = 320, 160  # pixels of the longer side
@@ -74,12 +74,7 @@ class Pictures:
         real = pathlib.Path(os.path.realpath(path))
         if not any(real.is_relative_to(folder) for folder in self._folders):
             raise ImageError("not in the directory that is read; --pictures=DIR allows another")
-        found = real.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise ImageError("not a regular file")
-        if found.st_size > _LARGEST:
-            raise ImageError(f"{found.st_size} bytes are more than {_LARGEST}")
-        return real.read_bytes()
+        return read_regular(real, max_bytes=_LARGEST)
 
 
 def _small(file: bytes, side: int) -> str:

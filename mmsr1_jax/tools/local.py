@@ -15,18 +15,19 @@ import contextlib
 import functools
 import io
 import json
-import os
 import pathlib
 import sqlite3
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import imagehash
 import numpy as np
 import PIL.Image
 
+from mmsr1_jax import outputs
+from mmsr1_jax.files import check_regular, inside
 from mmsr1_jax.image_files import ImageError, open_image
 from mmsr1_jax.tools.passages import best_passages
 from mmsr1_jax.tools.tool import Observation, Picture, Query, Result, image_result, text_result
@@ -71,6 +72,7 @@ def build(
     pictures: Iterable[str | pathlib.Path] = (),
     *,
     embed: Embed | None = None,
+    image_roots: Sequence[str] = (),
 ) -> tuple[int, int]:
     """Writes `out/index.sqlite`, which appears when it is complete.
 
@@ -79,8 +81,10 @@ def build(
       pages: JSONL files, {"url", "title", "snippet", "summary" or "text"} a line; all but one may
         be missing.
       pictures: JSONL files, {"image": PATH, "title" or "titles", "link"} a line; a path is looked
-        up beside the file.
+        up beside the file, and leads to a file in that folder: an index shows what it holds to
+        others, and the lines may come from others.
       embed: with it, pictures can be searched for by embeddings too.
+      image_roots: directories in which pictures may lie, beside the folders of `pictures`.
 
     Lines that cannot be used are named and left out.
 
@@ -89,26 +93,26 @@ def build(
 
     Raises:
       LocalIndexError: a file that cannot be read, or nothing in any of them.
+      LockedError: another process writes to `out`.
     """
     out = pathlib.Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / f".{FILE}.{os.getpid()}.partial"
-    partial.unlink(missing_ok=True)
-    try:
-        with contextlib.closing(sqlite3.connect(partial)) as connection:
-            counts = _fill(connection, pages, pictures, embed)
-            connection.commit()
-        os.replace(partial, out / FILE)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        outputs.lock(out),
+        outputs.new_file(out / FILE) as partial,
+        contextlib.closing(sqlite3.connect(partial)) as connection,
+    ):
+        counts = _fill(connection, pages, pictures, embed, image_roots)
+        connection.commit()
     return counts
 
 
-def _fill(connection: sqlite3.Connection, pages, pictures, embed: Embed | None) -> tuple[int, int]:
+def _fill(
+    connection: sqlite3.Connection, pages, pictures, embed: Embed | None, image_roots: Sequence[str]
+) -> tuple[int, int]:
     connection.executescript(_SCHEMA)
     if embed is not None:
         connection.execute("INSERT INTO embedded VALUES (?)", (embed.fingerprint,))
-    to_rows = functools.partial(_picture, embed=embed)
+    to_rows = functools.partial(_picture, embed=embed, image_roots=image_roots)
     page_rows = (row for path in pages for row in _read(path, _page))
     picture_rows = (row for path in pictures for row in _read(path, to_rows))
     connection.create_function("search_form", 1, search_form, deterministic=True)
@@ -158,7 +162,7 @@ class LocalIndex:
             self._open(sqlite3.connect(uri, uri=True, check_same_thread=False))
         else:
             connection = sqlite3.connect(":memory:", check_same_thread=False)
-            _fill(connection, [path / "pages.jsonl" if path.is_dir() else path], [], None)
+            _fill(connection, [path / "pages.jsonl" if path.is_dir() else path], [], None, ())
             self._open(connection)
 
     def _open(self, connection: sqlite3.Connection) -> None:
@@ -293,19 +297,23 @@ def _page(entry: dict, _: pathlib.Path) -> list[tuple]:
     return [(*values[:3], values[3] or values[4])]
 
 
-def _picture(entry: dict, folder: pathlib.Path, embed: Embed | None) -> list[tuple]:
+def _picture(
+    entry: dict, folder: pathlib.Path, embed: Embed | None, image_roots: Sequence[str]
+) -> list[tuple]:
     path, titles = _text(entry, "image"), entry.get("titles", [entry.get("title")])
     if not path:
         raise ValueError("no 'image'")
     if not isinstance(titles, list) or not titles or not all(isinstance(t, str) for t in titles):
         raise ValueError("'title' must be text, or 'titles' a list of texts")
-    image = open_image(folder / path)
+    file = inside(path, folder, image_roots, allow="--image_roots")
+    check_regular(file)
+    image = open_image(file)
     bits = hash_of(image)
     embedding = None if embed is None else embed(image).astype(_EMBEDDING).tobytes()
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    file = io.BytesIO()
-    image.save(file, "jpeg", quality=85)
-    link, thumbnail = _text(entry, "link"), file.getvalue()
+    small = io.BytesIO()
+    image.save(small, "jpeg", quality=85)
+    link, thumbnail = _text(entry, "link"), small.getvalue()
     return [(bits, _valid(title), link, thumbnail, embedding) for title in titles]
 
 

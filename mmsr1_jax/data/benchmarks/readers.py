@@ -44,11 +44,13 @@ from mmsr1_jax.data.benchmarks.tables import (
 )
 from mmsr1_jax.data.parquet import BadRow, DataError, Question
 from mmsr1_jax.data.questions import QuestionSource
+from mmsr1_jax.files import FileRefusedError, check_regular, inside, read_regular
 from mmsr1_jax.image_files import DEFAULT_MAX_FILE_PIXELS, ImageError, image_size
 from mmsr1_jax.images import ImageProcessor
 
 _PEOPLE = 10  # who answered a question of OK-VQA
 _PAGE = r"page_\d+"
+_DOCUMENT_BYTES = 500_000_000  # of a PDF
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,7 @@ class _Context:
     processor: ImageProcessor
     page_tokens: int
     max_file_pixels: int
+    image_roots: tuple[str, ...] = ()
     document: dict[str, tuple[tuple[bytes, ...], int]] = dataclasses.field(default_factory=dict)
 
 
@@ -101,6 +104,7 @@ def read(
     *,
     processor: ImageProcessor | None = None,
     page_tokens: int = 6144,
+    image_roots: Sequence[str] = (),
     max_bad_rows: int = 100,
     max_file_pixels: int = DEFAULT_MAX_FILE_PIXELS,
 ) -> Iterator[Question]:
@@ -116,6 +120,8 @@ def read(
         `page_processor` of it, which has to be the one by which they are shown.
       page_tokens: of all pages of a question, see `pages.fit_pages`. The default leaves a quarter
         of the 8,192 tokens of an episode for the rest.
+      image_roots: directories in which pictures and documents may lie to which symbolic links in
+        the data's folder lead.
       max_bad_rows: with more bad rows than this, DataError is raised.
       max_file_pixels: see `images.open_image`.
 
@@ -126,7 +132,12 @@ def read(
     paths = files(name, where)
     if name in _VERL:
         return iter(
-            QuestionSource(paths, max_bad_rows=max_bad_rows, max_file_pixels=max_file_pixels)
+            QuestionSource(
+                paths,
+                image_roots=image_roots,
+                max_bad_rows=max_bad_rows,
+                max_file_pixels=max_file_pixels,
+            )
         )
     benchmark = _BENCHMARKS[name]
     if benchmark.question is _mmlongbench:
@@ -136,7 +147,7 @@ def read(
         processor = page_processor(processor)
     tables = [
         (
-            _Context(path, processor, page_tokens, max_file_pixels),
+            _Context(path, processor, page_tokens, max_file_pixels, tuple(image_roots)),
             open_rows(path, benchmark.needed, benchmark.optional, benchmark.expand),
         )
         for path in paths
@@ -259,9 +270,9 @@ def _livevqa(row: Row, context: _Context) -> dict[str, Any]:
     if path is None or ".." in pathlib.PurePath(name).parts:
         raise BadFieldError("query_image", f"{folder / name}: no such file, nor a folder deeper")
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BadFieldError("query_image", f"{path}: {error.strerror or error}") from None
+        data = read_regular(inside(path, folder, context.image_roots))
+    except FileRefusedError as error:
+        raise BadFieldError("query_image", str(error)) from None
     return {
         "id": text(row, "sample_id"),
         "question": text(row, "query"),
@@ -342,6 +353,11 @@ def _mmlongbench(row: Row, context: _Context) -> dict[str, Any]:
         path = next((f / name for f in folders if (f / name).is_file()), None)
         if path is None or pathlib.PurePath(name).name != name:
             raise BadFieldError("doc_id", f"{folders[0] / name}: no such file")
+        try:
+            path = inside(path.name, path.parent, context.image_roots)
+            check_regular(path, max_bytes=_DOCUMENT_BYTES)
+        except FileRefusedError as error:
+            raise BadFieldError("doc_id", str(error)) from None
         shown, left_out = render_pdf(path, context.page_tokens, context.processor)
         context.document.clear()
         context.document[name] = shown, left_out

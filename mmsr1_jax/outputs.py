@@ -1,0 +1,233 @@
+"""Output files and directories: one writer at a time, complete or absent at any moment.
+
+    lock(DIR)             DIR/.lock       while a command works in DIR
+    new_file(PATH)        .NAME.partial   locked by itself, renamed to PATH when complete
+    new_directory(DIR)    .NAME.partial/  exchanged with DIR in one step; .NAME.lock meanwhile
+
+Locks are `flock`s, which the kernel releases when their process ends in any way: none is ever
+stale. What a killed process leaves behind is removed by the next `lock` of the directory.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import pathlib
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+
+_LEFT_OVER = re.compile(r"\.(.+)\.(partial|old)(?:-journal|-wal|-shm)?")
+_FOLDERS = ("", "episodes", "pictures")  # of a locked directory, which are swept
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+_held: list[pathlib.Path] = []
+
+
+class LockedError(OSError):
+    """Another process writes the same output; the message names it and that process."""
+
+
+@contextlib.contextmanager
+def lock(directory: str | os.PathLike) -> Iterator[None]:
+    """Hold a directory against other commands until the block or the process ends.
+
+    Makes the directory if need be, and removes what killed processes have left in it.
+
+    Raises:
+      LockedError: another process holds it.
+      OSError: the directory cannot be made or written.
+    """
+    path = pathlib.Path(directory)
+    made = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(path / ".lock", path):
+            for name in _FOLDERS:
+                _sweep(path / name)
+            _held.append(path)
+            try:
+                yield
+            finally:
+                _held.remove(path)
+    finally:
+        if made:
+            with contextlib.suppress(OSError):
+                path.rmdir()  # only if nothing was written
+
+
+def held() -> list[pathlib.Path]:
+    """Return the directories that this process holds."""
+    return list(_held)
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yield an empty file beside `path` that takes its place when the block ends without error.
+
+    Raises:
+      LockedError: another process is writing `path`.
+      OSError: the file cannot be written.
+    """
+    path = pathlib.Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    descriptor = _acquire(partial, path)
+    try:
+        os.ftruncate(descriptor, 0)
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def new_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yield an empty directory that takes the place of `directory` when the block ends without
+    error. Whatever was in `directory` goes away.
+
+    A reader finds the old directory or the new one at any moment. Only a filesystem that cannot
+    exchange two names (some NFS) has a moment with neither; a process killed then leaves the old
+    one as `.NAME.old`, and the next `lock` of the parent, or `new_directory`, brings it back.
+
+    Raises:
+      LockedError: another process is writing `directory`.
+      OSError: it cannot be written.
+    """
+    target = pathlib.Path(os.path.realpath(directory))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    with _locked(target.with_name(f".{target.name}.lock"), target):
+        _recover(target)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            for folder, _, names in os.walk(partial):
+                for name in names:
+                    _sync(os.path.join(folder, name))
+                _sync(folder)
+            _exchange(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # the old one, or what was not finished
+
+
+def _exchange(partial: pathlib.Path, target: pathlib.Path) -> None:
+    if not target.exists():
+        partial.rename(target)
+    elif not _swap(partial, target):
+        print(f"{target}: this filesystem cannot exchange directories in one step; it is moved in "
+              "two steps", file=sys.stderr)  # fmt: skip
+        old = target.with_name(f".{target.name}.old")
+        target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old)
+    _sync(target.parent)
+
+
+def _swap(one: pathlib.Path, other: pathlib.Path) -> bool:
+    """Exchange two names in one step; False where system or filesystem cannot."""
+    library = ctypes.CDLL(None, use_errno=True)
+    arguments = os.fsencode(one), os.fsencode(other)
+    if hasattr(library, "renameat2"):
+        failed = library.renameat2(
+            _AT_FDCWD, arguments[0], _AT_FDCWD, arguments[1], ctypes.c_uint(_RENAME_EXCHANGE)
+        )
+    elif hasattr(library, "renamex_np"):  # macOS
+        failed = library.renamex_np(*arguments, ctypes.c_uint(_RENAME_EXCHANGE))
+    else:
+        return False
+    if failed and ctypes.get_errno() not in _NO_EXCHANGE:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
+    return not failed
+
+
+def _recover(target: pathlib.Path) -> None:
+    """Finish or undo an exchange in two steps that was killed between or after them."""
+    old = target.with_name(f".{target.name}.old")
+    if not old.is_dir():
+        return
+    if target.exists():
+        shutil.rmtree(old)
+    else:
+        old.rename(target)
+        print(f"{target}: restored; its replacement was interrupted", file=sys.stderr)
+
+
+def _sweep(folder: pathlib.Path) -> None:
+    """Remove what killed processes have left in a folder, and nothing that another one writes."""
+    entries = list(os.scandir(folder)) if folder.is_dir() and not folder.is_symlink() else []
+    for entry in entries:
+        match = _LEFT_OVER.fullmatch(entry.name)
+        if match is None or entry.is_symlink():
+            continue
+        path = folder / entry.name
+        with contextlib.suppress(LockedError):
+            if entry.is_file():
+                descriptor = _acquire(path, path)
+                path.unlink(missing_ok=True)
+                os.close(descriptor)
+            elif entry.is_dir():
+                target = folder / match[1]
+                with _locked(folder / f".{match[1]}.lock", target):
+                    _recover(target)
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path, what: pathlib.Path) -> Iterator[None]:
+    """Hold a lock file, which says who holds it."""
+    descriptor = _acquire(path, what)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: see `_acquire`
+        os.close(descriptor)
+
+
+def _acquire(path: pathlib.Path, what: pathlib.Path) -> int:
+    """Open and lock a file; return its descriptor. Raises LockedError, OSError."""
+    while True:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(path, flags, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found = os.fstat(descriptor)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(found, os.stat(path, follow_symlinks=False)):
+                    return descriptor
+            os.close(descriptor)  # its holder has just removed or renamed it
+        except (BlockingIOError, PermissionError):
+            holder = os.pread(descriptor, 100, 0).decode("utf-8", "replace")
+            os.close(descriptor)
+            known = re.fullmatch(r"process \d+ on [\w.-]+", holder)
+            raise LockedError(
+                f"{what}: in use by {holder if known else 'another process'}; wait until it has "
+                "ended, or name another place"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(descriptor)
+                raise
+            print(f"{what}: this filesystem has no locks; let no other process write there",
+                  file=sys.stderr)  # fmt: skip
+            return descriptor
+
+
+def _sync(path: str | os.PathLike) -> None:
+    """Bring a file or a directory's names to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
