@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
-from mmsr1_jax import config_training, rewards
+from mmsr1_jax import config_training, ending, redaction, rewards
 from mmsr1_jax.config_tools import (
     IMAGE_SEARCHES,
     READERS,
+    SECRET_VARIABLES,
     STORE_MODES,
     TEXT_SEARCHES,
     Services,
@@ -235,6 +236,7 @@ def get_config() -> Config:
 def validate(config: Config) -> Config:
     """Returns `config` if it can be, else raises ConfigError naming the field."""
     _check_types(config, "config")
+    _check_addresses(dataclasses.asdict(config), "config")
     _one_of("model.dtype", config.model.dtype, DTYPES)
     _one_of("model.attention", config.model.attention, IMPLEMENTATIONS)
     _one_of("model.remat", config.model.remat, REMAT)
@@ -358,6 +360,21 @@ def _check_types(value, where: str) -> None:
             raise ConfigError(f"{path} must be of type {shown}, not {child!r}")
 
 
+def _check_addresses(value, where: str) -> None:
+    """Raises ConfigError where an address holds a secret: settings are written to files and logs.
+    The message does not show it."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_addresses(item, f"{where}.{name}")
+    elif isinstance(value, tuple):
+        for item in value:
+            _check_addresses(item, where)
+    elif isinstance(value, str) and (found := redaction.find_secret(value)):
+        variable = SECRET_VARIABLES.get(where.rpartition(".")[2])
+        place = f"put it into the environment variable {variable}" if variable else "take it out"
+        raise ConfigError(f"{where}: the address holds {found}; {place}")
+
+
 def _has_type(value, hint) -> bool:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -376,8 +393,11 @@ def define_flag() -> flags.FlagHolder:
     return config_flags.DEFINE_config_file("config", None, "a file with get_config(); see configs/")
 
 
-def run(main: Callable[[Sequence[str]], int | None]) -> None:
-    """`absl.app.run`, but a mistake in flags or settings ends the program with one line."""
+def run(
+    main: Callable[[Sequence[str]], int | None], *, interrupted: int = ending.INTERRUPTED
+) -> None:
+    """`absl.app.run`, but a mistake in flags or settings ends the program with one line, and so
+    does Ctrl-C, with the exit code `interrupted` (`ending.guard`). Does not return."""
 
     def parse(argv):
         try:
@@ -392,7 +412,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             logging.getLogger(name).setLevel(logging.WARNING)
         return main(argv)
 
-    app.run(quietly, flags_parser=parse)
+    app.run(ending.guard(quietly, interrupted=interrupted), flags_parser=parse)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:

@@ -6,6 +6,17 @@ TEXT_SEARCHES = ("auto", "none", "local", "serpapi", "serper", "searxng", "retri
 IMAGE_SEARCHES = ("auto", "none", "local", "serpapi", "serper", "fvqa")
 READERS = ("none", "local", "jina")
 STORE_MODES = ("use", "record", "replay")
+# Where the secret of a service belongs, by the field of its address; of the others, nowhere.
+SECRET_VARIABLES = {
+    "serpapi_url": "SERPAPI_API_KEY",
+    "serper_url": "SERPER_API_KEY",
+    "jina_url": "JINA_API_KEY",
+    "summariser_url": "SUMMARISER_API_KEY",
+    "judge_url": "JUDGE_API_KEY",
+    "put_url": "PUBLISHER_AUTHORIZATION or PUBLISHER_QUERY",
+    "public_url": "PUBLISHER_AUTHORIZATION or PUBLISHER_QUERY",
+    "store": "STORE_PASSWORD",
+}
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

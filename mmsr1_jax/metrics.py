@@ -8,6 +8,7 @@ import statistics
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 
+from mmsr1_jax.redaction import redact
 from mmsr1_jax.rewards import Reward
 from mmsr1_jax.rollout.episode import Episode
 
@@ -132,8 +133,8 @@ class Log:
             if not path.is_file():
                 path.write_text(uuid.uuid4().hex)
             self._wandb = wandb.init(
-                project="mmsr1_jax", dir=directory, config=dict(config), name=directory.name,
-                id=path.read_text(), resume="allow",
+                project="mmsr1_jax", dir=directory, config=redact(dict(config)),
+                name=directory.name, id=path.read_text(), resume="allow",
             )  # fmt: skip
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:

@@ -8,12 +8,13 @@ import typing
 from collections.abc import Sequence
 
 from mmsr1_jax import config as settings
+from mmsr1_jax import redaction
 
 
 def write(path: pathlib.Path, config: settings.Config, model: str) -> None:
     """`path` holds the settings and the directory that the policy came from."""
     partial = path.with_name(f".{path.name}.partial")
-    data = {"model": str(model), "config": dataclasses.asdict(config)}
+    data = redaction.redact({"model": str(model), "config": dataclasses.asdict(config)})
     partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
