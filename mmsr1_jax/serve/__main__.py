@@ -23,6 +23,7 @@ from absl import flags
 from mmsr1_jax import config as settings
 from mmsr1_jax.rollout.make import make_engine
 from mmsr1_jax.serve.app import Limits, make_app
+from mmsr1_jax.serve.connections import make_protocol
 from mmsr1_jax.serve.desk import Desk
 
 _CONFIG = settings.define_flag()
@@ -33,7 +34,7 @@ _INDEX = flags.DEFINE_string(
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0: all")
 _PORT = flags.DEFINE_integer("port", 8080, "port; 0: any that is free", 0, 65535)
 _NAMES = flags.DEFINE_multi_string("name", [], "another name by which the page is asked for")
-_CONNECTIONS = 256  # at a time; what is more is refused
+_CONNECTIONS = 256  # at a time, all with requests under way; what is more is refused
 
 
 def main(argv) -> None:
@@ -65,7 +66,8 @@ def main(argv) -> None:
     server = uvicorn.Server(
         uvicorn.Config(
             app, lifespan="off", log_level="warning", access_log=False, server_header=False,
-            limit_concurrency=_CONNECTIONS, timeout_graceful_shutdown=2,
+            limit_concurrency=_CONNECTIONS, timeout_graceful_shutdown=1,
+            http=make_protocol(), ws="none",
         )
     )  # fmt: skip
     shown = f"[{host}]" if ":" in host else host
@@ -94,4 +96,4 @@ def _is_loopback(host: str) -> bool:
 
 
 if __name__ == "__main__":
-    settings.run(main)
+    settings.run(main, interrupted=0)

@@ -67,15 +67,23 @@ class Limits:
       picture_bytes: of a file.
       picture_pixels: of a file, before it is made smaller.
       question_chars: of a question.
-      waiting: questions that wait for a lane, or are being sent.
+      waiting: questions that wait for a lane. Where there are more, the last one of the client with
+        most of them gives way to a client with fewer.
+      arriving: questions that are being sent. Where there are more, the one of which least has
+        arrived gives way.
       seconds: in which a question has to be sent.
+      grace: seconds in which nothing has to arrive; then `bytes_per_second` on average.
+      bytes_per_second: see above.
     """
 
     picture_bytes: int = 10_000_000
     picture_pixels: int = 40_000_000
     question_chars: int = 2000
     waiting: int = 32
+    arriving: int = 32
     seconds: float = 60.0
+    grace: float = 10.0
+    bytes_per_second: int = 10_000
 
 
 class Refused(Exception):
@@ -161,48 +169,82 @@ def _name(host: str) -> str:
         return ""
 
 
+@dataclasses.dataclass(eq=False)
+class _Arriving:
+    """A question that is being sent.
+
+    Attributes:
+      body: What has arrived.
+      deadline: Ends the sending; it moves on as bytes arrive.
+    """
+
+    body: bytearray
+    deadline: asyncio.Timeout
+
+    def move(self, when: float) -> None:
+        """Sets the deadline, unless it is over."""
+        if not self.deadline.expired():
+            self.deadline.reschedule(when)
+
+
 class _Answers:
     """Takes questions, and streams what happens to them."""
 
     def __init__(self, desk: Desk, processor: Processor, limits: Limits):
         self._desk, self._limits, self._processor = desk, limits, processor
         self._bytes = processor.token_bytes()
-        self._arriving = 0
+        self._arriving: dict[_Arriving, None] = {}  # the first come first
 
     async def ask(self, request: Request) -> Response:
         """POST /ask."""
         limits = self._limits
-        if len(self._desk) + self._arriving >= limits.waiting:
-            raise Refused(503, f"{limits.waiting} questions are waiting. Try again in a minute.")
-        self._arriving += 1
+        client = request.client.host if request.client else ""
+        self._check_room(client)
         try:
-            async with asyncio.timeout(limits.seconds):
-                body = await self._body(request)
+            body = await self._body(request)
             text, picture = split(body, limits)
             await run_in_threadpool(check_picture, picture, limits)
         except TimeoutError:
-            reason = f"The picture took more than {limits.seconds:g} seconds to send."
-            raise Refused(408, reason) from None
+            raise Refused(408, "The picture arrived too slowly. Try again.") from None
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
-        finally:
-            self._arriving -= 1
-        question = Question(text, picture)
-        self._desk.ask(question)
+        self._check_room(client)
+        question = Question(text, picture, client)
+        self._desk.ask(question, self._limits.waiting)
         return _Stream(self._events(question), functools.partial(self._desk.leave, question))
 
+    def _check_room(self, client: str) -> None:
+        """Raises Refused where a client's question could not wait."""
+        if not self._desk.has_room(client, self._limits.waiting):
+            reason = f"{self._limits.waiting} questions are waiting. Try again in a minute."
+            raise Refused(503, reason)
+
     async def _body(self, request: Request) -> bytes:
-        most = self._limits.picture_bytes + _line_bytes(self._limits)
+        """Raises Refused, ClientDisconnect, and TimeoutError where it comes too slowly."""
+        limits = self._limits
+        most = limits.picture_bytes + _line_bytes(limits)
         declared = request.headers.get("content-length", "")
-        body = bytearray()
-        if not (declared.isdecimal() and int(declared[:20]) > most):
-            async for piece in request.stream():
-                body += piece
-                if len(body) > most:
-                    break
-            else:
-                return bytes(body)
-        raise _too_large(self._limits)
+        if declared.isdecimal() and int(declared[:20]) > most:
+            raise _too_large(limits)
+        begin = asyncio.get_running_loop().time()
+        one = _Arriving(bytearray(), asyncio.timeout_at(begin + min(limits.grace, limits.seconds)))
+        if len(self._arriving) >= limits.arriving:
+            slowest = min(self._arriving, key=lambda other: len(other.body))
+            del self._arriving[slowest]
+            slowest.move(begin)
+        try:
+            async with one.deadline:
+                self._arriving[one] = None
+                async for piece in request.stream():
+                    one.body += piece
+                    if len(one.body) > most:
+                        raise _too_large(limits)
+                    if one in self._arriving:  # else it has given way
+                        earned = limits.grace + len(one.body) / limits.bytes_per_second
+                        one.move(begin + min(limits.seconds, earned))
+            return bytes(one.body)
+        finally:
+            self._arriving.pop(one, None)
 
     async def _events(self, question: Question) -> AsyncIterator[bytes]:
         teller = Teller(self._processor, self._bytes)
@@ -217,6 +259,10 @@ class _Answers:
                 if ahead is None:
                     yield b"\n"
                 continue
+            if what[0] == "gave way":
+                reason = "Too many questions are waiting, several of them yours. Ask again later."
+                yield _line({"event": "failed", "error": reason})
+                return
             yield _line(await run_in_threadpool(teller, *what))
             if what[0] in ("end", "failed"):
                 return

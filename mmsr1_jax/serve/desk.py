@@ -34,14 +34,16 @@ class Question:
     Attributes:
       text: of the question.
       picture: a file's bytes.
+      client: who asks, by address.
       happened: what has happened to it: `begun`; `drawn` (tokens); `turn` (a `Turn`); `reply`
         (tokens of the user turn, all pictures so far, the `ToolCall` or None); and at last `end`
-        (the episode) or `failed`. Tuples, the name first.
+        (the episode), `failed`, or `gave way` (see `Desk.ask`). Tuples, the name first.
       gone: nobody listens any more.
     """
 
     text: str
     picture: bytes
+    client: str = ""
     happened: asyncio.Queue[tuple] = dataclasses.field(default_factory=asyncio.Queue)
     gone: bool = False
     _loop: asyncio.AbstractEventLoop = dataclasses.field(default_factory=asyncio.get_running_loop)
@@ -86,11 +88,37 @@ class Desk:
         """Questions that wait for a lane."""
         return len(self._waiting)
 
-    def ask(self, question: Question) -> None:
-        """Puts a question at the end of those that wait."""
+    def has_room(self, client: str, most: int) -> bool:
+        """Whether a client's next question could wait, with at most so many that do."""
         with self._changed:
+            return len(self._waiting) < most or self._to_give_way(client) is not None
+
+    def ask(self, question: Question, most: int | None = None) -> None:
+        """Puts a question at the end of those that wait.
+
+        Args:
+          question: to be answered.
+          most: that may wait; None: any number. Where there are more, the last one of the client
+            with most of them gives way.
+        """
+        with self._changed:
+            if most is not None and len(self._waiting) >= most:
+                last = self._to_give_way(question.client) or question
+                last.tell("gave way")
+                if last is question:
+                    return
+                self._waiting.remove(last)
             self._waiting.append(question)
             self._changed.notify_all()
+
+    def _to_give_way(self, client: str) -> Question | None:
+        """The last question of the client with most that wait; None: this client would have as
+        many."""
+        counts = collections.Counter(question.client for question in self._waiting)
+        largest = max(counts, key=counts.__getitem__, default=client)
+        if counts[client] + 1 >= counts[largest]:
+            return None
+        return next(q for q in reversed(self._waiting) if q.client == largest)
 
     def ahead(self, question: Question) -> int | None:
         """How many wait before this one; None: it does not wait."""
