@@ -18,7 +18,7 @@ from typing import Any
 from absl import flags
 
 from mmsr1_jax import config as settings
-from mmsr1_jax import metrics
+from mmsr1_jax import metrics, outputs
 from mmsr1_jax.evaluation import lines
 from mmsr1_jax.evaluation.compare import compare
 from mmsr1_jax.evaluation.figures import Outcome, figures
@@ -133,7 +133,8 @@ def draw(runs: Sequence[pathlib.Path], file: pathlib.Path) -> None:
         panel.grid(alpha=0.3)
         panel.legend()
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=100)
+    with outputs.new_file(file) as partial:
+        figure.savefig(partial, dpi=100, format=file.suffix[1:] or "png")
 
 
 def _of(found: Sequence[Outcome], source: str, workflow: str) -> dict[str, Any]:

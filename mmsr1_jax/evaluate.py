@@ -24,7 +24,7 @@ import sys
 from absl import flags
 
 from mmsr1_jax import config as settings
-from mmsr1_jax import running
+from mmsr1_jax import outputs, running
 from mmsr1_jax.evaluation.compare import compare_files
 from mmsr1_jax.evaluation.extraction import finish_documents
 from mmsr1_jax.evaluation.scoring import rescore
@@ -39,9 +39,10 @@ def main(argv) -> int:
             return 0
         if _RESCORE.value:
             path = pathlib.Path(_RESCORE.value)
-            results = rescore(_CONFIG.value, path, _OUT.value)
             out = path.parent if _OUT.value is None else pathlib.Path(_OUT.value)
-            results = finish_documents(_CONFIG.value, out, results)
+            with outputs.lock(out):
+                results = rescore(_CONFIG.value, path, _OUT.value)
+                results = finish_documents(_CONFIG.value, out, results)
         else:
             from mmsr1_jax.evaluation.run import evaluate  # only here: nothing else needs a model
 
@@ -49,7 +50,8 @@ def main(argv) -> int:
             if not _OUT.value and not _WORKDIR.value:
                 raise ValueError("--out: a directory for the results is needed")
             out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value) / "evaluation")
-            results = evaluate(config, model_dir, out, checkpoint=checkpoint)
+            with outputs.lock(out):
+                results = evaluate(config, model_dir, out, checkpoint=checkpoint)
     except (ValueError, OSError) as error:  # settings, checkpoint, data, tools: said in one line
         sys.exit(f"error: {error}")
     print(table(results))

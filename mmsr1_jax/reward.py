@@ -13,7 +13,6 @@ published (`rewards.searches_in`), as texts do not say which the engine refused.
 
 import codecs
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from typing import Any
 
 from absl import app, flags
 
-from mmsr1_jax import rewards
+from mmsr1_jax import ending, outputs, rewards
 from mmsr1_jax.rollout import turns
 
 _IN = flags.DEFINE_string("episodes", None, "JSONL to read", required=True)
@@ -77,25 +76,23 @@ def reward_file(settings: rewards.Rewards, source: pathlib.Path, out: pathlib.Pa
         raise ValueError(f"--out={out}: must be a file in a directory that exists")
     if out.exists() and source.exists() and out.samefile(source):
         raise ValueError(f"--out={out}: would replace the file that is read")
-    partial = out.with_name(f".{out.name}.partial")
     lines, failed, total, correct, searching = 0, 0, 0.0, 0, 0
-    with open(source, "rb") as episodes:
-        try:
-            with open(partial, "w", encoding="utf-8") as file:
-                for number, text in read_lines(episodes):
-                    result = reward_line(number, text, settings)
-                    lines += 1
-                    if "error" in result:
-                        failed += 1
-                        print(result["error"], file=sys.stderr)
-                    else:
-                        total += result["reward"]
-                        correct += result["correct"]
-                        searching += result["searches"] > 0
-                    file.write(json.dumps(result) + "\n")
-            os.replace(partial, out)
-        finally:
-            partial.unlink(missing_ok=True)
+    with (
+        open(source, "rb") as episodes,
+        outputs.new_file(out) as partial,
+        open(partial, "w", encoding="utf-8") as file,
+    ):
+        for number, text in read_lines(episodes):
+            result = reward_line(number, text, settings)
+            lines += 1
+            if "error" in result:
+                failed += 1
+                print(result["error"], file=sys.stderr)
+            else:
+                total += result["reward"]
+                correct += result["correct"]
+                searching += result["searches"] > 0
+            file.write(json.dumps(result) + "\n")
     scored = lines - failed
     mean = f", mean reward {total / scored:.4f}" if scored else ""
     print(
@@ -175,4 +172,4 @@ def _parse_flags(argv) -> list[str]:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    app.run(ending.guard(main), flags_parser=_parse_flags)

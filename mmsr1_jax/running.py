@@ -16,7 +16,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 from mmsr1_jax import config as settings
-from mmsr1_jax import run_settings, sharding
+from mmsr1_jax import outputs, run_settings, sharding
 from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.rl import lora
 from mmsr1_jax.rl.packing import RowShape, TrainBatch
@@ -132,7 +132,8 @@ def save_policy(
         )  # fmt: skip
         print(f"{workdir / 'adapter'}: what was trained", file=sys.stderr)
     qwen2_5_vl.save(policy, workdir / "policy", source=model_dir)
-    done.write_text(str(config.run.steps))
+    with outputs.new_file(done) as partial:
+        partial.write_text(str(config.run.steps))
     print(f"{workdir / 'policy'}: the trained policy", file=sys.stderr)
 
 

@@ -5,7 +5,8 @@
 
 IN, a line: {"id": .., "messages": [{"role": .., "content": text | [parts]}]}, parts being
 {"type": "text", "text": ..} and {"type": "image", "image": PATH}; a path is looked up from the
-current directory, then from IN's.
+current directory, then from IN's. It may lie anywhere, since what is written holds nothing of a
+picture; but it must be a regular file, of at most 100 MB.
 OUT, a line, in the order of IN: {"id": .., "tokens": [..], "logprobs": [null, ..]}, or
 {"id": .., "error": ..} for a line that cannot be scored; then the exit code is 1.
 """
@@ -24,8 +25,9 @@ from flax import nnx
 from tqdm import tqdm
 
 from mmsr1_jax import config as settings
-from mmsr1_jax import sharding
+from mmsr1_jax import outputs, sharding
 from mmsr1_jax.batching import Bucket, TooLongError, bucket_of, make_rows
+from mmsr1_jax.files import FileRefusedError, check_regular
 from mmsr1_jax.images import ImageError
 from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.models.qwen2_5_vl import Rows
@@ -154,7 +156,7 @@ def prepare(
         prompt = processor.conversation(messages, max_file_pixels=config.images.max_file_pixels)
         ways = sharding.batch_ways(mesh)
         return line, prompt, bucket_of(prompt, model_config, config.buckets, ways)
-    except (ConversationError, ImageError, TooLongError) as error:
+    except (ConversationError, FileRefusedError, ImageError, TooLongError) as error:
         reason = str(error)
     except Exception as error:  # a line must never end the run, whatever is in it
         reason = f"{type(error).__name__}: {error}"
@@ -201,14 +203,17 @@ def parse_line(text: bytes) -> dict:
 
 
 def resolve_paths(messages, folder: pathlib.Path):
-    """Messages with image paths that exist only beside IN made so; anything odd is left alone."""
+    """Messages with image paths that exist only beside IN made so; anything odd is left alone.
+    Raises FileRefusedError where a path leads to something else than a regular file."""
 
     def resolve(part):
         path = part.get("image") if isinstance(part, dict) else None
-        if isinstance(path, str) and not os.path.exists(path):
+        if isinstance(path, str):
             beside = os.path.join(folder, path)
-            if os.path.exists(beside):
-                return {**part, "image": beside}
+            if not os.path.exists(path) and os.path.exists(beside):
+                path, part = beside, {**part, "image": beside}
+            if os.path.exists(path):
+                check_regular(path)
         return part
 
     if not isinstance(messages, list):
@@ -226,26 +231,21 @@ def write_in_order(results: Iterator[tuple[int, dict]], order: list[int], out: p
 
     Written beside `out` and moved there at the end.
     """
-    partial = out.with_name(f".{out.name}.partial")
     done: dict[int, dict] = {}
     remaining, failed, tokens, total = iter(order), 0, 0, 0.0
     expected = next(remaining, None)
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            for number, result in tqdm(results, total=len(order), unit=" lines", desc="score"):
-                if "error" in result:
-                    failed += 1
-                    tqdm.write(f"id {result['id']!r}, {result['error']}", file=sys.stderr)
-                else:
-                    tokens += len(result["tokens"]) - 1
-                    total += sum(result["logprobs"][1:])
-                done[number] = result
-                while expected in done:
-                    file.write(json.dumps(done.pop(expected)) + "\n")
-                    expected = next(remaining, None)
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+    with outputs.new_file(out) as partial, open(partial, "w", encoding="utf-8") as file:
+        for number, result in tqdm(results, total=len(order), unit=" lines", desc="score"):
+            if "error" in result:
+                failed += 1
+                tqdm.write(f"id {result['id']!r}, {result['error']}", file=sys.stderr)
+            else:
+                tokens += len(result["tokens"]) - 1
+                total += sum(result["logprobs"][1:])
+            done[number] = result
+            while expected in done:
+                file.write(json.dumps(done.pop(expected)) + "\n")
+                expected = next(remaining, None)
     print(
         f"scored {len(order) - failed} of {len(order)} conversations, {tokens} tokens, "
         f"mean log-prob {total / max(tokens, 1):.4f}: {out}"

@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from mmsr1_jax import compiles, metrics, run_settings, running, sharding
+from mmsr1_jax import compiles, metrics, outputs, run_settings, running, sharding
 from mmsr1_jax import config as settings
 from mmsr1_jax.checkpoint import Checkpoints
 from mmsr1_jax.data import stories
@@ -44,9 +44,10 @@ def main(argv) -> int:
     del argv
     try:
         workdir = running.workdir_of(_WORKDIR.value)
-        config, model_dir = running.settings_of(workdir, _CONFIG.value, _MODEL.value)
-        running.check_begun(workdir, config, model_dir)
-        return train(config, model_dir, workdir)
+        with outputs.lock(workdir):
+            config, model_dir = running.settings_of(workdir, _CONFIG.value, _MODEL.value)
+            running.check_begun(workdir, config, model_dir)
+            return train(config, model_dir, workdir)
     except (ValueError, OSError) as error:  # settings, checkpoint, data, tools: said in one line
         sys.exit(f"error: {error}")
 

@@ -13,6 +13,7 @@ import sys
 
 from absl import app
 
+from mmsr1_jax import ending
 from mmsr1_jax.tools.redis_store import is_redis, open_store
 from mmsr1_jax.tools.store import StoreError
 
@@ -46,4 +47,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(ending.guard(main))

@@ -16,6 +16,7 @@ from flax import nnx
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mmsr1_jax import config as settings
+from mmsr1_jax import outputs
 from mmsr1_jax.images import ImageProcessor
 from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.processor import CONTROL_TOKENS
@@ -99,12 +100,13 @@ def write(
 ):  # fmt: skip
     """Writes a random policy, its tokenizer (the one above unless another is given) and its
     processor settings as an HF directory."""
-    directory = pathlib.Path(directory)
-    qwen2_5_vl.save(random_model(config, seed, param_dtype=param_dtype), directory)
-    (tokenizer or make_tokenizer()).save(str(directory / "tokenizer.json"))
-    (directory / "preprocessor_config.json").write_text(json.dumps(images.to_hf(), indent=2))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    qwen2_5_vl.check_replaceable(directory)
+    with outputs.new_directory(directory) as partial:
+        qwen2_5_vl.save(random_model(config, seed, param_dtype=param_dtype), partial)
+        (tokenizer or make_tokenizer()).save(str(partial / "tokenizer.json"))
+        (partial / "preprocessor_config.json").write_text(json.dumps(images.to_hf(), indent=2))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+        (partial / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
 def fitted(config: qwen2_5_vl.ModelConfig, tokenizer: tokenizers.Tokenizer):

@@ -12,6 +12,7 @@ DIR/*.parquet       questions: train, heldout (new photos, facts that were never
 
 import json
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from mmsr1_jax import config as settings
-from mmsr1_jax import tiny
+from mmsr1_jax import outputs, tiny
 from mmsr1_jax.data import tiny_world, write_parquet
 from mmsr1_jax.images import ImageProcessor
 from mmsr1_jax.models import qwen2_5_vl
@@ -67,7 +68,16 @@ CONFIG = qwen2_5_vl.ModelConfig(
 def main(argv) -> None:
     del argv
     out = pathlib.Path(_OUT.value)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with outputs.lock(out):
+            write(out)
+    except (ValueError, OSError) as error:  # of the place to be written: said in one line
+        sys.exit(f"error: {error}")
+    print(f"wrote an index, questions and a random policy to {out}")
+
+
+def write(out: pathlib.Path) -> None:
+    """Writes the task that the flags ask for."""
     world = tiny_world.World.make(_SEED.value)
     tiny.write(
         out / "policy", config=CONFIG, images=IMAGES, seed=_SEED.value,
@@ -78,7 +88,6 @@ def main(argv) -> None:
         write_parquet(out / f"{split}.parquet", tiny_world.questions(world, split, count.value))
     if _STORIES.value:
         write_stories(world, out, _STORIES.value)
-    print(f"wrote an index, questions and a random policy to {out}")
 
 
 def write_stories(world: tiny_world.World, out: pathlib.Path, count: int) -> None:
@@ -103,7 +112,9 @@ def write_stories(world: tiny_world.World, out: pathlib.Path, count: int) -> Non
 def _write(stories: Sequence[Mapping[str, Any]], out: pathlib.Path, name: str) -> None:
     folder = pathlib.Path("stories", name)
     (out / folder).mkdir(parents=True, exist_ok=True)
-    with open(out / f"{name}.jsonl", "w", encoding="utf-8") as file:
+    path = out / f"{name}.jsonl"
+    path.unlink(missing_ok=True)  # first: no old line names a new picture
+    with outputs.new_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
         for number, story in enumerate(stories):
             images = []
             if story["image"] is not None:

@@ -32,7 +32,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from mmsr1_jax import compiles, fallbacks, metrics, run_settings, running, sharding
+from mmsr1_jax import compiles, fallbacks, metrics, outputs, run_settings, running, sharding
 from mmsr1_jax import config as settings
 from mmsr1_jax.checkpoint import Checkpoints
 from mmsr1_jax.data import Question, QuestionSource, batches, validation
@@ -58,9 +58,10 @@ def main(argv) -> int:
     del argv
     try:
         workdir = running.workdir_of(_WORKDIR.value)
-        config, model_dir = running.settings_of(workdir, _CONFIG.value, _MODEL.value)
-        running.check_begun(workdir, config, model_dir)
-        return train(config, model_dir, workdir)
+        with outputs.lock(workdir):
+            config, model_dir = running.settings_of(workdir, _CONFIG.value, _MODEL.value)
+            running.check_begun(workdir, config, model_dir)
+            return train(config, model_dir, workdir)
     except (ValueError, OSError) as error:  # settings, checkpoint, data, tools: said in one line
         sys.exit(f"error: {error}")
 
@@ -84,6 +85,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
     # Data
     source = QuestionSource(
         config.data.train,
+        image_roots=config.data.image_roots,
         max_bad_rows=config.data.max_bad_rows,
         max_file_pixels=config.images.max_file_pixels,
     )
@@ -92,6 +94,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
     if config.data.validation:
         held_out = QuestionSource(
             config.data.validation,
+            image_roots=config.data.image_roots,
             max_bad_rows=config.data.max_bad_rows,
             max_file_pixels=config.images.max_file_pixels,
         )

@@ -17,6 +17,7 @@ import sys
 
 from absl import app, flags
 
+from mmsr1_jax import ending
 from mmsr1_jax.report import page, reader
 
 _OUT = flags.DEFINE_string("out", None, "HTML file to write", required=True)
@@ -56,4 +57,4 @@ def _parse_flags(argv) -> list[str]:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    app.run(ending.guard(main), flags_parser=_parse_flags)

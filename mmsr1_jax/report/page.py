@@ -8,11 +8,11 @@ import base64
 import hashlib
 import html
 import json
-import os
 import pathlib
 import string
 from typing import Any
 
+from mmsr1_jax import outputs
 from mmsr1_jax.report.reader import Found
 
 _HERE = pathlib.Path(__file__).parent
@@ -25,14 +25,10 @@ def write(out: pathlib.Path, found: Found) -> int:
     """Writes the page, which appears when it is complete; returns its bytes. Pictures that are
     missing are added to `found.skipped`."""
     text = page(found)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
+    with outputs.new_file(out) as partial:
         # Half of a surrogate pair, as JSON can hold, is no text that a file can.
         partial.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(partial, out)
-        return out.stat().st_size
-    finally:
-        partial.unlink(missing_ok=True)
+    return out.stat().st_size
 
 
 def page(found: Found) -> str:

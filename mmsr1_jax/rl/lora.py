@@ -9,7 +9,6 @@ What is trained is saved apart, in the format of the PEFT library, or merged: `W
 # Ours is one layer within a scan over stacked layers: they would have no layer axis, and be lost.
 
 import json
-import os
 import pathlib
 import re
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import safetensors.numpy
 from flax import nnx
 from jax.sharding import Mesh
 
+from mmsr1_jax import outputs
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL, checkpoint
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
 from mmsr1_jax.models.qwen2_5_vl.layers import Adapter, Linear
@@ -29,6 +29,8 @@ from mmsr1_jax.rl.lora_targets import TARGETS
 from mmsr1_jax.sharding import param_shardings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What an adapter's directory is made of. Anything else in one is somebody's, and is not replaced.
+_OURS = (CONFIG, WEIGHTS, "README.md", ".gitattributes")
 _PREFIX = "base_model.model."  # PEFT's wrapper, before the names that modules have in memory
 
 
@@ -100,8 +102,8 @@ def merge_into(model: Qwen2_5_VL, adapters: nnx.State, scale: float) -> None:
 
 
 def save(adapters: nnx.State, directory, config: ModelConfig, *, alpha: float, source: str) -> None:
-    """Writes a directory that the PEFT library loads. `adapter_config.json` is there only while the
-    rest is whole.
+    """Writes a directory that the PEFT library loads, in the place of an adapter that is there
+    (`outputs.new_directory`).
 
     Args:
       adapters: see `merge`.
@@ -109,19 +111,25 @@ def save(adapters: nnx.State, directory, config: ModelConfig, *, alpha: float, s
       config: the policy's shape.
       alpha: see above.
       source: the HF directory that the adapters are for; it is named in the file.
+
+    Raises:
+      AdapterError: `directory` is there and holds other files too.
+      LockedError: another process is writing it.
     """
     target = pathlib.Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
+    others = [p.name for p in target.iterdir()] if target.is_dir() else []
+    if odd := sorted(set(others) - set(_OURS)):
+        raise AdapterError(f"{target}: holds {odd[0]}, which is not of an adapter")
     factors, tensors, modules = dict(nnx.to_flat_state(adapters)), {}, []
     table, layout = checkpoint.tensor_table(config), checkpoint.LAYOUTS[1]
     for path in _paths(factors):
         tensor = table[*path, "kernel"]
         a, b = (np.asarray(factors[*path, "adapter", name].get_value()) for name in "ab")
-        rank, (outputs, inputs) = a.shape[1], tensor.shape
+        rank, (rows, columns) = a.shape[1], tensor.shape
         for layer in range(tensor.layers):
             module = tensor.hf_name(layout, layer).removesuffix(".weight")
-            tensors[f"{_PREFIX}{module}.lora_A.weight"] = a[layer].reshape(rank, inputs)
-            tensors[f"{_PREFIX}{module}.lora_B.weight"] = b[layer].reshape(outputs, rank)
+            tensors[f"{_PREFIX}{module}.lora_A.weight"] = a[layer].reshape(rank, columns)
+            tensors[f"{_PREFIX}{module}.lora_B.weight"] = b[layer].reshape(rows, rank)
         name = tensor.hf_name(layout, None).removesuffix(".weight")
         modules.append(re.escape(name).replace(re.escape("{}"), r"\d+"))
     described = {
@@ -136,14 +144,11 @@ def save(adapters: nnx.State, directory, config: ModelConfig, *, alpha: float, s
         "target_modules": "|".join(modules),
         "inference_mode": True,
     }
-    (target / CONFIG).unlink(missing_ok=True)
-    partial = target / f".{WEIGHTS}.partial"
-    safetensors.numpy.save_file(tensors, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)  # the library makes files that only the owner can read
-    os.replace(partial, target / WEIGHTS)
-    partial = target / f".{CONFIG}.partial"
-    partial.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, target / CONFIG)
+    with outputs.new_directory(target) as partial:
+        safetensors.numpy.save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / WEIGHTS).chmod(0o644)  # the library makes files that only the owner can read
+        text = json.dumps(described, indent=2) + "\n"
+        (partial / CONFIG).write_text(text, encoding="utf-8")
 
 
 def load(directory, config: ModelConfig) -> tuple[nnx.State, float]:
@@ -172,7 +177,7 @@ def load(directory, config: ModelConfig) -> tuple[nnx.State, float]:
     arrays, wanted = [], {}
     for place in TARGETS.values():
         tensor = table[*place, "kernel"]
-        outputs, inputs = tensor.shape
+        rows, columns = tensor.shape
         # In the names of memory, or of the files as they were released.
         for layout in checkpoint.LAYOUTS:
             modules = [_PREFIX + tensor.hf_name(layout, i) for i in range(tensor.layers)]
@@ -181,9 +186,7 @@ def load(directory, config: ModelConfig) -> tuple[nnx.State, float]:
             b_names = [f"{module}.lora_B.weight" for module in modules]
             if tensors.keys().isdisjoint([*a_names, *b_names]):
                 continue
-            wanted |= dict.fromkeys(a_names, (rank, inputs)) | dict.fromkeys(
-                b_names, (outputs, rank)
-            )
+            wanted |= dict.fromkeys(a_names, (rank, columns)) | dict.fromkeys(b_names, (rows, rank))
             for letter, names, like in zip(
                 "ab", (a_names, b_names), _abstract(_linear(model, place), rank), strict=True
             ):

@@ -30,6 +30,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from mmsr1_jax import outputs
 from mmsr1_jax.tools.store import MODES, Mode, Store, StoreError
 
 _TIMEOUT = 2.0  # seconds for a connection, and for each wait for data
@@ -198,17 +199,14 @@ class RedisStore:
 
     def export(self, target: str | pathlib.Path) -> None:
         """Writes all of it as one file for `Store`, which appears when it is complete."""
-        target = pathlib.Path(target)
-        partial = target.with_name(f".{target.name}.partial")
-        partial.unlink(missing_ok=True)
         try:
-            Store(partial).close()
-            with contextlib.closing(sqlite3.connect(partial)) as connection, connection:
-                insert = "INSERT INTO entry VALUES (?, ?, ?, ?, ?)"
-                self._guarded(lambda: connection.executemany(insert, self._rows()))
+            with outputs.new_file(target) as partial:
+                Store(partial).close()
+                with contextlib.closing(sqlite3.connect(partial)) as connection, connection:
+                    insert = "INSERT INTO entry VALUES (?, ?, ?, ?, ?)"
+                    self._guarded(lambda: connection.executemany(insert, self._rows()))
         except sqlite3.Error as error:
             raise StoreError(f"{target}: {error}") from None
-        os.replace(partial, target)
 
     def take(self, source: str | pathlib.Path) -> int:
         """Takes what a file of `Store` has and this one has not, or only as a failure, to stay;

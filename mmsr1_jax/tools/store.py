@@ -20,6 +20,8 @@ from typing import Literal
 
 import tenacity
 
+from mmsr1_jax import outputs
+
 Mode = Literal["off", "use", "record", "replay"]
 MODES: tuple[str, ...] = ("off", "use", "record", "replay")
 _WAIT = 60.0  # seconds for another process's write
@@ -130,12 +132,8 @@ class Store:
 
     def export(self, target: str | pathlib.Path) -> None:
         """Writes all of it as one file, which appears when it is complete."""
-        target = pathlib.Path(target)
-        partial = target.with_name(f".{target.name}.partial")
-        partial.unlink(missing_ok=True)
-        with self._lock:
+        with outputs.new_file(target) as partial, self._lock:
             self._guarded(lambda connection: connection.execute("VACUUM INTO ?", (str(partial),)))
-        os.replace(partial, target)
 
     def take(self, source: str | pathlib.Path) -> int:
         """Takes what another store has and this one has not, or only as a failure; returns how

@@ -1,6 +1,6 @@
 """Qwen2.5-VL: configuration, vision tower, text decoder, positions and checkpoints."""
 
-from mmsr1_jax.models.qwen2_5_vl.checkpoint import load, save
+from mmsr1_jax.models.qwen2_5_vl.checkpoint import check_replaceable, load, save
 from mmsr1_jax.models.qwen2_5_vl.config import PRESETS, ModelConfig, TextConfig, VisionConfig
 from mmsr1_jax.models.qwen2_5_vl.model import Qwen2_5_VL, Rows
 from mmsr1_jax.models.qwen2_5_vl.positions import mrope_positions
@@ -14,6 +14,7 @@ __all__ = [
     "Rows",
     "TextConfig",
     "VisionConfig",
+    "check_replaceable",
     "load",
     "mrope_positions",
     "save",

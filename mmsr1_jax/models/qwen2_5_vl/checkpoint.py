@@ -6,13 +6,13 @@ which is which; reading, writing and the tests go through it.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Iterator
 
 import jax
@@ -24,6 +24,7 @@ import safetensors.numpy
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from mmsr1_jax import outputs
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
 from mmsr1_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from mmsr1_jax.models.qwen2_5_vl.vision import VisionTower
@@ -356,8 +357,8 @@ def save(
 ) -> None:
     """Writes an HF directory that `transformers` loads.
 
-    Written under a temporary name beside `directory` and then moved, so that what is there is
-    whole; an existing directory is replaced.
+    Written under a temporary name beside `directory` and then exchanged with it in one step
+    (`outputs.new_directory`).
 
     Args:
       model: the policy.
@@ -370,18 +371,15 @@ def save(
 
     Raises:
       CheckpointError: `directory` is there and is not a checkpoint, or holds other files too.
+      LockedError: another process is writing it.
     """
     target = pathlib.Path(os.path.abspath(directory))
-    _check_replaceable(target)
+    check_replaceable(target)
     files = None if source is None else _Files(pathlib.Path(source), model.config)
     layout = LAYOUTS[0] if files is None else files.layout
     tied_copy = bool(files and model.text.head is None and "lm_head.weight" in files.where)
     writing = jax.process_index() == 0
-    temporary = None
-    if writing:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with outputs.new_directory(target) if writing else contextlib.nullcontext() as temporary:
         shards = _Shards(temporary, shard_bytes)
         for name, array in hf_tensors(model, layout):
             if dtype is not None:
@@ -394,11 +392,6 @@ def save(
         shards.finish()
         if writing:
             _write_side_files(model, temporary, source, dtype)
-            temporary.chmod(0o755)
-            _replace(temporary, target)
-    finally:
-        if writing and temporary.exists():
-            shutil.rmtree(temporary)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"saved {target.name}")
 
@@ -467,7 +460,9 @@ def _write_side_files(model: Qwen2_5_VL, directory: pathlib.Path, source, dtype)
 _OURS = (".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".gitattributes")
 
 
-def _check_replaceable(target: pathlib.Path) -> None:
+def check_replaceable(directory) -> None:
+    """Raises CheckpointError where `save` would not replace a directory: see there."""
+    target = pathlib.Path(os.path.abspath(directory))
     if not target.exists():
         return
     if not target.is_dir():
@@ -478,18 +473,3 @@ def _check_replaceable(target: pathlib.Path) -> None:
         raise CheckpointError(f"{target}: holds {entries[0].name} and is not a checkpoint")
     if other:
         raise CheckpointError(f"{target}: holds {other[0]}, which is not of a checkpoint")
-
-
-def _replace(temporary: pathlib.Path, target: pathlib.Path) -> None:
-    """Moves a finished directory into place; one that was there goes away after, not before."""
-    for path in (*temporary.iterdir(), temporary):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    if not target.exists():
-        temporary.rename(target)
-        return
-    old = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-    target.rename(old / "was")
-    temporary.rename(target)
-    shutil.rmtree(old)
