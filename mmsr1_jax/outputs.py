@@ -20,7 +20,8 @@ import socket
 import sys
 from collections.abc import Iterator
 
-_LEFT_OVER = re.compile(r"\.(.+)\.(partial|old)(?:-journal|-wal|-shm)?")
+_LEFT_OVER = re.compile(r"\.(.+)\.(?:(?:partial|old)(?:-journal|-wal|-shm)?|lock)")
+_HOLDER = re.compile(r"process \d+ on [\w.-]+")  # what a lock file says
 _FOLDERS = ("", "episodes", "pictures")  # of a locked directory, which are swept
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV)
@@ -51,10 +52,8 @@ def lock(directory: str | os.PathLike) -> Iterator[None]:
             for name in _FOLDERS:
                 _sweep(path / name)
             _held.append(path)
-            try:
-                yield
-            finally:
-                _held.remove(path)
+            yield
+            _held.remove(path)
     finally:
         if made:
             with contextlib.suppress(OSError):
@@ -62,7 +61,7 @@ def lock(directory: str | os.PathLike) -> Iterator[None]:
 
 
 def held() -> list[pathlib.Path]:
-    """Return the directories that this process holds."""
+    """Return the directories that this process holds, or held when an exception ended the block."""
     return list(_held)
 
 
@@ -172,6 +171,8 @@ def _sweep(folder: pathlib.Path) -> None:
         path = folder / entry.name
         with contextlib.suppress(LockedError):
             if entry.is_file():
+                if entry.name.endswith(".lock") and not _HOLDER.fullmatch(_head(path)):
+                    continue  # another program's
                 descriptor = _acquire(path, path)
                 path.unlink(missing_ok=True)
                 os.close(descriptor)
@@ -210,7 +211,7 @@ def _acquire(path: pathlib.Path, what: pathlib.Path) -> int:
         except (BlockingIOError, PermissionError):
             holder = os.pread(descriptor, 100, 0).decode("utf-8", "replace")
             os.close(descriptor)
-            known = re.fullmatch(r"process \d+ on [\w.-]+", holder)
+            known = _HOLDER.fullmatch(holder)
             raise LockedError(
                 f"{what}: in use by {holder if known else 'another process'}; wait until it has "
                 "ended, or name another place"
@@ -222,6 +223,11 @@ def _acquire(path: pathlib.Path, what: pathlib.Path) -> int:
             print(f"{what}: this filesystem has no locks; let no other process write there",
                   file=sys.stderr)  # fmt: skip
             return descriptor
+
+
+def _head(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return file.read(100).decode("utf-8", "replace")
 
 
 def _sync(path: str | os.PathLike) -> None:

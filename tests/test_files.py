@@ -1,0 +1,197 @@
+"""What a data set names stays inside its folder, and is a regular file of bounded size."""
+
+import json
+import os
+import pathlib
+import threading
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from mmsr1_jax import files, tiny
+from mmsr1_jax.data import QuestionSource, benchmarks, stories
+from mmsr1_jax.tools import local
+
+
+@pytest.fixture
+def places(tmp_path):
+    """A folder of data with ways out of it, and a private picture beside it."""
+    data, secret = tmp_path / "data", tmp_path / "secret"
+    (data / "pictures").mkdir(parents=True)
+    secret.mkdir()
+    rng = np.random.default_rng(0)
+    for path in (data / "own.png", data / "pictures" / "deep.png", secret / "private.png"):
+        PIL.Image.fromarray(rng.integers(0, 256, (60, 60, 3), np.uint8)).save(path)
+    (data / "link.png").symlink_to(secret / "private.png")
+    (data / "folder").symlink_to(secret)
+    (data / "round.png").symlink_to(data / "round.png")
+    (data / "inner.png").symlink_to(data / "own.png")
+    os.mkfifo(data / "pipe.png")
+    (data / "pages.jsonl").write_text('{"title": "a"}\n')
+    return data, secret
+
+
+def outside(secret: pathlib.Path) -> list[str]:
+    return [
+        "../secret/private.png", str(secret / "private.png"), "pictures/../../secret/private.png",
+        "link.png", "folder/private.png", "/dev/zero", "/proc/self/environ", "/etc/passwd",
+        "../data/../secret/private.png", "/proc/self/root/etc/passwd",
+    ]  # fmt: skip
+
+
+ODD = ("pipe.png", "round.png", "none.png", "a\0b.png", "x" * 5000, "", "pictures")
+GOOD = ("own.png", "pictures/deep.png", "./own.png", "pictures/../own.png", "inner.png")
+
+
+def test_paths_are_resolved_before_they_are_compared(places, tmp_path):
+    data, secret = places
+    for name in GOOD:
+        assert files.inside(name, data).read_bytes()
+    assert files.inside(str(data / "own.png"), data) == data / "own.png"
+    for name in outside(secret):
+        with pytest.raises(files.FileRefusedError, match="image_roots allows other folders"):
+            files.inside(name, data)
+    assert files.inside("link.png", data, [secret]) == secret / "private.png"
+    (tmp_path / "data2").mkdir()  # a name that only begins like the folder's
+    (tmp_path / "data2" / "x.png").write_bytes(b"x")
+    with pytest.raises(files.FileRefusedError, match="outside of"):
+        files.inside("../data2/x.png", data)
+
+
+def test_only_regular_files_of_bounded_size_are_read(places, tmp_path):
+    """None of the others fills the memory, or waits for ever."""
+    data, _ = places
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", 10**12)  # nothing of it is on the disk
+    for path in (data / "pipe.png", "/dev/zero", "/dev/tty", data, tmp_path / "large", "a\0b"):
+        with pytest.raises(files.FileRefusedError):
+            files.read_regular(path)
+    with pytest.raises(files.FileRefusedError, match="larger than 10 bytes"):
+        files.read_regular("/proc/self/status", max_bytes=10)  # a regular file of size 0
+    assert files.read_regular(data / "pages.jsonl") == b'{"title": "a"}\n'
+
+
+def table(path: pathlib.Path, names) -> pathlib.Path:
+    rows = [
+        {
+            "prompt": [{"content": "What?", "role": "user"}],
+            "images": [{"bytes": None, "path": name}],
+            "reward_model": {"ground_truth": "x", "candidate_answers": None},
+        }
+        for name in names
+    ]
+    parquet.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def test_a_parquet_file_names_pictures_of_its_folder_only(places, capsys):
+    data, secret = places
+    bad = [*outside(secret), *(name for name in ODD if name)]
+    path = table(data / "a.parquet", ["own.png", *bad, "inner.png"])
+    questions = list(QuestionSource(path))
+    own = (data / "own.png").read_bytes()
+    assert [(q.row, q.images) for q in questions] == [(0, (own,)), (len(bad) + 1, (own,))]
+    said = capsys.readouterr().err
+    for row in range(1, len(bad) + 1):
+        assert f"{path}, row {row}: images[0]: " in said
+    assert said.count("config.data.image_roots allows") == len(outside(secret))
+    allowed = QuestionSource(table(data / "b.parquet", ["link.png"]), image_roots=[str(secret)])
+    assert allowed[0].images == ((secret / "private.png").read_bytes(),)
+
+
+def test_a_story_names_pictures_and_indexes_of_its_folder_only(places):
+    data, secret = places
+    line = {"question": "q", "turns": ["t"]}
+    file = data / "s.jsonl"
+    assert stories._row(line | {"image": "own.png"}, file, 1).example.images == [data / "own.png"]
+    for name in [*outside(secret), *ODD]:
+        for field, value in (("image", name), ("images", ["own.png", name])):
+            with pytest.raises(stories.LineError, match=f"^{field!r}: "):
+                stories._row(line | {field: value}, file, 1)
+    for name in [*outside(secret), "../secret", "folder", "pipe.png", "none", str(secret)]:
+        with pytest.raises(stories.LineError, match="^'index': "):
+            stories._row(line | {"index": name}, file, 1)
+    assert stories._row(line | {"index": "."}, file, 1).index == data
+    (data / "index.sqlite").symlink_to(secret / "private.png")  # a folder whose file is elsewhere
+    with pytest.raises(stories.LineError, match="outside of"):
+        stories._row(line | {"index": "."}, file, 1)
+    assert stories._row(line | {"index": "../secret"}, file, 1, [str(secret)]).index == secret
+
+
+def test_saved_episodes_name_pictures_of_their_run_only(places):
+    """Those of a step lie beside the folder of the step's file."""
+    data, secret = places
+    run = data / "run"
+    (run / "episodes").mkdir(parents=True)
+    (run / "pictures").mkdir()
+    roots = (run / "pictures",)
+    (run / "pictures" / "x.png").write_bytes((data / "own.png").read_bytes())
+    episode = {"segments": [], "images": ["../pictures/x.png"]}
+    with pytest.raises(ValueError, match="not the picture that the file is named after|multiples"):
+        stories._saved(episode, run / "episodes", tiny.IMAGES, ())  # it was opened
+    for name in (str(secret / "private.png"), "../../own.png"):
+        with pytest.raises(stories.LineError, match="outside of"):
+            stories._saved(episode | {"images": [name]}, run / "episodes", tiny.IMAGES, roots)
+
+
+def test_an_index_holds_pictures_of_the_folder_of_its_lines_only(places, capsys):
+    data, secret = places
+    names = ["own.png", *outside(secret), *ODD]
+    lines = [json.dumps({"image": name, "title": f"t{n}"}) for n, name in enumerate(names)]
+    (data / "i.jsonl").write_text("\n".join(lines))
+    assert local.build(data / "index", [], [data / "i.jsonl"]) == (0, 1)
+    assert capsys.readouterr().err.count("--image_roots allows") == len(outside(secret))
+    (data / "j.jsonl").write_text(json.dumps({"image": "link.png", "title": "t"}))
+    made = local.build(data / "index", [], [data / "j.jsonl"], image_roots=[str(secret)])
+    assert made == (0, 1)
+
+
+def test_a_benchmark_names_files_of_its_folder_only(places, capsys):
+    data, secret = places
+
+    def row(name):
+        return {"sample_id": 1, "query": "Where?", "gt_answer": ["x"], "query_image": name}
+
+    names = ["link.png", "folder/private.png", "pipe.png", "private.png"]
+    (data / "qa.json").write_text(json.dumps([*map(row, names), row("own.png")]))
+    (question,) = benchmarks.read("livevqa", data)
+    assert question.images == ((data / "own.png").read_bytes(),)
+    assert capsys.readouterr().err.count("query_image: ") == len(names)
+    found = benchmarks.read("livevqa", data, image_roots=[str(secret)])
+    assert len(list(found)) == 4  # all but the pipe
+
+
+def test_conversations_to_be_scored_name_regular_files(places):
+    """They may lie anywhere, as nothing of a picture is written; but reading them ends."""
+    from mmsr1_jax.score import resolve_paths  # only here: its flags are those of a command
+
+    data, secret = places
+
+    def message(name):
+        return [{"role": "user", "content": [{"type": "image", "image": name}]}]
+
+    for name in ("pipe.png", str(data / "pipe.png"), "/dev/zero", "pictures"):
+        with pytest.raises(files.FileRefusedError):
+            resolve_paths(message(name), data)
+    here = message(str(secret / "private.png"))
+    assert resolve_paths(here, data) == here
+    assert resolve_paths(message("own.png"), data) == message(str(data / "own.png"))
+
+
+def test_a_pipe_never_makes_anyone_wait(places):
+    """Even where somebody holds its other end open."""
+    data, _ = places
+    writer = os.open(data / "pipe.png", os.O_RDWR | os.O_NONBLOCK)
+    done = threading.Event()
+
+    def read():
+        with pytest.raises(files.FileRefusedError, match="not a regular file"):
+            files.read_regular(data / "pipe.png")
+        done.set()
+
+    threading.Thread(target=read, daemon=True).start()
+    assert done.wait(60)
+    os.close(writer)

@@ -1,0 +1,278 @@
+"""Outputs have one writer at a time, and are complete or absent whenever a process is killed."""
+
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import pytest
+
+from mmsr1_jax import curate, outputs, sft, tiny
+from mmsr1_jax.data import curation
+from mmsr1_jax.tools import local
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PATIENCE = 600.0  # seconds: on a busy machine everything takes its time
+
+
+def python(code: str, *arguments, **options) -> subprocess.Popen:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+HOLD = """
+import sys, time
+from mmsr1_jax import outputs
+with outputs.lock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(3600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A directory that another process holds, and that process."""
+    process = python(HOLD, tmp_path / "run")
+    assert process.stdout.readline() == "held\n"
+    yield tmp_path / "run", process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_holder_is_refused_in_one_line(holder):
+    directory, process = holder
+    with pytest.raises(outputs.LockedError) as error, outputs.lock(directory):
+        pass
+    assert str(error.value).startswith(
+        f"{directory}: in use by process {process.pid} on {socket.gethostname()}; "
+    )
+    other = directory.parent / "link"
+    other.symlink_to(directory)
+    with pytest.raises(outputs.LockedError), outputs.lock(other):  # by whatever name
+        pass
+
+
+def test_a_lock_ends_with_its_process(holder):
+    directory, process = holder
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (directory / ".lock").is_file()
+    with outputs.lock(directory):
+        assert outputs.held() == [directory]
+    assert not outputs.held() and list(directory.iterdir()) == []
+
+
+def test_one_of_many_threads_gets_a_lock(tmp_path):
+    """However openings, removals and locks interleave, two never hold it together."""
+    inside, most, got, refused = [0], [0], [0], [0]
+    guard = threading.Lock()
+
+    def work():
+        for _ in range(150):
+            try:
+                with outputs.lock(tmp_path):
+                    with guard:
+                        inside[0] += 1
+                        most[0] = max(most[0], inside[0])
+                        got[0] += 1
+                    time.sleep(0)
+                    with guard:
+                        inside[0] -= 1
+            except outputs.LockedError:
+                refused[0] += 1
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most[0] == 1 and got[0] >= 1 and got[0] + refused[0] == 900
+
+
+def test_a_directory_that_nothing_was_written_to_is_not_left(tmp_path):
+    with pytest.raises(ZeroDivisionError), outputs.lock(tmp_path / "new"):
+        raise ZeroDivisionError
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_filesystem_without_locks_is_named(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(outputs.errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(outputs.fcntl, "flock", refuse)
+    with outputs.lock(tmp_path / "run"):
+        pass
+    assert "no locks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_second_command_on_a_directory_ends_at_once(holder, command):
+    directory, process = holder
+    data = "eval.data" if command == "evaluate" else "data.train"
+    flag = "workdir" if command == "train" else "out"
+    done = subprocess.run(
+        [sys.executable, "-m", f"mmsr1_jax.{command}", "--config=tests/small_config.py",
+         "--model=nowhere", f"--{flag}={directory}", f"--config.{data}=('x.parquet',)"],
+        cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"error: {directory}: in use by process {process.pid} on ")
+    assert sorted(path.name for path in directory.iterdir()) == [".lock"]
+
+
+@pytest.mark.parametrize(("module", "flag"), [(sft, "_WORKDIR"), (curate, "_OUT")])
+def test_so_do_the_other_commands(holder, monkeypatch, module, flag):
+    directory, process = holder
+    given = {flag: str(directory), "_MIX": curation.PAPER_MIX}
+    for name, value in given.items():
+        monkeypatch.setattr(module, name, types.SimpleNamespace(value=value), raising=False)
+    with pytest.raises(SystemExit, match=f"error: {directory}: in use by process {process.pid} "):
+        module.main([])
+
+
+def test_so_do_the_index_and_exported_policies(holder, tmp_path):
+    directory, _ = holder
+    with pytest.raises(outputs.LockedError):
+        local.build(directory)
+    with outputs.new_directory(tmp_path / "policy"), pytest.raises(outputs.LockedError):
+        tiny.write(tmp_path / "policy")
+
+
+# Left-overs
+
+
+def test_left_overs_of_killed_processes_are_removed_and_nothing_else(tmp_path):
+    (tmp_path / "episodes").mkdir()
+    (tmp_path / "other").mkdir()
+    gone = [".results.json.partial", ".index.sqlite.17.partial", ".index.sqlite.partial-journal",
+            "episodes/.000003.jsonl.partial"]  # fmt: skip
+    (tmp_path / ".b.lock").write_text("process 17 on host")
+    (tmp_path / ".c.lock").write_text("of another program")
+    stay = ["a.partial", "partial", ".hidden", ".old", "other/.x.partial", ".x.partial.txt"]
+    for name in gone + stay:
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".policy.partial" / "deep").mkdir(parents=True)
+    (tmp_path / ".policy.partial" / "deep" / "file").write_text("x")
+    (tmp_path / ".link.partial").symlink_to(tmp_path / ".hidden")
+    with outputs.lock(tmp_path):
+        assert not any((tmp_path / name).exists() for name in gone)
+        assert all((tmp_path / name).read_text() == "x" for name in stay)
+        assert not (tmp_path / ".policy.partial").exists()
+        assert not (tmp_path / ".b.lock").exists() and (tmp_path / ".c.lock").exists()
+        assert (tmp_path / ".link.partial").is_symlink()
+
+
+def test_what_another_process_is_writing_is_not_swept(tmp_path):
+    with outputs.new_file(tmp_path / "a.json") as file, outputs.new_directory(tmp_path / "d") as d:
+        file.write_text("1")
+        (d / "x").write_text("1")
+        with outputs.lock(tmp_path):
+            assert file.read_text() == (d / "x").read_text() == "1"
+    assert (tmp_path / "a.json").read_text() == (tmp_path / "d" / "x").read_text() == "1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "d"]
+
+
+# Files and directories
+
+
+def test_a_file_appears_when_it_is_complete(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    (tmp_path / ".a.json.partial").write_text("of a killed process, and longer")
+    with outputs.new_file(path) as partial:
+        assert partial.read_text() == ""
+        partial.write_text("new")
+        assert path.read_text() == "old"
+        refused = pytest.raises(outputs.LockedError, match=r"a\.json: in use")
+        with refused, outputs.new_file(path):
+            pass
+    assert path.read_text() == "new"
+    with pytest.raises(ZeroDivisionError), outputs.new_file(path) as partial:
+        partial.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+EXCHANGE = """
+import itertools, sys
+from mmsr1_jax import outputs
+if sys.argv[2] == "two steps":
+    outputs._swap = lambda one, other: False
+for number in itertools.count():
+    with outputs.new_directory(sys.argv[1]) as new:
+        for name in ("a", "b"):
+            (new / name).write_text(f"{number}" * 1000)
+    print(number, flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", ["one step", "two steps"])
+def test_a_directory_is_the_old_or_the_new_whenever_its_writer_is_killed(tmp_path, how):
+    target, rng, seen = tmp_path / "policy", random.Random(0), 0
+    for _ in range(6):
+        process = python(EXCHANGE, target, how)
+        for _ in range(rng.randrange(2, 12)):
+            process.stdout.readline()
+        if how == "one step":  # a reader finds it at every moment
+            end = time.monotonic() + rng.random() * 0.05
+            while time.monotonic() < end:
+                assert target.is_dir()
+                seen += 1
+        process.kill()
+        process.communicate()
+        with outputs.lock(tmp_path):
+            texts = {(target / name).read_text() for name in ("a", "b")}
+            assert len(texts) == 1 and len(texts.pop()) >= 1000
+            assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "policy"]
+    assert seen or how != "one step"
+
+
+def test_an_exchange_in_two_steps_that_was_cut_is_undone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(outputs, "_swap", lambda one, other: False)
+    for text in ("old", "new"):
+        with outputs.new_directory(tmp_path / "policy") as new:
+            (new / "x").write_text(text)
+    assert (tmp_path / "policy" / "x").read_text() == "new"
+    assert "in two steps" in capsys.readouterr().err
+    (tmp_path / "policy").rename(tmp_path / ".policy.old")  # killed between them
+    (tmp_path / ".policy.partial").mkdir()
+    with outputs.lock(tmp_path):
+        assert (tmp_path / "policy" / "x").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+
+
+def test_a_failed_directory_leaves_the_old_one(tmp_path):
+    for error in (None, ZeroDivisionError):
+        try:
+            with outputs.new_directory(tmp_path / "d") as new:
+                (new / "x").write_text(str(error))
+                if error is not None:
+                    raise error
+        except ZeroDivisionError:
+            pass
+    assert (tmp_path / "d" / "x").read_text() == "None"
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_link_to_a_directory_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with outputs.new_directory(tmp_path / "link") as new:
+        (new / "x").write_text("1")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "x").read_text() == "1"
+    assert oct(os.stat(tmp_path / "real").st_mode & 0o777) == oct(0o777 & ~_umask())
+
+
+def _umask() -> int:
+    before = os.umask(0)
+    os.umask(before)
+    return before

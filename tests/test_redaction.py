@@ -1,0 +1,65 @@
+"""Secrets in addresses are refused in settings, and taken out of whatever is written."""
+
+import dataclasses
+import json
+
+import pytest
+
+from mmsr1_jax import redaction, run_settings
+from mmsr1_jax.config import Config, ConfigError, validate
+
+SECRETS = (
+    "http://user:hunter2@host/v1", "https://hunter2@host", "redis://:hunter2@h:6379/0",
+    "redis://:hun/ter2@h", "HTTP://U:hunter2@H", "//user:hunter2@host", "user:hunter2@host:80",
+    "http://h/?api_key=hunter2", "http://h/?apiKey=hunter2", "http://h?x=1&key=hunter2",
+    "http://h/a?X-Amz-Signature=hunter2", "http://h/put/{name}?sv=1&sig=hunter2",
+    "http://h/#access_token=hunter2", "http://h/?api%5Fkey=hunter2", "http://h/?APIKEY=hunter2",
+    "http://h/?subscription-key=hunter2", "http://h/?client_secret=hunter2&next=1",
+    "http://h/?a=1;token=hunter2", "http://[::1]:80/?auth=hunter2", "http://h/?code=hunter2",
+    "http://h?x=1#key=hunter2", "http://h/?accessToken=hunter2", "http://h/?user.password=hunter2",
+)  # fmt: skip
+PLAIN = (
+    "http://127.0.0.1:8001", "http://[::1]:80/v1?next=1", "http://h/?q=key", "searches.sqlite",
+    "http://h/?keyword=a&monkey=2&sidebar=1&design=3", "redis://h:6379/0", "http://h:80/a@b",
+    "http://h/put/{name}", "judge=5/4", "127.0.0.1:80", "http://h/?token=", "Qwen/Qwen3-32B",
+    "build/a@b/c", "http://h/user:me@there", "('a.parquet',)",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("address", SECRETS)
+def test_settings_with_a_secret_are_refused_without_showing_it(address):
+    config = Config()
+    for part, field, variable in (
+        ("services", "judge_url", "JUDGE_API_KEY"), ("services", "store", "STORE_PASSWORD"),
+        ("services", "put_url", "PUBLISHER_AUTHORIZATION"), ("services", "searxng_url", ""),
+        ("tools", "index", ""), ("run", "model", ""),
+    ):  # fmt: skip
+        changed = dataclasses.replace(getattr(config, part), **{field: address})
+        with pytest.raises(ConfigError) as error:
+            validate(dataclasses.replace(config, **{part: changed}))
+        said = str(error.value)
+        assert said.startswith(f"config.{part}.{field}: ") and variable in said
+        assert "hunter2" not in said and "ter2" not in said and "\n" not in said
+    hosts = dataclasses.replace(config.services, allowed_hosts=("a", address))
+    with pytest.raises(ConfigError, match=r"^config\.services\.allowed_hosts: "):
+        validate(dataclasses.replace(config, services=hosts))
+
+
+@pytest.mark.parametrize("address", PLAIN)
+def test_plain_settings_are_taken_and_written_as_they_are(address):
+    assert redaction.find_secret(address) is None and redaction.redact(address) == address
+    services = dataclasses.replace(Config().services, summariser_url=address)
+    validate(dataclasses.replace(Config(), services=services))
+
+
+@pytest.mark.parametrize("address", SECRETS)
+def test_what_is_written_holds_no_secret(tmp_path, address):
+    """Even of settings that were never checked."""
+    services = dataclasses.replace(Config().services, judge_url=address, allowed_hosts=(address,))
+    config = dataclasses.replace(Config(), services=services)
+    run_settings.write(tmp_path / "config.json", config, f"see {address} there")
+    text = (tmp_path / "config.json").read_text()
+    assert "ter2" not in text and "***" in json.loads(text)["config"]["services"]["judge_url"]
+    assert json.loads(text)["model"].endswith(" there")
+    once = redaction.redact(address)
+    assert redaction.redact(once) == once
