@@ -2,17 +2,25 @@
 
 Every file and answer that another program wrote (settings, tokenizers, stores, episodes, answers of
 web services) is read here. `json.loads` alone raises RecursionError on deep nesting, accepts NaN,
-and says nothing of the types inside.
+and says nothing of the types inside. Of a key that comes twice the last one counts, as with
+`json.loads`.
 """
 
+import codecs
 import json
 import math
 import pathlib
-from typing import Any, TypeVar
+import re
+from collections.abc import Iterator
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
-MAX_DEPTH = 64
+MAX_DEPTH = 64  # lists and objects inside each other
+MAX_BYTES = 100_000_000
+_MAX_INT = 2**64
+_LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")  # possibly one
+_WHERE = re.compile(r" - at `(\$.*?)`$|\Z", re.DOTALL)
 
 T = TypeVar("T")
 
@@ -21,39 +29,66 @@ class FormatError(ValueError):
     """JSON that cannot be used; the message names the source and the field."""
 
 
-def loads(data: bytes | str, type: type[T] = Any, *, name: str = "") -> T:
+class NotJsonError(FormatError):
+    """Text that is not JSON at all, such as a line that was cut off."""
+
+
+def loads(
+    data: bytes | str,
+    type: type[T] = Any,
+    *,
+    name: str = "",
+    numbers_as_text: bool = False,
+    surrogates: bool = False,
+) -> T:
     """Return the value of a JSON text, checked against a type.
 
     Args:
       data: UTF-8 bytes (a byte order mark is skipped) or text.
       type: what `msgspec.convert` takes: built-in and typing types, dataclasses, TypedDicts,
         `Annotated[int, msgspec.Meta(ge=0)]`. Fields of TypedDicts and dataclasses that the type
-        does not name are ignored.
+        does not name are ignored. A float is no int, even where it is whole; an int is a float.
       name: source named in errors, such as a path; empty: errors begin with the field.
+      numbers_as_text: whether numbers are returned as they are written, NaN and infinities too.
+      surrogates: whether texts may hold halves of surrogate pairs, which are not valid Unicode.
 
     Raises:
-      FormatError: not UTF-8, not JSON, nested deeper than `MAX_DEPTH`, NaN or an infinity, or a
+      NotJsonError: not UTF-8, not JSON, or nested deeper than `MAX_DEPTH`.
+      FormatError: NaN, an infinity, a number of more than 64 bits, half of a surrogate pair, or a
         field of another type; the message names the source and the field.
     """
     prefix = f"{name}: " if name else ""
+    kept: dict[str, Any] = {"parse_constant": _refuse_constant}
+    if numbers_as_text:
+        kept = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), str)
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, **kept)
         _check_values(value)
-        return msgspec.convert(value, type)
+        if not surrogates and _LONE_SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value if type is Any else msgspec.convert(value, type)
     except UnicodeDecodeError as error:
-        raise FormatError(f"{prefix}not UTF-8 (byte {error.start})") from None
+        raise NotJsonError(f"{prefix}not UTF-8 ({error.reason} at byte {error.start})") from None
+    except UnicodeEncodeError:
+        raise FormatError(f"{prefix}half a character (a lone surrogate)") from None
     except RecursionError:
-        raise FormatError(f"{prefix}JSON nested too deeply") from None
+        raise NotJsonError(f"{prefix}not JSON that can be read (nested too deeply)") from None
     except msgspec.ValidationError as error:
-        raise FormatError(f"{prefix}{error}") from None
+        raise FormatError(f"{prefix}{_with_field(str(error))}") from None
     except FormatError as error:
-        raise FormatError(f"{prefix}{error}") from None
+        raise error.__class__(f"{prefix}{error}") from None
     except ValueError as error:
-        raise FormatError(f"{prefix}not JSON ({error})") from None
+        raise NotJsonError(f"{prefix}not JSON ({error})") from None
 
 
-def load(path: str | pathlib.Path, type: type[T] = Any, *, max_bytes: int = 100_000_000) -> T:
+def load(
+    path: str | pathlib.Path,
+    type: type[T] = Any,
+    *,
+    max_bytes: int = MAX_BYTES,
+    surrogates: bool = False,
+) -> T:
     """Return the value of a JSON file, see `loads`.
 
     Raises:
@@ -63,30 +98,94 @@ def load(path: str | pathlib.Path, type: type[T] = Any, *, max_bytes: int = 100_
     try:
         with open(path, "rb") as file:
             data = file.read(max_bytes + 1)
-    except OSError as error:
-        raise FormatError(f"{path}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise FormatError(f"{path}: cannot be read ({shown_error(error)})") from None
     if len(data) > max_bytes:
         raise FormatError(f"{path}: larger than {max_bytes} bytes")
-    return loads(data, type, name=str(path))
+    return loads(data, type, name=str(path), surrogates=surrogates)
+
+
+def lines(file: BinaryIO, *, max_bytes: int = MAX_BYTES) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number from 1, bytes) of the lines of a JSONL file that are not blank.
+
+    Only a newline ends a line. A byte order mark at the beginning is skipped.
+
+    Raises:
+      FormatError: a line of more than `max_bytes`.
+    """
+    number = 0
+    while line := file.readline(max_bytes + 1):
+        number += 1
+        if len(line) > max_bytes:
+            raise FormatError(f"line {number}: longer than {max_bytes} bytes")
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line.strip():
+            yield number, line
+
+
+def load_lines(
+    path: str | pathlib.Path, type: type[T] = Any, *, surrogates: bool = False
+) -> Iterator[tuple[int, T]]:
+    """Yield (line number from 1, value) of a JSONL file, see `loads` and `lines`.
+
+    Raises:
+      FormatError: the file cannot be read, or a line cannot be used; names the file and the line.
+    """
+    try:
+        with open(path, "rb") as file:
+            for number, line in lines(file):
+                name = f"{path}, line {number}"
+                yield number, loads(line, type, name=name, surrogates=surrogates)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({shown_error(error)})") from None
+
+
+def valid_text(text: str) -> str:
+    """Return a text with halves of surrogate pairs replaced by question marks."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def shown(value: Any) -> str:
+    """Return a value as errors show it, at most 100 characters."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def shown_error(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _refuse_constant(constant: str) -> None:
     raise FormatError(f"{constant} is not a number")
 
 
+def _with_field(message: str) -> str:
+    """What msgspec says, beginning with the field: `a.b[0]: expected int, got str`."""
+    found = _WHERE.search(message)
+    said = message[: found.start()].replace("`", "")
+    said = said[:1].lower() + said[1:]
+    field = (found[1] or "").removeprefix("$").removeprefix(".")
+    return f"{field}: {said}" if field else said
+
+
 def _check_values(value: Any) -> None:
     """Raise FormatError for containers deeper than MAX_DEPTH, and for numbers that overflow."""
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
+    level, depth = [[value]], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise NotJsonError(f"nested deeper than {MAX_DEPTH} levels")
         below: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                below += item.values()
-            elif isinstance(item, list):
-                below += item
-            elif isinstance(item, float) and not math.isfinite(item):
-                raise FormatError("a number is too large")
-        if not below:
-            return
-        level = below
-    raise FormatError(f"nested deeper than {MAX_DEPTH} levels")
+        for container in level:
+            items = container.values() if isinstance(container, dict) else container
+            kinds = set(map(type, items))
+            if dict in kinds or list in kinds:
+                below += [item for item in items if isinstance(item, (dict, list))]
+            if float in kinds:
+                if not all(math.isfinite(item) for item in items if isinstance(item, float)):
+                    raise FormatError("a number is too large")
+            if int in kinds:
+                whole = items if len(kinds) == 1 else [i for i in items if isinstance(i, int)]
+                if max(whole) >= _MAX_INT or min(whole) <= -_MAX_INT:
+                    raise FormatError("a number has more than 64 bits")
+        level, depth = below, depth + 1

@@ -13,12 +13,12 @@ as pickles of one string each, which hold only the instruction: they are read as
 them is run, and what belongs around them is put there here.
 """
 
-import io
 import pathlib
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
+
+from mmsr1_jax import checked_pickle
 
 _BUILT_IN = pathlib.Path(__file__).parent / "prompts"
 # The fields of each prompt; those in the first place it cannot do without.
@@ -119,21 +119,10 @@ def _published(directory: pathlib.Path) -> dict[str, str]:
     return prompts
 
 
-class _DataOnly(pickle.Unpickler):
-    """Builds strings, numbers and containers; whatever needs a class or function is refused."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
-
-    def persistent_load(self, pid):
-        raise pickle.UnpicklingError("it refers to something outside")
-
-
 def _unpickled_text(path: pathlib.Path) -> str:
-    data = _bytes(path)
     try:
-        value = _DataOnly(io.BytesIO(data)).load()
-    except Exception as error:  # a damaged pickle may raise anything
+        value = checked_pickle.loads(_bytes(path))
+    except checked_pickle.PickleError as error:
         raise PromptsError(f"{path}: not a pickle of text ({error})") from None
     if not isinstance(value, str):
         raise PromptsError(f"{path}: holds a {type(value).__name__}, not text")

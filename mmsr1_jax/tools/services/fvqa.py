@@ -4,18 +4,26 @@ Two forms: the pickle as released, which is read as data (no code in it is run: 
 class or a function gets a lifeless object), and JSON, {id: [{"title", "thumbnail_url"}, ..]}.
 """
 
-import json
+import itertools
+import mmap
 import pathlib
-import pickle
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import PIL.Image
 
+from mmsr1_jax import checked_json, checked_pickle
 from mmsr1_jax.tools.first import first_that_work
 from mmsr1_jax.tools.tool import Observation, Picture, Query, Result, image_result
 
 _MAX_PIXELS = 20_000_000
+_MAX_BYTES = 8_000_000_000  # of a pickle, which may hold pictures as raw pixels
+_MAX_JSON = 1_000_000_000
+_MAX_OF_EXAMPLE = 100  # results; more are ignored
+_MAX_RESULTS = 2_000_000
+# Bits of a pixel, as Pillow writes the modes that a picture of the web may have.
+_BITS = {"1": 1, "L": 8, "P": 8, "LA": 16, "PA": 16, "I;16": 16, "RGB": 24, "YCbCr": 24}
+_BITS |= {"LAB": 24, "HSV": 24, "RGBA": 32, "RGBX": 32, "CMYK": 32, "I": 32, "F": 32}
 
 
 class CacheError(ValueError):
@@ -60,74 +68,143 @@ class FvqaCache:
 
 
 def read(path: str | pathlib.Path) -> dict[str, list[tuple[str, Picture]]]:
-    """(title, picture or its address) of each example's results. Raises CacheError."""
+    """Return (title, picture or its address) of each example's results, at most 100 of each.
+
+    Raises:
+      CacheError: the file cannot be read, is not such a cache, or claims more results or pixels
+        than it has room for.
+    """
     path = pathlib.Path(path)
     try:
         if path.suffix == ".json":
-            data = json.loads(path.read_text(encoding="utf-8"))
-        else:
-            with open(path, "rb") as file:
-                data = _Lifeless(file).load()
-        if not isinstance(data, dict):
-            raise CacheError(f"holds a {type(data).__name__}, not entries by id")
-        return {str(key): _entries(value) for key, value in data.items()}
+            data = checked_json.load(path, dict[str, Any], max_bytes=_MAX_JSON, surrogates=True)
+            return _Entries(0).of(data)
+        with open(path, "rb") as file:
+            if not path.stat().st_size:
+                raise CacheError("an empty file")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                found = checked_pickle.loads(data, _Lifeless(len(data)).find, max_bytes=_MAX_BYTES)
+                if not isinstance(found, dict):
+                    raise CacheError(f"holds a {type(found).__name__}, not entries by id")
+                return _Entries(len(data)).of(found)
     except OSError as error:
         raise CacheError(f"{path}: {error.strerror or error}") from None
+    except checked_json.FormatError as error:
+        raise CacheError(str(error)) from None
+    except checked_pickle.PickleError as error:
+        raise CacheError(f"{path}: not a pickle that can be read: {error}") from None
     except CacheError as error:
         raise CacheError(f"{path}: {error}") from None
-    except Exception as error:  # a damaged pickle may raise anything
-        raise CacheError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
-
-
-def _entries(value: Any) -> list[tuple[str, Picture]]:
-    """Of one example, in either form; what cannot be used is left out."""
-    if isinstance(value, dict):
-        titles = value.get("tool_returned_web_title_list") or []
-        pictures = value.get("tool_returned_images_urls") or []
-        pairs = zip(titles, map(_picture, pictures), strict=False)
-    elif isinstance(value, list):
-        known = [entry for entry in value if isinstance(entry, dict)]
-        pairs = ((entry.get("title"), entry.get("thumbnail_url")) for entry in known)
-    else:
-        return []
-    return [(title, picture) for title, picture in pairs if isinstance(title, str) and picture]
 
 
 class _Object:
-    """What a pickle wanted to make something else of: what it was to be made from."""
+    """Instance of a class that a pickle names: only its state."""
 
-    def __init__(self, *arguments, **keywords):
-        self.arguments, self.state = arguments, keywords
+    def __init__(self, *arguments):
+        self.state = arguments
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any):
         self.state = state
 
 
-class _Lifeless(pickle.Unpickler):
-    def find_class(self, module, name):
-        if (module, name) == ("_codecs", "encode"):  # how old pickles write bytes
-            return lambda text, encoding: text.encode("latin-1")
-        return type(name, (_Object,), {})
+class _Lifeless:
+    """What stands in for the classes and functions that a pickle names.
 
-    def persistent_load(self, pid):
-        raise pickle.UnpicklingError("it refers to something outside")
+    Args of the constructor:
+      room: bytes that strings encoded anew may have together.
+    """
+
+    def __init__(self, room: int):
+        self._room = room
+
+    def find(self, module: str, name: str) -> Any:
+        return self._encode if (module, name) == ("_codecs", "encode") else _Object
+
+    def _encode(self, text: str, encoding: str) -> bytes:
+        """Bytes, as pickles of protocol 2 and older write them."""
+        self._room -= len(text)
+        if self._room < 0:
+            raise checked_pickle.PickleError("encodes more text than the file holds")
+        return text.encode("latin-1")
 
 
-def _picture(value: Any) -> Picture | None:
-    """An address, or the picture whose state Pillow had put into the pickle."""
-    if isinstance(value, str):
-        return value
-    state = getattr(value, "state", None)
+class _Entries:
+    """Results by example; each object in a pickle is converted once, however often it is named.
+
+    Args of the constructor:
+      room: bytes that the pixels of all pictures may have together.
+    """
+
+    def __init__(self, room: int):
+        self._room, self._results = room, 0
+        self._pictures: dict[int, Picture | None] = {}
+
+    def of(self, data: dict) -> dict[str, list[tuple[str, Picture]]]:
+        return {str(key): self._entries(value) for key, value in data.items()}
+
+    def _entries(self, value: Any) -> list[tuple[str, Picture]]:
+        """Of one example, in either form; what cannot be used is left out."""
+        if isinstance(value, dict):
+            titles = value.get("tool_returned_web_title_list")
+            pictures = value.get("tool_returned_images_urls")
+            if not all(isinstance(some, (list, tuple)) for some in (titles, pictures)):
+                return []
+            pairs = zip(titles, map(self._picture, pictures), strict=False)
+        elif isinstance(value, list):
+            known = (entry for entry in value if isinstance(entry, dict))
+            pairs = ((entry.get("title"), entry.get("thumbnail_url")) for entry in known)
+        else:
+            return []
+        found = [
+            (checked_json.valid_text(title), picture)
+            for title, picture in itertools.islice(pairs, _MAX_OF_EXAMPLE)
+            if isinstance(title, str) and isinstance(picture, (str, PIL.Image.Image))
+            if picture != ""
+        ]
+        self._results += len(found)
+        if self._results > _MAX_RESULTS:
+            raise CacheError(f"more than {_MAX_RESULTS} results")
+        return found
+
+    def _picture(self, value: Any) -> Picture | None:
+        """An address, or the picture whose state Pillow had put into the pickle."""
+        if isinstance(value, str):
+            return value
+        if id(value) not in self._pictures:
+            state = _state(value)
+            self._room -= len(state[3]) if state else 0
+            if self._room < 0:
+                raise CacheError("its pictures have more bytes than the file")
+            self._pictures[id(value)] = _decoded(*state) if state else None
+        return self._pictures[id(value)]
+
+
+def _state(value: Any) -> tuple[str, tuple[int, int], Any, bytes] | None:
+    """(mode, size, palette, pixels) of a pickled picture; None where they do not fit together: a
+    few bytes may claim to be a picture of any size."""
+    state = value.state if isinstance(value, _Object) else None
     if not isinstance(state, (list, tuple)) or len(state) < 5:
         return None
-    _, mode, size, palette, data = state[:5]
+    _, mode, size, palette, pixels = state[:5]
+    if not isinstance(pixels, (bytes, bytearray)) or not isinstance(mode, str):
+        return None
+    if not isinstance(size, (list, tuple)) or [type(side) for side in size] != [int, int]:
+        return None
+    width, height = size
+    if mode not in _BITS or min(size) < 1 or width * height > _MAX_PIXELS:
+        return None
+    if len(pixels) != (width * _BITS[mode] + 7) // 8 * height:
+        return None
+    return mode, (width, height), palette, pixels
+
+
+def _decoded(
+    mode: str, size: tuple[int, int], palette: Any, pixels: bytes
+) -> PIL.Image.Image | None:
     try:
-        # A few bytes may claim to be a picture of any size.
-        if size[0] * size[1] > min(_MAX_PIXELS, 8 * len(data)):
-            return None
-        image = PIL.Image.frombytes(mode, tuple(size), data)
-        if palette and mode == "P":
+        image = PIL.Image.frombytes(mode, size, pixels)
+        if palette and mode in ("P", "PA"):
             image.putpalette(palette)
         return image.convert("RGB")
-    except Exception:  # no picture after all
+    except Exception:  # Pillow raises many kinds of errors on a damaged palette
         return None

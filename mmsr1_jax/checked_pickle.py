@@ -1,0 +1,203 @@
+"""Pickles from outside as plain data: every opcode is vetted before anything is built.
+
+`pickle.Unpickler` alone allocates what a few bytes ask for (a memo index of 100 million, a claimed
+length of 4 GB) and hashes nested tuples until the process dies, whatever `find_class` refuses.
+"""
+
+import pickle
+import pickletools
+from collections.abc import Callable
+from typing import Any
+
+MAX_BYTES = 1_000_000_000
+_MAX_DEPTH = 64  # of nested containers, and of marks
+_MAX_ITEMS = 3_000_000  # opcodes that allocate more memory than they take in the file
+_MAX_INT = 2**63
+
+# What plain data and instances with a state are written with, by all protocols. Not among them:
+# extension codes, persistent ids, INST and OBJ of old-style classes, sets, out-of-band buffers.
+_ATOMS = frozenset(
+    "NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT STRING BINSTRING "
+    "SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES "
+    "BINBYTES8 BYTEARRAY8 GLOBAL".split()
+)
+_EMPTY = frozenset(("EMPTY_LIST", "EMPTY_DICT", "EMPTY_TUPLE"))
+_OF_MARK = frozenset(("LIST", "DICT", "TUPLE"))
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_PUTS = frozenset(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"))
+_GETS = frozenset(("GET", "BINGET", "LONG_BINGET"))
+
+
+class PickleError(ValueError):
+    """A pickle that is damaged, or holds anything but plain data."""
+
+
+def loads(
+    data: bytes, find: Callable[[str, str], Any] | None = None, *, max_bytes: int = MAX_BYTES
+) -> Any:
+    """Return the value of a pickle; no code in it is run but what `find` returns.
+
+    Args:
+      data: the pickle.
+      find: returns the harmless object in place of the global `module`, `name`; None: globals are
+        refused.
+      max_bytes: size of the largest pickle that is read.
+
+    Raises:
+      PickleError: larger than `max_bytes`; an opcode that plain data does not need; an invalid
+        length or memo index; containers or marks nested deeper than 64; integers of more than 64
+        bits; keys that are not plain values; more than 3 million containers; or damaged.
+    """
+    if len(data) > max_bytes:
+        raise PickleError(f"larger than {max_bytes} bytes")
+    try:
+        _vet(data)
+        return _Unpickler(data, find).load()
+    except PickleError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
+        raise PickleError(f"damaged ({type(error).__name__}: {error})") from None
+
+
+class _Reader:
+    """A file of the bytes, without the copy that io.BytesIO makes of a part."""
+
+    def __init__(self, data: bytes):
+        self._data, self._place = data, 0
+
+    def tell(self) -> int:
+        return self._place
+
+    def read(self, count: int) -> bytes:
+        begin, self._place = self._place, min(len(self._data), self._place + count)
+        return self._data[begin : self._place]
+
+    def readline(self) -> bytes:
+        end = self._data.find(b"\n", self._place)
+        return self.read((end + 1 or len(self._data)) - self._place)
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, find: Callable[[str, str], Any] | None):
+        super().__init__(_Reader(data))
+        self._find = find
+
+    def find_class(self, module: str, name: str) -> Any:
+        if self._find is None:
+            raise PickleError(f"it wants to run {module}.{name}")
+        return self._find(module, name)
+
+
+def _vet(data: bytes) -> None:
+    """Raise PickleError unless the opcodes build plain data of about the size of the pickle."""
+    stack = _Stack()
+    items = 0
+    # A length that is claimed is compared with what is there before anything of it is read.
+    for count, (opcode, argument, place) in enumerate(pickletools.genops(_Reader(data))):
+        name = opcode.name
+        if name in _ATOMS:
+            if type(argument) is int and not -_MAX_INT <= argument < _MAX_INT:
+                raise PickleError(f"an integer of more than 64 bits at byte {place}")
+            stack.push(0)
+        elif name in _PUTS:
+            # Picklers count objects; each took an opcode.
+            index = len(stack.memo) if argument is None else argument
+            if not 0 <= index <= count:
+                raise PickleError(f"memo index {index} at byte {place}")
+            stack.memo[index] = stack.top()
+        elif name in _GETS:
+            if argument not in stack.memo:
+                raise PickleError(f"memo index {argument} at byte {place}, which is not set")
+            stack.push(stack.memo[argument])
+        elif name == "STOP":
+            stack.check_end()
+            return
+        elif name == "FRAME":
+            if argument > len(data) - place:
+                raise PickleError(f"a frame of {argument} bytes at byte {place}")
+        elif name != "PROTO":
+            items += 1
+            if items > _MAX_ITEMS:
+                raise PickleError(f"more than {_MAX_ITEMS} containers")
+            if not stack.build(name):
+                raise PickleError(f"opcode {name} at byte {place}, which plain data does not need")
+    raise PickleError("cut off: no STOP")
+
+
+class _Stack:
+    """The unpickler's stack: of each value only how deep containers are nested in it."""
+
+    def __init__(self):
+        self.memo: dict[int, int] = {}
+        self._depths: list[int] = []
+        self._marks: list[int] = []
+
+    def push(self, depth: int) -> None:
+        if depth > _MAX_DEPTH:
+            raise PickleError(f"nested deeper than {_MAX_DEPTH} levels")
+        self._depths.append(depth)
+
+    def top(self) -> int:
+        self._need(1)
+        return self._depths[-1]
+
+    def check_end(self) -> None:
+        if len(self._depths) != 1 or self._marks:
+            raise PickleError("damaged: values are left over at its end")
+
+    def build(self, name: str) -> bool:
+        """Carry out an opcode that makes or fills a container; False: it is none."""
+        if name == "MARK":
+            if len(self._marks) >= _MAX_DEPTH:
+                raise PickleError(f"nested deeper than {_MAX_DEPTH} levels")
+            self._marks.append(len(self._depths))
+        elif name in _EMPTY:
+            self.push(1)
+        elif name in _OF_MARK:
+            items = self._of_mark()
+            self._check_keys(items if name == "DICT" else ())
+            self.push(1 + max(items, default=0))
+        elif name in _TUPLES:
+            self.push(1 + max(self._pop(_TUPLES[name])))
+        elif name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS"):
+            single = {"APPEND": 1, "SETITEM": 2}.get(name)
+            items = self._of_mark() if single is None else self._pop(single)
+            self._check_keys(items if name.startswith("SETITEM") else ())
+            self._fill(items)
+        elif name == "STACK_GLOBAL":
+            self._pop(2)
+            self.push(0)
+        elif name in ("REDUCE", "NEWOBJ"):
+            self.push(1 + max(self._pop(2)))
+        elif name == "BUILD":
+            self._fill(self._pop(1))
+        else:
+            return False
+        return True
+
+    def _fill(self, items: list[int]) -> None:
+        depth = max([self.top(), *(1 + item for item in items)])
+        self._depths.pop()
+        self.push(depth)
+
+    def _check_keys(self, items) -> None:
+        if len(items) % 2 or any(items[::2]):
+            raise PickleError("a key that is not a plain value")
+
+    def _pop(self, count: int) -> list[int]:
+        self._need(count)
+        items = self._depths[-count:]
+        del self._depths[-count:]
+        return items
+
+    def _of_mark(self) -> list[int]:
+        if not self._marks:
+            raise PickleError("damaged: no mark")
+        begin = self._marks.pop()
+        items = self._depths[begin:]
+        del self._depths[begin:]
+        return items
+
+    def _need(self, count: int) -> None:
+        if len(self._depths) - (self._marks[-1] if self._marks else 0) < count:
+            raise PickleError("damaged: the stack is empty")
