@@ -1,4 +1,4 @@
-"""JSON from outside: bounded, valid and of the expected types, or one error that says what is wrong.
+"""JSON from outside: bounded, valid and of the expected types, or one error that names the field.
 
 Every file and answer that another program wrote (settings, tokenizers, stores, episodes, answers of
 web services) is read here. `json.loads` alone raises RecursionError on deep nesting, accepts NaN,
@@ -181,9 +181,10 @@ def _check_values(value: Any) -> None:
             kinds = set(map(type, items))
             if dict in kinds or list in kinds:
                 below += [item for item in items if isinstance(item, (dict, list))]
-            if float in kinds:
-                if not all(math.isfinite(item) for item in items if isinstance(item, float)):
-                    raise FormatError("a number is too large")
+            if float in kinds and not all(
+                math.isfinite(item) for item in items if isinstance(item, float)
+            ):
+                raise FormatError("a number is too large")
             if int in kinds:
                 whole = items if len(kinds) == 1 else [i for i in items if isinstance(i, int)]
                 if max(whole) >= _MAX_INT or min(whole) <= -_MAX_INT:

@@ -20,6 +20,7 @@ import concurrent.futures
 import contextlib
 import functools
 import hashlib
+import math
 import os
 import pathlib
 import re
@@ -31,7 +32,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from mmsr1_jax import outputs
-from mmsr1_jax.tools.store import MODES, Mode, Store, StoreError
+from mmsr1_jax.tools.store import MODES, Mode, Store, StoreError, entries_of, is_fresh
 
 _TIMEOUT = 2.0  # seconds for a connection, and for each wait for data
 _PAUSE = 30.0  # seconds for which a server that failed is not asked
@@ -147,10 +148,11 @@ class RedisStore:
             return None
         name = _entry(kind, key)
         found = self._guarded(lambda: self._client.hmget(name, "value", "failed", "made"))
-        if None in found:
+        made = _number(found[2])
+        if found[0] is None or found[1] not in (b"0", b"1") or made is None:
             return None
-        value, failed, made = found[0], found[1] == b"1", float(found[2])
-        if self.mode == "use" and (failed or time.time() - made > self._days * 86400):
+        value, failed = found[0], found[1] == b"1"
+        if self.mode == "use" and (failed or not is_fresh(made, self._days)):
             return None
         return value, failed
 
@@ -190,7 +192,7 @@ class RedisStore:
                 for name in some:
                     pipeline.hstrlen(name, "value")
                 for name, size in zip(some, pipeline.execute(), strict=True):
-                    kind = name.split(b":")[1].decode()
+                    kind = name.split(b":")[1].decode("utf-8", "replace")
                     entries, total = of_kind.get(kind, (0, 0))
                     of_kind[kind] = entries + 1, total + size
             return [(kind, *of_kind[kind]) for kind in sorted(of_kind)]
@@ -215,17 +217,11 @@ class RedisStore:
         Raises:
           StoreError: no such store.
         """
-        source = pathlib.Path(source).resolve()
-        query = "SELECT kind, key, value, failed, made FROM entry"
         taken = 0
-        try:
-            connection = sqlite3.connect(f"{source.as_uri()}?mode=ro", uri=True)
-            with contextlib.closing(connection):
-                for kind, key, value, failed, made in connection.execute(query):
-                    row = [_encode(key), value, failed, made, "stays", "take"]
-                    taken += self._guarded(lambda: self._take([_entry(kind, key)], row))
-        except sqlite3.DatabaseError as error:
-            raise StoreError(f"{source}: not a store ({error})") from None
+        for kind, key, value, failed, made in entries_of(source):
+            row = [_encode(key), value, failed, made, "stays", "take"]
+            name = _entry(kind, key)
+            taken += self._guarded(lambda name=name, row=row: self._take([name], row))
         return taken
 
     def close(self) -> None:
@@ -240,9 +236,13 @@ class RedisStore:
         """All entries as rows of `Store`'s table."""
         for name in self._entries():
             found = self._client.hmget(name, "key", "value", "failed", "made")
-            if None not in found:  # else it was freed meanwhile
-                key, value, failed, made = found
-                yield name.split(b":")[1].decode(), key.decode(), value, int(failed), float(made)
+            key, value, failed, made = found
+            # Else it was freed meanwhile, or another program wrote it.
+            if key is not None and value is not None and failed in (b"0", b"1"):
+                kind = name.split(b":")[1].decode("utf-8", "replace")
+                at = _number(made)
+                if at is not None:
+                    yield kind, key.decode("utf-8", "replace"), value, int(failed), at
 
     def _guarded(self, act: Callable[[], Any]) -> Any:
         """`act()`, where the server can be asked. Raises StoreError."""
@@ -304,6 +304,15 @@ def _without_secrets(address: str) -> str:
 
 def _entry(kind: str, key: str) -> str:
     return f"mmsr1:{kind}:{hashlib.blake2b(_encode(key), digest_size=16).hexdigest()}"
+
+
+def _number(text: bytes | None) -> float | None:
+    """A finite number, or None."""
+    try:
+        number = float(text or b"")
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _encode(key: str) -> bytes:

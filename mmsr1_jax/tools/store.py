@@ -5,38 +5,52 @@
     record    everything is asked, and kept: a fresh record
     replay    only what is there; nothing is asked, whatever its age
 
-A value that was put is on disk when `put` returns, and survives the death of any process.
+A value that was put is on disk when `put` returns, and survives the death of any process. A file
+may come from anyone: one whose tables are not those of a store is refused, and entries whose values
+have other types are treated as missing.
 """
 
 import contextlib
 import fcntl
+import itertools
+import math
 import os
 import pathlib
 import sqlite3
 import sys
 import threading
 import time
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import tenacity
 
-from mmsr1_jax import outputs
+from mmsr1_jax import checked_json, outputs
+from mmsr1_jax.tools import checked_sqlite
 
 Mode = Literal["off", "use", "record", "replay"]
 MODES: tuple[str, ...] = ("off", "use", "record", "replay")
+_AT_ONCE = 100  # entries that are taken in a transaction
 _WAIT = 60.0  # seconds for another process's write
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS entry (
+_TABLE = """CREATE TABLE entry (
   kind TEXT, key TEXT, value BLOB, failed INTEGER, made REAL, PRIMARY KEY (kind, key)
-);
-CREATE INDEX IF NOT EXISTS entry_by_age ON entry (made);
-"""
+)"""
+_INDEX = "CREATE INDEX entry_by_age ON entry (made)"
+_SCHEMA = ";".join((_TABLE, _INDEX))
+for _made in ("TABLE", "INDEX"):
+    _SCHEMA = _SCHEMA.replace(f"{_made} entry", f"{_made} IF NOT EXISTS entry")
 _UPSERT = """
 INSERT INTO entry VALUES (?, ?, ?, ?, ?) ON CONFLICT (kind, key) DO UPDATE
 SET value = excluded.value, failed = excluded.failed, made = excluded.made
 """
 # A failure takes the place of a failure only.
-_UNLESS_WORSE = _UPSERT + "WHERE excluded.failed <= entry.failed"
+_UNLESS_WORSE = _UPSERT + "WHERE excluded.failed <= (entry.failed IS NOT 0)"
+_UNLESS_THERE = _UPSERT + "WHERE entry.failed IS NOT 0 AND NOT excluded.failed"
+# A longer value is not read: an entry of a file from outside may have any length.
+_VALUE = f"CASE WHEN length(value) <= {checked_json.MAX_BYTES} THEN value END"
+# Bytes of an entry: its key is in the table and in the index of the table's primary key.
+_SIZE = "length(value) + 2 * length(CAST(kind || key AS BLOB)) + 20"
+_MAX_AHEAD = 86400.0  # seconds that the clock of another machine may be ahead
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -62,7 +76,7 @@ class Store:
     path: the file; made if need be. None with mode `off`.
     mode: see above.
     days: after which `use` asks again.
-    max_bytes: of all values; the oldest make room.
+    max_bytes: of all keys and values; the oldest make room.
     """
 
     def __init__(
@@ -94,19 +108,22 @@ class Store:
                 self._guarded(lambda connection: None)
 
     def get(self, kind: str, key: str) -> tuple[bytes, bool] | None:
-        """(value, whether it is a failure) as `put`, or None where it is to be asked for.
+        """(value, whether it is a failure) as `put`, or None where it is to be asked for: there is
+        no such entry, or it has values of other types.
 
         Failures come back in `replay` only: else they are worth another try.
         """
         if self.mode in ("off", "record"):
             return None
-        query = "SELECT value, failed, made FROM entry WHERE kind = ? AND key = ?"
+        query = f"SELECT {_VALUE}, failed, made FROM entry WHERE kind = ? AND key = ?"
         with self._reading:
             row = self._read(lambda c: c.execute(query, (kind, _valid(key))).fetchone())
         if row is None:
             return None
         value, failed, made = row
-        if self.mode == "use" and (failed or time.time() - made > self._days * 86400):
+        if not _well_formed(*row) or (
+            self.mode == "use" and (failed or not is_fresh(made, self._days))
+        ):
             return None
         return value, bool(failed)
 
@@ -119,7 +136,7 @@ class Store:
         command = _UPSERT if self.mode == "record" else _UNLESS_WORSE
         with self._lock:
             self._guarded(lambda connection: connection.execute(command, row))
-            self._since_sweep += len(value)
+            self._since_sweep += len(value) + 2 * len(key)
             if self._since_sweep > self._max_bytes / 20:
                 self._since_sweep = 0
                 self._guarded(self._sweep)
@@ -140,24 +157,19 @@ class Store:
         much that was.
 
         Raises:
-          StoreError: no such store.
+          StoreError: no such store, or one that is damaged.
         """
-        source = pathlib.Path(source).resolve()
+        rows, taken = entries_of(source), 0
+
+        def insert(connection: sqlite3.Connection) -> int:
+            with _transaction(connection):
+                return connection.executemany(_UNLESS_THERE, some).rowcount
+
         with self._lock:
-            connection = self._connect()
-            try:
-                connection.execute("ATTACH ? AS other", (f"{source.as_uri()}?mode=ro",))
-                done = connection.execute(
-                    "INSERT INTO entry SELECT kind, key, value, failed, made FROM other.entry "
-                    "WHERE true ON CONFLICT (kind, key) DO UPDATE SET value = excluded.value, "
-                    "failed = 0, made = excluded.made WHERE entry.failed AND NOT excluded.failed"
-                )
-                return done.rowcount
-            except sqlite3.DatabaseError as error:
-                raise StoreError(f"{source}: not a store ({error})") from None
-            finally:
-                with contextlib.suppress(sqlite3.DatabaseError):
-                    connection.execute("DETACH other")
+            while some := list(itertools.islice(rows, _AT_ONCE)):
+                taken += self._guarded(insert)
+                self._since_sweep += sum(len(row[2]) + 2 * len(row[1]) for row in some)
+        return taken
 
     def close(self) -> None:
         with self._lock, self._reading:
@@ -184,7 +196,7 @@ class Store:
             return _patiently(lambda: act(self._connect()))
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGE:  # disk full, too large
-                raise StoreError(f"{self._path}: {error}") from None
+                raise StoreError(f"{self._path}: {_said(error)}") from None
             if self.mode == "replay":
                 raise StoreError(f"{self._path}: damaged, or no store ({error})") from None
             self._set_aside(error)
@@ -205,7 +217,7 @@ class Store:
         if self._connection is None and self.mode == "replay":
             connection = self._open("ro" if os.access(self._path.parent, os.W_OK) else "immutable")
             try:
-                connection.execute("SELECT kind, key, value, failed, made FROM entry LIMIT 1")
+                _check_table(connection)
             except BaseException:
                 connection.close()
                 raise
@@ -227,14 +239,7 @@ class Store:
 
     def _open(self, mode: str) -> sqlite3.Connection:
         """`mode`: of SQLite's URIs; `immutable`: nothing is written, not even beside the file."""
-        suffix = "mode=ro&immutable=1" if mode == "immutable" else f"mode={mode}"
-        return sqlite3.connect(
-            f"{self._path.resolve().as_uri()}?{suffix}",
-            uri=True,
-            timeout=_WAIT,
-            isolation_level=None,  # every statement is its own transaction
-            check_same_thread=False,
-        )
+        return _open(self._path, mode)
 
     def _set_aside(self, error: sqlite3.Error) -> None:
         """Moves a damaged file away; one process does, and others that met the damage go on with
@@ -266,15 +271,108 @@ class Store:
 
     def _sweep(self, connection: sqlite3.Connection) -> None:
         """Deletes the oldest values until a tenth of the room is free."""
-        (total,) = connection.execute("SELECT sum(length(value)) FROM entry").fetchone()
+        # An entry from outside may claim to be the latest for good.
+        connection.execute(
+            "DELETE FROM entry WHERE typeof(made) NOT IN ('real', 'integer') OR made > ?",
+            (time.time() + _MAX_AHEAD,),
+        )
+        (total,) = connection.execute(f"SELECT coalesce(sum({_SIZE}), 0) FROM entry").fetchone()
         if total <= self._max_bytes:
             return
         left, oldest = total - 0.9 * self._max_bytes, None
-        for made, size in connection.execute("SELECT made, length(value) FROM entry ORDER BY made"):
-            left, oldest = left - size, made
+        for made, size in connection.execute(f"SELECT made, {_SIZE} FROM entry ORDER BY made"):
+            left, oldest = left - (size or 0), made
             if left <= 0:
                 break
         connection.execute("DELETE FROM entry WHERE made <= ?", (oldest,))
+
+
+def entries_of(source: str | pathlib.Path) -> Iterator[tuple[str, str, bytes, int, float]]:
+    """Yield (kind, key, value, failed, made) of the entries of a store's file; of those of other
+    types there is a word on stderr.
+
+    Raises:
+      StoreError: not a store, or a damaged one.
+    """
+    source, skipped, now = pathlib.Path(source), 0, time.time()
+    query = f"SELECT kind, key, {_VALUE}, failed, made FROM entry"
+    try:
+        with contextlib.closing(_open(source, "ro")) as connection:
+            _check_table(connection)
+            # Pages that are linked many times would make a small file a table without end.
+            if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+                raise StoreError(f"{source}: damaged")
+            for kind, key, value, failed, made in connection.execute(query):
+                named = isinstance(kind, str) and isinstance(key, str) and ":" not in kind
+                if named and _well_formed(value, failed, made):
+                    yield kind, key, value, failed, min(made, now)
+                else:
+                    skipped += 1
+    except sqlite3.DatabaseError as error:
+        raise StoreError(f"{source}: not a store ({_said(error)})") from None
+    if skipped:
+        print(f"{source}: skipped {skipped} malformed entries", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
+
+
+def is_fresh(made: float, days: float) -> bool:
+    """Whether a value made at that time is at most so many days old, by this machine's clock."""
+    return -_MAX_AHEAD <= time.time() - made <= days * 86400
+
+
+def _open(path: pathlib.Path, mode: str) -> sqlite3.Connection:
+    """`mode`: see `checked_sqlite.connect`. Raises sqlite3.Error, also for tables that are not
+    those of a store."""
+    connection = checked_sqlite.connect(
+        path,
+        mode,
+        timeout=_WAIT,
+        isolation_level=None,  # every statement is its own transaction
+        check_same_thread=False,
+    )
+    try:
+        checked_sqlite.check_schema(connection)
+        query = "SELECT name, sql FROM sqlite_master WHERE tbl_name = 'entry' COLLATE NOCASE"
+        for name, sql in connection.execute(query):
+            if sql is not None and " ".join(sql.split()) not in _OURS:
+                raise checked_sqlite.SchemaError(f"{name!r} is not as a store has it")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+_OURS = [" ".join(sql.split()) for sql in (_TABLE, _INDEX)]
+
+
+def _check_table(connection: sqlite3.Connection) -> None:
+    """Raises sqlite3.Error where there is no table of entries."""
+    connection.execute("SELECT kind, key, value, failed, made FROM entry LIMIT 1")
+
+
+def _well_formed(value: Any, failed: Any, made: Any) -> bool:
+    return (
+        isinstance(value, bytes)
+        and failed in (0, 1)
+        and isinstance(made, (int, float))
+        and math.isfinite(made)
+    )
+
+
+def _said(error: sqlite3.Error) -> str:
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_INTERRUPT:
+        return "a query took more steps than a file of its size can need"
+    return str(error)
 
 
 def _valid(key: str) -> str:

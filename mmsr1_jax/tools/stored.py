@@ -7,7 +7,8 @@
     verdict   question, gold answers and answer -> right or not, and why
     short form question and answer -> what of the answer is scored
 
-Failures are kept too, so that a replay fails where the record did.
+Failures are kept too, so that a replay fails where the record did. A store may come from anyone: a
+value that is not as its kind has it (`SHAPES`) is treated as missing.
 """
 
 import asyncio
@@ -18,14 +19,30 @@ import hashlib
 import json
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Literal
 
-from mmsr1_jax import fallbacks
+from mmsr1_jax import checked_json, fallbacks
 from mmsr1_jax.tools.redis_store import RedisStore
 from mmsr1_jax.tools.services import Hit
 from mmsr1_jax.tools.store import Store, StoreError
 from mmsr1_jax.tools.tool import Observation, Query, Tool, text_result_of
 from mmsr1_jax.tools.web import WebError
+
+_Hits = list[tuple[str, str, str]]
+# The type of each kind's values, as JSON has them; that of a failure is a text.
+SHAPES: dict[str, Any] = {
+    "links": _Hits,  # link, title, snippet
+    "page": str,
+    "summary": str,
+    "matches": _Hits,  # link, title, thumbnail
+    "picture": str,  # base64
+    "published": Literal[True],
+    # Of an `Observation`: status, error, texts of each result.
+    "answer": tuple[Literal["ok", "empty"], str | None, list[list[str]]],
+    "passages": list[tuple[str, str]],  # title, text
+    "verdict": tuple[bool, str],
+    "short form": str,
+}
 
 
 class NotStoredError(WebError):
@@ -33,12 +50,18 @@ class NotStoredError(WebError):
 
 
 class Stored:
-    """A store, with what is asked where it has nothing."""
+    """A store, with what is asked where it has nothing.
+
+    Attributes:
+      malformed: number of values that were treated as missing, as they have not the type of their
+        kind.
+    """
 
     def __init__(self, store: Store | RedisStore):
         self._store = store
         self._remote = isinstance(store, RedisStore)
         self._complained = False
+        self.malformed = 0
 
     @property
     def keeps_all(self) -> bool:
@@ -65,18 +88,29 @@ class Stored:
         return value
 
     async def look(self, kind: str, key: str) -> Any:
-        """The JSON value that the store has, or None. Raises WebError: it was recorded."""
+        """The JSON value that the store has, of the type in `SHAPES`, or None.
+
+        Raises:
+          WebError: it was recorded; NotStoredError: malformed, and this is a replay.
+        """
         # A look into a file takes no longer than handing it to a thread would.
         found = await self._try(self._remote, self._store.get, kind, key)
         if found is None:
             return None
         try:
-            value = json.loads(found[0])
-        except ValueError:  # damaged, which no store can see: as if it were not there
-            fallbacks.note("store/damaged", f"store: an entry of {kind} is damaged and is not used")
+            value = checked_json.loads(found[0], str if found[1] else SHAPES[kind])
+            if kind == "picture" and not found[1]:
+                base64.b64decode(value, validate=True)
+        except ValueError as error:  # damaged, or put there by another program
+            fallbacks.note(
+                "store/damaged",
+                f"store: a malformed value of kind {kind!r} is treated as missing ({error})",
+            )
+            if self._store.mode == "replay":
+                raise NotStoredError("malformed in the store, and a replay asks nobody") from None
             return None
         if found[1]:
-            raise WebError(str(value))
+            raise WebError(value)
         return value
 
     async def put(self, kind: str, key: str, value: Any, *, failed: bool = False) -> None:
