@@ -40,6 +40,7 @@ def loads(
     name: str = "",
     numbers_as_text: bool = False,
     surrogates: bool = False,
+    nan: bool = False,
 ) -> T:
     """Return the value of a JSON text, checked against a type.
 
@@ -51,6 +52,7 @@ def loads(
       name: source named in errors, such as a path; empty: errors begin with the field.
       numbers_as_text: whether numbers are returned as they are written, NaN and infinities too.
       surrogates: whether texts may hold halves of surrogate pairs, which are not valid Unicode.
+      nan: whether numbers may be NaN or infinite, as Python writes them.
 
     Raises:
       NotJsonError: not UTF-8, not JSON, or nested deeper than `MAX_DEPTH`.
@@ -58,20 +60,17 @@ def loads(
         field of another type; the message names the source and the field.
     """
     prefix = f"{name}: " if name else ""
-    kept: dict[str, Any] = {"parse_constant": _refuse_constant}
-    if numbers_as_text:
-        kept = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), str)
+    numbers = ("parse_int", "parse_float", "parse_constant")
+    kept: dict[str, Any] = dict.fromkeys(numbers, str) if numbers_as_text else {}
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
         value = json.loads(text, **kept)
-        _check_values(value)
+        _check_values(value, nan)
         if not surrogates and _LONE_SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode()
+            _check_texts(value, "")
         return value if type is Any else msgspec.convert(value, type)
     except UnicodeDecodeError as error:
         raise NotJsonError(f"{prefix}not UTF-8 ({error.reason} at byte {error.start})") from None
-    except UnicodeEncodeError:
-        raise FormatError(f"{prefix}half a character (a lone surrogate)") from None
     except RecursionError:
         raise NotJsonError(f"{prefix}not JSON that can be read (nested too deeply)") from None
     except msgspec.ValidationError as error:
@@ -156,10 +155,6 @@ def shown_error(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _refuse_constant(constant: str) -> None:
-    raise FormatError(f"{constant} is not a number")
-
-
 def _with_field(message: str) -> str:
     """What msgspec says, beginning with the field: `a.b[0]: expected int, got str`."""
     found = _WHERE.search(message)
@@ -169,8 +164,8 @@ def _with_field(message: str) -> str:
     return f"{field}: {said}" if field else said
 
 
-def _check_values(value: Any) -> None:
-    """Raise FormatError for containers deeper than MAX_DEPTH, and for numbers that overflow."""
+def _check_values(value: Any, nan: bool) -> None:
+    """Raise FormatError for containers deeper than MAX_DEPTH, and for numbers out of range."""
     level, depth = [[value]], 0
     while level:
         if depth > MAX_DEPTH:
@@ -181,12 +176,41 @@ def _check_values(value: Any) -> None:
             kinds = set(map(type, items))
             if dict in kinds or list in kinds:
                 below += [item for item in items if isinstance(item, (dict, list))]
-            if float in kinds and not all(
-                math.isfinite(item) for item in items if isinstance(item, float)
-            ):
-                raise FormatError("a number is too large")
-            if int in kinds:
-                whole = items if len(kinds) == 1 else [i for i in items if isinstance(i, int)]
-                if max(whole) >= _MAX_INT or min(whole) <= -_MAX_INT:
-                    raise FormatError("a number has more than 64 bits")
+            numbers = [i for i in items if isinstance(i, int)] if kinds != {int} else items
+            good = not numbers or (min(numbers) > -_MAX_INT and max(numbers) < _MAX_INT)
+            if float in kinds and not nan:
+                good &= all(math.isfinite(i) for i in items if isinstance(i, float))
+            if not good:
+                _name_number(value, "", nan)
         level, depth = below, depth + 1
+
+
+def _name_number(value: Any, field: str, nan: bool) -> None:
+    """Raise FormatError that names the first number out of range."""
+    for child, path in _children(value, field):
+        _name_number(child, path, nan)
+    prefix = f"{field}: " if field else ""
+    if isinstance(value, int) and not -_MAX_INT < value < _MAX_INT:
+        raise FormatError(f"{prefix}must not be an integer of more than 64 bits")
+    if isinstance(value, float) and not nan and not math.isfinite(value):
+        raise FormatError(f"{prefix}must not be {value}")
+
+
+def _check_texts(value: Any, field: str) -> None:
+    """Raise FormatError for a key or text with half of a surrogate pair."""
+    for child, path in _children(value, field):
+        _check_texts(child, path)
+    texts = value if isinstance(value, dict) else [value] if isinstance(value, str) else ()
+    if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+        prefix = f"{field}: " if field else ""
+        raise FormatError(f"{prefix}half a character (a lone surrogate)")
+
+
+def _children(value: Any, field: str) -> Iterator[tuple[Any, str]]:
+    """The values in a container, with their paths."""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield child, valid_text(f"{field}.{key}" if field else key)
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            yield child, f"{field}[{index}]"

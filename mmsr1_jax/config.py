@@ -10,15 +10,15 @@ import dataclasses
 import logging
 import pathlib
 import sys
-import types
 import typing
 from collections.abc import Callable, Sequence
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from mmsr1_jax import config_training, ending, redaction, rewards
-from mmsr1_jax.config_tools import (
+from mmsr1_jax import allowed, config_training, ending, redaction, rewards
+from mmsr1_jax.allowed import ConfigError, setting
+from mmsr1_jax.config_tools import (  # noqa: F401  (the choices are read here by others)
     IMAGE_SEARCHES,
     READERS,
     SECRET_VARIABLES,
@@ -36,10 +36,6 @@ DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "dots", "full")
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be; the message begins with the field."""
-
-
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Model:
     """How the policy is computed.
@@ -52,10 +48,10 @@ class Model:
       logprob_chunk: tokens of a row whose [tokens, vocabulary] logits are held at a time.
     """
 
-    dtype: str = "float32"
-    attention: str = "auto"
-    remat: str = "none"
-    logprob_chunk: int = 512
+    dtype: str = setting("float32", one_of=DTYPES)
+    attention: str = setting("auto", one_of=IMPLEMENTATIONS)
+    remat: str = setting("none", one_of=REMAT)
+    logprob_chunk: int = setting(512, at_least=1, at_most=2**20)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -68,9 +64,9 @@ class Mesh:
       tensor: parts that heads, feed-forward and vocabulary are cut into.
     """
 
-    replica: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    replica: int = setting(1, at_least=-1, at_most=65536)
+    fsdp: int = setting(-1, at_least=-1, at_most=65536)
+    tensor: int = setting(1, at_least=-1, at_most=65536)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -86,10 +82,14 @@ class Buckets:
     """
 
     # The released pixel limits let a picture have 16,384 tokens in up to 1,250 windows.
-    lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384, 20480, 40960)
-    image_windows: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 1280, 2560)
-    batch_tokens: int = 8192
-    batch_windows: int = 128
+    lengths: tuple[int, ...] = setting(
+        (256, 512, 1024, 2048, 4096, 8192, 16384, 20480, 40960), at_most=2**24
+    )
+    image_windows: tuple[int, ...] = setting(
+        (16, 32, 64, 128, 256, 512, 1024, 1280, 2560), at_most=2**20
+    )
+    batch_tokens: int = setting(8192, at_least=1, at_most=2**30)
+    batch_windows: int = setting(128, at_least=1, at_most=2**24)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -102,9 +102,9 @@ class Images:
         checkpoint's own `preprocessor_config.json`.
     """
 
-    max_file_pixels: int = 100_000_000
-    min_pixels: int | None = None
-    max_pixels: int | None = None
+    max_file_pixels: int = setting(100_000_000, at_least=1, at_most=2**31 - 1)
+    min_pixels: int | None = setting(None, at_least=1, at_most=2**31 - 1)
+    max_pixels: int | None = setting(None, at_least=1, at_most=2**31 - 1)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -129,13 +129,13 @@ class Rollout:
         is compiled later.
     """
 
-    lanes: int = 16
-    rows: int = 16
-    chunk: int = 16
-    extend_lengths: tuple[int, ...] = (32, 128, 512)
-    extend_tokens: int = 512
-    encode_windows: int = 16
-    image_tokens: int = 40960
+    lanes: int = setting(16, at_least=1, at_most=65536)
+    rows: int = setting(16, at_least=1, at_most=65536)
+    chunk: int = setting(16, at_least=1, at_most=65536)
+    extend_lengths: tuple[int, ...] = setting((32, 128, 512), at_most=2**20)
+    extend_tokens: int = setting(512, at_least=1, at_most=2**26)
+    encode_windows: int = setting(16, at_least=1, at_most=2**20)
+    image_tokens: int = setting(40960, at_least=1, at_most=2**28)
     compile_ahead: bool = True
 
 
@@ -154,14 +154,14 @@ class Turns:
       prompts: a directory of prompts that replaces the built-in ones (`rollout/prompts.py`).
     """
 
-    turns: int = 3
-    searches: int = 2
-    image_searches: int = 1
-    text_searches: int = 2
-    turn_tokens: int = 2048
-    tokens: int = 8192
-    least_tokens: int = 256
-    result_tokens: int = 4096
+    turns: int = setting(3, at_least=1, at_most=1000)
+    searches: int = setting(2, at_least=0, at_most=1000)
+    image_searches: int = setting(1, at_least=0, at_most=1000)
+    text_searches: int = setting(2, at_least=0, at_most=1000)
+    turn_tokens: int = setting(2048, at_least=1, at_most=2**24)
+    tokens: int = setting(8192, at_least=1, at_most=2**24)
+    least_tokens: int = setting(256, at_least=1, at_most=2**24)
+    result_tokens: int = setting(4096, at_least=1, at_most=2**24)
     prompts: str | None = None
 
 
@@ -176,10 +176,10 @@ class Sampling:
       seed: of the random numbers.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    temperature: float = setting(1.0, at_least=0, at_most=1000)
+    top_k: int = setting(0, at_least=0, at_most=2**31 - 1)
+    top_p: float = setting(1.0, over=0, at_most=1)
+    seed: int = setting(0, at_least=0, at_most=2**31 - 1)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -198,11 +198,13 @@ class Eval:
 
     data: tuple[str, ...] = ()
     benchmark: str = ""
-    page_tokens: int = 6144
-    rows: int = 0
-    workflows: tuple[str, ...] = ("on_demand", "rag", "direct", "agent")
-    samples: int = 1
-    temperature: float = 0.0
+    page_tokens: int = setting(6144, at_least=1, at_most=2**24)
+    rows: int = setting(0, at_least=0, at_most=2**31 - 1)
+    workflows: tuple[str, ...] = setting(
+        ("on_demand", "rag", "direct", "agent"), one_of=tuple(WORKFLOWS)
+    )
+    samples: int = setting(1, at_least=1, at_most=100_000)
+    temperature: float = setting(0.0, at_least=0, at_most=1000)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -234,62 +236,37 @@ def get_config() -> Config:
 
 
 def validate(config: Config) -> Config:
-    """Returns `config` if it can be, else raises ConfigError naming the field."""
-    _check_types(config, "config")
+    """Return `config` where all settings are valid, see `allowed.check`, and fit together.
+
+    Raises:
+      ConfigError: naming the field.
+    """
+    allowed.check(config, "config")
     _check_addresses(dataclasses.asdict(config), "config")
-    _one_of("model.dtype", config.model.dtype, DTYPES)
-    _one_of("model.attention", config.model.attention, IMPLEMENTATIONS)
-    _one_of("model.remat", config.model.remat, REMAT)
-    _positive("model.logprob_chunk", config.model.logprob_chunk)
     for field in ("replica", "fsdp", "tensor"):
-        size = getattr(config.mesh, field)
-        if size < 1 and size != -1:
-            raise ConfigError(f"config.mesh.{field}={size} must be positive, or -1")
+        if getattr(config.mesh, field) == 0:
+            raise ConfigError(f"config.mesh.{field}=0 must be positive, or -1")
     if [config.mesh.replica, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
         raise ConfigError("config.mesh: only one of replica, fsdp and tensor may be -1")
     _ascending("buckets.lengths", config.buckets.lengths)
     _ascending("buckets.image_windows", config.buckets.image_windows)
     _ascending("rollout.extend_lengths", config.rollout.extend_lengths)
-    for field in ("lanes", "rows", "chunk", "extend_tokens", "encode_windows", "image_tokens"):
-        _positive(f"rollout.{field}", getattr(config.rollout, field))
     turns = config.turns
-    for field in ("turns", "turn_tokens", "tokens", "least_tokens", "result_tokens"):
-        _positive(f"turns.{field}", getattr(turns, field))
-    for field in ("searches", "image_searches", "text_searches"):
-        if getattr(turns, field) < 0:
-            raise ConfigError(f"config.turns.{field}={getattr(turns, field)} must not be negative")
     if turns.least_tokens > min(turns.turn_tokens, turns.tokens - 1):
         raise ConfigError(
             f"config.turns.least_tokens={turns.least_tokens} leaves no room in "
             f"turn_tokens={turns.turn_tokens} and tokens={turns.tokens}"
         )
-    for field in ("results", "result_chars", "max_pixels"):
-        _positive(f"tools.{field}", getattr(config.tools, field))
-    _one_of("tools.text", config.tools.text, TEXT_SEARCHES)
-    _one_of("tools.image", config.tools.image, IMAGE_SEARCHES)
-    _one_of("services.reader", config.services.reader, READERS)
-    _one_of("services.store_mode", config.services.store_mode, STORE_MODES)
-    for field in ("at_once", "attempts", "store_max_bytes"):
-        _positive(f"services.{field}", getattr(config.services, field))
-    for field in ("seconds", "per_second"):
-        if not getattr(config.services, field) > 0:
-            raise ConfigError(
-                f"config.services.{field}={getattr(config.services, field)} must be over 0"
-            )
-    for field in ("seconds", "episode_seconds"):
-        if not getattr(config.tools, field) > 0:
-            raise ConfigError(f"config.tools.{field}={getattr(config.tools, field)} must be over 0")
     if config.rollout.image_tokens < 3 * config.rollout.extend_lengths[-1]:
         raise ConfigError(
             f"config.rollout.image_tokens={config.rollout.image_tokens} must be at least three "
             f"times the last of extend_lengths, {config.rollout.extend_lengths[-1]}"
         )
-    validate_sampling(config.sampling)
     try:
         rewards.check(config.rewards)
     except rewards.RewardsError as error:
         raise ConfigError(f"config.rewards.{error}") from None
-    mistake = config_training.mistake(config.data, config.objective, config.update, config.run)
+    mistake = config_training.mistake(config.objective, config.update, config.run)
     if mistake:
         raise ConfigError(f"config.{mistake}")
     buffer = config.objective.overlong_buffer
@@ -300,64 +277,25 @@ def validate(config: Config) -> Config:
         )
     if not config.eval.workflows:
         raise ConfigError("config.eval.workflows=() must not be empty")
-    for name in config.eval.workflows:
-        _one_of("eval.workflows", name, tuple(WORKFLOWS))
-    _positive("eval.samples", config.eval.samples)
-    _positive("eval.page_tokens", config.eval.page_tokens)
-    if config.eval.rows < 0:
-        raise ConfigError(f"config.eval.rows={config.eval.rows} must not be negative")
-    if not config.eval.temperature >= (0 if config.eval.samples == 1 else 1e-6):
+    if config.eval.samples > 1 and config.eval.temperature < 1e-6:
         raise ConfigError(
             f"config.eval.temperature={config.eval.temperature} must not be negative, and over 0 "
             f"where there are several eval.samples ({config.eval.samples}): they would be the same"
         )
-    _positive("buckets.batch_tokens", config.buckets.batch_tokens)
-    _positive("buckets.batch_windows", config.buckets.batch_windows)
-    _positive("images.max_file_pixels", config.images.max_file_pixels)
     low, high = config.images.min_pixels, config.images.max_pixels
-    for field, value in (("images.min_pixels", low), ("images.max_pixels", high)):
-        _positive(field, 1 if value is None else value)
     if low is not None and high is not None and low > high:
         raise ConfigError(f"config.images.min_pixels={low} is more than max_pixels={high}")
     return config
 
 
 def validate_sampling(sampling: Sampling) -> None:
-    """Raises ConfigError where tokens cannot be drawn like that."""
-    if not (sampling.temperature >= 0 and sampling.top_k >= 0 and 0 < sampling.top_p <= 1):
-        raise ConfigError(
-            f"config.sampling: temperature={sampling.temperature} and top_k={sampling.top_k} must "
-            f"not be negative, top_p={sampling.top_p} must be in (0, 1]"
-        )
-    if not 0 <= sampling.seed < 2**31:
-        raise ConfigError(f"config.sampling.seed={sampling.seed} must be in [0, 2^31)")
-
-
-def _one_of(field: str, value, allowed: Sequence) -> None:
-    if value not in allowed:
-        raise ConfigError(f"config.{field}={value!r} is not one of {', '.join(allowed)}")
+    """Raise ConfigError where tokens cannot be drawn like that."""
+    allowed.check(sampling, "config.sampling")
 
 
 def _ascending(field: str, sizes: Sequence[int]) -> None:
     if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
         raise ConfigError(f"config.{field}={sizes} must be positive and ascending")
-
-
-def _positive(field: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"config.{field}={value} must be at least 1")
-
-
-def _check_types(value, where: str) -> None:
-    for name, hint in typing.get_type_hints(type(value)).items():
-        child, path = getattr(value, name), f"{where}.{name}"
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(child, hint):
-                raise ConfigError(f"{path} must be a {hint.__name__}, not {child!r}")
-            _check_types(child, path)
-        elif not _has_type(child, hint):
-            shown = hint.__name__ if isinstance(hint, type) else str(hint)
-            raise ConfigError(f"{path} must be of type {shown}, not {child!r}")
 
 
 def _check_addresses(value, where: str) -> None:
@@ -373,19 +311,6 @@ def _check_addresses(value, where: str) -> None:
         variable = SECRET_VARIABLES.get(where.rpartition(".")[2])
         place = f"put it into the environment variable {variable}" if variable else "take it out"
         raise ConfigError(f"{where}: the address holds {found}; {place}")
-
-
-def _has_type(value, hint) -> bool:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_has_type(value, a) for a in args)
-    if origin is tuple:  # tuple[x, ...] is the only form that is used
-        return isinstance(value, tuple) and all(_has_type(v, args[0]) for v in value)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
 
 
 def define_flag() -> flags.FlagHolder:

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from mmsr1_jax.allowed import setting
+
 TEXT_SEARCHES = ("auto", "none", "local", "serpapi", "serper", "searxng", "retrieval")
 IMAGE_SEARCHES = ("auto", "none", "local", "serpapi", "serper", "fvqa")
 READERS = ("none", "local", "jina")
@@ -39,15 +41,15 @@ class Tools:
         called for it, and its searches fail at once.
     """
 
-    text: str = "auto"
-    image: str = "auto"
+    text: str = setting("auto", one_of=TEXT_SEARCHES)
+    image: str = setting("auto", one_of=IMAGE_SEARCHES)
     index: str | None = None
     image_model: str | None = None
-    results: int = 5
-    result_chars: int = 4000
-    max_pixels: int = 224 * 224
-    seconds: float = 60.0
-    episode_seconds: float = 180.0
+    results: int = setting(5, at_least=1, at_most=1000)
+    result_chars: int = setting(4000, at_least=1, at_most=2**24)
+    max_pixels: int = setting(224 * 224, at_least=1, at_most=2**31 - 1)
+    seconds: float = setting(60.0, over=0, at_most=86400)
+    episode_seconds: float = setting(180.0, over=0, at_most=7 * 86400)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -91,7 +93,7 @@ class Services:
     jina_url: str = "https://r.jina.ai"
     searxng_url: str = "http://127.0.0.1:8888"
     retrieval_url: str = "http://127.0.0.1:8000"
-    reader: str = "local"
+    reader: str = setting("local", one_of=READERS)
     summariser_url: str | None = None
     summariser_model: str = "Qwen/Qwen3-32B"
     judge_url: str | None = None
@@ -100,12 +102,12 @@ class Services:
     put_url: str | None = None
     public_url: str | None = None
     allowed_hosts: tuple[str, ...] = ()
-    seconds: float = 20.0
-    at_once: int = 64
-    per_second: float = 50.0
+    seconds: float = setting(20.0, over=0, at_most=86400)
+    at_once: int = setting(64, at_least=1, at_most=65536)
+    per_second: float = setting(50.0, over=0, at_most=1e6)
     limits: tuple[str, ...] = ()
-    attempts: int = 3
+    attempts: int = setting(3, at_least=1, at_most=1000)
     store: str | None = None
-    store_mode: str = "use"
-    store_days: float = 90.0
-    store_max_bytes: int = 20_000_000_000
+    store_mode: str = setting("use", one_of=STORE_MODES)
+    store_days: float = setting(90.0, at_least=0, at_most=1e6)
+    store_max_bytes: int = setting(20_000_000_000, at_least=1, at_most=2**60)

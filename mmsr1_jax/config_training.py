@@ -1,8 +1,8 @@
 """The settings of training; `config.py` has the others."""
 
 import dataclasses
-from collections.abc import Sequence
 
+from mmsr1_jax.allowed import setting
 from mmsr1_jax.rl.advantages import ADVANTAGES
 from mmsr1_jax.rl.lora_targets import TARGETS, TEXT_TARGETS
 from mmsr1_jax.rl.loss import AVERAGES, KLS, RATIOS
@@ -35,22 +35,22 @@ class Update:
       bad_in_a_row: updates with a loss or gradient that is not finite, after which a run stops.
     """
 
-    row_tokens: int = 8192
-    row_windows: int = 384
-    rows: int = 1
+    row_tokens: int = setting(8192, at_least=1, at_most=2**24)
+    row_windows: int = setting(384, at_least=0, at_most=2**20)
+    rows: int = setting(1, at_least=1, at_most=65536)
     freeze_vision: bool = False
-    lora_rank: int = 0
-    lora_alpha: float = 32.0
-    lora_targets: tuple[str, ...] = TEXT_TARGETS
-    learning_rate: float = 2e-6
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    grad_clip: float = 1.0
-    bad_in_a_row: int = 3
+    lora_rank: int = setting(0, at_least=0, at_most=65536)
+    lora_alpha: float = setting(32.0, at_least=-1e6, at_most=1e6)
+    lora_targets: tuple[str, ...] = setting(TEXT_TARGETS, one_of=tuple(TARGETS))
+    learning_rate: float = setting(2e-6, at_least=0, at_most=1000)
+    schedule: str = setting("constant", one_of=SCHEDULES)
+    warmup_steps: int = setting(0, at_least=0, at_most=2**31 - 1)
+    b1: float = setting(0.9, at_least=0, below=1)
+    b2: float = setting(0.999, at_least=0, below=1)
+    eps: float = setting(1e-8, at_least=0, at_most=1)
+    weight_decay: float = setting(0.01, at_least=0, at_most=1000)
+    grad_clip: float = setting(1.0, at_least=0, at_most=1e9)
+    bad_in_a_row: int = setting(3, at_least=1, at_most=2**31 - 1)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -80,21 +80,21 @@ class Objective:
         stay.
     """
 
-    advantage: str = "grpo"
-    ratio: str = "token"
-    average: str = "token"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl: str = "k3"
-    kl_weight: float = 1e-3
-    reference: str = "device"
-    entropy_weight: float = 0.0
-    old: str = "trainer"
-    importance_cap: float = 2.0
-    updates: int = 1
-    overlong: str = "keep"
-    overlong_buffer: int = 512
-    refill: int = 0
+    advantage: str = setting("grpo", one_of=ADVANTAGES)
+    ratio: str = setting("token", one_of=RATIOS)
+    average: str = setting("token", one_of=AVERAGES)
+    clip_low: float = setting(0.2, at_least=0, at_most=1e6)
+    clip_high: float = setting(0.2, at_least=0, at_most=1e6)
+    kl: str = setting("k3", one_of=KLS)
+    kl_weight: float = setting(1e-3, at_least=0, at_most=1e6)
+    reference: str = setting("device", one_of=REFERENCES)
+    entropy_weight: float = setting(0.0, at_least=0, at_most=1e6)
+    old: str = setting("trainer", one_of=OLD)
+    importance_cap: float = setting(2.0, at_least=0, at_most=1e6)
+    updates: int = setting(1, at_least=1, at_most=65536)
+    overlong: str = setting("keep", one_of=OVERLONG)
+    overlong_buffer: int = setting(512, at_least=1, at_most=2**24)
+    refill: int = setting(0, at_least=0, at_most=1000)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -113,8 +113,8 @@ class Data:
     train: tuple[str, ...] = ()
     validation: tuple[str, ...] = ()
     image_roots: tuple[str, ...] = ()
-    max_bad_rows: int = 100
-    validation_rows: int = 0
+    max_bad_rows: int = setting(100, at_least=0, at_most=2**31 - 1)
+    validation_rows: int = setting(0, at_least=0, at_most=2**31 - 1)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -135,50 +135,22 @@ class Run:
     """
 
     model: str | None = None
-    steps: int = 50
-    questions: int = 32
-    rollouts: int = 8
-    seed: int = 0
-    validate_every: int = 10
-    save_every: int = 10
-    keep: int = 2
-    episodes: int = 4
+    steps: int = setting(50, at_least=1, at_most=2**31 - 1)
+    questions: int = setting(32, at_least=1, at_most=2**20)
+    rollouts: int = setting(8, at_least=1, at_most=2**16)
+    seed: int = setting(0, at_least=0, at_most=2**31 - 1)
+    validate_every: int = setting(10, at_least=0, at_most=2**31 - 1)
+    save_every: int = setting(10, at_least=0, at_most=2**31 - 1)
+    keep: int = setting(2, at_least=1, at_most=2**20)
+    episodes: int = setting(4, at_least=0, at_most=2**20)
     log: str = "tensorboard"
 
 
-def mistake(data: Data, objective: Objective, update: Update, run: Run) -> str | None:
-    """What cannot be, beginning with the field; None where all can."""
-    allowed: dict[str, Sequence[str]] = {
-        "advantage": ADVANTAGES, "ratio": RATIOS, "average": AVERAGES, "kl": KLS,
-        "reference": REFERENCES, "old": OLD, "overlong": OVERLONG,
-    }  # fmt: skip
-    for field, values in allowed.items():
-        value = getattr(objective, field)
-        if value not in values:
-            return f"objective.{field}={value!r} is not one of {', '.join(values)}"
-    if update.schedule not in SCHEDULES:
-        return f"update.schedule={update.schedule!r} is not one of {', '.join(SCHEDULES)}"
+def mistake(objective: Objective, update: Update, run: Run) -> str | None:
+    """What does not fit together, beginning with the field; None where all does."""
     problem = _lora_mistake(update)
     if problem:
         return problem
-    at_least = [
-        (1, "update", update, ("row_tokens", "rows", "bad_in_a_row")),
-        (0, "update", update, ("row_windows", "lora_rank", "learning_rate", "warmup_steps", "eps",
-                               "weight_decay", "grad_clip")),
-        (1, "objective", objective, ("updates", "overlong_buffer")),
-        (0, "objective", objective, ("clip_low", "clip_high", "kl_weight", "entropy_weight",
-                                     "importance_cap", "refill")),
-        (1, "run", run, ("steps", "questions", "rollouts", "keep")),
-        (0, "run", run, ("seed", "validate_every", "save_every", "episodes")),
-        (0, "data", data, ("max_bad_rows", "validation_rows")),
-    ]  # fmt: skip
-    for least, part, values, fields in at_least:
-        for field in fields:
-            if not getattr(values, field) >= least:
-                return f"{part}.{field}={getattr(values, field)} must be at least {least}"
-    for field in ("b1", "b2"):
-        if not 0 <= getattr(update, field) < 1:
-            return f"update.{field}={getattr(update, field)} must be in [0, 1)"
     unknown = {name.strip() for name in run.log.split(",")} - {"", "tensorboard", "wandb"}
     if unknown:
         return f"run.log={run.log!r}: only tensorboard and wandb are known"
@@ -188,9 +160,6 @@ def mistake(data: Data, objective: Objective, update: Update, run: Run) -> str |
 
 
 def _lora_mistake(update: Update) -> str | None:
-    for name in update.lora_targets:
-        if name not in TARGETS:
-            return f"update.lora_targets: {name!r} is not one of {', '.join(TARGETS)}"
     if update.lora_rank and not update.lora_targets:
         return f"update.lora_targets is empty, with lora_rank={update.lora_rank}"
     if update.lora_rank and not update.lora_alpha > 0:

@@ -4,11 +4,19 @@ import dataclasses
 import json
 import os
 import pathlib
-import typing
 from collections.abc import Sequence
+from typing import Annotated, Any
 
+import msgspec
+
+from mmsr1_jax import allowed, checked_json, redaction
 from mmsr1_jax import config as settings
-from mmsr1_jax import redaction
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    model: Annotated[str, msgspec.Meta(min_length=1)]
+    config: dict[str, Any]
 
 
 def write(path: pathlib.Path, config: settings.Config, model: str) -> None:
@@ -20,16 +28,19 @@ def write(path: pathlib.Path, config: settings.Config, model: str) -> None:
 
 
 def read(path: pathlib.Path) -> tuple[settings.Config, str]:
-    """What `write` wrote.
+    """Return the settings and the policy's directory that `write` wrote.
 
     Raises:
-      ConfigError: the file is none of ours, or has settings that there are no more.
+      ConfigError: the file cannot be read, or a field in it is missing, unknown or invalid; the
+        message names the file and the field.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        config = _made(settings.Config, data["config"])
-        return settings.validate(config), data["model"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        data = checked_json.load(path, _File)
+        config = allowed.made(settings.Config, data.config, "config")
+        return settings.validate(config), data.model
+    except checked_json.FormatError as error:
+        raise settings.ConfigError(str(error)) from None
+    except settings.ConfigError as error:
         raise settings.ConfigError(f"{path}: {error}") from None
 
 
@@ -44,14 +55,3 @@ def override(config: settings.Config, given: settings.Config, argv: Sequence[str
         for part in parts:
             target, source = getattr(target, part), getattr(source, part)
         setattr(target, field, getattr(source, field))
-
-
-def _made(kind: type, data: dict):
-    """A dataclass from plain data; lists become tuples."""
-    hints = typing.get_type_hints(kind)
-    values = {}
-    for name, value in data.items():
-        if dataclasses.is_dataclass(hints.get(name)):
-            value = _made(hints[name], value)
-        values[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)

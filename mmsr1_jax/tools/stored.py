@@ -50,18 +50,12 @@ class NotStoredError(WebError):
 
 
 class Stored:
-    """A store, with what is asked where it has nothing.
-
-    Attributes:
-      malformed: number of values that were treated as missing, as they have not the type of their
-        kind.
-    """
+    """A store, with what is asked where it has nothing."""
 
     def __init__(self, store: Store | RedisStore):
         self._store = store
         self._remote = isinstance(store, RedisStore)
         self._complained = False
-        self.malformed = 0
 
     @property
     def keeps_all(self) -> bool:
