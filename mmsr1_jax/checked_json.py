@@ -7,11 +7,12 @@ and says nothing of the types inside. Of a key that comes twice the last one cou
 """
 
 import codecs
+import itertools
 import json
 import math
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TypeVar
 
 import msgspec
@@ -19,6 +20,7 @@ import msgspec
 MAX_DEPTH = 64  # lists and objects inside each other
 MAX_BYTES = 100_000_000
 _MAX_INT = 2**64
+_PIECE = 1 << 20  # bytes read at a time
 _LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")  # possibly one
 _WHERE = re.compile(r" - at `(\$.*?)`$|\Z", re.DOTALL)
 
@@ -38,7 +40,7 @@ def loads(
     type: type[T] = Any,
     *,
     name: str = "",
-    numbers_as_text: bool = False,
+    number: Callable[[str], Any] | None = None,
     surrogates: bool = False,
     nan: bool = False,
 ) -> T:
@@ -50,35 +52,46 @@ def loads(
         `Annotated[int, msgspec.Meta(ge=0)]`. Fields of TypedDicts and dataclasses that the type
         does not name are ignored. A float is no int, even where it is whole; an int is a float.
       name: source named in errors, such as a path; empty: errors begin with the field.
-      numbers_as_text: whether numbers are returned as they are written, NaN and infinities too.
+      number: Returns the value of a number as it is written, of NaN and infinities too.
       surrogates: whether texts may hold halves of surrogate pairs, which are not valid Unicode.
       nan: whether numbers may be NaN or infinite, as Python writes them.
 
     Raises:
-      NotJsonError: not UTF-8, not JSON, or nested deeper than `MAX_DEPTH`.
-      FormatError: NaN, an infinity, a number of more than 64 bits, half of a surrogate pair, or a
-        field of another type; the message names the source and the field.
+      NotJsonError: not UTF-8, or not JSON.
+      FormatError: nested deeper than `MAX_DEPTH`, NaN, an infinity, a number of more than 64 bits,
+        half of a surrogate pair, or a field of another type; names the source and the field.
     """
     prefix = f"{name}: " if name else ""
     numbers = ("parse_int", "parse_float", "parse_constant")
-    kept: dict[str, Any] = dict.fromkeys(numbers, str) if numbers_as_text else {}
+    kept: dict[str, Any] = dict.fromkeys(numbers, number) if number else {}
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
         value = json.loads(text, **kept)
         _check_values(value, nan)
         if not surrogates and _LONE_SURROGATE.search(text):
             _check_texts(value, "")
-        return value if type is Any else msgspec.convert(value, type)
+        return value if type is Any else convert(value, type)
     except UnicodeDecodeError as error:
         raise NotJsonError(f"{prefix}not UTF-8 ({error.reason} at byte {error.start})") from None
     except RecursionError:
-        raise NotJsonError(f"{prefix}not JSON that can be read (nested too deeply)") from None
-    except msgspec.ValidationError as error:
-        raise FormatError(f"{prefix}{_with_field(str(error))}") from None
+        raise FormatError(f"{prefix}not JSON that can be read (nested too deeply)") from None
     except FormatError as error:
         raise error.__class__(f"{prefix}{error}") from None
     except ValueError as error:
         raise NotJsonError(f"{prefix}not JSON ({error})") from None
+
+
+def convert(value: Any, type: type[T], *, name: str = "") -> T:
+    """Return a value of `loads` as the type, see there.
+
+    Raises:
+      FormatError: a field of another type.
+    """
+    try:
+        return msgspec.convert(value, type)
+    except msgspec.ValidationError as error:
+        prefix = f"{name}: " if name else ""
+        raise FormatError(f"{prefix}{_with_field(str(error))}") from None
 
 
 def load(
@@ -87,6 +100,7 @@ def load(
     *,
     max_bytes: int = MAX_BYTES,
     surrogates: bool = False,
+    nan: bool = False,
 ) -> T:
     """Return the value of a JSON file, see `loads`.
 
@@ -95,13 +109,14 @@ def load(
     """
     path = pathlib.Path(path)
     try:
-        with open(path, "rb") as file:
-            data = file.read(max_bytes + 1)
+        with open(path, "rb") as file:  # in pieces, as a read takes memory for all that it asks
+            pieces = iter(lambda: file.read(_PIECE), b"")
+            data = b"".join(itertools.islice(pieces, max_bytes // _PIECE + 2))
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise FormatError(f"{path}: cannot be read ({shown_error(error)})") from None
     if len(data) > max_bytes:
         raise FormatError(f"{path}: larger than {max_bytes} bytes")
-    return loads(data, type, name=str(path), surrogates=surrogates)
+    return loads(data, type, name=str(path), surrogates=surrogates, nan=nan)
 
 
 def lines(file: BinaryIO, *, max_bytes: int = MAX_BYTES) -> Iterator[tuple[int, bytes]]:
@@ -169,7 +184,7 @@ def _check_values(value: Any, nan: bool) -> None:
     level, depth = [[value]], 0
     while level:
         if depth > MAX_DEPTH:
-            raise NotJsonError(f"nested deeper than {MAX_DEPTH} levels")
+            raise FormatError(f"not JSON that can be read (nested deeper than {MAX_DEPTH} levels)")
         below: list[Any] = []
         for container in level:
             items = container.values() if isinstance(container, dict) else container

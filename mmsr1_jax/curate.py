@@ -140,7 +140,7 @@ def decide(
     places: dict[int, tuple[int, int]] = {}
     no_verdict = 0
     for place, line_number, line in lines.scan(out / EPISODES):
-        judged = line["judge"]
+        judged = line.get("judge")
         verdict = judged["correct"] if judged else None
         unjudged = judged is not None and verdict is None
         no_verdict += unjudged
@@ -154,6 +154,11 @@ def decide(
     if len(places) != count:
         raise DataError(f"{out}: has {len(places)} of {count} episodes; --model: the policy that "
                         "makes the others")  # fmt: skip
+
+    if sorted(attempts) != list(range(len(attempts))):
+        raise DataError(
+            f"{out / EPISODES}: the numbers of its questions ('group') are not 0, 1, .."
+        )
 
     # Classes, and what is taken of them
     groups = [attempts[number] for number in range(len(attempts))]

@@ -7,10 +7,18 @@ import pathlib
 import statistics
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, TypedDict
 
+import msgspec
+
+from mmsr1_jax import checked_json
 from mmsr1_jax.redaction import redact
 from mmsr1_jax.rewards import Reward
 from mmsr1_jax.rollout.episode import Episode
+
+
+class _Line(TypedDict):
+    step: Annotated[int, msgspec.Meta(ge=0)]
 
 
 def of_episodes(
@@ -155,12 +163,25 @@ class Log:
 
 
 def read(path: pathlib.Path) -> list[dict]:
-    """The lines of a `metrics.jsonl`, without one that was cut off; none where it is not there."""
-    lines = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+    """Return the lines of a `metrics.jsonl`, without a last one that was cut off; none where the
+    file does not exist.
+
+    Raises:
+      FormatError: a line that is not JSON, or not an object with a `step`; names file and line.
+    """
+    lines: list[dict] = []
+    if not path.is_file():
+        return lines
+    with open(path, "rb") as file:
+        for number, text in checked_json.lines(file):
+            name = f"{path}, line {number}"
             try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
+                # A figure of a run that diverged is NaN.
+                line = checked_json.loads(text, dict[str, Any], name=name, nan=True)
+            except checked_json.NotJsonError:
+                if not text.endswith(b"\n"):
+                    break
+                raise
+            checked_json.convert(line, _Line, name=name)
+            lines.append(line)
     return lines

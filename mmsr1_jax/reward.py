@@ -11,7 +11,6 @@ OUT, a line, in the order of IN: {"reward": .., "correct": .., "format": .., "se
 published (`rewards.searches_in`), as texts do not say which the engine refused.
 """
 
-import codecs
 import json
 import pathlib
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 
 from absl import app, flags
 
-from mmsr1_jax import ending, outputs, rewards
+from mmsr1_jax import checked_json, ending, outputs, rewards
 from mmsr1_jax.rollout import turns
 
 _IN = flags.DEFINE_string("episodes", None, "JSONL to read", required=True)
@@ -126,11 +125,9 @@ def reward_line(number: int, text: bytes, settings: rewards.Rewards) -> dict[str
 def parse_line(text: bytes) -> tuple[list[str], list[str]]:
     """The turns and the answers of a line. Raises LineError where it has none."""
     try:
-        line = json.loads(text.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise LineError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
-        raise LineError(f"not JSON ({error})") from None
+        line = checked_json.loads(text, surrogates=True)
+    except checked_json.FormatError as error:
+        raise LineError(str(error)) from None
     if not isinstance(line, dict):
         raise LineError("must be an object with 'turns' and 'answers'")
     for field in ("turns", "answers"):
@@ -153,11 +150,7 @@ def _kind(value) -> str:
 
 def read_lines(file) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, bytes) of the lines that are not blank; only a newline ends a line."""
-    for number, line in enumerate(file, start=1):
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if line.strip():
-            yield number, line
+    yield from checked_json.lines(file)
 
 
 def _parse_flags(argv) -> list[str]:

@@ -11,7 +11,6 @@ OUT, a line, in the order of IN: {"id": .., "tokens": [..], "logprobs": [null, .
 {"id": .., "error": ..} for a line that cannot be scored; then the exit code is 1.
 """
 
-import codecs
 import json
 import os
 import pathlib
@@ -24,8 +23,8 @@ from absl import flags
 from flax import nnx
 from tqdm import tqdm
 
+from mmsr1_jax import checked_json, outputs, sharding
 from mmsr1_jax import config as settings
-from mmsr1_jax import outputs, sharding
 from mmsr1_jax.batching import Bucket, TooLongError, bucket_of, make_rows
 from mmsr1_jax.files import FileRefusedError, check_regular
 from mmsr1_jax.images import ImageError
@@ -182,21 +181,15 @@ def finish(
 def read_lines(source: pathlib.Path) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, bytes) of the lines that are not blank; only a newline ends a line."""
     with open(source, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if line.strip():
-                yield number, line
+        yield from checked_json.lines(file)
 
 
 def parse_line(text: bytes) -> dict:
     """One line of IN. Raises ConversationError where it is not an object with id and messages."""
     try:
-        line = json.loads(text.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ConversationError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
-        raise ConversationError(f"not JSON ({error})") from None
+        line = checked_json.loads(text, surrogates=True)
+    except checked_json.FormatError as error:
+        raise ConversationError(str(error)) from None
     if not isinstance(line, dict) or "messages" not in line:
         raise ConversationError("must be an object with 'id' and 'messages'")
     return {"id": line.get("id"), "messages": line["messages"]}

@@ -20,6 +20,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from mmsr1_jax import rewards
@@ -73,7 +74,7 @@ def attempt_of(
       verdict: of a judge.
       step: of training, see `rewards.score`.
     """
-    turns = [Turn(**turn) for turn in line["turns"]]
+    turns = msgspec.convert(line["turns"], list[Turn])
     made = [call["action"] for call in line["calls"] if call["status"] != "refused"]
     if verdict is None:
         verdict = rewards.matches(rewards.answer_of(turns), line["answers"], scoring)

@@ -25,7 +25,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from mmsr1_jax import outputs
+from mmsr1_jax import checked_json, outputs
 from mmsr1_jax.data import cells
 from mmsr1_jax.files import FileRefusedError, inside, read_regular
 from mmsr1_jax.rollout.episode import Example
@@ -315,19 +315,23 @@ def _answers(reward: Any) -> tuple[str, ...]:
     field = "reward_model.candidate_answers"
     others = reward.get("candidate_answers")
     if isinstance(others, str):
-        try:  # NaN and infinities are nothing
-            others = json.loads(
-                others if others.strip() else "null",
-                parse_int=str,
-                parse_float=cells.json_number,
-                parse_constant=lambda constant: None,
+        try:
+            others = (
+                checked_json.loads(others, number=_json_number, surrogates=True)
+                if others.strip()
+                else None
             )
-        except (ValueError, RecursionError) as error:
-            raise _BadFieldError(field, f"not JSON ({error})") from None
+        except checked_json.FormatError as error:
+            raise _BadFieldError(field, str(error)) from None
     if not isinstance(others, (list, type(None))):
         raise _BadFieldError(field, "not a list")
     texts = [_plain(other, field) for other in others or ()]
     return tuple(dict.fromkeys([truth, *filter(None, texts)]))
+
+
+def _json_number(text: str) -> str | None:
+    """Return a number of JSON as `cells.json_number`; None for NaN and infinities."""
+    return None if text.strip("-") in ("NaN", "Infinity") else cells.json_number(text)
 
 
 def _plain(value: Any, field: str) -> str:

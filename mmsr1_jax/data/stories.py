@@ -15,7 +15,6 @@ All is read, told and checked once, when a run begins, and lies in the run's dir
 """
 
 import asyncio
-import codecs
 import dataclasses
 import functools
 import glob
@@ -25,11 +24,12 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from tqdm import tqdm
 
+from mmsr1_jax import checked_json
 from mmsr1_jax import config as settings
 from mmsr1_jax.batching import TooLongError
 from mmsr1_jax.data.parquet import DataError
@@ -47,6 +47,10 @@ from mmsr1_jax.tools import Observation, Query, Tool, local
 from mmsr1_jax.tools.make import check_services, make_tools
 
 _AT_ONCE = 64  # lines whose pictures are in memory at a time
+
+
+class _Header(TypedDict):
+    made_with: dict[str, Any]
 
 
 class LineError(ValueError):
@@ -168,7 +172,8 @@ def load(path: pathlib.Path, config: settings.Config) -> list[Lesson]:
     lessons = []
     with open(path, encoding="utf-8") as file:
         try:
-            made_with, ours = json.loads(next(file))["made_with"], _made_with(config)
+            made_with = checked_json.loads(next(file), _Header)["made_with"]
+            ours = _made_with(config)
             odd = [name for name in ours if made_with.get(name) != ours[name]]
             if odd:
                 raise DataError(
@@ -176,9 +181,9 @@ def load(path: pathlib.Path, config: settings.Config) -> list[Lesson]:
                     f"{ours[odd[0]]}; a run is continued with the same data and settings"
                 )
             for line in file:
-                data = json.loads(line)
+                data = checked_json.loads(line, dict[str, Any], surrogates=True, nan=True)
                 episode = Episode.from_json(data)
-                files = tuple(inside(name, path.parent) for name in data["images"])
+                files = tuple(inside(name, path.parent) for name in _texts(data, "images"))
                 lessons.append(Lesson(episode.tokens, episode.loss_mask, files))
         except DataError:
             raise
@@ -274,10 +279,7 @@ def _find(where: Sequence[str]) -> list[pathlib.Path]:
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, bytes) of the lines that are not blank; only a newline ends a line."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if line.strip():
-                yield number, line
+        yield from checked_json.lines(file)
 
 
 # Reading and checking a line
@@ -292,7 +294,7 @@ def _read(
 ) -> Episode | Story | LineError:
     """What a line holds, or why it cannot be used. Never raises, whatever is in it."""
     try:
-        data = json.loads(text.decode("utf-8"))
+        data = checked_json.loads(text, surrogates=True, nan=True)
         if not isinstance(data, dict):
             return LineError("must be an object")
         if "segments" in data:
@@ -300,10 +302,8 @@ def _read(
         return _row(data, file, number, roots)
     except (LineError, ImageError) as error:
         return LineError(str(error))
-    except UnicodeDecodeError as error:
-        return LineError(f"not UTF-8 ({error.reason} at byte {error.start})")
-    except RecursionError:
-        return LineError("not JSON that can be read (nested too deeply)")
+    except checked_json.FormatError as error:
+        return LineError(str(error))
     except ValueError as error:
         return LineError(f"cannot be read ({error})")
 

@@ -12,10 +12,12 @@ import json
 import pathlib
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, TextIO, TypeVar
+from typing import Annotated, Any, TextIO, TypeVar
 
+import msgspec
 from tqdm import tqdm
 
+from mmsr1_jax import checked_json
 from mmsr1_jax.evaluation import lines
 from mmsr1_jax.tools.service import ServiceDownError
 from mmsr1_jax.tools.web import WebError
@@ -24,6 +26,7 @@ _AT_ONCE = 256  # that are with the server at a time
 
 T = TypeVar("T")
 Reply = dict[str, Any]
+_Line = Annotated[list, msgspec.Meta(min_length=2)]
 
 
 def digest_of(*asked: Any) -> str:
@@ -37,6 +40,7 @@ def replies_to(
     failed: Callable[[WebError], Reply],
     path: pathlib.Path,
     *,
+    shape: Any,
     pauses: Sequence[float],
     what: str,
 ) -> dict[str, Reply]:
@@ -47,19 +51,21 @@ def replies_to(
       ask: the reply to one of them, plain data for JSON; or raises WebError.
       failed: what stands in the place of a reply that there is none of; it is not kept.
       path: keeps replies as they come; what it has of others is not looked at.
+      shape: type of a reply.
       pauses: seconds, each before what could not be asked for is asked again.
       what: is asked for, for the bar.
 
     Raises:
       ServiceRefusedError: of `ask`.
+      FormatError: a line of `path` that is not what this function writes; names file and line.
     """
     found: dict[str, Reply] = {}
     errors: dict[str, WebError] = {}
     lines.mend(path)
     if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            *_, digest, reply = json.loads(text)
-            if digest in asked:
+        for number, (*_, digest, reply) in checked_json.load_lines(path, _Line):
+            if isinstance(digest, str) and digest in asked:
+                checked_json.convert(reply, shape, name=f"{path}, line {number}")
                 found[digest] = reply
 
     async def one(digest: str, file: TextIO) -> str | None:

@@ -137,7 +137,9 @@ def short_forms(
     def failed(error: WebError) -> dict[str, Any]:
         return {"answer": None, "error": str(error), "model": model}
 
-    return replies_to(asked, ask, failed, path, pauses=judge.pauses, what="short forms")
+    return replies_to(
+        asked, ask, failed, path, shape=lines.Extracted, pauses=judge.pauses, what="short forms"
+    )
 
 
 async def _short_form(judge: Judge, question: str, answer: str) -> str | None:

@@ -19,20 +19,78 @@ are read as well: their turns are parsed by the engine's parser.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
-from mmsr1_jax import rewards
+import msgspec
+
+from mmsr1_jax import checked_json, rewards
 from mmsr1_jax.data.parquet import DataError
 from mmsr1_jax.evaluation.figures import KINDS, MATCHES, Outcome
 from mmsr1_jax.rollout import turns
 
 EPISODES = "episodes.jsonl"  # the file's name, in the directory of results
 RECORDED = "recorded"  # the workflow of answers of which nothing but the text is known
+
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Finite = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
+
+
+class Verdict(TypedDict):
+    correct: bool | None
+    reason: NotRequired[str]
+    by: NotRequired[str]
+    model: NotRequired[str]
+
+
+class Extracted(TypedDict):
+    answer: str | None
+    error: str | None
+    model: str
+
+
+class _Call(TypedDict):
+    action: str
+    status: str
+    query: NotRequired[str | None]
+    turn: NotRequired[Count]
+
+
+class _Reward(TypedDict):
+    reward: Finite
+    format: bool
+
+
+class _Line(TypedDict):
+    """What is used of a line; see the top of this file. Other fields are not looked at."""
+
+    workflow: str
+    id: str
+    question: str
+    source: str
+    category: str
+    group: Count
+    number: Count
+    sample: Count
+    allowed: Count
+    tokens: Count
+    tokens_sampled: Count
+    answers: list[str]
+    answer: str | None
+    end: str
+    turns: list[turns.Turn]
+    calls: list[_Call]
+    reward: _Reward
+    judge: NotRequired[Verdict | None]
+    score: NotRequired[Finite | None]
+    images: NotRequired[list[str]]
+    answer_format: NotRequired[str | None]
+    extracted: NotRequired[Extracted | None]
+    pages_left_out: NotRequired[Count]
 
 
 class LineError(ValueError):
@@ -79,18 +137,20 @@ def mend(path: pathlib.Path) -> None:
 def parse(text: bytes, number: int) -> dict[str, Any]:
     """A line, which is the `number`th of its file. Raises LineError."""
     try:
-        line = json.loads(text.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise NotJsonError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
-        raise NotJsonError(f"not JSON ({error})") from None
+        # The log-probs of a run that diverged are NaN.
+        line = checked_json.loads(text, surrogates=True, nan=True)
+    except checked_json.NotJsonError as error:
+        raise NotJsonError(str(error)) from None
+    except checked_json.FormatError as error:
+        raise LineError(str(error)) from None
     if not isinstance(line, dict):
         raise LineError("must be an object")
     if "ground_truth" in line:
         line = _recorded(line, number)
     try:
         outcome_of(line)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        checked_json.convert(line, _Line)
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise LineError(f"no episode of an evaluation ({_said(error)})") from None
     return line
 
@@ -148,7 +208,7 @@ def _recorded(line: Mapping[str, Any], number: int) -> dict[str, Any]:
     try:
         read = [turns.parse(turn["response"]) for turn in line["turns"]]
         golds = line.get("candidate_answers") or []
-        golds = json.loads(golds) if isinstance(golds, str) else golds
+        golds = checked_json.loads(golds, surrogates=True) if isinstance(golds, str) else golds
         answers = [line["ground_truth"], *(gold for gold in golds if gold is not None)]
         answers = list(dict.fromkeys(answers))
         if not all(isinstance(answer, str) for answer in answers):
@@ -158,7 +218,7 @@ def _recorded(line: Mapping[str, Any], number: int) -> dict[str, Any]:
         in_all = int(last.get("input_tokens", 0)) + int(last.get("output_tokens", 0))
         question = line["question"]
         recorded = [turn.get("action") for turn in line["turns"]]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise LineError(f"no recorded answer ({_said(error)})") from None
     searches = [
         {"turn": place, "action": turn.action, "query": turn.payload, "status": "unknown"}

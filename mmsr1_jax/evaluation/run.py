@@ -19,8 +19,8 @@ from typing import Any
 from flax import nnx
 from tqdm import tqdm
 
+from mmsr1_jax import checked_json, redaction, rewards, running, sharding
 from mmsr1_jax import config as settings
-from mmsr1_jax import redaction, rewards, running, sharding
 from mmsr1_jax.checkpoint import Checkpoints
 from mmsr1_jax.data import DataError, Question, QuestionSource, benchmarks, stories
 from mmsr1_jax.evaluation import lines
@@ -263,7 +263,7 @@ def _stamps(files: Iterable[pathlib.Path]) -> list[list[Any]]:
 def _check_same(path: pathlib.Path, made_with: Mapping[str, Any]) -> dict[str, Any]:
     """Writes what an evaluation is made with, in `path`; returns it, with the prompts of workflows
     of before. Raises ValueError where another was begun there."""
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = checked_json.load(path, dict[str, Any]) if path.is_file() else {}
     both = {**known, **made_with}
     # A workflow may be left for later.
     compared = [n for n in both if not n.startswith(_PROMPTS) or (n in known and n in made_with)]

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmsr1_jax import checked_json
 from mmsr1_jax import config as settings
 from mmsr1_jax.data.parquet import DataError
 from mmsr1_jax.evaluation import lines
@@ -45,7 +46,9 @@ def rescore(
     folder = pathlib.Path(path.parent if out is None else out)
     folder.mkdir(parents=True, exist_ok=True)
     known = path.parent / MADE_WITH
-    made_with = json.loads(known.read_text()) if known.is_file() else {"rescored": str(path)}
+    made_with = {"rescored": str(path)}
+    if known.is_file():
+        made_with = checked_json.load(known, dict[str, Any])
     judge = make_judge(config)
     results = finish(path, folder, judge, config.services.judge_model, made_with)
     if "recorded" in results:
@@ -191,6 +194,6 @@ def judged(
 
     found = replies_to(
         {digest: asked[key] for key, digest in digests.items()}, ask, failed, path,
-        pauses=judge.pauses, what="judge",
+        shape=lines.Verdict, pauses=judge.pauses, what="judge",
     )  # fmt: skip
     return {key: found[digest] for key, digest in digests.items()}

@@ -7,16 +7,14 @@ WORKDIR/episodes/NNNNNN.jsonl    episodes of a step of training
 WORKDIR/evaluation/              results and episodes of an evaluation of the run
 """
 
-import codecs
 import dataclasses
-import json
 import math
 import pathlib
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mmsr1_jax import metrics
+from mmsr1_jax import checked_json, metrics
 from mmsr1_jax.processor import Processor
 from mmsr1_jax.report import records
 from mmsr1_jax.report.pictures import Pictures
@@ -172,13 +170,9 @@ def _results(source: pathlib.Path, skipped: list[str]) -> dict[str, Any] | None:
 def _object(text: bytes) -> dict[str, Any]:
     """A JSON object. Raises LineError."""
     try:
-        data = json.loads(text.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise records.LineError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
-    except RecursionError:
-        raise records.LineError("not JSON that can be read (nested too deeply)") from None
-    except ValueError as error:
-        raise records.LineError(f"not JSON ({error})") from None
+        data = checked_json.loads(text, surrogates=True, nan=True)
+    except checked_json.FormatError as error:
+        raise records.LineError(str(error)) from None
     if not isinstance(data, dict):
         raise records.LineError("must be an object")
     return data
@@ -187,10 +181,7 @@ def _object(text: bytes) -> dict[str, Any]:
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, bytes) of the lines that are not blank; only a newline ends a line."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if line.strip():
-                yield number, line
+        yield from checked_json.lines(file)
 
 
 def _token_bytes(source: pathlib.Path, model: str | None, skipped: list[str]) -> list[bytes] | None:

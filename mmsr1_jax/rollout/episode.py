@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from mmsr1_jax import checked_json
 from mmsr1_jax.images import Patches
 from mmsr1_jax.processor import Processor, Prompt
 from mmsr1_jax.rollout.turns import Turn
@@ -225,10 +226,12 @@ class Episode:
 
         segments = field("segments", list)
         try:
-            read = [Turn(**values) for values in field("turns", list, [])]
-            calls = [_call_of(values) for values in field("calls", list, [])]
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"'turns' or 'calls': {error}") from None
+            read = checked_json.convert(field("turns", list, []), list[Turn])
+            calls = checked_json.convert(field("calls", list, []), list[ToolCall])
+            end = checked_json.convert(data.get("end"), End | None)
+            why = checked_json.convert(data.get("error"), str | None)
+        except checked_json.FormatError as error:
+            raise ValueError(f"'turns' or 'calls', 'end' or 'error': {error}") from None
         return cls(
             example=Example(id=field("id", str, ""), question=field("question", str, "")),
             group=field("group", int, 0),
@@ -237,8 +240,8 @@ class Episode:
             images=list(images),
             turns=read,
             calls=calls,
-            end=data.get("end"),
-            error=data.get("error"),
+            end=end,
+            error=why,
         )
 
 
@@ -256,18 +259,6 @@ def _text_of(tokens: np.ndarray, processor: Processor) -> tuple[str, list[list[i
         spans.append([len(text), len(text) + len(placeholder)])
         text, done = text + placeholder, end
     return text + processor.decode(tokens[done:]), spans
-
-
-def _call_of(values: Any) -> ToolCall:
-    """A call from plain data. Raises TypeError, AttributeError."""
-    results = tuple(ShownResult(**result) for result in values.get("results", ()))
-    for result in results:
-        texts, images = (result.link, result.title, result.text), result.images
-        whole = isinstance(images, (list, tuple)) and all(type(image) is int for image in images)
-        if not whole or not all(isinstance(text, str) for text in texts):
-            raise TypeError("results must have texts, and whole numbers as images")
-    results = tuple(dataclasses.replace(r, images=tuple(r.images)) for r in results)
-    return ToolCall(**values | {"notes": tuple(values.get("notes", ())), "results": results})
 
 
 _KINDS = {str: "a text", int: "a whole number", list: "a list"}

@@ -23,6 +23,7 @@ import string
 import urllib.parse
 import warnings
 from collections.abc import AsyncIterator, Collection
+from typing import TypedDict
 
 import PIL.Image
 from starlette.applications import Starlette
@@ -33,6 +34,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mmsr1_jax import checked_json
 from mmsr1_jax.processor import Processor
 from mmsr1_jax.serve.desk import Desk, Question
 from mmsr1_jax.serve.telling import Teller
@@ -284,12 +286,17 @@ class _Stream(StreamingResponse):
             self._left()
 
 
+class _Head(TypedDict):
+    question: str
+
+
 def split(body: bytes, limits: Limits) -> tuple[str, bytes]:
     """The question and the picture's file. Raises Refused."""
     end = body.find(b"\n", 0, _line_bytes(limits))
     try:
-        question = json.loads(body[: max(end, 0)])["question"].strip()
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        head = checked_json.loads(body[: max(end, 0)], _Head)
+        question = head["question"].strip()
+    except checked_json.FormatError:
         reason = 'The first line has to be {"question": ..} as JSON, the picture follows it.'
         raise Refused(400, reason) from None
     if not question:

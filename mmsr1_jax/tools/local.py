@@ -10,11 +10,9 @@ the index was made with a model, by that model's embeddings (`tools/embedding.py
 """
 
 import asyncio
-import codecs
 import contextlib
 import functools
 import io
-import json
 import pathlib
 import sqlite3
 import sys
@@ -26,15 +24,18 @@ import imagehash
 import numpy as np
 import PIL.Image
 
-from mmsr1_jax import outputs
+from mmsr1_jax import checked_json, outputs
 from mmsr1_jax.files import check_regular, inside
 from mmsr1_jax.image_files import ImageError, open_image
+from mmsr1_jax.tools import checked_sqlite
 from mmsr1_jax.tools.passages import best_passages
 from mmsr1_jax.tools.tool import Observation, Picture, Query, Result, image_result, text_result
 from mmsr1_jax.tools.words import TOKENIZER, search_form, words_of
 
 FILE = "index.sqlite"
 _SIDE = 16  # of the hash, in bits
+_HASH_BYTES = _SIDE * _SIDE // 8
+_MAX_EMBEDDING = 1 << 17  # bytes
 # Bits that may differ. Unrelated pictures differ in 128 +- 8, ones cut by 5 % in up to 92.
 _MOST_BITS = 100
 _THUMBNAIL = 336  # pixels on its longer side
@@ -158,25 +159,48 @@ class LocalIndex:
         self._lock = threading.Lock()
         self._file = str(path)
         if (path / FILE).is_file():
-            uri = f"{(path / FILE).resolve().as_uri()}?mode=ro"
-            self._open(sqlite3.connect(uri, uri=True, check_same_thread=False))
+            self._file = str(path / FILE)
+            try:
+                connection = checked_sqlite.connect(path / FILE, "ro", check_same_thread=False)
+            except sqlite3.Error as error:
+                raise LocalIndexError(f"{self._file}: {error}") from None
+            self._open(connection)
         else:
             connection = sqlite3.connect(":memory:", check_same_thread=False)
             _fill(connection, [path / "pages.jsonl" if path.is_dir() else path], [], None, ())
             self._open(connection)
 
     def _open(self, connection: sqlite3.Connection) -> None:
+        """Reads the pictures' hashes and embeddings; a file may come from anyone.
+
+        Raises:
+          LocalIndexError: tables that an index does not have, or a row of pictures with values of
+            other types or sizes; names table and row.
+        """
         self._connection = connection
         try:
-            rows = connection.execute("SELECT rowid, hash FROM picture ORDER BY rowid").fetchall()
+            checked_sqlite.check_schema(connection, ("fts5",))
             self._check_pages(connection)
+            rows = connection.execute(
+                f"SELECT rowid, CASE WHEN length(hash) = {_HASH_BYTES} THEN hash END, "
+                "typeof(title), typeof(thumbnail) FROM picture ORDER BY rowid"
+            )
+            self._ids, hashes = [], bytearray()
+            for row, bits, title, thumbnail in rows:
+                if not isinstance(bits, bytes):
+                    self._refuse(row, f"'hash' must be {_HASH_BYTES} bytes")
+                if title != "text" or thumbnail != "blob":
+                    self._refuse(row, "'title' must be text and 'thumbnail' bytes")
+                self._ids.append(row)
+                hashes += bits
+            self._hashes = np.frombuffer(bytes(hashes), np.uint64).reshape(-1, _HASH_BYTES // 8)
             if self._embed is not None:
                 self._open_embeddings(self._embed.fingerprint)
         except sqlite3.DatabaseError as error:
             raise LocalIndexError(f"{self._file}: {error}") from None
-        self._ids = [row for row, _ in rows]
-        hashes = b"".join(bits for _, bits in rows)
-        self._hashes = np.frombuffer(hashes, np.uint64).reshape(len(rows), _SIDE * _SIDE // 64)
+
+    def _refuse(self, row: int, reason: str) -> None:
+        raise LocalIndexError(f"{self._file}: table picture, row {row}: {reason}")
 
     def _check_pages(self, connection: sqlite3.Connection) -> None:
         connection.execute("SELECT url, title, snippet, text FROM page LIMIT 1")
@@ -189,7 +213,7 @@ class LocalIndex:
     def _open_embeddings(self, model: str) -> None:
         made = None
         if self._connection.execute("PRAGMA table_info(embedded)").fetchall():
-            made = self._connection.execute("SELECT model FROM embedded").fetchone()
+            made = self._connection.execute("SELECT substr(model, 1, 100) FROM embedded").fetchone()
         how = "python -m mmsr1_jax.index --images=.. --out=.. --model=DIR"
         if made is None:
             raise LocalIndexError(
@@ -204,8 +228,20 @@ class LocalIndex:
         # The rows of a picture, one a title, share a vector: less memory, and no rounding by which
         # equal ones could change places.
         numbers: dict[bytes, int] = {}
-        rows = self._connection.execute("SELECT embedding FROM picture ORDER BY rowid")
-        self._vector_of = np.array([numbers.setdefault(b, len(numbers)) for (b,) in rows], np.int64)
+        self._vector_of = np.zeros(len(self._ids), np.int64)
+        rows = self._connection.execute(
+            f"SELECT rowid, CASE WHEN length(embedding) <= {_MAX_EMBEDDING} THEN embedding END "
+            "FROM picture ORDER BY rowid"
+        )
+        size = 0
+        for place, (row, data) in enumerate(rows):
+            if not isinstance(data, bytes) or not data or len(data) % _EMBEDDING.itemsize:
+                self._refuse(row, f"'embedding' must be at most {_MAX_EMBEDDING} bytes of float16")
+            size = size or len(data)
+            vector = np.frombuffer(data, _EMBEDDING)
+            if len(data) != size or not np.isfinite(vector).all() or not vector.any():
+                self._refuse(row, f"'embedding' must be {size} bytes of finite numbers, not all 0")
+            self._vector_of[place] = numbers.setdefault(data, len(numbers))
         vectors = np.frombuffer(b"".join(numbers), _EMBEDDING).astype(np.float32)
         vectors = vectors.reshape(len(numbers), -1) if numbers else np.zeros((0, 0), np.float32)
         self._vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -275,18 +311,20 @@ def _read(path: str | pathlib.Path, parse) -> Iterator[tuple]:
     """The rows of a JSONL, by `parse(object, folder)`; what that refuses is named."""
     path = pathlib.Path(path)
     try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    except OSError as error:
-        raise LocalIndexError(f"{path}: {error.strerror or error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+        with open(path, "rb") as file:
+            yield from _rows(path, checked_json.lines(file), parse)
+    except (OSError, checked_json.FormatError) as error:
+        raise LocalIndexError(f"{path}: {checked_json.shown_error(error)}") from None
+
+
+def _rows(path: pathlib.Path, lines: Iterable[tuple[int, bytes]], parse) -> Iterator[tuple]:
+    for number, line in lines:
         try:
-            entry = json.loads(line)
+            entry = checked_json.loads(line, surrogates=True)
             if not isinstance(entry, dict):
                 raise ValueError("not an object")
             yield from parse(entry, path.parent)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             print(f"{path}, line {number}: left out, {error}", file=sys.stderr)
 
 

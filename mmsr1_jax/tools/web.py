@@ -8,7 +8,6 @@ that answers differently the second time, leads nowhere either.
 import asyncio
 import dataclasses
 import email.utils
-import json as json_module
 import logging
 import re
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import httpcore
 import httpx
 
+from mmsr1_jax import checked_json
 from mmsr1_jax.tools.addresses import (
     foreign_names,
     is_public,
@@ -104,9 +104,9 @@ class Answer:
     def json(self) -> Any:
         """Raises BodyError where it is not JSON."""
         try:
-            return json_module.loads(self.body)
-        except (ValueError, RecursionError):
-            raise BodyError("not JSON") from None
+            return checked_json.loads(self.body, surrogates=True)
+        except checked_json.FormatError as error:
+            raise BodyError(str(error)) from None
 
 
 class Web:

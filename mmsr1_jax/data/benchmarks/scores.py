@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Sequence
 
+from mmsr1_jax import checked_json
 from mmsr1_jax.rewards import normalise
 
 NOT_ANSWERABLE = "Not answerable"
@@ -280,10 +281,10 @@ def _distance(a: str, b: str) -> int:
 def _items(text: str) -> list[object]:
     """Of a list as Python or JSON writes it; another text is the only item."""
     if text.strip().startswith("["):
-        for parse in (ast.literal_eval, json.loads):
+        for parse in (ast.literal_eval, checked_json.loads):
             try:
                 items = parse(text.strip())
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
                 continue
             if isinstance(items, list):
                 return items

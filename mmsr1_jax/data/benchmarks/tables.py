@@ -2,7 +2,6 @@
 
 import base64
 import glob
-import json
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -11,11 +10,13 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
+from mmsr1_jax import checked_json
 from mmsr1_jax.data import cells
 from mmsr1_jax.data.parquet import DataError
 
 Row = dict[str, Any]  # column -> its value: an Arrow scalar, which is large, or what JSON has
 
+_MAX_JSON = 4_000_000_000  # bytes of a file
 _ROWS = 4  # that are in memory at a time: one of SlideVQA has twenty pictures
 _BUFFER = 1 << 20  # bytes read at a time, see `data/parquet.py`
 
@@ -170,9 +171,9 @@ def _json_rows(
     expand: Callable[[Row], Sequence[Row]] | None,
 ) -> Iterator[tuple[int, Row]]:
     try:
-        objects = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON that can be read ({error})") from None
+        objects = checked_json.load(path, max_bytes=_MAX_JSON, surrogates=True, nan=True)
+    except checked_json.FormatError as error:
+        raise DataError(str(error)) from None
     if not isinstance(objects, list) or not all(isinstance(item, dict) for item in objects):
         raise DataError(f"{path}: must be a list of objects")
     rows = [(i, row) for i, item in enumerate(objects) for row in (expand or _itself)(item)]

@@ -5,10 +5,11 @@ and the nested one that `transformers` 5 writes (`text_config`, `rope_parameters
 """
 
 import dataclasses
-import json
-import math
 import pathlib
 from typing import Any
+
+from mmsr1_jax import checked_json
+from mmsr1_jax.checked_json import shown
 
 MODEL_TYPE = "qwen2_5_vl"
 
@@ -115,9 +116,10 @@ class VisionConfig:
                 f"spatial_merge_size = {self.patch_size * self.merge_size}"
             )
         if any(not 0 <= i < self.num_layers for i in self.full_attention_layers):
+            blocks = shown(list(self.full_attention_layers))
             raise ConfigError(
-                f"vision_config: fullatt_block_indexes={list(self.full_attention_layers)} names a "
-                f"block outside 0..{self.num_layers - 1}"
+                f"vision_config: fullatt_block_indexes={blocks} names a block outside "
+                f"0..{self.num_layers - 1}"
             )
 
     @property
@@ -167,11 +169,10 @@ class ModelConfig:
         """
         path = pathlib.Path(directory) / "config.json"
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-        except ValueError as error:
-            raise ConfigError(f"{path}: not JSON ({error})") from None
+            # Numbers out of range are refused by field below, or in fields that are not used.
+            raw = checked_json.load(path, nan=True)
+        except checked_json.FormatError as error:
+            raise ConfigError(str(error)) from None
         try:
             return cls.from_hf(raw)
         except ConfigError as error:
@@ -184,7 +185,7 @@ class ModelConfig:
             raise ConfigError("must hold a JSON object")
         if raw.get("model_type") != MODEL_TYPE:
             raise ConfigError(
-                f"model_type {raw.get('model_type')!r} is not supported, only {MODEL_TYPE!r}"
+                f"model_type {shown(raw.get('model_type'))} is not supported, only {MODEL_TYPE!r}"
             )
         text = raw
         if raw.get("text_config") is not None:
@@ -193,7 +194,7 @@ class ModelConfig:
             text = {**_NESTED_TEXT_DEFAULTS, **raw["text_config"]}
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         if not isinstance(rope, dict):
-            raise ConfigError(f"field 'rope_scaling' must be an object, not {rope!r}")
+            raise ConfigError(f"field 'rope_scaling' must be an object, not {shown(rope)}")
         _refuse_unsupported(text, rope)
         defaults = {f.name: f.default for f in dataclasses.fields(cls)}
         return cls(
@@ -207,9 +208,8 @@ class ModelConfig:
                 rms_norm_eps=_number(text, "rms_norm_eps", float),
                 rope_theta=_number(rope if "rope_theta" in rope else text, "rope_theta", float),
                 mrope_section=_mrope_section(rope),
-                tie_embeddings=bool(
-                    raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-                ),
+                tie_embeddings=_flag(raw, "tie_word_embeddings")
+                or _flag(text, "tie_word_embeddings"),
             ),
             vision=_vision_from_hf(raw.get("vision_config")),
             **{k: _token_id(raw, k, v) for k, v in defaults.items() if k.endswith("_token_id")},
@@ -283,36 +283,54 @@ _NESTED_VISION_DEFAULTS = {
 }
 
 
+# The released models stay below these by a factor of four at least.
+_MOST = {"num_hidden_layers": 1024, "depth": 1024, "patch_size": 256, "temporal_patch_size": 16}
+_MOST |= {"spatial_merge_size": 16, "in_channels": 16, "rms_norm_eps": 1.0}
+_MOST_INT = 2**22
+_MOST_FLOAT = 1e15
+
+
 def _number(raw: dict, field: str, kind: type = int):
     """A positive number of the kind; floats that are whole pass for integers."""
     value = raw.get(field)
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not plain or not 0 < value < math.inf or kind(value) != value:
-        raise ConfigError(f"field {field!r} must be a positive {kind.__name__}, not {value!r}")
+    most = _MOST.get(field, _MOST_INT if kind is int else _MOST_FLOAT)
+    if not plain or not 0 < value <= most or kind(value) != value:
+        raise ConfigError(
+            f"field {field!r} must be a positive {kind.__name__} of at most {most:g}, not "
+            f"{shown(value)}"
+        )
     return kind(value)
+
+
+def _flag(raw: dict, field: str) -> bool:
+    value = raw.get(field)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"field {field!r} must be true or false, not {shown(value)}")
+    return bool(value)
 
 
 def _token_id(raw: dict, field: str, default: int) -> int:
     value = raw.get(field, default)
-    if type(value) is not int or value < 0:
-        raise ConfigError(f"field {field!r} must be a token id, not {value!r}")
+    if type(value) is not int or not 0 <= value < _MOST_INT:
+        raise ConfigError(f"field {field!r} must be a token id, not {shown(value)}")
     return value
 
 
 def _refuse_unsupported(text: dict, rope: dict) -> None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("mrope", "default"):
-        raise ConfigError(f"rope type {kind!r} is not supported, only 'mrope' and 'default'")
-    if text.get("use_sliding_window"):
+        raise ConfigError(f"rope type {shown(kind)} is not supported, only 'mrope' and 'default'")
+    if _flag(text, "use_sliding_window"):
         raise ConfigError("use_sliding_window=true is not supported")
     if text.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"hidden_act {text['hidden_act']!r} is not supported, only 'silu'")
+        raise ConfigError(f"hidden_act {shown(text['hidden_act'])} is not supported, only 'silu'")
 
 
 def _mrope_section(rope: dict) -> tuple[int, int, int]:
     section = rope.get("mrope_section")
-    if not isinstance(section, list) or [type(s) for s in section] != [int] * 3 or min(section) < 0:
-        raise ConfigError(f"field 'mrope_section' must be three sizes, not {section!r}")
+    if not isinstance(section, list) or list(map(type, section)) != [int] * 3 or min(section) < 0:
+        raise ConfigError(f"field 'mrope_section' must be three sizes, not {shown(section)}")
     return tuple(section)
 
 
@@ -320,12 +338,13 @@ def _vision_from_hf(raw: Any) -> VisionConfig:
     if not isinstance(raw, dict):
         raise ConfigError("field 'vision_config' must be an object")
     if raw.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"vision_config: hidden_act {raw['hidden_act']!r} is not supported")
+        raise ConfigError(f"vision_config: hidden_act {shown(raw['hidden_act'])} is not supported")
     raw = {**_NESTED_VISION_DEFAULTS, **raw}
     full = raw["fullatt_block_indexes"]
     if not isinstance(full, list) or any(type(i) is not int for i in full):
         raise ConfigError(
-            f"vision_config: field 'fullatt_block_indexes' must be a list of integers, not {full!r}"
+            "vision_config: field 'fullatt_block_indexes' must be a list of integers, not "
+            f"{shown(full)}"
         )
     try:
         return VisionConfig(
