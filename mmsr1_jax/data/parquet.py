@@ -26,14 +26,13 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from mmsr1_jax import checked_json, outputs
-from mmsr1_jax.data import cells
+from mmsr1_jax.data import cells, parquet_sizes
 from mmsr1_jax.files import FileRefusedError, inside, read_regular
 from mmsr1_jax.rollout.episode import Example
 
 _MARK = "<image>"
 _PICTURE_ROWS = 8  # rows of pictures that are in memory at a time
 _TEXT_ROWS = 1024
-_BUFFER = 1 << 20  # bytes read at a time; without it, all of a row group
 _GROUP_BYTES = 16 << 20  # of a row group that is written
 # Columns that a file must have, their fields, and which are lists of these.
 _NEEDED = {
@@ -121,7 +120,8 @@ class QuestionFile:
 
     @classmethod
     def of(cls, path: pathlib.Path) -> "QuestionFile":
-        """Raises DataError: not a parquet file, or it lacks a column or a field of one."""
+        """Raises DataError: not a parquet file, it lacks a column or a field of one, or would take
+        much more memory than its size."""
         try:
             stat = path.stat()
             with parquet.ParquetFile(path) as file:
@@ -136,6 +136,10 @@ class QuestionFile:
                 shape = f"{'a list of ' * (column in _LISTS)}{{{', '.join(fields)}}}"
                 raise DataError(f"{path}: column {column!r} must be {shape}; it is {kind}")
         sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        try:
+            parquet_sizes.check_sizes(path, metadata, (*_TEXTS, "images"))
+        except parquet_sizes.SizeError as error:
+            raise DataError(f"{path}: {error}") from None
         starts = tuple(itertools.accumulate(sizes, initial=0))[: len(sizes)]
         columns = tuple(name for name in _TEXTS if name in schema.names)
         return cls(path, columns, starts, (stat.st_size, stat.st_mtime_ns))
@@ -146,12 +150,22 @@ class QuestionFile:
 
     def texts(self) -> Iterator[Question | BadRow]:
         """All rows, without pictures. Raises DataError where the file cannot be read."""
-        row = 0
+        row, left = 0, parquet_sizes.most_memory(self.stamp[0])
         for batch in self._batches(_TEXT_ROWS, self.columns, None):
+            unbounded = [n for n in self.columns if not parquet_sizes.is_small(batch.column(n))]
             for i in range(batch.num_rows):
                 try:
+                    for name in unbounded:
+                        _check_bounded(name, batch.column(name).slice(i, 1))
                     values = {name: _cell(name, batch.column(name)[i]) for name in self.columns}
-                    yield _question(values, self.path, row)
+                    question = _question(values, self.path, row)
+                    left -= len(question.question) + sum(map(len, question.answers))
+                    if left < 0:
+                        raise DataError(
+                            f"{self.path}, row {row}: columns 'prompt', 'reward_model': up to here, "
+                            f"texts take much more memory than the file of {self.stamp[0]} bytes"
+                        )
+                    yield question
                 except _BadFieldError as error:
                     yield BadRow(str(self.path), row, error.field, error.reason)
                 row += 1
@@ -174,6 +188,7 @@ class QuestionFile:
             for i in range(batch.num_rows):
                 if row in wanted:
                     try:
+                        _check_bounded("images", batch.column(0).slice(i, 1), texts=False)
                         yield row, _images(batch.column(0)[i], self.path.parent, image_roots)
                     except _BadFieldError as error:
                         yield row, BadRow(str(self.path), row, error.field, error.reason)
@@ -189,10 +204,11 @@ class QuestionFile:
             stat = self.path.stat()
             if (stat.st_size, stat.st_mtime_ns) != self.stamp:
                 raise DataError(f"{self.path}: was changed while in use")
-            with parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=_BUFFER) as file:
-                yield from file.iter_batches(rows, groups, list(columns), use_threads=False)
+            yield from parquet_sizes.batches(self.path, rows, columns, groups)
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{self.path}: cannot be read ({error})") from None
+        except parquet_sizes.SizeError as error:
+            raise DataError(f"{self.path}: {error}") from None
 
 
 def write_parquet(path: str | pathlib.Path, questions: Iterable[Question]) -> int:
@@ -278,6 +294,16 @@ def _cell(field: str, scalar: pa.Scalar) -> Any:
         return cells.value_of(scalar)
     except UnicodeDecodeError:
         raise _BadFieldError(field, "not UTF-8") from None
+
+
+def _check_bounded(field: str, cell: pa.Array, texts: bool = True) -> None:
+    """Raises _BadFieldError for a text or a list that is too long."""
+    if not parquet_sizes.is_bounded(cell, texts):
+        raise _BadFieldError(
+            field,
+            f"holds more than {parquet_sizes.MAX_ITEMS} items"
+            + f" or {parquet_sizes.MAX_TEXT} bytes of text" * texts,
+        )
 
 
 def _question(values: dict[str, Any], path: pathlib.Path, row: int) -> Question:

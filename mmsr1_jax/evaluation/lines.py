@@ -89,7 +89,7 @@ class _Line(TypedDict):
     score: NotRequired[Finite | None]
     images: NotRequired[list[str]]
     answer_format: NotRequired[str | None]
-    extracted: NotRequired[Extracted | None]
+    extracted: NotRequired[dict[str, str | None] | None]
     pages_left_out: NotRequired[Count]
 
 

@@ -11,14 +11,13 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from mmsr1_jax import checked_json
-from mmsr1_jax.data import cells
+from mmsr1_jax.data import cells, parquet_sizes
 from mmsr1_jax.data.parquet import DataError
 
 Row = dict[str, Any]  # column -> its value: an Arrow scalar, which is large, or what JSON has
 
 _MAX_JSON = 4_000_000_000  # bytes of a file
 _ROWS = 4  # that are in memory at a time: one of SlideVQA has twenty pictures
-_BUFFER = 1 << 20  # bytes read at a time, see `data/parquet.py`
 
 
 class BadFieldError(Exception):
@@ -69,7 +68,7 @@ def open_rows(
         return _json_rows(path, needed, expand)
     try:
         with parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
+            schema, metadata = file.schema_arrow, file.metadata
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: not a parquet file that can be read ({error})") from None
     for column, kind in needed.items():
@@ -81,6 +80,10 @@ def open_rows(
             raise DataError(f"{path}: column {column!r} must be {words}; it is {found}")
     patterns = [*map(re.escape, needed), *optional]
     columns = [c for c in schema.names if any(re.fullmatch(p, c) for p in patterns)]
+    try:
+        parquet_sizes.check_sizes(path, metadata, columns)
+    except parquet_sizes.SizeError as error:
+        raise DataError(f"{path}: {error}") from None
     return _parquet_rows(path, columns)
 
 
@@ -156,11 +159,12 @@ def _from_base64(text: str) -> bytes:
 def _parquet_rows(path: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
     number = 0
     try:
-        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as file:
-            for batch in file.iter_batches(_ROWS, columns=list(columns), use_threads=False):
-                for i in range(batch.num_rows):
-                    yield number, {name: batch.column(name)[i] for name in columns}
-                    number += 1
+        for batch in parquet_sizes.batches(path, _ROWS, columns, large=columns):
+            for i in range(batch.num_rows):
+                yield number, {name: batch.column(name)[i] for name in columns}
+                number += 1
+    except parquet_sizes.SizeError as error:
+        raise DataError(f"{path}: {error}") from None
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
 
