@@ -22,7 +22,6 @@ MAX_BYTES = 100_000_000
 _MAX_INT = 2**64
 _PIECE = 1 << 20  # bytes read at a time
 _LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")  # possibly one
-_WHERE = re.compile(r" - at `(\$.*?)`$|\Z", re.DOTALL)
 
 T = TypeVar("T")
 
@@ -78,7 +77,7 @@ def loads(
     except FormatError as error:
         raise error.__class__(f"{prefix}{error}") from None
     except ValueError as error:
-        raise NotJsonError(f"{prefix}not JSON ({error})") from None
+        raise NotJsonError(f"{prefix}not JSON, cannot be read ({error})") from None
 
 
 def convert(value: Any, type: type[T], *, name: str = "") -> T:
@@ -172,10 +171,10 @@ def shown_error(error: Exception) -> str:
 
 def _with_field(message: str) -> str:
     """What msgspec says, beginning with the field: `a.b[0]: expected int, got str`."""
-    found = _WHERE.search(message)
-    said = message[: found.start()].replace("`", "")
-    said = said[:1].lower() + said[1:]
-    field = (found[1] or "").removeprefix("$").removeprefix(".")
+    said, where, field = message.rpartition(" - at `$")
+    said = (said if where else message).replace("`", "")
+    said = said[:1].lower() + said[1:200]  # may hold a text that is not one of those allowed
+    field = field.removeprefix(".").removesuffix("`") if where else ""
     return f"{field}: {said}" if field else said
 
 

@@ -162,7 +162,7 @@ class QuestionFile:
                     left -= len(question.question) + sum(map(len, question.answers))
                     if left < 0:
                         raise DataError(
-                            f"{self.path}, row {row}: columns 'prompt', 'reward_model': up to here, "
+                            f"{self.path}, row {row}: column 'prompt': up to this row, "
                             f"texts take much more memory than the file of {self.stamp[0]} bytes"
                         )
                     yield question
