@@ -173,7 +173,8 @@ class Store:
 
     def close(self) -> None:
         with self._lock, self._reading:
-            for connection in (self._connection, self._reader):
+            # The one that writes last: closing it ends the log beside the file.
+            for connection in (self._reader, self._connection):
                 if connection is not None:
                     connection.close()
             self._connection = self._reader = None
