@@ -241,6 +241,8 @@ def validate(config: Config) -> Config:
     Raises:
       ConfigError: naming the field.
     """
+    if isinstance(config.sampling, Sampling):
+        validate_sampling(config.sampling)
     allowed.check(config, "config")
     _check_addresses(dataclasses.asdict(config), "config")
     for field in ("replica", "fsdp", "tensor"):
@@ -290,7 +292,10 @@ def validate(config: Config) -> Config:
 
 def validate_sampling(sampling: Sampling) -> None:
     """Raise ConfigError where tokens cannot be drawn like that."""
-    allowed.check(sampling, "config.sampling")
+    try:
+        allowed.check(sampling, "sampling")
+    except ConfigError as error:
+        raise ConfigError(f"config.sampling: {str(error).removeprefix('sampling.')}") from None
 
 
 def _ascending(field: str, sizes: Sequence[int]) -> None:
