@@ -6,7 +6,6 @@ The result equals the HF Qwen2-VL image processor's (its PIL backend): same grid
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import os
 import pathlib
@@ -15,6 +14,8 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from mmsr1_jax import image_settings
+from mmsr1_jax.checked_json import FormatError
 from mmsr1_jax.image_files import DEFAULT_MAX_FILE_PIXELS, ImageError, open_image, to_rgb
 
 __all__ = [
@@ -59,7 +60,9 @@ class ImageProcessor:
       patch_size: side of a patch, in pixels.
       temporal_patch_size: frames of a patch; a still image is repeated.
       merge_size: patches on a side of a merged token.
-      mean, std: per colour channel, on the scale 0 to 1 (CLIP's).
+      resample: filter of the resize, one of `PIL.Image.Resampling`.
+      rescale_factor: what values of 0 to 255 are multiplied with.
+      mean, std: per colour channel, of rescaled values (CLIP's, on the scale 0 to 1).
     """
 
     min_pixels: int = 56 * 56
@@ -67,45 +70,33 @@ class ImageProcessor:
     patch_size: int = 14
     temporal_patch_size: int = 2
     merge_size: int = 2
+    resample: int = PIL.Image.Resampling.BICUBIC.value
+    rescale_factor: float = 1 / 255
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
     @classmethod
     def from_directory(cls, directory: str | pathlib.Path) -> "ImageProcessor":
-        """Reads `preprocessor_config.json`, or the image part of `processor_config.json`.
+        """Return the settings of an HF directory, see `image_settings.read`.
 
         Raises:
-          ImageError: neither file is there, or one cannot be used; the message names it.
+          ImageError: no file of settings, or one that cannot be used (also because images could
+            not be recovered from patches to the bit); the message names file and field.
         """
-        for name in ("preprocessor_config.json", "processor_config.json"):
-            path = pathlib.Path(directory) / name
-            if not path.is_file():
-                continue
-            try:
-                raw = json.loads(path.read_text(encoding="utf-8"))
-                raw = raw.get("image_processor", raw)
-                return cls._from_hf(raw)
-            except (ValueError, TypeError, AttributeError, KeyError) as error:
-                raise ImageError(f"{path}: {error}") from None
-        raise ImageError(f"{directory}: no preprocessor_config.json")
-
-    @classmethod
-    def _from_hf(cls, raw: dict[str, Any]) -> "ImageProcessor":
-        size = raw.get("size") or {}
-        given = {
-            "min_pixels": raw.get("min_pixels") or size.get("shortest_edge"),
-            "max_pixels": raw.get("max_pixels") or size.get("longest_edge"),
-            "patch_size": raw.get("patch_size"),
-            "temporal_patch_size": raw.get("temporal_patch_size"),
-            "merge_size": raw.get("merge_size"),
-        }
-        fields: dict[str, Any] = {k: int(v) for k, v in given.items() if v is not None}
-        for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
-            if raw.get(theirs) is not None:
-                fields[ours] = tuple(float(x) for x in raw[theirs])
-        processor = cls(**fields)
-        if not 0 < processor.min_pixels <= processor.max_pixels:
-            raise ValueError(f"min_pixels and max_pixels do not fit together: {fields}")
+        try:
+            path, arguments = image_settings.read(directory)
+        except FormatError as error:
+            raise ImageError(str(error)) from None
+        processor = cls(**arguments)
+        ramp = np.arange(256, dtype=np.uint8)[:, None].repeat(len(processor.mean), axis=1)
+        with np.errstate(all="ignore"):
+            exact = np.array_equal(processor._restore(processor._normalise(ramp)), ramp)
+        if not exact:
+            raise ImageError(
+                f"{path}: rescale_factor={processor.rescale_factor}, "
+                f"image_mean={list(processor.mean)}, image_std={list(processor.std)}: the 256 "
+                "values of a pixel cannot be told apart"
+            )
         return processor
 
     def with_limits(self, min_pixels: int | None, max_pixels: int | None) -> "ImageProcessor":
@@ -124,6 +115,8 @@ class ImageProcessor:
             "patch_size": self.patch_size,
             "temporal_patch_size": self.temporal_patch_size,
             "merge_size": self.merge_size,
+            "resample": self.resample,
+            "rescale_factor": self.rescale_factor,
             "image_mean": list(self.mean),
             "image_std": list(self.std),
         }
@@ -152,13 +145,13 @@ class ImageProcessor:
         return h, w
 
     def __call__(self, image: PIL.Image.Image) -> Patches:
-        """Resizes (bicubic), normalises and patches an RGB image.
+        """Resizes, normalises and patches an RGB image.
 
         Raises:
           ImageError: see `target_size`.
         """
         height, width = self.target_size(image.height, image.width)
-        return self.cut(image.resize((width, height), PIL.Image.Resampling.BICUBIC))
+        return self.cut(image.resize((width, height), self.resample))
 
     def cut(self, image: PIL.Image.Image) -> Patches:
         """Normalises and patches an RGB image as large as it is.
@@ -170,8 +163,7 @@ class ImageProcessor:
         height, width = image.height, image.width
         if height % (p * m) or width % (p * m):
             raise ImageError(f"{width}x{height} pixels: the sides are no multiples of {p * m}")
-        pixels = (np.asarray(image, np.float64) / 255).astype(np.float32)
-        pixels = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        pixels = self._normalise(np.asarray(image))
         h, w = height // p, width // p
         blocks = pixels.reshape(h // m, m, p, w // m, m, p, -1)
         blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # block row, column; in it; C, y, x
@@ -192,8 +184,17 @@ class ImageProcessor:
             raise ImageError(f"patches {patches.values.shape} in a grid {patches.grid}: no picture")
         blocks = patches.values.reshape(h // m, w // m, m, m, c, self.temporal_patch_size, p, p)
         pixels = blocks[:, :, :, :, :, 0].transpose(0, 2, 5, 1, 3, 6, 4).reshape(h * p, w * p, c)
-        pixels = (pixels * np.array(self.std, np.float64) + np.array(self.mean, np.float64)) * 255
-        return PIL.Image.fromarray(np.rint(pixels).clip(0, 255).astype(np.uint8))
+        return PIL.Image.fromarray(self._restore(pixels))
+
+    def _normalise(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8[..., C] to float32[..., C]."""
+        scaled = (pixels.astype(np.float64) * self.rescale_factor).astype(np.float32)
+        return (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+
+    def _restore(self, values: np.ndarray) -> np.ndarray:
+        """The uint8[..., C] that `_normalise` made float32[..., C] of."""
+        scaled = values * np.array(self.std, np.float64) + np.array(self.mean, np.float64)
+        return np.rint(scaled / self.rescale_factor).clip(0, 255).astype(np.uint8)
 
 
 def write_picture(

@@ -15,9 +15,11 @@ import numpy as np
 import PIL.Image
 import tokenizers
 
+from mmsr1_jax import tokenizer_files
 from mmsr1_jax.image_files import DEFAULT_MAX_FILE_PIXELS, process_image
 from mmsr1_jax.images import ImageError, ImageProcessor, Patches
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
+from mmsr1_jax.tokenizer_files import TokenizerError
 
 ROLES = ("system", "user", "assistant")
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -33,10 +35,6 @@ CONTROL_TOKENS = (
 
 class ConversationError(ValueError):
     """Messages that are not a conversation; the message says which one and why."""
-
-
-class TokenizerError(ValueError):
-    """A tokenizer that cannot be used; the message names file and token."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,33 +63,45 @@ class Processor:
     """
 
     def __init__(self, tokenizer_json: str, images: ImageProcessor):
-        """Args: the contents of a `tokenizer.json` (byte-level BPE), and the image processor."""
-        raw = json.loads(tokenizer_json)
+        """Args: the contents of a `tokenizer.json` (byte-level BPE), and the image processor.
+
+        Raises:
+          TokenizerError: see `tokenizer_files.checked`; or a control token is missing.
+        """
+        raw = tokenizer_files.checked(tokenizer_json)
         self.control = {t["content"]: t["id"] for t in raw.get("added_tokens") or []}
         missing = [name for name in CONTROL_TOKENS if name not in self.control]
         if missing:
             raise TokenizerError(f"tokenizer.json: control token {missing[0]} is missing")
-        self._all = tokenizers.Tokenizer.from_str(tokenizer_json)
-        self._text = tokenizers.Tokenizer.from_str(json.dumps({**raw, "added_tokens": []}))
+        try:
+            self._all = tokenizers.Tokenizer.from_str(json.dumps(raw))
+            self._text = tokenizers.Tokenizer.from_str(
+                json.dumps(tokenizer_files.without_control(raw))
+            )
+        except Exception as error:  # the library has no class of errors
+            raise TokenizerError(f"tokenizer.json: {error}") from None
+        for token, number in self.control.items():
+            if self._all.token_to_id(token) != number:
+                raise TokenizerError(
+                    f"tokenizer.json: added token {token!r} cannot have id {number}: ids of added "
+                    "tokens must follow those of model.vocab without gaps"
+                )
         self.images = images
 
     @classmethod
     def from_directory(cls, directory: str | pathlib.Path) -> "Processor":
-        """Reads `tokenizer.json` (or, where there is none, what `transformers` makes of the rest)
-        and `preprocessor_config.json`.
+        """Return the processor of a directory, see `tokenizer_files.read` and
+        `ImageProcessor.from_directory`.
 
         Raises:
           TokenizerError, ImageError: a file is missing or unusable; the message names it.
         """
-        directory = pathlib.Path(directory)
-        path = directory / "tokenizer.json"
         try:
-            text = path.read_text(encoding="utf-8") if path.exists() else _convert_slow(directory)
+            text = tokenizer_files.read(directory)
             return cls(text, ImageProcessor.from_directory(directory))
         except TokenizerError as error:
-            raise TokenizerError(f"{directory}: {error}") from None
-        except (OSError, json.JSONDecodeError) as error:
-            raise TokenizerError(f"{path}: {error}") from None
+            prefix = "" if str(error).startswith(str(directory)) else f"{directory}: "
+            raise TokenizerError(f"{prefix}{error}") from None
 
     def check_fits(self, config: ModelConfig) -> None:
         """Raises TokenizerError or ImageError where the directory's files do not fit together."""
@@ -111,8 +121,8 @@ class Processor:
             ours, model = getattr(self.images, field), getattr(config.vision, field)
             if ours != model:
                 raise ImageError(
-                    f"preprocessor_config.json: {field}={ours}, but the model's vision tower has "
-                    f"{model}"
+                    f"preprocessor_config.json or processor_config.json: {field}={ours}, but the "
+                    f"model's vision tower has {model}"
                 )
 
     def encode_text(self, text: str) -> list[int]:
@@ -123,7 +133,7 @@ class Processor:
         """The bytes that each token stands for, by id (byte-level BPE, as GPT-2's)."""
         vocabulary = self._all.get_vocab(with_added_tokens=True)
         table = [b""] * (max(vocabulary.values()) + 1)
-        byte_of = _byte_alphabet()
+        byte_of = tokenizer_files.byte_alphabet()
         for token, number in vocabulary.items():
             if token in self.control:
                 table[number] = token.encode("utf-8")
@@ -243,15 +253,6 @@ def _parse_message(message: Any) -> tuple[str, list[str | dict]]:
     return role, parts
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """Byte by the character that a byte-level vocabulary writes for it: the same where that is
-    printable in Latin-1, else the next free one from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable}
-    return alphabet | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
 def _checked_text(text: str) -> str:
     """`text`, unless it holds half of a surrogate pair, as JSON escapes can make."""
     try:
@@ -259,19 +260,3 @@ def _checked_text(text: str) -> str:
     except UnicodeEncodeError as error:
         raise ConversationError(f"text is not valid Unicode ({error.reason})") from None
     return text
-
-
-def _convert_slow(directory: pathlib.Path) -> str:
-    """The `tokenizer.json` that `transformers` makes of an old vocab.json and merges.txt."""
-    if not directory.is_dir():
-        raise TokenizerError("no such directory")
-    if not (directory / "vocab.json").exists():
-        raise TokenizerError("no tokenizer.json, nor vocab.json and merges.txt")
-    from transformers import AutoTokenizer  # slow to import, and only needed here
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        return tokenizer.backend_tokenizer.to_str()
-    except Exception as error:  # transformers has no single error for this
-        reason = str(error).split("\n")[0]
-        raise TokenizerError(f"vocab.json and merges.txt cannot be used ({reason})") from None

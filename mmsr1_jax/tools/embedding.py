@@ -112,7 +112,11 @@ def mean_direction(tokens: jax.Array, real: jax.Array) -> jax.Array:
 
 
 def _fingerprint(images: ImageProcessor, tower: VisionTower) -> str:
-    shape = [dataclasses.asdict(images), dataclasses.asdict(tower.config)]
+    settings = dataclasses.asdict(images)
+    for field in ("resample", "rescale_factor"):  # these came later; earlier indexes stay valid
+        if settings[field] == getattr(ImageProcessor, field):
+            del settings[field]
+    shape = [settings, dataclasses.asdict(tower.config)]
     digest = hashlib.blake2b(json.dumps(shape, sort_keys=True).encode(), digest_size=16)
     for path, parameter in nnx.to_flat_state(nnx.state(tower, nnx.Param)):
         digest.update("/".join(path).encode())
