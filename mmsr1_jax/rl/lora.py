@@ -11,6 +11,7 @@ What is trained is saved apart, in the format of the PEFT library, or merged: `W
 import json
 import pathlib
 import re
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -25,17 +26,16 @@ from mmsr1_jax import outputs
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL, checkpoint
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
 from mmsr1_jax.models.qwen2_5_vl.layers import Adapter, Linear
+from mmsr1_jax.rl import adapter_files
+from mmsr1_jax.rl.adapter_files import CONFIG, WEIGHTS, AdapterError
 from mmsr1_jax.rl.lora_targets import TARGETS
 from mmsr1_jax.sharding import param_shardings
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What an adapter's directory is made of. Anything else in one is somebody's, and is not replaced.
 _OURS = (CONFIG, WEIGHTS, "README.md", ".gitattributes")
 _PREFIX = "base_model.model."  # PEFT's wrapper, before the names that modules have in memory
-
-
-class AdapterError(ValueError):
-    """An adapter that cannot be read; the message names file and tensor."""
+# Linear maps that only adapters of other programs have (PEFT's "all-linear", and "lm_head").
+_MERGED_ONLY = (("vision", "merger", "fc1"), ("vision", "merger", "fc2"), ("text", "head"))
 
 
 def attach(
@@ -57,7 +57,7 @@ def attach(
         if name not in targets:
             continue
         linear = _linear(model, path)
-        a, b = _abstract(linear, rank)
+        a, b = _abstract(model, path, rank)
 
         def fresh(key, a=a, b=b):
             shape = a.get_value().shape
@@ -93,11 +93,13 @@ def merge_into(model: Qwen2_5_VL, adapters: nnx.State, scale: float) -> None:
     mesh = model.text.embedding.get_value().sharding.mesh
     adapters = jax.device_put(adapters, param_shardings(adapters, mesh))
     factors = dict(nnx.to_flat_state(adapters))
-    for path in _paths(factors):
-        kernel = _linear(model, path).kernel
+    for path in [*_paths(factors), *_MERGED_ONLY]:
+        if (*path, "adapter", "a") not in factors:
+            continue
+        kernel, stacked = _kernel(model, path), path in TARGETS.values()
         a, b = (factors[*path, "adapter", name].get_value() for name in "ab")
         layout = kernel.get_value().sharding
-        program = jax.jit(_sum, static_argnums=3, out_shardings=layout)
+        program = jax.jit(_sum if stacked else _sum_one, static_argnums=3, out_shardings=layout)
         kernel.set_value(program(kernel.get_value(), a, b, scale))
 
 
@@ -152,81 +154,98 @@ def save(adapters: nnx.State, directory, config: ModelConfig, *, alpha: float, s
 
 
 def load(directory, config: ModelConfig) -> tuple[nnx.State, float]:
-    """Reads what `save` or the PEFT library wrote.
+    """Reads what `save`, the PEFT library or a program after its format wrote.
 
     Args:
       directory: `adapter_config.json` and `adapter_model.safetensors`.
       config: shape of the policy that the adapters are for.
 
     Returns:
-      A and B as numpy arrays in float32, and s.
+      A and B as numpy arrays in float32, and s. Where ranks differ between layers the lower ones
+      are padded with zeros, a layer without adapter is zero, and a scale other than s is in B.
 
     Raises:
       AdapterError: a file that is damaged or absent, tensors that the policy has no place for, a
         missing one, or a kind of adapter other than plain LoRA.
     """
     directory = pathlib.Path(directory)
-    rank, scale = _read_config(directory / CONFIG)
+    settings = adapter_files.read_config(directory / CONFIG)
     path = directory / WEIGHTS
+    tensors = _read_tensors(path)
+    table, model = checkpoint.tensor_table(config), checkpoint.abstract_model(config)
+    styles = [_modules(table, *style) for style in adapter_files.STYLES]
+    names, modules = adapter_files.modules_by_tensor(tensors, styles, path)
+    names = adapter_files.check_selection(settings, set(modules), names, styles, path)
+    adapter_files.warn_of_unused_patterns(settings, names.values(), directory / CONFIG)
+
+    default, found = settings.default_scale, {}
+    for (place, layer), factors in modules.items():
+        name = names[place, layer]
+        rank, (outputs, inputs) = settings.rank(name), table[_hf(place)].shape
+        shapes = {"A": (rank, inputs), "B": (outputs, rank)}
+        a, b = (_tensor(path, tensors, factors, letter, shapes[letter]) for letter in "AB")
+        found.setdefault(place, {})[layer] = (a, b * (settings.scale(name) / default))
+    arrays = []
+    for place, layers in found.items():
+        rank = max(len(a) for a, _ in layers.values())
+        likes = _abstract(model, place, rank)
+        shape = table[_hf(place)].shape
+        a = np.zeros((table[_hf(place)].layers or 1, rank, shape[1]), np.float32)
+        b = np.zeros((table[_hf(place)].layers or 1, shape[0], rank), np.float32)
+        for layer, (low, high) in layers.items():
+            a[layer or 0, : len(low)], b[layer or 0, :, : len(low)] = low, high
+        for letter, value, like in zip("ab", (a, b), likes, strict=True):
+            array = like.replace(value.reshape(like.get_value().shape))
+            arrays.append(((*place, "adapter", letter), array))
+    return nnx.from_flat_state(arrays), default
+
+
+def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    other = path.with_name("adapter_model.bin")
+    if other.is_file() and not path.is_file():
+        raise AdapterError(f"{other}: only safetensors are read; save the adapter as {WEIGHTS}")
+    if other.is_file():
+        print(f"{path}: counts, not {other.name}, as in PEFT", file=sys.stderr)
     try:
         tensors = safetensors.numpy.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise AdapterError(f"{path}: absent, truncated or not safetensors ({error})") from None
-
-    table, model = checkpoint.tensor_table(config), checkpoint.abstract_model(config)
-    arrays, wanted = [], {}
-    for place in TARGETS.values():
-        tensor = table[*place, "kernel"]
-        rows, columns = tensor.shape
-        # In the names of memory, or of the files as they were released.
-        for layout in checkpoint.LAYOUTS:
-            modules = [_PREFIX + tensor.hf_name(layout, i) for i in range(tensor.layers)]
-            modules = [module.removesuffix(".weight") for module in modules]
-            a_names = [f"{module}.lora_A.weight" for module in modules]
-            b_names = [f"{module}.lora_B.weight" for module in modules]
-            if tensors.keys().isdisjoint([*a_names, *b_names]):
-                continue
-            wanted |= dict.fromkeys(a_names, (rank, columns)) | dict.fromkeys(b_names, (rows, rank))
-            for letter, names, like in zip(
-                "ab", (a_names, b_names), _abstract(_linear(model, place), rank), strict=True
-            ):
-                _check(path, names, tensors, wanted)
-                stacked = np.stack([tensors[name].astype(np.float32) for name in names])
-                value = like.replace(stacked.reshape(like.get_value().shape))
-                arrays.append(((*place, "adapter", letter), value))
-    for name in sorted(tensors.keys() - wanted.keys()):
-        raise AdapterError(f"{path}: tensor {name} is of no linear map that can have an adapter")
-    if not arrays:
+    if not tensors:
         raise AdapterError(f"{path}: holds no tensors")
-    return nnx.from_flat_state(arrays), scale
+    return tensors
 
 
-def _check(path: pathlib.Path, names: Sequence[str], tensors: dict, shapes: dict) -> None:
-    for name in names:
-        if name not in tensors:
-            raise AdapterError(f"{path}: tensor {name} is missing")
-        if tensors[name].shape != shapes[name]:
-            raise AdapterError(
-                f"{path}: tensor {name} has shape {list(tensors[name].shape)}, "
-                f"the policy and the rank need {list(shapes[name])}"
-            )
+def _modules(table: dict, text: str, vision: str, head: str) -> adapter_files.Table:
+    """Path and layer of each linear map that can have an adapter, by its name in one style."""
+    modules = {}
+    for path in (*TARGETS.values(), *_MERGED_ONLY):
+        if (tensor := table.get(_hf(path))) is None:  # the head of a policy that has none
+            continue
+        for layer in range(tensor.layers) if tensor.layers is not None else [None]:
+            name = tensor.hf_name((text, vision), layer).removesuffix(".weight")
+            modules[head if tensor.tower == "head" else name] = (path, layer)
+    return modules
 
 
-def _read_config(path: pathlib.Path) -> tuple[int, float]:
-    """Rank and s of an adapter."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        rank, alpha, kind = int(raw["r"]), float(raw["lora_alpha"]), raw.get("peft_type")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{path}: not the settings of a LoRA adapter ({error!r})") from None
-    if kind != "LORA" or rank < 1:
-        raise AdapterError(f"{path}: peft_type={kind!r} with r={rank} is not LoRA")
-    # Variants that compute something else than what is said above.
-    for field in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
-                  "fan_in_fan_out", "bias"):  # fmt: skip
-        if raw.get(field) and raw[field] != "none":
-            raise AdapterError(f"{path}: {field}={raw[field]!r}: only plain LoRA can be read")
-    return rank, alpha / rank
+def _hf(path: Sequence[str]) -> tuple[str, ...]:
+    """The key of a linear map in `checkpoint.tensor_table`."""
+    return tuple(path) if path == ("text", "head") else (*path, "kernel")
+
+
+def _tensor(path: pathlib.Path, tensors: dict, factors: dict, letter: str, shape) -> np.ndarray:
+    if letter not in factors:
+        (other,) = factors.values()
+        name = f".lora_{letter}".join(re.split(r"\.lora_[AB]", other))
+        raise AdapterError(f"{path}: tensor {name} is missing")
+    tensor = tensors[factors[letter]]
+    if tensor.shape != shape:
+        raise AdapterError(
+            f"{path}: tensor {factors[letter]} has shape {list(tensor.shape)}, "
+            f"the policy and the rank need {list(shape)}"
+        )
+    if tensor.dtype not in (*checkpoint.DTYPES.values(), np.dtype(np.float64)):
+        raise AdapterError(f"{path}: tensor {factors[letter]} has dtype {tensor.dtype}")
+    return tensor.astype(np.float32)
 
 
 def _paths(factors: dict) -> list[tuple[str, ...]]:
@@ -240,15 +259,25 @@ def _linear(model: Qwen2_5_VL, path: Sequence[str]) -> Linear:
     return model
 
 
-def _abstract(linear: Linear, rank: int) -> tuple[nnx.LoRAParam, nnx.LoRAParam]:
-    """A, [L, rank, *inputs], and B, [L, *outputs, rank], with the logical axes of the kernel."""
-    shape, axes = linear.kernel.get_value().shape, linear.kernel.get_metadata("axes")
-    cut = len(shape) - linear.contracted
+def _kernel(model: Qwen2_5_VL, path: Sequence[str]) -> nnx.Param:
+    found = _linear(model, path)
+    return found.kernel if isinstance(found, Linear) else found  # the head is a bare parameter
+
+
+def _abstract(
+    model: Qwen2_5_VL, path: Sequence[str], rank: int
+) -> tuple[nnx.LoRAParam, nnx.LoRAParam]:
+    """A, [L, rank, *inputs], and B, [L, *outputs, rank], with the logical axes of the kernel;
+    without L where the kernel is not stacked."""
+    found = _linear(model, path)
+    kernel, contracted = _kernel(model, path), getattr(found, "contracted", 1)
+    shape, axes = kernel.get_value().shape, kernel.get_metadata("axes")
+    start, cut = int(path in TARGETS.values()), len(shape) - contracted
 
     def param(shape, axes):
         return nnx.LoRAParam(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes)
 
-    a = param((shape[0], rank, *shape[cut:]), (axes[0], None, *axes[cut:]))
+    a = param((*shape[:start], rank, *shape[cut:]), (*axes[:start], None, *axes[cut:]))
     return a, param((*shape[:cut], rank), (*axes[:cut], None))
 
 
@@ -260,3 +289,8 @@ def _sum(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Arr
         return (w + scale * jnp.tensordot(b, a, axes=1, precision="highest")).astype(kernel.dtype)
 
     return jax.lax.map(of_layer, (kernel, a, b))
+
+
+def _sum_one(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """`_sum` of a kernel that is not stacked."""
+    return _sum(kernel[None], a[None], b[None], scale)[0]
