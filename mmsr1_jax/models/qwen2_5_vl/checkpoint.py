@@ -1,19 +1,17 @@
 """HF checkpoints in and out: safetensors straight onto the mesh, and back bit for bit.
 
-Each parameter here is a stack over layers of tensors there, in another shape: a `nn.Linear` weight
-is [out, in], ours has heads as an axis of their own. `tensor_table` is the one place that says
-which is which; reading, writing and the tests go through it.
+`tensors.tensor_table` is the one place that says which parameter here is which tensor there.
 """
 
 import collections
 import contextlib
-import dataclasses
 import json
-import math
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterator
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +23,11 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from mmsr1_jax import outputs
+from mmsr1_jax.checked_json import FormatError
+from mmsr1_jax.checked_json import load as load_json
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
 from mmsr1_jax.models.qwen2_5_vl.model import Qwen2_5_VL
+from mmsr1_jax.models.qwen2_5_vl.tensors import LAYOUTS, Tensor, tensor_table
 from mmsr1_jax.models.qwen2_5_vl.vision import VisionTower
 from mmsr1_jax.sharding import param_shardings
 
@@ -37,101 +38,10 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-# Prefix of the text decoder and of the tower: as in the released files, and as named in memory by
-# `transformers` since 4.52. The head is `lm_head.weight` in both.
-LAYOUTS = (("model.", "visual."), ("model.language_model.", "model.visual."))
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read; the message names file and tensor."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """How one parameter lies in a checkpoint.
-
-    Attributes:
-      name: HF name without layout prefix; `{}` stands for the layer.
-      tower: "text", "vision" or "head".
-      shape: the HF shape of one layer.
-      layers: number of layers, None for a parameter that is not stacked.
-    """
-
-    name: str
-    tower: str
-    shape: tuple[int, ...]
-    layers: int | None
-
-    def hf_name(self, layout: tuple[str, str], layer: int | None) -> str:
-        prefix = {"text": layout[0], "vision": layout[1], "head": ""}[self.tower]
-        return prefix + (self.name if layer is None else self.name.format(layer))
-
-    def read(self, tensor, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-        """Reads `ours[index]` of one layer, of shape `shape`, from a safetensors slice.
-
-        Where ours is cut along the first of its output dimensions (heads, feed-forward, vocabulary)
-        or the first of its input dimensions, only those rows and columns are read; other cuts are
-        made in memory.
-        """
-        outputs = next(n for n in range(1, len(shape) + 1) if math.prod(shape[:n]) == self.shape[0])
-        bounds = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
-        part = [slice(*(x * (self.shape[0] // shape[0]) for x in bounds[0]))]
-        read_shape = [bounds[0][1] - bounds[0][0], *shape[1:outputs]]
-        rest = [slice(None), *index[1:outputs]]
-        if len(self.shape) == 2:
-            part.append(slice(*(x * (self.shape[1] // shape[outputs]) for x in bounds[outputs])))
-            read_shape.append(bounds[outputs][1] - bounds[outputs][0])
-            rest.append(slice(None))
-        read_shape += shape[len(read_shape) :]
-        rest += index[len(rest) :]
-        return np.asarray(tensor[tuple(part)]).reshape(read_shape)[tuple(rest)]
-
-
-def tensor_table(config: ModelConfig) -> dict[tuple[str, ...], Tensor]:
-    """Every parameter of the model, by its path in the module tree."""
-    t, v = config.text, config.vision
-    D, F, N, K, H = t.hidden_size, t.intermediate_size, t.num_heads, t.num_kv_heads, t.head_dim
-    d, f = v.hidden_size, v.intermediate_size
-    wide = d * v.merge_size**2
-    table: dict[tuple[str, ...], Tensor] = {}
-
-    def add(path: str, name: str, shape: tuple[int, ...], layers: int | None = None):
-        tower = "head" if path == "text/head" else path.split("/")[0]
-        table[tuple(path.split("/"))] = Tensor(name, tower, shape, layers)
-
-    def linear(path: str, name: str, out: int, inp: int, bias: bool, layers: int | None = None):
-        add(f"{path}/kernel", f"{name}.weight", (out, inp), layers)
-        if bias:
-            add(f"{path}/bias", f"{name}.bias", (out,), layers)
-
-    add("text/embedding", "embed_tokens.weight", (t.vocab_size, D))
-    layer, ours = "layers.{}.", "text/layers/"
-    add(ours + "attention_norm/scale", layer + "input_layernorm.weight", (D,), t.num_layers)
-    for key, out in (("q", N * H), ("k", K * H), ("v", K * H)):
-        name = f"{layer}self_attn.{key}_proj"
-        linear(f"{ours}attention/{key}", name, out, D, True, t.num_layers)
-    linear(ours + "attention/out", layer + "self_attn.o_proj", D, N * H, False, t.num_layers)
-    add(ours + "mlp_norm/scale", layer + "post_attention_layernorm.weight", (D,), t.num_layers)
-    for key, out, inp in (("gate", F, D), ("up", F, D), ("down", D, F)):
-        name = f"{layer}mlp.{key}_proj"
-        linear(f"{ours}mlp/{key}", name, out, inp, False, t.num_layers)
-    add("text/norm/scale", "norm.weight", (D,))
-    if not t.tie_embeddings:
-        add("text/head", "lm_head.weight", (t.vocab_size, D))
-
-    patch = (v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
-    add("vision/patch_embed/kernel", "patch_embed.proj.weight", (d, *patch))
-    block, ours = "blocks.{}.", "vision/blocks/"
-    add(ours + "attention_norm/scale", block + "norm1.weight", (d,), v.num_layers)
-    linear(ours + "attention/qkv", block + "attn.qkv", 3 * d, d, True, v.num_layers)
-    linear(ours + "attention/out", block + "attn.proj", d, d, True, v.num_layers)
-    add(ours + "mlp_norm/scale", block + "norm2.weight", (d,), v.num_layers)
-    for key, out, inp in (("gate", f, d), ("up", f, d), ("down", d, f)):
-        linear(f"{ours}mlp/{key}", f"{block}mlp.{key}_proj", out, inp, True, v.num_layers)
-    add("vision/merger/norm/scale", "merger.ln_q.weight", (d,))
-    linear("vision/merger/fc1", "merger.mlp.0", wide, wide, True)
-    linear("vision/merger/fc2", "merger.mlp.2", v.out_hidden_size, wide, True)
-    return table
 
 
 def abstract_model(config: ModelConfig, **keywords) -> Qwen2_5_VL:
@@ -185,6 +95,10 @@ def _read(files: "_Files", config: ModelConfig, abstract, within: tuple[str, ...
     return nnx.merge(graph, nnx.from_flat_state(arrays))
 
 
+class _Index(TypedDict):
+    weight_map: dict[str, str]
+
+
 class _Files:
     """The safetensors files of a directory, checked against what the model needs."""
 
@@ -197,16 +111,20 @@ class _Files:
 
     def _tensor_files(self) -> dict[str, str]:
         """HF name -> file name."""
-        index = self.directory / INDEX
-        if not index.exists():
+        self._refuse_other_weights()
+        index, single = self.directory / INDEX, self.directory / SINGLE
+        if single.is_file() and index.is_file():
+            print(f"{single}: counts, not {INDEX}, as in transformers", file=sys.stderr)
+        if single.is_file() or not index.is_file():
             return dict.fromkeys(self._names(SINGLE), SINGLE)
         try:
-            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            where = load_json(index, _Index)["weight_map"]
             files = sorted(set(where.values()))
             if any(os.path.basename(file) != file for file in files):
-                raise ValueError(f"files must be in this directory: {files}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not a safetensors index ({error!r})") from None
+                raise FormatError(f"{index}: files must be in this directory: {files}")
+        except FormatError as error:
+            reason = str(error).removeprefix(f"{index}: ")
+            raise CheckpointError(f"{index}: not a safetensors index ({reason})") from None
         for file in files:
             if not (self.directory / file).is_file():
                 names = sorted(n for n, f in where.items() if f == file)
@@ -225,6 +143,22 @@ class _Files:
                 f"{self.directory / held[name]}: tensor {name} is not in the index"
             )
         return held
+
+    def _refuse_other_weights(self) -> None:
+        """Where `transformers` would read more, or something else, than the usual files."""
+        adapter = self.directory / "adapter_config.json"
+        if adapter.is_file():
+            raise CheckpointError(
+                f"{adapter}: an adapter beside the policy, which transformers would add; merge it "
+                "(python -m mmsr1_jax.merge) or move it to another directory"
+            )
+        config = self.directory / "config.json"
+        named = load_json(config, dict[str, Any]).get("transformers_weights")
+        if named is not None:
+            raise CheckpointError(
+                f"{config}: transformers_weights={named!r} is not supported; remove the field and "
+                f"name the file {SINGLE}"
+            )
 
     def _open(self, file: str):
         if file not in self.handles:
@@ -253,7 +187,7 @@ class _Files:
         known = dict(needed)
         if config.text.tie_embeddings and "lm_head.weight" in self.where:
             known["lm_head.weight"] = self._check_tied()
-        listing = INDEX if (self.directory / INDEX).exists() else SINGLE
+        listing = SINGLE if (self.directory / SINGLE).is_file() else INDEX
         for name in sorted(needed.keys() - self.where.keys()):
             raise CheckpointError(f"{self.directory / listing}: tensor {name} is missing")
         for name in sorted(self.where):
@@ -447,7 +381,7 @@ def _write_side_files(model: Qwen2_5_VL, directory: pathlib.Path, source, dtype)
         if path.is_file() and not weights:
             shutil.copy(path, directory / path.name)
     if dtype is not None:
-        raw = json.loads(config.read_text(encoding="utf-8"))
+        raw = load_json(config, dict[str, Any])
         fields = [raw, *(raw[k] for k in ("text_config", "vision_config") if k in raw)]
         for part in fields:
             for key in ("torch_dtype", "dtype"):

@@ -1,0 +1,105 @@
+"""Parameters of the model and the tensors of HF checkpoints: which is which.
+
+Each parameter here is a stack over layers of tensors there, in another shape: a `nn.Linear` weight
+is [out, in], ours has heads as an axis of their own. Reading, writing and the tests go through
+`tensor_table`.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
+
+# Prefix of the text decoder and of the tower: as in the released files, and as named in memory by
+# `transformers` since 4.52. The head is `lm_head.weight` in both.
+LAYOUTS = (("model.", "visual."), ("model.language_model.", "model.visual."))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """How one parameter lies in a checkpoint.
+
+    Attributes:
+      name: HF name without layout prefix; `{}` stands for the layer.
+      tower: "text", "vision" or "head".
+      shape: the HF shape of one layer.
+      layers: number of layers, None for a parameter that is not stacked.
+    """
+
+    name: str
+    tower: str
+    shape: tuple[int, ...]
+    layers: int | None
+
+    def hf_name(self, layout: tuple[str, str], layer: int | None) -> str:
+        prefix = {"text": layout[0], "vision": layout[1], "head": ""}[self.tower]
+        return prefix + (self.name if layer is None else self.name.format(layer))
+
+    def read(self, tensor, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+        """Reads `ours[index]` of one layer, of shape `shape`, from a safetensors slice.
+
+        Where ours is cut along the first of its output dimensions (heads, feed-forward, vocabulary)
+        or the first of its input dimensions, only those rows and columns are read; other cuts are
+        made in memory.
+        """
+        outputs = next(n for n in range(1, len(shape) + 1) if math.prod(shape[:n]) == self.shape[0])
+        bounds = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
+        part = [slice(*(x * (self.shape[0] // shape[0]) for x in bounds[0]))]
+        read_shape = [bounds[0][1] - bounds[0][0], *shape[1:outputs]]
+        rest = [slice(None), *index[1:outputs]]
+        if len(self.shape) == 2:
+            part.append(slice(*(x * (self.shape[1] // shape[outputs]) for x in bounds[outputs])))
+            read_shape.append(bounds[outputs][1] - bounds[outputs][0])
+            rest.append(slice(None))
+        read_shape += shape[len(read_shape) :]
+        rest += index[len(rest) :]
+        return np.asarray(tensor[tuple(part)]).reshape(read_shape)[tuple(rest)]
+
+
+def tensor_table(config: ModelConfig) -> dict[tuple[str, ...], Tensor]:
+    """Every parameter of the model, by its path in the module tree."""
+    t, v = config.text, config.vision
+    D, F, N, K, H = t.hidden_size, t.intermediate_size, t.num_heads, t.num_kv_heads, t.head_dim
+    d, f = v.hidden_size, v.intermediate_size
+    wide = d * v.merge_size**2
+    table: dict[tuple[str, ...], Tensor] = {}
+
+    def add(path: str, name: str, shape: tuple[int, ...], layers: int | None = None):
+        tower = "head" if path == "text/head" else path.split("/")[0]
+        table[tuple(path.split("/"))] = Tensor(name, tower, shape, layers)
+
+    def linear(path: str, name: str, out: int, inp: int, bias: bool, layers: int | None = None):
+        add(f"{path}/kernel", f"{name}.weight", (out, inp), layers)
+        if bias:
+            add(f"{path}/bias", f"{name}.bias", (out,), layers)
+
+    add("text/embedding", "embed_tokens.weight", (t.vocab_size, D))
+    layer, ours = "layers.{}.", "text/layers/"
+    add(ours + "attention_norm/scale", layer + "input_layernorm.weight", (D,), t.num_layers)
+    for key, out in (("q", N * H), ("k", K * H), ("v", K * H)):
+        name = f"{layer}self_attn.{key}_proj"
+        linear(f"{ours}attention/{key}", name, out, D, True, t.num_layers)
+    linear(ours + "attention/out", layer + "self_attn.o_proj", D, N * H, False, t.num_layers)
+    add(ours + "mlp_norm/scale", layer + "post_attention_layernorm.weight", (D,), t.num_layers)
+    for key, out, inp in (("gate", F, D), ("up", F, D), ("down", D, F)):
+        name = f"{layer}mlp.{key}_proj"
+        linear(f"{ours}mlp/{key}", name, out, inp, False, t.num_layers)
+    add("text/norm/scale", "norm.weight", (D,))
+    if not t.tie_embeddings:
+        add("text/head", "lm_head.weight", (t.vocab_size, D))
+
+    patch = (v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
+    add("vision/patch_embed/kernel", "patch_embed.proj.weight", (d, *patch))
+    block, ours = "blocks.{}.", "vision/blocks/"
+    add(ours + "attention_norm/scale", block + "norm1.weight", (d,), v.num_layers)
+    linear(ours + "attention/qkv", block + "attn.qkv", 3 * d, d, True, v.num_layers)
+    linear(ours + "attention/out", block + "attn.proj", d, d, True, v.num_layers)
+    add(ours + "mlp_norm/scale", block + "norm2.weight", (d,), v.num_layers)
+    for key, out, inp in (("gate", f, d), ("up", f, d), ("down", d, f)):
+        linear(f"{ours}mlp/{key}", f"{block}mlp.{key}_proj", out, inp, True, v.num_layers)
+    add("vision/merger/norm/scale", "merger.ln_q.weight", (d,))
+    linear("vision/merger/fc1", "merger.mlp.0", wide, wide, True)
+    linear("vision/merger/fc2", "merger.mlp.2", v.out_hidden_size, wide, True)
+    return table
