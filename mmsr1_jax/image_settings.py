@@ -32,13 +32,19 @@ _WITHOUT_EFFECT = {
     "image_seq_length",
 }  # fmt: skip
 
+# Nulls in these are not the defaults in `transformers`: they are false, or an error later.
+_NOT_NULL = (
+    "do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
+    "image_std", "patch_size", "temporal_patch_size", "merge_size",
+)  # fmt: skip
+
 _Size = Annotated[int, msgspec.Meta(gt=0)]
 _PerChannel = float | Annotated[list[float], msgspec.Meta(min_length=3, max_length=3)]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Fields:
-    """The fields that count; None, as in `transformers`, is the default of the class."""
+    """The fields that count; None is the default of the class."""
 
     image_processor_type: str | None = None
     auto_map: dict[str, Any] | None = None
@@ -126,6 +132,9 @@ def _arguments(raw: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _refuse_unsupported(fields: _Fields, raw: dict[str, Any]) -> None:
+    for field in _NOT_NULL:
+        if field in raw and raw[field] is None:
+            raise FormatError(f"{field}=null: give a value, or remove the field for its default")
     if fields.image_processor_type not in (None, *_TYPES):
         raise FormatError(
             f"image_processor_type={fields.image_processor_type!r} is not Qwen2-VL's image "

@@ -20,13 +20,13 @@ from mmsr1_jax.checked_json import FormatError, load
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PEFT's wrapper
-# Names of the text decoder, the vision tower and the head, before the module's own.
+# Names of the text decoder and of the vision tower, before the module's own.
 STYLES = (
-    ("model.language_model.", "model.visual.", "lm_head"),  # in memory, transformers since 4.52
-    ("model.", "visual.", "lm_head"),  # before that, and text-only classes
-    ("language_model.", "visual.", "lm_head"),  # the policy without its head
-    ("language_model.model.", "visual.", "language_model.lm_head"),  # vLLM
-    ("", "", "lm_head"),  # one of the towers alone
+    ("model.language_model.", "model.visual."),  # in memory, transformers since 4.52
+    ("model.", "visual."),  # before that, and text-only classes
+    ("language_model.", "visual."),  # the policy without its head
+    ("language_model.model.", "visual."),  # vLLM
+    ("", ""),  # one of the towers alone
 )
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<letter>[AB])(?:\.default)?\.weight")
 _REGEX_SECONDS = 5.0  # patterns come from outside; one may take for ever
@@ -78,7 +78,7 @@ class AdapterConfig:
             return False
         if isinstance(self.target_modules, str):
             if self.target_modules.lower() == "all-linear":
-                return not name.endswith("lm_head")
+                return True  # of those that can have one; the head is none of them
             return _listed(self.target_modules, name)
         if name in self.target_modules:  # PEFT asks nothing else of a full name
             return True
@@ -191,31 +191,44 @@ def modules_by_tensor(
     return names_of_file, {names_of_file[module]: factors for module, factors in found.items()}
 
 
-def check_selection(
+def ranks_and_scales(
+    config: AdapterConfig,
+    present: set[Place],
+    names_of_file: Table,
+    tables: Sequence[Table],
+    path: pathlib.Path,
+) -> dict[Place, tuple[int, float]]:
+    """Return rank and scale of the adapter of each module that the file holds.
+
+    The settings are PEFT's, whose names may be of another version than the tensors'. A tower
+    without any tensor may be one that the program which trained the adapter did not have.
+
+    Raises:
+      AdapterError: the settings name other modules than the file holds, or a pattern of theirs is
+        no regular expression or takes too long.
+    """
+    try:
+        names = _names_in_settings(config, present, names_of_file, tables, path)
+        _warn_of_unused_patterns(config, names.values(), path.parent / CONFIG)
+        return {place: (config.rank(name), config.scale(name)) for place, name in names.items()}
+    except (regex.error, TimeoutError) as error:
+        raise AdapterError(
+            f"{path.parent / CONFIG}: a pattern cannot be used ({error or 'takes too long'})"
+        ) from None
+
+
+def _names_in_settings(
     config: AdapterConfig,
     present: set[Place],
     names_of_file: Table,
     tables: Sequence[Table],
     path: pathlib.Path,
 ) -> dict[Place, str]:
-    """Return, for the modules of the file, the names by which the settings know them.
-
-    The settings are PEFT's, whose names may be of another version than the tensors'. A tower
-    without any tensor may be one that the program which trained the adapter did not have.
-
-    Raises:
-      AdapterError: the settings name other modules than the file holds.
-    """
     towers = {_tower(place) for place in present}
     missing, extra = [], []
     for table in (names_of_file, *tables):
         names = {place: name for name, place in table.items() if _tower(place) in towers}
-        try:
-            wanted = {place for place, name in names.items() if config.adapts(name)}
-        except (regex.error, TimeoutError) as error:
-            raise AdapterError(
-                f"{path.parent / CONFIG}: a pattern cannot be used ({error or 'takes too long'})"
-            ) from None
+        wanted = {place for place, name in names.items() if config.adapts(name)}
         if wanted == present:
             return {place: names[place] for place in present}
         if table is names_of_file:
@@ -232,7 +245,7 @@ def _tower(place: Place) -> str:
     return place[0][0]
 
 
-def warn_of_unused_patterns(config: AdapterConfig, names: Iterable[str], path) -> None:
+def _warn_of_unused_patterns(config: AdapterConfig, names: Iterable[str], path) -> None:
     """Say, as PEFT does, which patterns match no module."""
     names = list(names)
     for field in ("rank_pattern", "alpha_pattern"):

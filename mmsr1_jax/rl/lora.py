@@ -34,8 +34,8 @@ from mmsr1_jax.sharding import param_shardings
 # What an adapter's directory is made of. Anything else in one is somebody's, and is not replaced.
 _OURS = (CONFIG, WEIGHTS, "README.md", ".gitattributes")
 _PREFIX = "base_model.model."  # PEFT's wrapper, before the names that modules have in memory
-# Linear maps that only adapters of other programs have (PEFT's "all-linear", and "lm_head").
-_MERGED_ONLY = (("vision", "merger", "fc1"), ("vision", "merger", "fc2"), ("text", "head"))
+# Linear maps that only adapters of other programs have (PEFT's "all-linear"); not stacked.
+_MERGER = (("vision", "merger", "fc1"), ("vision", "merger", "fc2"))
 
 
 def attach(
@@ -93,13 +93,15 @@ def merge_into(model: Qwen2_5_VL, adapters: nnx.State, scale: float) -> None:
     mesh = model.text.embedding.get_value().sharding.mesh
     adapters = jax.device_put(adapters, param_shardings(adapters, mesh))
     factors = dict(nnx.to_flat_state(adapters))
-    for path in [*_paths(factors), *_MERGED_ONLY]:
+    for path in [*_paths(factors), *_MERGER]:
         if (*path, "adapter", "a") not in factors:
             continue
-        kernel, stacked = _kernel(model, path), path in TARGETS.values()
+        kernel = _linear(model, path).kernel
         a, b = (factors[*path, "adapter", name].get_value() for name in "ab")
         layout = kernel.get_value().sharding
-        program = jax.jit(_sum if stacked else _sum_one, static_argnums=3, out_shardings=layout)
+        program = jax.jit(
+            _sum_one if path in _MERGER else _sum, static_argnums=3, out_shardings=layout
+        )
         kernel.set_value(program(kernel.get_value(), a, b, scale))
 
 
@@ -173,25 +175,24 @@ def load(directory, config: ModelConfig) -> tuple[nnx.State, float]:
     path = directory / WEIGHTS
     tensors = _read_tensors(path)
     table, model = checkpoint.tensor_table(config), checkpoint.abstract_model(config)
-    styles = [_modules(table, *style) for style in adapter_files.STYLES]
+    styles = [_modules(table, style) for style in adapter_files.STYLES]
     names, modules = adapter_files.modules_by_tensor(tensors, styles, path)
-    names = adapter_files.check_selection(settings, set(modules), names, styles, path)
-    adapter_files.warn_of_unused_patterns(settings, names.values(), directory / CONFIG)
+    scales = adapter_files.ranks_and_scales(settings, set(modules), names, styles, path)
 
     default, found = settings.default_scale, {}
     for (place, layer), factors in modules.items():
-        name = names[place, layer]
-        rank, (outputs, inputs) = settings.rank(name), table[_hf(place)].shape
+        rank, scale = scales[place, layer]
+        outputs, inputs = table[*place, "kernel"].shape
         shapes = {"A": (rank, inputs), "B": (outputs, rank)}
         a, b = (_tensor(path, tensors, factors, letter, shapes[letter]) for letter in "AB")
-        found.setdefault(place, {})[layer] = (a, b * (settings.scale(name) / default))
+        found.setdefault(place, {})[layer] = (a, b * (scale / default))
     arrays = []
     for place, layers in found.items():
         rank = max(len(a) for a, _ in layers.values())
         likes = _abstract(model, place, rank)
-        shape = table[_hf(place)].shape
-        a = np.zeros((table[_hf(place)].layers or 1, rank, shape[1]), np.float32)
-        b = np.zeros((table[_hf(place)].layers or 1, shape[0], rank), np.float32)
+        shape = table[*place, "kernel"].shape
+        a = np.zeros((table[*place, "kernel"].layers or 1, rank, shape[1]), np.float32)
+        b = np.zeros((table[*place, "kernel"].layers or 1, shape[0], rank), np.float32)
         for layer, (low, high) in layers.items():
             a[layer or 0, : len(low)], b[layer or 0, :, : len(low)] = low, high
         for letter, value, like in zip("ab", (a, b), likes, strict=True):
@@ -215,21 +216,14 @@ def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _modules(table: dict, text: str, vision: str, head: str) -> adapter_files.Table:
+def _modules(table: dict, layout: tuple[str, str]) -> adapter_files.Table:
     """Path and layer of each linear map that can have an adapter, by its name in one style."""
     modules = {}
-    for path in (*TARGETS.values(), *_MERGED_ONLY):
-        if (tensor := table.get(_hf(path))) is None:  # the head of a policy that has none
-            continue
+    for path in (*TARGETS.values(), *_MERGER):
+        tensor = table[*path, "kernel"]
         for layer in range(tensor.layers) if tensor.layers is not None else [None]:
-            name = tensor.hf_name((text, vision), layer).removesuffix(".weight")
-            modules[head if tensor.tower == "head" else name] = (path, layer)
+            modules[tensor.hf_name(layout, layer).removesuffix(".weight")] = (path, layer)
     return modules
-
-
-def _hf(path: Sequence[str]) -> tuple[str, ...]:
-    """The key of a linear map in `checkpoint.tensor_table`."""
-    return tuple(path) if path == ("text", "head") else (*path, "kernel")
 
 
 def _tensor(path: pathlib.Path, tensors: dict, factors: dict, letter: str, shape) -> np.ndarray:
@@ -259,20 +253,14 @@ def _linear(model: Qwen2_5_VL, path: Sequence[str]) -> Linear:
     return model
 
 
-def _kernel(model: Qwen2_5_VL, path: Sequence[str]) -> nnx.Param:
-    found = _linear(model, path)
-    return found.kernel if isinstance(found, Linear) else found  # the head is a bare parameter
-
-
 def _abstract(
     model: Qwen2_5_VL, path: Sequence[str], rank: int
 ) -> tuple[nnx.LoRAParam, nnx.LoRAParam]:
     """A, [L, rank, *inputs], and B, [L, *outputs, rank], with the logical axes of the kernel;
     without L where the kernel is not stacked."""
-    found = _linear(model, path)
-    kernel, contracted = _kernel(model, path), getattr(found, "contracted", 1)
-    shape, axes = kernel.get_value().shape, kernel.get_metadata("axes")
-    start, cut = int(path in TARGETS.values()), len(shape) - contracted
+    linear = _linear(model, path)
+    shape, axes = linear.kernel.get_value().shape, linear.kernel.get_metadata("axes")
+    start, cut = int(path not in _MERGER), len(shape) - linear.contracted
 
     def param(shape, axes):
         return nnx.LoRAParam(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes)
