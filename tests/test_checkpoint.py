@@ -403,3 +403,48 @@ def test_no_config_and_no_json(tmp_path):
     with pytest.raises(ConfigError, match="config.json: not JSON"):
         ModelConfig.from_directory(tmp_path)
     shutil.rmtree(tmp_path)
+
+
+def test_the_single_file_counts_beside_an_older_index(tmp_path, mesh, capsys):
+    """As `transformers` reads them; the word says which."""
+    from tests.reference import Qwen2_5_VLForConditionalGeneration
+
+    new, old = (random_tensors(tiny.CONFIG, seed=seed) for seed in (1, 2))
+    source = write_hf(tmp_path / "in", old, shards=3)
+    safetensors.numpy.save_file(new, source / SINGLE, metadata={"format": "pt"})
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(source, dtype="auto")
+    name = "model.embed_tokens.weight"
+    ours = qwen2_5_vl.load(source, mesh=mesh)
+    np.testing.assert_array_equal(theirs.get_input_embeddings().weight.detach().numpy(), new[name])
+    np.testing.assert_array_equal(ours.text.embedding.get_value(), new[name])
+    assert f"{SINGLE}: counts, not {INDEX}" in capsys.readouterr().err
+    del new[name]  # an incomplete single file is not filled up from the index
+    safetensors.numpy.save_file(new, source / SINGLE, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{SINGLE}: tensor {name} is missing"):
+        qwen2_5_vl.load(source, mesh=mesh)
+
+
+def test_what_transformers_would_read_besides_is_refused(tmp_path, mesh):
+    source = write_hf(tmp_path / "in", random_tensors(tiny.CONFIG), shards=1)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"transformers_weights": "x.json"}))
+    with pytest.raises(CheckpointError, match=r"config.json: transformers_weights='x.json'"):
+        qwen2_5_vl.load(source, mesh=mesh)
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="adapter_config.json: an adapter beside the policy"):
+        qwen2_5_vl.load(source, mesh=mesh)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [b"{", b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 5}}', b"\xff", b"[" * 5000,
+     b'{"weight_map": {"a": "../in/model-00001-of-00003.safetensors"}}'],
+)  # fmt: skip
+def test_indexes_of_another_shape_are_refused_in_one_line(tmp_path, mesh, index):
+    source = write_hf(tmp_path / "in", random_tensors(tiny.CONFIG), shards=3)
+    (source / INDEX).write_bytes(index)
+    with pytest.raises(CheckpointError) as caught:
+        qwen2_5_vl.load(source, mesh=mesh)
+    assert f"{source / INDEX}: not a safetensors index" in str(caught.value)
+    assert "\n" not in str(caught.value)
