@@ -100,6 +100,18 @@ async def check_image(source: ImageSource, *, max_pixels: int) -> None:
     await process_image_async(source, _size, max_pixels=max_pixels)
 
 
+def read_header(data: bytes) -> tuple[str, int, int]:
+    """Return (format, width, height) of an image file as its header says; nothing is decompressed.
+
+    Raises:
+      ImageError: Not an image of `FORMATS`.
+    """
+    try:
+        return workers.run(_header, data)
+    except workers.WorkerError as error:
+        raise ImageError(f"{_name(data)}: reading its header {error}") from None
+
+
 async def public_jpeg(
     source: ImageSource, *, max_pixels: int = DEFAULT_MAX_FILE_PIXELS
 ) -> tuple[bytes, str]:
@@ -245,6 +257,20 @@ def _open(source: bytes | str, name: str, frame: int, max_pixels: int, function:
         raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # decoders raise what they like on hostile input
         raise ImageError(f"{name}: cannot be decoded ({type(error).__name__}: {error})") from None
+
+
+def _header(data: bytes) -> tuple[str, int, int]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                # An MPO is a JPEG with more images behind it.
+                form = "JPEG" if image.format == "MPO" else image.format
+                return form, image.width, image.height
+    except PIL.Image.DecompressionBombError:  # by Pillow's own limit, which is above all of ours
+        return "PNG", 1 << 20, 1 << 20
+    except Exception as error:
+        raise ImageError(f"{_name(data)}: not an image ({type(error).__name__})") from None
 
 
 def _read(path: str, name: str) -> bytes:

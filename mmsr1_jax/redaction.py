@@ -28,8 +28,7 @@ def find_secret(text: str) -> str | None:
     """
     for match in _ADDRESS.finditer(text):
         head, *query = re.split("[?#]", _split(match[0])[1])
-        # A password that holds a slash ends the authority for a parser, but not for a reader.
-        if "@" in head.partition("/")[0] or re.match(r"[^/@]*:(?!\d+/)[^@]*@", head):
+        if "@" in head.partition("/")[0] or _has_password(head):
             return "a user name or password before the host"
         for name, value in urllib.parse.parse_qsl("&".join(query).replace(";", "&")):
             if value and _is_secret(name):
@@ -69,6 +68,14 @@ def _redact_address(address: str) -> str:
             tail,
         )
     )
+
+
+def _has_password(head: str) -> bool:
+    """Whether a password that holds a slash ends the authority for a parser, not for a reader."""
+    authority = re.split("[/@]", head, maxsplit=1)[0]
+    _, colon, port = authority.partition(":")
+    is_port = port.isdecimal() and head[len(authority) : len(authority) + 1] == "/"
+    return "@" in head and bool(colon) and not is_port
 
 
 def _split(address: str) -> tuple[str, str]:

@@ -7,6 +7,7 @@ its own where a person can think of a worse one.
 """
 
 import ast
+import collections
 import dataclasses
 import importlib
 import itertools
@@ -40,30 +41,85 @@ EXPRESSIONS: dict[str, tuple[Text, ...]] = {
     "data.benchmarks.scores._clean": (lambda n: " " * n + "x", lambda n: "'" * n),
     "data.benchmarks.scores.read_extraction": (),
     "data.benchmarks.scores.vqa_normalise": (),
-    "judge._FENCED": (lambda n: "```" + "\n" * n + "x",),
     "report.records._PICTURE": (lambda n: "<|vision_start|>" + "<|image_pad|>" * (n // 13),),
-    "report.records._USER": (lambda n: "<|im_start|>user\n" + "<|im_end|>\n" * (n // 11),),
     "rewards._ARTICLES": (),
     "rollout.forcing._TAG": (),
     "rollout.prompts._FIELD": (),
-    "rollout.rules._TAG": (lambda n: "</" + " " * n + "x", lambda n: "< / " * (n // 4)),
     "rollout.turns._CLOSE": (),
     "rollout.turns._REASON": (
         lambda n: " " * n + "x",
         lambda n: "<reason>" * (n // 8),
         lambda n: "<reason></reason>" + " " * n + "x",
     ),
-    "serve.telling._LABEL": (),
     "tools.make._limit": (),
-    "tools.passages.best_passages": (),
-    "tools.passages.words_of": (),
     "tools.redis_store._without_secrets": (),
     "tools.redis_store.is_redis": (),
     "tools.services.jina._FAILED": (),
-    "tools.services.reader._CHARSET": (lambda n: "<meta" + " charset" * (n // 8),),
     "tools.services.summariser._SENTENCE_END": (lambda n: "ab." + " " * n + "x",),
     "tools.web._HOST": (),
     "tools.web._retry_after": (),
+    "checked_json._LONE_SURROGATE": (),
+    "outputs._HOLDER": (),
+    "outputs._LEFT_OVER": (),
+    "redaction._ADDRESS": (),
+    "redaction._SECRET_NAMES": (),
+    "redaction._is_secret": (),
+    "redaction._redact_address": (),
+    "redaction.find_secret": (),
+    "rl.adapter_files._FACTOR": (),
+    "rl.lora._tensor": (),
+    "rollout.escaping._CLOSED": (),
+    "rollout.escaping._CONTROL_TOKEN": (),
+    "rollout.escaping._ENCODED": (),
+    "rollout.escaping._HAS_INVISIBLE_ASCII": (),
+    "rollout.escaping._HEADER": (),
+    "rollout.escaping._LABEL": (),
+    "rollout.escaping._NUMBERED": (),
+    "rollout.escaping._OVERRIDE": (),
+    "rollout.escaping._QUESTION": (),
+    "rollout.escaping._TAG": (),
+    "rollout.escaping._labels": (),
+    "rollout.layout._SENTENCE": (),
+    "rollout.layout._UNSPACED": (),
+    "tokenizer_files._MARKUP": (),
+    "tokenizer_files._TAG": (),
+    "tools.charset_detection._BETWEEN_TAGS": (),
+    "tools.charset_detection._CONTROL": (),
+    "tools.charset_detection._LETTER": (),
+    "tools.charset_detection._OTHER": (),
+    "tools.charset_detection._PUNCTUATION": (),
+    "tools.charset_detection._RUN": (),
+    "tools.charsets._DECLARED": (),
+    "tools.charsets._XML_DECLARED": (),
+    "tools.links._BREAK": (),
+    "tools.links._DOTS": (),
+    "tools.links._PORT": (),
+    "tools.links._UNSAFE": (),
+    "tools.links._WEB": (),
+    "tools.lookalikes._LATIN": (),
+    "tools.page_checks._ADDRESS": (),
+    "tools.page_checks._IMAGE": (),
+    "tools.page_checks._LETTER": (),
+    "tools.page_checks._NOTICE": (),
+    "tools.page_checks._REFUSAL": (),
+    "tools.page_checks._SENTENCE": (),
+    "tools.page_checks._WIDE": (),
+    "tools.page_text._BROKEN": (),
+    "tools.page_text._CONTROLS": (),
+    "tools.page_text._MANY_MARKS": (),
+    "tools.page_text._TAG": (),
+    "tools.passages._SENTENCE_END": (),
+    "tools.services.__init__._PASSING": (),
+    "tools.services.__init__._REFUSALS": (),
+    "tools.services.__init__.has_text": (),
+    "tools.services.jina._FIELD": (),
+    "tools.words._FOREIGN": (),
+    "tools.words._INDIAN_JOINER": (),
+    "tools.words._MANY_MARKS": (),
+    "tools.words._RUN": (),
+    "tools.words._WORD": (),
+    "tools.words._ZERO_WIDTH": (),
+    "redaction._has_password": (),
 }
 # Expressions that are made where they are used: what is given there.
 MADE: dict[str, tuple[str, ...]] = {"data.benchmarks.tables.open_rows": (r"page_\d+", "image")}
@@ -84,7 +140,7 @@ class Use:
         begin = time.process_time()
         found = getattr(self.pattern, self.method)(*arguments)
         if self.method == "finditer":
-            list(found)
+            collections.deque(found, maxlen=0)
         return time.process_time() - begin
 
 
@@ -124,7 +180,9 @@ def _of_module(module: str, tree: ast.Module) -> Iterator[Use]:
                     and other.attr in METHODS
                     and ast.unparse(other.value) in names
                 } or {"search"}
-            for pattern, method in itertools.product(_patterns(module, place, node), methods):
+            for pattern, method in itertools.product(
+                _patterns(module, place, node), sorted(methods)
+            ):
                 yield Use(place, pattern, method)
 
 

@@ -6,16 +6,20 @@ class or a function gets a lifeless object), and JSON, {id: [{"title", "thumbnai
 
 import itertools
 import mmap
+import os
 import pathlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import PIL.Image
 
-from mmsr1_jax import checked_json, checked_pickle
+from mmsr1_jax import checked_json, checked_pickle, workers
+from mmsr1_jax.image_files import upright_rgb
 from mmsr1_jax.tools.first import first_that_work
 from mmsr1_jax.tools.tool import Observation, Picture, Query, Result, image_result
 
+# The released file is read in seconds.
+_LIMITS = workers.Limits(cpu_seconds=1200.0, wall_seconds=7200.0, memory_bytes=64 << 30)
 _MAX_PIXELS = 20_000_000
 _MAX_BYTES = 8_000_000_000  # of a pickle, which may hold pictures as raw pixels
 _MAX_JSON = 1_000_000_000
@@ -47,7 +51,11 @@ class FvqaCache:
         results: int = 5,
     ):
         """Raises CacheError."""
-        self._entries, self._fetch, self._results = read(path), fetch, results
+        self._fetch, self._results = fetch, results
+        try:  # in a worker, as all that is done with the bytes of others
+            self._entries = workers.run(read, os.path.abspath(path), limits=_LIMITS)
+        except workers.WorkerError as error:
+            raise CacheError(f"{path}: reading it {error}") from None
 
     async def __call__(self, query: Query) -> Observation:
         entries = self._entries.get(query.example)
@@ -179,13 +187,13 @@ class _Entries:
         return self._pictures[id(value)]
 
 
-def _state(value: Any) -> tuple[str, tuple[int, int], Any, bytes] | None:
-    """(mode, size, palette, pixels) of a pickled picture; None where they do not fit together: a
-    few bytes may claim to be a picture of any size."""
+def _state(value: Any) -> tuple[str, tuple[int, int], Any, bytes, dict[str, Any]] | None:
+    """(mode, size, palette, pixels, information) of a pickled picture; None where they do not fit
+    together: a few bytes may claim to be a picture of any size."""
     state = value.state if isinstance(value, _Object) else None
     if not isinstance(state, (list, tuple)) or len(state) < 5:
         return None
-    _, mode, size, palette, pixels = state[:5]
+    about, mode, size, palette, pixels = state[:5]
     if not isinstance(pixels, (bytes, bytearray)) or not isinstance(mode, str):
         return None
     if not isinstance(size, (list, tuple)) or [type(side) for side in size] != [int, int]:
@@ -195,16 +203,18 @@ def _state(value: Any) -> tuple[str, tuple[int, int], Any, bytes] | None:
         return None
     if len(pixels) != (width * _BITS[mode] + 7) // 8 * height:
         return None
-    return mode, (width, height), palette, pixels
+    return mode, (width, height), palette, pixels, about if isinstance(about, dict) else {}
 
 
 def _decoded(
-    mode: str, size: tuple[int, int], palette: Any, pixels: bytes
+    mode: str, size: tuple[int, int], palette: Any, pixels: bytes, about: dict[str, Any]
 ) -> PIL.Image.Image | None:
+    """Return what the picture's file would show: turned, and laid over white."""
     try:
         image = PIL.Image.frombytes(mode, size, pixels)
         if palette and mode in ("P", "PA"):
             image.putpalette(palette)
-        return image.convert("RGB")
+        image.info = {key: about[key] for key in ("exif", "transparency") if key in about}
+        return upright_rgb(image)
     except Exception:  # Pillow raises many kinds of errors on a damaged palette
         return None
