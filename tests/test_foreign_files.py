@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from mmsr1_jax import fallbacks
 from mmsr1_jax.data import DataError
 from mmsr1_jax.data.benchmarks import tables
 from mmsr1_jax.data.questions import QuestionSource
@@ -48,7 +49,9 @@ async def nothing():
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-def test_a_value_of_another_type_is_treated_as_missing(tmp_path, kind, capsys):
+def test_a_value_of_another_type_is_treated_as_missing(tmp_path, kind, capsys, monkeypatch):
+    monkeypatch.setattr(fallbacks, "_logged", set())
+    fallbacks.take()
     path, good = tmp_path / "store.sqlite", json.dumps(GOOD[kind]).encode()
     store = Store(path, "record")
     others = [json.dumps(value).encode() for value in GOOD.values()]
@@ -70,7 +73,7 @@ def test_a_value_of_another_type_is_treated_as_missing(tmp_path, kind, capsys):
     for key in keys:
         with pytest.raises(NotStoredError):
             asyncio.run(replayed.get(kind, key, nothing))
-    assert replayed.malformed == len(keys)
+    assert fallbacks.take() == {"store/damaged": len(keys)}
     assert capsys.readouterr().err.count(f"a malformed value of kind {kind!r}") == 1
 
     using = Stored(Store(path))
@@ -228,12 +231,7 @@ def test_keys_count_as_values_do(tmp_path):
 def index_with(folder, *statements):
     folder.mkdir()
     with sqlite3.connect(folder / local.FILE) as connection:
-        connection.executescript(
-            "CREATE VIRTUAL TABLE page USING fts5(url UNINDEXED, title, snippet, text, "
-            "tokenize = 'porter');"
-            "CREATE TABLE picture (hash BLOB, title TEXT, link TEXT, thumbnail BLOB, "
-            "embedding BLOB); CREATE TABLE embedded (model TEXT);"
-        )
+        connection.executescript(local._SCHEMA)
         for statement in statements:
             connection.executescript(statement)
     connection.close()
