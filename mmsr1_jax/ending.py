@@ -8,6 +8,7 @@ with such threads in it. That is as safe as SIGKILL, which every command survive
 import atexit
 import concurrent.futures.thread  # noqa: F401  its exit hook has to be older than ours
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -38,9 +39,8 @@ def guard(
                 code = main(argv)
                 return code
         except KeyboardInterrupt:
-            _say_interrupted()
-            code = interrupted
-            return code
+            # Not through the end of the interpreter, which native threads at work may crash.
+            _end(interrupted)
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
             raise
@@ -95,6 +95,9 @@ def _end(code: int) -> None:
 
 
 def _leave(code: int) -> None:
+    with contextlib.suppress(Exception):
+        for child in multiprocessing.active_children():
+            child.kill()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()

@@ -26,7 +26,8 @@ def main(argv):
         return work()
 """
 END = """
-sys.exit(ending.guard(main)(sys.argv))
+if __name__ == "__main__":
+    sys.exit(ending.guard(main)(sys.argv))
 """
 WORK = {
     "the main thread waits": """
@@ -52,6 +53,12 @@ def work(): asyncio.run(asyncio.to_thread(asyncio.run, blocks()))
     "the main thread computes in C": """
 def work():
     print("now", flush=True); hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+""",
+    "a child process computes": """
+def work():
+    import multiprocessing
+    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(3600,))
+    child.start(); print("now", flush=True); child.join()
 """,
     "KeyboardInterrupt is caught": """
 def work():
@@ -93,7 +100,7 @@ def test_the_time_until_a_process_is_ended_is_below_3_seconds():
 def test_ctrl_c_ends_whatever_hangs(tmp_path, work):
     process = start(BEGIN + work + END, tmp_path)
     assert process.stdout.readline() == "now\n"
-    seconds, said = interrupt(process)
+    seconds, said = interrupt(process)  # which waits until no child holds its pipes any more
     assert process.returncode == ending.INTERRUPTED
     assert said.strip() == "interrupted; the same command resumes run from what is saved"
     assert seconds < BOUND
