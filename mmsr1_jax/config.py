@@ -16,16 +16,16 @@ from collections.abc import Callable, Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
-from mmsr1_jax import allowed, config_training, ending, redaction, rewards
+from mmsr1_jax import allowed, config_training, ending, rewards
 from mmsr1_jax.allowed import ConfigError, setting
 from mmsr1_jax.config_tools import (  # noqa: F401  (the choices are read here by others)
     IMAGE_SEARCHES,
     READERS,
-    SECRET_VARIABLES,
     STORE_MODES,
     TEXT_SEARCHES,
     Services,
     Tools,
+    secret_mistake,
 )
 from mmsr1_jax.config_training import Data, Objective, Run, Update
 from mmsr1_jax.evaluation.workflows import WORKFLOWS
@@ -244,7 +244,8 @@ def validate(config: Config) -> Config:
     if isinstance(config.sampling, Sampling):
         validate_sampling(config.sampling)
     allowed.check(config, "config")
-    _check_addresses(dataclasses.asdict(config), "config")
+    if problem := secret_mistake(dataclasses.asdict(config)):
+        raise ConfigError(problem)
     for field in ("replica", "fsdp", "tensor"):
         if getattr(config.mesh, field) == 0:
             raise ConfigError(f"config.mesh.{field}=0 must be positive, or -1")
@@ -301,21 +302,6 @@ def validate_sampling(sampling: Sampling) -> None:
 def _ascending(field: str, sizes: Sequence[int]) -> None:
     if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
         raise ConfigError(f"config.{field}={sizes} must be positive and ascending")
-
-
-def _check_addresses(value, where: str) -> None:
-    """Raises ConfigError where an address holds a secret: settings are written to files and logs.
-    The message does not show it."""
-    if isinstance(value, dict):
-        for name, item in value.items():
-            _check_addresses(item, f"{where}.{name}")
-    elif isinstance(value, tuple):
-        for item in value:
-            _check_addresses(item, where)
-    elif isinstance(value, str) and (found := redaction.find_secret(value)):
-        variable = SECRET_VARIABLES.get(where.rpartition(".")[2])
-        place = f"put it into the environment variable {variable}" if variable else "take it out"
-        raise ConfigError(f"{where}: the address holds {found}; {place}")
 
 
 def define_flag() -> flags.FlagHolder:

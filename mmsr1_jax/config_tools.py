@@ -1,7 +1,9 @@
 """The settings of search tools; `config.py` has the others."""
 
 import dataclasses
+from typing import Any
 
+from mmsr1_jax import redaction
 from mmsr1_jax.allowed import setting
 
 TEXT_SEARCHES = ("auto", "none", "local", "serpapi", "serper", "searxng", "retrieval")
@@ -9,7 +11,7 @@ IMAGE_SEARCHES = ("auto", "none", "local", "serpapi", "serper", "fvqa")
 READERS = ("none", "local", "jina")
 STORE_MODES = ("use", "record", "replay")
 # Where the secret of a service belongs, by the field of its address; of the others, nowhere.
-SECRET_VARIABLES = {
+_SECRET_VARIABLES = {
     "serpapi_url": "SERPAPI_API_KEY",
     "serper_url": "SERPER_API_KEY",
     "jina_url": "JINA_API_KEY",
@@ -111,3 +113,25 @@ class Services:
     store_mode: str = setting("use", one_of=STORE_MODES)
     store_days: float = setting(90.0, at_least=0, at_most=1e6)
     store_max_bytes: int = setting(20_000_000_000, at_least=1, at_most=2**60)
+
+
+def secret_mistake(settings: Any, where: str = "config") -> str | None:
+    """Return why an address in settings is refused, beginning with the field; None: it is not.
+
+    Settings are written to files and logs. The message does not show the secret.
+
+    Args:
+      settings: all settings, or a part, as plain data.
+      where: its name.
+    """
+    if isinstance(settings, dict):
+        inside = [(f"{where}.{name}", value) for name, value in settings.items()]
+    elif isinstance(settings, tuple):
+        inside = [(where, value) for value in settings]
+    elif isinstance(settings, str) and (found := redaction.find_secret(settings)):
+        variable = _SECRET_VARIABLES.get(where.rpartition(".")[2])
+        place = f"put it into the environment variable {variable}" if variable else "take it out"
+        return f"{where}: the address holds {found}; {place}"
+    else:
+        return None
+    return next(filter(None, (secret_mistake(value, name) for name, value in inside)), None)
