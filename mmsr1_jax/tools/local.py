@@ -159,7 +159,6 @@ class LocalIndex:
         self._lock = threading.Lock()
         self._file = str(path)
         if (path / FILE).is_file():
-            self._file = str(path / FILE)
             try:
                 connection = checked_sqlite.connect(path / FILE, "ro", check_same_thread=False)
             except sqlite3.Error as error:
