@@ -1,13 +1,12 @@
 """JSON from outside: bounded, valid and of the expected types, or one error that names the field.
 
-Every file and answer that another program wrote (settings, tokenizers, stores, episodes, answers of
-web services) is read here. `json.loads` alone raises RecursionError on deep nesting, accepts NaN,
-and says nothing of the types inside. Of a key that comes twice the last one counts, as with
-`json.loads`.
+Files and answers that another program wrote (settings, tokenizers, stores, episodes, answers of web
+services) are read here; the exception is a judge's reply, see `judge.read_verdict`. `json.loads`
+alone raises RecursionError on deep nesting, accepts NaN, and does not check types. If a key occurs
+twice, the last value is used, as by `json.loads`.
 """
 
 import codecs
-import itertools
 import json
 import math
 import pathlib
@@ -17,10 +16,11 @@ from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
+from mmsr1_jax import files
+
 MAX_DEPTH = 64  # lists and objects inside each other
 MAX_BYTES = 100_000_000
 _MAX_INT = 2**64
-_PIECE = 1 << 20  # bytes read at a time
 _LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")  # possibly one
 
 T = TypeVar("T")
@@ -51,7 +51,8 @@ def loads(
         `Annotated[int, msgspec.Meta(ge=0)]`. Fields of TypedDicts and dataclasses that the type
         does not name are ignored. A float is no int, even where it is whole; an int is a float.
       name: source named in errors, such as a path; empty: errors begin with the field.
-      number: Returns the value of a number as it is written, of NaN and infinities too.
+      number: Called with each number's source text, NaN and Infinity included; its result is the
+        value.
       surrogates: whether texts may hold halves of surrogate pairs, which are not valid Unicode.
       nan: whether numbers may be NaN or infinite, as Python writes them.
 
@@ -108,13 +109,9 @@ def load(
     """
     path = pathlib.Path(path)
     try:
-        with open(path, "rb") as file:  # in pieces, as a read takes memory for all that it asks
-            pieces = iter(lambda: file.read(_PIECE), b"")
-            data = b"".join(itertools.islice(pieces, max_bytes // _PIECE + 2))
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise FormatError(f"{path}: cannot be read ({shown_error(error)})") from None
-    if len(data) > max_bytes:
-        raise FormatError(f"{path}: larger than {max_bytes} bytes")
+        data = files.read_regular(path, max_bytes=max_bytes)
+    except files.FileRefusedError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
     return loads(data, type, name=str(path), surrogates=surrogates, nan=nan)
 
 

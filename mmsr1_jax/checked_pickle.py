@@ -35,7 +35,7 @@ class PickleError(ValueError):
 def loads(
     data: bytes, find: Callable[[str, str], Any] | None = None, *, max_bytes: int = MAX_BYTES
 ) -> Any:
-    """Return the value of a pickle; no code in it is run but what `find` returns.
+    """Unpickle plain data; no code runs except what `find` returns.
 
     Args:
       data: the pickle.
@@ -146,7 +146,7 @@ class _Stack:
             raise PickleError("damaged: values are left over at its end")
 
     def build(self, name: str) -> bool:
-        """Carry out an opcode that makes or fills a container; False: it is none."""
+        """Carry out an opcode that makes or fills a container; return False for any other."""
         if name == "MARK":
             if len(self._marks) >= _MAX_DEPTH:
                 raise PickleError(f"nested deeper than {_MAX_DEPTH} levels")

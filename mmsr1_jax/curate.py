@@ -24,7 +24,6 @@ It may be killed at any time; the same command goes on, and ends with the same f
 import dataclasses
 import itertools
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -174,9 +173,9 @@ def decide(
     found["no_verdict"] = no_verdict
     found["bad_rows"] = len(source.bad)
     found["made_with"] = {**made_with, "keep": keep, "run.seed": config.run.seed}
-    partial = out / f".{FIGURES}.partial"
-    partial.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, out / FIGURES)
+    with outputs.new_file(out / FIGURES) as partial:
+        text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+        partial.write_text(text, encoding="utf-8")
     return found
 
 
@@ -194,15 +193,17 @@ def write_sft(
     if not kept:
         (out / SFT).unlink(missing_ok=True)
         return
-    partial = out / f".{SFT}.partial"
-    with open(out / EPISODES, "rb") as old, open(partial, "w", encoding="utf-8") as new:
+    with (
+        open(out / EPISODES, "rb") as old,
+        outputs.new_file(out / SFT) as partial,
+        open(partial, "w", encoding="utf-8") as new,
+    ):
         for attempt, name in kept:
             place, number = places[attempt.number]
             old.seek(place)
             line = lines.parse(old.readline(), number)
             line |= {"category": name, "reward": dataclasses.asdict(attempt.reward)}
             new.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.replace(partial, out / SFT)
 
 
 def write_curated(path: pathlib.Path, source: QuestionSource, chosen: Mapping[int, str]) -> None:

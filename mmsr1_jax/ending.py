@@ -25,7 +25,7 @@ _JOIN = 3.0  # seconds at exit for threads to end
 def guard(
     main: Callable[[Sequence[str]], int | None], *, interrupted: int = INTERRUPTED
 ) -> Callable[[Sequence[str]], int | None]:
-    """Return `main` as the last thing that a process does.
+    """Wrap a command's `main` to bound how long Ctrl-C and exit take.
 
     Ctrl-C raises KeyboardInterrupt in `main`, which ends the process with one line and the exit
     code `interrupted`; by force, if that takes more than 2 s, or at the second Ctrl-C. After `main`

@@ -1,4 +1,4 @@
-"""What a command did without: every fallback is counted, and named in the log the first time.
+"""Counters for degraded operation: every fallback is counted, and logged the first time.
 
     fallbacks.note("store/failed", "store: disk is full; searches continue without it")
     fallbacks.take()    {"store/failed": 17}: figures of a step

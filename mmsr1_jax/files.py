@@ -1,11 +1,13 @@
 """Files that a data set names: read only inside its folder, only if regular, only up to a size."""
 
+import itertools
 import os
 import pathlib
 import stat
 from collections.abc import Iterable
 
 MAX_PICTURE_BYTES = 100_000_000
+_PIECE = 1 << 20  # bytes
 
 
 class FileRefusedError(ValueError):
@@ -71,7 +73,10 @@ def read_regular(path: str | os.PathLike, *, max_bytes: int = MAX_PICTURE_BYTES)
         or unreadable.
     """
     with open(_open_regular(path, max_bytes), "rb") as file:
-        data = file.read(max_bytes + 1)  # a file of /proc has the size 0, a growing one any
+        # A file of /proc has the size 0, a growing one any; in pieces, as a read takes memory for
+        # all that it asks for.
+        pieces = iter(lambda: file.read(_PIECE), b"")
+        data = b"".join(itertools.islice(pieces, max_bytes // _PIECE + 2))
     if len(data) > max_bytes:
         raise FileRefusedError(path, f"larger than {max_bytes} bytes")
     return data

@@ -13,7 +13,6 @@ import hashlib
 import io
 import os
 import pathlib
-import stat
 import threading
 import warnings
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import PIL.ImageFile
 import PIL.ImageOps
 
 from mmsr1_jax import workers
+from mmsr1_jax.files import FileRefusedError, read_regular
 
 ImageSource = PIL.Image.Image | bytes | str | pathlib.Path  # bytes: of a file; str: a path
 
@@ -237,7 +237,9 @@ def _check_size(name: str, image: PIL.Image.Image, max_pixels: int) -> None:
 def _open(source: bytes | str, name: str, frame: int, max_pixels: int, function: Callable) -> Any:
     """Return `function` of the upright RGB image in a file. Raises ImageError."""
     try:
-        data = source if isinstance(source, bytes) else _read(source, name)
+        data = (
+            source if isinstance(source, bytes) else read_regular(source, max_bytes=MAX_FILE_BYTES)
+        )
         if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > _MAX_JPEG_SCANS:
             raise ImageError(f"{name}: a JPEG with more than {_MAX_JPEG_SCANS} scans")
         with warnings.catch_warnings():
@@ -251,8 +253,8 @@ def _open(source: bytes | str, name: str, frame: int, max_pixels: int, function:
         raise
     except PIL.UnidentifiedImageError:
         raise ImageError(f"{name}: not an image ({', '.join(FORMATS)})") from None
-    except FileNotFoundError:
-        raise ImageError(f"{name}: no such file") from None
+    except FileRefusedError as error:
+        raise ImageError(f"{name}: {error.strerror}") from None
     except PIL.Image.DecompressionBombError as error:
         raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # decoders raise what they like on hostile input
@@ -260,6 +262,8 @@ def _open(source: bytes | str, name: str, frame: int, max_pixels: int, function:
 
 
 def _header(data: bytes) -> tuple[str, int, int]:
+    # The header is all that is read: Pillow's own limit would hide the size.
+    limit, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -267,20 +271,10 @@ def _header(data: bytes) -> tuple[str, int, int]:
                 # An MPO is a JPEG with more images behind it.
                 form = "JPEG" if image.format == "MPO" else image.format
                 return form, image.width, image.height
-    except PIL.Image.DecompressionBombError:  # by Pillow's own limit, which is above all of ours
-        return "PNG", 1 << 20, 1 << 20
     except Exception as error:
         raise ImageError(f"{_name(data)}: not an image ({type(error).__name__})") from None
-
-
-def _read(path: str, name: str) -> bytes:
-    """Return the bytes of a regular file of bounded size."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise ImageError(f"{name}: not a regular file")
-        _check_bytes(name, found.st_size)
-        return file.read()
+    finally:
+        PIL.Image.MAX_IMAGE_PIXELS = limit
 
 
 def _pixels(image: PIL.Image.Image) -> tuple[tuple[int, int], bytes]:

@@ -87,7 +87,8 @@ def read(directory: str | pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
         return flat, _arguments(load(flat, dict[str, Any]), str(flat))
     if flat.is_file():
         print(
-            f"{directory}: image_processor of {NESTED} counts, not {FLAT}, as in transformers",
+            f"{directory}: image_processor of {NESTED} is used and {FLAT} ignored, as in "
+            "transformers",
             file=sys.stderr,
         )
     return nested, _arguments(section, f"{nested}: image_processor")

@@ -61,7 +61,7 @@ class ImageProcessor:
       temporal_patch_size: frames of a patch; a still image is repeated.
       merge_size: patches on a side of a merged token.
       resample: filter of the resize, one of `PIL.Image.Resampling`.
-      rescale_factor: what values of 0 to 255 are multiplied with.
+      rescale_factor: Factor applied to uint8 pixel values.
       mean, std: per colour channel, of rescaled values (CLIP's, on the scale 0 to 1).
     """
 

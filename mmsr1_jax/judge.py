@@ -5,7 +5,7 @@ which details matter to the question. What it said is stored, by model, question
 answer.
 
     reply with a verdict     right or wrong
-    reply without one        wrong: what an answer makes a judge write must not help it
+    reply without one        wrong: an answer cannot gain by breaking the judge's format
     no reply (a fault)       no verdict; the episode is left out where verdicts are needed
     refused for good         ServiceRefusedError: key, address or model are wrong
 
@@ -21,6 +21,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from mmsr1_jax.checked_json import valid_text
 from mmsr1_jax.tools.service import Service, ServiceRefusedError, is_refusal
 from mmsr1_jax.tools.services.chat import Chat, Reply
 from mmsr1_jax.tools.stored import Stored
@@ -145,13 +146,13 @@ class Judge:
         Raises:
           WebError: The judge could not be asked; ServiceRefusedError: it refuses all requests.
         """
-        question = _valid(question)
-        golds = [_valid(gold) for gold in golds if gold.strip()]
+        question = valid_text(question)
+        golds = [valid_text(gold) for gold in golds if gold.strip()]
         if answer is None or not answer.strip():
             return Verdict(False, "no answer", "match")
         if not golds:
             return Verdict(False, "no gold answer to compare with", "match")
-        answer = _valid(answer)
+        answer = valid_text(answer)
         if _plain(answer) in map(_plain, golds):
             return Verdict(True, "a gold answer, word for word", "match")
         key = json.dumps([self.model, question, golds, answer])
@@ -275,7 +276,7 @@ def read_verdict(text: str, *, alone: bool = False) -> tuple[bool, str]:
     if len({value["correct"] for value in found}) > 1:
         raise NoVerdictError("the verdict is given as right and as wrong")
     reason = found[-1].get("reason")
-    return found[-1]["correct"], _valid(reason) if isinstance(reason, str) else ""
+    return found[-1]["correct"], valid_text(reason) if isinstance(reason, str) else ""
 
 
 def _objects(text: str) -> list[tuple[Any, int]]:
@@ -324,8 +325,3 @@ _DECODER = json.JSONDecoder(strict=False, object_pairs_hook=_unambiguous)
 
 def _plain(text: str) -> str:
     return " ".join(text.lower().split()).removesuffix(".")
-
-
-def _valid(text: str) -> str:
-    """Text that can be sent: halves of surrogate pairs replaced."""
-    return text.encode("utf-8", "replace").decode()

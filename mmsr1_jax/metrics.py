@@ -2,7 +2,6 @@
 
 import collections
 import json
-import os
 import pathlib
 import statistics
 import uuid
@@ -11,7 +10,7 @@ from typing import Annotated, Any, TypedDict
 
 import msgspec
 
-from mmsr1_jax import checked_json
+from mmsr1_jax import checked_json, outputs
 from mmsr1_jax.redaction import redact
 from mmsr1_jax.rewards import Reward
 from mmsr1_jax.rollout.episode import Episode
@@ -123,9 +122,8 @@ class Log:
     def __init__(self, directory: pathlib.Path, also: str, *, step: int, config: Mapping):
         self._path = directory / "metrics.jsonl"
         lines = [line for line in read(self._path) if line["step"] <= step]
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        os.replace(partial, self._path)
+        with outputs.new_file(self._path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
         names = _names(also)
         self._board = self._wandb = None
         if "tensorboard" in names:

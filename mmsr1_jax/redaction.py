@@ -21,7 +21,7 @@ _HIDDEN = "***"
 
 
 def find_secret(text: str) -> str | None:
-    """Return what a text's addresses hold that is a secret, in words without it; None: nothing.
+    """Describe the first secret found in a text's URLs without showing it; None if there is none.
 
     Args:
       text: a setting: an address, a file's path, anything.

@@ -131,7 +131,7 @@ def exact_match(answer: str | None, golds: Sequence[str]) -> bool:
 def sub_exact_match(answer: str | None, golds: Sequence[str]) -> bool:
     """Return whether a gold answer is a part of the answer, after `normalise`, letter by letter.
 
-    The published program finds a gold of which `normalise` leaves nothing in every answer. Here it
+    In the published program every answer matches a gold that normalises to nothing. Here it
     counts where `exact_match` holds, or where it stands in the answer as it is, not inside a word,
     in any letter case: gold `A` is in `It is A.` and in `Vitamin A`, and not in `Tagus`.
     """

@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
 
-from mmsr1_jax import allowed, checked_json, redaction
+from mmsr1_jax import allowed, checked_json, outputs, redaction
 from mmsr1_jax import config as settings
 
 
@@ -21,10 +20,9 @@ class _File:
 
 def write(path: pathlib.Path, config: settings.Config, model: str) -> None:
     """`path` holds the settings and the directory that the policy came from."""
-    partial = path.with_name(f".{path.name}.partial")
     data = redaction.redact({"model": str(model), "config": dataclasses.asdict(config)})
-    partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with outputs.new_file(path) as partial:
+        partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def read(path: pathlib.Path) -> tuple[settings.Config, str]:

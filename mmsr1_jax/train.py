@@ -23,7 +23,6 @@ import collections
 import dataclasses
 import itertools
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -358,15 +357,13 @@ def write_episodes(
     """Some episodes of a step, with their questions' answers and their rewards, as JSONL; their
     pictures go to `workdir/pictures`."""
     path = workdir / "episodes" / f"{number:06d}.jsonl"
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    with outputs.new_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
         for episode, reward in pairs:
             question = asked[episode.group]
             line = line_of(episode, engine.processor, path.parent, workdir / "pictures")
             line |= {"answers": question.answers, "category": question.category}
             line |= {"source": question.source, "reward": dataclasses.asdict(reward)}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
 
 
 def _resumable(workdir: pathlib.Path, step: int) -> str:

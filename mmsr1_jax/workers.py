@@ -5,9 +5,10 @@ process from exiting. Here such work runs in a small pool of processes, each tas
 time, wall time and memory. A task that exceeds a limit fails alone: its process is killed and
 replaced, other tasks are unaffected.
 
-Workers are spawned by exec, never forked. They import neither JAX nor the program's main module,
-and get only the environment variables of `_ENVIRONMENT`, so no API key is in their reach. They end
-with this process, whatever they are doing.
+Workers are spawned by exec, never forked. They import neither JAX nor the program's main module.
+All environment variables outside `_ENVIRONMENT` are blank in them, so no API key is in their reach.
+They are killed when this process exits; if it is killed, an idle worker ends at once and a busy one
+at its CPU limit.
 """
 
 import asyncio

@@ -230,7 +230,7 @@ def test_of_two_files_safetensors_count(saved, tmp_path, capsys):
     write(tmp_path, tensors, settings)
     (tmp_path / "adapter_model.bin").write_bytes(b"other weights")
     lora.load(tmp_path, CONFIG)
-    assert "counts, not adapter_model.bin" in capsys.readouterr().err
+    assert "is used and adapter_model.bin ignored" in capsys.readouterr().err
     (tmp_path / lora.WEIGHTS).unlink()
     with pytest.raises(lora.AdapterError, match="adapter_model.bin: only safetensors are read"):
         lora.load(tmp_path, CONFIG)

@@ -119,7 +119,7 @@ def test_of_two_files_the_one_of_transformers_counts_with_a_word(tmp_path, tiny_
     assert_same(tmp_path)
     auto = AutoImageProcessor.from_pretrained(tmp_path)
     assert auto.size["longest_edge"] == ImageProcessor.from_directory(tmp_path).max_pixels == 50176
-    words = "image_processor of processor_config.json counts, not preprocessor_config.json"
+    words = "image_processor of processor_config.json is used and preprocessor_config.json ignored"
     assert words in capsys.readouterr().err
     # A file of the older kind has no section, and does not count.
     for older in ({"processor_class": "Qwen2_5_VLProcessor"}, {"image_processor": None}, section):

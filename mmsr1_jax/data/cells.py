@@ -23,7 +23,7 @@ _MOST_DIGITS = 400  # of a number as JSON writes it
 
 
 def text_of(value: Any) -> str:
-    """Return the text of a value as Arrow or JSON gives it; "" where it is nothing.
+    """Return the text of a value as Arrow or JSON gives it; "" for null, NaN and infinity.
 
     Raises:
       ValueError: A value that is no text and no number, or half a character; says which.
@@ -52,7 +52,7 @@ def text_of(value: Any) -> str:
 
 def json_number(text: str) -> str:
     """Return a number of JSON as text: a whole one as `text_of`, another as it is written, as zeros
-    at its end may mean something. For `parse_float` of `json.loads`."""
+    at its end may mean something. For `number` of `checked_json.loads`."""
     number = decimal.Decimal(text)
     if number.adjusted() < _MOST_DIGITS and number == number.to_integral_value():
         return str(int(number))

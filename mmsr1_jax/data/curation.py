@@ -20,10 +20,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 
-from mmsr1_jax import rewards
+from mmsr1_jax import checked_json, rewards
 from mmsr1_jax.rollout.turns import Turn
 
 FREE, IMAGE, TEXT, MIX = "search_free", "image_required", "text_required", "mix_required"
@@ -74,7 +73,7 @@ def attempt_of(
       verdict: of a judge.
       step: of training, see `rewards.score`.
     """
-    turns = msgspec.convert(line["turns"], list[Turn])
+    turns = checked_json.convert(line["turns"], list[Turn], name="turns")
     made = [call["action"] for call in line["calls"] if call["status"] != "refused"]
     if verdict is None:
         verdict = rewards.matches(rewards.answer_of(turns), line["answers"], scoring)

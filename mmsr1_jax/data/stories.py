@@ -29,7 +29,7 @@ from typing import Any, TypedDict
 import numpy as np
 from tqdm import tqdm
 
-from mmsr1_jax import checked_json
+from mmsr1_jax import checked_json, outputs
 from mmsr1_jax import config as settings
 from mmsr1_jax.batching import TooLongError
 from mmsr1_jax.data.parquet import DataError
@@ -125,9 +125,8 @@ def prepare(
     """
     files, bad, written, told = _find(config.data.train), 0, 0, 0
     shape = RowShape(1, config.update.row_tokens, config.update.row_windows)
-    partial = path.with_name(f".{path.name}.partial")
     bar = tqdm(total=sum(1 for file in files for _ in _lines(file)), unit="story")
-    try:
+    with outputs.new_file(path) as partial:
         with open(partial, "w", encoding="utf-8") as out, bar:
             out.write(json.dumps({"made_with": _made_with(config)}) + "\n")
             for where, item, episode in _episodes(files, config, processor, model_config):
@@ -154,9 +153,6 @@ def prepare(
                 told += isinstance(item, Story)
         if not written:
             raise DataError(f"{', '.join(map(str, files))}: no line that can be used")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     print(
         f"{path}: {written} episodes to learn from, {told} of them told; {bad} lines left out",
         file=sys.stderr,

@@ -12,12 +12,13 @@ Without a judge, answers are scored as they are.
 """
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from mmsr1_jax import config as settings
+from mmsr1_jax import outputs
+from mmsr1_jax.checked_json import valid_text
 from mmsr1_jax.data.benchmarks import accuracy_and_f1
 from mmsr1_jax.data.benchmarks.scores import document_score, extraction, read_extraction
 from mmsr1_jax.data.parquet import DataError
@@ -78,8 +79,10 @@ def finish_documents(
     scored: dict[str, list[tuple[float | None, str, str | None]]] = {}
     short, failed = [], 0
     pages: dict[int, int] = {}
-    partial = out / f".{EPISODES}.partial"
-    with open(partial, "w", encoding="utf-8", errors="backslashreplace") as new:
+    with (
+        outputs.new_file(path) as partial,
+        open(partial, "w", encoding="utf-8", errors="backslashreplace") as new,
+    ):
         for _, number, line in lines.scan(path):
             if line.get("answer_format"):
                 gold = (line["answers"] or [""])[0]
@@ -98,7 +101,6 @@ def finish_documents(
             pages[line["group"]] = line.get("pages_left_out", 0)
             outcomes.setdefault(line["workflow"], []).append(lines.outcome_of(line))
             new.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
     (out / _EXTRACTIONS).unlink(missing_ok=True)
 
     made = {**results, **results_of(outcomes, results["made_with"])}
@@ -145,7 +147,7 @@ def short_forms(
 async def _short_form(judge: Judge, question: str, answer: str) -> str | None:
     """Asks the judge's server, within its limits and through its store. Raises WebError, also for a
     reply that is not in the form that was asked for."""
-    question, answer = (text.encode("utf-8", "replace").decode() for text in (question, answer))
+    question, answer = (valid_text(text) for text in (question, answer))
 
     async def ask() -> str:
         reply = await judge.chat(extraction(question, answer))

@@ -143,9 +143,9 @@ def interval(
 
     Where values vary it is the percentile bootstrap's (Efron and Tibshirani 1993, section 13.3):
     the 2.5th and the 97.5th percentile of the mean of as many values drawn with replacement, 10,000
-    times. Where all are the same, resampling would claim certainty. Then it is what is possible if
-    other questions give other values: at most as many as the upper end of Wilson's interval of none
-    in n says, and these anything within `bounds`. For all-right and all-wrong samples this is
+    times. If all values are equal, the bootstrap has no width. Instead, the share of unseen
+    questions that may differ is bounded by Wilson's upper limit for 0 of n, and their values by
+    `bounds`. For all-right and all-wrong samples this is
     Wilson's interval (Wilson 1927); for pairs that all agree, its upper end to both sides.
 
     Args:

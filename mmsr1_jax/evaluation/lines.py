@@ -66,7 +66,7 @@ class _Reward(TypedDict):
 
 
 class _Line(TypedDict):
-    """What is used of a line; see the top of this file. Other fields are not looked at."""
+    """Fields read from a line; see the top of this file. Other fields are ignored."""
 
     workflow: str
     id: str
@@ -170,8 +170,8 @@ def outcome_of(line: Mapping[str, Any]) -> Outcome:
         sample=int(line["sample"]),
         id=str(line["id"]),
         question=str(line["question"]),
-        source=_printable(str(line["source"])),
-        category=_printable(str(line["category"])),
+        source=checked_json.valid_text(str(line["source"])),
+        category=checked_json.valid_text(str(line["category"])),
         right=right,
         reward=float(line["reward"]["reward"]),
         format=bool(line["reward"]["format"]),
@@ -250,11 +250,6 @@ def _recorded(line: Mapping[str, Any], number: int) -> dict[str, Any]:
         "tokens": in_all,
         "tokens_sampled": sum(sampled),
     }
-
-
-def _printable(text: str) -> str:
-    """Without halves of surrogate pairs, as JSON can hold them: they become question marks."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _said(error: Exception) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from flax import nnx
 from tqdm import tqdm
 
-from mmsr1_jax import checked_json, redaction, rewards, running, sharding
+from mmsr1_jax import checked_json, outputs, redaction, rewards, running, sharding
 from mmsr1_jax import config as settings
 from mmsr1_jax.checkpoint import Checkpoints
 from mmsr1_jax.data import DataError, Question, QuestionSource, benchmarks, stories
@@ -274,9 +274,8 @@ def _check_same(path: pathlib.Path, made_with: Mapping[str, Any]) -> dict[str, A
             f"{made_with.get(odd[0])}; give another --out, or the same settings"
         )
     if both != known:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(both, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        with outputs.new_file(path) as partial:
+            partial.write_text(json.dumps(both, indent=1) + "\n", encoding="utf-8")
     return both
 
 

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmsr1_jax import checked_json
+from mmsr1_jax import checked_json, fallbacks, outputs
 from mmsr1_jax import config as settings
 from mmsr1_jax.data.parquet import DataError
 from mmsr1_jax.evaluation import lines
@@ -105,9 +105,9 @@ def finish(
     outcomes: dict[str, list[Outcome]] = {}
     recorded: list[bool] = []
     open_ones = unreadable = partial_searches = 0
-    partial = out / f".{EPISODES}.partial"
     with (
         open(path, "rb") as old,
+        outputs.new_file(out / EPISODES) as partial,
         # Half of a surrogate pair, as JSON can hold, is written as JSON writes it: \udXXX.
         open(partial, "w", encoding="utf-8", errors="backslashreplace") as new,
     ):
@@ -128,12 +128,13 @@ def finish(
                 read = [turn["action"] for turn in line["turns"]]
                 recorded.append(read == line["recorded_actions"])
             new.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.replace(partial, out / EPISODES)
     (out / _VERDICTS).unlink(missing_ok=True)
 
     results = results_of(outcomes, made_with) | {
         "no_verdict": open_ones, "unreadable": unreadable, "partial_searches": partial_searches,
     }  # fmt: skip
+    if counted := fallbacks.take():
+        results["fallbacks"] = counted
     if recorded:
         results["recorded"] = {"episodes": len(recorded), "same_actions": sum(recorded)}
     write_results(out, results)
@@ -142,10 +143,9 @@ def finish(
 
 def write_results(out: pathlib.Path, results: Mapping[str, Any]) -> None:
     """Writes `results.json`, whole or not at all."""
-    partial = out / f".{RESULTS}.partial"
     text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, out / RESULTS)
+    with outputs.new_file(out / RESULTS) as partial:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def results_of(

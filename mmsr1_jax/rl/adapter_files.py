@@ -38,7 +38,7 @@ _WITHOUT_EFFECT = {
     # PEFT sets it to false where the layers are `nn.Linear`, as here.
     "fan_in_fan_out",
 }  # fmt: skip
-# First values that leave the base's weights alone, so that only the saved ones count.
+# Initialisations that do not modify the base weights.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 # A linear map: its path in the model and its layer (None: not stacked); and such by name.

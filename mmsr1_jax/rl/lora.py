@@ -206,7 +206,7 @@ def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     if other.is_file() and not path.is_file():
         raise AdapterError(f"{other}: only safetensors are read; save the adapter as {WEIGHTS}")
     if other.is_file():
-        print(f"{path}: counts, not {other.name}, as in PEFT", file=sys.stderr)
+        print(f"{path} is used and {other.name} ignored, as in PEFT", file=sys.stderr)
     try:
         tensors = safetensors.numpy.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:

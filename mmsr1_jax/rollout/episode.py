@@ -63,7 +63,7 @@ class Segment:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShownResult:
     """A result as the policy saw it: what came from outside, escaped and shortened as it was
-    written. The texts may look like anything; what they are is told by their places here.
+    written. Clients must rely on these fields and not parse the text.
 
     Attributes:
       link, title: "" where it has none.
@@ -88,8 +88,8 @@ class ToolCall:
       seconds: that the tool took.
       found, shown: results that came back, and that the policy saw.
       notes: what was left out or mended, and why a search failed.
-      results: those that the policy saw; empty too where a record does not have them. Two calls
-        are equal without them, as they say what the tokens say.
+      results: Results that the policy saw; empty in records that do not have them. Excluded from
+        equality, since the tokens already contain them.
     """
 
     turn: int

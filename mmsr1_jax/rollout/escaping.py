@@ -11,7 +11,7 @@ Imitations are looked for in a copy of the text as a reader sees it (`_View`): e
 decoded, characters mapped to what they resemble, invisible ones left out. They are escaped in the
 text itself, of which nothing else changes. All is linear in the length of the text.
 
-What is left as it is, as nobody takes it for one of ours: a word without a bracket
+Not escaped, because it cannot be confused with our markup: a word without a bracket
 (`/information>`), tags with letters missing or in another language, code such as `List<Result>`,
 `i <= result` or `<img src=..>`, and labels of other programs (`Title: ..` with a capital letter).
 """
@@ -22,6 +22,7 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 
+from mmsr1_jax.checked_json import valid_text
 from mmsr1_jax.tools.lookalikes import LOOKS_LIKE
 
 _BRACKET = "\N{NOT SIGN}"  # takes the place of a bracket; nothing that is looked for contains it
@@ -94,7 +95,7 @@ def harmless(text: str, *, line_start: bool = True) -> str:
     Args:
       line_start: whether the text begins a line where it is shown.
     """
-    text = _OVERRIDE.sub("", clean(text))
+    text = _OVERRIDE.sub("", valid_text(text))
     edits = _edits(text, line_start)
     if _HAS_INVISIBLE_ASCII.search(text):
         edits |= _edits(text.translate(_INVISIBLE_ASCII), line_start)
@@ -106,11 +107,6 @@ def harmless(text: str, *, line_start: bool = True) -> str:
             pieces += [text[begin:start], replacement]
             begin = end
     return "".join([*pieces, text[begin:]])
-
-
-def clean(text: str) -> str:
-    """Return a text as valid Unicode: half surrogates become question marks."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 class _View:
@@ -143,7 +139,7 @@ class _View:
 
 
 def _edits(text: str, line_start: bool) -> dict[tuple[int, int], str]:
-    """What is to be exchanged, and for what; an insertion is at an empty span."""
+    """Return the replacements by span; an empty span is an insertion."""
     view = _View(text)
     edits = {view.span(place): _BRACKET for place in _brackets(view.text)}
     for place in _labels(view, text, line_start):

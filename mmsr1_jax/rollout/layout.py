@@ -131,8 +131,8 @@ class Shortener:
         self._least = {number: self._least_tokens(number) for number in blocks}
 
     def __call__(self, budget: int) -> tuple[dict[int, Block], list[str]]:
-        """Return the results that have a place in `budget` tokens, shortened where they must be,
-        and a note for each that is."""
+        """Return the results that fit into `budget` tokens, truncated where necessary, and a note
+        for each truncated one."""
         chosen, used = [], 0
         for number in self._blocks:
             need = self._fixed[number] + self._least[number]
@@ -169,7 +169,7 @@ class Shortener:
         return sum(len(self._tokens(piece.value)) for piece in block if piece.can_be_cut)
 
     def _least_tokens(self, number: int) -> int:
-        """Tokens with which something is left of the text."""
+        """Return the smallest budget at which some text survives truncation."""
         tokens = _LEAST
         while tokens < self._text[number]:
             cut = self._cut(self._blocks[number], tokens)

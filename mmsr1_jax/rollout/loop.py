@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 _DRAWN = ("tokens", "logprobs", "sampling_logprobs")
 _NOTHING = np.zeros(0, np.int32)
-_DECODED_BY = 0.9  # share of a call's time after which images that are not decoded are left out
 
 # Called as things happen, with the episode and "turn" (the policy's has ended), "reply" (the user
 # turn after it is there) or "end".
@@ -392,19 +391,12 @@ class Run:
         tool, number = self._engine.tools.get(turn.action), len(episode.turns) - 1
         example = episode.example
         query = Query(
-            action=turn.action,
-            text=turn.payload,
-            question=example.question,
-            images=tuple(example.images),
-            example=example.id,
-        )
+            action=turn.action, text=turn.payload, question=example.question,
+            images=tuple(example.images), example=example.id,
+        )  # fmt: skip
 
         async def begin():
-            if tool is None:
-                raise LookupError(f"no tool for {query.action}")
-            until = time.monotonic() + _DECODED_BY * seconds
-            observation = self._rules.read(await tool(query))
-            return await self._rules.decoded(observation, until)
+            return await self._rules.call(tool, query, seconds)
 
         def finish(observation, error, seconds) -> tuple[list[int], Reply]:
             observed = functools.partial(self._rules.observed, query, example, number, room)

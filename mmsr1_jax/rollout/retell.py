@@ -94,7 +94,8 @@ async def _searched(episode: Episode, rules: Rules, tools, room: int):
     )
     observation = error = None
     try:
-        observation = rules.read(await tools[turn.action](query))
+        async with asyncio.timeout(rules.seconds):
+            observation = await rules.call(tools[turn.action], query, rules.seconds)
     except Exception as raised:
         error = raised
     turn_number = len(episode.turns) - 1

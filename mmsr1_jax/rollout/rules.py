@@ -22,18 +22,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from mmsr1_jax import config as settings
+from mmsr1_jax.checked_json import valid_text
 from mmsr1_jax.image_files import ImageError, process_image, process_image_async
 from mmsr1_jax.images import Patches
 from mmsr1_jax.processor import Processor, Prompt
 from mmsr1_jax.rollout import layout, prompts
 from mmsr1_jax.rollout.episode import End, Episode, Example, ToolCall
-from mmsr1_jax.rollout.escaping import clean
 from mmsr1_jax.rollout.escaping import harmless as harmless  # a part of the rules
 from mmsr1_jax.rollout.turns import Action, Turn
-from mmsr1_jax.tools import Observation, Part, Picture, Query
+from mmsr1_jax.tools import Observation, Part, Picture, Query, Tool
 
 _NO_PICTURE = "(picture not available)"
 _MOST_PARTS = 100  # of one result
+_DECODED_BY = 0.9  # share of a call's time after which images that are not decoded are left out
 _MAX_RETRIEVED_PIXELS = 20_000_000  # of the file of a retrieved image
 _REASON = {
     "ok": "the results are too long to be shown",
@@ -115,6 +116,11 @@ class Rules:
             processor.images, min_pixels=low, max_pixels=tools.max_pixels
         )
 
+    @property
+    def seconds(self) -> float:
+        """Time limit of a tool's call, from `config.tools.seconds`."""
+        return self._tools.seconds
+
     def first(self, example: Example) -> Prompt:
         """The prompt of a question.
 
@@ -123,7 +129,7 @@ class Rules:
           PromptTooLongError: no room is left for the policy.
         """
         images = [self._open(image) for image in example.images]
-        fields = {"question": [clean(example.question)], "images": images}
+        fields = {"question": [valid_text(example.question)], "images": images}
         prompt = self._processor.first_turn(prompts.fill(self._texts["question"], fields))
         room = self.limits.tokens - self.limits.least_tokens
         if len(prompt.tokens) > room:
@@ -208,7 +214,7 @@ class Rules:
           room: tokens that the user turn may have.
           observation: what the tool returned, through `read`; None where there is an `error`.
           error: what it raised.
-          seconds: that it took so far; the record adds what decoding takes here.
+          seconds: Time that the tool took; the record adds the time of decoding here.
         """
         observation, spent = self._decode_rest(observation or _failed(error))
         results = observation.results
@@ -242,7 +248,7 @@ class Rules:
         )
 
     def _turn(self, name: str, example: Example, **fields) -> Prompt:
-        fields["question"] = [clean(example.question)]
+        fields["question"] = [valid_text(example.question)]
         return self._processor.next_turn(prompts.fill(self._texts[name], fields))
 
     def _within(self, room: int, name: str, example: Example, **fields) -> Prompt | None:
@@ -303,17 +309,27 @@ class Rules:
             pieces.append(layout.Piece(picture))
         return layout.joined(pieces)
 
-    async def decoded(self, observation: Observation, until: float) -> Observation:
-        """Decode the images of an observation in worker processes.
+    async def call(self, tool: Tool | None, query: Query, seconds: float) -> Observation:
+        """Call a tool, and decode the images of its results in worker processes.
 
         Args:
-          observation: Of `read`.
-          until: Time on the monotonic clock. An image that is not decoded by then is left out.
+          tool: None where there is none for the action.
+          query: What is asked.
+          seconds: Time limit of the call. Images that are not decoded in nine tenths of it are left
+            out, so that the other results are not lost.
 
         Returns:
           The observation with `Patches` in place of its images, or the `ImageError` of one that
           cannot be used.
+
+        Raises:
+          LookupError: There is no tool.
+          Exception: Whatever the tool raises.
         """
+        if tool is None:
+            raise LookupError(f"no tool for {query.action}")
+        until = time.monotonic() + _DECODED_BY * seconds
+        observation = self.read(await tool(query))
         parts = [part for result in observation.results for part in result]
         tasks = {
             id(part): asyncio.ensure_future(self._decode(part.image))
@@ -339,7 +355,7 @@ class Rules:
             return error
 
     def _decode_rest(self, observation: Observation) -> tuple[Observation, float]:
-        """Return `decoded`, of what is not decoded yet, and the seconds it took; blocks."""
+        """Decode the remaining images, blocking; also return the seconds that it took."""
         begun = time.monotonic()
         if all(isinstance(image, (Patches, ImageError)) for image in _images(observation)):
             return observation, 0.0

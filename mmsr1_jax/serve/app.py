@@ -69,8 +69,8 @@ class Limits:
       question_chars: of a question.
       waiting: questions that wait for a lane. Where there are more, the last one of the client with
         most of them gives way to a client with fewer.
-      arriving: questions that are being sent. Where there are more, the one of which least has
-        arrived gives way.
+      arriving: questions that are being sent. Where there are more, the upload with
+        the fewest bytes received is dropped.
       seconds: in which a question has to be sent.
       grace: seconds in which nothing has to arrive; then `bytes_per_second` on average.
       bytes_per_second: see above.

@@ -25,6 +25,7 @@ import numpy as np
 import PIL.Image
 
 from mmsr1_jax import checked_json, outputs
+from mmsr1_jax.checked_json import valid_text
 from mmsr1_jax.files import check_regular, inside
 from mmsr1_jax.image_files import ImageError, open_image
 from mmsr1_jax.tools import checked_sqlite
@@ -351,15 +352,11 @@ def _picture(
     small = io.BytesIO()
     image.save(small, "jpeg", quality=85)
     link, thumbnail = _text(entry, "link"), small.getvalue()
-    return [(bits, _valid(title), link, thumbnail, embedding) for title in titles]
+    return [(bits, valid_text(title), link, thumbnail, embedding) for title in titles]
 
 
 def _text(entry: dict, name: str) -> str:
     value = entry.get(name) or ""
     if not isinstance(value, str):
         raise ValueError(f"'{name}' is not text")
-    return _valid(value)
-
-
-def _valid(text: str) -> str:
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return valid_text(value)

@@ -47,8 +47,8 @@ or a combining mark; a space or a newline for white space."""
 
 
 def deceives(character: str) -> bool:
-    """Whether a character cannot be told from ASCII by its look, or cannot be seen at all, and yet
-    is neither. An ü or ß deceives nobody."""
+    """Return whether a character looks like an ASCII one or cannot be seen at all. Accented Latin
+    letters (ü, ß) do not count."""
     if character.isascii():
         return False
     if LOOKS_LIKE[ord(character)] == "":

@@ -111,7 +111,7 @@ def check_services(
 
     Args:
       config: Settings.
-      turns: Rules of the episodes; what they allow no search of is not asked.
+      turns: Rules of the episodes; services of searches that all of them forbid are skipped.
       judge: Whether the command asks the judge.
 
     Raises:
@@ -276,7 +276,7 @@ class _Makers:
         if name == "retrieval":
             url = services.retrieval_url
             return PassageSearch(finder, stored, url, results=self._tools.results)
-        # By which what was found is known again.
+        # Key of this search service in the store.
         where = f"{name} {services.searxng_url}" if name == "searxng" else name
         summariser = services.summariser_url and services.summariser_model
         results, chars = self._tools.results, self._tools.result_chars

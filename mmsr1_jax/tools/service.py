@@ -95,7 +95,7 @@ class Service:
         even_if_down: bool = False,
         **request: Any,
     ) -> Any:
-        """`Web.request`, with manners.
+        """`Web.request` with retries, rate limits and a circuit breaker.
 
         Args:
           read: Reads the answer; a WebError that it raises is one of the request, which is tried

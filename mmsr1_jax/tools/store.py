@@ -26,6 +26,7 @@ from typing import Any, Literal
 import tenacity
 
 from mmsr1_jax import checked_json, outputs
+from mmsr1_jax.checked_json import valid_text
 from mmsr1_jax.tools import checked_sqlite
 
 Mode = Literal["off", "use", "record", "replay"]
@@ -108,8 +109,8 @@ class Store:
                 self._guarded(lambda connection: None)
 
     def get(self, kind: str, key: str) -> tuple[bytes, bool] | None:
-        """(value, whether it is a failure) as `put`, or None where it is to be asked for: there is
-        no such entry, or it has values of other types.
+        """Return (value, whether it is a failure) as `put`; None on a cache miss or if the entry
+        has values of other types.
 
         Failures come back in `replay` only: else they are worth another try.
         """
@@ -117,7 +118,7 @@ class Store:
             return None
         query = f"SELECT {_VALUE}, failed, made FROM entry WHERE kind = ? AND key = ?"
         with self._reading:
-            row = self._read(lambda c: c.execute(query, (kind, _valid(key))).fetchone())
+            row = self._read(lambda c: c.execute(query, (kind, valid_text(key))).fetchone())
         if row is None:
             return None
         value, failed, made = row
@@ -132,7 +133,7 @@ class Store:
         place of what was found before."""
         if self.mode in ("off", "replay"):
             return
-        row = (kind, _valid(key), value, int(failed), time.time())
+        row = (kind, valid_text(key), value, int(failed), time.time())
         command = _UPSERT if self.mode == "record" else _UNLESS_WORSE
         with self._lock:
             self._guarded(lambda connection: connection.execute(command, row))
@@ -289,8 +290,8 @@ class Store:
 
 
 def entries_of(source: str | pathlib.Path) -> Iterator[tuple[str, str, bytes, int, float]]:
-    """Yield (kind, key, value, failed, made) of the entries of a store's file; of those of other
-    types there is a word on stderr.
+    """Yield (kind, key, value, failed, made) of the entries of a store's file. Malformed entries
+    are skipped, and their number is printed.
 
     Raises:
       StoreError: not a store, or a damaged one.
@@ -374,8 +375,3 @@ def _said(error: sqlite3.Error) -> str:
     if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_INTERRUPT:
         return "a query took more steps than a file of its size can need"
     return str(error)
-
-
-def _valid(key: str) -> str:
-    """Without halves of surrogate pairs, which SQLite does not take."""
-    return key.encode("utf-8", "replace").decode()

@@ -8,7 +8,7 @@
     short form question and answer -> what of the answer is scored
 
 Failures are kept too, so that a replay fails where the record did. A store may come from anyone: a
-value that is not as its kind has it (`SHAPES`) is treated as missing.
+value that does not match `SHAPES` is treated as missing.
 """
 
 import asyncio

@@ -95,8 +95,8 @@ def vqa_accuracy(answer: str | None, references: Sequence[str]) -> float:
 
     Args:
       answer: None or a blank one scores 0.
-      references: of all people who were asked, with repeats; at least two. A blank one is of
-        somebody who said nothing: no answer is the same.
+      references: of all people who were asked, with repeats; at least two. Blank
+        references never match.
     """
     if len(references) < 2:
         raise ValueError(f"{len(references)} references; the soft accuracy needs at least two")

@@ -114,7 +114,7 @@ class _Files:
         self._refuse_other_weights()
         index, single = self.directory / INDEX, self.directory / SINGLE
         if single.is_file() and index.is_file():
-            print(f"{single}: counts, not {INDEX}, as in transformers", file=sys.stderr)
+            print(f"{single} is used and {INDEX} ignored, as in transformers", file=sys.stderr)
         if single.is_file() or not index.is_file():
             return dict.fromkeys(self._names(SINGLE), SINGLE)
         try:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from mmsr1_jax.checked_json import valid_text
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.web import JSON, BodyError, StatusError, UnreachableError
 
@@ -69,22 +70,10 @@ def key_of(variable: str, *, needed: bool = True) -> str:
     return key
 
 
-def entries(data: Any, name: str) -> list[dict]:
-    """The objects in the list `data[name]`; none where there is no such list.
-
-    Raises:
-      BodyError: `data` is not an object.
-    """
-    if not isinstance(data, dict):
-        raise BodyError("not a JSON object")
-    found = data.get(name)
-    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
-
-
 def text_of(entry: dict, name: str) -> str:
     """A text field, valid Unicode; empty where there is none."""
     value = entry.get(name)
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
+    return valid_text(value) if isinstance(value, str) else ""
 
 
 async def ask(service: Service, method: str, url: str, **request: Any) -> dict:

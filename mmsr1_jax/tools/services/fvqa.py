@@ -116,7 +116,7 @@ class _Object:
 
 
 class _Lifeless:
-    """What stands in for the classes and functions that a pickle names.
+    """Inert stand-ins for the classes and functions that a pickle names.
 
     Args of the constructor:
       room: bytes that strings encoded anew may have together.
