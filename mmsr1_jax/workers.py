@@ -23,6 +23,7 @@ import pickle
 import resource
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +36,7 @@ _ENVIRONMENT = frozenset((
     "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE",
 ))  # fmt: skip
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+_START = 5.0  # seconds that starting or ending a worker may take
 _POLL = 0.2  # seconds between looks at whether the interpreter is shutting down
 
 
@@ -93,11 +95,6 @@ async def run_async(
     return await asyncio.wrap_future(_POOL.submit(function, args, limits))
 
 
-def start() -> None:
-    """Start the worker processes now, so that the first task does not wait for them."""
-    _POOL.start()
-
-
 def count() -> int:
     """Return the number of worker processes."""
     return _POOL.size
@@ -114,20 +111,27 @@ class _Task:
     args: tuple
     limits: Limits
     future: concurrent.futures.Future
+    deadline: float = math.inf  # on the monotonic clock, beyond which it is given up
 
 
 class _Pool:
-    """A pebble pool behind a queue.
+    """A queue of tasks in front of worker processes, each a pebble pool of its own.
 
-    Tasks wait here and not in pebble's pipe, from which a cancelled task cannot be taken back.
+    One pool of several workers would share a pipe among them, which a worker that is killed while
+    it writes would break for all. Tasks wait here and not in the pipe, from which a cancelled task
+    cannot be taken back.
+
+    Args of the constructor:
+      size: Number of workers.
     """
 
     def __init__(self, size: int):
         self.size = size
         self._lock = threading.RLock()
         self._waiting: collections.deque[_Task] = collections.deque()
-        self._running = 0
-        self._pool: pebble.ProcessPool | None = None
+        self._idle: list[pebble.ProcessPool] = []
+        self._running: dict[_Task, pebble.ProcessPool] = {}
+        self._watching = False
 
     def submit(self, function: Callable, args: tuple, limits: Limits) -> concurrent.futures.Future:
         future: concurrent.futures.Future = concurrent.futures.Future()
@@ -136,74 +140,115 @@ class _Pool:
         self._dispatch()
         return future
 
-    def start(self) -> None:
-        with self._lock:
-            if self._pool is None or not self._pool.active:
-                self._pool = pebble.ProcessPool(
-                    self.size, initializer=_initialize, context=_CleanContext()
-                )
-                self._pool.schedule(_nothing)  # pebble starts processes with the first task
-
     def close(self) -> None:
         with self._lock:
-            pool, self._pool = self._pool, None
             waiting, self._waiting = self._waiting, collections.deque()
+            running, self._running = self._running, {}
+            idle, self._idle = self._idle, []
         for task in waiting:
             task.future.cancel()
-        if pool is not None:
-            pool.stop()
-            pool.join()
+        for task in running:
+            _settle(task, WorkerError("the worker pool was closed"))
+        for worker in (*idle, *running.values()):
+            worker.stop()  # all at once; then wait for them
+        for worker in (*idle, *running.values()):
+            _end(worker, wait=True)
 
     def _dispatch(self) -> None:
         """Hand waiting tasks to idle workers."""
         with self._lock:
-            while self._waiting and self._running < self.size:
+            while self._waiting and len(self._running) < self.size:
                 task = self._waiting.popleft()
                 if task.future.cancelled():
                     continue
                 try:
-                    self.start()
-                    inner = self._pool.schedule(
+                    worker = self._idle.pop() if self._idle else _new_worker()
+                    inner = worker.schedule(
                         _limited,
                         args=(task.function, task.args, task.limits),
                         timeout=task.limits.wall_seconds,
                     )
                 except Exception as error:
-                    _settle(task, lambda error=error: _raise(error))
+                    _settle(task, WorkerError(f"no worker could be started: {error}"))
                     continue
-                self._running += 1
+                task.deadline = time.monotonic() + task.limits.wall_seconds + _START
+                self._running[task] = worker
                 task.future.add_done_callback(lambda outer, inner=inner: inner.cancel())
                 inner.add_done_callback(lambda done, task=task: self._finished(task, done))
+                if not self._watching:
+                    self._watching = True
+                    threading.Thread(target=self._watch, name="workers", daemon=True).start()
 
     def _finished(self, task: _Task, inner: concurrent.futures.Future) -> None:
         with self._lock:
-            self._running -= 1
-        _settle(task, inner.result)
+            worker = self._running.pop(task, None)
+            sound = not inner.cancelled() and inner.exception() is None
+            if worker is not None and sound:
+                self._idle.append(worker)
+        if worker is not None:  # else the task was given up
+            if not sound:  # it was killed, and may have left half a message in its pipe
+                _end(worker)
+            _settle(task, *_outcome(task, inner))
         self._dispatch()
 
+    def _watch(self) -> None:
+        """Give up tasks of which pebble says nothing, long after their time."""
+        while True:
+            time.sleep(1.0)
+            now = time.monotonic()
+            with self._lock:
+                late = {task: w for task, w in self._running.items() if task.deadline < now}
+                for task in late:
+                    del self._running[task]
+            for task, worker in late.items():
+                _end(worker)
+                _settle(task, WorkerError(f"took longer than {task.limits.wall_seconds:g} s"))
+            if late:
+                self._dispatch()
 
-def _settle(task: _Task, outcome: Callable[[], tuple[Any, Any]]) -> None:
-    """Hand a task's result or error to its future, unless that was cancelled."""
-    result, error = None, None
+
+def _new_worker() -> pebble.ProcessPool:
+    return pebble.ProcessPool(1, initializer=_initialize, context=_CleanContext())
+
+
+def _end(worker: pebble.ProcessPool, *, wait: bool = False) -> None:
+    """Kill a worker process; `wait`: until it has ended, 5 s at most."""
+
+    def join() -> None:
+        with contextlib.suppress(Exception):
+            worker.join()
+
+    worker.stop()
+    thread = threading.Thread(target=join, name="ending worker", daemon=True)
+    thread.start()
+    if wait:
+        thread.join(_START)
+
+
+def _outcome(task: _Task, inner: concurrent.futures.Future) -> tuple[Any, BaseException | None]:
+    """Return (result, error) of a task from what pebble says."""
     try:
-        result, error = outcome()
+        result, error = inner.result()
+        return (result, None) if error is None else (None, error)
     except concurrent.futures.TimeoutError:
-        error = WorkerError(f"took longer than {task.limits.wall_seconds:g} s")
+        return None, WorkerError(f"took longer than {task.limits.wall_seconds:g} s")
     except concurrent.futures.CancelledError:
-        error = WorkerError("the worker pool was closed")
+        return None, WorkerError("the task was cancelled")
     except pebble.ProcessExpired as expired:
-        error = WorkerError(_why_it_died(expired.exitcode, task.limits))
+        return None, WorkerError(_why_it_died(expired.exitcode, task.limits))
     except BaseException as failed:
-        error = WorkerError(f"the worker failed ({type(failed).__name__}: {failed})")
+        return None, WorkerError(f"the worker failed ({type(failed).__name__}: {failed})")
+
+
+def _settle(task: _Task, result: Any, error: BaseException | None = None) -> None:
+    """Hand a task's result or error to its future, unless that was cancelled."""
+    if isinstance(result, WorkerError):
+        result, error = None, result
     with contextlib.suppress(concurrent.futures.InvalidStateError):  # cancelled
         if error is None:
             task.future.set_result(result)
         else:
             task.future.set_exception(error)
-
-
-def _raise(error: Exception) -> None:
-    raise error
 
 
 def _why_it_died(exit_code: int, limits: Limits) -> str:
@@ -228,10 +273,6 @@ class _CleanContext(LokyContext):
 def _initialize() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler in Python waits for C code
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _nothing() -> None:
-    """The task with which a pool is started."""
 
 
 def _limited(function: Callable[..., Any], args: tuple, limits: Limits) -> tuple[Any, Any]:
@@ -287,5 +328,4 @@ def _address_space(limits: Limits) -> int:
 
 
 _POOL = _Pool(max(2, min(16, os.cpu_count() or 2)))
-# Before pebble's own handler, which kills one worker after the other.
 atexit.register(close)
