@@ -30,9 +30,12 @@ ImageSource = PIL.Image.Image | bytes | str | pathlib.Path  # bytes: of a file; 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG includes MPO
 DEFAULT_MAX_FILE_PIXELS = 100_000_000  # before resizing; a larger file is taken for a bomb
 MAX_FILE_BYTES = 512 * 2**20
-# Encoders write about 10; decoding takes the time of the scans times the pixels.
+# Encoders write about 10 scans; decoding takes the time of the scans times the pixels.
 _MAX_JPEG_SCANS = 100
+_MAX_SCANNED_PIXELS = 2_000_000_000
 _READING = threading.Lock()
+_MAX_HOSTILE = 10_000
+_hostile: dict[tuple[bytes, int], str] = {}  # why files could not be decoded within the limits
 _STRIP = 256  # rows of a transparent image that are composited at a time
 
 
@@ -82,10 +85,11 @@ async def process_image_async(
     function, args = _task(processor, source, max_pixels)
     if function is None:
         return _held(processor, source, max_pixels)
+    _refuse_again(args[0], max_pixels)
     try:
         return await workers.run_async(function, *args, limits=_limits(max_pixels))
     except workers.WorkerError as error:
-        raise ImageError(f"{_name(source)}: decoding it {error}") from None
+        raise _refused(args[0], max_pixels, error) from None
 
 
 def image_size(
@@ -149,10 +153,33 @@ def _in_worker(function: Callable, source: ImageSource, max_pixels: int) -> Any:
     task, args = _task(function, source, max_pixels)
     if task is None:
         return _held(function, source, max_pixels)
+    _refuse_again(args[0], max_pixels)
     try:
         return workers.run(task, *args, limits=_limits(max_pixels))
     except workers.WorkerError as error:
-        raise ImageError(f"{_name(source)}: decoding it {error}") from None
+        raise _refused(args[0], max_pixels, error) from None
+
+
+def _refuse_again(file: bytes | str, max_pixels: int) -> None:
+    """Raise ImageError for a file whose decoding has exceeded a limit before: the rollouts of a
+    question all meet the same one."""
+    if isinstance(file, bytes) and (reason := _hostile.get(_key(file, max_pixels))):
+        raise ImageError(f"{_name(file)}: {reason}")
+
+
+def _refused(file: bytes | str, max_pixels: int, error: workers.WorkerError) -> ImageError:
+    """Return the error of a file that could not be decoded, and remember one over a limit."""
+    reason = f"decoding it {error}"
+    if isinstance(file, bytes) and isinstance(error, workers.LimitError):
+        with _READING:
+            while len(_hostile) >= _MAX_HOSTILE:
+                del _hostile[next(iter(_hostile))]
+            _hostile[_key(file, max_pixels)] = reason
+    return ImageError(f"{_name(file)}: {reason}")
+
+
+def _key(file: bytes, max_pixels: int) -> tuple[bytes, int]:
+    return hashlib.blake2b(file, digest_size=16).digest(), max_pixels
 
 
 def _task(
@@ -205,7 +232,7 @@ def _limits(max_pixels: int) -> workers.Limits:
     """Return limits under which any image of so many pixels can be decoded."""
     millions = max_pixels / 1e6
     return workers.Limits(
-        cpu_seconds=5 + millions / 20,
+        cpu_seconds=1.5 + millions / 15,
         wall_seconds=60 + millions,
         memory_bytes=(128 << 20) + 20 * max_pixels,
     )
@@ -240,12 +267,15 @@ def _open(source: bytes | str, name: str, frame: int, max_pixels: int, function:
         data = (
             source if isinstance(source, bytes) else read_regular(source, max_bytes=MAX_FILE_BYTES)
         )
-        if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > _MAX_JPEG_SCANS:
+        scans = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 0
+        if scans > _MAX_JPEG_SCANS:
             raise ImageError(f"{name}: a JPEG with more than {_MAX_JPEG_SCANS} scans")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(name, image, max_pixels)
+                if scans * image.width * image.height > _MAX_SCANNED_PIXELS:
+                    raise ImageError(f"{name}: a JPEG of {scans} scans is too large")
                 if frame:
                     image.seek(frame)
                 return function(upright_rgb(image))
@@ -254,7 +284,9 @@ def _open(source: bytes | str, name: str, frame: int, max_pixels: int, function:
     except PIL.UnidentifiedImageError:
         raise ImageError(f"{name}: not an image ({', '.join(FORMATS)})") from None
     except FileRefusedError as error:
-        raise ImageError(f"{name}: {error.strerror}") from None
+        missing = error.strerror == "no such file"
+        reason = error.strerror if missing else f"cannot be decoded ({error.strerror})"
+        raise ImageError(f"{name}: {reason}") from None
     except PIL.Image.DecompressionBombError as error:
         raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # decoders raise what they like on hostile input

@@ -63,6 +63,10 @@ class WorkerError(Exception):
     """A task that exceeded a limit, or whose process died; the message says which."""
 
 
+class LimitError(WorkerError):
+    """A task that exceeded its CPU time or memory, as it will again."""
+
+
 def run(function: Callable[..., Any], *args: Any, limits: Limits = DEFAULT_LIMITS) -> Any:
     """Return `function(*args)`, computed in a worker process. Blocks the calling thread.
 
@@ -235,7 +239,7 @@ def _outcome(task: _Task, inner: concurrent.futures.Future) -> tuple[Any, BaseEx
     except concurrent.futures.CancelledError:
         return None, WorkerError("the task was cancelled")
     except pebble.ProcessExpired as expired:
-        return None, WorkerError(_why_it_died(expired.exitcode, task.limits))
+        return None, _why_it_died(expired.exitcode, task.limits)
     except BaseException as failed:
         return None, WorkerError(f"the worker failed ({type(failed).__name__}: {failed})")
 
@@ -251,10 +255,10 @@ def _settle(task: _Task, result: Any, error: BaseException | None = None) -> Non
             task.future.set_exception(error)
 
 
-def _why_it_died(exit_code: int, limits: Limits) -> str:
+def _why_it_died(exit_code: int, limits: Limits) -> WorkerError:
     if exit_code in (-signal.SIGPROF, -signal.SIGXCPU):
-        return f"used more than {limits.cpu_seconds:g} s of CPU time"
-    return f"its process died (exit code {exit_code})"
+        return LimitError(f"used more than {limits.cpu_seconds:g} s of CPU time")
+    return WorkerError(f"its process died (exit code {exit_code})")
 
 
 class _CleanContext(LokyContext):
@@ -281,7 +285,7 @@ def _limited(function: Callable[..., Any], args: tuple, limits: Limits) -> tuple
         with _resource_limits(limits):
             return function(*args), None
     except MemoryError:
-        return None, WorkerError(f"used more than {limits.memory_bytes >> 20} MiB")
+        return None, LimitError(f"used more than {limits.memory_bytes >> 20} MiB")
     except Exception as error:
         try:  # an exception that cannot be read back would break the pool's pipe
             pickle.loads(pickle.dumps(error))

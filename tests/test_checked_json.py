@@ -84,7 +84,7 @@ def test_what_is_allowed_where_it_is_asked_for():
     assert checked_json.loads('"\\ud83d\\ude00"', str) == "😀"
     assert checked_json.loads('["\\ud800"]', surrogates=True) == ["\ud800"]
     assert math.isnan(checked_json.loads('{"a": NaN, "b": 1}', nan=True)["a"])
-    assert checked_json.loads("[1.50, NaN, 7]", numbers_as_text=True) == ["1.50", "NaN", "7"]
+    assert checked_json.loads("[1.50, NaN, 7]", number=str) == ["1.50", "NaN", "7"]
     assert checked_json.loads("[1, 2]", list[float]) == [1.0, 2.0]
     with pytest.raises(FormatError, match="64 bits"):
         checked_json.loads('{"a": NaN, "b": 99999999999999999999}', nan=True)
@@ -94,7 +94,7 @@ def test_files_and_lines_are_bounded_and_named(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b"[" + b"1," * 100 + b"1]")
     assert len(checked_json.load(path, list)) == 101
-    with pytest.raises(FormatError, match="a.json: larger than 100 bytes"):
+    with pytest.raises(FormatError, match="a.json: cannot be read .*more than 100"):
         checked_json.load(path, max_bytes=100)
     with pytest.raises(FormatError, match="none.json: cannot be read"):
         checked_json.load(tmp_path / "none.json")

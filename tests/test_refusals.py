@@ -68,7 +68,8 @@ class Services:
             return JSONResponse({"result": [[{"document": {"contents": "Title\nText."}}]]})
         if name == "reader":
             return PlainTextResponse("text of a page")
-        return JSONResponse({"results": [{"url": "http://h/", "title": "t", "content": "c"}]})
+        found = {"url": "http://h/", "link": "http://h/", "title": "t", "content": "c"}
+        return JSONResponse(dict.fromkeys(("results", "organic", "organic_results"), [found]))
 
 
 @pytest.fixture(scope="module")

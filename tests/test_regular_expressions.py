@@ -25,7 +25,7 @@ ROOT = pathlib.Path(mmsr1_jax.__file__).parent
 LIBRARIES = ("re", "regex")
 METHODS = ("match", "fullmatch", "search", "findall", "finditer", "split", "sub", "subn")
 Text = Callable[[int], str]
-LEAST, MUCH = 0.0002, 0.03  # seconds: what can be timed; what is far too long for ..
+LEAST, MUCH = 0.0005, 0.03  # seconds: what can be timed; what is far too long for ..
 SHORT = 1024  # .. so many characters, for which 0.0001 is much
 BEYOND = 2048  # above all limits of repetition, such as `{0,500}`: till there time may grow faster
 # Small steps first: a text that takes twice as long with each letter must be seen in time.
@@ -295,6 +295,8 @@ def growth(use: Use, text: Text) -> float:
             return math.inf
         if n >= BEYOND and took > LEAST:
             break
+    else:
+        return 0.0  # not even the longest text takes a time that can be measured
     ratio = math.inf
     for attempt in range(4):  # others at work can only make it look longer
         took = min(use.seconds(text(n)) for _ in range(5 if took < 0.001 else 2))

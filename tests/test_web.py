@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import pickle
 import time
 
 import httpcore
@@ -365,3 +366,10 @@ def test_limits(address):
     assert asyncio.run(timed(service(address, at_once=2), 6)) >= 0.6
     assert asyncio.run(timed(service(address, per_second=20.0), 12)) >= 0.4
     assert asyncio.run(timed(service(address), 12)) < 0.6
+
+
+def test_errors_survive_a_worker():
+    error = pickle.loads(pickle.dumps(StatusError(403, 1.5, b"why")))
+    assert isinstance(error, StatusError) and str(error) == "HTTP status 403"
+    assert (error.status, error.retry_after, error.body) == (403, 1.5, b"why")
+    assert str(pickle.loads(pickle.dumps(RefusedError("not public")))) == "not public"

@@ -24,7 +24,8 @@ _SPECIAL = tuple(map(ipaddress.ip_network, (
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: how an IPv6-only host reaches IPv4
 _MAPPED = ipaddress.ip_network("::ffff:0:0/96")
-_ISATAP = (0x00005EFE, 0x02005EFE)  # RFC 5214: the interface identifier holds an IPv4 address
+# RFC 5214: the interface identifier holds an IPv4 address; two of its bits may be set.
+_ISATAP, _ISATAP_BITS = 0x00005EFE, 0xFCFFFFFF
 
 
 def is_public(address: str) -> bool:
@@ -40,7 +41,7 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         if ip in _MAPPED or ip in _NAT64:
             ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        elif ip not in _GLOBAL_UNICAST or (int(ip) >> 32) & 0xFFFFFFFF in _ISATAP:
+        elif ip not in _GLOBAL_UNICAST or (int(ip) >> 32) & _ISATAP_BITS == _ISATAP:
             return False
     return not any(ip in network for network in _SPECIAL if network.version == ip.version)
 

@@ -46,17 +46,17 @@ class Publisher:
         self._headers = {"Authorization": authorization} if authorization else {}
         self._published: set[str] = set()
 
-    async def __call__(self, jpeg: bytes, name: str) -> str:
+    async def __call__(self, jpeg: bytes) -> str:
         """Return the public address of an image, which is uploaded once.
 
         Args:
           jpeg: Of `image_files.public_jpeg`: never the user's file, which may say where it was
             taken and hold other things behind the image.
-          name: Of the file at that address.
 
         Raises:
           WebError: It could not be uploaded.
         """
+        name = f"{digest(jpeg)}.jpg"
         target = _named(self._put, name) + (f"?{self._query}" if self._query else "")
 
         async def put():
@@ -101,7 +101,7 @@ class ImageSearch:
     def __init__(
         self,
         lens: Lens,
-        publish: Callable[[bytes, str], Awaitable[str]],
+        publish: Callable[[bytes], Awaitable[str]],
         fetch: Callable[[str], Awaitable[bytes]],
         stored: Stored,
         name: str,
@@ -121,7 +121,7 @@ class ImageSearch:
             jpeg, pixels = await public_jpeg(query.images[0])
 
             async def ask():
-                matches = await self._lens.lens(await self._publish(jpeg, f"{pixels}.jpg"))
+                matches = await self._lens.lens(await self._publish(jpeg))
                 return [[match.link, match.title, match.thumbnail] for match in matches]
 
             key = json.dumps([self._name, pixels])

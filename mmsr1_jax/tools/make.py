@@ -322,8 +322,8 @@ class _Makers:
 
 
 async def _publish_test_image(publish: Publisher) -> None:
-    jpeg, pixels = await public_jpeg(PIL.Image.new("RGB", (8, 8), "white"))
-    await publish(jpeg, f"{pixels}.jpg")
+    jpeg, _ = await public_jpeg(PIL.Image.new("RGB", (8, 8), "white"))
+    await publish(jpeg)
 
 
 # A harmless request to each of the services, by its client.

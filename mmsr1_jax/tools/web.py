@@ -53,6 +53,16 @@ class WebError(Exception):
     transient = False
     retry_after: float | None = None
 
+    def __reduce__(self):  # by default an exception is made anew from its message alone
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+def _rebuilt(kind: type[WebError], args: tuple, state: dict[str, Any]) -> WebError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
 
 class RefusedError(WebError):
     """An address that is not fetched from."""

@@ -39,6 +39,9 @@ _REFUSALS = {
 }
 
 
+_MAX_BYTES = 2_000_000  # of an answer, which is parsed on the event loop
+
+
 class KeyMissingError(ValueError):
     """A service that needs a key, which is not in the environment."""
 
@@ -85,7 +88,7 @@ async def ask(service: Service, method: str, url: str, **request: Any) -> dict:
       WebError: see `Service.call`; BodyError: no JSON object.
     """
     try:
-        answer = await service.call(method, url, accept=JSON, **request)
+        answer = await service.call(method, url, accept=JSON, max_bytes=_MAX_BYTES, **request)
     except StatusError as error:
         status = _refused(error.body.decode("utf-8", "replace"))
         if status and error.status in (400, 401, 402, 403, 429):

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from mmsr1_jax import workers
 from mmsr1_jax.tools.charsets import decode
 from mmsr1_jax.tools.page_checks import nothing_said
 from mmsr1_jax.tools.service import Service
@@ -16,6 +17,7 @@ _FIELD = re.compile(
     r"(Title|URL Source|Published Time|Number of Pages|Warning|Description|Image|Language):(.*)"
 )
 _CONTENT = "Markdown Content:"
+_MAX_BYTES = 5_000_000
 _FAILED = re.compile(r"Target URL returned error (\d{3})\b")
 
 
@@ -32,11 +34,20 @@ class Jina:
           WebError: also for a header without a page, and a page that says nothing.
         """
         answer = await self._service.call(
-            "GET", f"{self._base}/{url}", headers=self._headers, accept=("text/", *JSON)
-        )
-        text = _markdown(answer)
-        _check(text)
-        return text
+            "GET", f"{self._base}/{url}", headers=self._headers, accept=("text/", *JSON),
+            max_bytes=_MAX_BYTES,
+        )  # fmt: skip
+        try:
+            return await workers.run_async(_page, answer)
+        except workers.WorkerError as error:
+            raise BodyError(f"reading the answer {error}") from None
+
+
+def _page(answer: Answer) -> str:
+    """Return the markdown of an answer; runs in a worker. Raises WebError, see `Jina.read`."""
+    text = _markdown(answer)
+    _check(text)
+    return text
 
 
 def _markdown(answer: Answer) -> str:
