@@ -10,10 +10,11 @@ import concurrent.futures.thread  # noqa: F401  its exit hook has to be older th
 import contextlib
 import multiprocessing
 import os
+import pathlib
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from mmsr1_jax import outputs
 
@@ -38,9 +39,9 @@ def guard(
             with _watching(interrupted):
                 code = main(argv)
                 return code
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             # Not through the end of the interpreter, which native threads at work may crash.
-            _end(interrupted)
+            _end(interrupted, getattr(interrupt, "interrupted", ()))
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
             raise
@@ -79,18 +80,19 @@ def _watching(code: int) -> Iterator[None]:
 _said = threading.Event()
 
 
-def _say_interrupted() -> None:
+def _say_interrupted(left: Iterable[pathlib.Path]) -> None:
     if _said.is_set():
         return
     _said.set()
-    places = ", ".join(map(str, outputs.held()))
+    places = ", ".join(map(str, [*outputs.held(), *left]))
     more = f"; the same command resumes {places} from what is saved" if places else ""
     with contextlib.suppress(Exception):
         print(f"\ninterrupted{more}", file=sys.stderr)
 
 
-def _end(code: int) -> None:
-    _say_interrupted()
+def _end(code: int, left: Iterable[pathlib.Path] = ()) -> None:
+    """End the process; `left` are directories that the interrupted command has let go already."""
+    _say_interrupted(left)
     _leave(code)
 
 

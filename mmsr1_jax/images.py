@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from mmsr1_jax import image_settings
+from mmsr1_jax import image_settings, outputs
 from mmsr1_jax.checked_json import FormatError
 from mmsr1_jax.image_files import DEFAULT_MAX_FILE_PIXELS, ImageError, open_image, to_rgb
 
@@ -204,7 +204,7 @@ def write_picture(
     `uncut`."""
     path = directory / f"{patches.digest}.png"
     if not path.is_file():
-        partial = path.with_name(f".{path.name}.partial")
+        partial = outputs.partial_path(path)
         processor.uncut(patches).save(partial, "png", compress_level=1)
         os.replace(partial, path)
     return path

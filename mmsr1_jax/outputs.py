@@ -1,11 +1,13 @@
 """Output files and directories: one writer at a time, complete or absent at any moment.
 
-    lock(DIR)             DIR/.lock       while a command works in DIR
-    new_file(PATH)        .NAME.partial   locked by itself, renamed to PATH when complete
-    new_directory(DIR)    .NAME.partial/  exchanged with DIR in one step; .NAME.lock meanwhile
+    lock(DIR)             DIR/.mmsr1-lock       while a command works in DIR
+    new_file(PATH)        .NAME.mmsr1-partial   locked by itself, renamed to PATH when complete
+    new_directory(DIR)    .NAME.mmsr1-partial/  exchanged with DIR in one step, under the lock
+                                                .NAME.mmsr1-lock
 
 Locks are `flock`s, which the kernel releases when their process ends in any way: none is ever
-stale. What a killed process leaves behind is removed by the next `lock` of the directory.
+stale. What a killed process leaves behind is removed by the next `lock` of the directory, which
+knows it by these names; no other name is ever removed or renamed.
 """
 
 import contextlib
@@ -20,7 +22,8 @@ import socket
 import sys
 from collections.abc import Iterator
 
-_LEFT_OVER = re.compile(r"\.(.+)\.(?:(?:partial|old)(?:-journal|-wal|-shm)?|lock)")
+# Nobody else names a file so: what has such a name may be removed.
+_LEFT_OVER = re.compile(r"\.(.+)\.mmsr1-(?:partial(?:-journal|-wal|-shm)?|old|lock)")
 _HOLDER = re.compile(r"process \d+ on [\w.-]+")  # what a lock file says
 _FOLDERS = ("", "episodes", "pictures")  # of a locked directory, which are swept
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -38,7 +41,8 @@ class LockedError(OSError):
 def lock(directory: str | os.PathLike) -> Iterator[None]:
     """Hold a directory against other commands until the block or the process ends.
 
-    Makes the directory if need be, and removes what killed processes have left in it.
+    Makes the directory if need be, and removes what killed processes have left in it. A
+    KeyboardInterrupt that leaves the block has the directory in its list `interrupted`.
 
     Raises:
       LockedError: another process holds it.
@@ -48,12 +52,17 @@ def lock(directory: str | os.PathLike) -> Iterator[None]:
     made = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     try:
-        with _locked(path / ".lock", path):
+        with _locked(path / ".mmsr1-lock", path):
             for name in _FOLDERS:
                 _sweep(path / name)
             _held.append(path)
-            yield
-            _held.remove(path)
+            try:
+                yield
+            finally:
+                _held.remove(path)
+    except KeyboardInterrupt as interrupt:
+        interrupt.interrupted = [*getattr(interrupt, "interrupted", ()), path]
+        raise
     finally:
         if made:
             with contextlib.suppress(OSError):
@@ -61,8 +70,13 @@ def lock(directory: str | os.PathLike) -> Iterator[None]:
 
 
 def held() -> list[pathlib.Path]:
-    """Return the directories that this process holds, or held when an exception ended the block."""
+    """Return the directories that this process holds."""
     return list(_held)
+
+
+def partial_path(path: str | os.PathLike) -> pathlib.Path:
+    """Return the name under which `path` is written until it is complete."""
+    return _beside(pathlib.Path(path), "partial")
 
 
 @contextlib.contextmanager
@@ -74,7 +88,7 @@ def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
       OSError: the file cannot be written.
     """
     path = pathlib.Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_path(path)
     descriptor = _acquire(partial, path)
     try:
         os.ftruncate(descriptor, 0)
@@ -95,16 +109,18 @@ def new_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
 
     A reader finds the old directory or the new one at any moment. Only a filesystem that cannot
     exchange two names (some NFS) has a moment with neither; a process killed then leaves the old
-    one as `.NAME.old`, and the next `lock` of the parent, or `new_directory`, brings it back.
+    one as `.NAME.mmsr1-old`, and the next `lock` of the parent, or `new_directory`, brings it back.
 
     Raises:
       LockedError: another process is writing `directory`.
+      NotADirectoryError: `directory` is a file; it stays as it is.
       OSError: it cannot be written.
     """
     target = pathlib.Path(os.path.realpath(directory))
+    _check_no_file(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    with _locked(target.with_name(f".{target.name}.lock"), target):
+    partial = partial_path(target)
+    with _locked(_beside(target, "lock"), target):
         _recover(target)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -119,16 +135,27 @@ def new_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
             shutil.rmtree(partial, ignore_errors=True)  # the old one, or what was not finished
 
 
+def _beside(target: pathlib.Path, kind: str) -> pathlib.Path:
+    return target.with_name(f".{target.name}.mmsr1-{kind}")
+
+
+def _check_no_file(target: pathlib.Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target}: a file has this name; name another directory")
+
+
 def _exchange(partial: pathlib.Path, target: pathlib.Path) -> None:
+    _check_no_file(target)  # it may have come meanwhile
     if not target.exists():
         partial.rename(target)
     elif not _swap(partial, target):
         print(f"{target}: this filesystem cannot exchange directories in one step; it is moved in "
               "two steps", file=sys.stderr)  # fmt: skip
-        old = target.with_name(f".{target.name}.old")
-        target.rename(old)
-        partial.rename(target)
-        shutil.rmtree(old)
+        target.rename(_beside(target, "old"))
+        try:
+            partial.rename(target)
+        finally:
+            _recover(target)
     _sync(target.parent)
 
 
@@ -150,8 +177,8 @@ def _swap(one: pathlib.Path, other: pathlib.Path) -> bool:
 
 
 def _recover(target: pathlib.Path) -> None:
-    """Finish or undo an exchange in two steps that was killed between or after them."""
-    old = target.with_name(f".{target.name}.old")
+    """Finish an exchange in two steps, or undo it where only the first was made."""
+    old = _beside(target, "old")
     if not old.is_dir():
         return
     if target.exists():
@@ -171,14 +198,12 @@ def _sweep(folder: pathlib.Path) -> None:
         path = folder / entry.name
         with contextlib.suppress(LockedError):
             if entry.is_file():
-                if entry.name.endswith(".lock") and not _HOLDER.fullmatch(_head(path)):
-                    continue  # another program's
                 descriptor = _acquire(path, path)
                 path.unlink(missing_ok=True)
                 os.close(descriptor)
             elif entry.is_dir():
                 target = folder / match[1]
-                with _locked(folder / f".{match[1]}.lock", target):
+                with _locked(_beside(target, "lock"), target):
                     _recover(target)
                     shutil.rmtree(path, ignore_errors=True)
 
@@ -223,11 +248,6 @@ def _acquire(path: pathlib.Path, what: pathlib.Path) -> int:
             print(f"{what}: this filesystem has no locks; let no other process write there",
                   file=sys.stderr)  # fmt: skip
             return descriptor
-
-
-def _head(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return file.read(100).decode("utf-8", "replace")
 
 
 def _sync(path: str | os.PathLike) -> None:

@@ -92,10 +92,6 @@ def interrupt(process: subprocess.Popen) -> tuple[float, str]:
     return time.monotonic() - begin, said
 
 
-def test_the_time_until_a_process_is_ended_is_below_3_seconds():
-    assert ending._UNWIND < 3 and ending._JOIN < 5
-
-
 @pytest.mark.parametrize("work", WORK.values(), ids=WORK)
 def test_ctrl_c_ends_whatever_hangs(tmp_path, work):
     process = start(BEGIN + work + END, tmp_path)

@@ -64,7 +64,7 @@ def test_a_lock_ends_with_its_process(holder):
     directory, process = holder
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert (directory / ".lock").is_file()
+    assert (directory / ".mmsr1-lock").is_file()
     with outputs.lock(directory):
         assert outputs.held() == [directory]
     assert not outputs.held() and list(directory.iterdir()) == []
@@ -103,6 +103,17 @@ def test_a_directory_that_nothing_was_written_to_is_not_left(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("kind", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
+def test_nothing_is_held_after_a_block_that_fails(tmp_path, kind):
+    one, two = tmp_path / "one", tmp_path / "two"
+    with pytest.raises(kind) as error, outputs.lock(one), outputs.lock(two):
+        assert outputs.held() == [one, two]
+        raise kind
+    assert not outputs.held()
+    if kind is KeyboardInterrupt:
+        assert error.value.interrupted == [two, one]
+
+
 def test_a_filesystem_without_locks_is_named(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(outputs.errno.ENOLCK, "No locks available")
@@ -126,7 +137,7 @@ def test_a_second_command_on_a_directory_ends_at_once(holder, command):
     assert done.returncode == 1, done.stderr
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith(f"error: {directory}: in use by process {process.pid} on ")
-    assert sorted(path.name for path in directory.iterdir()) == [".lock"]
+    assert sorted(path.name for path in directory.iterdir()) == [".mmsr1-lock"]
 
 
 @pytest.mark.parametrize(("module", "flag"), [(sft, "_WORKDIR"), (curate, "_OUT")])
@@ -153,22 +164,71 @@ def test_so_do_the_index_and_exported_policies(holder, tmp_path):
 def test_left_overs_of_killed_processes_are_removed_and_nothing_else(tmp_path):
     (tmp_path / "episodes").mkdir()
     (tmp_path / "other").mkdir()
-    gone = [".results.json.partial", ".index.sqlite.17.partial", ".index.sqlite.partial-journal",
-            "episodes/.000003.jsonl.partial"]  # fmt: skip
-    (tmp_path / ".b.lock").write_text("process 17 on host")
+    gone = [".results.json.mmsr1-partial", ".index.sqlite.17.mmsr1-partial",
+            ".index.sqlite.mmsr1-partial-journal",
+            "episodes/.000003.jsonl.mmsr1-partial"]  # fmt: skip
+    (tmp_path / ".b.mmsr1-lock").write_text("process 17 on host")
     (tmp_path / ".c.lock").write_text("of another program")
-    stay = ["a.partial", "partial", ".hidden", ".old", "other/.x.partial", ".x.partial.txt"]
+    stay = [
+        "a.partial",
+        "partial",
+        ".hidden",
+        ".old",
+        ".bashrc.old",
+        ".notes.partial",
+        ".lock",
+        "other/.x.mmsr1-partial",
+        ".x.mmsr1-partial.txt",
+        ".mmsr1-partial",
+    ]
     for name in gone + stay:
         (tmp_path / name).write_text("x")
-    (tmp_path / ".policy.partial" / "deep").mkdir(parents=True)
-    (tmp_path / ".policy.partial" / "deep" / "file").write_text("x")
-    (tmp_path / ".link.partial").symlink_to(tmp_path / ".hidden")
+    (tmp_path / ".policy.mmsr1-partial" / "deep").mkdir(parents=True)
+    (tmp_path / ".policy.mmsr1-partial" / "deep" / "file").write_text("x")
+    (tmp_path / ".link.mmsr1-partial").symlink_to(tmp_path / ".hidden")
     with outputs.lock(tmp_path):
         assert not any((tmp_path / name).exists() for name in gone)
         assert all((tmp_path / name).read_text() == "x" for name in stay)
-        assert not (tmp_path / ".policy.partial").exists()
-        assert not (tmp_path / ".b.lock").exists() and (tmp_path / ".c.lock").exists()
-        assert (tmp_path / ".link.partial").is_symlink()
+        assert not (tmp_path / ".policy.mmsr1-partial").exists()
+        assert not (tmp_path / ".b.mmsr1-lock").exists() and (tmp_path / ".c.lock").exists()
+        assert (tmp_path / ".link.mmsr1-partial").is_symlink()
+
+
+def files(folder: pathlib.Path) -> dict[str, str]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_text() for path in found}
+
+
+@pytest.mark.parametrize("with_target", [True, False])
+def test_nothing_of_a_user_is_removed_or_renamed(tmp_path, with_target):
+    for name in (
+        ".bashrc.old", ".config.old/thesis", ".notes.partial", ".work.partial/a", ".lock",
+        ".config.lock", ".x.partial-wal", ".a.json.partial", ".a.json.old", "pictures/.p.png.old",
+        "episodes/.e.partial", ".other.old/b", *(["config/new"] if with_target else []),
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    before = files(tmp_path)
+    with outputs.lock(tmp_path), outputs.new_file(tmp_path / "a.json") as file:
+        file.write_text("a.json")
+    assert files(tmp_path) == before | {"a.json": "a.json"}
+    with outputs.new_directory(tmp_path / "other") as new:
+        (new / "x").write_text("x")
+    assert files(tmp_path) == before | {"a.json": "a.json", "other/x": "x"}
+
+
+@pytest.mark.parametrize("two_steps", [True, False])
+def test_a_directory_never_takes_the_place_of_a_file(tmp_path, monkeypatch, two_steps):
+    if two_steps:
+        monkeypatch.setattr(outputs, "_swap", lambda one, other: False)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(NotADirectoryError) as error, outputs.new_directory(tmp_path / "file"):
+        raise AssertionError("refused at the start")
+    assert str(error.value).startswith(f"{tmp_path / 'file'}: ") and "\n" not in str(error.value)
+    with pytest.raises(NotADirectoryError), outputs.new_directory(tmp_path / "late"):
+        (tmp_path / "late").write_text("y")
+    assert files(tmp_path) == {"file": "x", "late": "y"}
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_what_another_process_is_writing_is_not_swept(tmp_path):
@@ -187,7 +247,7 @@ def test_what_another_process_is_writing_is_not_swept(tmp_path):
 def test_a_file_appears_when_it_is_complete(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
-    (tmp_path / ".a.json.partial").write_text("of a killed process, and longer")
+    (tmp_path / ".a.json.mmsr1-partial").write_text("of a killed process, and longer")
     with outputs.new_file(path) as partial:
         assert partial.read_text() == ""
         partial.write_text("new")
@@ -232,7 +292,7 @@ def test_a_directory_is_the_old_or_the_new_whenever_its_writer_is_killed(tmp_pat
         with outputs.lock(tmp_path):
             texts = {(target / name).read_text() for name in ("a", "b")}
             assert len(texts) == 1 and len(texts.pop()) >= 1000
-            assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "policy"]
+            assert sorted(path.name for path in tmp_path.iterdir()) == [".mmsr1-lock", "policy"]
     assert seen or how != "one step"
 
 
@@ -243,8 +303,8 @@ def test_an_exchange_in_two_steps_that_was_cut_is_undone(tmp_path, monkeypatch, 
             (new / "x").write_text(text)
     assert (tmp_path / "policy" / "x").read_text() == "new"
     assert "in two steps" in capsys.readouterr().err
-    (tmp_path / "policy").rename(tmp_path / ".policy.old")  # killed between them
-    (tmp_path / ".policy.partial").mkdir()
+    (tmp_path / "policy").rename(tmp_path / ".policy.mmsr1-old")  # killed between them
+    (tmp_path / ".policy.mmsr1-partial").mkdir()
     with outputs.lock(tmp_path):
         assert (tmp_path / "policy" / "x").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]

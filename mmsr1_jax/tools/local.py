@@ -98,6 +98,7 @@ def build(
       LockedError: another process writes to `out`.
     """
     out = pathlib.Path(out)
+    out.mkdir(parents=True, exist_ok=True)  # stays, even if there is nothing to be written
     with (
         outputs.lock(out),
         outputs.new_file(out / FILE) as partial,

@@ -249,7 +249,7 @@ class Store:
         if self._connection is not None:
             self._connection.close()
         self._connection = None
-        with open(f"{self._path}.lock", "w") as lock:
+        with open(f"{self._path}.lock", "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self._sound():
                 return
