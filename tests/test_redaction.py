@@ -17,12 +17,29 @@ SECRETS = (
     "http://h/?subscription-key=hunter2", "http://h/?client_secret=hunter2&next=1",
     "http://h/?a=1;token=hunter2", "http://[::1]:80/?auth=hunter2", "http://h/?code=hunter2",
     "http://h?x=1#key=hunter2", "http://h/?accessToken=hunter2", "http://h/?user.password=hunter2",
+    "https://proxy/https://u:hunter2@h/", "https://proxy//u:hunter2@h", "http://h?u=//u:hunter2@h/",
+    "https://proxy/http://a/http://u:hun/ter2@h", "https://proxy/?url=https://u:hun&ter2@h/",
+    "https://proxy/?url=https%3A%2F%2Fh%2F%3Fapi_key%3Dhunter2", "https%3A%2F%2Fu:hunter2%40h",
+    "https://proxy/?url=https%253A%252F%252Fh%252F%253Fapi_key%253Dhunter2",
+    "https://proxy/https%3A%2F%2Fu%3Ahunter2%40h%2F", "https://proxy/?u=https://h/?api_key=hunter2",
+    "localhost:8000/?api_key=hunter2", "v1?token=hunter2", "h/v1;token=hunter2", "h#sid=hunter2",
+    "https://h/;api_key=hunter2", "https://h/a;v=1;api_key=hunter2/b?page=2", "h/?key[a]=hunter2",
+    "https://h/?appid=hunter2", "https://h/?key[]=hunter2", "https://h/?key%5B0%5D=hunter2",
+    "https://h/?user[password]=hunter2", "https://h/?AWSAccessKeyId=hunter2", "h?otp=hunter2",
+    "https://h/?passcode=hunter2", "https://h/?hmac=hunter2", "h?sessionId=hunter2",
+    "https://h/?key=a?hunter2", "https://h/?key=a&hunter2",
 )  # fmt: skip
 PLAIN = (
     "http://127.0.0.1:8001", "http://[::1]:80/v1?next=1", "http://h/?q=key", "searches.sqlite",
     "http://h/?keyword=a&monkey=2&sidebar=1&design=3", "redis://h:6379/0", "http://h:80/a@b",
     "http://h/put/{name}", "judge=5/4", "127.0.0.1:80", "http://h/?token=", "Qwen/Qwen3-32B",
     "build/a@b/c", "http://h/user:me@there", "('a.parquet',)",
+    "docs?page=2", "a=b;c=d", "data/*.parquet", "data/part-?.parquet", "data/?/key=5/a.parquet",
+    "C:\\models\\me@work\\x", "C:/models/me@work/x", "C:\\a@b;v=2", "me@host.org?subject=x",
+    "Qwen/Qwen3-32B@main", "https://h/?q=a%20b&url=https%3A%2F%2Fh%2Fa%40b", "100%/a%20b.parquet",
+    "https://web/2020/https://h:80/a@b", "https://h//@scope/name", "localhost:8000/v1?page=2",
+    "https://h/a;v=1;type=b?keyword[]=2", "https://h/?monkeys[]=2&keyboard=3&hotpot=4&app=5",
+    "data/key=5/part.parquet", "https://h/#/key=5", "gs://bucket/a@b/c", "file:///C:/a@b",
 )  # fmt: skip
 
 
