@@ -69,7 +69,7 @@ class Services:
         if name == "reader":
             return PlainTextResponse("text of a page")
         found = {"url": "http://h/", "link": "http://h/", "title": "t", "content": "c"}
-        return JSONResponse(dict.fromkeys(("results", "organic", "organic_results"), [found]))
+        return JSONResponse({k: [found] for k in ("results", "organic", "organic_results")})
 
 
 @pytest.fixture(scope="module")
