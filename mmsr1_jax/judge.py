@@ -17,11 +17,13 @@ import dataclasses
 import hashlib
 import html
 import json
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from mmsr1_jax.checked_json import valid_text
+from mmsr1_jax.tools.lookalikes import LOOKS_LIKE
 from mmsr1_jax.tools.service import Service, ServiceRefusedError, is_refusal
 from mmsr1_jax.tools.services.chat import Chat, Reply
 from mmsr1_jax.tools.stored import Stored
@@ -32,6 +34,25 @@ _MAX_REPLY = 20_000  # characters; a verdict takes a few hundred
 _MAX_OBJECTS = 16  # of a reply
 # An answer with one of these might be quoted by the judge, and the quotation read as its verdict.
 _QUOTABLE = ("{", "}", "<", "`", "\\", "%7b")
+_BRACES = ("{", "}", "%7b", "\\u007", "\\x7")  # the same for question and gold answers
+# What ends or begins thoughts, or is a part of it, without white space. A judge that quotes it may
+# make its quotation look like its verdict.
+_MARKERS = (
+    "think>", "think]", "think»", "<think", "[think", "«think", "<|", "|>", "«|", "|»",
+    "think%3e", "%7c%3e", "%3c%7c", "\\u003", "\\x3", "\\u007", "\\x7",
+)  # fmt: skip
+# The forms of a reply with thoughts in which what is quoted cannot be mistaken for the verdict,
+# provided that the thoughts hold no marker.
+_FRAMES = (
+    re.compile(r"(?:<think>)?(?P<thoughts>.*?)</think>(?P<verdict>.*)", re.DOTALL),
+    re.compile(
+        r"(?:<\|start\|>assistant)?"
+        r"(?:<\|channel\|>analysis<\|message\|>(?P<thoughts>.*?)<\|end\|>(?:<\|start\|>assistant)?)?"
+        r"<\|channel\|>final(?: ?<\|constrain\|>json)?<\|message\|>"
+        r"(?P<verdict>.*?)(?:<\|return\|>|<\|end\|>)?",
+        re.DOTALL,
+    ),
+)
 NO_VERDICT = "no verdict in the reply: "  # begins the reason of an unreadable verdict
 _TEST = ("What is the capital of France?", ["Paris"], "The city of Paris")
 _CONFIRMATIONS, _PAUSE = 3, 1.0  # requests, and seconds between them
@@ -172,7 +193,8 @@ class Judge:
 
     async def _ask(self, question: str, golds: list[str], answer: str) -> tuple[bool, str]:
         """Raises WebError, NoVerdictError for a reply without a verdict."""
-        return verdict_of(await self.chat(messages(question, golds, answer)), answer)
+        reply = await self.chat(messages(question, golds, answer))
+        return verdict_of(reply, answer, question, *golds)
 
     async def chat(self, turns: Sequence[Mapping[str, str]]) -> Reply:
         """Return what the model says next in a chat.
@@ -227,7 +249,7 @@ def messages(question: str, golds: Sequence[str], answer: str) -> list[dict[str,
     ]
 
 
-def verdict_of(reply: Reply, answer: str) -> tuple[bool, str]:
+def verdict_of(reply: Reply, answer: str, *others: str) -> tuple[bool, str]:
     """Return (correct, reason) of a judge's reply.
 
     Args:
@@ -235,18 +257,60 @@ def verdict_of(reply: Reply, answer: str) -> tuple[bool, str]:
         nothing else, as servers that mistake a reply for thoughts send it.
       answer: Answer that was judged; if it holds something that could be quoted as a verdict, the
         reply must be a verdict and nothing else, and must not be cut off.
+      others: Question and gold answers; the same applies to them. If one of all these texts holds a
+        marker of thoughts, thoughts are allowed only in the forms of `_FRAMES`.
 
     Raises:
       NoVerdictError: The reply holds no verdict.
     """
     text = reply.text or reply.thoughts
-    if not text:
+    if not text and not reply.raw:
         raise NoVerdictError("nothing but thoughts or blanks")
-    seen = unicodedata.normalize("NFKC", html.unescape(answer)).casefold()
-    alone = not reply.text or any(word in seen for word in _QUOTABLE)
+    seen = [_folded(text) for text in (answer, *others)]
+    marked = any(_holds(text, _MARKERS) for text in seen)
+    alone = marked or any(_holds(text, _BRACES) for text in seen) or _holds(seen[0], _QUOTABLE)
+    alone |= not reply.text
     if alone and not reply.whole:
         raise NoVerdictError("it was cut off")
-    return read_verdict(text, alone=alone)
+    if not marked:
+        if not text:
+            raise NoVerdictError("nothing but thoughts or blanks")
+        return read_verdict(text, alone=alone)
+    framed, text = _unframed(reply)
+    correct, reason = read_verdict(text, alone=True)
+    # Thoughts may end with a quotation, and so may the reply: <think>It says </think>{...}
+    if framed and correct and any(_holds(text, ("correct", "\\")) for text in seen):
+        raise NoVerdictError("the verdict may be a quotation of what was judged")
+    return correct, reason
+
+
+def _unframed(reply: Reply) -> tuple[bool, str]:
+    """Return (whether there are thoughts, the rest) of a reply that may quote markers of thoughts.
+
+    Raises:
+      NoVerdictError: The thoughts hold a marker, or cannot be told from the rest.
+    """
+    raw = reply.raw or reply.thoughts
+    if raw.startswith(("{", "```")):
+        return bool(reply.raw and reply.thoughts), raw
+    for frame in _FRAMES:
+        if found := frame.fullmatch(raw):
+            if _holds(_folded(found["thoughts"] or ""), _MARKERS):
+                break
+            return True, found["verdict"]
+    raise NoVerdictError("more than the verdict, where markers of thoughts may be quoted")
+
+
+def _folded(text: str) -> str:
+    """Return a text for `_holds`: decoded and without letter case, by Unicode's compatibility forms
+    and by what characters look like; white space is removed."""
+    text = html.unescape(html.unescape(text))
+    forms = unicodedata.normalize("NFKC", text).casefold(), text.translate(LOOKS_LIKE).casefold()
+    return "\n".join("".join(form.split()) for form in forms)
+
+
+def _holds(folded: str, words: Sequence[str]) -> bool:
+    return any(word in folded for word in words)
 
 
 def read_verdict(text: str, *, alone: bool = False) -> tuple[bool, str]:

@@ -3,7 +3,9 @@
     Reply            {"choices": [{"message": {"content": TEXT}, "finish_reason": "stop"}]}
     TEXT             a string, or a list of parts of which those of type `text` count
     thoughts         up to the last `</think>`, a harmony channel other than `final`, or a field of
-                     their own, `reasoning_content` or `reasoning`; they are no part of the reply
+                     their own, `reasoning_content` or `reasoning`; they are no part of the reply.
+                     Text that begins with JSON or a code fence has no thoughts, and only text that
+                     begins with `<|channel|>` or `<|start|>` has channels
     EmptyReplyError  a fault of the server: not JSON, no message, an error with status 200, or
                      a message with nothing in it although the model ended by itself
 
@@ -22,6 +24,7 @@ from mmsr1_jax.tools.services import key_of, text_of
 from mmsr1_jax.tools.web import Answer, WebError
 
 _ENDED = (None, "", "stop")
+_OPENINGS = ("{", "```")  # of a reply that has no thoughts before it
 _CUT_OFF = ("length", "max_tokens", "content_filter")
 _MAX_BYTES = 2_000_000  # of a reply, which is parsed on the event loop
 
@@ -40,11 +43,14 @@ class Reply:
       text: Reply without the model's thoughts; empty if the model wrote nothing but thoughts.
       thoughts: Contents of the field for thoughts; empty if the server sends no such field.
       whole: Whether the model ended the reply by itself, as far as the server says.
+      raw: Content of the message before thoughts are removed. `text` is unreliable where the model
+        may quote the markers that end thoughts.
     """
 
     text: str
     thoughts: str = ""
     whole: bool = True
+    raw: str = ""
 
 
 class Chat:
@@ -119,7 +125,8 @@ def read_reply(answer: Answer) -> Reply:
     finish = choice.get("finish_reason")
     if not content and not thoughts and finish in _ENDED:
         raise EmptyReplyError("an empty message")
-    return Reply(_without_thoughts(content).strip(), thoughts.strip(), finish not in _CUT_OFF)
+    text, raw = _without_thoughts(content).strip(), content.strip()
+    return Reply(text, thoughts.strip(), finish not in _CUT_OFF, raw)
 
 
 def _joined(content: Any) -> str:
@@ -133,12 +140,12 @@ def _joined(content: Any) -> str:
 
 def _without_thoughts(text: str) -> str:
     """Return what follows a model's thoughts; nothing if it was cut off in them."""
-    head, marked, rest = text.rpartition("<|message|>")
-    if marked:
+    if text.lstrip().startswith(("<|channel|>", "<|start|>")):
+        head, _, rest = text.rpartition("<|message|>")
         channel = head.rpartition("<|channel|>")[2].strip()
         final = channel.startswith("final") or "<|channel|>" not in head
         text = rest.partition("<|return|>")[0].partition("<|end|>")[0] if final else ""
-    if text.lstrip().startswith(("{", "```")):  # no thought; it may quote the tags
+    if text.lstrip().startswith(_OPENINGS):  # no thoughts; it may quote their markers
         return text
     rest = text.rpartition("</think>")[2]
     return "" if "<think>" in rest else rest
