@@ -42,6 +42,7 @@ def loads(
     number: Callable[[str], Any] | None = None,
     surrogates: bool = False,
     nan: bool = False,
+    large: bool = False,
 ) -> T:
     """Return the value of a JSON text, checked against a type.
 
@@ -55,6 +56,8 @@ def loads(
         value.
       surrogates: whether texts may hold halves of surrogate pairs, which are not valid Unicode.
       nan: whether numbers may be NaN or infinite, as Python writes them.
+      large: Whether integers may have more than 64 bits, as `transformers` writes them into its
+        files: `"model_max_length": 1000000000000000019884624838656`, for no limit.
 
     Raises:
       NotJsonError: not UTF-8, or not JSON.
@@ -67,7 +70,7 @@ def loads(
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
         value = json.loads(text, **kept)
-        _check_values(value, nan)
+        _check_values(value, nan, math.inf if large else _MAX_INT)
         if not surrogates and _LONE_SURROGATE.search(text):
             _check_texts(value, "")
         return value if type is Any else convert(value, type)
@@ -101,6 +104,7 @@ def load(
     max_bytes: int = MAX_BYTES,
     surrogates: bool = False,
     nan: bool = False,
+    large: bool = False,
 ) -> T:
     """Return the value of a JSON file, see `loads`.
 
@@ -112,7 +116,7 @@ def load(
         data = files.read_regular(path, max_bytes=max_bytes)
     except files.FileRefusedError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
-    return loads(data, type, name=str(path), surrogates=surrogates, nan=nan)
+    return loads(data, type, name=str(path), surrogates=surrogates, nan=nan, large=large)
 
 
 def lines(file: BinaryIO, *, max_bytes: int = MAX_BYTES) -> Iterator[tuple[int, bytes]]:
@@ -175,8 +179,11 @@ def _with_field(message: str) -> str:
     return f"{field}: {said}" if field else said
 
 
-def _check_values(value: Any, nan: bool) -> None:
-    """Raise FormatError for containers deeper than MAX_DEPTH, and for numbers out of range."""
+def _check_values(value: Any, nan: bool, limit: float) -> None:
+    """Raise FormatError for containers deeper than MAX_DEPTH, and for numbers out of range.
+
+    Integers must be between -limit and limit.
+    """
     level, depth = [[value]], 0
     while level:
         if depth > MAX_DEPTH:
@@ -188,20 +195,20 @@ def _check_values(value: Any, nan: bool) -> None:
             if dict in kinds or list in kinds:
                 below += [item for item in items if isinstance(item, (dict, list))]
             numbers = [i for i in items if isinstance(i, int)] if kinds != {int} else items
-            good = not numbers or (min(numbers) > -_MAX_INT and max(numbers) < _MAX_INT)
+            good = not numbers or (min(numbers) > -limit and max(numbers) < limit)
             if float in kinds and not nan:
                 good &= all(math.isfinite(i) for i in items if isinstance(i, float))
             if not good:
-                _name_number(value, "", nan)
+                _name_number(value, "", nan, limit)
         level, depth = below, depth + 1
 
 
-def _name_number(value: Any, field: str, nan: bool) -> None:
+def _name_number(value: Any, field: str, nan: bool, limit: float) -> None:
     """Raise FormatError that names the first number out of range."""
     for child, path in _children(value, field):
-        _name_number(child, path, nan)
+        _name_number(child, path, nan, limit)
     prefix = f"{field}: " if field else ""
-    if isinstance(value, int) and not -_MAX_INT < value < _MAX_INT:
+    if isinstance(value, int) and not -limit < value < limit:
         raise FormatError(f"{prefix}must not be an integer of more than 64 bits")
     if isinstance(value, float) and not nan and not math.isfinite(value):
         raise FormatError(f"{prefix}must not be {value}")

@@ -79,12 +79,12 @@ def read(directory: str | pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
     nested, flat = (pathlib.Path(directory) / name for name in (NESTED, FLAT))
     section = None
     if nested.is_file():
-        whole = load(nested, dict[str, Any])
+        whole = load(nested, dict[str, Any], large=True)
         section = _dictionary(whole.get("image_processor"), f"{nested}: image_processor")
     if section is None and not flat.is_file():
         raise FormatError(f"{directory}: no {FLAT}, nor {NESTED} with a section image_processor")
     if section is None:
-        return flat, _arguments(load(flat, dict[str, Any]), str(flat))
+        return flat, _arguments(load(flat, dict[str, Any], large=True), str(flat))
     if flat.is_file():
         print(
             f"{directory}: image_processor of {NESTED} is used and {FLAT} ignored, as in "

@@ -114,7 +114,7 @@ def read(directory: str | pathlib.Path) -> str:
     try:
         raw = load(path, dict[str, Any])
         settings_path = directory / SETTINGS
-        settings = load(settings_path, dict[str, Any]) if settings_path.is_file() else {}
+        settings = _settings(settings_path) if settings_path.is_file() else {}
         _compare_vocabulary(directory, raw)
         _check_declared(directory, settings, raw)
         name = settings.get("tokenizer_class") or _class_of_model(directory)
@@ -271,7 +271,7 @@ def _check_declared(directory: pathlib.Path, settings: dict[str, Any], raw: dict
     sources = [(SETTINGS, settings)]
     for name in ("special_tokens_map.json", "added_tokens.json"):
         if (directory / name).is_file():
-            sources.append((name, load(directory / name, dict[str, Any])))
+            sources.append((name, _settings(directory / name)))
     for name, data in sources:
         for content, number in _declared(data, whole=name == "added_tokens.json"):
             try:
@@ -310,12 +310,16 @@ def _contents(value: Any) -> Iterator[str]:
         yield from itertools.chain.from_iterable(map(_contents, parts))
 
 
+def _settings(path: pathlib.Path) -> dict[str, Any]:
+    return load(path, dict[str, Any], large=True)  # `model_max_length` is int(1e30) if unlimited
+
+
 def _class_of_model(directory: pathlib.Path) -> str | None:
     """The class where `tokenizer_config.json` names none: by `config.json`, if there is one."""
     path = directory / "config.json"
     if not path.is_file():
         return None
-    return load(path, dict[str, Any]).get("tokenizer_class") or "Qwen2Tokenizer"
+    return _settings(path).get("tokenizer_class") or "Qwen2Tokenizer"
 
 
 def _as_qwen(path: pathlib.Path, raw: dict[str, Any]) -> dict[str, Any]:

@@ -90,6 +90,13 @@ def test_what_is_allowed_where_it_is_asked_for():
         checked_json.loads('{"a": NaN, "b": 99999999999999999999}', nan=True)
 
 
+def test_large_integers_are_read_only_where_allowed():
+    large = '{"a": [-99999999999999999999, 1]}'
+    assert checked_json.loads(large, dict[str, Any], large=True) == json.loads(large)
+    with pytest.raises(FormatError, match="a: must not be nan"):
+        checked_json.loads('{"b": 99999999999999999999, "a": NaN}', large=True)
+
+
 def test_files_and_lines_are_bounded_and_named(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b"[" + b"1," * 100 + b"1]")

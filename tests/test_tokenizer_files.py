@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from mmsr1_jax import tiny, tokenizer_files
 from mmsr1_jax.images import ImageProcessor
+from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 from mmsr1_jax.processor import Processor, TokenizerError
 from mmsr1_jax.rollout import turns
 
@@ -148,7 +149,29 @@ def test_a_directory_saved_after_a_call_with_truncation_and_padding(tmp_path):
     theirs.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "tokenizer.json").read_text())
     assert saved["truncation"]["max_length"] == 24 and saved["padding"]
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["model_max_length"] == int(1e30)
     assert_same_ids(tmp_path)
+
+
+@pytest.mark.parametrize("number", [int(1e30), 2**64, -(2**64), 10**400])
+def test_integers_of_more_than_64_bits_in_files_of_transformers_are_read(tmp_path, number):
+    unlimited = {"model_max_length": number}
+    write(tmp_path, RAW, {"tokenizer_class": "PreTrainedTokenizerFast"} | unlimited,
+          config=unlimited, special_tokens_map=unlimited)  # fmt: skip
+    assert_same_ids(tmp_path)
+    write(tmp_path / "by_config", RAW, unlimited, config=unlimited)
+    assert tokenizer_files.read(tmp_path / "by_config")
+    path = tmp_path / "by_config" / "preprocessor_config.json"
+    path.write_text(json.dumps(ImageProcessor().to_hf() | {"limit": number}))
+    Processor.from_directory(tmp_path / "by_config")
+    path.rename(path.with_name("processor_config.json"))
+    nested = {"image_processor": ImageProcessor().to_hf(), "limit": number}
+    path.with_name("processor_config.json").write_text(json.dumps(nested))
+    Processor.from_directory(tmp_path / "by_config")
+    config = tiny.CONFIG.to_hf() | {"text_limits": unlimited}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert ModelConfig.from_directory(tmp_path) == tiny.CONFIG
 
 
 def added(*tokens):

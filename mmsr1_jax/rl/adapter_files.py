@@ -119,7 +119,7 @@ def read_config(path: pathlib.Path) -> AdapterConfig:
       AdapterError: no LoRA, or a variant that is not plain LoRA; the message names the field.
     """
     try:
-        raw = load(path, dict[str, Any])
+        raw = load(path, dict[str, Any], large=True)
         kind = raw.get("peft_type")
         if kind != "LORA":
             raise AdapterError(f"{path}: peft_type={kind!r} with r={raw.get('r')} is not LoRA")

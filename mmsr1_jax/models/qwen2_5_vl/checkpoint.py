@@ -153,7 +153,7 @@ class _Files:
                 "(python -m mmsr1_jax.merge) or move it to another directory"
             )
         config = self.directory / "config.json"
-        named = load_json(config, dict[str, Any]).get("transformers_weights")
+        named = load_json(config, dict[str, Any], large=True).get("transformers_weights")
         if named is not None:
             raise CheckpointError(
                 f"{config}: transformers_weights={named!r} is not supported; remove the field and "
@@ -381,7 +381,7 @@ def _write_side_files(model: Qwen2_5_VL, directory: pathlib.Path, source, dtype)
         if path.is_file() and not weights:
             shutil.copy(path, directory / path.name)
     if dtype is not None:
-        raw = load_json(config, dict[str, Any])
+        raw = load_json(config, dict[str, Any], large=True)
         fields = [raw, *(raw[k] for k in ("text_config", "vision_config") if k in raw)]
         for part in fields:
             for key in ("torch_dtype", "dtype"):

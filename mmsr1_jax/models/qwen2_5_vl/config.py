@@ -170,7 +170,7 @@ class ModelConfig:
         path = pathlib.Path(directory) / "config.json"
         try:
             # Numbers out of range are refused by field below, or in fields that are not used.
-            raw = checked_json.load(path, nan=True)
+            raw = checked_json.load(path, nan=True, large=True)
         except checked_json.FormatError as error:
             raise ConfigError(str(error)) from None
         try:
