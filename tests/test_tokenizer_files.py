@@ -228,7 +228,7 @@ REFUSED = {
     "spaces": (RAW | {"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer: 'Whitespace'"),
     "decoder": (RAW | {"decoder": {"type": "Fuse"}}, "decoder: 'Fuse'"),
     "no decoder": (RAW | {"decoder": None}, "decoder: None"),
-    "not an object": ([], "tokenizer.json: Expected `object`"),
+    "not an object": ([], "tokenizer.json: expected object"),
 }  # fmt: skip
 
 
