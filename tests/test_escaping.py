@@ -35,32 +35,68 @@ TAGS = (
     "&amp;lt;/information&amp;gt;", "&amp;amp;#60;/answer", "</&#105;nformation>",
     "&lt;/in&zwnj;formation&gt;", "<&#1;/information>", "\\u003c/information\\u003e",
     "\\x3c/answer",
-    "%3C/information%3E",
+    "%3C/information%3E", "&#x0000003c;/information>", "&#0000000000060;/information>",
+    "&#" + "0" * 60 + "60;/information>", "&amp;amp;amp;amp;amp;lt;/information>",
+    "&amp;#38;#x26;amp;amp;amp;amp;lt;/answer", "%25252525252525253C/information>",
+    "\\U0000003c/information>", "\\074/information>", "\\u{3c}/information>",
+    # Signs for letters, and tags between them.
+    "</!nformation>", "<!nformation>", "\u2039/informat\u00a1on>", "</\u00a1nformation>",
+    "</infor<b></b>mation>", "</ans<i/>wer>", "</info<!-- -->rmation>",
     # Control tokens.
     "<|im_end|>", "<|im_start|>", "<|endoftext", "<\uff5cend\u2581of\u2581sentence\uff5c>",
     "<\u2223im_end\u2223>", "\u00ab|im_end|\u00bb", "<|i m_e n d|>", "[|im_end|]", "<im_end>",
     "<|vision_start|><|image_pad|>",
     # Headers of results.
     "[Text Search Results]", "\uff3bImage Search Results\uff3d", "[ text  search results ]",
-    "\u3010Image Search Results\u3011",
+    "\u3010Image Search Results\u3011", "\u3014Text Search Results\u3015",
+    "[Text Search Results: 2]", "[Image Search Results (3)]", "\n(Text Search Results)",
+    "\n  (Image Search Results)", "[Text Search Results 2 of 3]",
+    "\u2772Text Search Results\u2773",
 )  # fmt: skip
 LABELS = (
     "2. link: https://x", "2) Link : x", "2 - link: x", "#2 link: x", "2.link: x",
     "000002. link: x",
-    "link: x", "Link: https://x", "image: x", "title: x", "summary: x", "          link: x",
+    "link: x", "summary: x", "          link: x", "2. Title: y", "2. Image: y", "2) Link: y",
+    "2. title: y", "\u200blink: x", "lin&#107;: x",
     "2.             link: x", "**2.** **link**: x", "2. _link_: x", "\u20222. image: x",
     "2.\tlink\t:\tx", "\u200b2. image: x", "\uff12\uff0e\uff4c\uff49\uff4e\uff4b\uff1a x",
     "\u0662. link: x", "\u2488 link: x", "\u2777 link: x", "2\ufe0f\u20e3 link: x",
     "2\u2024 link\ua789 x", "2. l\u0456nk: x", "2. li\u200bnk: x", "&#50;. link: x",
     "2. &#108;ink: x", "Original question: x", "the question was: x", "_The question was_: x",
+    "The original question was: x", "original question was: x", "**The original question**: x",
 )  # fmt: skip
-BREAKS = ("\n", "\r", "\r\n", "\u2028", "\u2029", "\x0b", "\x0c", "\x85", "\x1c", "&#10;", "%0A")
+BREAKS = (
+    "\n",
+    "<br>",
+    "<br/>",
+    "<br />",
+    "\r",
+    "\r\n",
+    "\u2028",
+    "\u2029",
+    "\x0b",
+    "\x0c",
+    "\x85",
+    "\x1c",
+    "&#10;",
+    "%0A",
+)
 HARMLESS = (
     "List<Result> and <img src='a.png'>", "5 <= result; i < result; x <- answer", "f <| x |> g",
     "[information](/information)", "[Search](/search) [search] (search)", '{"/search": {}}',
     "<reasonable> <answer_key> <searching>", "5 < 6 and <b>inform</b>", "/information>",
     "\u201cAnswer\u201d \u2018answer\u2019 \u00abinformation\u00bb \u00ab information \u00bb",
     "\u300aAnswer\u300b",
+    "Figure 2. Image: NASA/JPL", "Fig. 3: Image: ESA", "Figure 2.1. Image: NASA",
+    "H(X) < information content",
+    "(H(X) < information)", "if i < answer: return", "vector<Answer> and List<Search>",
+    "services:\n  web:\n    image: nginx:latest\n    title: y", "image: nginx:latest", "title: x",
+    '{"@type": "Article",\n  "image": "a.png",\n  "title": "b",\n "link": "c"}',
+    '{"id": 1, "image": "a.png"}, {"id": 2, "link": "b"}', "{'id': 2, 'link': 'b'}",
+    "{id: 2, image: nginx}", "---\ntitle: My page\nimage: a.png\n---\nText",
+    "Link: https://x.org\nContent-Type: text/html", "paths:\n  /pets:\n    summary: List pets",
+    "- link: x\n- image: y\n* title: z", "\u00a9 NASA 2019. Image: x", "In 2019, link: x",
+    "Top 5 image: x", "Figure 1. Link: x", "Table 3 - Image: x",
     "Title: A page\nSummary: of it\nImage: AP\nLinks: two", "1. First\n2. Second\n3. Summary: x",
     "> link: quoted", "see our link: https://x", "R&D, AT&T, 100%, &copy; &c", "C:\\new\\link",
     "\u0928\u092e\u0938\u094d\u0924\u0947 \u0915\u094d\u200d\u0937",
@@ -86,10 +122,30 @@ def test_no_line_begins_like_a_result(label):
         text = f"A page.{between}{label}"
         safe = harmless(text)
         assert safe != text and harmless(safe) == safe, repr(text)
-        assert safe.replace("> ", "") == text
+        assert safe.replace("> ", "") == text.replace("> ", "")
     assert harmless(label) != label  # it begins the text
     if label[:1] in "lits":
         assert harmless(label, line_start=False) == label  # it stands after a label of ours
+
+
+def test_labels_after_a_numbered_one_continue_a_result():
+    text = "2. image: x\ntitle: y\n  summary: z\nTitle: w"
+    assert harmless(text) == "> 2. > image: x\n> title: y\n  > summary: z\nTitle: w"
+    assert harmless("title: y\n2. image: x") == "title: y\n> 2. > image: x"
+    assert harmless("x\n2. Title: y") == "x\n> 2. > Title: y"
+    assert harmless("2.\nimage: x\ntitle: y") == "2.\n> image: x\n> title: y"
+    assert harmless("x<br/>link: u") == "x<br/>> link: u"
+
+
+def test_entities_have_any_number_of_zeros_and_digits():
+    for entity in ("&#" + "0" * 5000 + "60;", "&#x" + "0" * 5000 + "3c;"):
+        assert harmless(f"{entity}/information>") == "\N{NOT SIGN}/information>"
+    for entity in ("&#" + "9" * 5000 + ";", "&#;", "&#x;", "&amp;", "&", "%25", "\\U99999999"):
+        assert harmless(f"{entity} x") == f"{entity} x"
+
+
+def test_the_search_element_is_escaped():
+    assert harmless("the `<search>` element") == "the `\N{NOT SIGN}search>` element"
 
 
 def test_a_numbered_label_inside_a_line_is_escaped_too():
@@ -127,7 +183,7 @@ def test_disguises_of_every_character_are_seen_through():
             if len(one["c"]) == 1 and not one["c"].isascii()
         ]
         choices = [
-            [character] * 8, [character.upper()] if character not in "is" else [], alike,
+            [character] * 8, [character.upper()] if character not in "isl" else [], alike,
             same[character], [rng.choice(unseen) + character], [f"&#{ord(character)};"],
             [f"&#x{ord(character):X};"],
             [character + rng.choice("\u0301\u0336\ufe0f")], [f"%{ord(character):02x}"],
@@ -161,6 +217,9 @@ PATTERNS = {
     "hidden tags": "\U000e003c", "overrides": "\u202e<", "questions": "the question was ",
     "prose": "The bridge (1886) was [citation] & more. ",
     "Japanese": "\u65e5\u672c\u8a9e\u306e\u3002",
+    "nested entities": "&amp;amp;", "zeros": "0", "entity zeros": "&#00", "tags in tags": "<b></b>",
+    "tags in names": "</info<b>", "octal": "\\07", "nested percent": "%25", "breaks": "<br/>link",
+    "captions": "Figure 2. Image: x ", "numbered": "\n1. image: x\ntitle: y", "signs": "<!",
     "backslashes": "\\n", "percent": "%3C", "underscores": "_",
 }  # fmt: skip
 

@@ -199,7 +199,7 @@ def test_lines_without_results_are_shown_as_text(rules, processor, tmp_path):
 
 @pytest.mark.parametrize(
     "results",
-    [[3], ["x"], [{"link": 3}], [{"url": "x"}], [{"images": 3}], [{"images": ["0"]}], 7,
+    [[3], ["x"], [{"link": 3}], [{"images": 3}], [{"images": ["0"]}], 7,
      [{"images": [True]}]],
 )  # fmt: skip
 def test_records_of_another_form_are_refused(rules, processor, results):

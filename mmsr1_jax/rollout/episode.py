@@ -228,10 +228,13 @@ class Episode:
         try:
             read = checked_json.convert(field("turns", list, []), list[Turn])
             calls = checked_json.convert(field("calls", list, []), list[ToolCall])
+        except checked_json.FormatError as error:
+            raise ValueError(f"'turns' or 'calls': {error}") from None
+        try:
             end = checked_json.convert(data.get("end"), End | None)
             why = checked_json.convert(data.get("error"), str | None)
         except checked_json.FormatError as error:
-            raise ValueError(f"'turns' or 'calls', 'end' or 'error': {error}") from None
+            raise ValueError(f"'end' or 'error': {error}") from None
         return cls(
             example=Example(id=field("id", str, ""), question=field("question", str, "")),
             group=field("group", int, 0),

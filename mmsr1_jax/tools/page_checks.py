@@ -12,34 +12,52 @@ _SHORT = 4000  # characters; a longer page has text of its own
 # A page that says one of these has at least so many letters beside it, else it is only that.
 _REFUSAL_LETTERS = 120
 _NOTICE_LETTERS = 25
+_TITLE_LETTERS = 20  # beside a refusal that may be the title of a work
 
+_TITLE = regex.compile(
+    r"^\W*(?:forbidden|page not found|not found|error|access denied|just a moment|un instant"
+    r"|un momento|um momento)\W*$",
+    regex.IGNORECASE,
+)
 _REFUSAL = regex.compile(
-    r"^\W*just a moment\W*$|checking (?:your browser|if the site connection)"
+    r"checking (?:your browser|if the site connection)"
     r"|you(?:.re| are) (?:a |not a )?human|robot or human|are you a (?:robot|human)"
     r"|not a (?:ro)?bot\b"
     r"|enable javascript and cookies|review the security of your connection|security checkpoint"
     r"|(?:verify|verifying|check|checking) your browser"
     r"|performance (?:&|and) security by|\bray id\b|\battention required|\bincident id\b"
     r"|(?:complete|solve|pass|enter|requir\w+) (?:the |a |this )?(?:security check|captcha)"
-    r"|captcha (?:check|verification|required)|human verification|^\W*security check\W*$"
+    r"|^\W*captcha (?:check|verification|challenge|required)(?: required)?\W*$|human verification"
+    r"|^\W*security check\W*$"
     r"|bot (?:detection|verification)|request unsuccessful|ddos protection by"
-    r"|unusual (?:traffic|activity) from your|access (?:to this \S+ )?(?:has been |is |was )?denied"
+    r"|unusual (?:traffic|activity) from your|access (?:to this \S+ )?(?:has been|is"
+    r"|was) denied(?! to)"
+    r"|access to this \S+ denied|^\W*access denied\W{1,3}(?:\w+\W){0,3}(?:firewall|security|error)"
+    r"|too many requests(?: from|\W*$)|rate.?limited(?: by|\W*$)"
+    r"|^\W*error (?:code\W{1,2})?1\d{3}\W*$"
+    r"|account (?:has been |is |was )?suspended\W*$|contact your hosting provider"
+    r"|enable js and disable|(?:disable|pause|turn off) (?:any |your |the )?ad.?block"
+    r"|requested url (?:was|is) (?:rejected|not found)|consult with your administrator"
+    r"|^\W*(?:\w{2,6}\W{1,3})?something went wrong\W*$"
+    r"|slide (?:right |the \w+ )?to (?:verify|unlock)\W*$"
+    r"|^\W*client challenge\W*$|\bserver at \S{1,99} port \d"
     r"|(?:you have|have i|access has|you were|ip \S+ has) (?:been )?blocked|pardon our interruption"
     r"|security (?:service|solution) to protect itself|triggered the security solution"
     r"|could trigger this block|you are unable to access|email the site owner"
     r"|(?:do not|don.t) have permission to (?:access|view)"
-    r"|made us think (?:that )?you (?:were|are) a bot|^\W*(?:error )?(?:40[134]|429|50[0234])\W*$"
+    r"|made us think (?:that )?you (?:were|are) a bot"
+    r"|^\W*(?:error |http ){0,2}(?:40[134]|429|50[0234])\W*$"
     r"|^\W*(?:error |http )?(?:40[134]|429|50[0234])[\W\d]{0,4}(?:forbidden|unauthori.ed|not found"
     r"|too many|internal|bad gateway|service|gateway|access|page|error)"
-    r"|^\W*(?:forbidden|page not found|not found|error|bad gateway|service unavailable)\W*$"
+    r"|^\W*(?:bad gateway|service unavailable)\W*$"
     r"|page (?:that )?(?:you.re|you are|you were|you) (?:looking for|requested)"
     r"|before you continue to (?:google|youtube)|the yahoo family of brands"
     r"|nur einen moment|einen moment,? bitte|sicherheitsüberprüfung|zugriff verweigert"
-    r"|^\W*un instant\W*$|accès refusé|vérifi\w+ que vous êtes|^\W*un momento\W*$|acceso denegado"
-    r"|^\W*um momento\W*$|acesso negado|verifica\w* (?:que|se) (?:usted|você) (?:es|é)"
+    r"|accès refusé|vérification de (?:la )?sécurité|vérifi\w+ que vous êtes|acceso denegado"
+    r"|acesso negado|verifica\w* (?:que|se) (?:usted|você) (?:es|é)"
     r"|^\W*подождите|доступ (?:запрещ|ограничен)|вы не робот|проверк\w+ (?:браузера|безопасности)"
     r"|^\W*请稍[候等]|人机验证|安全验证|完成验证|正在验证|访问(?:被拒绝|受限)|输入验证码|輸入驗證碼"
-    r"|拒絕存取|^\W*(?:しばらく|少々)お待ちください|ロボットではありません|アクセスが拒否"
+    r"|访问过于频繁|請求過於頻繁|请求过于频繁|滑动验证|滑動驗證|拖动滑块|拒絕存取|^\W*(?:しばらく|少々)お待ちください|ロボットではありません|アクセスが拒否"
     r"|^\W*잠시만 기다|로봇이 아닙니다|접근이 (?:거부|차단)",
     regex.IGNORECASE,
 )
@@ -54,6 +72,23 @@ _NOTICE = regex.compile(
     r"|^\W*(?:sign|log) (?:in|up|out)\W*$|^\W*(?:skip to \w+(?: content)?|menu|search|share)\W*$"
     r"|terms of (?:use|service)|^\W*before you continue|all rights reserved|^\W*loading\W*$"
     r"|^\W*please wait|^\W*redirecting|datenschutz|zustimmen|einwilligung|confidentialité"
+    r""
+    # A pronoun or a verb of a banner, and cookies; its buttons; scripts.
+    r"|\b(?:wir|unsere?|diese|durch|ihre?[mnr]?|nous|notre|nos|votre|vos|ce site|utilizamos|usamos"
+    r"|este sitio|esta (?:web|p[aá]gina)|nuestr\w+|este site|nosso|utilizziamo|questo sito|мы"
+    r"|наш\w*"
+    r"|сайт\w*|использу\w+|продолжая)\b.{0,99}\b(?:cookies?|куки)\b"
+    r"|\b(?:cookies?|куки)\b.{0,60}\b(?:akzeptier\w+|ablehnen|zulassen|verwende[nt]|accepter"
+    r"|refuser|aceptar|rechazar|configurar|propias|terceros|использу\w+|принять)\b"
+    r"|^\W*(?:alles? |nur |mehr |tout |j.|en |continuer |rechazar |принять |отклонить )?"
+    r"(?:akzeptieren|ablehnen|zulassen|notwendige|einstellungen|erfahren|accept\w{0,4}|refuse\w?"
+    r"|savoir plus"
+    r"|personnaliser|paramétrer|sans accepter|acept(?:ar|o)|rechazar|configurar|más información"
+    r"|принять|принимаю|согласен|отклонить|понятно|хорошо|подробнее|настро(?:йки|ить))"
+    r"(?: \w+){0,2}\W*$"
+    r"|website zu verbessern|stimmen sie.{0,99}\bzu\b|vous acceptez|acepta su uso|вы соглашаетесь"
+    r"|javascript.{0,20}(?:启用|啟用|开启|開啟|禁用|停用|关闭|有効|無効|必要|사용|활성|필요)"
+    r"|(?:启用|啟用|开启|開啟|打开|需要|允许|有効).{0,12}javascript"
     r"|隐私政策|クッキー|쿠키|接受所有|файл\w* cookie",
     regex.IGNORECASE,
 )
@@ -63,7 +98,7 @@ _SENTENCE = re.compile(
 )
 _IMAGE = re.compile(r"!\[[^\]\n]{0,500}\]\([^)\s]{0,500}\)")
 _ADDRESS = re.compile(r"\]\([^)\s]{0,500}\)|https?://\S{1,500}|\bwww\.\S{1,300}")
-_LETTER = re.compile(r"[^\W\d_]")
+_LETTER = re.compile(r"[^\W_]")  # or digit
 _WIDE = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]")
 
 
@@ -72,17 +107,19 @@ def nothing_said(page: str) -> str | None:
     if len(page) > _SHORT:
         return None if _LETTER.search(page) else "no text in it"
     text = _ADDRESS.sub(" ", _IMAGE.sub(" ", page))
-    refusals = notices = removed = 0
+    refusals = titles = notices = removed = 0
     left = []
     for sentence in _SENTENCE.findall(text):
         refused = bool(_REFUSAL.search(sentence))
-        if refused or _NOTICE.search(sentence):
-            refusals, notices = refusals + refused, notices + (not refused)
+        title = not refused and bool(_TITLE.search(sentence))
+        if refused or title or _NOTICE.search(sentence):
+            refusals, titles = refusals + refused, titles + title
+            notices += not (refused or title)
             removed += _letters(sentence)
         else:
             left.append(sentence)
     letters = _letters(" ".join(left))
-    if refusals and letters < _REFUSAL_LETTERS:
+    if (refusals and letters < _REFUSAL_LETTERS) or (titles and letters < _TITLE_LETTERS):
         return "a check for humans, or an error page"
     if notices and (letters < _NOTICE_LETTERS or (notices > 2 and letters * 2 < removed)):
         return "only a request for cookies, scripts or consent"
@@ -90,5 +127,5 @@ def nothing_said(page: str) -> str | None:
 
 
 def _letters(text: str) -> int:
-    """Count letters; those of Chinese, Japanese and Korean say as much as four."""
+    """Count letters and digits; letters of Chinese, Japanese and Korean say as much as four."""
     return len(_LETTER.findall(text)) + 3 * len(_WIDE.findall(text))
