@@ -26,7 +26,6 @@ from mmsr1_jax.tools.web import Answer, WebError
 _ENDED = (None, "", "stop")
 _OPENINGS = ("{", "```")  # of a reply that has no thoughts before it
 _CUT_OFF = ("length", "max_tokens", "content_filter")
-_MAX_BYTES = 2_000_000  # of a reply, which is parsed on the event loop
 
 
 class EmptyReplyError(WebError):
@@ -93,7 +92,7 @@ class Chat:
         # Some servers label their JSON as text, so the content type is not checked.
         return await self.service.call(
             "POST", self._url, json=body, headers=self._headers, accept=(),
-            max_bytes=_MAX_BYTES, read=read_reply, even_if_down=even_if_down,
+            read=read_reply, even_if_down=even_if_down,
         )  # fmt: skip
 
 
