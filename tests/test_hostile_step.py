@@ -219,9 +219,13 @@ print(time.time(), flush=True)
 
 
 def test_the_program_ends_while_hostile_pages_are_read(tmp_path):
+    """Within 5 s where the machine is idle; the bound is for one that is not."""
     root = pathlib.Path(__file__).resolve().parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     with serve(make_app(hostile=True)) as address:
         command = [sys.executable, "-c", PROGRAM, address]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        ended = time.time()
     assert done.returncode == 0, done.stderr
+    first, last = done.stdout.splitlines()
+    assert first == "one is done" and ended - float(last) < 25
