@@ -22,7 +22,7 @@ _SECRET_NAMES = re.compile(
     r"|pw|t?otp|signature|sig|hmac|credentials?|authorization|auth|bearer|jwt|session|sid))",
 )
 _MARKS = re.compile("([?#&;])")  # before a parameter
-_HIDDEN = "***"
+HIDDEN = "***"
 _ROUNDS = 2  # of percent-encoding, one address within another
 
 
@@ -52,7 +52,7 @@ def redact(value: Any) -> Any:
         if _is_clean(text):
             return text
         # Where a secret begins and ends is not certain, such as in an encoded address.
-        return re.sub(r"\S+", lambda word: word[0] if _is_clean(word[0]) else _HIDDEN, text)
+        return re.sub(r"\S+", lambda word: word[0] if _is_clean(word[0]) else HIDDEN, text)
     if isinstance(value, dict):
         return {name: redact(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -81,7 +81,7 @@ def _redact_address(address: str) -> str:
     scheme, rest = _split(address)
     head, *query = re.split("([?#])", rest, maxsplit=1)
     if "@" in head:
-        head = f"{_HIDDEN}@{head.rpartition('@')[2]}"
+        head = f"{HIDDEN}@{head.rpartition('@')[2]}"
     done, *parts = _MARKS.split("".join([head, *query]))
     is_hidden = False
     for mark, parameter in zip(parts[::2], parts[1::2], strict=True):
@@ -89,14 +89,14 @@ def _redact_address(address: str) -> str:
         if equals:
             is_hidden = bool(value) and _is_secret(urllib.parse.unquote_plus(name))
             is_hidden = is_hidden or find_secret(value) is not None
-            done += f"{mark}{name}={_HIDDEN if is_hidden else value}"
+            done += f"{mark}{name}={HIDDEN if is_hidden else value}"
         elif not is_hidden:  # else it may be the rest of what is hidden
             done += mark + parameter
     return scheme + done
 
 
 def _is_clean(text: str) -> bool:
-    return find_secret(text.replace(f"{_HIDDEN}@", "").replace(f"={_HIDDEN}", "=")) is None
+    return find_secret(text.replace(f"{HIDDEN}@", "").replace(f"={HIDDEN}", "=")) is None
 
 
 def _has_password(head: str) -> bool:

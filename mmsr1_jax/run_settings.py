@@ -35,6 +35,8 @@ def read(path: pathlib.Path) -> tuple[settings.Config, str]:
     try:
         data = checked_json.load(path, _File)
         config = allowed.made(settings.Config, data.config, "config")
+        if config.services.store is not None:  # its password is not in the file
+            config.services.store = config.services.store.replace(f"{redaction.HIDDEN}@", "")
         return settings.validate(config), data.model
     except checked_json.FormatError as error:
         raise settings.ConfigError(str(error)) from None

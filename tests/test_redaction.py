@@ -51,6 +51,8 @@ def test_settings_with_a_secret_are_refused_without_showing_it(address):
         ("services", "put_url", "PUBLISHER_AUTHORIZATION"), ("services", "searxng_url", ""),
         ("tools", "index", ""), ("run", "model", ""),
     ):  # fmt: skip
+        if field == "store" and address.startswith(("redis:", "rediss:")):
+            continue  # see the next test
         changed = dataclasses.replace(getattr(config, part), **{field: address})
         with pytest.raises(ConfigError) as error:
             validate(dataclasses.replace(config, **{part: changed}))
@@ -60,6 +62,15 @@ def test_settings_with_a_secret_are_refused_without_showing_it(address):
     hosts = dataclasses.replace(config.services, allowed_hosts=("a", address))
     with pytest.raises(ConfigError, match=r"^config\.services\.allowed_hosts: "):
         validate(dataclasses.replace(config, services=hosts))
+
+
+def test_a_password_of_redis_is_taken_and_not_written(tmp_path):
+    config = Config()
+    config.services.store = "redis://:hunter2@127.0.0.1:6379/0"
+    run_settings.write(tmp_path / "config.json", validate(config), "m")
+    assert "hunter2" not in (tmp_path / "config.json").read_text()
+    read, _ = run_settings.read(tmp_path / "config.json")
+    assert read.services.store == "redis://127.0.0.1:6379/0"  # and STORE_PASSWORD
 
 
 @pytest.mark.parametrize("address", PLAIN)

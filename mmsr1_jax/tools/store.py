@@ -306,6 +306,7 @@ def entries_of(source: str | pathlib.Path) -> Iterator[tuple[str, str, bytes, in
                 raise StoreError(f"{source}: damaged")
             for kind, key, value, failed, made in connection.execute(query):
                 named = isinstance(kind, str) and isinstance(key, str) and ":" not in kind
+                value = value.encode("utf-8", "replace") if isinstance(value, str) else value
                 if named and _well_formed(value, failed, made):
                     yield kind, key, value, failed, min(made, now)
                 else:
