@@ -86,8 +86,6 @@ def _open_regular(path: str | os.PathLike, max_bytes: int) -> int:
     try:
         # Opening a pipe that nobody writes to would wait for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise FileRefusedError(path, "no such file") from None
     except (OSError, ValueError) as error:
         raise FileRefusedError(path, getattr(error, "strerror", None) or str(error)) from None
     found = os.fstat(descriptor)

@@ -284,8 +284,8 @@ def _open(source: bytes | str, name: str, frame: int, max_pixels: int, function:
     except PIL.UnidentifiedImageError:
         raise ImageError(f"{name}: not an image ({', '.join(FORMATS)})") from None
     except FileRefusedError as error:
-        missing = error.strerror == "no such file"
-        reason = error.strerror if missing else f"cannot be decoded ({error.strerror})"
+        missing = error.strerror.startswith("No such file")
+        reason = "no such file" if missing else f"cannot be decoded ({error.strerror})"
         raise ImageError(f"{name}: {reason}") from None
     except PIL.Image.DecompressionBombError as error:
         raise ImageError(f"{name}: {error}") from None

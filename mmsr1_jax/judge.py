@@ -43,15 +43,13 @@ _MARKERS = (
 )  # fmt: skip
 # The forms of a reply with thoughts in which what is quoted cannot be mistaken for the verdict,
 # provided that the thoughts hold no marker.
-_FRAMES = (
-    re.compile(r"(?:<think>)?(?P<thoughts>.*?)</think>(?P<verdict>.*)", re.DOTALL),
-    re.compile(
-        r"(?:<\|start\|>assistant)?"
-        r"(?:<\|channel\|>analysis<\|message\|>(?P<thoughts>.*?)<\|end\|>(?:<\|start\|>assistant)?)?"
-        r"<\|channel\|>final(?: ?<\|constrain\|>json)?<\|message\|>"
-        r"(?P<verdict>.*?)(?:<\|return\|>|<\|end\|>)?",
-        re.DOTALL,
-    ),
+_THINK_FRAME = re.compile(r"(?:<think>)?(?P<thoughts>.*?)</think>(?P<verdict>.*)", re.DOTALL)
+_HARMONY_FRAME = re.compile(
+    r"(?:<\|start\|>assistant)?"
+    r"(?:<\|channel\|>analysis<\|message\|>(?P<thoughts>.*?)<\|end\|>(?:<\|start\|>assistant)?)?"
+    r"<\|channel\|>final(?: ?<\|constrain\|>json)?<\|message\|>"
+    r"(?P<verdict>.*?)(?:<\|return\|>|<\|end\|>)?",
+    re.DOTALL,
 )
 NO_VERDICT = "no verdict in the reply: "  # begins the reason of an unreadable verdict
 _TEST = ("What is the capital of France?", ["Paris"], "The city of Paris")
@@ -258,7 +256,8 @@ def verdict_of(reply: Reply, answer: str, *others: str) -> tuple[bool, str]:
       answer: Answer that was judged; if it holds something that could be quoted as a verdict, the
         reply must be a verdict and nothing else, and must not be cut off.
       others: Question and gold answers; the same applies to them. If one of all these texts holds a
-        marker of thoughts, thoughts are allowed only in the forms of `_FRAMES`.
+        marker of thoughts, thoughts are allowed only in the forms of `_THINK_FRAME` and
+        `_HARMONY_FRAME`.
 
     Raises:
       NoVerdictError: The reply holds no verdict.
@@ -293,11 +292,9 @@ def _unframed(reply: Reply) -> tuple[bool, str]:
     raw = reply.raw or reply.thoughts
     if raw.startswith(("{", "```")):
         return bool(reply.raw and reply.thoughts), raw
-    for frame in _FRAMES:
-        if found := frame.fullmatch(raw):
-            if _holds(_folded(found["thoughts"] or ""), _MARKERS):
-                break
-            return True, found["verdict"]
+    found = _THINK_FRAME.fullmatch(raw) or _HARMONY_FRAME.fullmatch(raw)
+    if found and not _holds(_folded(found["thoughts"] or ""), _MARKERS):
+        return True, found["verdict"]
     raise NoVerdictError("more than the verdict, where markers of thoughts may be quoted")
 
 

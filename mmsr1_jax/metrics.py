@@ -79,8 +79,7 @@ def of_episodes(
     }
     for end in ("answer", "turns", "tokens"):
         figures[f"end/{end}"] = mean(episodes[i].end == end for i in ran)
-    if partial := mean(call.status == "ok" and bool(call.notes) for call in made):
-        figures["tool/partial"] = partial
+    figures["tool/partial"] = mean(call.status == "ok" and bool(call.notes) for call in made)
     if outcomes:
         figures["judge/asked"] = float(len(asked))
         for outcome in ("failed", "unreadable"):

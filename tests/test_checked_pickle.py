@@ -13,6 +13,7 @@ import pytest
 
 from mmsr1_jax import checked_pickle
 from mmsr1_jax.checked_pickle import PickleError
+from mmsr1_jax.image_files import upright_rgb
 from mmsr1_jax.rollout import prompts
 from mmsr1_jax.tools.services import fvqa
 
@@ -178,7 +179,7 @@ def test_pictures_of_all_modes_come_out_of_the_cache_as_pillow_has_them(tmp_path
         found = fvqa.read(path)["a"]
         assert [title for title, _ in found] == titles
         for (_, picture), original in zip(found, pictures, strict=True):
-            assert picture.tobytes() == original.convert("RGB").tobytes()
+            assert picture.tobytes() == upright_rgb(original).tobytes()
 
 
 def test_a_picture_that_is_named_often_is_decoded_once_and_results_are_bounded(tmp_path):

@@ -22,7 +22,7 @@ from mmsr1_jax.images import ImageError, ImageProcessor
 from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.models.qwen2_5_vl.checkpoint import CheckpointError
 from mmsr1_jax.models.qwen2_5_vl.vision import num_windows, pack_images
-from mmsr1_jax.tools import Query, embedding
+from mmsr1_jax.tools import Query, embedding, local
 from mmsr1_jax.tools.embedding import WINDOWS, Embedder
 from mmsr1_jax.tools.local import LocalIndex, LocalIndexError, build
 from mmsr1_jax.tools.make import make_tools
@@ -206,8 +206,8 @@ def test_an_index_without_embeddings(indexed, embed, tmp_path):
     build(tmp_path / "new", pictures=[lines])
     (tmp_path / "old").mkdir()
     with sqlite3.connect(tmp_path / "old" / "index.sqlite") as old:  # as it was before embeddings
-        old.execute("CREATE VIRTUAL TABLE page USING fts5(url UNINDEXED, title, snippet, text)")
-        old.execute("CREATE TABLE picture (hash BLOB, title TEXT, link TEXT, thumbnail BLOB)")
+        old.executescript(local._SCHEMA)
+        old.executescript("DROP TABLE embedded; ALTER TABLE picture DROP COLUMN embedding")
         old.execute("ATTACH ? AS new", (str(tmp_path / "new" / "index.sqlite"),))
         old.execute("INSERT INTO picture SELECT hash, title, link, thumbnail FROM new.picture")
     for path in (tmp_path / "new", tmp_path / "old", tmp_path):

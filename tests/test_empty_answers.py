@@ -26,14 +26,14 @@ class Answering:
     def __init__(self, *answers):
         self.answers, self.calls = list(answers), 0
 
-    async def call(self, method, url, **request):
+    async def call(self, method, url, read=lambda answer: answer, **request):
         self.calls += 1
         answer = self.answers[0] if len(self.answers) == 1 else self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
         if isinstance(answer, Answer):
-            return answer
-        return Answer("", "application/json", None, json.dumps(answer).encode())
+            return read(answer)
+        return read(Answer("", "application/json", None, json.dumps(answer).encode()))
 
 
 def text_answer(text, charset=None, media_type="text/plain"):

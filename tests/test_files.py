@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -164,21 +166,33 @@ def test_a_benchmark_names_files_of_its_folder_only(places, capsys):
     assert len(list(found)) == 4  # all but the pipe
 
 
+RESOLVE = """
+import pathlib, sys
+from mmsr1_jax.files import FileRefusedError
+from mmsr1_jax.score import resolve_paths
+
+def message(name):
+    return [{"role": "user", "content": [{"type": "image", "image": name}]}]
+
+data, secret = map(pathlib.Path, sys.argv[1:])
+for name in ("pipe.png", str(data / "pipe.png"), "/dev/zero", "pictures"):
+    try:
+        resolve_paths(message(name), data)
+    except FileRefusedError:
+        continue
+    sys.exit(f"{name} was taken")
+here = message(str(secret / "private.png"))
+assert resolve_paths(here, data) == here
+assert resolve_paths(message("own.png"), data) == message(str(data / "own.png"))
+"""
+
+
 def test_conversations_to_be_scored_name_regular_files(places):
-    """They may lie anywhere, as nothing of a picture is written; but reading them ends."""
-    from mmsr1_jax.score import resolve_paths  # only here: its flags are those of a command
-
-    data, secret = places
-
-    def message(name):
-        return [{"role": "user", "content": [{"type": "image", "image": name}]}]
-
-    for name in ("pipe.png", str(data / "pipe.png"), "/dev/zero", "pictures"):
-        with pytest.raises(files.FileRefusedError):
-            resolve_paths(message(name), data)
-    here = message(str(secret / "private.png"))
-    assert resolve_paths(here, data) == here
-    assert resolve_paths(message("own.png"), data) == message(str(data / "own.png"))
+    """They may lie anywhere, as nothing of a picture is written; but reading them ends. In a
+    process of its own, as flags are of one command."""
+    command = [sys.executable, "-c", RESOLVE, *map(str, places)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_pipe_never_makes_anyone_wait(places):

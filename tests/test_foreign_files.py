@@ -297,7 +297,7 @@ def test_an_index_with_an_odd_embedding_is_refused_by_row(tmp_path, embedding):
     ],
 )
 def test_an_index_with_other_tables_is_refused(tmp_path, statement):
-    with pytest.raises(LocalIndexError, match="index.sqlite: "):
+    with pytest.raises(LocalIndexError, match="i: "):
         LocalIndex(index_with(tmp_path / "i", statement))
 
 

@@ -34,6 +34,8 @@ SIZES = [*range(8, 48, 4), *(2**i for i in range(6, 22))]
 # Where an expression stands: module, and the name that it is assigned to or the function that it
 # is in -> texts of about n characters that are tried besides those of `texts_for`.
 EXPRESSIONS: dict[str, tuple[Text, ...]] = {
+    "judge._HARMONY_FRAME": (),
+    "judge._THINK_FRAME": (lambda n: "</think" * (n // 7),),
     "data.benchmarks.readers._slidevqa": (),
     "data.benchmarks.scores._EXACT": (lambda n: "a." * n, lambda n: "a@" + "b." * n),
     "data.benchmarks.scores._EXTRACTED": (),

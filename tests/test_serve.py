@@ -513,7 +513,7 @@ def test_mistakes_are_told_on_the_page(engine, open_page):
         fill(tab, "", PICTURES[0])
         assert mistake.inner_text() == "Write a question."
         fill(tab, "What?", b"no picture")
-        tab.wait_for_function("document.getElementById('mistake').textContent.includes('JPEG')")
+        _expect(tab.locator("#mistake")).to_contain_text("JPEG")
         choose(tab, bytes(200_000))
         assert mistake.inner_text() == "The picture is larger than 0.15 MB."
         tab.press("#question", "Enter")  # not with the picture before it
@@ -525,7 +525,7 @@ def test_mistakes_are_told_on_the_page(engine, open_page):
         fill(tab, QUESTIONS[0], PICTURES[0])
         gate.wait(1)
         tab.click("#stop")
-        tab.wait_for_function("document.querySelector('.status').textContent === 'Stopped.'")
+        _expect(tab.locator(".status").first).to_have_text("Stopped.")
         assert tab.locator("#send").is_enabled()
         gate.open()
         wait_for(lambda: not any(desk._under_way))
@@ -554,3 +554,10 @@ def test_the_command(tiny_dir, places):
         finally:
             process.send_signal(signal.SIGINT)
         assert process.wait(timeout=PATIENCE) == 0
+
+
+def _expect(locator):
+    """Wait by an assertion of Playwright: a function in a string needs the page to allow eval."""
+    from playwright.sync_api import expect  # as in `browser.py`: only where it is installed
+
+    return expect(locator)

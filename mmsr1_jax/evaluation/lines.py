@@ -82,7 +82,7 @@ class _Line(TypedDict):
     answers: list[str]
     answer: str | None
     end: str
-    turns: list[turns.Turn]
+    turns: list[dict[str, Any]]
     calls: list[_Call]
     reward: _Reward
     judge: NotRequired[Verdict | None]

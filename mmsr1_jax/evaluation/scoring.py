@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -133,8 +134,8 @@ def finish(
     results = results_of(outcomes, made_with) | {
         "no_verdict": open_ones, "unreadable": unreadable, "partial_searches": partial_searches,
     }  # fmt: skip
-    if counted := fallbacks.take():
-        results["fallbacks"] = counted
+    for name, count in fallbacks.take().items():
+        print(f"{out}: {name}: {count:g}", file=sys.stderr)
     if recorded:
         results["recorded"] = {"episodes": len(recorded), "same_actions": sum(recorded)}
     write_results(out, results)
