@@ -34,8 +34,7 @@ def of_episodes(
       `reward`, `accuracy`, `format`; `searches` an episode; `search/any`, `/text`, `/image`,
       `/both`, `/none`: shares of the episodes; `accuracy_of/CATEGORY`, `search_of/CATEGORY`;
       `turns`, `tokens` of an episode, `tokens_sampled`; `end/REASON`; `tool/calls`, `tool/failed`
-      (share of the calls), `tool/refused`, `tool/seconds` (mean of a call), `tool/partial` (share
-      of the calls that found something, but left out or mended part of it; absent if zero).
+      (share of the calls), `tool/refused`, `tool/seconds` (mean of a call).
 
       With a judge: `judge/asked`: answers that it was asked about; of these the shares
       `judge/failed`: those that it could not be asked about, and `judge/unreadable`: those whose
@@ -79,7 +78,6 @@ def of_episodes(
     }
     for end in ("answer", "turns", "tokens"):
         figures[f"end/{end}"] = mean(episodes[i].end == end for i in ran)
-    figures["tool/partial"] = mean(call.status == "ok" and bool(call.notes) for call in made)
     if outcomes:
         figures["judge/asked"] = float(len(asked))
         for outcome in ("failed", "unreadable"):
@@ -93,6 +91,13 @@ def of_episodes(
             figures[f"accuracy_of/{category}"] = mean(rewards[i].correct for i in judged)
         figures[f"search_of/{category}"] = mean(bool(kinds[i]) for i in chosen)
     return figures
+
+
+def partial_searches(episodes: Sequence[Episode]) -> float:
+    """Return the share of made searches that found something, but left out or mended part of it."""
+    calls = [call for episode in episodes for call in episode.calls if call.status != "refused"]
+    partial = [call.status == "ok" and bool(call.notes) for call in calls]
+    return float(statistics.fmean(partial or [0.0]))
 
 
 def check(also: str) -> None:

@@ -184,6 +184,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
         episodes, rewards = zip(*rolled.episodes, strict=True)
         categories = [rolled.asked[episode.group].category for episode in episodes]
         figures = metrics.of_episodes(episodes, rewards, categories)
+        figures["tool/partial"] = metrics.partial_searches(episodes)
         for call in itertools.chain(*(episode.calls for episode in episodes)):
             if call.notes and call.status in ("ok", "failed"):
                 words = f"searches fail or lack results, the first one: {call.notes[0]}"

@@ -302,7 +302,8 @@ def test_searches_that_lack_results_are_a_figure():
         episode = episode_of("<reason>r</reason><answer>x</answer>")
         episode.calls = [ToolCall(turn=0, action="text_search", query="q", status=status,
                                   notes=notes) for status, notes in calls]  # fmt: skip
-        return metrics.of_episodes([episode], [reward_of(1.0, True)], [""])
+        figures = metrics.of_episodes([episode], [reward_of(1.0, True)], [""])
+        return figures | {"tool/partial": metrics.partial_searches([episode])}
 
     assert of(("ok", ("page 2: HTTP status 403",)), ("ok", ()))["tool/partial"] == 0.5
     assert of(("failed", ("search: HTTP status 403",)))["tool/failed"] == 1

@@ -74,7 +74,7 @@ class _Line(TypedDict):
     source: str
     category: str
     group: Count
-    number: Count
+    number: NotRequired[Count]
     sample: Count
     allowed: Count
     tokens: Count
