@@ -143,7 +143,7 @@ def test_metrics_without_their_last_line_and_with_nan_are_read(tmp_path):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"turns": [{"nothing": 1}]}, {"turns": "x"}, {"turns": [5]}, {"turns": {}},
+        {"turns": "x"}, {"turns": [5]}, {"turns": {}},
         {"calls": [{"status": 1, "action": "x"}]}, {"calls": [{"status": "ok"}]}, {"group": "0"},
         {"group": -1}, {"number": None}, {"sample": 1.5}, {"tokens": 1e300}, {"question": ["q"]},
         {"answers": ["a", 5]}, {"answers": "abc"}, {"answer": 7}, {"judge": {}}, {"judge": "yes"},

@@ -60,7 +60,7 @@ EXPRESSIONS: dict[str, tuple[Text, ...]] = {
     "tools.services.summariser._SENTENCE_END": (lambda n: "ab." + " " * n + "x",),
     "tools.web._HOST": (),
     "tools.web._retry_after": (),
-    "checked_json._LONE_SURROGATE": (),
+    "checked_json._SURROGATE": (),
     "outputs._HOLDER": (),
     "outputs._LEFT_OVER": (),
     "redaction._ADDRESS": (lambda n: "a:b@" * (n // 4), lambda n: "a" * n + "?"),
