@@ -24,11 +24,6 @@ from mmsr1_jax.evaluation.compare import compare
 from mmsr1_jax.evaluation.figures import Outcome, figures
 from mmsr1_jax.evaluation.table import aligned
 
-_BEFORE = flags.DEFINE_string("before", None, "results of the policy before", required=True)
-_AFTER = flags.DEFINE_list("after", None, "results of policies after training", required=True)
-_RUNS = flags.DEFINE_list("runs", [], "runs whose curves are drawn")
-_PNG = flags.DEFINE_string("png", None, "file for the curves")
-
 NEEDLESS = "free"  # the category of questions that need no search (`data/tiny_world/world.py`)
 _OF = "search_of/"  # of a category
 _CURVES = {
@@ -191,4 +186,8 @@ def _decimal(value: float | None) -> str:
 
 
 if __name__ == "__main__":
+    _BEFORE = flags.DEFINE_string("before", None, "results of the policy before", required=True)
+    _AFTER = flags.DEFINE_list("after", None, "results of policies after training", required=True)
+    _RUNS = flags.DEFINE_list("runs", [], "runs whose curves are drawn")
+    _PNG = flags.DEFINE_string("png", None, "file for the curves")
     settings.run(main)

@@ -18,12 +18,6 @@ from absl import flags
 from mmsr1_jax import config as settings
 from mmsr1_jax.tools import local
 
-_PAGES = flags.DEFINE_multi_string("pages", [], "JSONL of pages")
-_IMAGES = flags.DEFINE_multi_string("images", [], "JSONL of pictures")
-_MODEL = flags.DEFINE_string("model", None, "HF directory whose vision tower embeds the pictures")
-_ROOTS = flags.DEFINE_list("image_roots", [], "other directories in which pictures may lie")
-_OUT = flags.DEFINE_string("out", None, "directory to write", required=True)
-
 
 def main(argv) -> None:
     del argv
@@ -42,4 +36,11 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
+    _PAGES = flags.DEFINE_multi_string("pages", [], "JSONL of pages")
+    _IMAGES = flags.DEFINE_multi_string("images", [], "JSONL of pictures")
+    _MODEL = flags.DEFINE_string(
+        "model", None, "HF directory whose vision tower embeds the pictures"
+    )
+    _ROOTS = flags.DEFINE_list("image_roots", [], "other directories in which pictures may lie")
+    _OUT = flags.DEFINE_string("out", None, "directory to write", required=True)
     settings.run(main)

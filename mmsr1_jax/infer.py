@@ -22,15 +22,6 @@ from mmsr1_jax.processor import Processor
 from mmsr1_jax.rollout.episode import Episode, Example
 from mmsr1_jax.rollout.make import make_engine
 
-_CONFIG = settings.define_flag()
-_MODEL = flags.DEFINE_string("model", None, "HF directory of the policy", required=True)
-_IMAGE = flags.DEFINE_multi_string("image", [], "picture of the question; may be given again")
-_QUESTION = flags.DEFINE_string("question", None, "the question", required=True)
-_INDEX = flags.DEFINE_string(
-    "tools.index", None, "local index to search in (config.tools.index); see mmsr1_jax.index"
-)
-_JSON = flags.DEFINE_bool("json", False, "print the episode as JSON")
-
 
 def main(argv) -> int:
     del argv
@@ -95,4 +86,12 @@ class Printer:
 
 
 if __name__ == "__main__":
+    _CONFIG = settings.define_flag()
+    _MODEL = flags.DEFINE_string("model", None, "HF directory of the policy", required=True)
+    _IMAGE = flags.DEFINE_multi_string("image", [], "picture of the question; may be given again")
+    _QUESTION = flags.DEFINE_string("question", None, "the question", required=True)
+    _INDEX = flags.DEFINE_string(
+        "tools.index", None, "local index to search in (config.tools.index); see mmsr1_jax.index"
+    )
+    _JSON = flags.DEFINE_bool("json", False, "print the episode as JSON")
     settings.run(main)

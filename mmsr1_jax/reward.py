@@ -22,23 +22,6 @@ from absl import app, flags
 from mmsr1_jax import checked_json, ending, outputs, rewards
 from mmsr1_jax.rollout import turns
 
-_IN = flags.DEFINE_string("episodes", None, "JSONL to read", required=True)
-_OUT = flags.DEFINE_string("out", None, "JSONL to write", required=True)
-_DEFAULT = rewards.Rewards()
-_MATCH = flags.DEFINE_enum("match", _DEFAULT.match, rewards.MATCHES, "what is a right answer")
-_SEARCH = flags.DEFINE_float(
-    "search_penalty", _DEFAULT.search_penalty, "what searching costs a right answer, in [0, 1]"
-)
-_PER_SEARCH = flags.DEFINE_bool(
-    "per_search_penalty", _DEFAULT.per_search_penalty, "each search costs that, not all together"
-)
-_FORMAT = flags.DEFINE_float(
-    "format_penalty", _DEFAULT.format_penalty, "the share that is for the form, in [0, 1]"
-)
-_STRICT = flags.DEFINE_bool(
-    "strict_form", _DEFAULT.strict_form, "no words between the reasoning of a turn and its action"
-)
-
 
 class LineError(ValueError):
     """A line that is no episode."""
@@ -165,4 +148,22 @@ def _parse_flags(argv) -> list[str]:
 
 
 if __name__ == "__main__":
+    default = rewards.Rewards()
+    _IN = flags.DEFINE_string("episodes", None, "JSONL to read", required=True)
+    _OUT = flags.DEFINE_string("out", None, "JSONL to write", required=True)
+    _MATCH = flags.DEFINE_enum("match", default.match, rewards.MATCHES, "what is a right answer")
+    _SEARCH = flags.DEFINE_float(
+        "search_penalty", default.search_penalty, "what searching costs a right answer, in [0, 1]"
+    )
+    _PER_SEARCH = flags.DEFINE_bool(
+        "per_search_penalty", default.per_search_penalty, "each search costs that, not all together"
+    )
+    _FORMAT = flags.DEFINE_float(
+        "format_penalty", default.format_penalty, "the share that is for the form, in [0, 1]"
+    )
+    _STRICT = flags.DEFINE_bool(
+        "strict_form",
+        default.strict_form,
+        "no words between the reasoning of a turn and its action",
+    )
     app.run(ending.guard(main), flags_parser=_parse_flags)

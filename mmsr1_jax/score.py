@@ -34,14 +34,6 @@ from mmsr1_jax.processor import ConversationError, Processor, Prompt
 
 _MAX_WAIT = 2048  # lines that a conversation waits at most for others of its shape
 
-_CONFIG = settings.define_flag()
-_MODEL = flags.DEFINE_string("model", None, "HF directory of the policy", required=True)
-_IN = flags.DEFINE_string("conversations", None, "JSONL to read", required=True)
-_OUT = flags.DEFINE_string("out", None, "JSONL to write", required=True)
-_DTYPE = flags.DEFINE_enum(
-    "dtype", None, settings.DTYPES, "overrides config.model.dtype (default: float32)"
-)
-
 
 def main(argv) -> int:
     del argv
@@ -249,4 +241,11 @@ def write_in_order(results: Iterator[tuple[int, dict]], order: list[int], out: p
 
 
 if __name__ == "__main__":
+    _CONFIG = settings.define_flag()
+    _MODEL = flags.DEFINE_string("model", None, "HF directory of the policy", required=True)
+    _IN = flags.DEFINE_string("conversations", None, "JSONL to read", required=True)
+    _OUT = flags.DEFINE_string("out", None, "JSONL to write", required=True)
+    _DTYPE = flags.DEFINE_enum(
+        "dtype", None, settings.DTYPES, "overrides config.model.dtype (default: float32)"
+    )
     settings.run(main)

@@ -25,15 +25,6 @@ from mmsr1_jax.data import tiny_world, write_parquet
 from mmsr1_jax.images import ImageProcessor
 from mmsr1_jax.models import qwen2_5_vl
 
-_OUT = flags.DEFINE_string("out", "build/tiny_world", "directory to write")
-_SEED = flags.DEFINE_integer("seed", 0, "seed of the world and of the random policy")
-_COUNTS = {
-    name: flags.DEFINE_integer(name, count, f"questions of {name}.parquet")
-    for name, count in (("train", 2400), ("heldout", 240), ("unmet", 120))
-}
-_STORIES = flags.DEFINE_integer(
-    "stories", 6000, "lines each of demonstrations.jsonl, memories.jsonl and practice.jsonl; or 0"
-)
 _PRACTICE = 12  # small worlds in which reading is practised
 
 # A photo of 84 x 84 pixels is 9 tokens, a thumbnail of 56 x 56 4.
@@ -126,4 +117,15 @@ def _write(stories: Sequence[Mapping[str, Any]], out: pathlib.Path, name: str) -
 
 
 if __name__ == "__main__":
+    _OUT = flags.DEFINE_string("out", "build/tiny_world", "directory to write")
+    _SEED = flags.DEFINE_integer("seed", 0, "seed of the world and of the random policy")
+    _COUNTS = {
+        name: flags.DEFINE_integer(name, count, f"questions of {name}.parquet")
+        for name, count in (("train", 2400), ("heldout", 240), ("unmet", 120))
+    }
+    _STORIES = flags.DEFINE_integer(
+        "stories",
+        6000,
+        "lines each of demonstrations.jsonl, memories.jsonl and practice.jsonl; or 0",
+    )
     settings.run(main)

@@ -15,7 +15,7 @@ import PIL.Image
 import pytest
 
 from mmsr1_jax import config as config_module
-from mmsr1_jax import tiny
+from mmsr1_jax import score, tiny
 from mmsr1_jax.images import ImageProcessor
 from mmsr1_jax.processor import Processor, Prompt
 
@@ -309,8 +309,6 @@ def test_log_probs_that_are_not_finite_are_an_error():
     prompt = Prompt(np.arange(5, dtype=np.int32), ())
     rows = np.array([[0, -1, -2, np.nan, -3, 0], [0, -1, -2, -1, -3, 0]], np.float32)
     batch = [(4, {"id": "a"}, prompt), (9, {"id": "b"}, prompt)]
-    from mmsr1_jax import score  # defines its flags when it is imported
-
     (_, bad), (number, good) = score.finish(batch, rows)
     assert bad == {"id": "a", "error": "line 4: the log-prob of token 3 is not finite"}
     assert number == 9 and good["logprobs"] == [None, -1, -2, -1, -3]
@@ -320,7 +318,7 @@ def test_a_line_of_a_rare_shape_does_not_wait_for_ever(tiny_dir, processor, monk
     """Its batch goes without being full, and the result is the same."""
     import jax
 
-    from mmsr1_jax import score, sharding
+    from mmsr1_jax import sharding
     from mmsr1_jax.models import qwen2_5_vl
 
     mesh = sharding.make_mesh(devices=jax.devices()[:1])

@@ -20,13 +20,6 @@ from absl import app, flags
 from mmsr1_jax import ending
 from mmsr1_jax.report import page, reader
 
-_OUT = flags.DEFINE_string("out", None, "HTML file to write", required=True)
-_MODEL = flags.DEFINE_string("model", None, "HF directory of the policy, for its tokenizer")
-_PICTURES = flags.DEFINE_string("pictures", None, "another directory whose pictures may be shown")
-_EPISODES = flags.DEFINE_integer(
-    "episodes", 1000, "episodes that are shown at most; of more, evenly spaced ones", lower_bound=1
-)
-
 
 def main(argv) -> None:
     out = pathlib.Path(_OUT.value)
@@ -57,4 +50,15 @@ def _parse_flags(argv) -> list[str]:
 
 
 if __name__ == "__main__":
+    _OUT = flags.DEFINE_string("out", None, "HTML file to write", required=True)
+    _MODEL = flags.DEFINE_string("model", None, "HF directory of the policy, for its tokenizer")
+    _PICTURES = flags.DEFINE_string(
+        "pictures", None, "another directory whose pictures may be shown"
+    )
+    _EPISODES = flags.DEFINE_integer(
+        "episodes",
+        1000,
+        "episodes that are shown at most; of more, evenly spaced ones",
+        lower_bound=1,
+    )
     app.run(ending.guard(main), flags_parser=_parse_flags)

@@ -26,14 +26,6 @@ from mmsr1_jax.serve.app import Limits, make_app
 from mmsr1_jax.serve.connections import make_protocol
 from mmsr1_jax.serve.desk import Desk
 
-_CONFIG = settings.define_flag()
-_MODEL = flags.DEFINE_string("model", None, "HF directory of the policy", required=True)
-_INDEX = flags.DEFINE_string(
-    "tools.index", None, "local index to search in (config.tools.index); see mmsr1_jax.index"
-)
-_HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0: all")
-_PORT = flags.DEFINE_integer("port", 8080, "port; 0: any that is free", 0, 65535)
-_NAMES = flags.DEFINE_multi_string("name", [], "another name by which the page is asked for")
 _CONNECTIONS = 256  # at a time, all with requests under way; what is more is refused
 
 
@@ -96,4 +88,12 @@ def _is_loopback(host: str) -> bool:
 
 
 if __name__ == "__main__":
+    _CONFIG = settings.define_flag()
+    _MODEL = flags.DEFINE_string("model", None, "HF directory of the policy", required=True)
+    _INDEX = flags.DEFINE_string(
+        "tools.index", None, "local index to search in (config.tools.index); see mmsr1_jax.index"
+    )
+    _HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0: all")
+    _PORT = flags.DEFINE_integer("port", 8080, "port; 0: any that is free", 0, 65535)
+    _NAMES = flags.DEFINE_multi_string("name", [], "another name by which the page is asked for")
     settings.run(main, interrupted=0)

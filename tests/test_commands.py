@@ -1,0 +1,27 @@
+"""What holds for every command of the package."""
+
+import importlib
+import pathlib
+
+import pytest
+from absl import flags
+
+import mmsr1_jax
+
+PACKAGE = pathlib.Path(mmsr1_jax.__file__).parent
+COMMANDS = sorted(
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if '\nif __name__ == "__main__":' in path.read_text()
+)
+
+
+def test_all_commands_are_known():
+    assert {"mmsr1_jax.train", "mmsr1_jax.serve.__main__", "mmsr1_jax.tiny"} < set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_importing_a_command_defines_no_flags(name):
+    """Flags of the same name belong to several commands, and a program may import more than one."""
+    importlib.import_module(name)
+    assert name not in flags.FLAGS.flags_by_module_dict()
