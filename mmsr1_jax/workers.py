@@ -5,6 +5,10 @@ process from exiting. Here such work runs in a small pool of processes, each tas
 time, wall time and memory. A task that exceeds a limit fails alone: its process is killed and
 replaced, other tasks are unaffected.
 
+Short tasks do not queue behind long ones. A task that has used 0.5 s of CPU time is stopped and run
+again, with its full limit, once no new task is waiting. So a few hundred hostile pages delay an
+honest one by about half a second each, not by their limit.
+
 Workers are spawned by exec, never forked. They import neither JAX nor the program's main module.
 All environment variables outside `_ENVIRONMENT` are blank in them, so no API key is in their reach.
 They are killed when this process exits; if it is killed, an idle worker ends at once and a busy one
@@ -36,6 +40,7 @@ _ENVIRONMENT = frozenset((
     "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE",
 ))  # fmt: skip
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+_FIRST_RUN = 0.5  # seconds of CPU time after which a task yields to tasks that have not run yet
 _START = 5.0  # seconds that starting or ending a worker may take
 _POLL = 0.2  # seconds between looks at whether the interpreter is shutting down
 
@@ -116,6 +121,12 @@ class _Task:
     limits: Limits
     future: concurrent.futures.Future
     deadline: float = math.inf  # on the monotonic clock, beyond which it is given up
+    long: bool = False  # exceeded `_FIRST_RUN` and runs again with its full limit
+
+    def limits_now(self) -> Limits:
+        """Return the limits of the next run."""
+        first = min(_FIRST_RUN, self.limits.cpu_seconds)
+        return self.limits if self.long else dataclasses.replace(self.limits, cpu_seconds=first)
 
 
 class _Pool:
@@ -133,6 +144,7 @@ class _Pool:
         self.size = size
         self._lock = threading.RLock()
         self._waiting: collections.deque[_Task] = collections.deque()
+        self._long: collections.deque[_Task] = collections.deque()
         self._idle: list[pebble.ProcessPool] = []
         self._running: dict[_Task, pebble.ProcessPool] = {}
         self._watching = False
@@ -146,7 +158,9 @@ class _Pool:
 
     def close(self) -> None:
         with self._lock:
-            waiting, self._waiting = self._waiting, collections.deque()
+            waiting = [*self._waiting, *self._long]
+            self._waiting.clear()
+            self._long.clear()
             running, self._running = self._running, {}
             idle, self._idle = self._idle, []
         for task in waiting:
@@ -161,15 +175,15 @@ class _Pool:
     def _dispatch(self) -> None:
         """Hand waiting tasks to idle workers."""
         with self._lock:
-            while self._waiting and len(self._running) < self.size:
-                task = self._waiting.popleft()
+            while len(self._running) < self.size and (queue := self._waiting or self._long):
+                task = queue.popleft()
                 if task.future.cancelled():
                     continue
                 try:
                     worker = self._idle.pop() if self._idle else _new_worker()
                     inner = worker.schedule(
                         _limited,
-                        args=(task.function, task.args, task.limits),
+                        args=(task.function, task.args, task.limits_now()),
                         timeout=task.limits.wall_seconds,
                     )
                 except Exception as error:
@@ -187,12 +201,22 @@ class _Pool:
         with self._lock:
             worker = self._running.pop(task, None)
             sound = not inner.cancelled() and inner.exception() is None
+            again = (
+                worker is not None
+                and not task.long
+                and task.limits.cpu_seconds > _FIRST_RUN
+                and _out_of_cpu_time(inner)
+            )
             if worker is not None and sound:
                 self._idle.append(worker)
+            if again:
+                task.long = True
+                self._long.append(task)
         if worker is not None:  # else the task was given up
             if not sound:  # it was killed, and may have left half a message in its pipe
                 _end(worker)
-            _settle(task, *_outcome(task, inner))
+            if not again:
+                _settle(task, *_outcome(task, inner))
         self._dispatch()
 
     def _watch(self) -> None:
@@ -253,6 +277,13 @@ def _settle(task: _Task, result: Any, error: BaseException | None = None) -> Non
             task.future.set_result(result)
         else:
             task.future.set_exception(error)
+
+
+def _out_of_cpu_time(done: concurrent.futures.Future) -> bool:
+    """Return whether a run ended because its process exceeded its CPU time."""
+    error = None if done.cancelled() else done.exception()
+    expired = (-signal.SIGPROF, -signal.SIGXCPU)
+    return isinstance(error, pebble.ProcessExpired) and error.exitcode in expired
 
 
 def _why_it_died(exit_code: int, limits: Limits) -> WorkerError:

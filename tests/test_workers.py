@@ -57,6 +57,26 @@ def test_tasks_behind_hostile_ones_are_done():
     assert results[4:] == [3] * 8
 
 
+BUSY = "import time\nend = time.process_time() + 1.0\nwhile time.process_time() < end: pass"
+
+
+def test_short_tasks_do_not_queue_behind_long_ones():
+    """In the order in which they end: none of the long ones needs more than its limit allows."""
+
+    async def main():
+        order = []
+
+        async def task(name, code):
+            await workers.run_async(exec, code, limits=Limits(cpu_seconds=3.0, wall_seconds=600.0))
+            order.append(name)
+
+        long = [task("long", BUSY) for _ in range(2 * workers.count())]
+        await asyncio.gather(*long, *(task("short", "") for _ in range(8)))
+        return order
+
+    assert asyncio.run(main()) == ["short"] * 8 + ["long"] * 2 * workers.count()
+
+
 def test_a_cancelled_task_leaves_its_worker_to_others():
     """Else this test would not end."""
 
@@ -95,6 +115,8 @@ def test_workers_hold_no_key_and_import_no_jax(monkeypatch):
 PROGRAM = """
 import multiprocessing, sys, threading, time
 from mmsr1_jax import workers
+
+workers._FIRST_RUN = 1e6  # so that the processes stay the same
 
 def hang():
     try:
