@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
 from mmsr1_jax import config as settings
+from mmsr1_jax.evaluation import scoring
 from mmsr1_jax.evaluation.scoring import finish, judged, rescore
 from mmsr1_jax.evaluation.table import table
 from mmsr1_jax.judge import Judge
@@ -201,6 +202,23 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path, capsys, cut):
     path.write_bytes(before + b"\n")  # is a line then, and a wrong one
     with pytest.raises(ValueError, match="a.jsonl, line 3: not "):
         rescore(settings.Config(), path, tmp_path / "out")
+
+
+def test_results_never_lie_beside_other_episodes(tmp_path, monkeypatch):
+    """Killed between the two files, there are no results, and the same command writes them."""
+    out = tmp_path / "out"
+    rescore(settings.Config(), write(tmp_path / "a.jsonl", "a", 2), out)
+    path = write(tmp_path / "b.jsonl", "b", 3)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scoring, "write_results", killed)
+        rescore(settings.Config(), path, out)
+    assert len(read(out)) == 3 and not (out / "results.json").exists()
+    rescore(settings.Config(), path, out)
+    assert (out / "results.json").is_file()
 
 
 def test_half_a_surrogate_pair_is_kept(tmp_path, server):

@@ -26,7 +26,7 @@ from mmsr1_jax.evaluation import lines
 from mmsr1_jax.evaluation.asking import digest_of, replies_to
 from mmsr1_jax.evaluation.figures import Outcome
 from mmsr1_jax.evaluation.lines import EPISODES
-from mmsr1_jax.evaluation.scoring import results_of, write_results
+from mmsr1_jax.evaluation.scoring import RESULTS, results_of, write_results
 from mmsr1_jax.judge import Judge
 from mmsr1_jax.tools.make import make_judge
 from mmsr1_jax.tools.web import BodyError, WebError
@@ -101,6 +101,7 @@ def finish_documents(
             pages[line["group"]] = line.get("pages_left_out", 0)
             outcomes.setdefault(line["workflow"], []).append(lines.outcome_of(line))
             new.write(json.dumps(line, ensure_ascii=False) + "\n")
+        (out / RESULTS).unlink(missing_ok=True)  # of the episodes that are about to be replaced
     (out / _EXTRACTIONS).unlink(missing_ok=True)
 
     made = {**results, **results_of(outcomes, results["made_with"])}

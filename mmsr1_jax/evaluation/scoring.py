@@ -63,7 +63,8 @@ def finish(
     made_with: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Has the episodes of a file judged, as far as `judge_model` has given no verdict on them, and
-    writes `episodes.jsonl`, sorted and with the verdicts, and `results.json`.
+    writes `episodes.jsonl`, sorted and with the verdicts, and then `results.json`. A process killed
+    between the two leaves no `results.json`; the same command writes it.
 
     Args:
       path: of the file; may be `out / EPISODES`.
@@ -129,6 +130,7 @@ def finish(
                 read = [turn["action"] for turn in line["turns"]]
                 recorded.append(read == line["recorded_actions"])
             new.write(json.dumps(line, ensure_ascii=False) + "\n")
+        (out / RESULTS).unlink(missing_ok=True)  # of the episodes that are about to be replaced
     (out / _VERDICTS).unlink(missing_ok=True)
 
     results = results_of(outcomes, made_with) | {
