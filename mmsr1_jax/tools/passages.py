@@ -2,6 +2,7 @@
 
 import re
 import sqlite3
+import threading
 from collections.abc import Iterator
 
 from mmsr1_jax.tools.words import TOKENIZER, search_form, words_of
@@ -12,6 +13,8 @@ _SENTENCE_END = re.compile(
     "|[\u3002\uff01\uff1f\uff0e\uff61\u0589\u061f\u06d4\u0964\u0965\u104a\u104b\u1362\u17d4\u17d5]"
     "[\"')\\]\u300d\u300f\u3011\uff09\u00bb\u2019\u201d]*"
 )
+
+_OF_THREAD = threading.local()
 
 
 def best_passages(page: str, question: str, chars: int) -> str:
@@ -24,18 +27,7 @@ def best_passages(page: str, question: str, chars: int) -> str:
     if sum(map(len, paragraphs)) <= chars:
         return "\n".join(paragraphs)
     pieces = [piece for paragraph in paragraphs for piece in _pieces(paragraph, chars)]
-    query, order = words_of(question), []
-    if query:
-        with sqlite3.connect(":memory:") as table:
-            table.execute(f'CREATE VIRTUAL TABLE piece USING fts5(text, tokenize = "{TOKENIZER}")')
-            rows = ((search_form(piece),) for piece in pieces)
-            table.executemany("INSERT INTO piece VALUES (?)", rows)
-            rows = table.execute(
-                "SELECT rowid - 1 FROM piece WHERE piece MATCH ? ORDER BY bm25(piece), rowid",
-                (query,),
-            )
-            order = [row for (row,) in rows]
-        table.close()
+    order = _ranked(pieces, words_of(question))
     chosen, left = [], chars
     for number in order or range(len(pieces)):
         if len(pieces[number]) <= left:
@@ -44,6 +36,33 @@ def best_passages(page: str, question: str, chars: int) -> str:
         elif not chosen or not order:
             break
     return "\n".join(pieces[number] for number in sorted(chosen))
+
+
+def _ranked(pieces: list[str], query: str) -> list[int]:
+    """Return the indices of the pieces that match an FTS5 query, best first."""
+    if not query:
+        return []
+    table = _table()
+    table.execute("BEGIN")
+    try:
+        rows = ((search_form(piece),) for piece in pieces)
+        table.executemany("INSERT INTO piece VALUES (?)", rows)
+        found = table.execute(
+            "SELECT rowid - 1 FROM piece WHERE piece MATCH ? ORDER BY bm25(piece), rowid", (query,)
+        )
+        return [index for (index,) in found]
+    finally:
+        table.execute("ROLLBACK")
+
+
+def _table() -> sqlite3.Connection:
+    """Return this thread's empty table. Making one takes longer than ranking a page."""
+    if not hasattr(_OF_THREAD, "table"):
+        _OF_THREAD.table = sqlite3.connect(":memory:", isolation_level=None)
+        _OF_THREAD.table.execute(
+            f'CREATE VIRTUAL TABLE piece USING fts5(text, tokenize = "{TOKENIZER}")'
+        )
+    return _OF_THREAD.table
 
 
 def _pieces(paragraph: str, chars: int) -> Iterator[str]:
