@@ -85,7 +85,7 @@ def write_stories(world: tiny_world.World, out: pathlib.Path, count: int) -> Non
     """What a warm start is taught, `count` lines in each of three files, with their pictures in
     `out/stories/` and the indices of other worlds in `out/practice/`."""
     practised = []
-    for number in range(_PRACTICE):
+    for number in range(min(_PRACTICE, count)):
         other = tiny_world.World.make(
             world.seed + 1 + number, landmarks=100, remembered=1, unmet=1, strangers=1
         )

@@ -4,12 +4,13 @@ import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the time goes into compiling small programs that run once: machine code is not optimised,
-# and the commands that tests start find what others of them have compiled.
+# Most of the time goes into compiling small programs that run a few times: machine code is hardly
+# optimised, and the commands that tests start find what others of them have compiled.
 os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
+    "--xla_backend_optimization_level=1",
+    "--xla_llvm_disable_expensive_passes=true",
 ])  # fmt: skip
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="compiled")

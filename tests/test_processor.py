@@ -124,6 +124,7 @@ def test_text_never_becomes_control(released, processor):
         assert (prompt.tokens == proc.control["<|image_pad|>"]).sum() == 0
 
 
+@pytest.mark.proof
 def test_directory_without_tokenizer_json(shared, tmp_path, processor):
     """Old checkpoints have vocab.json and merges.txt only."""
     raw = json.loads((shared / "tokenizer" / "qwen" / "tokenizer.json").read_text("utf-8"))

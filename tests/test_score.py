@@ -18,22 +18,16 @@ from mmsr1_jax import config as config_module
 from mmsr1_jax import score, tiny
 from mmsr1_jax.images import ImageProcessor
 from mmsr1_jax.processor import Processor, Prompt
+from tests.programs import environment
 
 
 def run(*arguments, devices=1, module="mmsr1_jax.score", cwd=None):
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": root,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0",  # see conftest
-    }
     return subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=environment,
+        env={**environment(devices), "PYTHONPATH": root},
         cwd=cwd or root,
         timeout=300,
     )

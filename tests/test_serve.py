@@ -35,6 +35,7 @@ from mmsr1_jax.serve.desk import Desk
 from mmsr1_jax.serve.telling import Teller
 from mmsr1_jax.tools.local import build
 from tests import acting, browser
+from tests.programs import environment
 from tests.servers import serve
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -537,8 +538,7 @@ def test_mistakes_are_told_on_the_page(engine, open_page):
 def test_the_command(tiny_dir, places):
     command = [sys.executable, "-m", "mmsr1_jax.serve", f"--model={tiny_dir}",
                f"--config={places[2]}", "--config.turns.turns=1"]  # fmt: skip
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    keywords = dict(cwd=ROOT, env=environment, text=True)
+    keywords = dict(cwd=ROOT, env=environment(), text=True)
     with subprocess.Popen([*command, "--port=0"], **keywords, stdout=subprocess.PIPE) as process:
         try:
             url = re.match(r"(http://127\.0\.0\.1:\d+)/ ", process.stdout.readline())[1]

@@ -26,9 +26,10 @@ from mmsr1_jax.judge import Verdict
 from mmsr1_jax.rewards import Reward, episode_reward
 from mmsr1_jax.rollout.episode import Episode, Example, Segment, ToolCall
 from mmsr1_jax.rollout.turns import parse
+from tests.programs import environment
 from tests.servers import serve
 from tests.test_rewards import Server
-from tests.test_train import ROOT, one_device
+from tests.test_train import ROOT
 
 PROMPT, SHOWN = 5, 2  # tokens
 TEXT = {
@@ -404,7 +405,7 @@ def test_updates_that_are_not_finite_end_the_run(tmp_path):
     tensors = safetensors.numpy.load_file(weights)
     tensors["model.norm.weight"][3] = np.nan
     safetensors.numpy.save_file(tensors, weights, {"format": "pt"})
-    done = run(workdir, policy, "--config.update.bad_in_a_row=3", environment=one_device())
+    done = run(workdir, policy, "--config.update.bad_in_a_row=3", environment=environment())
     assert done.returncode == 1, done.stderr[-3000:]
     (path,) = workdir.glob("*.npz")
     assert (

@@ -460,7 +460,7 @@ def test_questions_as_parquet(world, tmp_path):
 
 def test_the_command_writes_what_others_read(tmp_path):
     out = tmp_path / "world"
-    counts = ["--train=8", "--heldout=4", "--unmet=4", "--stories=12"]
+    counts = ["--train=8", "--heldout=4", "--unmet=4", "--stories=3"]
     done = run(f"--out={out}", *counts, module="mmsr1_jax.tiny_world")
     assert done.returncode == 0, done.stderr
     for split, count in (("train", 8), ("heldout", 4), ("unmet", 4)):
@@ -469,7 +469,7 @@ def test_the_command_writes_what_others_read(tmp_path):
     assert LocalIndex(out / "index")
     for name in ("demonstrations", "memories", "practice"):
         stories = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
-        assert len(stories) == 12 and all(story["turns"] for story in stories)
+        assert len(stories) == 3 and all(story["turns"] for story in stories)
         assert all((out / path).is_file() for story in stories for path in story["images"])
         indices = {story["index"] for story in stories if "index" in story}
         assert bool(indices) == (name == "practice")

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import pathlib
 import random
 import runpy
@@ -19,6 +18,7 @@ from mmsr1_jax import config as settings
 from mmsr1_jax import metrics, tiny
 from mmsr1_jax.data import QuestionSource, tiny_world, write_parquet
 from mmsr1_jax.rl.samples import figures_of
+from tests.programs import environment
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = [
@@ -54,11 +54,6 @@ def questions(tmp_path_factory):
     return folder / "q.parquet"
 
 
-def one_device():
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-    return {**os.environ, "XLA_FLAGS": flags}
-
-
 def command(workdir, *arguments):
     return [sys.executable, "-m", "mmsr1_jax.train", f"--workdir={workdir}", *map(str, arguments)]
 
@@ -72,7 +67,7 @@ def begin(workdir, questions, *arguments):
 
 def run(command):
     return subprocess.run(
-        command, cwd=ROOT, env=one_device(), capture_output=True, text=True, timeout=600
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
     )
 
 
@@ -141,7 +136,7 @@ def kill_when(process, condition, seconds=300):
 
 def start(arguments):
     return subprocess.Popen(
-        arguments, cwd=ROOT, env=one_device(),
+        arguments, cwd=ROOT, env=environment(),
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -232,7 +227,7 @@ def real_index(shared, tmp_path_factory):
 @pytest.mark.parametrize(
     "name, tokenizer",
     [
-        ("fvqa_mini", "own"),
+        pytest.param("fvqa_mini", "own", marks=pytest.mark.proof),
         pytest.param("fvqa_mini", "released", marks=pytest.mark.proof),
         pytest.param("infoseek_mini", "own", marks=pytest.mark.proof),
     ],

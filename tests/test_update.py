@@ -121,18 +121,17 @@ def assert_same(found, expected):
         np.testing.assert_allclose(10 * moments[name], 10 * moment, rtol=0, atol=1e-5)
 
 
-def test_packing_and_micro_batches_change_nothing(one, expected):
+@pytest.mark.parametrize(
+    "shape", [(1, 128, 16), pytest.param((1, 512, 64), marks=pytest.mark.proof)]
+)
+def test_packing_and_micro_batches_change_nothing(one, expected, shape):
     figures, moments = expected
     assert figures["finite"] == 1 and max(np.abs(m).max() for m in moments.values()) > 1e-3
-    for shape, order in (
-        (packing.RowShape(1, 128, 16), -1),
-        (packing.RowShape(1, 512, 64), -1),
-    ):
-        batches = prepared(one, samples_of(CONFIG)[::order], shape)
-        assert_same(after(one, batches), expected)
+    batches = prepared(one, samples_of(CONFIG)[::-1], packing.RowShape(*shape))
+    assert_same(after(one, batches), expected)
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 4, 2)])
+@pytest.mark.parametrize("shape", [pytest.param((1, 8, 1), marks=pytest.mark.proof), (1, 4, 2)])
 def test_eight_devices(expected, shape):
     other = learner(CONFIG, sharding.make_mesh(*shape))
     batches = prepared(other, samples_of(CONFIG), packing.RowShape(8, 128, 16))
