@@ -38,7 +38,7 @@ warm_start: $(VENV)/.runtime
 	cp -r build/tiny_warm_start_facts/policy $(WARM_START)
 
 test: $(VENV)/.tests lint
-	$(RUN) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What takes too long for every day.
 proofs: $(VENV)/.tests

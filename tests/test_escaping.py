@@ -3,13 +3,13 @@
 import collections
 import json
 import random
-import time
 import unicodedata
 
 import pytest
 from confusable_homoglyphs.confusables import confusables_data
 
 from mmsr1_jax.rollout.escaping import _edits, harmless
+from tests.timing import assert_linear
 
 TAGS = (
     # As they are, and with signs or spaces in them.
@@ -225,24 +225,13 @@ PATTERNS = {
 
 
 def test_escaping_is_linear():
-    """Ten times the text takes at most 15 times as long; the shortest of two runs each."""
+    for piece in PATTERNS.values():
 
-    def seconds(piece: str, length: int) -> float:
-        text = "<2&" + piece * (length // len(piece))
-        times = []
-        for _ in range(2):
-            begin = time.process_time()
-            harmless(text)
-            times.append(time.process_time() - begin)
-        return min(times)
+        def escaping(length, piece=piece):
+            text = "<2&" + piece * (length // len(piece))
+            return lambda: harmless(text)
 
-    for name, piece in PATTERNS.items():
-        for _ in range(5):  # a measurement that was disturbed is made again
-            small, large = seconds(piece, 4_000), seconds(piece, 40_000)
-            if large <= 15 * small:
-                break
-        else:
-            pytest.fail(f"{name}: {small:.4f} s for 4,000 characters, {large:.4f} s for 40,000")
+        assert_linear(escaping, 4_000)
 
 
 def test_real_pages_and_titles_are_harmless(shared):

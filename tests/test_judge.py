@@ -6,7 +6,6 @@ import contextlib
 import json
 import random
 import socket
-import time
 import types
 
 import pytest
@@ -27,6 +26,7 @@ from mmsr1_jax.tools.stored import Stored
 from mmsr1_jax.tools.web import Answer, Web
 from tests.servers import serve
 from tests.test_step import Engine, config_of, questions_of
+from tests.timing import assert_linear
 
 RIGHT = '{"correct": true, "reason": "same city"}'
 WRONG = '{"correct": false, "reason": "another city"}'
@@ -316,40 +316,43 @@ def test_a_store_from_elsewhere_gives_no_verdict_of_another_shape(server, tmp_pa
 
 
 def test_replies_are_read_in_linear_time():
-    """Ten times the text takes at most fifteen times as long, in the best of four measurements."""
+    def check(read, text_of):
+        def reading(length):
+            text = text_of(length)
 
-    def seconds(read, text):
-        best = float("inf")
-        for _ in range(3):
-            begin = time.process_time()
-            for _ in range(10):
-                with contextlib.suppress(NoVerdictError):
-                    read(text)
-            best = min(best, time.process_time() - begin)
-        return best + 1e-4
+            def call():
+                for _ in range(10):
+                    with contextlib.suppress(NoVerdictError):
+                        read(text)
 
-    def linear(read, small, large):
-        return any(seconds(read, large) < 15 * seconds(read, small) for _ in range(4))
+            return call
+
+        assert_linear(reading, 1900)
 
     def chat(text):
         return read_reply(Answer("", "", None, text.encode()))
 
     for unit in ("\n", "{ ", '{"', '{"a":', "```\n", "</think>", "<think> ", "<|message|>", "{}",
                  RIGHT[:-1], "\\u007b", " {\t"):  # fmt: skip
-        small, large = (unit * (size // len(unit)) for size in (1900, 19_000))
+
+        def text_of(length, unit=unit):
+            return unit * (length // len(unit))
+
+        def reply_of(length, text_of=text_of):
+            return json.dumps(message(text_of(length) * 5))
+
         for alone in (False, True):
 
             def verdict(text, alone=alone):
                 return read_verdict(text, alone=alone)
 
-            assert linear(verdict, small, large), unit
-        small, large = (json.dumps(message(text)) for text in (small * 5, large * 5))
-        assert linear(chat, small, large), unit
+            check(verdict, text_of)
+        check(chat, reply_of)
 
         def marked(text):
             return verdict_of(chat(text), "<|")
 
-        assert linear(marked, small, large), unit
+        check(marked, reply_of)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import lzma
 import pickle
 import subprocess
 import sys
-import time
 import zlib
 
 import pytest
@@ -14,6 +13,7 @@ import trafilatura
 
 from mmsr1_jax.tools import page_text
 from mmsr1_jax.tools.page_text import PageError, extract, read_page
+from tests.timing import assert_linear
 
 ARTICLE = """<!DOCTYPE html><html lang="en"><head><title>T</title>
 <script>var evil = 1;</script></head>
@@ -95,15 +95,12 @@ HOSTILE = {
 def test_time_grows_with_the_length_of_a_page(name):
     """The parts of extractors that are not linear are not reached."""
 
-    def seconds(n):
-        text = HOSTILE[name](n)
+    def extraction(length):
+        text = HOSTILE[name](length)
         text = text if text[:2].lower() in ("<!", "<h") else f"<html><body><article>{text}"
-        begin = time.process_time()
-        extract(text.encode())
-        return time.process_time() - begin
+        return lambda: extract(text.encode())
 
-    seconds(100)
-    assert seconds(60_000) <= 15 * min(seconds(6_000) for _ in range(2)) + 0.1
+    assert_linear(extraction, 6_000, slack=0.1)
 
 
 def test_tags_are_bounded(monkeypatch):

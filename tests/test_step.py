@@ -397,6 +397,7 @@ def run(workdir, policy, *arguments, environment):
     )
 
 
+@pytest.mark.proof
 def test_updates_that_are_not_finite_end_the_run(tmp_path):
     """Counted over the updates of a step and over steps."""
     policy, workdir = tmp_path / "policy", tmp_path / "run"

@@ -4,7 +4,6 @@
 import asyncio
 import json
 import sqlite3
-import time
 import unicodedata
 
 import pytest
@@ -13,6 +12,7 @@ from mmsr1_jax.tools import Query
 from mmsr1_jax.tools.local import LocalIndex, LocalIndexError, build
 from mmsr1_jax.tools.passages import best_passages
 from mmsr1_jax.tools.words import TOKENIZER, search_form, words_of
+from tests.timing import assert_linear
 
 # Script: (question, sentence that answers it, another sentence, filler).
 SCRIPTS = {
@@ -175,14 +175,8 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_time_grows_with_the_length_of_a_page(name):
-    def seconds(n):
-        text, least = HOSTILE[name](n), float("inf")
-        for _ in range(3):
-            begin = time.process_time()
-            best_passages(text, "塔 a y x", 1000)
-            words_of(text[: n // 10])
-            least = min(least, time.process_time() - begin)
-        return least
+    def search(length):
+        text = HOSTILE[name](length)
+        return lambda: (best_passages(text, "塔 a y x", 1000), words_of(text[: length // 10]))
 
-    seconds(100)
-    assert seconds(100_000) <= 15 * seconds(10_000) + 0.05
+    assert_linear(search, 10_000, slack=0.05)
