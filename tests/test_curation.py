@@ -397,6 +397,7 @@ def test_killed_and_gone_on_with(world, unbroken, tmp_path):
     assert results(out) == results(unbroken[0])
 
 
+@pytest.mark.proof
 def test_another_mix_and_judge_need_no_policy(world, unbroken, tmp_path):
     out = shutil.copytree(unbroken[0], tmp_path / "out")
     names = {number: name for number, (name, _) in expected(read(out / "episodes.jsonl")).items()}

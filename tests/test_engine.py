@@ -228,6 +228,7 @@ def test_nothing_is_computed_twice(model, processor):
     assert counts.decoded == sum(int(episode.loss_mask.sum()) for episode in finished)
 
 
+@pytest.mark.proof
 def test_a_small_store_of_images_is_enough(model, processor):
     """Images that are pushed out are encoded again; nothing else changes."""
     rounds, runs = [examples(5), examples(10)[5:], examples(5)], []

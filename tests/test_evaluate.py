@@ -531,6 +531,7 @@ def test_a_run_is_measured_by_its_own_settings(shared, material, tmp_path):
     assert results["made_with"]["model"] == str(tmp_path / "policy")
 
 
+@pytest.mark.proof
 def test_a_checkpoint_of_a_run_is_measured(shared, material, tmp_path):
     """All its parameters are 0, so that all tokens are equally likely, and one is always taken."""
     config = runpy.run_path(str(material / "config.py"))["get_config"]()

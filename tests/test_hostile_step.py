@@ -209,7 +209,7 @@ from mmsr1_jax.tools.web import Web, WebError
 
 async def main(address):
     reader = Reader(Service("reader", Web(allowed_hosts=[address], seconds=600), attempts=1))
-    pages = [asyncio.ensure_future(reader.read(f"{address}/bad/page")) for _ in range(16)]
+    pages = [asyncio.ensure_future(reader.read(f"{address}/bad/page")) for _ in range(8)]
     await asyncio.wait(pages, return_when=asyncio.FIRST_COMPLETED)
     print("one is done", flush=True)
 

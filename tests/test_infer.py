@@ -84,5 +84,4 @@ def test_mistakes_in_one_line(arguments, directory, tmp_path):
     )
     assert "no such directory" in line("--config.turns.prompts=nowhere")
     assert "no such file" in line("--image=nowhere.jpg")
-    assert "config.sampling: temperature=-1.0" in line("--config.sampling.temperature=-1")
     assert "leave room" in line("--question=" + "word " * 3000)

@@ -19,6 +19,7 @@ def test_2000_searches_64_at_a_time_with_faults():
     assert figures["replay"]["searches_a_second"] >= 2000
 
 
+@pytest.mark.proof
 def test_a_few_searches_with_faults():
     command = [sys.executable, "-m", "tests.bench.tools", "--searches=60", "--alone=2"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

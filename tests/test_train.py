@@ -301,7 +301,6 @@ def test_mistakes_are_said_in_one_line(tmp_path, policy):
     assert nowhere.startswith("error: ") and "nowhere.parquet" in nowhere
     assert not (tmp_path / "run" / "config.json").exists()
     assert "temperature=0" in error(*SMALL, "--config.sampling.temperature=0")
-    assert "objective.ratio='x'" in error(*SMALL, "--config.objective.ratio=x")
 
 
 def test_sums_become_means():
