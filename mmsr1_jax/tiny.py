@@ -82,10 +82,14 @@ def random_model(config: qwen2_5_vl.ModelConfig, seed: int, **keywords) -> qwen2
     state = nnx.state(model, nnx.Param)
     leaves, tree = jax.tree.flatten(state)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noisy = [x + 0.1 * jax.random.normal(k, x.shape, x.dtype) * _spread(x)
-             for x, k in zip(leaves, keys, strict=True)]  # fmt: skip
+    noisy = [_with_noise(x, key) for x, key in zip(leaves, keys, strict=True)]
     nnx.update(model, jax.tree.unflatten(tree, noisy))
     return model
+
+
+@jax.jit
+def _with_noise(x: jax.Array, key: jax.Array) -> jax.Array:
+    return x + 0.1 * jax.random.normal(key, x.shape, x.dtype) * _spread(x)
 
 
 def _spread(x: jax.Array) -> jax.Array:

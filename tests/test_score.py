@@ -211,12 +211,28 @@ def test_eight_devices_and_bfloat16(scored, tiny_dir, inputs):
     "arguments, words",
     [
         (["--config.model.dtpe=float32"], "config.model.dtpe"),
-        (["--config.modl.dtype=float32"], "config.modl.dtype"),
-        (["--config.model.logprob_chunk=many"], "config.model.logprob_chunk"),
-        (["--config.model.logprob_chunk=0"], "config.model.logprob_chunk=0 must be at least 1"),
-        (["--config.model.dtype=float8"], "config.model.dtype='float8' is not one of"),
+        pytest.param(["--config.modl.dtype=float32"], "config.modl.dtype", marks=pytest.mark.proof),
+        pytest.param(
+            ["--config.model.logprob_chunk=many"],
+            "config.model.logprob_chunk",
+            marks=pytest.mark.proof,
+        ),
+        pytest.param(
+            ["--config.model.logprob_chunk=0"],
+            "config.model.logprob_chunk=0 must be at least 1",
+            marks=pytest.mark.proof,
+        ),
+        pytest.param(
+            ["--config.model.dtype=float8"],
+            "config.model.dtype='float8' is not one of",
+            marks=pytest.mark.proof,
+        ),
         (["--config.model.attention=flash"], "config.model.attention='flash' is not one of"),
-        (["--config.mesh.fsdp=-1", "--config.mesh.tensor=-1"], "config.mesh: only one of"),
+        pytest.param(
+            ["--config.mesh.fsdp=-1", "--config.mesh.tensor=-1"],
+            "config.mesh: only one of",
+            marks=pytest.mark.proof,
+        ),
         (["--config.mesh.fsdp=3"], "fsdp=3 x tensor=1 does not match 1 devices"),
         (["--config=nowhere.py"], "nowhere.py"),
         (["--dtype=float16"], "dtype"),
