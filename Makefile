@@ -19,19 +19,19 @@ $(VENV)/.tests: tests/requirements.txt $(VENV)/.runtime
 # A small policy learns when to search, in a small world: some minutes of training on two cores, and
 # what it answers before and after.
 demo: $(VENV)/.runtime
-	$(RUN) -m mmsr1_jax.tiny_world --stories=0
+	$(RUN) -m mmsr1_jax.scripts.tiny_world --stories=0
 	$(RUN) -m mmsr1_jax.evaluate --config=configs/tiny.py --model=$(WARM_START) \
 	    --config.eval.workflows="('on_demand',)" --out=$(DEMO)/before
 	$(RUN) -m mmsr1_jax.train --config=configs/tiny.py --workdir=$(DEMO)/run
 	$(RUN) -m mmsr1_jax.evaluate --workdir=$(DEMO)/run \
 	    --config.eval.workflows="('direct', 'rag', 'on_demand', 'agent')" --out=$(DEMO)/after
-	$(RUN) -m mmsr1_jax.demo --before=$(DEMO)/before --after=$(DEMO)/after \
+	$(RUN) -m mmsr1_jax.scripts.demo --before=$(DEMO)/before --after=$(DEMO)/after \
 	    --runs=$(DEMO)/run --png=$(DEMO)/curves.png
 
 # Makes the policy anew that training begins with (about an hour): it learns to read, then the facts.
 warm_start: $(VENV)/.runtime
 	rm -rf build/tiny_warm_start build/tiny_warm_start_facts
-	$(RUN) -m mmsr1_jax.tiny_world
+	$(RUN) -m mmsr1_jax.scripts.tiny_world
 	$(RUN) -m mmsr1_jax.sft --config=configs/tiny.py:warm_start
 	$(RUN) -m mmsr1_jax.sft --config=configs/tiny.py:warm_start_facts
 	rm -rf $(WARM_START)
@@ -47,6 +47,7 @@ proofs: $(VENV)/.tests
 lint: $(VENV)/.tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
 
 format: $(VENV)/.tests
 	$(VENV)/bin/ruff check --fix .

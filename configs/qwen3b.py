@@ -13,6 +13,6 @@ def get_config(variant: str = "paper") -> Config:
     config = runpy.run_path(str(_LARGER))["get_config"](variant)
     config.run.model = "build/qwen2.5-vl-3b"
     config.rollout.lanes = 112  # 8k tokens of 36 KiB each: 32 GiB
-    config.rollout.rows = 96
+    config.rollout.decode_batch_size = 96
     config.objective.reference = "device"  # 7 GB of bfloat16, spread over the devices
     return config

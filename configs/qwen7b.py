@@ -10,8 +10,19 @@ one comes, parameters and moments in float32 12, or instead of the new policy tw
 XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
 """
 
-from mmsr1_jax.config import Buckets, Config, Images, Mesh, Model, Rollout, Tools, Turns
-from mmsr1_jax.config_training import Objective, Run, Update
+from mmsr1_jax.config import (
+    Buckets,
+    Config,
+    Images,
+    Mesh,
+    Model,
+    Objective,
+    Rollout,
+    Run,
+    Tools,
+    Turns,
+    Update,
+)
 
 
 def get_config(variant: str = "paper") -> Config:
@@ -40,52 +51,53 @@ def get_config(variant: str = "paper") -> Config:
         ),
         rollout=Rollout(
             lanes=48,  # 8k tokens of 56 KiB each: 21 GiB; a few more than rows, as some wait
-            rows=40,
-            chunk=16,
-            extend_lengths=(64, 256, 1024),
-            extend_tokens=1024,
+            decode_batch_size=40,
+            decode_steps=16,
+            prefill_buckets=(64, 256, 1024),
+            prefill_tokens=1024,
             encode_windows=96,  # one large picture, or many thumbnails
-            image_tokens=65536,  # 450 MiB
-            compile_ahead=True,
+            image_cache_tokens=65536,  # 450 MiB
+            precompile=True,
         ),
         turns=Turns(
-            turn_tokens=2048,  # the published script: 2,048 a turn, 8,192 in all
-            tokens=8192,
-            least_tokens=512,
-            result_tokens=2048,
+            max_new_tokens=2048,  # the published script: 2,048 a turn, 8,192 in all
+            max_episode_tokens=8192,
+            min_turn_tokens=512,
+            max_result_tokens=2048,
         ),
         tools=Tools(
-            results=5,  # the paper
+            max_results=5,  # the paper
             max_pixels=336 * 336,  # 144 tokens a thumbnail, five of them 720
         ),
         objective=Objective(
-            kl_weight=1e-3,  # both, with k3
+            kl_coef=1e-3,  # both, with k3
             clip_low=0.2,
             clip_high=0.2,
             reference="host",  # 15 GB of bfloat16 that are needed once a step
-            updates=1 if script else 4,  # the paper: mini-batches of 128 of 512 questions
+            num_minibatches=1 if script else 4,  # the paper: mini-batches of 128 of 512 questions
         ),
         update=Update(
-            row_tokens=8192,
-            row_windows=768,  # a question's picture and five thumbnails take up to 150
-            rows=1,
+            pack_length=8192,
+            pack_windows=768,  # a question's picture and five thumbnails take up to 150
+            micro_batch_rows=1,
             learning_rate=2e-6,
-            schedule="sigmoid" if script else "constant",  # the script: down to 5 % around step 45
-            grad_clip=1.0,
+            # The script: down to 5 % around step 45.
+            lr_schedule="sigmoid" if script else "constant",
+            max_grad_norm=1.0,
         ),
         run=Run(
             model="build/qwen2.5-vl-7b",  # from third_party/fetch.py
             steps=50,  # the paper takes the checkpoint of step 50
-            questions=32 if script else 512,
-            rollouts=4 if script else 8,
+            prompts_per_step=32 if script else 512,
+            group_size=4 if script else 8,
             save_every=10,
             validate_every=10,
         ),
     )
     if variant == "sft":
         config.update.learning_rate = 1e-5  # the paper: so much, cosine, 10 % warm-up, one epoch
-        config.update.schedule = "cosine"
+        config.update.lr_schedule = "cosine"
         config.update.warmup_steps = 6
-        config.run.questions = 128  # not published
+        config.run.prompts_per_step = 128  # not published
         config.run.steps = 62  # of 8,000 traces
     return config

@@ -23,5 +23,5 @@ def get_config(variant: str = "paper") -> Config:
     # The policy in bfloat16 without optimiser state or gradients: 2 GB a device in the place of 17.
     # That is room for more lanes, of 448 MiB each, and for the merged kernels, of 1.6 GB.
     config.rollout.lanes = 72
-    config.rollout.rows = 60
+    config.rollout.decode_batch_size = 60
     return config

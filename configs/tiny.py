@@ -1,6 +1,6 @@
 """The embedded default: a policy of a million parameters learns when to search, on a laptop's CPU.
 
-    python -m mmsr1_jax.tiny_world
+    python -m mmsr1_jax.scripts.tiny_world
     python -m mmsr1_jax.train --config=configs/tiny.py
 
 --config=configs/tiny.py                    GRPO on the tiny world's questions
@@ -8,12 +8,27 @@
 --config=configs/tiny.py:warm_start_facts   the second, in which it remembers
 """
 
-from mmsr1_jax.config import Buckets, Config, Eval, Images, Mesh, Model, Rollout, Tools, Turns
-from mmsr1_jax.config_training import Data, Objective, Run, Update
+from mmsr1_jax.config import (
+    Buckets,
+    Config,
+    Data,
+    Eval,
+    Images,
+    Mesh,
+    Model,
+    Objective,
+    Rewards,
+    Rollout,
+    Run,
+    Tools,
+    Turns,
+    Update,
+)
 from mmsr1_jax.data import tiny_world
-from mmsr1_jax.rewards import Rewards
 
-WORLD = "build/tiny_world"  # where `mmsr1_jax.tiny_world` writes unless it is told otherwise
+WORLD = (
+    "build/tiny_world"  # where `mmsr1_jax.scripts.tiny_world` writes unless it is told otherwise
+)
 
 
 def get_config(variant: str = "grpo") -> Config:
@@ -39,24 +54,24 @@ def get_config(variant: str = "grpo") -> Config:
         ),
         rollout=Rollout(
             lanes=64,  # twice the rows: local tools answer while other lanes are decoded
-            rows=32,
-            chunk=8,  # a turn has about ten tokens
-            extend_lengths=(16, 32, 64, 128),
-            extend_tokens=256,
+            decode_batch_size=32,
+            decode_steps=8,  # a turn has about ten tokens
+            prefill_buckets=(16, 32, 64, 128),
+            prefill_tokens=256,
             encode_windows=16,
-            image_tokens=8192,
+            image_cache_tokens=8192,
         ),
         turns=Turns(
-            turn_tokens=48,  # the longest sensible turn has 16
-            tokens=512,
-            least_tokens=32,
-            result_tokens=256,
-            prompts=str(tiny_world.PROMPTS),
+            max_new_tokens=48,  # the longest sensible turn has 16
+            max_episode_tokens=512,
+            min_turn_tokens=32,
+            max_result_tokens=256,
+            prompt_dir=str(tiny_world.PROMPTS),
         ),
         tools=Tools(
             index=f"{WORLD}/index",
-            results=2,  # this year's page and the one that is out of date
-            result_chars=300,
+            max_results=2,  # this year's page and the one that is out of date
+            max_result_chars=300,
             max_pixels=56 * 56,  # 4 tokens
         ),
         data=Data(
@@ -70,23 +85,27 @@ def get_config(variant: str = "grpo") -> Config:
             search_penalty=0.3,
         ),
         objective=Objective(
-            kl_weight=0.0,  # right and wrong are told by rules, which cannot be hacked
+            kl_coef=0.0,  # right and wrong are told by rules, which cannot be hacked
         ),
         update=Update(
-            row_tokens=512,  # short rows: attention is over all of a row
-            row_windows=12,
-            rows=2,
+            pack_length=512,  # short rows: attention is over all of a row
+            pack_windows=12,
+            micro_batch_rows=2,
             learning_rate=3e-4,
             weight_decay=0.0,
         ),
-        run=Run(model=str(tiny_world.POLICY), steps=88, questions=32, rollouts=8, save_every=22),
+        run=Run(
+            model=str(tiny_world.POLICY), steps=88, prompts_per_step=32, group_size=8, save_every=22
+        ),
     )
     if variant.startswith("warm_start"):
         parts = ["demonstrations", "memories", "practice"]
-        config.update.schedule = "cosine"
+        config.update.lr_schedule = "cosine"
         config.update.warmup_steps = 50
         config.update.b2 = 0.99
-        config.run = Run(model=f"{WORLD}/policy", steps=2000, questions=64, save_every=250, log="")
+        config.run = Run(
+            model=f"{WORLD}/policy", steps=2000, prompts_per_step=64, save_every=250, log_to=""
+        )
         config.update.learning_rate = 1.5e-3
         if variant == "warm_start_facts":  # reading is learned by now, the many facts are not
             parts.remove("practice")

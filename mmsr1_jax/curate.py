@@ -1,17 +1,17 @@
 """Finds the questions that are worth training on: a set with and without need of a search.
 
     python -m mmsr1_jax.curate --config=FILE --model=DIR --out=OUT \\
-        "--config.data.train=('train.parquet',)" [--config.run.rollouts=8] [--mix=..] [--keep=1]
+        "--config.data.train=('train.parquet',)" [--config.run.group_size=8] [--mix=..] [--keep=1]
     python -m mmsr1_jax.curate --out=OUT ..   another mix, or judge, for the episodes of OUT
 
     questions ─► n episodes each ─► right or wrong ─► classes ─► a mix of them
 
 Classes and mix are those of `data/curation.py`. The episodes are an evaluation
-(`evaluation/run.py`) of the questions as in training: `run.rollouts` of each, sampled as `sampling`
-has it (temperature 1, unless it says otherwise), right as the judge says, or without a judge as
-`rewards.match` does. Episodes that the judge could not be asked about are left out, as those that
-could not be run, and counted. Of `eval` nothing is read. OUT holds what an evaluation leaves behind
-(`episodes.jsonl`, `pictures/`, `results.json`), and
+(`evaluation/run.py`) of the questions as in training: `run.group_size` of each, sampled as
+`sampling` has it (temperature 1, unless it says otherwise), right as the judge says, or without a
+judge as `rewards.match` does. Episodes that the judge could not be asked about are left out, as
+those that could not be run, and counted. Of `eval` nothing is read. OUT holds what an evaluation
+leaves behind (`episodes.jsonl`, `pictures/`, `results.json`), and
 
     curated.parquet   the questions of the mix, for `train`; their category is the class
     sft.jsonl         right episodes of all questions, at most `keep` of each, the ones with the
@@ -31,13 +31,14 @@ from typing import Any
 
 from absl import flags
 
-from mmsr1_jax import config as settings
-from mmsr1_jax import outputs
+from mmsr1_jax import cli
+from mmsr1_jax.config import settings
 from mmsr1_jax.data import DataError, QuestionSource, curation, write_parquet
 from mmsr1_jax.data.curation import Attempt
-from mmsr1_jax.evaluation import lines
-from mmsr1_jax.evaluation.lines import EPISODES
+from mmsr1_jax.evaluation import records
+from mmsr1_jax.evaluation.records import EPISODES
 from mmsr1_jax.evaluation.scoring import rescore
+from mmsr1_jax.utils import outputs
 
 CURATED, SFT, FIGURES = "curated.parquet", "sft.jsonl", "curation.json"
 _WORKFLOW = "on_demand"  # as in training: the policy searches when it likes
@@ -86,9 +87,9 @@ def roll_out(config: settings.Config, model_dir: str | None, out: pathlib.Path) 
     if model_dir is None:
         if not (out / EPISODES).is_file():
             raise ValueError(f"--model: needed, as {out} has no {EPISODES}")
-        lines.mend(out / EPISODES)
+        records.mend(out / EPISODES)
         return rescore(config, out / EPISODES, None)["made_with"]
-    if config.sampling.temperature == 0 and config.run.rollouts > 1:
+    if config.sampling.temperature == 0 and config.run.group_size > 1:
         raise ValueError(
             "config.sampling.temperature=0: the episodes of a question would all be the same"
         )
@@ -97,7 +98,7 @@ def roll_out(config: settings.Config, model_dir: str | None, out: pathlib.Path) 
     of_training = settings.Eval(
         data=config.data.train,
         workflows=(_WORKFLOW,),
-        samples=config.run.rollouts,
+        num_samples=config.run.group_size,
         temperature=config.sampling.temperature,
     )
     return evaluate(dataclasses.replace(config, eval=of_training), model_dir, out)["made_with"]
@@ -138,7 +139,7 @@ def decide(
     attempts: dict[int, list[Attempt]] = {}
     places: dict[int, tuple[int, int]] = {}
     no_verdict = 0
-    for place, line_number, line in lines.scan(out / EPISODES):
+    for place, line_number, line in records.scan(out / EPISODES):
         judged = line.get("judge")
         verdict = judged["correct"] if judged else None
         unjudged = judged is not None and verdict is None
@@ -149,7 +150,7 @@ def decide(
         attempts.setdefault(attempt.question, []).append(attempt)
         places[attempt.number] = place, line_number
 
-    count = sum(1 for _ in source) * made_with["eval.samples"]
+    count = sum(1 for _ in source) * made_with["eval.num_samples"]
     if len(places) != count:
         raise DataError(f"{out}: has {len(places)} of {count} episodes; --model: the policy that "
                         "makes the others")  # fmt: skip
@@ -201,7 +202,7 @@ def write_sft(
         for attempt, name in kept:
             place, number = places[attempt.number]
             old.seek(place)
-            line = lines.parse(old.readline(), number)
+            line = records.parse(old.readline(), number)
             line |= {"category": name, "reward": dataclasses.asdict(attempt.reward)}
             new.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -220,7 +221,7 @@ def write_curated(path: pathlib.Path, source: QuestionSource, chosen: Mapping[in
 
 
 if __name__ == "__main__":
-    _CONFIG = settings.define_flag()
+    _CONFIG = cli.define_flag()
     _MODEL = flags.DEFINE_string("model", None, "HF directory of the policy; not if OUT has all")
     _OUT = flags.DEFINE_string("out", None, "directory of what comes of it", required=True)
     _MIX = flags.DEFINE_string(
@@ -231,4 +232,4 @@ if __name__ == "__main__":
     _KEEP = flags.DEFINE_integer(
         "keep", 1, "right episodes of a question in sft.jsonl", lower_bound=1
     )
-    settings.run(main)
+    cli.run(main)

@@ -8,7 +8,7 @@
 
     questions ─► a workflow ─► episodes ─► verdicts ─► figures
 
-OUT holds `episodes.jsonl` (`evaluation/lines.py`) with the `pictures/` of the episodes, and
+OUT holds `episodes.jsonl` (`evaluation/records.py`) with the `pictures/` of the episodes, and
 `results.json`. An evaluation may be killed at any time; the same command goes on with it, and ends
 with the same results. Every web service is asked once before the first episode; one that refuses
 ends the command, and so does a judge that refuses later: what is done is kept.
@@ -23,12 +23,14 @@ import sys
 
 from absl import flags
 
-from mmsr1_jax import config as settings
-from mmsr1_jax import outputs, running
+from mmsr1_jax import cli
+from mmsr1_jax.config import settings
 from mmsr1_jax.evaluation.compare import compare_files
 from mmsr1_jax.evaluation.extraction import finish_documents
 from mmsr1_jax.evaluation.scoring import rescore
 from mmsr1_jax.evaluation.table import table
+from mmsr1_jax.training import train_utils
+from mmsr1_jax.utils import outputs
 
 
 def main(argv) -> int:
@@ -67,7 +69,7 @@ def _policy() -> tuple[settings.Config, str, tuple[pathlib.Path, int] | None]:
     run = pathlib.Path(_WORKDIR.value)
     if _MODEL.value is not None or not (run / "config.json").is_file():
         raise ValueError(f"--workdir={run}: must be a run, and --model not given beside it")
-    config, model_dir = running.settings_of(run, _CONFIG.value, None)
+    config, model_dir = train_utils.settings_of(run, _CONFIG.value, None)
     if _STEP.value is None and (run / "policy").is_dir():
         return config, str(run / "policy"), None
     saved = [int(path.name) for path in run.glob("checkpoints/*") if path.name.isdigit()]
@@ -78,7 +80,7 @@ def _policy() -> tuple[settings.Config, str, tuple[pathlib.Path, int] | None]:
 
 
 if __name__ == "__main__":
-    _CONFIG = settings.define_flag()
+    _CONFIG = cli.define_flag()
     _MODEL = flags.DEFINE_string("model", None, "HF directory of the policy")
     _WORKDIR = flags.DEFINE_string("workdir", None, "run whose policy is measured, by its settings")
     _STEP = flags.DEFINE_integer(
@@ -89,4 +91,4 @@ if __name__ == "__main__":
     _COMPARE = flags.DEFINE_list(
         "compare", None, "two directories of results, with :workflow or not"
     )
-    settings.run(main)
+    cli.run(main)

@@ -17,10 +17,10 @@ import sys
 
 from absl import flags
 
-from mmsr1_jax import config as settings
-from mmsr1_jax.processor import Processor
-from mmsr1_jax.rollout.episode import Episode, Example
-from mmsr1_jax.rollout.make import make_engine
+from mmsr1_jax import cli
+from mmsr1_jax.episodes.episode import Episode, Example
+from mmsr1_jax.processing.processor import Processor
+from mmsr1_jax.rollout.build import make_engine
 
 
 def main(argv) -> int:
@@ -31,8 +31,8 @@ def main(argv) -> int:
     if not any(name.startswith("config.sampling.") for name in flags.FLAGS):
         config.sampling.temperature = 0.0
     # One question: one lane, and no need of a program that is not used.
-    config.rollout.lanes = config.rollout.rows = 1
-    config.rollout.compile_ahead = False
+    config.rollout.lanes = config.rollout.decode_batch_size = 1
+    config.rollout.precompile = False
     try:
         engine = make_engine(config, _MODEL.value, engines=1)
     except (ValueError, OSError) as error:  # checkpoint, tokenizer, prompts or index, in one line
@@ -86,12 +86,14 @@ class Printer:
 
 
 if __name__ == "__main__":
-    _CONFIG = settings.define_flag()
+    _CONFIG = cli.define_flag()
     _MODEL = flags.DEFINE_string("model", None, "HF directory of the policy", required=True)
     _IMAGE = flags.DEFINE_multi_string("image", [], "picture of the question; may be given again")
     _QUESTION = flags.DEFINE_string("question", None, "the question", required=True)
     _INDEX = flags.DEFINE_string(
-        "tools.index", None, "local index to search in (config.tools.index); see mmsr1_jax.index"
+        "tools.index",
+        None,
+        "local index to search in (config.tools.index); see mmsr1_jax.scripts.index",
     )
     _JSON = flags.DEFINE_bool("json", False, "print the episode as JSON")
-    settings.run(main)
+    cli.run(main)

@@ -23,14 +23,15 @@ from absl import flags
 from flax import nnx
 from tqdm import tqdm
 
-from mmsr1_jax import checked_json, outputs, sharding
-from mmsr1_jax import config as settings
-from mmsr1_jax.batching import Bucket, TooLongError, bucket_of, make_rows
-from mmsr1_jax.files import FileRefusedError, check_regular
-from mmsr1_jax.images import ImageError
-from mmsr1_jax.models import qwen2_5_vl
+from mmsr1_jax import cli
+from mmsr1_jax.config import settings
+from mmsr1_jax.models import qwen2_5_vl, sharding
 from mmsr1_jax.models.qwen2_5_vl import Rows
-from mmsr1_jax.processor import ConversationError, Processor, Prompt
+from mmsr1_jax.processing.batching import Bucket, TooLongError, bucket_of, make_rows
+from mmsr1_jax.processing.images import ImageError
+from mmsr1_jax.processing.processor import ConversationError, Processor, Prompt
+from mmsr1_jax.utils import checked_json, outputs
+from mmsr1_jax.utils.files import FileRefusedError, check_regular
 
 _MAX_WAIT = 2048  # lines that a conversation waits at most for others of its shape
 
@@ -241,11 +242,11 @@ def write_in_order(results: Iterator[tuple[int, dict]], order: list[int], out: p
 
 
 if __name__ == "__main__":
-    _CONFIG = settings.define_flag()
+    _CONFIG = cli.define_flag()
     _MODEL = flags.DEFINE_string("model", None, "HF directory of the policy", required=True)
     _IN = flags.DEFINE_string("conversations", None, "JSONL to read", required=True)
     _OUT = flags.DEFINE_string("out", None, "JSONL to write", required=True)
     _DTYPE = flags.DEFINE_enum(
         "dtype", None, settings.DTYPES, "overrides config.model.dtype (default: float32)"
     )
-    settings.run(main)
+    cli.run(main)

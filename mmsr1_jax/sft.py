@@ -8,8 +8,8 @@ A step:
 
     lessons ─► packed rows ─► update          loss = -mean log p(token), over what the policy wrote
 
-What a line of `stories.jsonl` may be is said in `data/stories.py`: an episode that was saved, or a
-question with the policy's turns, whose searches are made when the run begins. Of `config.run`,
+`training/sft_dataset.py` says what a line of `stories.jsonl` may be: an episode that was saved, or
+a question with the policy's turns, whose searches are made when the run begins. Of `config.run`,
 `questions` are the lessons of a step. RUN holds `config.json`, `metrics.jsonl`, `stories.jsonl`
 with its `pictures/`, `checkpoints/`, and at the end `policy/`, a HF directory (with LoRA `adapter/`
 too). A run may be killed at any time; what it does then is what it would have done.
@@ -27,26 +27,28 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from mmsr1_jax import compiles, metrics, outputs, run_settings, running, sharding
-from mmsr1_jax import config as settings
-from mmsr1_jax.checkpoint import Checkpoints
-from mmsr1_jax.data import stories
-from mmsr1_jax.data.stories import Lesson
-from mmsr1_jax.images import ImageProcessor
+from mmsr1_jax import cli
+from mmsr1_jax.config import settings
+from mmsr1_jax.models import sharding
+from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.rl import packing
+from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.rl.loss import token_weights, weighted_sum
 from mmsr1_jax.rl.packing import Sample, TrainBatch
-from mmsr1_jax.rl.update import Learner
-from mmsr1_jax.rollout.make import make_processor
+from mmsr1_jax.rollout.build import make_processor
+from mmsr1_jax.training import metrics, run_config, sft_dataset, train_utils
+from mmsr1_jax.training.checkpoint import Checkpoints
+from mmsr1_jax.training.sft_dataset import Lesson
+from mmsr1_jax.utils import compile_counter, outputs
 
 
 def main(argv) -> int:
     del argv
     try:
-        workdir = running.workdir_of(_WORKDIR.value)
+        workdir = train_utils.workdir_of(_WORKDIR.value)
         with outputs.lock(workdir):
-            config, model_dir = running.settings_of(workdir, _CONFIG.value, _MODEL.value)
-            running.check_begun(workdir, config, model_dir)
+            config, model_dir = train_utils.settings_of(workdir, _CONFIG.value, _MODEL.value)
+            train_utils.check_begun(workdir, config, model_dir)
             return train(config, model_dir, workdir)
     except (ValueError, OSError) as error:  # settings, checkpoint, data, tools: said in one line
         sys.exit(f"error: {error}")
@@ -55,41 +57,41 @@ def main(argv) -> int:
 def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int:
     """Trains until the last step, or until SIGTERM; returns the exit code."""
     run, update = config.run, config.update
-    metrics.check(run.log)
+    metrics.check(run.log_to)
     workdir.mkdir(parents=True, exist_ok=True)
 
     # Policy
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
-    model = running.load_policy(config, model_dir, mesh)
+    model = train_utils.load_policy(config, model_dir, mesh)
     processor = make_processor(config, model_dir)
     processor.check_fits(model.config)
     learner = Learner(model, likelihood_loss, update, mesh, seed=run.seed)
-    rate = running.learning_rate(config)
-    shape = running.row_shape(update, mesh)
+    rate = train_utils.learning_rate(config)
+    shape = train_utils.row_shape(update, mesh)
 
     # Data, and what was done before
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=run.keep)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=run.keep_checkpoints)
     begin, bad = checkpoints.latest or 0, 0
     if not begin:
-        stories.prepare(workdir / "stories.jsonl", config, processor, model.config)
-    lessons = stories.load(workdir / "stories.jsonl", config)
+        sft_dataset.prepare(workdir / "stories.jsonl", config, processor, model.config)
+    lessons = sft_dataset.load(workdir / "stories.jsonl", config)
     if begin:
         state = {"trained": learner.trained, "optimizer": learner.optimizer}
         state, notes = checkpoints.restore(begin, state)
         learner.trained, learner.optimizer = state["trained"], state["optimizer"]
-        made_with = {"seed": run.seed, "questions": run.questions}
+        made_with = {"seed": run.seed, "questions": run.prompts_per_step}
         if notes["made_with"] != made_with:
             raise ValueError(
                 f"{workdir}: was begun with {notes['made_with']} of config.run, not {made_with}"
             )
         bad = notes["bad"]
         print(f"{workdir}: goes on after step {begin}", file=sys.stderr)
-    run_settings.write(workdir / "config.json", config, model_dir)
-    log = metrics.Log(workdir, run.log, step=begin, config=dataclasses.asdict(config))
-    stop = running.StopSignal()
+    run_config.write(workdir / "config.json", config, model_dir)
+    log = metrics.Log(workdir, run.log_to, step=begin, config=dataclasses.asdict(config))
+    stop = train_utils.StopSignal()
 
     def batches_of(number: int) -> list[TrainBatch]:
-        numbers = stories.chosen(number, len(lessons), run.questions, run.seed)
+        numbers = sft_dataset.chosen(number, len(lessons), run.prompts_per_step, run.seed)
         samples = samples_of([lessons[i] for i in numbers], processor.images)
         return packing.pack(samples, model.config, shape)
 
@@ -97,7 +99,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(batches_of, begin + 1)
         for number in bar:
-            clock = running.Clock()
+            clock = train_utils.Clock()
 
             with clock("pack"):  # what of it was not done during the step before
                 packed = ahead.result()
@@ -108,9 +110,9 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
                 figures = learner.update(packed, float(rate(number - 1)))
             lost = not figures.pop("finite")
             bad = bad + 1 if lost else 0
-            if bad >= update.bad_in_a_row:
+            if bad >= update.max_nonfinite_updates:
                 bar.close()
-                path = running.write_batch(workdir, number, [packed])
+                path = train_utils.write_batch(workdir, number, [packed])
                 print(f"error: {bad} updates in a row were not finite; what they were made from is "
                       f"in {path}", file=sys.stderr)  # fmt: skip
                 return 1
@@ -120,16 +122,16 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
                 "rate": float(rate(number - 1)),
                 "lost": float(lost),
                 "packing": packing.efficiency(packed),
-                "epoch": number * run.questions / len(lessons),
+                "epoch": number * run.prompts_per_step / len(lessons),
             }
             last = number == run.steps or stop.is_set()
             figures |= clock.figures(sum(int((b.rows.segment_ids > 0).sum()) for b in packed))
-            figures["time/compiled"] = float(compiles.count())
+            figures["time/compiled"] = float(compile_counter.count())
             # Before the step is saved: a run goes on after both or neither.
             log.write(number, figures)
             if last or (run.save_every and number % run.save_every == 0):
                 state = {"trained": learner.trained, "optimizer": learner.optimizer}
-                notes = {"seed": run.seed, "questions": run.questions}
+                notes = {"seed": run.seed, "questions": run.prompts_per_step}
                 checkpoints.save(number, state, {"made_with": notes, "bad": bad}, score=None)
             bar.set_postfix(
                 loss=f"{figures['loss']:.4f}",
@@ -145,7 +147,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
 
     checkpoints.close()
     log.close()
-    running.save_policy(learner, config, model_dir, workdir)
+    train_utils.save_policy(learner, config, model_dir, workdir)
     return 0
 
 
@@ -178,7 +180,7 @@ def samples_of(lessons: Sequence[Lesson], processor: ImageProcessor) -> list[Sam
 
 
 if __name__ == "__main__":
-    _CONFIG = settings.define_flag()
+    _CONFIG = cli.define_flag()
     _MODEL = flags.DEFINE_string("model", None, "HF directory to begin with; else config.run.model")
     _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; else build/CONFIG")
-    settings.run(main)
+    cli.run(main)

@@ -15,7 +15,8 @@ it does then is what it would have done.
 
 Every web service is asked once before the first step; one that refuses ends the run. A judge that
 refuses later saves and ends it. Episodes that a judge could not be asked about are left out of the
-update and counted (`judge/failed`), as is everything else that a step did without (`fallbacks.py`).
+update and counted (`judge/failed`), as is everything else that a step did without
+(`utils/fallbacks.py`).
 """
 
 import asyncio
@@ -31,20 +32,23 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from mmsr1_jax import compiles, fallbacks, metrics, outputs, run_settings, running, sharding
-from mmsr1_jax import config as settings
-from mmsr1_jax.checkpoint import Checkpoints
+from mmsr1_jax import cli
+from mmsr1_jax.config import settings
 from mmsr1_jax.data import Question, QuestionSource, batches, validation
-from mmsr1_jax.data.stories import line_of
-from mmsr1_jax.judge import Judge, Verdict
-from mmsr1_jax.rewards import Reward, episode_reward
-from mmsr1_jax.rl import packing, samples
-from mmsr1_jax.rl.update import Learner
+from mmsr1_jax.episodes.episode import Episode
+from mmsr1_jax.models import sharding
+from mmsr1_jax.rewards.reward_function import Reward, episode_reward
+from mmsr1_jax.rl import packing, train_batch
+from mmsr1_jax.rl.learner import Learner
+from mmsr1_jax.rollout.build import make_engine
 from mmsr1_jax.rollout.engine import Engine
-from mmsr1_jax.rollout.episode import Episode
-from mmsr1_jax.rollout.make import make_engine
-from mmsr1_jax.tools.make import check_services, make_judge
+from mmsr1_jax.tools.build import check_services, make_judge
+from mmsr1_jax.tools.judge import Judge, Verdict
 from mmsr1_jax.tools.service import ServiceRefusedError
+from mmsr1_jax.training import metrics, run_config, train_utils
+from mmsr1_jax.training.checkpoint import Checkpoints
+from mmsr1_jax.training.sft_dataset import line_of
+from mmsr1_jax.utils import compile_counter, fallbacks, outputs
 
 # What becomes of answers without a verdict, by `Verdict.outcome`.
 _OUTCOMES = {
@@ -56,10 +60,10 @@ _OUTCOMES = {
 def main(argv) -> int:
     del argv
     try:
-        workdir = running.workdir_of(_WORKDIR.value)
+        workdir = train_utils.workdir_of(_WORKDIR.value)
         with outputs.lock(workdir):
-            config, model_dir = running.settings_of(workdir, _CONFIG.value, _MODEL.value)
-            running.check_begun(workdir, config, model_dir)
+            config, model_dir = train_utils.settings_of(workdir, _CONFIG.value, _MODEL.value)
+            train_utils.check_begun(workdir, config, model_dir)
             return train(config, model_dir, workdir)
     except (ValueError, OSError) as error:  # settings, checkpoint, data, tools: said in one line
         sys.exit(f"error: {error}")
@@ -68,7 +72,7 @@ def main(argv) -> int:
 def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int:
     """Trains until the last step, or until SIGTERM; returns the exit code."""
     run, objective, update = config.run, config.objective, config.update
-    metrics.check(run.log)
+    metrics.check(run.log_to)
     if not config.sampling.temperature > 0:
         raise ValueError("config.sampling.temperature=0: training needs episodes that differ")
     (workdir / "episodes").mkdir(parents=True, exist_ok=True)
@@ -77,7 +81,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
 
     # Policy and engine
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
-    model = running.load_policy(config, model_dir, mesh)
+    model = train_utils.load_policy(config, model_dir, mesh)
     engine = make_engine(config, model_dir)
     judge = make_judge(config)
 
@@ -88,7 +92,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
         max_bad_rows=config.data.max_bad_rows,
         max_file_pixels=config.images.max_file_pixels,
     )
-    questions = batches(source, run.questions, run.seed)
+    questions = batches(source, run.prompts_per_step, run.seed)
     held_out = None
     if config.data.validation:
         held_out = QuestionSource(
@@ -100,16 +104,16 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
 
     # Updates
     learner = Learner(
-        model, samples.make_loss(objective), update, mesh,
+        model, train_batch.make_loss(objective), update, mesh,
         temperature=config.sampling.temperature, seed=run.seed,
     )  # fmt: skip
     memory = "pinned_host" if objective.reference == "host" else None
-    reference = learner.snapshot(memory) if objective.kl_weight else None
-    rate = running.learning_rate(config)
-    shape = running.row_shape(update, mesh)
+    reference = learner.snapshot(memory) if objective.kl_coef else None
+    rate = train_utils.learning_rate(config)
+    shape = train_utils.row_shape(update, mesh)
 
     # What was done before
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=run.keep)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=run.keep_checkpoints)
     begin, bad = checkpoints.latest or 0, 0
     if begin:
         state = {"trained": learner.trained, "optimizer": learner.optimizer}
@@ -119,9 +123,9 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
         bad = notes["bad"]
         print(f"{workdir}: goes on after step {begin}", file=sys.stderr)
     engine.load(learner.params)
-    run_settings.write(workdir / "config.json", config, model_dir)
-    log = metrics.Log(workdir, run.log, step=begin, config=dataclasses.asdict(config))
-    stop = running.StopSignal()
+    run_config.write(workdir / "config.json", config, model_dir)
+    log = metrics.Log(workdir, run.log_to, step=begin, config=dataclasses.asdict(config))
+    stop = train_utils.StopSignal()
     saved = begin
     fallbacks.take()  # what happened until here belongs to no step
 
@@ -131,7 +135,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
 
     bar = tqdm(range(begin + 1, run.steps + 1), initial=begin, total=run.steps, unit="step")
     for number in bar:
-        clock = running.Clock()
+        clock = train_utils.Clock()
 
         with clock("rollout"):
             seed = (run.seed * 100_003 + number) % 2**31
@@ -147,9 +151,14 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
                 raise ServiceRefusedError(f"{error}; {_resumable(workdir, number - 1)}") from None
 
         with clock("pack"):
-            parts = [rolled.groups[i :: objective.updates] for i in range(objective.updates)]
+            parts = [
+                rolled.groups[i :: objective.num_minibatches]
+                for i in range(objective.num_minibatches)
+            ]
             found = [
-                samples.samples_of(part, objective, config.turns.tokens, model.config, shape)
+                train_batch.samples_of(
+                    part, objective, config.turns.max_episode_tokens, model.config, shape
+                )
                 for part in parts
             ]
             left_out = list(itertools.chain(*(odd for _, odd in found)))
@@ -160,19 +169,19 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
         with clock("score"):
             if reference is not None:
                 packed = [_with(part, learner, "reference", reference) for part in packed]
-            if objective.old == "trainer" and objective.updates > 1:
+            if objective.old_logprobs == "trainer" and objective.num_minibatches > 1:
                 packed = [_with(part, learner, "old", None) for part in packed]
 
         with clock("update"):
             sums = [learner.update(part, float(rate(number - 1))) for part in packed if part]
-        updates = [samples.figures_of(one) for one in sums]
+        updates = [train_batch.figures_of(one) for one in sums]
         for one in updates:
             bad = 0 if one["finite"] else bad + 1
-            if bad == update.bad_in_a_row:
+            if bad == update.max_nonfinite_updates:
                 break
-        if bad >= update.bad_in_a_row:
+        if bad >= update.max_nonfinite_updates:
             bar.close()
-            path = running.write_batch(workdir, number, packed)
+            path = train_utils.write_batch(workdir, number, packed)
             print(f"error: {bad} updates in a row were not finite; what they were made from is in "
                   f"{path}", file=sys.stderr)  # fmt: skip
             return 1
@@ -197,7 +206,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
         figures["update/lost"] = float(sum(not one["finite"] for one in updates))
         figures["update/left_out"] = float(len(left_out))
         figures["update/packing"] = packing.efficiency(list(itertools.chain(*packed)))
-        write_episodes(workdir, number, rolled.usable[: run.episodes], rolled.asked, engine)
+        write_episodes(workdir, number, rolled.usable[: run.saved_episodes], rolled.asked, engine)
         over, refused = number == run.steps, None
         if held_out and run.validate_every and (number % run.validate_every == 0 or over):
             with clock("validation"):
@@ -207,7 +216,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
                     refused = error
         figures |= fallbacks.take()
         figures |= clock.figures(sum(len(episode) for episode in episodes))
-        figures["time/compiled"] = float(compiles.count())
+        figures["time/compiled"] = float(compile_counter.count())
         log.write(number, figures)  # before the step is saved: a run goes on after both or neither
         last = over or stop.is_set() or refused is not None
         if last or (run.save_every and number % run.save_every == 0):
@@ -232,7 +241,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
     checkpoints.close()
     engine.close()
     log.close()
-    running.save_policy(learner, config, model_dir, workdir)
+    train_utils.save_policy(learner, config, model_dir, workdir)
     return 0
 
 
@@ -247,13 +256,13 @@ class Rolled:
       spread: of the groups that were asked for, those whose rewards differ.
     """
 
-    groups: list[samples.Group]
+    groups: list[train_batch.Group]
     episodes: list[tuple[Episode, Reward]]
     asked: list[Question]
     spread: int
 
     @property
-    def usable(self) -> samples.Group:
+    def usable(self) -> train_batch.Group:
         """The episodes of the groups."""
         return list(itertools.chain(*self.groups))
 
@@ -262,18 +271,18 @@ def roll_out(
     engine: Engine, questions: Iterator[list[Question]], config: settings.Config,
     judge: Judge | None, *, seed: int, number: int,
 ) -> Rolled:  # fmt: skip
-    """The episodes of a step with their rewards. With `objective.refill`, groups without spread
-    give way to new ones (DAPO, arXiv 2503.14476, section 3.2)."""
-    objective, run, limit = config.objective, config.run, config.turns.tokens
-    kept: list[samples.Group] = []
-    idle: list[samples.Group] = []
+    """The episodes of a step with their rewards. With `objective.max_resample_rounds`, groups
+    without spread give way to new ones (DAPO, arXiv 2503.14476, section 3.2)."""
+    objective, run, limit = config.objective, config.run, config.turns.max_episode_tokens
+    kept: list[train_batch.Group] = []
+    idle: list[train_batch.Group] = []
     asked: list[Question] = []
     everything: list[tuple[Episode, Reward]] = []
-    for attempt in range(objective.refill + 1):
+    for attempt in range(objective.max_resample_rounds + 1):
         new = next(questions)
         sampling = dataclasses.replace(config.sampling, seed=(seed + attempt * 7919) % 2**31)
         examples = [question.example() for question in new]
-        episodes = list(engine.rollout(examples, rollouts=run.rollouts, sampling=sampling))
+        episodes = list(engine.rollout(examples, rollouts=run.group_size, sampling=sampling))
         episodes.sort(key=lambda episode: episode.number)
         rewards = score(episodes, new, config, judge, step=number - 1)
         groups: list[list[tuple[Episode, Reward]]] = [[] for _ in new]
@@ -286,12 +295,12 @@ def roll_out(
             episode.group += len(asked)
             episode.number += len(everything)
         for group in groups:
-            (kept if samples.has_spread(group, objective, limit) else idle).append(group)
+            (kept if train_batch.has_spread(group, objective, limit) else idle).append(group)
         asked += new
         everything += zip(episodes, rewards, strict=True)
-        if len(kept) >= run.questions:
+        if len(kept) >= run.prompts_per_step:
             break
-    chosen = (kept + idle)[: run.questions] if objective.refill else groups
+    chosen = (kept + idle)[: run.prompts_per_step] if objective.max_resample_rounds else groups
     return Rolled(chosen, everything, asked, len(kept))
 
 
@@ -352,7 +361,7 @@ def validate(
 
 
 def write_episodes(
-    workdir: pathlib.Path, number: int, pairs: samples.Group, asked: Sequence[Question],
+    workdir: pathlib.Path, number: int, pairs: train_batch.Group, asked: Sequence[Question],
     engine: Engine,
 ) -> None:  # fmt: skip
     """Some episodes of a step, with their questions' answers and their rewards, as JSONL; their
@@ -379,7 +388,7 @@ def _with(part: list[packing.TrainBatch], learner: Learner, field: str, trained)
 
 
 if __name__ == "__main__":
-    _CONFIG = settings.define_flag()
+    _CONFIG = cli.define_flag()
     _MODEL = flags.DEFINE_string("model", None, "HF directory to begin with; else config.run.model")
     _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; else build/CONFIG")
-    settings.run(main)
+    cli.run(main)

@@ -6,11 +6,11 @@ import json
 
 import numpy as np
 
-from mmsr1_jax import tiny
-from mmsr1_jax.images import ImageProcessor
 from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig
-from mmsr1_jax.processor import Processor
+from mmsr1_jax.processing.images import ImageProcessor
+from mmsr1_jax.processing.processor import Processor
+from mmsr1_jax.scripts import random_policy
 
 # Turns, and how many tokens there are of each; what follows a tag may be in its token.
 ACTIONS = {
@@ -23,7 +23,7 @@ ACTIONS = {
 
 def acting_tokenizer(vocab_size: int, actions=ACTIONS) -> str:
     """The `tokenizer.json` for a model of that vocabulary (it has a few tokens less)."""
-    raw = json.loads(tiny.make_tokenizer().to_str())
+    raw = json.loads(random_policy.make_tokenizer().to_str())
     vocabulary = raw["model"]["vocab"]
     letter = str.maketrans({" ": "\u0120", "\n": "\u010a"})  # as a byte-level vocabulary has them
     for text, count in actions.items():
@@ -36,12 +36,12 @@ def acting_tokenizer(vocab_size: int, actions=ACTIONS) -> str:
 
 
 def acting_processor(
-    vocab_size: int = 640, *, actions=ACTIONS, images: ImageProcessor = tiny.IMAGES
+    vocab_size: int = 640, *, actions=ACTIONS, images: ImageProcessor = random_policy.IMAGES
 ) -> Processor:
     return Processor(acting_tokenizer(vocab_size, actions), images)
 
 
-def config_for(vocab_size: int, base: ModelConfig = tiny.CONFIG) -> ModelConfig:
+def config_for(vocab_size: int, base: ModelConfig = random_policy.CONFIG) -> ModelConfig:
     """`base` with another vocabulary."""
     text = dataclasses.replace(base.text, vocab_size=vocab_size)
     return dataclasses.replace(base, text=text, video_token_id=vocab_size - 1)
@@ -49,8 +49,8 @@ def config_for(vocab_size: int, base: ModelConfig = tiny.CONFIG) -> ModelConfig:
 
 def write(directory, *, vocab_size: int = 640, actions=ACTIONS) -> None:
     """The policy as an HF directory."""
-    qwen2_5_vl.save(tiny.random_model(config_for(vocab_size), seed=3), directory)
+    qwen2_5_vl.save(random_policy.random_model(config_for(vocab_size), seed=3), directory)
     tokenizer = acting_tokenizer(vocab_size, actions)
     (directory / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-    settings = json.dumps(tiny.IMAGES.to_hf())
+    settings = json.dumps(random_policy.IMAGES.to_hf())
     (directory / "preprocessor_config.json").write_text(settings)

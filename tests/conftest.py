@@ -22,8 +22,8 @@ import pathlib
 
 import pytest
 
-from mmsr1_jax import tiny
-from mmsr1_jax.processor import Processor
+from mmsr1_jax.processing.processor import Processor
+from mmsr1_jax.scripts import random_policy
 
 # Files that take longest, which begin first, so that no process is left with one of them alone.
 LONG = ("test_train.py", "test_engine.py", "test_update.py", "test_sharding.py", "test_pool.py",
@@ -45,7 +45,7 @@ def shared():
 def tiny_dir(tmp_path_factory):
     """An HF directory with a random policy, a small tokenizer and processor settings."""
     directory = tmp_path_factory.mktemp("policy") / "tiny"
-    tiny.write(directory, seed=1)
+    random_policy.write(directory, seed=1)
     return directory
 
 

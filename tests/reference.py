@@ -7,11 +7,11 @@ torch = pytest.importorskip("torch", reason="the reference implementation needs 
 
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from mmsr1_jax.images import Patches
 from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.models.qwen2_5_vl import checkpoint
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
-from mmsr1_jax.processor import Prompt
+from mmsr1_jax.processing.images import Patches
+from mmsr1_jax.processing.processor import Prompt
 
 torch.set_grad_enabled(False)
 

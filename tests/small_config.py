@@ -1,7 +1,7 @@
 """Settings for the small random policies of the tests; their pictures are larger than tiny's."""
 
-from mmsr1_jax.config import Buckets, Config, Mesh, Model, Rollout, Tools, Turns
-from mmsr1_jax.config_training import Run, Update
+from mmsr1_jax.config.settings import Buckets, Config, Mesh, Model, Rollout, Tools, Turns
+from mmsr1_jax.config.training import Run, Update
 
 
 def get_config() -> Config:
@@ -19,23 +19,23 @@ def get_config() -> Config:
         ),
         rollout=Rollout(
             lanes=16,
-            rows=16,
-            chunk=16,
-            extend_lengths=(32, 64, 128, 256),
-            extend_tokens=32,  # one lane at a time: rows of padding would cost as much as real ones
+            decode_batch_size=16,
+            decode_steps=16,
+            prefill_buckets=(32, 64, 128, 256),
+            prefill_tokens=32,  # one lane at a time: padding would cost as much as real rows
             encode_windows=16,
-            image_tokens=8192,
+            image_cache_tokens=8192,
         ),
         turns=Turns(
-            turn_tokens=128,
-            tokens=2048,  # the small tokenizer needs about three times as many as the released one
-            least_tokens=64,
-            result_tokens=768,
+            max_new_tokens=128,
+            max_episode_tokens=2048,  # the small tokenizer needs three times as many as Qwen's
+            min_turn_tokens=64,
+            max_result_tokens=768,
         ),
         tools=Tools(
-            result_chars=600,
+            max_result_chars=600,
             max_pixels=112 * 112,  # 16 tokens
         ),
-        update=Update(row_tokens=2048, row_windows=64, learning_rate=1e-3),
-        run=Run(questions=8, rollouts=8),
+        update=Update(pack_length=2048, pack_windows=64, learning_rate=1e-3),
+        run=Run(prompts_per_step=8, group_size=8),
     )

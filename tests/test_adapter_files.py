@@ -8,15 +8,15 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from mmsr1_jax import sharding, tiny
-from mmsr1_jax.models import qwen2_5_vl
+from mmsr1_jax.models import qwen2_5_vl, sharding
 from mmsr1_jax.rl import adapter_files, lora
+from mmsr1_jax.scripts import random_policy
 from tests.reference import torch, torch_logits, torch_model
 from tests.test_update import samples_of
 
 peft = pytest.importorskip("peft", reason="the reference implementation of LoRA")
 
-CONFIG = tiny.CONFIG
+CONFIG = random_policy.CONFIG
 PROMPT = samples_of(CONFIG, 1)[0].prompt
 QV = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 

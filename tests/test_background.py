@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from mmsr1_jax.tools.background import Background, Call
+from mmsr1_jax.tools.tool_executor import Background, Call
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
-from mmsr1_jax.config import Config, Eval, Services
+from mmsr1_jax.config.settings import Config, Eval, Services
 from mmsr1_jax.data import DataError
 from mmsr1_jax.data.benchmarks import NAMES, BenchmarkQuestion, accuracy_and_f1, score
 from mmsr1_jax.data.benchmarks.scores import (
@@ -20,14 +20,14 @@ from mmsr1_jax.data.benchmarks.scores import (
     vqa_accuracy,
     vqa_normalise,
 )
-from mmsr1_jax.evaluation import lines
+from mmsr1_jax.episodes.episode import Episode
+from mmsr1_jax.episodes.turns import Turn
+from mmsr1_jax.evaluation import records
 from mmsr1_jax.evaluation.extraction import finish_documents, short_forms
 from mmsr1_jax.evaluation.run import line_of
 from mmsr1_jax.evaluation.scoring import rescore, results_of
 from mmsr1_jax.evaluation.table import main_match, table
-from mmsr1_jax.rollout.episode import Episode
-from mmsr1_jax.rollout.turns import Turn
-from mmsr1_jax.tools.make import make_judge
+from mmsr1_jax.tools.build import make_judge
 from tests import acting
 from tests.servers import serve
 from tests.test_benchmarks import mmlongbench, pdf
@@ -162,7 +162,7 @@ def test_a_judge_decides_where_a_benchmark_has_no_rule_of_its_own(tmp_path, proc
     made = line_of(episode, QUESTION, "direct", config, processor, tmp_path)
     made["judge"] = {"correct": True, "reason": "", "by": "judge", "model": ""}
     assert not made["em"] and made.get("score") == (own and own("Ms Ann", QUESTION))
-    results = results_of({"direct": [lines.outcome_of(made)]}, {})
+    results = results_of({"direct": [records.outcome_of(made)]}, {})
     assert main_match(results) == ("judge" if own is None else "score")
 
 
@@ -211,14 +211,14 @@ def server():
 
 
 def with_judge(server, **fields):
-    return Config(services=Services(judge_url=server.url, attempts=1, **fields))
+    return Config(services=Services(judge_url=server.url, max_attempts=1, **fields))
 
 
 def scored(config, path):
     """The results, and what is in the lines then."""
     results = finish_documents(config, path.parent, rescore(config, path, None))
     assert json.loads((path.parent / "results.json").read_text()) == results
-    return results, [line for _, _, line in lines.scan(path)]
+    return results, [line for _, _, line in records.scan(path)]
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ def test_short_forms_are_kept_as_they_come(server, tmp_path):
     """As a kill leaves them, and in a store; not those that failed, nor another model's."""
     asked = {"a": ("Which year?", ASKED[0][0]), "b": ("Which year?", "refused")}
     asked["c"] = ("Which year?", ASKED[2][0])
-    config = with_judge(server, store=str(tmp_path / "store.sqlite"))
+    config = with_judge(server, cache=str(tmp_path / "store.sqlite"))
     path, model = tmp_path / "extractions.jsonl", config.services.judge_model
     first = short_forms(asked, make_judge(config), model, path)
     assert [first[key]["answer"] for key in asked] == ["1987", None, None]
@@ -309,7 +309,7 @@ def test_a_document_is_shown_within_its_tokens_and_its_answers_scored(server, tm
     ]  # fmt: skip
     run(command(*arguments, f"--model={tmp_path / 'policy'}", f"--out={tmp_path / 'out'}"))
     path = tmp_path / "out" / "episodes.jsonl"
-    ((_, _, line),) = lines.scan(path)
+    ((_, _, line),) = records.scan(path)
     assert line["pages_left_out"] == 1 and len(line["image_grids"]) == 3
     assert sum(h * w // 4 for _, h, w in line["image_grids"]) <= 17
     results = json.loads((tmp_path / "out" / "results.json").read_text())

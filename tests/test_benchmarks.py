@@ -12,12 +12,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from mmsr1_jax.config import Config, Eval
+from mmsr1_jax.config.settings import Config, Eval
 from mmsr1_jax.data import DataError, write_parquet
 from mmsr1_jax.data.benchmarks import files, fit_pages, page_processor, read, score
+from mmsr1_jax.episodes.episode import Episode
 from mmsr1_jax.evaluation.run import evaluate, line_of
-from mmsr1_jax.images import ImageProcessor, open_image
-from mmsr1_jax.rollout.episode import Episode
+from mmsr1_jax.processing.images import ImageProcessor, open_image
 
 TOKEN = 28 * 28  # pixels
 

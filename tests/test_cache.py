@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmsr1_jax import tiny
-from mmsr1_jax.batching import Bucket, make_rows
 from mmsr1_jax.models.qwen2_5_vl import mrope_positions
 from mmsr1_jax.models.qwen2_5_vl.vision import pack_images
-from mmsr1_jax.processor import Prompt
+from mmsr1_jax.processing.batching import Bucket, make_rows
+from mmsr1_jax.processing.processor import Prompt
 from mmsr1_jax.rollout import cache
+from mmsr1_jax.scripts import random_policy
 from tests.reference import random_conversation
 
-CONFIG = tiny.CONFIG
+CONFIG = random_policy.CONFIG
 LANES, CAPACITY, ROWS, WINDOWS = 5, 256, 2, 6
 PICTURE_TOKENS = WINDOWS * CONFIG.vision.window_patches // CONFIG.vision.merge_size**2
 # Three turns of two conversations: a prompt with a picture, words, a result with pictures ...
@@ -28,7 +28,7 @@ TURNS = [
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.random_model(CONFIG, seed=3)
+    return random_policy.random_model(CONFIG, seed=3)
 
 
 @pytest.fixture(scope="module")

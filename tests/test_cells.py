@@ -15,7 +15,7 @@ from mmsr1_jax.data import DataError, QuestionSource, benchmarks
 from mmsr1_jax.data.benchmarks.tables import BadFieldError, picture
 from mmsr1_jax.data.benchmarks.tables import text as text_in
 from mmsr1_jax.data.cells import json_number, text_of, value_of
-from mmsr1_jax.evaluation import lines
+from mmsr1_jax.evaluation import records
 from tests.test_benchmarks import mmsearch, okvqa, simplevqa, table
 from tests.test_benchmarks import picture as drawn
 from tests.test_data import one, reward, row, write_rows
@@ -126,7 +126,7 @@ def test_golds_of_benchmarks(tmp_path):
 
 def test_a_null_among_the_golds_of_a_recorded_answer_is_none():
     recorded = {"question": "?", "ground_truth": "a", "candidate_answers": [None, "b"], "turns": []}
-    assert lines.parse(json.dumps(recorded).encode(), 1)["answers"] == ["a", "b"]
+    assert records.parse(json.dumps(recorded).encode(), 1)["answers"] == ["a", "b"]
 
 
 DATA = drawn(3)

@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal, TypedDict
 import msgspec
 import pytest
 
-from mmsr1_jax import checked_json, metrics
-from mmsr1_jax.checked_json import FormatError, NotJsonError
+from mmsr1_jax.apps.serve import app
 from mmsr1_jax.data import DataError
-from mmsr1_jax.evaluation import asking, lines
-from mmsr1_jax.rollout.episode import Episode
-from mmsr1_jax.serve import app
+from mmsr1_jax.episodes.episode import Episode
+from mmsr1_jax.evaluation import batched_queries, records
 from mmsr1_jax.tools.web import Answer, BodyError
+from mmsr1_jax.training import metrics
+from mmsr1_jax.utils import checked_json
+from mmsr1_jax.utils.checked_json import FormatError, NotJsonError
 from tests.test_figures import line
 
 
@@ -157,7 +158,7 @@ def test_an_episode_with_a_field_of_another_type_is_named_by_line(tmp_path, fiel
     path = tmp_path / "episodes.jsonl"
     path.write_text(json.dumps(line()) + "\n" + json.dumps(line(**fields)) + "\n")
     with pytest.raises(DataError, match="episodes.jsonl, line 2: "):
-        list(lines.scan(path))
+        list(records.scan(path))
 
 
 @pytest.mark.parametrize(
@@ -181,7 +182,9 @@ def test_replies_kept_of_an_evaluation_are_checked(tmp_path, text):
     path = tmp_path / "verdicts.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"verdicts.jsonl, line 1: "):
-        asking.replies_to({"d": 1}, None, None, path, shape=lines.Verdict, pauses=(), what="judge")
+        batched_queries.replies_to(
+            {"d": 1}, None, None, path, shape=records.Verdict, pauses=(), what="judge"
+        )
 
 
 def answer(body: bytes) -> Answer:

@@ -11,11 +11,11 @@ import sys
 import PIL.Image
 import pytest
 
-from mmsr1_jax import checked_pickle
-from mmsr1_jax.checked_pickle import PickleError
-from mmsr1_jax.image_files import upright_rgb
-from mmsr1_jax.rollout import prompts
+from mmsr1_jax.episodes import prompts
+from mmsr1_jax.processing.image_files import upright_rgb
 from mmsr1_jax.tools.services import fvqa
+from mmsr1_jax.utils import checked_pickle
+from mmsr1_jax.utils.checked_pickle import PickleError
 
 PLAIN = {
     "a": [1, -5, 2**40, 2.5, None, True, "é\n😀" * 5, b"x\x00\xff", (1,), (), (1, 2, 3, 4)],

@@ -15,14 +15,15 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from mmsr1_jax import sharding, tiny
-from mmsr1_jax.models import qwen2_5_vl
+from mmsr1_jax.models import qwen2_5_vl, sharding
 from mmsr1_jax.models.qwen2_5_vl import checkpoint
 from mmsr1_jax.models.qwen2_5_vl.checkpoint import INDEX, LAYOUTS, SINGLE, CheckpointError
 from mmsr1_jax.models.qwen2_5_vl.config import ConfigError, ModelConfig
+from mmsr1_jax.scripts import random_policy
 
 TIED = dataclasses.replace(
-    tiny.CONFIG, text=dataclasses.replace(tiny.CONFIG.text, tie_embeddings=True, num_kv_heads=1)
+    random_policy.CONFIG,
+    text=dataclasses.replace(random_policy.CONFIG.text, tie_embeddings=True, num_kv_heads=1),
 )
 
 
@@ -40,7 +41,7 @@ def random_tensors(config, layout=LAYOUTS[0], dtype=np.float32, seed=0):
     }
 
 
-def write_hf(directory, tensors, config=tiny.CONFIG, shards=1):
+def write_hf(directory, tensors, config=random_policy.CONFIG, shards=1):
     """A checkpoint as others write it, without our own writer."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config.to_hf()))
@@ -73,7 +74,7 @@ def assert_same_bits(a, b):
 @pytest.mark.parametrize("param_dtype", [None, "float32"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("layout, shards", [(LAYOUTS[0], 1), (LAYOUTS[1], 3)])
-@pytest.mark.parametrize("config", [tiny.CONFIG, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("config", [random_policy.CONFIG, TIED], ids=["untied", "tied"])
 def test_there_and_back_is_bit_identical(
     tmp_path, mesh, config, layout, shards, dtype, param_dtype
 ):
@@ -90,7 +91,7 @@ def test_there_and_back_is_bit_identical(
 
 
 def test_mixed_dtypes_are_kept(tmp_path, mesh):
-    tensors = random_tensors(tiny.CONFIG, dtype=ml_dtypes.bfloat16)
+    tensors = random_tensors(random_policy.CONFIG, dtype=ml_dtypes.bfloat16)
     tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.float32) * np.float32(1.001)
     source = write_hf(tmp_path / "in", tensors)
     model = qwen2_5_vl.load(source, mesh=mesh, param_dtype="float32")
@@ -98,11 +99,11 @@ def test_mixed_dtypes_are_kept(tmp_path, mesh):
     assert_same_bits(read_all(source), read_all(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("config", [tiny.CONFIG, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("config", [random_policy.CONFIG, TIED], ids=["untied", "tied"])
 def test_transformers_loads_what_is_written(tmp_path, config):
     from tests.reference import Qwen2_5_VLForConditionalGeneration, torch_model
 
-    model = tiny.random_model(config, seed=4)
+    model = random_policy.random_model(config, seed=4)
     qwen2_5_vl.save(model, tmp_path / "out", shard_bytes=10**6)
     files = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert INDEX in files and "model-00001-of-00004.safetensors" in files
@@ -116,11 +117,11 @@ def test_transformers_loads_what_is_written(tmp_path, config):
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
-@pytest.mark.parametrize("config", [tiny.CONFIG, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("config", [random_policy.CONFIG, TIED], ids=["untied", "tied"])
 def test_what_transformers_writes_is_read(tmp_path, mesh, config):
     from tests.reference import torch_model
 
-    model = tiny.random_model(config, seed=4)
+    model = random_policy.random_model(config, seed=4)
     torch_model(model).save_pretrained(tmp_path)
     loaded = qwen2_5_vl.load(tmp_path, mesh=mesh)
     assert loaded.config == model.config
@@ -129,7 +130,7 @@ def test_what_transformers_writes_is_read(tmp_path, mesh, config):
 
 
 def test_cast_on_the_way_out(tmp_path, mesh):
-    source = write_hf(tmp_path / "in", random_tensors(tiny.CONFIG))
+    source = write_hf(tmp_path / "in", random_tensors(random_policy.CONFIG))
     model = qwen2_5_vl.load(source, mesh=mesh)
     qwen2_5_vl.save(model, tmp_path / "out", source=source, dtype=jnp.bfloat16)
     expected = {k: v.astype(ml_dtypes.bfloat16) for k, v in read_all(source).items()}
@@ -138,7 +139,7 @@ def test_cast_on_the_way_out(tmp_path, mesh):
 
 
 def test_writing_replaces_whole_directories(tmp_path, mesh, monkeypatch):
-    old = write_hf(tmp_path / "policy", random_tensors(tiny.CONFIG, seed=1), shards=3)
+    old = write_hf(tmp_path / "policy", random_tensors(random_policy.CONFIG, seed=1), shards=3)
     before = read_all(old)
     model = qwen2_5_vl.load(old, mesh=mesh)
 
@@ -157,7 +158,7 @@ def test_writing_replaces_whole_directories(tmp_path, mesh, monkeypatch):
 
 
 def test_only_checkpoints_are_replaced(tmp_path):
-    model = tiny.random_model(tiny.CONFIG, seed=0)
+    model = random_policy.random_model(random_policy.CONFIG, seed=0)
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.txt").write_text("mine")
@@ -177,7 +178,7 @@ def test_only_checkpoints_are_replaced(tmp_path):
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (1, 4, 2), (1, 2, 4), (2, 2, 2)])
 def test_devices_hold_and_read_their_slices(tmp_path, shape, monkeypatch):
-    source = write_hf(tmp_path / "in", random_tensors(tiny.CONFIG))
+    source = write_hf(tmp_path / "in", random_tensors(random_policy.CONFIG))
     mesh = sharding.make_mesh(*shape)
     read = []
 
@@ -216,8 +217,7 @@ MEMORY = """
 import pathlib, sys, threading
 import jax
 from flax import nnx
-from mmsr1_jax import sharding
-from mmsr1_jax.models import qwen2_5_vl
+from mmsr1_jax.models import qwen2_5_vl, sharding
 
 def anonymous():
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():
@@ -248,8 +248,8 @@ print(peak - before, sum(x.nbytes for x in leaves), max(x.nbytes for x in leaves
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_host_memory_stays_within_the_largest_tensor(tmp_path, dtype):
     """On a CPU the parameters themselves lie in host memory too, and are taken off."""
-    text = dataclasses.replace(tiny.CONFIG.text, intermediate_size=65536)
-    config = dataclasses.replace(tiny.CONFIG, text=text)
+    text = dataclasses.replace(random_policy.CONFIG.text, intermediate_size=65536)
+    config = dataclasses.replace(random_policy.CONFIG, text=text)
     source = write_hf(tmp_path, random_tensors(config, dtype=ml_dtypes.bfloat16), config)
     run = subprocess.run(
         [sys.executable, "-c", MEMORY, str(source), dtype], capture_output=True, text=True
@@ -325,7 +325,7 @@ def damaged(kind, directory):
     ],
 )
 def test_bad_checkpoints_are_refused(tmp_path, mesh, kind, monkeypatch):
-    source = write_hf(tmp_path / "in", random_tensors(tiny.CONFIG), shards=3)
+    source = write_hf(tmp_path / "in", random_tensors(random_policy.CONFIG), shards=3)
     words = damaged(kind, source)
 
     def read(*args):
@@ -375,7 +375,7 @@ def test_a_tied_head_written_out_must_be_the_embedding(tmp_path, mesh):
     ],
 )
 def test_bad_configs_are_refused(tmp_path, change, words):
-    (tmp_path / "config.json").write_text(json.dumps({**tiny.CONFIG.to_hf(), **change}))
+    (tmp_path / "config.json").write_text(json.dumps({**random_policy.CONFIG.to_hf(), **change}))
     with pytest.raises(ConfigError, match=words) as caught:
         ModelConfig.from_directory(tmp_path)
     assert str(caught.value).startswith(str(tmp_path / "config.json"))
@@ -409,7 +409,7 @@ def test_the_single_file_counts_beside_an_older_index(tmp_path, mesh, capsys):
     """As `transformers` reads them; the word says which."""
     from tests.reference import Qwen2_5_VLForConditionalGeneration
 
-    new, old = (random_tensors(tiny.CONFIG, seed=seed) for seed in (1, 2))
+    new, old = (random_tensors(random_policy.CONFIG, seed=seed) for seed in (1, 2))
     source = write_hf(tmp_path / "in", old, shards=3)
     safetensors.numpy.save_file(new, source / SINGLE, metadata={"format": "pt"})
     theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(source, dtype="float32")
@@ -425,7 +425,7 @@ def test_the_single_file_counts_beside_an_older_index(tmp_path, mesh, capsys):
 
 
 def test_what_transformers_would_read_besides_is_refused(tmp_path, mesh):
-    source = write_hf(tmp_path / "in", random_tensors(tiny.CONFIG), shards=1)
+    source = write_hf(tmp_path / "in", random_tensors(random_policy.CONFIG), shards=1)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"transformers_weights": "x.json"}))
     with pytest.raises(CheckpointError, match=r"config.json: transformers_weights='x.json'"):
@@ -442,7 +442,7 @@ def test_what_transformers_would_read_besides_is_refused(tmp_path, mesh):
      b'{"weight_map": {"a": "../in/model-00001-of-00003.safetensors"}}'],
 )  # fmt: skip
 def test_indexes_of_another_shape_are_refused_in_one_line(tmp_path, mesh, index):
-    source = write_hf(tmp_path / "in", random_tensors(tiny.CONFIG), shards=3)
+    source = write_hf(tmp_path / "in", random_tensors(random_policy.CONFIG), shards=3)
     (source / INDEX).write_bytes(index)
     with pytest.raises(CheckpointError) as caught:
         qwen2_5_vl.load(source, mesh=mesh)

@@ -11,11 +11,11 @@ import types
 import pytest
 import uvicorn
 
-from mmsr1_jax.config import Config
-from mmsr1_jax.rollout.episode import Episode
-from mmsr1_jax.serve.app import Limits, make_app
-from mmsr1_jax.serve.connections import ConnectionLimits, make_protocol
-from mmsr1_jax.serve.desk import Desk
+from mmsr1_jax.apps.serve.app import Limits, make_app
+from mmsr1_jax.apps.serve.connections import ConnectionLimits, make_protocol
+from mmsr1_jax.apps.serve.request_queue import Desk
+from mmsr1_jax.config.settings import Config
+from mmsr1_jax.episodes.episode import Episode
 from tests.acting import acting_processor
 from tests.test_serve import PICTURES, body, wait_for
 

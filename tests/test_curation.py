@@ -16,13 +16,14 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from mmsr1_jax.data import Question, QuestionSource, curation, stories, write_parquet
+from mmsr1_jax.config import Rewards
+from mmsr1_jax.data import Question, QuestionSource, curation, write_parquet
 from mmsr1_jax.data.curation import attempt_of, cheapest, choose, class_of, read_mix
-from mmsr1_jax.processor import Processor
-from mmsr1_jax.rewards import Rewards
-from mmsr1_jax.rollout.episode import Episode, Example, ToolCall
-from mmsr1_jax.rollout.turns import parse
+from mmsr1_jax.episodes.episode import Episode, Example, ToolCall
+from mmsr1_jax.episodes.turns import parse
+from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.tools.local import build
+from mmsr1_jax.training import sft_dataset
 from tests import acting
 from tests.servers import serve
 from tests.test_data import picture
@@ -277,7 +278,7 @@ def command(world, out, *arguments, model=True):
     return [
         sys.executable, "-m", "mmsr1_jax.curate", f"--out={out}", *given, *SMALL,
         f"--config.data.train=('{world / 'questions.parquet'}',)",
-        f"--config.run.rollouts={ROLLOUTS}", f"--config.tools.index={world / 'index'}",
+        f"--config.run.group_size={ROLLOUTS}", f"--config.tools.index={world / 'index'}",
         "--config.tools.text=local", "--config.tools.image=local",
         *arguments,
     ]  # fmt: skip
@@ -369,8 +370,8 @@ def test_sft_reads_it(world, unbroken, tmp_path):
     config.data.train, config.data.max_bad_rows = (str(out / "sft.jsonl"),), 0
     processor = Processor.from_directory(world / "policy")
     path = tmp_path / "stories.jsonl"
-    stories.prepare(path, config, processor, acting.config_for(VOCABULARY))
-    lessons, taught = stories.load(path, config), read(out / "sft.jsonl")
+    sft_dataset.prepare(path, config, processor, acting.config_for(VOCABULARY))
+    lessons, taught = sft_dataset.load(path, config), read(out / "sft.jsonl")
     assert len(lessons) == len(taught) > 5
     for lesson, line in zip(lessons, taught, strict=True):
         tokens = [token for segment in line["segments"] for token in segment["tokens"]]

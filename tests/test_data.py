@@ -23,7 +23,7 @@ from mmsr1_jax.data import (
     validation,
     write_parquet,
 )
-from mmsr1_jax.images import open_image
+from mmsr1_jax.processing.images import open_image
 
 
 def picture(seed=0, size=(8, 6), kind="png"):

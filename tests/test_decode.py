@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmsr1_jax import tiny
-from mmsr1_jax.batching import Bucket, make_rows
 from mmsr1_jax.models.qwen2_5_vl import mrope_positions
-from mmsr1_jax.processor import Prompt
+from mmsr1_jax.processing.batching import Bucket, make_rows
+from mmsr1_jax.processing.processor import Prompt
 from mmsr1_jax.rollout import cache, decode, stop
 from mmsr1_jax.rollout.sampler import Sampling
+from mmsr1_jax.scripts import random_policy
 from tests.reference import random_conversation, torch_inputs, torch_model
 
-CONFIG = tiny.CONFIG
+CONFIG = random_policy.CONFIG
 LANES, CAPACITY, LENGTH, WINDOWS = 8, 256, 112, 6
 SPECIAL = (CONFIG.image_token_id, CONFIG.video_token_id, CONFIG.vision_start_token_id,
            CONFIG.vision_end_token_id)  # fmt: skip
@@ -23,7 +23,7 @@ SPECIAL = (CONFIG.image_token_id, CONFIG.video_token_id, CONFIG.vision_start_tok
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.random_model(CONFIG, seed=3)
+    return random_policy.random_model(CONFIG, seed=3)
 
 
 @pytest.fixture(scope="module")

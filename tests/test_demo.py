@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from mmsr1_jax import demo
 from mmsr1_jax.data import tiny_world, write_parquet
+from mmsr1_jax.scripts import demo
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KINDS = ("image_search", "text_search")

@@ -16,16 +16,17 @@ import pytest
 import safetensors.numpy
 from pyarrow import parquet
 
-from mmsr1_jax import compiles, sharding, tiny
-from mmsr1_jax import config as settings
-from mmsr1_jax.images import ImageError, ImageProcessor
-from mmsr1_jax.models import qwen2_5_vl
+from mmsr1_jax.config import settings
+from mmsr1_jax.models import qwen2_5_vl, sharding
 from mmsr1_jax.models.qwen2_5_vl.checkpoint import CheckpointError
 from mmsr1_jax.models.qwen2_5_vl.vision import num_windows, pack_images
+from mmsr1_jax.processing.images import ImageError, ImageProcessor
+from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.tools import Query, embedding, local
+from mmsr1_jax.tools.build import make_tools
 from mmsr1_jax.tools.embedding import WINDOWS, Embedder
 from mmsr1_jax.tools.local import LocalIndex, LocalIndexError, build
-from mmsr1_jax.tools.make import make_tools
+from mmsr1_jax.utils import compile_counter
 from tests.test_local import CHANGES, look_up, titles, write
 from tests.test_score import run
 
@@ -91,13 +92,13 @@ def test_equals_the_whole_model(tiny_dir, embed):
 
 def test_one_program_for_each_number_of_windows(tiny_dir, embed):
     expected = [embed(image) for image in PICTURES]
-    fresh, before = Embedder(tiny_dir), compiles.count()
+    fresh, before = Embedder(tiny_dir), compile_counter.count()
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
         found = list(threads.map(fresh, PICTURES * 4))
-    assert compiles.count() - before == 2
+    assert compile_counter.count() - before == 2
     with jax.set_mesh(sharding.make_mesh()):  # a mesh of the caller's changes nothing
         found += [fresh(image) for image in PICTURES]
-    assert compiles.count() - before == 2
+    assert compile_counter.count() - before == 2
     for number, vector in enumerate(found):
         np.testing.assert_array_equal(vector, expected[number % 3])
 
@@ -112,7 +113,7 @@ def test_every_picture_fits_a_program():
         if high <= 200 * low:
             height, width = processor.target_size(low, high)
             grid = (1, height // 14, width // 14)
-            worst = max(worst, num_windows(grid, tiny.CONFIG.vision))
+            worst = max(worst, num_windows(grid, random_policy.CONFIG.vision))
     assert WINDOWS[-2] < worst <= WINDOWS[-1]
 
 
@@ -160,7 +161,7 @@ def indexed(tiny_dir, tmp_path_factory):
     lines.append({"image": "long.png", "title": "long"})
     file = write(folder / "i.jsonl", lines)
     done = run(f"--images={file}", f"--out={folder / 'index'}", f"--model={tiny_dir}",
-               module="mmsr1_jax.index")  # fmt: skip
+               module="mmsr1_jax.scripts.index")  # fmt: skip
     return folder / "index", done, pictures
 
 
@@ -191,7 +192,7 @@ def test_the_command_and_a_search(indexed, embed):
 
 
 def test_another_model_is_refused(indexed, tmp_path):
-    tiny.write(tmp_path / "other", seed=2)
+    random_policy.write(tmp_path / "other", seed=2)
     other = Embedder(tmp_path / "other")
     with pytest.raises(LocalIndexError, match=r"index: .*another model.* --model=DIR") as caught:
         LocalIndex(indexed[0], embed=other)
@@ -224,7 +225,7 @@ def test_a_directory_without_a_vision_tower(tiny_dir, tmp_path):
     broken = changed(tiny_dir, tmp_path / "text only", without_vision)
     with pytest.raises(CheckpointError, match=r"model.safetensors: tensor visual\..* is missing"):
         Embedder(broken)
-    done = run(f"--out={tmp_path / 'index'}", f"--model={broken}", module="mmsr1_jax.index")
+    done = run(f"--out={tmp_path / 'index'}", f"--model={broken}", module="mmsr1_jax.scripts.index")
     assert done.returncode == 1 and not (tmp_path / "index").exists()
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: ") and "tensor visual." in line
@@ -233,15 +234,15 @@ def test_a_directory_without_a_vision_tower(tiny_dir, tmp_path):
 def test_by_settings(indexed, tiny_dir, embed, monkeypatch):
     monkeypatch.setattr(embedding, "WINDOWS", (16,))  # fewer programs to be compiled ahead
     directory, _, pictures = indexed
-    tools = settings.Tools(index=str(directory), image_model=str(tiny_dir), results=4)
+    tools = settings.Tools(index=str(directory), image_model=str(tiny_dir), max_results=4)
     config = settings.validate(settings.Config(tools=tools))
     search = make_tools(config)["image_search"]
-    before = compiles.count()
+    before = compile_counter.count()
     query = Query(action="image_search", text=None, question="?", images=[pictures[5]])
     found = titles(asyncio.run(search(query)))
     assert found == titles(look_up(LocalIndex(directory, results=4, embed=embed), pictures[5]))
     assert found[:2] == ["5 a", "5 b"] and len(found) == 4
-    assert compiles.count() == before
+    assert compile_counter.count() == before
     config.tools.image = "none"  # then no model is loaded
     config.tools.image_model = "nowhere"
     assert set(make_tools(config)) == {"text_search"}
@@ -251,7 +252,7 @@ def test_nothing_of_it_is_imported_without_need():
     code = (
         "import sys, mmsr1_jax.tools.local\n"
         "assert not {'jax', 'flax'} & set(sys.modules)\n"
-        "import mmsr1_jax.tools.make\n"
+        "import mmsr1_jax.tools.build\n"
         "assert not {'mmsr1_jax.tools.embedding', 'mmsr1_jax.models.qwen2_5_vl'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -261,7 +262,7 @@ def test_nothing_of_it_is_imported_without_need():
 def test_real_photographs_by_a_random_tower(shared, tmp_path):
     """Scaled and compressed ones are found. Of a tower that has learnt nothing no more can be asked
     than most of the cropped ones: the index's default is the hash (`test_local.py`)."""
-    tiny.write(
+    random_policy.write(
         tmp_path / "model",
         seed=1,
         images=ImageProcessor(min_pixels=16 * 784, max_pixels=100 * 784),

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from mmsr1_jax.tools import Query
+from mmsr1_jax.tools.cached_tool import Stored, StoredFinder, StoredReader, StoredSearch
 from mmsr1_jax.tools.services import Hit
 from mmsr1_jax.tools.services.jina import Jina
 from mmsr1_jax.tools.services.reader import Reader
@@ -14,9 +15,8 @@ from mmsr1_jax.tools.services.searxng import SearXNG
 from mmsr1_jax.tools.services.serpapi import SerpApi
 from mmsr1_jax.tools.services.serper import Serper
 from mmsr1_jax.tools.services.summariser import Summariser
-from mmsr1_jax.tools.store import Store
-from mmsr1_jax.tools.stored import Stored, StoredFinder, StoredReader, StoredSearch
 from mmsr1_jax.tools.text_search import PassageSearch, TextSearch
+from mmsr1_jax.tools.tool_cache import Store
 from mmsr1_jax.tools.web import Answer, StatusError, WebError
 
 

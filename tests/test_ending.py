@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from mmsr1_jax import ending
+from mmsr1_jax.utils import shutdown
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PATIENCE = 600.0  # seconds: on a busy machine everything takes its time
@@ -20,14 +20,14 @@ BOUND = 30.0
 
 BEGIN = """
 import asyncio, concurrent.futures, contextlib, hashlib, sys, threading, time
-from mmsr1_jax import ending, outputs
+from mmsr1_jax.utils import outputs, shutdown
 def main(argv):
     with outputs.lock("run"):
         return work()
 """
 END = """
 if __name__ == "__main__":
-    sys.exit(ending.guard(main)(sys.argv))
+    sys.exit(shutdown.guard(main)(sys.argv))
 """
 WORK = {
     "the main thread waits": """
@@ -97,14 +97,14 @@ def test_ctrl_c_ends_whatever_hangs(tmp_path, work):
     process = start(BEGIN + work + END, tmp_path)
     assert process.stdout.readline() == "now\n"
     seconds, said = interrupt(process)  # which waits until no child holds its pipes any more
-    assert process.returncode == ending.INTERRUPTED
+    assert process.returncode == shutdown.INTERRUPTED
     assert said.strip() == "interrupted; the same command resumes run from what is saved"
     assert seconds < BOUND
 
 
 LOUD = """
 def work():
-    ending._UNWIND = 3600.0
+    shutdown._UNWIND = 3600.0
     while True:
         try: print("now", flush=True); time.sleep(3600)
         except KeyboardInterrupt: print("once", flush=True)
@@ -117,7 +117,7 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "once\n"
     interrupt(process)
-    assert process.returncode == ending.INTERRUPTED
+    assert process.returncode == shutdown.INTERRUPTED
 
 
 @pytest.mark.parametrize(("last", "code", "said"), [
@@ -136,9 +136,10 @@ def work():
 
 ROLLOUT = """
 import asyncio, concurrent.futures, contextlib, sys, threading, time
-from mmsr1_jax import config as settings, ending, tiny
+from mmsr1_jax.scripts import random_policy
+from mmsr1_jax.utils import shutdown
 from mmsr1_jax.rollout.engine import Engine
-from mmsr1_jax.rollout.episode import Example
+from mmsr1_jax.episodes.episode import Example
 from tests.acting import acting_processor, config_for
 from tests.test_engine import VOCABULARY, make_config
 
@@ -158,14 +159,14 @@ async def tool(query):
 
 def main(argv):
     config = make_config()
-    config.tools.seconds = config.tools.episode_seconds = 3600.0
-    model = tiny.random_model(config_for(VOCABULARY), seed=3)
+    config.tools.timeout = config.tools.episode_timeout = 3600.0
+    model = random_policy.random_model(config_for(VOCABULARY), seed=3)
     engine = Engine(model, acting_processor(VOCABULARY), config,
                     {"text_search": tool, "image_search": tool})
     list(engine.rollout([Example(question="Who built it?")], rollouts=8))
     engine.close()
 
-sys.exit(ending.guard(main)(sys.argv))
+sys.exit(shutdown.guard(main)(sys.argv))
 """
 
 
@@ -174,6 +175,6 @@ def test_ctrl_c_ends_a_rollout_whose_tools_hang_in_every_way(tmp_path):
     process = start(ROLLOUT, tmp_path)
     assert process.stdout.readline() == "now\n", process.communicate()[1][-2000:]
     seconds, said = interrupt(process)
-    assert process.returncode == ending.INTERRUPTED
+    assert process.returncode == shutdown.INTERRUPTED
     assert said.strip().endswith("interrupted") and "Traceback" not in said
     assert seconds < BOUND, json.dumps(said[-1000:])

@@ -11,16 +11,20 @@ import PIL.Image
 import pytest
 from flax import nnx
 
-from mmsr1_jax import compiles, sharding, tiny
-from mmsr1_jax import config as settings
-from mmsr1_jax.batching import Bucket, make_rows
+from mmsr1_jax.config import settings
+from mmsr1_jax.episodes.episode import Example
+from mmsr1_jax.models import sharding
+from mmsr1_jax.processing.batching import Bucket, make_rows
 from mmsr1_jax.rollout.engine import Engine
-from mmsr1_jax.rollout.episode import Example
+from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.tools import Observation, image_result, text_result
+from mmsr1_jax.utils import compile_counter
 from tests.acting import acting_processor, config_for
 
 VOCABULARY = 640
-LIMITS = settings.Turns(turn_tokens=40, tokens=1024, least_tokens=16, result_tokens=300)
+LIMITS = settings.Turns(
+    max_new_tokens=40, max_episode_tokens=1024, min_turn_tokens=16, max_result_tokens=300
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +34,18 @@ def processor():
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.random_model(config_for(VOCABULARY), seed=3)
+    return random_policy.random_model(config_for(VOCABULARY), seed=3)
 
 
 def make_config(*, limits=LIMITS, **rollout) -> settings.Config:
-    keywords = dict(lanes=6, rows=8, chunk=8, extend_lengths=(32, 128), extend_tokens=64,
-                    encode_windows=8, image_tokens=2048, compile_ahead=False)  # fmt: skip
+    keywords = dict(lanes=6, decode_batch_size=8, decode_steps=8, prefill_buckets=(32, 128),
+                    prefill_tokens=64, encode_windows=8, image_cache_tokens=2048,
+                    precompile=False)  # fmt: skip
     return settings.Config(
         rollout=settings.Rollout(**(keywords | rollout)),
         buckets=settings.Buckets(image_windows=(4, 8, 16)),
         turns=limits,
-        tools=settings.Tools(max_pixels=16 * 28 * 28, result_chars=300, seconds=20.0),
+        tools=settings.Tools(max_pixels=16 * 28 * 28, max_result_chars=300, timeout=20.0),
     )
 
 
@@ -128,7 +133,7 @@ def test_neither_lanes_nor_chunks_nor_tools_change_an_episode(
 ):
     order = random.Random(lanes)
     tools = search_tools(lambda: order.choice([0.0, 0.0, 0.01, 0.05]))
-    engine = Engine(model, processor, make_config(lanes=lanes, chunk=chunk), tools)
+    engine = Engine(model, processor, make_config(lanes=lanes, decode_steps=chunk), tools)
     again = list(engine.rollout(examples(5), rollouts=4))
     engine.close()
     assert by_number(again) == by_number(episodes)
@@ -168,7 +173,7 @@ def test_logprobs_are_those_of_score(engine, model, temperature):
 
 def test_logprobs_where_pictures_are_written_in_pieces(model, processor):
     """Pieces that begin and end inside pictures, and a question with the same picture twice."""
-    config = make_config(extend_lengths=(8, 32), extend_tokens=32)
+    config = make_config(prefill_buckets=(8, 32), prefill_tokens=32)
     engine = Engine(model, processor, config, search_tools())
     twice = dataclasses.replace(examples(2)[1], images=[picture(5), picture(5), picture(6)])
     finished = list(engine.rollout([*examples(5), twice], rollouts=2))
@@ -233,7 +238,7 @@ def test_a_small_store_of_images_is_enough(model, processor):
     """Images that are pushed out are encoded again; nothing else changes."""
     rounds, runs = [examples(5), examples(10)[5:], examples(5)], []
     for size in (3 * 128, 4096):
-        engine = Engine(model, processor, make_config(image_tokens=size), search_tools())
+        engine = Engine(model, processor, make_config(image_cache_tokens=size), search_tools())
         finished = [list(engine.rollout(some, rollouts=2)) for some in rounds]
         distinct = len({i.digest for run in finished for e in run for i in e.images})
         assert (engine.device.counts.images > distinct) == (size < 4096)
@@ -243,8 +248,8 @@ def test_a_small_store_of_images_is_enough(model, processor):
 
 
 def test_twenty_batches_compile_nothing_after_the_second(model, processor):
-    before = compiles.count()
-    engine = Engine(model, processor, make_config(compile_ahead=True), search_tools())
+    before = compile_counter.count()
+    engine = Engine(model, processor, make_config(precompile=True), search_tools())
     rng, compiled = np.random.default_rng(0), []
     for batch in range(20):
         questions = [
@@ -257,23 +262,23 @@ def test_twenty_batches_compile_nothing_after_the_second(model, processor):
         sampling = settings.Sampling(seed=batch)
         finished = list(engine.rollout(questions, rollouts=2, sampling=sampling))
         assert all(episode.end in ("answer", "turns", "tokens") for episode in finished)
-        compiled.append(compiles.count())
+        compiled.append(compile_counter.count())
     engine.close()
     assert compiled[19] == compiled[1] > before
 
 
 def test_load_takes_new_parameters(model, processor, episodes):
-    other = tiny.random_model(config_for(VOCABULARY), seed=4)
+    other = random_policy.random_model(config_for(VOCABULARY), seed=4)
     fresh = Engine(other, processor, make_config(), search_tools())
     expected = by_number(fresh.rollout(examples(3), rollouts=2))
     fresh.close()
-    engine = Engine(model, processor, make_config(compile_ahead=True), search_tools())
+    engine = Engine(model, processor, make_config(precompile=True), search_tools())
     before = by_number(engine.rollout(examples(3), rollouts=2))
     engine.load(nnx.split(model)[1])  # the program that does it is compiled
-    images, compiled = engine.device.counts.images, compiles.count()
+    images, compiled = engine.device.counts.images, compile_counter.count()
     engine.load(nnx.split(other)[1])
     after = by_number(engine.rollout(examples(3), rollouts=2))
-    assert compiles.count() == compiled
+    assert compile_counter.count() == compiled
     assert after == expected != before
     assert engine.device.counts.images > images  # pictures of the old parameters are not used
     running = engine.rollout(examples(3))
@@ -294,12 +299,15 @@ def test_load_takes_the_parameters_of_a_trainer_on_eight_devices(model, processo
     params = nnx.split(model)[1]
     cut = jax.device_put(params, sharding.param_shardings(params, mesh))
     engine = Engine(
-        tiny.random_model(config_for(VOCABULARY), seed=4), processor, make_config(), search_tools()
+        random_policy.random_model(config_for(VOCABULARY), seed=4),
+        processor,
+        make_config(),
+        search_tools(),
     )
     for _ in range(2):
-        compiled = compiles.count()
+        compiled = compile_counter.count()
         engine.load(cut)
-    assert compiles.count() == compiled  # one program, compiled once
+    assert compile_counter.count() == compiled  # one program, compiled once
     assert by_number(engine.rollout(examples(5), rollouts=4)) == by_number(episodes)
     engine.close()
 
@@ -312,9 +320,9 @@ def test_two_devices_along_the_tensor_axis(model, processor, episodes):
     engine = Engine(cut, processor, make_config(), search_tools())
     again = list(engine.rollout(examples(5), rollouts=4))
     engine.load(nnx.split(cut)[1])
-    compiled = compiles.count()
+    compiled = compile_counter.count()
     assert by_number(engine.rollout(examples(5), rollouts=4)) == by_number(again)
-    assert compiles.count() == compiled
+    assert compile_counter.count() == compiled
     assert not engine.device._lanes.k.sharding.is_fully_replicated
     engine.close()
     expected = {episode.number: episode for episode in episodes}
@@ -338,7 +346,7 @@ def test_examples_that_cannot_be_used_hurt_nobody(engine):
     errors = {e.example.id: e.error for e in mixed if e.end == "error"}
     assert set(errors) == {"broken", "none", "long", "thin"}
     assert "not an image" in errors["broken"] and "no such file" in errors["none"]
-    assert "turns.tokens" in errors["long"] and "200 times" in errors["thin"]
+    assert "turns.max_episode_tokens" in errors["long"] and "200 times" in errors["thin"]
     assert {e.number for e in mixed if e.end != "error"} == {0, 5, 6}
     found = by_number(e for e in mixed if e.example.id == "0")
     assert found[0] == expected[0]

@@ -8,7 +8,7 @@ import unicodedata
 import pytest
 from confusable_homoglyphs.confusables import confusables_data
 
-from mmsr1_jax.rollout.escaping import _edits, harmless
+from mmsr1_jax.episodes.escaping import _edits, harmless
 from tests.timing import assert_linear
 
 TAGS = (

@@ -22,22 +22,25 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
-from mmsr1_jax import config as settings
-from mmsr1_jax import run_settings, running, sharding, tiny
-from mmsr1_jax.checkpoint import Checkpoints
+from mmsr1_jax.config import settings
 from mmsr1_jax.data import QuestionSource
+from mmsr1_jax.episodes import prompts, turns
 from mmsr1_jax.evaluation.compare import compare_files
 from mmsr1_jax.evaluation.run import evaluate, parameters
 from mmsr1_jax.evaluation.scoring import rescore
 from mmsr1_jax.evaluation.table import table
 from mmsr1_jax.evaluation.workflows import WORKFLOWS, limits_of
-from mmsr1_jax.rewards import exact_match
-from mmsr1_jax.rl.samples import make_loss
-from mmsr1_jax.rl.update import Learner
-from mmsr1_jax.rollout import forcing, prompts, turns
+from mmsr1_jax.models import sharding
+from mmsr1_jax.rewards.reward_function import exact_match
+from mmsr1_jax.rl.learner import Learner
+from mmsr1_jax.rl.train_batch import make_loss
+from mmsr1_jax.rollout import forcing
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.pool import EnginePool
+from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.tools.service import ServiceRefusedError
+from mmsr1_jax.training import run_config, train_utils
+from mmsr1_jax.training.checkpoint import Checkpoints
 from tests import acting
 from tests.acting import acting_processor, config_for
 from tests.programs import environment
@@ -97,7 +100,7 @@ def test_a_query_that_is_not_written_is_the_question(text):
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.random_model(config_for(VOCABULARY), seed=3)
+    return random_policy.random_model(config_for(VOCABULARY), seed=3)
 
 
 def make_engine(model, **keywords):
@@ -195,7 +198,7 @@ def test_the_parameters_of_a_checkpoint(tmp_path, tiny_dir, rank):
     config = settings.Config(update=settings.Update(lora_rank=rank))
     mesh = sharding.make_mesh(1, -1, 1)
     trainer = Learner(
-        running.load_policy(config, tiny_dir, mesh),
+        train_utils.load_policy(config, tiny_dir, mesh),
         make_loss(config.objective),
         config.update,
         mesh,
@@ -251,7 +254,7 @@ def judge():
 def judge_config(server, **fields):
     config = settings.Config()
     config.services = settings.Services(
-        judge_url=server and server.url, seconds=5.0, attempts=1, **fields
+        judge_url=server and server.url, timeout=5.0, max_attempts=1, **fields
     )
     return config
 
@@ -332,7 +335,7 @@ def test_a_judge_that_fails_gives_no_verdict_and_is_asked_again(shared, tmp_path
 
 def test_a_judge_that_is_not_there_ends_the_evaluation(shared, tmp_path):
     config = settings.Config()
-    config.services = settings.Services(judge_url="http://127.0.0.1:1", attempts=1)
+    config.services = settings.Services(judge_url="http://127.0.0.1:1", max_attempts=1)
     with pytest.raises(ServiceRefusedError, match="judge at http://127.0.0.1:1 .*refused"):
         rescore(config, shared / "data" / "transcripts.jsonl", tmp_path)
 
@@ -356,9 +359,9 @@ def begun(shared, tiny_dir, tmp_path):
     config = settings.Config()
     config.eval.data = (str(shared / "data" / "fvqa_mini.parquet"),)
     config.eval.workflows = ("on_demand", "agent")
-    config.turns.prompts = str(tmp_path / "prompts")
+    config.turns.prompt_dir = str(tmp_path / "prompts")
     config.tools.index = str(tmp_path)
-    config.services.store = str(tmp_path / "store.sqlite")
+    config.services.cache = str(tmp_path / "store.sqlite")
     for _ in range(2):  # begun, and gone on with
         with pytest.raises(ValueError, match=f"{policy}.*config.json"):
             evaluate(config, policy, out)
@@ -369,7 +372,7 @@ def begun(shared, tiny_dir, tmp_path):
     "field, value",
     [
         ("reader", "none"), ("summariser_url", "http://127.0.0.1:1"), ("summariser_model", "other"),
-        ("store_mode", "record"), ("fvqa_cache", "cache.json"), ("searxng_url", "http://127.0.0.1:2"),
+        ("cache_mode", "record"), ("fvqa_cache", "cache.json"), ("searxng_url", "http://127.0.0.1:2"),
     ],
 )  # fmt: skip
 def test_services_are_part_of_what_an_evaluation_was_begun_with(begun, field, value):
@@ -437,10 +440,11 @@ from mmsr1_jax.config import Buckets, Config, Rollout, Tools, Turns
 def get_config():
     return Config(
         buckets=Buckets(image_windows=(4, 16, 64)),
-        rollout=Rollout(lanes=4, rows=4, extend_lengths=(64, 256), extend_tokens=256,
-                        image_tokens=8192, compile_ahead=False),
-        turns=Turns(turn_tokens=48, tokens=4096, least_tokens=32, result_tokens=768),
-        tools=Tools(result_chars=300, max_pixels=112 * 112),
+        rollout=Rollout(lanes=4, decode_batch_size=4, prefill_buckets=(64, 256), prefill_tokens=256,
+                        image_cache_tokens=8192, precompile=False),
+        turns=Turns(max_new_tokens=48, max_episode_tokens=4096, min_turn_tokens=32,
+                    max_result_tokens=768),
+        tools=Tools(max_result_chars=300, max_pixels=112 * 112),
     )
 """
 
@@ -471,7 +475,7 @@ def test_killed_and_gone_on_with(shared, material, tmp_path, judge, rows):
     arguments = [
         f"--config={material / 'config.py'}", f"--model={material / 'policy'}",
         f"--config.eval.data=('{shared / 'data' / 'fvqa_mini.parquet'}',)",
-        f"--config.eval.rows={rows}", f"--config.tools.index={material / 'index'}",
+        f"--config.eval.max_questions={rows}", f"--config.tools.index={material / 'index'}",
         f"--config.services.judge_url={judge.url}",
     ]  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -524,9 +528,9 @@ def test_a_run_is_measured_by_its_own_settings(shared, material, tmp_path):
     config = runpy.run_path(str(material / "config.py"))["get_config"]()
     config.data.validation = (str(shared / "data" / "fvqa_mini.parquet"),)
     config.eval.workflows = ("direct",)
-    run_settings.write(tmp_path / "config.json", config, "nowhere")
+    run_config.write(tmp_path / "config.json", config, "nowhere")
     shutil.copytree(material / "policy", tmp_path / "policy")
-    run(command(f"--workdir={tmp_path}", "--config.eval.rows=1"))
+    run(command(f"--workdir={tmp_path}", "--config.eval.max_questions=1"))
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
     assert results["workflows"]["direct"]["questions"] == 1 and len(results["workflows"]) == 1
     assert results["made_with"]["model"] == str(tmp_path / "policy")
@@ -536,9 +540,9 @@ def test_a_run_is_measured_by_its_own_settings(shared, material, tmp_path):
 def test_a_checkpoint_of_a_run_is_measured(shared, material, tmp_path):
     """All its parameters are 0, so that all tokens are equally likely, and one is always taken."""
     config = runpy.run_path(str(material / "config.py"))["get_config"]()
-    run_settings.write(tmp_path / "config.json", config, str(material / "policy"))
+    run_config.write(tmp_path / "config.json", config, str(material / "policy"))
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    policy = running.load_policy(config, material / "policy", mesh)
+    policy = train_utils.load_policy(config, material / "policy", mesh)
     trainer = Learner(policy, make_loss(config.objective), config.update, mesh)
     state = {"trained": jax.tree.map(lambda x: 0 * x, trainer.trained)}
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
@@ -547,7 +551,8 @@ def test_a_checkpoint_of_a_run_is_measured(shared, material, tmp_path):
     run(
         command(
             f"--workdir={tmp_path}", "--step=2", "--config.eval.workflows=('on_demand',)",
-            "--config.eval.rows=1", f"--config.eval.data=('{shared}/data/fvqa_mini.parquet',)",
+            "--config.eval.max_questions=1",
+            f"--config.eval.data=('{shared}/data/fvqa_mini.parquet',)",
         )
     )  # fmt: skip
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())

@@ -10,9 +10,9 @@ import time
 import PIL.Image
 import pytest
 
-from mmsr1_jax import tiny
+from mmsr1_jax.episodes.episode import Example
 from mmsr1_jax.rollout.engine import Engine
-from mmsr1_jax.rollout.episode import Example
+from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.tools import Observation, Part, image_result, text_result
 from tests.acting import acting_processor, config_for
 from tests.test_engine import VOCABULARY, by_number, make_config, picture, search_tools
@@ -28,8 +28,8 @@ def processor():
 @pytest.fixture(scope="module")
 def engine(processor):
     config = make_config()
-    config.tools.seconds = 1.5
-    engine = Engine(tiny.random_model(config_for(VOCABULARY), seed=3), processor, config)
+    config.tools.timeout = 1.5
+    engine = Engine(random_policy.random_model(config_for(VOCABULARY), seed=3), processor, config)
     yield engine
     engine.close()
 
@@ -216,7 +216,7 @@ def test_a_fault_stays_where_it_is(engine, processor, undisturbed, fault):
     control, made = processor.control, 0
     for episode in hurt:
         assert episode.end in ("answer", "turns", "tokens")
-        assert len(episode) <= engine.config.turns.tokens
+        assert len(episode) <= engine.config.turns.max_episode_tokens
         tokens = [len(image.values) // 4 for image in episode.images]
         assert (episode.tokens == control["<|image_pad|>"]).sum() == sum(tokens)
         assert max(tokens[1:], default=0) <= 16  # pictures from outside are bounded
@@ -245,7 +245,7 @@ def test_a_fault_stays_where_it_is(engine, processor, undisturbed, fault):
 
 
 def test_results_are_shortened_by_whole_results(engine, processor, monkeypatch):
-    monkeypatch.setattr(engine.config.turns, "result_tokens", 200)
+    monkeypatch.setattr(engine.config.turns, "max_result_tokens", 200)
     hurt, _ = run(engine, thirty_images)
     found = [(e, c) for e in hurt for c in e.calls if c.action == "image_search" and c.found]
     assert found
@@ -265,8 +265,8 @@ def test_long_texts_are_cut(engine):
 
 def test_an_episode_has_a_limit_on_waiting(engine, monkeypatch):
     """When its time is used up, searches fail at once."""
-    monkeypatch.setattr(engine.config.tools, "seconds", 0.4)
-    monkeypatch.setattr(engine.config.tools, "episode_seconds", 0.5)
+    monkeypatch.setattr(engine.config.tools, "timeout", 0.4)
+    monkeypatch.setattr(engine.config.tools, "episode_timeout", 0.5)
     hurt, _ = run(engine, hangs)
     waited = [sum(call.seconds for call in episode.calls) for episode in hurt]
     assert max(waited) < 0.9
@@ -301,9 +301,9 @@ def test_limits_are_said_and_do_not_end_the_episode(engine, processor):
 
 def test_an_episode_without_room_ends(engine, processor, undisturbed):
     """Results that leave no room are left out; where even that does not fit, the episode ends."""
-    limits = dataclasses.replace(engine.config.turns, tokens=470)
+    limits = dataclasses.replace(engine.config.turns, max_episode_tokens=470)
     config = dataclasses.replace(engine.config, turns=limits)
-    small = Engine(tiny.random_model(config_for(VOCABULARY), seed=3), processor, config,
+    small = Engine(random_policy.random_model(config_for(VOCABULARY), seed=3), processor, config,
                    search_tools())  # fmt: skip
     finished = list(small.rollout(questions(), rollouts=4))
     small.close()

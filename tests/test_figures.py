@@ -13,19 +13,19 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from mmsr1_jax.config import Config, ConfigError, Eval, Turns, validate
+from mmsr1_jax.config.settings import Config, ConfigError, Eval, Turns, validate
 from mmsr1_jax.data import DataError
-from mmsr1_jax.evaluation import lines
+from mmsr1_jax.episodes import prompts
+from mmsr1_jax.episodes.episode import Episode
+from mmsr1_jax.episodes.turns import Turn
+from mmsr1_jax.evaluation import records
 from mmsr1_jax.evaluation.compare import compare, compare_files, mcnemar
 from mmsr1_jax.evaluation.extraction import finish_documents
-from mmsr1_jax.evaluation.figures import Outcome, figures, interval, pass_at
+from mmsr1_jax.evaluation.metrics import Outcome, figures, interval, pass_at
 from mmsr1_jax.evaluation.run import Source, line_of
 from mmsr1_jax.evaluation.scoring import rescore, results_of
 from mmsr1_jax.evaluation.table import table
 from mmsr1_jax.evaluation.workflows import WORKFLOWS, allowed, limits_of
-from mmsr1_jax.rollout import prompts
-from mmsr1_jax.rollout.episode import Episode
-from mmsr1_jax.rollout.turns import Turn
 
 
 def outcome(number, right, made="", **fields) -> Outcome:
@@ -190,7 +190,9 @@ def call(action, status):
 def test_what_a_line_says():
     calls = [call("image_search", "ok"), call("text_search", "failed"),
              call("text_search", "empty"), call("text_search", "refused")]  # fmt: skip
-    found = lines.outcome_of(line(2, "in Paris.", calls=calls, judge={"correct": True}, allowed=2))
+    found = records.outcome_of(
+        line(2, "in Paris.", calls=calls, judge={"correct": True}, allowed=2)
+    )
     assert found.right == {"em": False, "subem": True, "judge": True, "score": None}
     assert found.made == {"image_search": 1, "text_search": 2} and found.refused == 1
     assert found.failed == {"image_search": 0, "text_search": 1} and found.searches == 3
@@ -198,7 +200,7 @@ def test_what_a_line_says():
 
 
 def test_pictures_are_found_from_another_folder(tmp_path):
-    moved = lines.moved(line(), tmp_path / "a", tmp_path / "b" / "c")
+    moved = records.moved(line(), tmp_path / "a", tmp_path / "b" / "c")
     assert moved["images"] == ["../../a/pictures/a.png"]
 
 
@@ -218,24 +220,24 @@ def test_a_line_that_is_no_episode(tmp_path, text, message):
     good = json.dumps(line()).encode()
     path.write_bytes(good + b"\n\n" + text.encode("utf-8", "surrogateescape") + b"\n")
     with pytest.raises(DataError, match=f"episodes.jsonl, line 3: {message}"):
-        list(lines.scan(path))
+        list(records.scan(path))
 
 
 def test_a_line_that_was_cut_off_is_cut_away(tmp_path):
     path = tmp_path / "episodes.jsonl"
-    lines.mend(path)
+    records.mend(path)
     whole = json.dumps(line()) + "\n"
     path.write_text(whole + whole[:40])
-    lines.mend(path)
+    records.mend(path)
     assert path.read_text() == whole
 
 
 def test_limits_of_workflows():
-    limits = Turns(turns=5, searches=4, image_searches=1, text_searches=3)
+    limits = Turns(max_turns=5, max_searches=4, max_image_searches=1, max_text_searches=3)
     assert limits_of("on_demand", limits) is limits and limits_of("agent", limits) is limits
     direct, rag = limits_of("direct", limits), limits_of("rag", limits)
-    assert (direct.turns, direct.searches, rag.turns, rag.searches) == (1, 0, 3, 2)
-    assert direct.tokens == rag.tokens == limits.tokens
+    assert (direct.max_turns, direct.max_searches, rag.max_turns, rag.max_searches) == (1, 0, 3, 2)
+    assert direct.max_episode_tokens == rag.max_episode_tokens == limits.max_episode_tokens
     assert [allowed(limits, picture) for picture in (True, False)] == [4, 3]
     assert [allowed(rag, picture) for picture in (True, False)] == [2, 1]
     assert allowed(direct, True) == 0
@@ -251,7 +253,7 @@ def test_a_benchmark_is_read_and_scored_by_its_own_rules(tmp_path, processor):
         for n in range(3)
     ]  # fmt: skip
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "val2014-00000-of-00001.parquet")
-    config = Config(eval=Eval(data=(str(tmp_path),), benchmark="okvqa", rows=2))
+    config = Config(eval=Eval(data=(str(tmp_path),), benchmark="okvqa", max_questions=2))
     source = Source(config, processor.images)
     assert [q.id for q in source] == [q.id for q in source] == ["0", "1"]
     question = next(iter(source))
@@ -289,8 +291,8 @@ def test_unanswerable_questions_have_an_f1(tmp_path):
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("samples", 3, "eval.temperature=0.0 must not be negative, and over 0"),
-        ("samples", 0, "eval.samples=0"), ("rows", -1, "eval.rows=-1"),
+        ("num_samples", 3, "eval.temperature=0.0 must not be negative, and over 0"),
+        ("num_samples", 0, "eval.num_samples=0"), ("max_questions", -1, "eval.max_questions=-1"),
         ("temperature", -1.0, "eval.temperature=-1.0"), ("temperature", math.nan, "temperature"),
         ("workflows", ("rag", "x"), "eval.workflows='x' is not one of on_demand, rag"),
         ("workflows", (), "eval.workflows"),

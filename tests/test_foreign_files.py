@@ -14,16 +14,16 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from mmsr1_jax import fallbacks
 from mmsr1_jax.data import DataError
 from mmsr1_jax.data.benchmarks import tables
 from mmsr1_jax.data.questions import QuestionSource
 from mmsr1_jax.tools import Query, local
+from mmsr1_jax.tools.cached_tool import SHAPES, NotStoredError, Stored, StoredFinder, StoredSearch
 from mmsr1_jax.tools.local import LocalIndex, LocalIndexError
 from mmsr1_jax.tools.services import Hit
-from mmsr1_jax.tools.store import Store, StoreError
-from mmsr1_jax.tools.stored import SHAPES, NotStoredError, Stored, StoredFinder, StoredSearch
+from mmsr1_jax.tools.tool_cache import Store, StoreError
 from mmsr1_jax.tools.web import WebError
+from mmsr1_jax.utils import fallbacks
 
 GOOD = {
     "links": [["l", "t", "s"]], "page": "text", "summary": "text", "matches": [["l", "t", "u"]],

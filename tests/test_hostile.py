@@ -6,11 +6,11 @@ import re
 import numpy as np
 
 from configs import qwen7b
-from mmsr1_jax.images import ImageProcessor
-from mmsr1_jax.processor import Processor
-from mmsr1_jax.rollout import prompts
-from mmsr1_jax.rollout.episode import Example
-from mmsr1_jax.rollout.rules import Rules
+from mmsr1_jax.episodes import prompts
+from mmsr1_jax.episodes.episode import Example
+from mmsr1_jax.episodes.rules import Rules
+from mmsr1_jax.processing.images import ImageProcessor
+from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.tools import Query
 from mmsr1_jax.tools.services import Hit
 from mmsr1_jax.tools.services.reader import extract

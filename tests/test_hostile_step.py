@@ -14,12 +14,14 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from mmsr1_jax import config as settings
-from mmsr1_jax import image_files, tiny, workers
+from mmsr1_jax.config import settings
+from mmsr1_jax.episodes.episode import Example
+from mmsr1_jax.processing import image_files
 from mmsr1_jax.rollout.engine import Engine
-from mmsr1_jax.rollout.episode import Example
-from mmsr1_jax.tools.make import make_tools
+from mmsr1_jax.scripts import random_policy
+from mmsr1_jax.tools.build import make_tools
 from mmsr1_jax.tools.services import reader
+from mmsr1_jax.utils import workers
 from tests.acting import acting_processor, config_for
 from tests.servers import serve
 from tests.test_engine import VOCABULARY, make_config, picture
@@ -27,7 +29,9 @@ from tests.test_image_files import EPS, icon, png, scans
 
 SHORT = workers.Limits(cpu_seconds=0.3, wall_seconds=600.0, memory_bytes=400 << 20)
 HONEST = "Built in 1886, says page {}. "
-LIMITS = settings.Turns(turn_tokens=40, tokens=1536, least_tokens=16, result_tokens=600)
+LIMITS = settings.Turns(
+    max_new_tokens=40, max_episode_tokens=1536, min_turn_tokens=16, max_result_tokens=600
+)
 ACTIONS = {
     "<reason>r{}</reason> <text_search>bridge {}</text_search>\n": 40,
     "<reason>r{}</reason> <search><img></search>": 40,
@@ -116,16 +120,16 @@ def make_app(hostile: bool) -> Starlette:
 def make_engine(address: str, lanes: int):
     seconds = 3000.0  # the limits of items act, not those of calls
     config = make_config(lanes=lanes, limits=LIMITS)
-    config.tools.text, config.tools.image, config.tools.results = "searxng", "serper", 3
-    config.tools.result_chars, config.tools.max_pixels = 80, 4 * 28 * 28
-    config.tools.seconds = config.tools.episode_seconds = seconds
+    config.tools.text, config.tools.image, config.tools.max_results = "searxng", "serper", 3
+    config.tools.max_result_chars, config.tools.max_pixels = 80, 4 * 28 * 28
+    config.tools.timeout = config.tools.episode_timeout = seconds
     services = config.services
     services.searxng_url = services.serper_url = address
-    services.put_url, services.public_url = f"{address}/put/", "http://public.example/"
+    services.upload_url, services.public_url = f"{address}/put/", "http://public.example/"
     services.allowed_hosts = (address.removeprefix("http://"),)
-    services.seconds, services.per_second, services.at_once = seconds, 10_000.0, 256
+    services.timeout, services.max_qps, services.max_concurrency = seconds, 10_000.0, 256
     processor = acting_processor(VOCABULARY, actions=ACTIONS)
-    model = tiny.random_model(config_for(VOCABULARY), seed=3)
+    model = random_policy.random_model(config_for(VOCABULARY), seed=3)
     return Engine(model, processor, config, make_tools(config))
 
 

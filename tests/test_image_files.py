@@ -12,8 +12,8 @@ import PIL.Image
 import PIL.PngImagePlugin
 import pytest
 
-from mmsr1_jax import image_files
-from mmsr1_jax.image_files import (
+from mmsr1_jax.processing import image_files
+from mmsr1_jax.processing.image_files import (
     ImageError,
     check_image,
     image_size,
@@ -21,9 +21,9 @@ from mmsr1_jax.image_files import (
     process_image,
     public_jpeg,
 )
-from mmsr1_jax.images import ImageProcessor
-from mmsr1_jax.processor import Processor
-from mmsr1_jax.workers import Limits
+from mmsr1_jax.processing.images import ImageProcessor
+from mmsr1_jax.processing.processor import Processor
+from mmsr1_jax.utils.workers import Limits
 
 SECRET = b"52.5200 13.4050 Jane Doe"
 

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mmsr1_jax.images import ImageError, ImageProcessor, read_picture, write_picture
+from mmsr1_jax.processing.images import ImageError, ImageProcessor, read_picture, write_picture
 
 BASE = {
     "image_processor_type": "Qwen2VLImageProcessor",

@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mmsr1_jax.images import ImageError, ImageProcessor, open_image, to_rgb
+from mmsr1_jax.processing.images import ImageError, ImageProcessor, open_image, to_rgb
 
 
 def noise(width, height, mode="RGB", seed=0):

@@ -82,6 +82,6 @@ def test_mistakes_in_one_line(arguments, directory, tmp_path):
     assert "error: " in line(f"--tools.index={tmp_path}") and "pages.jsonl" in line(
         f"--tools.index={tmp_path}"
     )
-    assert "no such directory" in line("--config.turns.prompts=nowhere")
+    assert "no such directory" in line("--config.turns.prompt_dir=nowhere")
     assert "no such file" in line("--image=nowhere.jpg")
     assert "leave room" in line("--question=" + "word " * 3000)

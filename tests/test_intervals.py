@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from mmsr1_jax.evaluation.compare import compare
-from mmsr1_jax.evaluation.figures import accuracy, figures, interval
+from mmsr1_jax.evaluation.metrics import accuracy, figures, interval
 from mmsr1_jax.evaluation.scoring import results_of
 from mmsr1_jax.evaluation.table import compared, table
 from tests.test_figures import outcome

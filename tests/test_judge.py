@@ -13,17 +13,18 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from mmsr1_jax import config as settings
-from mmsr1_jax import metrics, train
-from mmsr1_jax.judge import Judge, NoVerdictError, read_verdict, verdict_of
-from mmsr1_jax.rollout.episode import Episode, Example
-from mmsr1_jax.rollout.turns import parse
-from mmsr1_jax.tools.make import make_judge
+from mmsr1_jax import train
+from mmsr1_jax.config import settings
+from mmsr1_jax.episodes.episode import Episode, Example
+from mmsr1_jax.episodes.turns import parse
+from mmsr1_jax.tools.build import make_judge
+from mmsr1_jax.tools.cached_tool import Stored
+from mmsr1_jax.tools.judge import Judge, NoVerdictError, read_verdict, verdict_of
 from mmsr1_jax.tools.service import Service, ServiceRefusedError
 from mmsr1_jax.tools.services.chat import completions_url, read_reply
-from mmsr1_jax.tools.store import Store
-from mmsr1_jax.tools.stored import Stored
+from mmsr1_jax.tools.tool_cache import Store
 from mmsr1_jax.tools.web import Answer, Web
+from mmsr1_jax.training import metrics
 from tests.servers import serve
 from tests.test_step import Engine, config_of, questions_of
 from tests.timing import assert_linear
@@ -72,7 +73,7 @@ def running():
 @pytest.fixture
 def server(running, monkeypatch):
     monkeypatch.setenv("JUDGE_API_KEY", SECRET)
-    monkeypatch.setattr("mmsr1_jax.judge._PAUSE", 0.0)
+    monkeypatch.setattr("mmsr1_jax.tools.judge._PAUSE", 0.0)
     running.reply, running.asked = lambda answer: message(RIGHT), []
     return running
 
@@ -401,12 +402,12 @@ def test_a_judge_that_refuses_every_answer_ends_the_step_with_one_line(server, c
 
 def test_a_judge_that_is_gone_ends_the_step_however_many_ask(monkeypatch):
     """Also once it has failed so often that it is not asked for a while."""
-    monkeypatch.setattr("mmsr1_jax.judge._PAUSE", 0.0)
+    monkeypatch.setattr("mmsr1_jax.tools.judge._PAUSE", 0.0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     config = settings.Config()
-    config.services.judge_url, config.services.attempts = url, 2
+    config.services.judge_url, config.services.max_attempts = url, 2
     for count in (1, 100):
         with pytest.raises(ServiceRefusedError, match=f"{url} refuses .*: connection refused"):
             step(make_judge(config), [f"NYC {number}" for number in range(count)])

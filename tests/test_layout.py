@@ -9,17 +9,17 @@ import PIL.Image
 import pytest
 
 from configs import qwen7b
-from mmsr1_jax import config as settings
-from mmsr1_jax import tiny
-from mmsr1_jax.images import ImageProcessor
-from mmsr1_jax.processor import Processor
-from mmsr1_jax.report import pictures, records
-from mmsr1_jax.rollout import prompts
-from mmsr1_jax.rollout.episode import Episode, Example, Segment, ShownResult
-from mmsr1_jax.rollout.escaping import harmless
-from mmsr1_jax.rollout.layout import _shares, _up_to_border
-from mmsr1_jax.rollout.rules import Rules
-from mmsr1_jax.serve.telling import Teller
+from mmsr1_jax.apps.report import pictures, records
+from mmsr1_jax.apps.serve.events import Teller
+from mmsr1_jax.config import settings
+from mmsr1_jax.episodes import prompts
+from mmsr1_jax.episodes.episode import Episode, Example, Segment, ShownResult
+from mmsr1_jax.episodes.escaping import harmless
+from mmsr1_jax.episodes.layout import _shares, _up_to_border
+from mmsr1_jax.episodes.rules import Rules
+from mmsr1_jax.processing.images import ImageProcessor
+from mmsr1_jax.processing.processor import Processor
+from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.tools import Observation, Part, Query, image_result, text_result
 from tests.test_escaping import HARMLESS, LABELS, TAGS
 
@@ -38,14 +38,16 @@ LANGUAGES = {
 
 
 def make_rules(processor, tokens=800, chars=4000):
-    limits = settings.Turns(tokens=8000, least_tokens=100, turn_tokens=200, result_tokens=tokens)
-    tools = settings.Tools(max_pixels=112 * 112, result_chars=chars)
+    limits = settings.Turns(
+        max_episode_tokens=8000, min_turn_tokens=100, max_new_tokens=200, max_result_tokens=tokens
+    )
+    tools = settings.Tools(max_pixels=112 * 112, max_result_chars=chars)
     return Rules(processor, limits, tools, prompts.load())
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return Processor(tiny.make_tokenizer().to_str(), tiny.IMAGES)
+    return Processor(random_policy.make_tokenizer().to_str(), random_policy.IMAGES)
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,7 @@ def test_the_command(tmp_path):
     write(tmp_path / "i.jsonl", [{"image": "one.png", "titles": ["One", "The one"], "link": "l"},
                                  {"image": "none.png", "title": "x"}, {"title": "y"},
                                  {"image": "one.png"}])  # fmt: skip
-    command = functools.partial(run, module="mmsr1_jax.index")
+    command = functools.partial(run, module="mmsr1_jax.scripts.index")
     done = command(f"--pages={tmp_path / 'p.jsonl'}", f"--images={tmp_path / 'i.jsonl'}",
                    f"--out={tmp_path / 'index'}")  # fmt: skip
     assert done.returncode == 0, done.stderr

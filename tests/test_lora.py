@@ -11,10 +11,12 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from mmsr1_jax import config as settings
-from mmsr1_jax import merge, metrics, running, sharding, tiny
+from mmsr1_jax.config import settings
+from mmsr1_jax.models import sharding
 from mmsr1_jax.models.qwen2_5_vl.layers import Adapter, Linear
 from mmsr1_jax.rl import lora, packing
+from mmsr1_jax.scripts import merge, random_policy
+from mmsr1_jax.training import metrics, train_utils
 from tests.reference import (
     Qwen2_5_VLForConditionalGeneration,
     torch,
@@ -57,7 +59,7 @@ def adapted(one):
 
 @pytest.fixture(scope="module")
 def one():
-    return moved(learner(CONFIG, grad_clip=0.0, **EVERYWHERE))
+    return moved(learner(CONFIG, max_grad_norm=0.0, **EVERYWHERE))
 
 
 @pytest.fixture
@@ -149,8 +151,8 @@ def test_no_float32_copy_of_the_policy(tiny_dir, one_device):
     config = settings.Config()
     config.model.dtype = "bfloat16"
     config.update.lora_rank = 4
-    model = running.load_policy(config, str(tiny_dir), one_device)
-    one = running.Learner(model, None, config.update, one_device)
+    model = train_utils.load_policy(config, str(tiny_dir), one_device)
+    one = train_utils.Learner(model, None, config.update, one_device)
     assert {x.dtype.name for x in jax.tree.leaves(one.frozen)} == {"bfloat16"}
     assert {x.dtype.name for x in jax.tree.leaves(one.trained)} == {"float32"}
     assert {x.dtype.name for x in jax.tree.leaves(one.params)} == {"bfloat16"}
@@ -176,8 +178,8 @@ def test_a_gradient_holds_no_product_of_the_factors():
 @pytest.mark.proof
 def test_eight_devices():
     batches = packing.RowShape(8, 128, 16)
-    one = learner(CONFIG, grad_clip=0.0, **EVERYWHERE)
-    other = learner(CONFIG, sharding.make_mesh(1, 4, 2), grad_clip=0.0, **EVERYWHERE)
+    one = learner(CONFIG, max_grad_norm=0.0, **EVERYWHERE)
+    other = learner(CONFIG, sharding.make_mesh(1, 4, 2), max_grad_norm=0.0, **EVERYWHERE)
     for name, value in flat(other.trained).items():
         np.testing.assert_array_equal(value, flat(one.trained)[name])  # the same first values
     one, other = moved(one), moved(other)
@@ -224,7 +226,7 @@ def test_peft_reads_our_adapters(one, tmp_path):
 
 
 def test_updates_equal_torch(tmp_path):
-    one = moved(learner(CONFIG, grad_clip=0.5, **EVERYWHERE))
+    one = moved(learner(CONFIG, max_grad_norm=0.5, **EVERYWHERE))
     samples = samples_of(CONFIG, seed=2)
     theirs = peft_model(one, tmp_path / "start", is_trainable=True)
     chosen = {
@@ -265,9 +267,9 @@ def test_updates_equal_torch(tmp_path):
 def test_the_merge_command(tiny_dir, tmp_path):
     config = settings.Config(update=settings.Update(**EVERYWHERE))
     mesh = sharding.make_mesh(1, 4, 2)
-    model = running.load_policy(config, str(tiny_dir), mesh)
-    one = moved(running.Learner(model, None, config.update, mesh))
-    running.save_policy(one, config, str(tiny_dir), tmp_path)
+    model = train_utils.load_policy(config, str(tiny_dir), mesh)
+    one = moved(train_utils.Learner(model, None, config.update, mesh))
+    train_utils.save_policy(one, config, str(tiny_dir), tmp_path)
     merge.merge(str(tiny_dir), str(tmp_path / "adapter"), str(tmp_path / "merged"))
     found = safetensors.numpy.load_file(tmp_path / "merged" / "model.safetensors")
     wanted = safetensors.numpy.load_file(tmp_path / "policy" / "model.safetensors")
@@ -280,10 +282,10 @@ def test_the_merge_command(tiny_dir, tmp_path):
     loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         tmp_path / "merged", dtype=torch.float32
     )
-    prompt = samples_of(tiny.CONFIG, 1)[0].prompt
+    prompt = samples_of(random_policy.CONFIG, 1)[0].prompt
     np.testing.assert_allclose(
-        torch_logits(loaded.eval(), prompt, tiny.CONFIG),
-        torch_logits(torch_model(one.model()), prompt, tiny.CONFIG), rtol=0, atol=1e-4,
+        torch_logits(loaded.eval(), prompt, random_policy.CONFIG),
+        torch_logits(torch_model(one.model()), prompt, random_policy.CONFIG), rtol=0, atol=1e-4,
     )  # fmt: skip
 
 

@@ -12,9 +12,9 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from mmsr1_jax import config as settings
+from mmsr1_jax.config import settings
 from mmsr1_jax.tools import Query
-from mmsr1_jax.tools.make import ToolsError, make_tools
+from mmsr1_jax.tools.build import ToolsError, make_tools
 from mmsr1_jax.tools.services import KeyMissingError, fvqa
 from tests.servers import serve
 
@@ -41,9 +41,9 @@ def keys(monkeypatch):
 def test_every_choice_can_be_made(keys, tmp_path):
     (tmp_path / "pages.jsonl").write_text('{"title": "q"}')
     (tmp_path / "cache.json").write_text("{}")
-    services = {"put_url": "http://p/", "public_url": "http://q/", "summariser_url": "http://s",
+    services = {"upload_url": "http://p/", "public_url": "http://q/", "summariser_url": "http://s",
                 "fvqa_cache": str(tmp_path / "cache.json"),
-                "store": str(tmp_path / "store.sqlite")}  # fmt: skip
+                "cache": str(tmp_path / "store.sqlite")}  # fmt: skip
     for text in settings.TEXT_SEARCHES:
         for image in settings.IMAGE_SEARCHES:
             for reader in settings.READERS:
@@ -60,7 +60,7 @@ def test_every_choice_can_be_made(keys, tmp_path):
     [
         ({"text": "local"}, "config.tools.index is not set"),
         ({"image": "fvqa"}, "config.services.fvqa_cache is not set"),
-        ({"image": "serper"}, "config.services.put_url is not set"),
+        ({"image": "serper"}, "config.services.upload_url is not set"),
     ],
 )
 def test_what_is_missing_is_named(keys, tools, message):
@@ -77,8 +77,8 @@ def test_a_key_is_needed(monkeypatch):
 def test_settings_that_cannot_be():
     with pytest.raises(settings.ConfigError, match="config.tools.text='bing' is not one of"):
         configured(text="bing")
-    with pytest.raises(settings.ConfigError, match="config.services.per_second=0.0 must be over 0"):
-        configured(services={"per_second": 0.0})
+    with pytest.raises(settings.ConfigError, match="config.services.max_qps=0.0 must be over 0"):
+        configured(services={"max_qps": 0.0})
 
 
 def jpeg(colour) -> bytes:
@@ -110,7 +110,7 @@ def address():
 
 
 def test_text_searches_as_they_are_set(address):
-    own = {"searxng_url": address, "retrieval_url": address, "attempts": 1,
+    own = {"searxng_url": address, "retrieval_url": address, "max_attempts": 1,
            "allowed_hosts": (address.removeprefix("http://"),)}  # fmt: skip
     found = ask(make_tools(configured(text="searxng", services=own)))
     assert [r[0].text for r in found.results] == [

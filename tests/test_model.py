@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmsr1_jax import tiny
-from mmsr1_jax.batching import Bucket, make_rows
 from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.models.qwen2_5_vl import checkpoint
 from mmsr1_jax.models.qwen2_5_vl.text import token_logprobs, token_statistics
+from mmsr1_jax.processing.batching import Bucket, make_rows
+from mmsr1_jax.scripts import random_policy
 from tests import reference
 from tests.programs import array_sizes
 from tests.reference import random_conversation, torch, torch_logits
@@ -24,11 +24,13 @@ BUCKET = Bucket(length=192, windows=12, rows=2)
 
 def variant(**text):
     """The tiny policy with another text decoder."""
-    return dataclasses.replace(tiny.CONFIG, text=dataclasses.replace(tiny.CONFIG.text, **text))
+    return dataclasses.replace(
+        random_policy.CONFIG, text=dataclasses.replace(random_policy.CONFIG.text, **text)
+    )
 
 
 CONFIGS = {
-    "gqa 4:1, untied": tiny.CONFIG,
+    "gqa 4:1, untied": random_policy.CONFIG,
     "gqa 8:1, tied": variant(num_kv_heads=1, tie_embeddings=True),
     "gqa 1:1, untied": variant(num_kv_heads=8),
 }
@@ -46,7 +48,7 @@ LAYOUTS = {
 
 @functools.cache
 def models(name):
-    model = tiny.random_model(CONFIGS[name], seed=3)
+    model = random_policy.random_model(CONFIGS[name], seed=3)
     return model, reference.torch_model(model)
 
 
@@ -149,12 +151,12 @@ def test_gradients_equal_torch(name):
 
 
 def test_remat_and_attention_give_the_same_gradients():
-    config = tiny.CONFIG
+    config = random_policy.CONFIG
     rng = np.random.default_rng(2)
     rows = rows_of([[random_conversation(rng, config, [12, (5, 7), 30])]], config)
 
     def gradient(**keywords):
-        graph, params = nnx.split(tiny.random_model(config, seed=3, **keywords))
+        graph, params = nnx.split(random_policy.random_model(config, seed=3, **keywords))
 
         @jax.jit
         def run(params):
@@ -212,12 +214,12 @@ def test_statistics_of_tokens(temperature):
 
 
 def test_bfloat16_stays_near_float32():
-    config = tiny.CONFIG
+    config = random_policy.CONFIG
     rng = np.random.default_rng(2)
     prompt = random_conversation(rng, config, [12, (5, 7), 30])
     rows = rows_of([[prompt]], config)
 
-    model = tiny.random_model(config, seed=3)
+    model = random_policy.random_model(config, seed=3)
     keywords = dict(param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
     half_graph, _ = nnx.split(checkpoint.abstract_model(config, **keywords))
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.state(model))

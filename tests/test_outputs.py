@@ -13,9 +13,11 @@ import types
 
 import pytest
 
-from mmsr1_jax import curate, outputs, sft, tiny
+from mmsr1_jax import curate, sft
 from mmsr1_jax.data import curation
+from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.tools import local
+from mmsr1_jax.utils import outputs
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PATIENCE = 600.0  # seconds: on a busy machine everything takes its time
@@ -30,7 +32,7 @@ def python(code: str, *arguments, **options) -> subprocess.Popen:
 
 HOLD = """
 import sys, time
-from mmsr1_jax import outputs
+from mmsr1_jax.utils import outputs
 with outputs.lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(3600)
@@ -155,7 +157,7 @@ def test_so_do_the_index_and_exported_policies(holder, tmp_path):
     with pytest.raises(outputs.LockedError):
         local.build(directory)
     with outputs.new_directory(tmp_path / "policy"), pytest.raises(outputs.LockedError):
-        tiny.write(tmp_path / "policy")
+        random_policy.write(tmp_path / "policy")
 
 
 # Left-overs
@@ -264,7 +266,7 @@ def test_a_file_appears_when_it_is_complete(tmp_path):
 
 EXCHANGE = """
 import itertools, sys
-from mmsr1_jax import outputs
+from mmsr1_jax.utils import outputs
 if sys.argv[2] == "two steps":
     outputs._swap = lambda one, other: False
 for number in itertools.count():

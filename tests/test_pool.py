@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmsr1_jax import compiles, sharding, tiny
-from mmsr1_jax import config as settings
-from mmsr1_jax.rollout import make
+from mmsr1_jax.config import settings
+from mmsr1_jax.models import sharding
+from mmsr1_jax.rollout import build
 from mmsr1_jax.rollout.device import Counts
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.pool import EnginePool, _Shared
+from mmsr1_jax.scripts import random_policy
+from mmsr1_jax.utils import compile_counter
 from tests.acting import acting_processor, config_for
 from tests.test_engine import VOCABULARY, by_number, examples, make_config, search_tools
 
@@ -27,13 +29,13 @@ def processor():
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.random_model(config_for(VOCABULARY), seed=3)
+    return random_policy.random_model(config_for(VOCABULARY), seed=3)
 
 
 @pytest.fixture(scope="module")
 def other():
     """Parameters of another policy, as a trainer has them: cut over all devices."""
-    params = nnx.split(tiny.random_model(config_for(VOCABULARY), seed=4))[1]
+    params = nnx.split(random_policy.random_model(config_for(VOCABULARY), seed=4))[1]
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
     return jax.device_put(params, sharding.param_shardings(params, mesh))
 
@@ -62,8 +64,8 @@ def meshes(*groups):
 @pytest.fixture(scope="module")
 def pool(model, processor):
     """Two engines, on neither of which is the default device."""
-    models = make.copies(model, meshes([2], [5]))
-    pool = EnginePool(models, processor, make_config(compile_ahead=True), search_tools())
+    models = build.copies(model, meshes([2], [5]))
+    pool = EnginePool(models, processor, make_config(precompile=True), search_tools())
     yield pool
     pool.close()
 
@@ -79,7 +81,7 @@ def engine_threads() -> list[str]:
 
 def test_episodes_are_those_of_one_engine(pool, expected):
     """All of them, to the last bit; nothing is compiled after the start; counts are of both."""
-    before, compiled = pool.counts, compiles.count()
+    before, compiled = pool.counts, compile_counter.count()
     decoded = [engine.counts.decoded for engine in pool.engines]
     episodes = list(pool.rollout(examples(6), rollouts=4))
     assert by_number(episodes) == by_number(expected)
@@ -87,7 +89,7 @@ def test_episodes_are_those_of_one_engine(pool, expected):
     assert all(engine.counts.decoded > d for engine, d in zip(pool.engines, decoded, strict=True))
     assert pool.counts.decoded - before.decoded == sum(int(e.loss_mask.sum()) for e in episodes)
     assert isinstance(pool.counts, Counts)
-    assert compiles.count() == compiled
+    assert compile_counter.count() == compiled
 
 
 def test_examples_are_read_as_they_are_needed(pool, single):
@@ -144,10 +146,10 @@ def test_load_takes_what_a_trainer_has_on_all_devices(pool, single, model, other
     changed = by_number(single.rollout(examples(6), rollouts=4))
     single.load(nnx.split(model)[1])
     pool.load(other)
-    images, compiled = pool.counts.images, compiles.count()
+    images, compiled = pool.counts.images, compile_counter.count()
     pool.load(other)
     assert by_number(pool.rollout(examples(6), rollouts=4)) == changed != by_number(expected)
-    assert compiles.count() == compiled
+    assert compile_counter.count() == compiled
     assert pool.counts.images > images  # those of the old parameters are not used
     prepared = pool.engines[0].device.prepare(other)
     for engine in pool.engines:
@@ -170,8 +172,8 @@ def test_load_takes_what_a_trainer_has_on_all_devices(pool, single, model, other
 def test_groups_of_devices_along_the_tensor_axis(model, processor, other, expected):
     """Each group holds its halves; a trainer may have its parameters cut in other places."""
     groups = [[0, 1], [3, 2]]
-    models = make.copies(model, meshes(*groups))
-    pool = EnginePool(models, processor, make_config(compile_ahead=True), search_tools())
+    models = build.copies(model, meshes(*groups))
+    pool = EnginePool(models, processor, make_config(precompile=True), search_tools())
     again = {episode.number: episode for episode in pool.rollout(examples(6), rollouts=4)}
     for episode in expected:
         found = again[episode.number]
@@ -190,9 +192,9 @@ def test_groups_of_devices_along_the_tensor_axis(model, processor, other, expect
             assert all(x.sharding == y.sharding for x, y in zip(taken, ours, strict=True))
             assert all(np.array_equal(x, y) for x, y in zip(taken, whole, strict=True))
     # A layout that is not quite the same would have every program compiled again.
-    compiled = compiles.count()
+    compiled = compile_counter.count()
     assert by_number(pool.rollout(examples(6), rollouts=4)) == by_number(again.values())
-    assert compiles.count() == compiled
+    assert compile_counter.count() == compiled
     pool.close()
 
 
@@ -290,7 +292,7 @@ def test_make_engine_takes_all_devices(tiny_dir):
     def made(tensor, **keywords):
         config = make_config()
         config.mesh = settings.Mesh(tensor=tensor, fsdp=1 if tensor == -1 else -1)
-        engine = make.make_engine(config, str(tiny_dir), **keywords)
+        engine = build.make_engine(config, str(tiny_dir), **keywords)
         engine.close()
         engines = engine.engines if isinstance(engine, EnginePool) else [engine]
         return [

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from mmsr1_jax import tiny
 from mmsr1_jax.models.qwen2_5_vl import mrope_positions
+from mmsr1_jax.scripts import random_policy
 from tests.reference import random_conversation, torch, torch_inputs, torch_model
 
-CONFIG = tiny.CONFIG
+CONFIG = random_policy.CONFIG
 
 
 def random_layout(rng):
@@ -29,7 +29,7 @@ def positions(prompt, **keywords):
 
 @pytest.fixture(scope="module")
 def reference():
-    return torch_model(tiny.random_model(CONFIG, seed=0)).model
+    return torch_model(random_policy.random_model(CONFIG, seed=0)).model
 
 
 def test_200_random_layouts(reference):

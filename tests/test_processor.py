@@ -7,8 +7,8 @@ import PIL.Image
 import pytest
 from transformers import AutoTokenizer
 
-from mmsr1_jax.images import ImageProcessor
-from mmsr1_jax.processor import ConversationError, Processor, TokenizerError
+from mmsr1_jax.processing.images import ImageProcessor
+from mmsr1_jax.processing.processor import ConversationError, Processor, TokenizerError
 
 # Qwen2.5-VL's chat format, written for the test as a Jinja template that `transformers` renders.
 CHAT_FORMAT = """\

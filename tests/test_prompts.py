@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from mmsr1_jax.rollout import prompts
+from mmsr1_jax.episodes import prompts
 
 
 def test_built_in_prompts_have_all_fields():

@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from mmsr1_jax import rewards
-from mmsr1_jax.reward import reward_line
-from mmsr1_jax.rewards import Rewards
-from mmsr1_jax.rollout.turns import answer_in, parse
+from mmsr1_jax.config import Rewards
+from mmsr1_jax.episodes.turns import answer_in, parse
+from mmsr1_jax.rewards import reward_function
+from mmsr1_jax.scripts.reward import reward_line
 from tests.test_rewards import reward_file
 
 TAG = re.compile(r"</?reason>|</?answer>|</?text_search>|<search><img></search>")
@@ -133,7 +133,9 @@ def test_words_between_reasoning_and_action_change_no_reward_of_recorded_episode
         golds = [one["ground_truth"], *one["candidate_answers"]]
         wordy = [text.replace("</reason>", "</reason>\nSo I do this. ") for text in written]
         as_recorded, as_wordy, strict = (
-            rewards.score(read, rewards.exact_match(rewards.answer_of(read), golds), settings)
+            reward_function.score(
+                read, reward_function.exact_match(reward_function.answer_of(read), golds), settings
+            )
             for read, settings in (
                 ([parse(text) for text in written], Rewards()),
                 ([parse(text) for text in wordy], Rewards()),
@@ -145,7 +147,7 @@ def test_words_between_reasoning_and_action_change_no_reward_of_recorded_episode
             reward_of(written, golds, part=False, per_search=False)[0], abs=1e-12
         )
         assert [parse(text).form for text in written] == [t["action"] for t in one["turns"]]
-        strictly = rewards.score(
+        strictly = reward_function.score(
             [parse(text) for text in written], as_recorded.correct, Rewards(strict_form=True)
         )
         assert strictly == as_recorded
@@ -167,7 +169,7 @@ def test_words_between_reasoning_and_action_change_no_reward_of_recorded_episode
 )
 def test_the_answer_is_the_last_pair_of_tags(text, answer):
     assert answer_in(text) == answer
-    assert rewards.answer_of([parse("x"), parse(text)]) == (answer or None)
+    assert reward_function.answer_of([parse("x"), parse(text)]) == (answer or None)
     found = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     assert answer == (found[-1].strip() if found else None)
 
@@ -182,7 +184,7 @@ def test_a_search_beside_the_answer_was_made_only_in_an_episode_of_one_turn():
         ([image.replace("<img>", " <img>"), direct], 0),
         (["</text_search> <text_search>", direct], 1),
     ):  # fmt: skip
-        assert rewards.searches_in([parse(turn) for turn in turns]) == searches
+        assert reward_function.searches_in([parse(turn) for turn in turns]) == searches
 
 
 @pytest.mark.parametrize(
@@ -208,8 +210,8 @@ def test_a_search_beside_the_answer_was_made_only_in_an_episode_of_one_turn():
     ],
 )
 def test_gold_answers_of_which_normalising_leaves_nothing(answer, gold, exact, part):
-    assert rewards.exact_match(answer, [gold]) is exact
-    assert rewards.sub_exact_match(answer, [gold, ""]) is part
+    assert reward_function.exact_match(answer, [gold]) is exact
+    assert reward_function.sub_exact_match(answer, [gold, ""]) is part
 
 
 def test_the_strict_form_is_an_option_of_the_command(tmp_path):

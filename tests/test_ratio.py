@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmsr1_jax import config as settings
-from mmsr1_jax import sharding, tiny, train
-from mmsr1_jax.config_training import OVERLONG
-from mmsr1_jax.images import Patches
+from mmsr1_jax import train
+from mmsr1_jax.config import settings
+from mmsr1_jax.config.training import OVERLONG
+from mmsr1_jax.models import sharding
 from mmsr1_jax.models.qwen2_5_vl import checkpoint
+from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.rl import packing
 from mmsr1_jax.rl.advantages import ADVANTAGES
+from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.rl.loss import AVERAGES
-from mmsr1_jax.rl.samples import figures_of, has_spread, make_loss, samples_of, shaped_rewards
-from mmsr1_jax.rl.update import Learner
+from mmsr1_jax.rl.train_batch import figures_of, has_spread, make_loss, samples_of, shaped_rewards
+from mmsr1_jax.scripts import random_policy
 from tests.test_step import TEXT, episode_of, reward_of
 
 LIMIT, BUFFER = 60, 20  # tokens of an episode, and how many of them are too many
@@ -88,7 +90,7 @@ def average(terms, how):
 
 
 def keeping(**fields):
-    return settings.Objective(**{"kl_weight": 1e-3, "overlong_buffer": BUFFER} | fields)
+    return settings.Objective(**{"kl_coef": 1e-3, "overlong_buffer": BUFFER} | fields)
 
 
 @pytest.mark.parametrize("overlong", OVERLONG)
@@ -97,8 +99,8 @@ def keeping(**fields):
 def test_samples_make_the_objective_of_the_papers(kind, how, overlong):
     rng = np.random.default_rng(1)
     groups = random_groups()
-    objective = keeping(advantage=kind, average=how, overlong=overlong)
-    samples, odd = samples_of(groups, objective, LIMIT, tiny.CONFIG, WIDE)
+    objective = keeping(advantage=kind, loss_aggregation=how, overlong=overlong)
+    samples, odd = samples_of(groups, objective, LIMIT, random_policy.CONFIG, WIDE)
     assert not odd
     terms, found, left = [], 0.0, list(samples)
     for group in groups:
@@ -142,7 +144,7 @@ def test_length_can_make_a_group_worth_learning_from():
 
 
 def test_what_fits_no_row_is_named_and_the_others_stay():
-    side = tiny.CONFIG.vision.window_side * tiny.CONFIG.vision.merge_size
+    side = random_policy.CONFIG.vision.window_side * random_policy.CONFIG.vision.merge_size
     picture = Patches(np.zeros((4 * side**2, 1), np.float32), (1, 2 * side, 2 * side))  # 4 windows
     group = [
         (episode_of(TEXT["nonsense"], sampled=10, number=3), reward_of(1.0)),
@@ -150,10 +152,10 @@ def test_what_fits_no_row_is_named_and_the_others_stay():
         (episode_of(TEXT["nonsense"], sampled=20, number=5), reward_of(0.0)),
         (episode_of(TEXT["nonsense"], number=6, images=[picture]), reward_of(0.5)),
     ]
-    samples, odd = samples_of([group], keeping(), 2 * LIMIT, tiny.CONFIG, WIDE)
+    samples, odd = samples_of([group], keeping(), 2 * LIMIT, random_policy.CONFIG, WIDE)
     assert odd == [
-        "episode 4: 129 tokens, more than update.row_tokens=128",
-        "episode 6: 4 image windows, more than update.row_windows=3",
+        "episode 4: 129 tokens, more than update.pack_length=128",
+        "episode 6: 4 image windows, more than update.pack_windows=3",
     ]
     assert [int(sample.mask.sum()) for sample in samples] == [10, 20]
     wanted = advantages_of(np.array([1.0, 0.1, 0.0, 0.5]), "grpo")  # their rewards still count
@@ -173,14 +175,14 @@ def test_what_has_no_gradient_is_left_out_and_changes_no_weight(how):
     lengths = [3, 5, 7, 8, 10, 13, 15]
 
     def made(**terms):
-        objective = keeping(average=how, **terms)
-        samples, odd = samples_of(groups, objective, LIMIT, tiny.CONFIG, WIDE)
+        objective = keeping(loss_aggregation=how, **terms)
+        samples, odd = samples_of(groups, objective, LIMIT, random_policy.CONFIG, WIDE)
         assert not odd
         return {int(sample.mask.sum()): sample.weights[0] for sample in samples}
 
     everything = made()
-    assert list(everything) == list(made(kl_weight=0.0, entropy_weight=0.01)) == lengths
-    taught = made(kl_weight=0.0)
+    assert list(everything) == list(made(kl_coef=0.0, entropy_coef=0.01)) == lengths
+    taught = made(kl_coef=0.0)
     assert list(taught) == [3, 7, 13, 15]  # 0.5 is the mean of its group
     for length in lengths:
         wanted = {"token": 1 / 61, "sequence": 1 / (7 * length), "fixed": 1 / (7 * LIMIT)}[how]
@@ -206,13 +208,13 @@ def groups_of():
 
 
 def objective_of(**fields):
-    return settings.Objective(**{"updates": 2, "kl_weight": 0.0, "importance_cap": CAP} | fields)
+    return settings.Objective(**{"num_minibatches": 2, "kl_coef": 0.0, "tis_cap": CAP} | fields)
 
 
 def made(objective):
     """A random policy that learns, and the micro-batches of a step's two updates."""
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    model = checkpoint.abstract_model(tiny.CONFIG, attention="xla", logprob_chunk=16)
+    model = checkpoint.abstract_model(random_policy.CONFIG, attention="xla", logprob_chunk=16)
     graph, params = nnx.split(model)
     rng = np.random.default_rng(3)
     params = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), params)
@@ -220,9 +222,9 @@ def made(objective):
     learner = Learner(nnx.merge(graph, params), make_loss(objective), settings.Update(), mesh)
     groups, packed = groups_of(), []
     for part in (groups[0::2], groups[1::2]):
-        chosen, odd = samples_of(part, objective, LIMIT, tiny.CONFIG, SHAPE)
+        chosen, odd = samples_of(part, objective, LIMIT, random_policy.CONFIG, SHAPE)
         assert len(chosen) == 6 and not odd
-        packed.append(packing.pack(chosen, tiny.CONFIG, SHAPE))
+        packed.append(packing.pack(chosen, random_policy.CONFIG, SHAPE))
         assert len(packed[-1]) > 1  # gradients of several micro-batches are added up
     return learner, packed
 
@@ -273,7 +275,7 @@ def assert_sums(found, batches, new, old, *, corrected):
 
 def test_the_second_update_of_a_step_is_off_policy():
     """`old` comes of the score program, the new log-probs of that of gradients."""
-    learner, packed = made(objective_of(old="trainer"))
+    learner, packed = made(objective_of(old_logprobs="trainer"))
     start = learner.snapshot()
     packed = [train._with(part, learner, "old", None) for part in packed]
     for part in packed:
@@ -296,7 +298,7 @@ def test_the_second_update_of_a_step_is_off_policy():
 
 
 def test_the_ratio_against_the_engine():
-    learner, (first, second) = made(objective_of(old="engine"))
+    learner, (first, second) = made(objective_of(old_logprobs="engine"))
     for part in (first, second):
         now = learner.score(part)
         sums = learner.update(part, RATE)

@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from mmsr1_jax import redaction, run_settings
-from mmsr1_jax.config import Config, ConfigError, validate
+from mmsr1_jax.config import redaction
+from mmsr1_jax.config.settings import Config, ConfigError, validate
+from mmsr1_jax.training import run_config
 
 SECRETS = (
     "http://user:hunter2@host/v1", "https://hunter2@host", "redis://:hunter2@h:6379/0",
@@ -47,11 +48,11 @@ PLAIN = (
 def test_settings_with_a_secret_are_refused_without_showing_it(address):
     config = Config()
     for part, field, variable in (
-        ("services", "judge_url", "JUDGE_API_KEY"), ("services", "store", "STORE_PASSWORD"),
-        ("services", "put_url", "PUBLISHER_AUTHORIZATION"), ("services", "searxng_url", ""),
+        ("services", "judge_url", "JUDGE_API_KEY"), ("services", "cache", "STORE_PASSWORD"),
+        ("services", "upload_url", "PUBLISHER_AUTHORIZATION"), ("services", "searxng_url", ""),
         ("tools", "index", ""), ("run", "model", ""),
     ):  # fmt: skip
-        if field == "store" and address.startswith(("redis:", "rediss:")):
+        if field == "cache" and address.startswith(("redis:", "rediss:")):
             continue  # see the next test
         changed = dataclasses.replace(getattr(config, part), **{field: address})
         with pytest.raises(ConfigError) as error:
@@ -66,11 +67,11 @@ def test_settings_with_a_secret_are_refused_without_showing_it(address):
 
 def test_a_password_of_redis_is_taken_and_not_written(tmp_path):
     config = Config()
-    config.services.store = "redis://:hunter2@127.0.0.1:6379/0"
-    run_settings.write(tmp_path / "config.json", validate(config), "m")
+    config.services.cache = "redis://:hunter2@127.0.0.1:6379/0"
+    run_config.write(tmp_path / "config.json", validate(config), "m")
     assert "hunter2" not in (tmp_path / "config.json").read_text()
-    read, _ = run_settings.read(tmp_path / "config.json")
-    assert read.services.store == "redis://127.0.0.1:6379/0"  # and STORE_PASSWORD
+    read, _ = run_config.read(tmp_path / "config.json")
+    assert read.services.cache == "redis://127.0.0.1:6379/0"  # and STORE_PASSWORD
 
 
 @pytest.mark.parametrize("address", PLAIN)
@@ -85,7 +86,7 @@ def test_what_is_written_holds_no_secret(tmp_path, address):
     """Even of settings that were never checked."""
     services = dataclasses.replace(Config().services, judge_url=address, allowed_hosts=(address,))
     config = dataclasses.replace(Config(), services=services)
-    run_settings.write(tmp_path / "config.json", config, f"see {address} there")
+    run_config.write(tmp_path / "config.json", config, f"see {address} there")
     text = (tmp_path / "config.json").read_text()
     assert "ter2" not in text and "***" in json.loads(text)["config"]["services"]["judge_url"]
     assert json.loads(text)["model"].endswith(" there")

@@ -21,11 +21,11 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from mmsr1_jax.tools import redis_store
-from mmsr1_jax.tools.make import make_tools
-from mmsr1_jax.tools.redis_store import RedisStore, is_redis, open_store
-from mmsr1_jax.tools.store import Store, StoreError
-from mmsr1_jax.tools.stored import Stored
+from mmsr1_jax.tools import redis_cache
+from mmsr1_jax.tools.build import make_tools
+from mmsr1_jax.tools.cached_tool import Stored
+from mmsr1_jax.tools.redis_cache import RedisStore, is_redis, open_store
+from mmsr1_jax.tools.tool_cache import Store, StoreError
 from tests import test_stored
 from tests.servers import serve
 from tests.test_make import ask, configured
@@ -35,7 +35,7 @@ PASSWORD = "very/secret#word@?%:"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.getcwd()}
 PUTTER = """
 import sys
-from mmsr1_jax.tools.redis_store import RedisStore
+from mmsr1_jax.tools.redis_cache import RedisStore
 store = RedisStore(sys.argv[1])
 print(store.get("page", "theirs"))
 store.put("page", "mine", b"of the other process")
@@ -43,7 +43,7 @@ store.put("page", "mine", b"of the other process")
 # Calls a service for some seconds, 8 at a time, once it is told to.
 CALLER = """
 import asyncio, functools, sys, time
-from mmsr1_jax.tools.redis_store import RedisStore
+from mmsr1_jax.tools.redis_cache import RedisStore
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.web import Web
 store, address, name, rate, seconds = *sys.argv[1:4], float(sys.argv[4]), float(sys.argv[5])
@@ -215,8 +215,8 @@ def engine():
 
 
 def searxng(url: str, store: str | None, **services):
-    own = {"searxng_url": url, "allowed_hosts": (url.removeprefix("http://"),), "attempts": 1,
-           "reader": "none", "store": store} | services  # fmt: skip
+    own = {"searxng_url": url, "allowed_hosts": (url.removeprefix("http://"),), "max_attempts": 1,
+           "reader": "none", "cache": store} | services  # fmt: skip
     return make_tools(configured(text="searxng", services=own))
 
 
@@ -224,10 +224,10 @@ def test_as_it_is_set(address, port, engine):
     url, asked = engine
     first = ask(searxng(url, address))
     assert ask(searxng(url, address)) == first and first.status == "ok" and len(asked) == 1
-    assert ask(searxng(url, address, store_mode="replay")) == first
+    assert ask(searxng(url, address, cache_mode="replay")) == first
     names = {name.rpartition(b":")[0] for name in client(port).keys("*")}
     assert names == {b"mmsr1:links", b"mmsr1:answer", b"mmsr1-rate"}
-    ask(searxng(url, address, store_mode="record"))
+    ask(searxng(url, address, cache_mode="record"))
     assert len(asked) == 2
 
 
@@ -309,11 +309,11 @@ def test_the_server_dies_in_the_middle(tmp_path, engine, how, capfd):
                     action="text_search", text=f"{number} {part}", question="?"
                 )) for part in range(4)
             ))  # fmt: skip
-            assert time.monotonic() - begin < 2 * redis_store._TIMEOUT
+            assert time.monotonic() - begin < 2 * redis_cache._TIMEOUT
         return found
 
     with server(tmp_path) as (process, port):
-        tools = searxng(url, address_of(port), per_second=2000.0)
+        tools = searxng(url, address_of(port), max_qps=2000.0)
         found, lag = asyncio.run(with_lag(searches(tools)))
         process.send_signal(signal.SIGKILL)
     assert [observation.status for observation in found] == ["ok"] * 240 and len(asked) == 240
@@ -325,7 +325,7 @@ def test_the_server_dies_in_the_middle(tmp_path, engine, how, capfd):
 
 def test_a_server_that_comes_back(tmp_path, monkeypatch):
     """It is not asked for a while, and then by one call; in a replay always."""
-    monkeypatch.setattr(redis_store, "_PAUSE", 0.4)
+    monkeypatch.setattr(redis_cache, "_PAUSE", 0.4)
     with server(tmp_path) as (process, port):
         store, replaying = RedisStore(address_of(port)), RedisStore(address_of(port), "replay")
         store.put("page", "p", b"x")
@@ -349,8 +349,8 @@ def test_a_server_that_comes_back(tmp_path, monkeypatch):
 
 def test_one_call_finds_out(tmp_path, monkeypatch):
     """Not every one waits for a server that says nothing."""
-    monkeypatch.setattr(redis_store, "_TIMEOUT", 0.5)
-    monkeypatch.setattr(redis_store, "_PAUSE", 0.2)
+    monkeypatch.setattr(redis_cache, "_TIMEOUT", 0.5)
+    monkeypatch.setattr(redis_cache, "_PAUSE", 0.2)
     with server(tmp_path) as (process, port):
         store = RedisStore(address_of(port))
         process.send_signal(signal.SIGSTOP)
@@ -449,7 +449,7 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path):
 
 
 def test_the_command(address, tmp_path):
-    command = functools.partial(run, module="mmsr1_jax.store")
+    command = functools.partial(run, module="mmsr1_jax.scripts.cache")
     store, file = RedisStore(address), tmp_path / "copy.sqlite"
     store.put("links", "q", b"one")
     store.put("page", "Überall", b"x" * 2_000_000)

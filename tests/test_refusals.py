@@ -16,18 +16,20 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from mmsr1_jax import config as settings
-from mmsr1_jax import curate, fallbacks, metrics, train
-from mmsr1_jax.data import Question, stories, write_parquet
+from mmsr1_jax import curate, train
+from mmsr1_jax.config import settings
+from mmsr1_jax.data import Question, write_parquet
+from mmsr1_jax.episodes.episode import ToolCall
 from mmsr1_jax.evaluation import run as evaluation
 from mmsr1_jax.evaluation.scoring import rescore
-from mmsr1_jax.judge import Judge
-from mmsr1_jax.rollout.episode import ToolCall
 from mmsr1_jax.tools import Query
-from mmsr1_jax.tools.make import check_services, make_tools
+from mmsr1_jax.tools.build import check_services, make_tools
+from mmsr1_jax.tools.cached_tool import Stored
+from mmsr1_jax.tools.judge import Judge
 from mmsr1_jax.tools.service import ServiceRefusedError
-from mmsr1_jax.tools.store import Store
-from mmsr1_jax.tools.stored import Stored
+from mmsr1_jax.tools.tool_cache import Store
+from mmsr1_jax.training import metrics, sft_dataset
+from mmsr1_jax.utils import fallbacks
 from tests.servers import serve
 from tests.test_step import episode_of, reward_of
 
@@ -40,7 +42,7 @@ SETTINGS = {
     "reader": "config.services.jina_url, JINA_API_KEY",
     "summariser": "config.services.summariser_url, config.services.summariser_model",
     "judge": "config.services.judge_url, config.services.judge_model, JUDGE_API_KEY",
-    "publisher": "config.services.put_url, PUBLISHER_AUTHORIZATION",
+    "publisher": "config.services.upload_url, PUBLISHER_AUTHORIZATION",
 }
 
 
@@ -85,7 +87,7 @@ def running():
 def services(running, monkeypatch):
     for name in ("SERPAPI_API_KEY", "SERPER_API_KEY", "JUDGE_API_KEY", "PUBLISHER_QUERY"):
         monkeypatch.setenv(name, SECRET)
-    monkeypatch.setattr("mmsr1_jax.judge._PAUSE", 0.0)
+    monkeypatch.setattr("mmsr1_jax.tools.judge._PAUSE", 0.0)
     running.faults, running.asked = {}, collections.Counter()
     fallbacks.take()
     return running
@@ -96,10 +98,10 @@ def configured(url, text="none", image="none", judge=True, **more):
     config.tools.text, config.tools.image = text, image
     fields = {"serpapi_url": "serpapi", "serper_url": "serper", "searxng_url": "searxng",
               "retrieval_url": "retrieval", "jina_url": "reader", "summariser_url": "summariser",
-              "put_url": "publisher/", "public_url": "public"}  # fmt: skip
+              "upload_url": "publisher/", "public_url": "public"}  # fmt: skip
     fields |= {"judge_url": "judge"} if judge else {}
     of = {field: f"{url}/{name}" for field, name in fields.items()}
-    config.services = settings.Services(**(of | {"attempts": 1, "reader": "jina"} | more))
+    config.services = settings.Services(**(of | {"max_attempts": 1, "reader": "jina"} | more))
     return config
 
 
@@ -127,19 +129,19 @@ def test_every_service_that_is_used_is_asked_once(services, capsys, text, image,
 
 def test_what_no_episode_may_search_for_is_not_asked(services):
     config = configured(services.url, "searxng", "serper")
-    check_services(config, [settings.Turns(text_searches=0, searches=0)])
+    check_services(config, [settings.Turns(max_text_searches=0, max_searches=0)])
     assert set(services.asked) == {"judge"}
-    check_services(config, [settings.Turns(text_searches=0)], judge=False)
+    check_services(config, [settings.Turns(max_text_searches=0)], judge=False)
     assert set(services.asked) == {"judge", "serper", "publisher"}
     config.services.reader = "none"  # then nothing is summarised either
-    check_services(config, [settings.Turns(image_searches=0)], judge=False)
+    check_services(config, [settings.Turns(max_image_searches=0)], judge=False)
     assert services.asked["searxng"] == 1 and not services.asked["summariser"]
 
 
 def test_a_replay_makes_no_connection(services, tmp_path):
     path = tmp_path / "store.sqlite"
     Store(path).close()
-    config = configured(services.url, "serper", "serper", store=str(path), store_mode="replay")
+    config = configured(services.url, "serper", "serper", cache=str(path), cache_mode="replay")
     check_services(config, [config.turns])
     assert not services.asked
 
@@ -202,7 +204,7 @@ def test_a_server_that_is_not_there_is_a_refusal():
 )  # fmt: skip
 def test_what_may_pass_is_said_and_ends_nothing(services, capsys, fault):
     services.faults["judge"] = fault
-    config = configured(services.url, attempts=2)
+    config = configured(services.url, max_attempts=2)
     check_services(config, [config.turns])
     passing = isinstance(fault, int) or b"Yes" not in fault.body
     assert services.asked["judge"] == (2 if passing else 1)
@@ -213,7 +215,7 @@ def test_a_silent_server_is_not_waited_for_without_end(services, monkeypatch, ca
     async def never(_):
         await asyncio.sleep(60)
 
-    monkeypatch.setattr("mmsr1_jax.tools.make._TEST_SECONDS", 0.05)
+    monkeypatch.setattr("mmsr1_jax.tools.build._TEST_SECONDS", 0.05)
     monkeypatch.setattr(Judge, "test", never)
     config = configured(services.url)
     check_services(config, [config.turns])
@@ -255,9 +257,9 @@ def test_stories_that_are_searched_for_ask_first(services, tmp_path):
     services.faults["searxng"] = 403
     config = configured(services.url, "searxng")
     with pytest.raises(ServiceRefusedError, match="searxng at"):
-        stories._tools(config, None)
+        sft_dataset._tools(config, None)
     (tmp_path / "pages.jsonl").write_text('{"title": "q"}')
-    assert stories._tools(config, tmp_path)  # of an index of their own: nobody is asked
+    assert sft_dataset._tools(config, tmp_path)  # of an index of their own: nobody is asked
     assert not services.asked["judge"]
 
 
@@ -283,7 +285,7 @@ def test_a_search_that_is_refused_later_is_words_and_a_figure(services, capsys):
 
 
 def test_summaries_that_fail_and_a_store_that_fails_are_counted(services, tmp_path, monkeypatch):
-    config = configured(services.url, "searxng", judge=False, store=str(tmp_path / "s.sqlite"))
+    config = configured(services.url, "searxng", judge=False, cache=str(tmp_path / "s.sqlite"))
     tool = make_tools(config)["text_search"]
     services.faults["summariser"] = 500
     query = Query(action="text_search", text="q", question="What?")
@@ -348,8 +350,8 @@ def stand_ins(services, monkeypatch, tmp_path):
     loop, the questions' order, the checkpoints and the figures."""
     config = configured(services.url)
     config.data.train = config.data.validation = (str(questions(tmp_path)),)
-    config.run.questions, config.run.rollouts, config.run.steps = 2, 1, 4
-    config.run.save_every, config.run.log = 0, ""
+    config.run.prompts_per_step, config.run.group_size, config.run.steps = 2, 1, 4
+    config.run.save_every, config.run.log_to = 0, ""
     engine = types.SimpleNamespace(load=lambda params: None, close=lambda: None)
 
     def roll_out(engine, source, config, judge, *, seed, number):
@@ -367,9 +369,9 @@ def stand_ins(services, monkeypatch, tmp_path):
         return {"validation/accuracy": 1.0}
 
     model = types.SimpleNamespace(config=None)
-    monkeypatch.setattr(train.running, "load_policy", lambda *_: model)
-    monkeypatch.setattr(train.running, "save_policy", lambda *_: None)
-    monkeypatch.setattr(train.running, "StopSignal",
+    monkeypatch.setattr(train.train_utils, "load_policy", lambda *_: model)
+    monkeypatch.setattr(train.train_utils, "save_policy", lambda *_: None)
+    monkeypatch.setattr(train.train_utils, "StopSignal",
                         lambda: types.SimpleNamespace(is_set=lambda: False))  # fmt: skip
     monkeypatch.setattr(train, "make_engine", lambda *_: engine)
     monkeypatch.setattr(train, "Learner", Learner)

@@ -14,13 +14,15 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mmsr1_jax import rewards, tiny
-from mmsr1_jax.data.stories import line_of
-from mmsr1_jax.evaluation.figures import MATCHES, Outcome, figures
-from mmsr1_jax.processor import Processor
-from mmsr1_jax.report import page, pictures, reader, records
-from mmsr1_jax.rollout import turns
-from mmsr1_jax.rollout.episode import Episode, Example, Segment, ShownResult, ToolCall
+from mmsr1_jax.apps.report import page, pictures, reader, records
+from mmsr1_jax.config import Rewards
+from mmsr1_jax.episodes import turns
+from mmsr1_jax.episodes.episode import Episode, Example, Segment, ShownResult, ToolCall
+from mmsr1_jax.evaluation.metrics import MATCHES, Outcome, figures
+from mmsr1_jax.processing.processor import Processor
+from mmsr1_jax.rewards import reward_function
+from mmsr1_jax.scripts import random_policy
+from mmsr1_jax.training.sft_dataset import line_of
 from tests.browser import chromium, violations
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -76,7 +78,7 @@ def episode_of(processor, number, *, texts, found, question, images, rng):
 def written(episode, processor, folder, answers, **more):
     """The episode's line in a file of `folder`."""
     folder.mkdir(exist_ok=True)
-    reward = rewards.episode_reward(episode, answers, rewards.Rewards())
+    reward = reward_function.episode_reward(episode, answers, Rewards())
     line = line_of(episode, processor, folder, folder.parent / "pictures")
     return line | {"answers": answers, "reward": dataclasses.asdict(reward)} | more
 
@@ -97,7 +99,7 @@ def text_results(link, text):
 
 @pytest.fixture(scope="module")
 def processor():
-    return Processor(tiny.make_tokenizer().to_str(), tiny.IMAGES)
+    return Processor(random_policy.make_tokenizer().to_str(), random_policy.IMAGES)
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +108,10 @@ def directory(tmp_path_factory, processor):
     run = tmp_path_factory.mktemp("report") / "run"
     (run / "episodes").mkdir(parents=True)
     (run / "policy").mkdir()
-    (run / "policy" / "tokenizer.json").write_text(tiny.make_tokenizer().to_str())
-    (run / "policy" / "preprocessor_config.json").write_text(json.dumps(tiny.IMAGES.to_hf()))
+    (run / "policy" / "tokenizer.json").write_text(random_policy.make_tokenizer().to_str())
+    (run / "policy" / "preprocessor_config.json").write_text(
+        json.dumps(random_policy.IMAGES.to_hf())
+    )
     rng = np.random.default_rng(0)
     with open(run / "metrics.jsonl", "w") as file:
         for step in range(1, 61):

@@ -13,15 +13,15 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from mmsr1_jax import judge as judges
-from mmsr1_jax import rewards
-from mmsr1_jax.judge import Judge, Verdict, read_verdict
-from mmsr1_jax.rewards import Rewards, RewardsError
-from mmsr1_jax.rollout.episode import Episode, Example, ToolCall
-from mmsr1_jax.rollout.turns import parse
+from mmsr1_jax.config.rewards import Rewards, RewardsError, check
+from mmsr1_jax.episodes.episode import Episode, Example, ToolCall
+from mmsr1_jax.episodes.turns import parse
+from mmsr1_jax.rewards import reward_function
+from mmsr1_jax.tools import judge as judges
+from mmsr1_jax.tools.cached_tool import Stored
+from mmsr1_jax.tools.judge import Judge, Verdict, read_verdict
 from mmsr1_jax.tools.service import Service
-from mmsr1_jax.tools.store import Store
-from mmsr1_jax.tools.stored import Stored
+from mmsr1_jax.tools.tool_cache import Store
 from mmsr1_jax.tools.web import BodyError, Web
 from tests.servers import serve
 from tests.test_score import read, run, write
@@ -65,7 +65,7 @@ def slow_normalise(text):
     ],
 )
 def test_normalise(text, normalised):
-    assert rewards.normalise(text) == normalised == slow_normalise(text)
+    assert reward_function.normalise(text) == normalised == slow_normalise(text)
 
 
 def test_normalise_equals_the_definition_on_any_text():
@@ -74,7 +74,7 @@ def test_normalise_equals_the_definition_on_any_text():
     pieces += ["\x85", "“", "—", "\u200b", "٣", "\udfff", "1", *"!-.,_'\"$<>"]
     for _ in range(3000):
         text = "".join(rng.choice(pieces, rng.integers(0, 12)))
-        assert rewards.normalise(text) == slow_normalise(text)
+        assert reward_function.normalise(text) == slow_normalise(text)
 
 
 @pytest.mark.parametrize(
@@ -93,12 +93,12 @@ def test_normalise_equals_the_definition_on_any_text():
     ],
 )
 def test_matching(answer, golds, exact, part):
-    assert rewards.exact_match(answer, golds) is exact
-    assert rewards.sub_exact_match(answer, golds) is part
+    assert reward_function.exact_match(answer, golds) is exact
+    assert reward_function.sub_exact_match(answer, golds) is part
 
 
 def test_one_text_is_no_list_of_gold_answers():
-    for match in (rewards.exact_match, rewards.sub_exact_match):
+    for match in (reward_function.exact_match, reward_function.sub_exact_match):
         with pytest.raises(TypeError, match="a list of texts"):
             match("T", "Tagus")
 
@@ -136,7 +136,7 @@ def test_one_text_is_no_list_of_gold_answers():
     ],
 )  # fmt: skip
 def test_the_published_table(turns, correct, settings, expected):
-    reward = rewards.score(turns, correct, rewards.check(Rewards(**settings)))
+    reward = reward_function.score(turns, correct, check(Rewards(**settings)))
     assert reward.reward == pytest.approx(expected, abs=1e-12)
 
 
@@ -164,7 +164,7 @@ def test_the_equation_on_random_episodes():
             search_penalty=float(p), format_penalty=float(a), penalty_warmup=warmup,
             per_search_penalty=per_search,
         )  # fmt: skip
-        reward = rewards.score(turns, correct, settings, step)
+        reward = reward_function.score(turns, correct, settings, step)
         assert reward.reward == pytest.approx(r, abs=1e-12)
         assert (reward.correct, reward.format) == (answered, right)
         assert reward.searches == searches
@@ -173,9 +173,12 @@ def test_the_equation_on_random_episodes():
 
 def test_warm_up_rewards_searches_first():
     settings = Rewards(search_penalty=0.1, penalty_warmup=10)
-    worth = [rewards.score(parsed("text,answer"), True, settings, s).reward for s in (0, 5, 10, 99)]
+    worth = [
+        reward_function.score(parsed("text,answer"), True, settings, s).reward
+        for s in (0, 5, 10, 99)
+    ]
     assert worth == pytest.approx([0.9 * 1.1 + 0.1, 1.0, 0.91, 0.91], abs=1e-12)
-    assert rewards.score(parsed("answer"), True, settings, 0).reward == pytest.approx(1.0)
+    assert reward_function.score(parsed("answer"), True, settings, 0).reward == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("sequence", itertools.chain.from_iterable(
@@ -183,12 +186,12 @@ def test_warm_up_rewards_searches_first():
 def test_format_is_right_for_the_four_published_orders_only(sequence):
     turns = parsed(",".join(sequence))
     right = "".join(name[0] for name in sequence) in ("a", "ia", "ta", "ita")
-    assert rewards.format_right(turns) is right
+    assert reward_function.format_right(turns) is right
     for position in range(len(turns)):
         bad = [*turns]
         bad[position] = parse(BAD[sequence[position]])
-        assert not rewards.format_right(bad)
-    assert not rewards.format_right([parse("hello"), *turns], ["answer", ",answer"])
+        assert not reward_function.format_right(bad)
+    assert not reward_function.format_right([parse("hello"), *turns], ["answer", ",answer"])
 
 
 @pytest.mark.parametrize(
@@ -205,12 +208,12 @@ def test_format_is_right_for_the_four_published_orders_only(sequence):
 )
 def test_settings_that_cannot_be(field, value):
     with pytest.raises(RewardsError, match=f"^{field}"):
-        rewards.check(Rewards(**{field: value}))
+        check(Rewards(**{field: value}))
 
 
 def test_correct_must_be_a_share():
     with pytest.raises(ValueError, match="must be in"):
-        rewards.score(parsed("answer"), float("nan"), Rewards())
+        reward_function.score(parsed("answer"), float("nan"), Rewards())
 
 
 def episode(sequence, *statuses):
@@ -223,7 +226,7 @@ def episode(sequence, *statuses):
 
 def test_a_refused_search_was_not_made():
     def of(made, **more):
-        reward = rewards.episode_reward(made, ["tagus"], Rewards(**more))
+        reward = reward_function.episode_reward(made, ["tagus"], Rewards(**more))
         return reward.searches, reward.reward
 
     assert of(episode("text,answer", "ok")) == (1, pytest.approx(0.91))
@@ -235,14 +238,16 @@ def test_a_refused_search_was_not_made():
 
 def test_an_episode_is_right_by_match_or_by_a_judge():
     def of(answers, correct=None, **more):
-        return rewards.episode_reward(episode("answer"), answers, Rewards(**more), correct=correct)
+        return reward_function.episode_reward(
+            episode("answer"), answers, Rewards(**more), correct=correct
+        )
 
     assert of(["Rio Tejo", "Tagus"]).correct and not of(["tag"]).correct
     assert of(["tag"], match="SubEM").correct
     assert of(["Tejo"], correct=True).reward == pytest.approx(1.0)
     assert of(["Tagus"], correct=False).reward == pytest.approx(0.1)
     searched = episode("text,answer", "ok")
-    warm = rewards.episode_reward(searched, ["Tagus"], Rewards(penalty_warmup=10), step=0)
+    warm = reward_function.episode_reward(searched, ["Tagus"], Rewards(penalty_warmup=10), step=0)
     assert warm.reward == pytest.approx(1.09)
 
 
@@ -322,7 +327,7 @@ def test_the_judge_is_not_asked_what_is_obvious(server):
 
 def test_punctuation_may_matter_so_the_judge_is_asked(server):
     server.reply = '{"correct": false, "reason": "ten times as much"}'
-    assert rewards.exact_match("15 m", ["1.5 m"])
+    assert reward_function.exact_match("15 m", ["1.5 m"])
     assert ask(server.judge(), golds=["1.5 m"], answer="15 m").by == "judge"
 
 
@@ -376,7 +381,10 @@ def reward_file(folder, lines, *arguments):
     write(folder / "in.jsonl", lines)
     out = folder / "out.jsonl"
     process = run(
-        f"--episodes={folder / 'in.jsonl'}", f"--out={out}", *arguments, module="mmsr1_jax.reward"
+        f"--episodes={folder / 'in.jsonl'}",
+        f"--out={out}",
+        *arguments,
+        module="mmsr1_jax.scripts.reward",
     )
     return process, read(out) if out.exists() else None
 
@@ -473,5 +481,6 @@ def test_what_is_read_is_not_replaced(tmp_path):
 
 
 def test_the_command_starts_without_jax():
-    code = "import sys, mmsr1_jax.reward, mmsr1_jax.judge; sys.exit('jax' in sys.modules)"
+    modules = "mmsr1_jax.scripts.reward, mmsr1_jax.tools.judge"
+    code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,13 +8,13 @@ import pytest
 from pyarrow import parquet
 
 from configs import qwen7b
-from mmsr1_jax import config as settings
-from mmsr1_jax.images import ImageProcessor
-from mmsr1_jax.processor import Processor
-from mmsr1_jax.rollout import prompts
-from mmsr1_jax.rollout.episode import Episode, Example, Segment, ToolCall
-from mmsr1_jax.rollout.rules import PromptTooLongError, Rules, Step, harmless
-from mmsr1_jax.rollout.turns import parse
+from mmsr1_jax.config import settings
+from mmsr1_jax.episodes import prompts
+from mmsr1_jax.episodes.episode import Episode, Example, Segment, ToolCall
+from mmsr1_jax.episodes.rules import PromptTooLongError, Rules, Step, harmless
+from mmsr1_jax.episodes.turns import parse
+from mmsr1_jax.processing.images import ImageProcessor
+from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.tools import Observation, Part, Query, image_result, text_result
 
 ANSWER = parse("<reason>r</reason><answer>a</answer>")
@@ -26,8 +26,10 @@ EXAMPLE = Example(question="What is </information> this?")
 
 @pytest.fixture
 def rules(processor):
-    limits = settings.Turns(tokens=2000, least_tokens=100, turn_tokens=200, result_tokens=800)
-    tools = settings.Tools(max_pixels=112 * 112, result_chars=200)
+    limits = settings.Turns(
+        max_episode_tokens=2000, min_turn_tokens=100, max_new_tokens=200, max_result_tokens=800
+    )
+    tools = settings.Tools(max_pixels=112 * 112, max_result_chars=200)
     return Rules(processor, limits, tools, prompts.load())
 
 
@@ -60,7 +62,7 @@ def test_what_follows(rules, turns, calls, cut, expected):
 
 
 def test_limits_of_all_searches_together(processor):
-    limits = settings.Turns(turns=5, searches=2, image_searches=1, text_searches=2)
+    limits = settings.Turns(max_turns=5, max_searches=2, max_image_searches=1, max_text_searches=2)
     rules = Rules(processor, limits, settings.Tools(), prompts.load())
     step = rules.after([IMAGE, TEXT, TEXT], [call(IMAGE), call(TEXT)], cut=False)
     assert step == Step("say", prompt="over_limit", reason="you may search twice in all")

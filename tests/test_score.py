@@ -14,10 +14,11 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mmsr1_jax import config as config_module
-from mmsr1_jax import score, tiny
-from mmsr1_jax.images import ImageProcessor
-from mmsr1_jax.processor import Processor, Prompt
+from mmsr1_jax import score
+from mmsr1_jax.config import settings as config_module
+from mmsr1_jax.processing.images import ImageProcessor
+from mmsr1_jax.processing.processor import Processor, Prompt
+from mmsr1_jax.scripts import random_policy
 from tests.programs import environment
 
 
@@ -144,8 +145,7 @@ def test_bad_lines_are_reported_and_the_rest_goes_on(scored, inputs):
 def test_scores_equal_torch(scored, tiny_dir, inputs):
     import jax
 
-    from mmsr1_jax import sharding
-    from mmsr1_jax.models import qwen2_5_vl
+    from mmsr1_jax.models import qwen2_5_vl, sharding
     from tests.reference import torch, torch_inputs, torch_model
 
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
@@ -162,7 +162,7 @@ def test_scores_equal_torch(scored, tiny_dir, inputs):
         prompt = processor.conversation(line["messages"])
         result = results[line["id"]]
         assert result["tokens"] == prompt.tokens.tolist()
-        logits = reference(**torch_inputs(prompt, tiny.CONFIG)).logits[0]
+        logits = reference(**torch_inputs(prompt, random_policy.CONFIG)).logits[0]
         targets = torch.tensor(prompt.tokens[1:, None], dtype=torch.long)
         expected = torch.log_softmax(logits[:-1], -1).gather(-1, targets)[:, 0]
         assert result["logprobs"][0] is None
@@ -309,10 +309,10 @@ def test_files_that_do_not_fit_together(tmp_path, tiny_dir, inputs, file, change
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(processor):
-    text = dataclasses.replace(tiny.CONFIG.text, vocab_size=300)
+    text = dataclasses.replace(random_policy.CONFIG.text, vocab_size=300)
     with pytest.raises(ValueError, match="token id 4.. is outside the model's vocabulary of 300"):
-        processor.check_fits(dataclasses.replace(tiny.CONFIG, text=text))
-    processor.check_fits(tiny.CONFIG)
+        processor.check_fits(dataclasses.replace(random_policy.CONFIG, text=text))
+    processor.check_fits(random_policy.CONFIG)
 
 
 def test_log_probs_that_are_not_finite_are_an_error():
@@ -328,8 +328,7 @@ def test_a_line_of_a_rare_shape_does_not_wait_for_ever(tiny_dir, processor, monk
     """Its batch goes without being full, and the result is the same."""
     import jax
 
-    from mmsr1_jax import sharding
-    from mmsr1_jax.models import qwen2_5_vl
+    from mmsr1_jax.models import qwen2_5_vl, sharding
 
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     model = qwen2_5_vl.load(tiny_dir, mesh=mesh)
@@ -367,8 +366,8 @@ CONFIG_FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py
 @pytest.mark.parametrize("file", [None, *CONFIG_FILES], ids=lambda f: f.stem if f else "default")
 def test_every_config_takes_every_picture_that_its_limits_allow(file):
     config = config_module.validate(load_config(file) if file else config_module.get_config())
-    # configs/tiny.py is for what mmsr1_jax.tiny makes, the others for the released directories.
-    directory = tiny.IMAGES if file and file.stem == "tiny" else ImageProcessor()
+    # configs/tiny.py is for what `random_policy` makes, the others for the released directories.
+    directory = random_policy.IMAGES if file and file.stem == "tiny" else ImageProcessor()
     limits = directory.with_limits(config.images.min_pixels, config.images.max_pixels)
     most = limits.max_pixels // 28**2
     windows = 0

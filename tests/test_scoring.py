@@ -17,15 +17,15 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
-from mmsr1_jax import config as settings
+from mmsr1_jax.config import settings
 from mmsr1_jax.evaluation import scoring
 from mmsr1_jax.evaluation.scoring import finish, judged, rescore
 from mmsr1_jax.evaluation.table import table
-from mmsr1_jax.judge import Judge
-from mmsr1_jax.tools.make import make_judge
+from mmsr1_jax.tools.build import make_judge
+from mmsr1_jax.tools.cached_tool import Stored
+from mmsr1_jax.tools.judge import Judge
 from mmsr1_jax.tools.service import Service
-from mmsr1_jax.tools.store import Store
-from mmsr1_jax.tools.stored import Stored
+from mmsr1_jax.tools.tool_cache import Store
 from mmsr1_jax.tools.web import Web
 from tests.servers import serve
 
@@ -94,7 +94,7 @@ def read(folder):
 
 def config_of(url):
     config = settings.Config()
-    config.services = settings.Services(judge_url=url, attempts=1)
+    config.services = settings.Services(judge_url=url, max_attempts=1)
     return config
 
 
@@ -107,7 +107,7 @@ def test_killed_while_the_judge_is_asked(tmp_path, server):
     out, server.replies = tmp_path / "out", 3
     process = subprocess.Popen(
         [sys.executable, "-m", "mmsr1_jax.evaluate", f"--rescore={a}", f"--out={out}",
-         f"--config.services.judge_url={server.url}", "--config.services.seconds=300",
+         f"--config.services.judge_url={server.url}", "--config.services.timeout=300",
          "--config.services.limits=('judge=1000/1',)"],
         cwd=ROOT, env=dict(os.environ), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
@@ -183,7 +183,7 @@ def test_a_judge_that_stays_down_ends(tmp_path, server):
 def test_how_often_a_judge_is_asked_is_a_setting():
     config = config_of("http://127.0.0.1:1")
     assert make_judge(config).pauses == ()
-    config.services.attempts = 3
+    config.services.max_attempts = 3
     assert make_judge(config).pauses == (60.0, 60.0)
 
 

@@ -27,12 +27,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mmsr1_jax import config as settings
-from mmsr1_jax.rollout.episode import Example
-from mmsr1_jax.rollout.make import make_engine
-from mmsr1_jax.serve.app import Limits, check_picture, make_app, split
-from mmsr1_jax.serve.desk import Desk
-from mmsr1_jax.serve.telling import Teller
+from mmsr1_jax.apps.serve.app import Limits, check_picture, make_app, split
+from mmsr1_jax.apps.serve.events import Teller
+from mmsr1_jax.apps.serve.request_queue import Desk
+from mmsr1_jax.config import settings
+from mmsr1_jax.episodes.episode import Example
+from mmsr1_jax.rollout.build import make_engine
 from mmsr1_jax.tools.local import build
 from tests import acting, browser
 from tests.programs import environment
@@ -52,11 +52,13 @@ from mmsr1_jax.config import Buckets, Config, Rollout, Tools, Turns
 def get_config():
     return Config(
         buckets=Buckets(image_windows=(4, 8, 16)),
-        rollout=Rollout(lanes=2, rows=2, chunk=8, extend_lengths=(32, 128), extend_tokens=64,
-                        encode_windows=8, image_tokens=2048, compile_ahead=False),
-        turns=Turns(turn_tokens=40, tokens=2048, least_tokens=16, result_tokens=768),
-        tools=Tools(max_pixels=16 * 28 * 28, result_chars=600, seconds=600.0,
-                    episode_seconds=600.0),
+        rollout=Rollout(lanes=2, decode_batch_size=2, decode_steps=8, prefill_buckets=(32, 128),
+                        prefill_tokens=64, encode_windows=8, image_cache_tokens=2048,
+                        precompile=False),
+        turns=Turns(max_new_tokens=40, max_episode_tokens=2048, min_turn_tokens=16,
+                    max_result_tokens=768),
+        tools=Tools(max_pixels=16 * 28 * 28, max_result_chars=600, timeout=600.0,
+                    episode_timeout=600.0),
     )
 """
 QUESTIONS = ("When was it opened?", "Who built it?", f"What is {HOSTILE}?")
@@ -537,7 +539,7 @@ def test_mistakes_are_told_on_the_page(engine, open_page):
 
 def test_the_command(tiny_dir, places):
     command = [sys.executable, "-m", "mmsr1_jax.serve", f"--model={tiny_dir}",
-               f"--config={places[2]}", "--config.turns.turns=1"]  # fmt: skip
+               f"--config={places[2]}", "--config.turns.max_turns=1"]  # fmt: skip
     keywords = dict(cwd=ROOT, env=environment(), text=True)
     with subprocess.Popen([*command, "--port=0"], **keywords, stdout=subprocess.PIPE) as process:
         try:

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route
 
 from mmsr1_jax.tools import Query
+from mmsr1_jax.tools.cached_tool import Stored
 from mmsr1_jax.tools.image_search import ImageSearch, Publisher, Thumbnails
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.services import Hit, KeyMissingError, Match, summariser
@@ -28,9 +29,8 @@ from mmsr1_jax.tools.services.searxng import SearXNG
 from mmsr1_jax.tools.services.serpapi import SerpApi
 from mmsr1_jax.tools.services.serper import Serper
 from mmsr1_jax.tools.services.summariser import Summariser
-from mmsr1_jax.tools.store import Store
-from mmsr1_jax.tools.stored import Stored
 from mmsr1_jax.tools.text_search import TextSearch
+from mmsr1_jax.tools.tool_cache import Store
 from mmsr1_jax.tools.web import Web, WebError
 from tests.servers import serve
 from tests.test_web import Recording

@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from mmsr1_jax import config as settings
-from mmsr1_jax import run_settings
-from mmsr1_jax.config import Config, ConfigError, validate
+from mmsr1_jax.config import settings
+from mmsr1_jax.config.settings import Config, ConfigError, validate
 from mmsr1_jax.models.qwen2_5_vl.config import PRESETS, ModelConfig
 from mmsr1_jax.models.qwen2_5_vl.config import ConfigError as ModelConfigError
+from mmsr1_jax.training import run_config
 
 PARTS = [field.name for field in dataclasses.fields(Config)]
 
@@ -40,7 +40,7 @@ def test_every_number_has_bounds_and_a_type(part, name, default):
 
 def write(path, **changes):
     """The settings of a run as a file, with some of them changed: `part__field=value`."""
-    run_settings.write(path, Config(), "policy")
+    run_config.write(path, Config(), "policy")
     data = json.loads(path.read_text())
     for name, value in changes.items():
         part, _, field = name.partition("__")
@@ -51,10 +51,10 @@ def write(path, **changes):
 def test_a_file_of_settings_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "config.json"
     write(path)
-    config, model = run_settings.read(path)
+    config, model = run_config.read(path)
     assert (config, model) == (Config(), "policy")
-    write(path, tools__seconds=20)  # a whole number for a float
-    assert run_settings.read(path)[0].tools.seconds == 20
+    write(path, tools__timeout=20)  # a whole number for a float
+    assert run_config.read(path)[0].tools.timeout == 20
 
 
 @pytest.mark.parametrize(
@@ -62,9 +62,9 @@ def test_a_file_of_settings_is_read_as_it_was_written(tmp_path):
     [
         ({"rollout__lanes": 10**9}, "config.rollout.lanes=1000000000 must be at most 65536"),
         ({"rollout__lanes": 16.0}, "config.rollout.lanes must be of type int, not 16.0"),
-        ({"tools__seconds": math.nan}, "config.tools.seconds: must not be nan"),
-        ({"tools__seconds": math.inf}, "config.tools.seconds: must not be inf"),
-        ({"tools__seconds": "60"}, "config.tools.seconds must be of type float, not '60'"),
+        ({"tools__timeout": math.nan}, "config.tools.timeout: must not be nan"),
+        ({"tools__timeout": math.inf}, "config.tools.timeout: must not be inf"),
+        ({"tools__timeout": "60"}, "config.tools.timeout must be of type float, not '60'"),
         ({"tools__text": ["local"]}, "config.tools.text must be of type str"),
         ({"buckets__lengths": [256, 10**12]}, "config.buckets.lengths=1000000000000 must be at"),
         ({"buckets__lengths": 256}, "config.buckets.lengths must be of type tuple"),
@@ -73,18 +73,18 @@ def test_a_file_of_settings_is_read_as_it_was_written(tmp_path):
         ({"data__train": ["a\0b"]}, "config.data.train='a\\x00b' must not hold a NUL"),
         ({"run__model": "\ud800"}, "config.run.model: half a character"),
         ({"update__lora_targets": ["q", "x"]}, "config.update.lora_targets='x' is not one of q"),
-        ({"services__store_max_bytes": 2**70}, "config.services.store_max_bytes: must not be an"),
+        ({"services__cache_max_bytes": 2**70}, "config.services.cache_max_bytes: must not be an"),
         ({"services__allowed_hosts": ["h"] * 200_000}, "allowed_hosts must have at most 100000"),
-        ({"turns__prompts": "x" * 200_000}, "must have at most 100000 characters"),
+        ({"turns__prompt_dir": "x" * 200_000}, "must have at most 100000 characters"),
         ({"model__nothing": 1}, "config.model has no field 'nothing'"),
-        ({"rollout__compile_ahead": 1}, "compile_ahead must be of type bool"),
+        ({"rollout__precompile": 1}, "precompile must be of type bool"),
     ],
 )
 def test_an_invalid_setting_in_a_file_is_named_with_the_file(tmp_path, changes, words):
     path = tmp_path / "config.json"
     write(path, **changes)
     with pytest.raises(ConfigError) as caught:
-        run_settings.read(path)
+        run_config.read(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ") and words in message
     assert len(message) < 400 and "\n" not in message
@@ -107,10 +107,10 @@ def test_a_file_that_holds_no_settings_is_named(tmp_path, text, words):
     path = tmp_path / "config.json"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError) as caught:
-        run_settings.read(path)
+        run_config.read(path)
     assert str(caught.value).startswith(f"{path}: ") and words in str(caught.value)
     with pytest.raises(ConfigError, match="none.json: cannot be read"):
-        run_settings.read(tmp_path / "none.json")
+        run_config.read(tmp_path / "none.json")
 
 
 @pytest.mark.parametrize("value", [math.nan, -1, 10**400, "0", None, True])

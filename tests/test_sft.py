@@ -17,21 +17,22 @@ import PIL.Image
 import pytest
 from flax import nnx
 
-from mmsr1_jax import config as settings
-from mmsr1_jax import metrics, sft, sharding, tiny
-from mmsr1_jax.data import stories
+from mmsr1_jax import sft
+from mmsr1_jax.config import settings
 from mmsr1_jax.data.parquet import DataError
-from mmsr1_jax.images import ImageError, ImageProcessor, read_picture, write_picture
-from mmsr1_jax.models import qwen2_5_vl
+from mmsr1_jax.episodes.episode import Episode
+from mmsr1_jax.episodes.scripted import Story, retell
+from mmsr1_jax.episodes.turns import STOPS
+from mmsr1_jax.models import qwen2_5_vl, sharding
 from mmsr1_jax.models.qwen2_5_vl import checkpoint
-from mmsr1_jax.processor import Processor
+from mmsr1_jax.processing.images import ImageError, ImageProcessor, read_picture, write_picture
+from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.rl import packing
-from mmsr1_jax.rl.update import Learner
+from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.rollout.engine import Engine
-from mmsr1_jax.rollout.episode import Episode
-from mmsr1_jax.rollout.retell import Story, retell
-from mmsr1_jax.rollout.turns import STOPS
+from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.tools.local import build
+from mmsr1_jax.training import metrics, sft_dataset
 from tests.acting import acting_tokenizer, config_for
 from tests.reference import torch, torch_inputs, torch_model
 from tests.test_engine import examples, make_config, record, search_tools
@@ -39,9 +40,11 @@ from tests.test_engine import examples, make_config, record, search_tools
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STORIES = 8
 MODEL = dataclasses.replace(
-    tiny.CONFIG,
-    text=dataclasses.replace(tiny.CONFIG.text, num_layers=2),
-    vision=dataclasses.replace(tiny.CONFIG.vision, num_layers=2, full_attention_layers=(1,)),
+    random_policy.CONFIG,
+    text=dataclasses.replace(random_policy.CONFIG.text, num_layers=2),
+    vision=dataclasses.replace(
+        random_policy.CONFIG.vision, num_layers=2, full_attention_layers=(1,)
+    ),
 )
 
 
@@ -117,9 +120,9 @@ def whole_turns():
 @pytest.fixture(scope="module")
 def rolled_out(whole_turns):
     """Episodes of the engine, its processor and its settings."""
-    processor = Processor(whole_turns, tiny.IMAGES)
-    model = tiny.random_model(config_for(2200, MODEL), seed=3)
-    limits = dataclasses.replace(make_config().turns, tokens=700, text_searches=1)
+    processor = Processor(whole_turns, random_policy.IMAGES)
+    model = random_policy.random_model(config_for(2200, MODEL), seed=3)
+    limits = dataclasses.replace(make_config().turns, max_episode_tokens=700, max_text_searches=1)
     config = make_config(limits=limits)
     engine = Engine(model, processor, config, search_tools())
     episodes = sorted(engine.rollout(examples(6), rollouts=8), key=lambda e: e.number)
@@ -146,7 +149,7 @@ def test_a_story_is_told_as_the_engine_would_have(rolled_out):
     assert {episode.end for episode in chosen} >= {"answer", "turns"} and len(chosen) > 10
     assert any(turn.action is None for episode in chosen for turn in episode.turns)
 
-    rules = stories.make_rules(config, processor, model_config)
+    rules = sft_dataset.make_rules(config, processor, model_config)
     given = [Story(episode.example, texts(episode)) for episode in chosen]
     told = list(retell(given, processor, rules, search_tools()))
 
@@ -162,7 +165,7 @@ def test_a_story_is_told_as_the_engine_would_have(rolled_out):
 WRITE = """
 import pickle, sys, types, pathlib
 from mmsr1_jax import train
-from mmsr1_jax.processor import Processor
+from mmsr1_jax.processing.processor import Processor
 pairs, asked, tokenizer, images = pickle.load(sys.stdin.buffer)
 engine = types.SimpleNamespace(processor=Processor(tokenizer, images))
 train.write_episodes(pathlib.Path(sys.argv[1]), 7, pairs, asked, engine)
@@ -171,7 +174,7 @@ train.write_episodes(pathlib.Path(sys.argv[1]), 7, pairs, asked, engine)
 
 def test_saved_episodes_are_learned_to_the_bit(rolled_out, whole_turns, tmp_path):
     from mmsr1_jax.data import Question
-    from mmsr1_jax.rewards import episode_reward
+    from mmsr1_jax.rewards.reward_function import episode_reward
 
     episodes, processor, config, model_config = rolled_out
     pairs = [(e, episode_reward(e, ("a 1",), settings.Rewards(), 0, None)) for e in episodes]
@@ -193,8 +196,8 @@ def test_saved_episodes_are_learned_to_the_bit(rolled_out, whole_turns, tmp_path
 
     config = dataclasses.replace(config, data=settings.Data(train=(str(path.parent),)))
     (tmp_path / "run").mkdir()
-    stories.prepare(tmp_path / "run" / "stories.jsonl", config, processor, model_config)
-    lessons = stories.load(tmp_path / "run" / "stories.jsonl", config)
+    sft_dataset.prepare(tmp_path / "run" / "stories.jsonl", config, processor, model_config)
+    lessons = sft_dataset.load(tmp_path / "run" / "stories.jsonl", config)
     samples = sft.samples_of(lessons, processor.images)
     total = sum(int(episode.loss_mask.sum()) for episode in episodes)
     for sample, episode in zip(samples, episodes, strict=True):
@@ -212,7 +215,7 @@ def test_saved_episodes_are_learned_to_the_bit(rolled_out, whole_turns, tmp_path
 def material(tmp_path_factory):
     """A folder with a small policy, an index, and rows: answers, and searches with answers."""
     folder = tmp_path_factory.mktemp("material")
-    tiny.write(folder / "policy", config=MODEL, seed=2)
+    random_policy.write(folder / "policy", config=MODEL, seed=2)
     for i in range(STORIES):
         noise(i).save(folder / f"{i}.png")
     pages = [
@@ -240,13 +243,13 @@ def material(tmp_path_factory):
 def flags_of(folder, **more):
     given = {
         "tools.index": folder / "index",
-        "tools.results": 1,
-        "turns.tokens": 2048,
+        "tools.max_results": 1,
+        "turns.max_episode_tokens": 2048,
         "data.train": f"('{folder / 'rows.jsonl'}',)",
-        "update.row_tokens": 384,
-        "update.row_windows": 12,
+        "update.pack_length": 384,
+        "update.pack_windows": 12,
         "update.learning_rate": 3e-3,
-        "run.questions": 6,
+        "run.prompts_per_step": 6,
         "run.steps": 56,
         "run.save_every": 6,
     }
@@ -255,10 +258,10 @@ def flags_of(folder, **more):
 
 def config_of(folder, **more):
     config = runpy.run_path(str(ROOT / "configs" / "tiny.py"))["get_config"]()
-    config.tools.index, config.tools.results = str(folder / "index"), 1
-    config.turns.tokens = 2048
+    config.tools.index, config.tools.max_results = str(folder / "index"), 1
+    config.turns.max_episode_tokens = 2048
     config.data.train = (str(folder / "rows.jsonl"),)
-    config.update.row_tokens, config.update.row_windows = 384, 12
+    config.update.pack_length, config.update.pack_windows = 384, 12
     for field, value in more.items():
         part, _, name = field.partition("_")
         setattr(getattr(config, part), name, value)
@@ -269,8 +272,8 @@ def config_of(folder, **more):
 def lessons(material, tmp_path_factory):
     processor = Processor.from_directory(material / "policy")
     path = tmp_path_factory.mktemp("run") / "stories.jsonl"
-    stories.prepare(path, config_of(material), processor, MODEL)
-    return stories.load(path, config_of(material)), processor
+    sft_dataset.prepare(path, config_of(material), processor, MODEL)
+    return sft_dataset.load(path, config_of(material)), processor
 
 
 def test_the_searches_of_a_story_are_made(material, lessons):
@@ -295,8 +298,10 @@ def test_a_story_may_name_its_own_index(material, tmp_path):
     rows = write_lines(tmp_path / "rows.jsonl", lines)
     config = config_of(material, data_train=(str(rows),))
     processor = Processor.from_directory(material / "policy")
-    stories.prepare(tmp_path / "stories.jsonl", config, processor, MODEL)
-    texts = [processor.decode(x.tokens) for x in stories.load(tmp_path / "stories.jsonl", config)]
+    sft_dataset.prepare(tmp_path / "stories.jsonl", config, processor, MODEL)
+    texts = [
+        processor.decode(x.tokens) for x in sft_dataset.load(tmp_path / "stories.jsonl", config)
+    ]
     assert ["It fell." in text for text in texts] == [False, True, False]
     assert ["Opened in 1902." in text for text in texts] == [True, False, True]
 
@@ -306,9 +311,9 @@ def test_loss_and_gradients_equal_torch(lessons):
     up to its end."""
     (found, processor), count = lessons, 3
     mesh = sharding.make_mesh(1, 1, 1, devices=sharding.jax.devices()[:1])
-    model = tiny.random_model(MODEL, seed=2, logprob_chunk=16)
+    model = random_policy.random_model(MODEL, seed=2, logprob_chunk=16)
     theirs = torch_model(model)
-    update = settings.Update(grad_clip=0.0, b1=0.9)
+    update = settings.Update(max_grad_norm=0.0, b1=0.9)
     one = Learner(model, sft.likelihood_loss, update, mesh)
     samples = sft.samples_of(found[:count], processor.images)
     shape = packing.RowShape(1, 384, 12)
@@ -365,9 +370,9 @@ def test_lines_that_cannot_be_used_are_named(material, tmp_path, capfd):
         "rows.jsonl: not an image": row | {"images": [str(material / "rows.jsonl")]},
         "has both 'image' and 'images'": row | {"image": "0.png", "images": ["0.png"]},
         "ends with turns[0] of 2: that is an answer": row | {"turns": [answer] * 2},
-        "config.turns.turns allows no more": row | {"turns": ["x", "x", "x", "x"]},
+        "config.turns.max_turns allows no more": row | {"turns": ["x", "x", "x", "x"]},
         "the image search failed": row | {"turns": ["<search><img></search>", answer]},
-        "update.row_tokens=384": row | {"question": "long " * 300},
+        "update.pack_length=384": row | {"question": "long " * 300},
         "could not be run: ValueError": {"end": "error", "error": "ValueError", "segments": []},
         "must begin with a prompt": {"segments": []},
         "nothing that the policy wrote": {"segments": episode["segments"][:1]},
@@ -389,8 +394,8 @@ def test_lines_that_cannot_be_used_are_named(material, tmp_path, capfd):
     config = config_of(
         material, data_train=(str(path),), data_max_bad_rows=len(bad), data_image_roots=roots
     )
-    stories.prepare(tmp_path / "stories.jsonl", config, processor, MODEL)
-    assert len(stories.load(tmp_path / "stories.jsonl", config)) == 2
+    sft_dataset.prepare(tmp_path / "stories.jsonl", config, processor, MODEL)
+    assert len(sft_dataset.load(tmp_path / "stories.jsonl", config)) == 2
     said = [line for line in capfd.readouterr().err.splitlines() if "; left out" in line]
     numbers = [*range(1, len(bad) - 2), len(bad), len(bad) + 1, len(bad) + 3]
     for number, reason, line in zip(numbers, bad, said, strict=True):
@@ -398,36 +403,36 @@ def test_lines_that_cannot_be_used_are_named(material, tmp_path, capfd):
 
     config.data.max_bad_rows = 5
     with pytest.raises(DataError, match=r"6, more than config.data.max_bad_rows=5; .*line 6: "):
-        stories.prepare(tmp_path / "other.jsonl", config, processor, MODEL)
+        sft_dataset.prepare(tmp_path / "other.jsonl", config, processor, MODEL)
     assert not list(tmp_path.glob("*other.jsonl*"))
     write_lines(path, [row | {"turns": ["<text_search> x</text_search>", answer]}])
     config.tools.index = None
     with pytest.raises(DataError, match="no line that can be used"):
-        stories.prepare(tmp_path / "other.jsonl", config, processor, MODEL)
+        sft_dataset.prepare(tmp_path / "other.jsonl", config, processor, MODEL)
     assert "no tool for text_search" in capfd.readouterr().err
     with pytest.raises(DataError, match="nowhere: no JSONL file there"):
-        stories.prepare(
+        sft_dataset.prepare(
             tmp_path / "other.jsonl", config_of(material, data_train=("nowhere",)), processor, MODEL
         )
 
 
 def test_stories_belong_to_their_settings(material, lessons, tmp_path):
     path = lessons[0][0].pictures[0].parents[1] / "stories.jsonl"
-    with pytest.raises(DataError, match="made with config.update.row_tokens=384, not 400"):
-        stories.load(path, config_of(material, update_row_tokens=400))
+    with pytest.raises(DataError, match="made with config.update.pack_length=384, not 400"):
+        sft_dataset.load(path, config_of(material, update_pack_length=400))
     (tmp_path / "cut.jsonl").write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match="damaged"):
-        stories.load(tmp_path / "cut.jsonl", config_of(material))
+        sft_dataset.load(tmp_path / "cut.jsonl", config_of(material))
 
 
 @pytest.mark.parametrize("count, size", [(10, 4), (3, 7), (5, 5)])
 def test_each_lesson_once_an_epoch(count, size):
-    steps = [stories.chosen(step, count, size, seed=3) for step in range(1, count + 1)]
+    steps = [sft_dataset.chosen(step, count, size, seed=3) for step in range(1, count + 1)]
     assert all(len(step) == size for step in steps)
     order = np.concatenate(steps).reshape(-1, count)
     assert all(sorted(epoch) == list(range(count)) for epoch in order)
     assert len({tuple(epoch) for epoch in order}) > 1
-    assert stories.chosen(1, 10, 10, seed=3) != stories.chosen(1, 10, 10, seed=4)
+    assert sft_dataset.chosen(1, 10, 10, seed=3) != sft_dataset.chosen(1, 10, 10, seed=4)
 
 
 # The command

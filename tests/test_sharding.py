@@ -9,20 +9,23 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from mmsr1_jax import sharding, tiny
-from mmsr1_jax.batching import Bucket, make_rows
 from mmsr1_jax.models import attention as attention_module
+from mmsr1_jax.models import sharding
+from mmsr1_jax.processing.batching import Bucket, make_rows
+from mmsr1_jax.scripts import random_policy
 from tests.reference import random_conversation
 
 BUCKET = Bucket(length=96, windows=6, rows=8)
 
 
 def variant(**text):
-    return dataclasses.replace(tiny.CONFIG, text=dataclasses.replace(tiny.CONFIG.text, **text))
+    return dataclasses.replace(
+        random_policy.CONFIG, text=dataclasses.replace(random_policy.CONFIG.text, **text)
+    )
 
 
 CONFIGS = {
-    "kv heads 2": tiny.CONFIG,
+    "kv heads 2": random_policy.CONFIG,
     "kv heads 1, tied": variant(num_kv_heads=1, tie_embeddings=True),
     "kv heads 8": variant(num_kv_heads=8),
 }
@@ -46,7 +49,7 @@ def loss_and_gradient(graph, params, rows):
 
 
 def run_on(mesh, config, **keywords):
-    graph, params = nnx.split(tiny.random_model(config, seed=3, **keywords))
+    graph, params = nnx.split(random_policy.random_model(config, seed=3, **keywords))
     shardings = sharding.param_shardings(params, mesh)
     params = jax.device_put(params, shardings)
     with jax.set_mesh(mesh):
@@ -116,7 +119,7 @@ def test_partition_specs():
 
 
 def test_every_parameter_has_logical_axes():
-    params = nnx.state(tiny.random_model(tiny.CONFIG, seed=0), nnx.Param)
+    params = nnx.state(random_policy.random_model(random_policy.CONFIG, seed=0), nnx.Param)
     known = {*sharding.RULES, "layers", "head_dim", None}
     for path, variable in nnx.to_flat_state(params):
         axes = variable.get_metadata("axes")

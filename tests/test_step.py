@@ -19,13 +19,14 @@ import safetensors.numpy
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from mmsr1_jax import config as settings
-from mmsr1_jax import metrics, train
+from mmsr1_jax import train
+from mmsr1_jax.config import settings
 from mmsr1_jax.data import Question, tiny_world, write_parquet
-from mmsr1_jax.judge import Verdict
-from mmsr1_jax.rewards import Reward, episode_reward
-from mmsr1_jax.rollout.episode import Episode, Example, Segment, ToolCall
-from mmsr1_jax.rollout.turns import parse
+from mmsr1_jax.episodes.episode import Episode, Example, Segment, ToolCall
+from mmsr1_jax.episodes.turns import parse
+from mmsr1_jax.rewards.reward_function import Reward, episode_reward
+from mmsr1_jax.tools.judge import Verdict
+from mmsr1_jax.training import metrics
 from tests.programs import environment
 from tests.servers import serve
 from tests.test_rewards import Server
@@ -106,7 +107,7 @@ def questions_of(answers, a_step):
 def config_of(questions=3, rollouts=2, rewards=None, **objective):
     return settings.Config(
         objective=settings.Objective(**objective),
-        run=settings.Run(questions=questions, rollouts=rollouts),
+        run=settings.Run(prompts_per_step=questions, group_size=rollouts),
         rewards=rewards or settings.Rewards(),
     )
 
@@ -122,7 +123,7 @@ STEP = {
 
 def rolled_out(config, answers=STEP, number=7):
     engine = Engine(answers)
-    questions = questions_of(answers, config.run.questions)
+    questions = questions_of(answers, config.run.prompts_per_step)
     rolled = train.roll_out(engine, questions, config, None, seed=11, number=number)
     return rolled, engine
 
@@ -177,7 +178,7 @@ def test_a_step_without_refill(capsys):
     ],
 )
 def test_groups_without_spread_give_way_to_new_ones(refill, chosen, asked, spread, capsys):
-    rolled, engine = rolled_out(config_of(refill=refill))
+    rolled, engine = rolled_out(config_of(max_resample_rounds=refill))
     assert names(rolled) == list(chosen)
     assert len(rolled.asked) == asked and len(rolled.episodes) == 2 * asked
     assert rolled.spread == spread
@@ -200,7 +201,7 @@ def test_an_episode_that_could_not_be_run_is_in_no_group():
 
 
 def test_every_rollout_samples_by_another_seed():
-    config, everything = config_of(refill=3), set()
+    config, everything = config_of(max_resample_rounds=3), set()
     for seed in (500_016, 500_017, 2**31 - 1):
         engine = Engine(dict.fromkeys(STEP, RIGHT))
         train.roll_out(engine, questions_of(STEP, 3), config, None, seed=seed, number=1)
@@ -385,12 +386,14 @@ def run(workdir, policy, *arguments, environment):
     command = [
         sys.executable, "-m", "mmsr1_jax.train", "--config=configs/tiny.py", f"--model={policy}",
         f"--workdir={workdir}", f"--config.data.train=('{data}',)",
-        "--config.tools.text=none", "--config.tools.image=none", "--config.turns.turn_tokens=16",
-        "--config.turns.least_tokens=16", "--config.rollout.lanes=4", "--config.rollout.rows=4",
-        "--config.rollout.compile_ahead=False", "--config.update.row_windows=16",
-        "--config.update.rows=1", "--config.objective.entropy_weight=0.01",
-        "--config.objective.updates=2", "--config.run.questions=2", "--config.run.rollouts=2",
-        "--config.run.save_every=0", "--config.run.log=", *arguments,
+        "--config.tools.text=none", "--config.tools.image=none", "--config.turns.max_new_tokens=16",
+        "--config.turns.min_turn_tokens=16", "--config.rollout.lanes=4",
+        "--config.rollout.decode_batch_size=4",
+        "--config.rollout.precompile=False", "--config.update.pack_windows=16",
+        "--config.update.micro_batch_rows=1", "--config.objective.entropy_coef=0.01",
+        "--config.objective.num_minibatches=2", "--config.run.prompts_per_step=2",
+        "--config.run.group_size=2",
+        "--config.run.save_every=0", "--config.run.log_to=", *arguments,
     ]  # fmt: skip
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
@@ -406,7 +409,9 @@ def test_updates_that_are_not_finite_end_the_run(tmp_path):
     tensors = safetensors.numpy.load_file(weights)
     tensors["model.norm.weight"][3] = np.nan
     safetensors.numpy.save_file(tensors, weights, {"format": "pt"})
-    done = run(workdir, policy, "--config.update.bad_in_a_row=3", environment=environment())
+    done = run(
+        workdir, policy, "--config.update.max_nonfinite_updates=3", environment=environment()
+    )
     assert done.returncode == 1, done.stderr[-3000:]
     (path,) = workdir.glob("*.npz")
     assert (
@@ -425,7 +430,7 @@ def test_updates_that_are_not_finite_end_the_run(tmp_path):
     (line,) = metrics.read(workdir / "metrics.jsonl")
     assert line["step"] == 1 and line["update/lost"] == 2 and line["update/finite"] == 0
     config = json.loads((workdir / "config.json").read_text())
-    assert "bad_in_a_row" in json.dumps(config)
+    assert "max_nonfinite_updates" in json.dumps(config)
     assert not (workdir / "policy").exists()
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mmsr1_jax.images import ImageProcessor
-from mmsr1_jax.processor import Processor
+from mmsr1_jax.processing.images import ImageProcessor
+from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.rollout import stop
 
 STOPS = ("</text_search>", "</search>", "</answer>")

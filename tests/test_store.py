@@ -11,12 +11,12 @@ import time
 
 import pytest
 
-from mmsr1_jax.tools.store import Store, StoreError
+from mmsr1_jax.tools.tool_cache import Store, StoreError
 from tests.test_score import run
 
 WRITER = """
 import sys
-from mmsr1_jax.tools.store import Store
+from mmsr1_jax.tools.tool_cache import Store
 store = Store(sys.argv[1])
 number = 0
 while True:
@@ -224,7 +224,7 @@ def test_a_recorded_store_is_only_read(path, tmp_path):
 
 
 def test_the_command(path, tmp_path):
-    command = functools.partial(run, module="mmsr1_jax.store")
+    command = functools.partial(run, module="mmsr1_jax.scripts.cache")
     store = Store(path)
     store.put("links", "q", b"one")
     store.put("page", "p", b"x" * 2_000_000)

@@ -9,15 +9,9 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from mmsr1_jax.image_files import public_jpeg
+from mmsr1_jax.processing.image_files import public_jpeg
 from mmsr1_jax.tools import Observation, Query
-from mmsr1_jax.tools.image_search import ImageSearch, Publisher, Thumbnails
-from mmsr1_jax.tools.service import Service
-from mmsr1_jax.tools.services.reader import Reader
-from mmsr1_jax.tools.services.serper import Serper
-from mmsr1_jax.tools.services.summariser import Summariser
-from mmsr1_jax.tools.store import Store, StoreError
-from mmsr1_jax.tools.stored import (
+from mmsr1_jax.tools.cached_tool import (
     Stored,
     StoredFinder,
     StoredPictures,
@@ -25,7 +19,13 @@ from mmsr1_jax.tools.stored import (
     StoredSearch,
     StoredSummariser,
 )
+from mmsr1_jax.tools.image_search import ImageSearch, Publisher, Thumbnails
+from mmsr1_jax.tools.service import Service
+from mmsr1_jax.tools.services.reader import Reader
+from mmsr1_jax.tools.services.serper import Serper
+from mmsr1_jax.tools.services.summariser import Summariser
 from mmsr1_jax.tools.text_search import TextSearch
+from mmsr1_jax.tools.tool_cache import Store, StoreError
 from mmsr1_jax.tools.web import Web
 from tests.servers import serve
 from tests.test_web import Recording

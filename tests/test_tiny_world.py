@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from mmsr1_jax import config as settings
+from mmsr1_jax.config import settings
 from mmsr1_jax.data import QuestionSource, write_parquet
 from mmsr1_jax.data.tiny_world import (
     PROMPTS,
@@ -26,20 +26,13 @@ from mmsr1_jax.data.tiny_world import (
 from mmsr1_jax.data.tiny_world.emblems import PHOTO, SIZES, jpeg, photo
 from mmsr1_jax.data.tiny_world.pages import query
 from mmsr1_jax.data.tiny_world.questions import pairs
-from mmsr1_jax.data.tiny_world.world import (
-    CATEGORIES,
-    CHANGING,
-    FACTS,
-    THIS_YEAR,
-    TITLED,
-    category,
-)
-from mmsr1_jax.images import ImageProcessor
+from mmsr1_jax.data.tiny_world.world import CATEGORIES, CHANGING, FACTS, THIS_YEAR, TITLED, category
+from mmsr1_jax.episodes import prompts
+from mmsr1_jax.episodes.rules import Rules
+from mmsr1_jax.episodes.turns import parse
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig
-from mmsr1_jax.processor import Processor
-from mmsr1_jax.rollout import prompts
-from mmsr1_jax.rollout.rules import Rules
-from mmsr1_jax.rollout.turns import parse
+from mmsr1_jax.processing.images import ImageProcessor
+from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.tools import Query
 from mmsr1_jax.tools.local import LocalIndex
 from tests.test_score import run
@@ -461,7 +454,7 @@ def test_questions_as_parquet(world, tmp_path):
 def test_the_command_writes_what_others_read(tmp_path):
     out = tmp_path / "world"
     counts = ["--train=8", "--heldout=4", "--unmet=4", "--stories=3"]
-    done = run(f"--out={out}", *counts, module="mmsr1_jax.tiny_world")
+    done = run(f"--out={out}", *counts, module="mmsr1_jax.scripts.tiny_world")
     assert done.returncode == 0, done.stderr
     for split, count in (("train", 8), ("heldout", 4), ("unmet", 4)):
         assert len(list(QuestionSource(out / f"{split}.parquet"))) == count

@@ -8,11 +8,12 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer
 
-from mmsr1_jax import tiny, tokenizer_files
-from mmsr1_jax.images import ImageProcessor
+from mmsr1_jax.episodes import turns
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig
-from mmsr1_jax.processor import Processor, TokenizerError
-from mmsr1_jax.rollout import turns
+from mmsr1_jax.processing import tokenizer_files
+from mmsr1_jax.processing.images import ImageProcessor
+from mmsr1_jax.processing.processor import Processor, TokenizerError
+from mmsr1_jax.scripts import random_policy
 
 TEXTS = [
     "What is the name of this building, and who designed the bridge in the photograph? " * 3,
@@ -20,7 +21,7 @@ TEXTS = [
     " leading",
     "",
 ]
-RAW = json.loads(tiny.make_tokenizer().to_str())
+RAW = json.loads(random_policy.make_tokenizer().to_str())
 NEXT = len(RAW["model"]["vocab"])
 QWEN_PATTERN = tokenizer_files._QWEN_PATTERN
 
@@ -169,9 +170,9 @@ def test_integers_of_more_than_64_bits_in_files_of_transformers_are_read(tmp_pat
     nested = {"image_processor": ImageProcessor().to_hf(), "limit": number}
     path.with_name("processor_config.json").write_text(json.dumps(nested))
     Processor.from_directory(tmp_path / "by_config")
-    config = tiny.CONFIG.to_hf() | {"text_limits": unlimited}
+    config = random_policy.CONFIG.to_hf() | {"text_limits": unlimited}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert ModelConfig.from_directory(tmp_path) == tiny.CONFIG
+    assert ModelConfig.from_directory(tmp_path) == random_policy.CONFIG
 
 
 def added(*tokens):

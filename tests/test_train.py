@@ -14,23 +14,24 @@ import time
 import numpy as np
 import pytest
 
-from mmsr1_jax import config as settings
-from mmsr1_jax import metrics, tiny
+from mmsr1_jax.config import settings
 from mmsr1_jax.data import QuestionSource, tiny_world, write_parquet
-from mmsr1_jax.rl.samples import figures_of
+from mmsr1_jax.rl.train_batch import figures_of
+from mmsr1_jax.scripts import random_policy
+from mmsr1_jax.training import metrics
 from tests.programs import environment
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = [
     "--config=configs/tiny.py",
     "--config.buckets.image_windows=(1, 4)",
-    "--config.rollout.extend_lengths=(32, 128)",
+    "--config.rollout.prefill_buckets=(32, 128)",
     "--config.rollout.lanes=4",
-    "--config.rollout.rows=4",
-    "--config.objective.kl_weight=0.001",
-    "--config.objective.entropy_weight=0.01",
-    "--config.run.questions=2",
-    "--config.run.rollouts=4",
+    "--config.rollout.decode_batch_size=4",
+    "--config.objective.kl_coef=0.001",
+    "--config.objective.entropy_coef=0.01",
+    "--config.run.prompts_per_step=2",
+    "--config.run.group_size=4",
     "--config.run.steps=6",
     "--config.run.save_every=2",
     "--config.run.validate_every=3",
@@ -40,7 +41,7 @@ SMALL = [
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
     directory = tmp_path_factory.mktemp("policies") / "tiny"
-    tiny.write(directory, seed=2)
+    random_policy.write(directory, seed=2)
     return directory
 
 
@@ -238,14 +239,15 @@ def test_real_questions(shared, real_index, name, tokenizer, tmp_path):
     arguments = [
         "--config=configs/tiny.py", f"--config.data.train={data}",
         f"--config.data.validation={data}", "--config.data.validation_rows=3",
-        f"--config.tools.index={real_index}", "--config.run.questions=2",
-        "--config.run.rollouts=4", "--config.run.validate_every=1", "--config.run.save_every=1",
-        "--config.run.episodes=8", "--config.rollout.lanes=8", "--config.rollout.rows=8",
-        "--config.rollout.compile_ahead=False",
-        "--config.objective.entropy_weight=0.01",  # else groups without spread teach nothing
+        f"--config.tools.index={real_index}", "--config.run.prompts_per_step=2",
+        "--config.run.group_size=4", "--config.run.validate_every=1", "--config.run.save_every=1",
+        "--config.run.saved_episodes=8", "--config.rollout.lanes=8",
+        "--config.rollout.decode_batch_size=8",
+        "--config.rollout.precompile=False",
+        "--config.objective.entropy_coef=0.01",  # else groups without spread teach nothing
     ]  # fmt: skip
     if tokenizer == "released":
-        made = ["-m", "mmsr1_jax.tiny", f"--out={tmp_path / 'policy'}",
+        made = ["-m", "mmsr1_jax.scripts.random_policy", f"--out={tmp_path / 'policy'}",
                 f"--tokenizer={shared / 'tokenizer' / 'qwen'}"]  # fmt: skip
         assert run([sys.executable, *made]).returncode == 0
         arguments.append(f"--model={tmp_path / 'policy'}")
@@ -283,7 +285,7 @@ def test_configs(name):
     for arguments in [(), *((v,) for v in variants)]:
         config = settings.validate(get_config(*arguments))
         # What the engine can roll out has room in a row of the update.
-        assert config.turns.tokens <= config.update.row_tokens
+        assert config.turns.max_episode_tokens <= config.update.pack_length
 
 
 def test_mistakes_are_said_in_one_line(tmp_path, policy):

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from mmsr1_jax.episodes.turns import STOPS, Turn, parse
 from mmsr1_jax.rollout import stop
-from mmsr1_jax.rollout.turns import STOPS, Turn, parse
 
 R = "<reason>It is a bridge.</reason>"
 

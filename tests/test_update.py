@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmsr1_jax import config as settings
-from mmsr1_jax import sharding, tiny
-from mmsr1_jax.batching import TooLongError
+from mmsr1_jax.config import settings
+from mmsr1_jax.models import sharding
 from mmsr1_jax.models.qwen2_5_vl import checkpoint
+from mmsr1_jax.processing.batching import TooLongError
 from mmsr1_jax.rl import loss, packing
-from mmsr1_jax.rl.update import Learner
+from mmsr1_jax.rl.learner import Learner
+from mmsr1_jax.scripts import random_policy
 from tests.reference import random_conversation, torch, torch_inputs, torch_model
 from tests.test_model import variant
 
@@ -60,10 +61,10 @@ def policy(logprobs, entropies, batch):
 
 def learner(config, mesh=None, attention="xla", **update):
     mesh = mesh or sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    model = tiny.random_model(config, seed=3, attention=attention, logprob_chunk=16)
+    model = random_policy.random_model(config, seed=3, attention=attention, logprob_chunk=16)
     graph, params = nnx.split(model)
     params = jax.device_put(params, sharding.param_shardings(params, mesh))
-    defaults = dict(learning_rate=1e-3, weight_decay=0.1, grad_clip=0.5)
+    defaults = dict(learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0.5)
     return Learner(nnx.merge(graph, params), policy, settings.Update(**defaults | update), mesh)
 
 
@@ -251,7 +252,7 @@ def test_first_fit_of_real_lengths():
 
 def test_what_fits_no_row_is_said():
     prompt = samples_of(CONFIG, 1)[0].prompt
-    with pytest.raises(TooLongError, match="60 tokens, more than update.row_tokens=50"):
+    with pytest.raises(TooLongError, match="60 tokens, more than update.pack_length=50"):
         packing.check_fits(prompt, CONFIG, packing.RowShape(1, 50, 16))
-    with pytest.raises(TooLongError, match="image windows, more than update.row_windows=1"):
+    with pytest.raises(TooLongError, match="image windows, more than update.pack_windows=1"):
         packing.check_fits(prompt, CONFIG, packing.RowShape(1, 500, 1))

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from mmsr1_jax import workers
-from mmsr1_jax.workers import Limits, WorkerError, run
+from mmsr1_jax.utils import workers
+from mmsr1_jax.utils.workers import Limits, WorkerError, run
 
 # CPU time is limited, so none of these depends on how busy the machine is.
 SHORT = Limits(cpu_seconds=0.5, wall_seconds=600.0, memory_bytes=200 << 20)
@@ -101,7 +101,7 @@ def test_workers_hold_no_key_and_import_no_jax(monkeypatch):
     code = "(open('/proc/self/environ').read(), sorted(__import__('sys').modules))"
     environment, _ = run(eval, code)
     assert "secret-key" not in environment and "PATH=" in environment
-    from mmsr1_jax.image_files import open_image
+    from mmsr1_jax.processing.image_files import open_image
     from mmsr1_jax.tools.services.reader import extract
 
     with pytest.raises(ValueError):
@@ -114,7 +114,7 @@ def test_workers_hold_no_key_and_import_no_jax(monkeypatch):
 
 PROGRAM = """
 import multiprocessing, sys, threading, time
-from mmsr1_jax import workers
+from mmsr1_jax.utils import workers
 
 workers._FIRST_RUN = 1e6  # so that the processes stay the same
 

@@ -22,8 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from mmsr1_jax import checked_json, rewards
-from mmsr1_jax.rollout.turns import Turn
+from mmsr1_jax.config import Rewards
+from mmsr1_jax.episodes.turns import Turn
+from mmsr1_jax.rewards import reward_function
+from mmsr1_jax.utils import checked_json
 
 FREE, IMAGE, TEXT, MIX = "search_free", "image_required", "text_required", "mix_required"
 NEVER, NOT_RUN = "never_right", "not_run"
@@ -55,7 +57,7 @@ class Attempt:
     number: int
     question: int
     ran: bool
-    reward: rewards.Reward
+    reward: reward_function.Reward
     kinds: frozenset[str]
 
     @property
@@ -64,9 +66,12 @@ class Attempt:
 
 
 def attempt_of(
-    line: Mapping[str, Any], scoring: rewards.Rewards, verdict: bool | None = None, step: int = 0
+    line: Mapping[str, Any],
+    scoring: Rewards,
+    verdict: bool | None = None,
+    step: int = 0,
 ) -> Attempt:
-    """A line of an evaluation's episodes (`evaluation/lines.py`) as an attempt.
+    """A line of an evaluation's episodes (`evaluation/records.py`) as an attempt.
 
     Args:
       scoring: says what is right where there is no verdict, whatever the line says.
@@ -76,12 +81,14 @@ def attempt_of(
     turns = checked_json.convert(line["turns"], list[Turn], name="turns")
     made = [call["action"] for call in line["calls"] if call["status"] != "refused"]
     if verdict is None:
-        verdict = rewards.matches(rewards.answer_of(turns), line["answers"], scoring)
+        verdict = reward_function.matches(
+            reward_function.answer_of(turns), line["answers"], scoring
+        )
     return Attempt(
         number=line["number"],
         question=line["group"],
         ran=line["end"] != "error",
-        reward=rewards.score(turns, verdict, scoring, step, searches=len(made)),
+        reward=reward_function.score(turns, verdict, scoring, step, searches=len(made)),
         kinds=frozenset(made),
     )
 

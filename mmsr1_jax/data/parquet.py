@@ -25,10 +25,10 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from mmsr1_jax import checked_json, outputs
 from mmsr1_jax.data import cells, parquet_sizes
-from mmsr1_jax.files import FileRefusedError, inside, read_regular
-from mmsr1_jax.rollout.episode import Example
+from mmsr1_jax.episodes.episode import Example
+from mmsr1_jax.utils import checked_json, outputs
+from mmsr1_jax.utils.files import FileRefusedError, inside, read_regular
 
 _MARK = "<image>"
 _PICTURE_ROWS = 8  # rows of pictures that are in memory at a time

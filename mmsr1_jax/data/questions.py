@@ -19,8 +19,8 @@ from typing import Any
 import grain
 
 from mmsr1_jax.data.parquet import BadRow, DataError, Question, QuestionFile, find_files
-from mmsr1_jax.image_files import DEFAULT_MAX_FILE_PIXELS, ImageError, image_size
-from mmsr1_jax.images import ImageProcessor
+from mmsr1_jax.processing.image_files import DEFAULT_MAX_FILE_PIXELS, ImageError, image_size
+from mmsr1_jax.processing.images import ImageProcessor
 
 
 class QuestionSource:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mmsr1_jax.evaluation import lines
-from mmsr1_jax.evaluation.figures import MATCHES, Outcome, interval
+from mmsr1_jax.evaluation import records
+from mmsr1_jax.evaluation.metrics import MATCHES, Outcome, interval
 from mmsr1_jax.evaluation.table import compared
 from mmsr1_jax.evaluation.workflows import WORKFLOWS
 
@@ -130,7 +130,7 @@ def compare_files(names: Sequence[str]) -> str:
 def _parted(name: str) -> tuple[str, str]:
     """(DIR, workflow) of `DIR:workflow`, (DIR, "") of `DIR`, in which colons may be, too."""
     folder, _, workflow = name.rpartition(":")
-    known = workflow in (*WORKFLOWS, lines.RECORDED)
+    known = workflow in (*WORKFLOWS, records.RECORDED)
     return (folder, workflow) if folder and known else (name, "")
 
 
@@ -138,9 +138,9 @@ def _outcomes(folder: str, workflow: str) -> dict[str, list[Outcome]]:
     """By workflow, those of a directory of results; of all workflows where `workflow` is empty."""
     path = pathlib.Path(folder)
     found: dict[str, list[Outcome]] = {}
-    for _, _, line in lines.scan(path / lines.EPISODES if path.is_dir() else path):
+    for _, _, line in records.scan(path / records.EPISODES if path.is_dir() else path):
         if workflow in ("", line["workflow"]):
-            found.setdefault(line["workflow"], []).append(lines.outcome_of(line))
+            found.setdefault(line["workflow"], []).append(records.outcome_of(line))
     if not found:
         raise ValueError(f"{folder}: no episode of {workflow or 'any workflow'}")
     return found

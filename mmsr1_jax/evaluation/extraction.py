@@ -16,20 +16,20 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from mmsr1_jax import config as settings
-from mmsr1_jax import outputs
-from mmsr1_jax.checked_json import valid_text
+from mmsr1_jax.config import settings
 from mmsr1_jax.data.benchmarks import accuracy_and_f1
 from mmsr1_jax.data.benchmarks.scores import document_score, extraction, read_extraction
 from mmsr1_jax.data.parquet import DataError
-from mmsr1_jax.evaluation import lines
-from mmsr1_jax.evaluation.asking import digest_of, replies_to
-from mmsr1_jax.evaluation.figures import Outcome
-from mmsr1_jax.evaluation.lines import EPISODES
+from mmsr1_jax.evaluation import records
+from mmsr1_jax.evaluation.batched_queries import digest_of, replies_to
+from mmsr1_jax.evaluation.metrics import Outcome
+from mmsr1_jax.evaluation.records import EPISODES
 from mmsr1_jax.evaluation.scoring import RESULTS, results_of, write_results
-from mmsr1_jax.judge import Judge
-from mmsr1_jax.tools.make import make_judge
+from mmsr1_jax.tools.build import make_judge
+from mmsr1_jax.tools.judge import Judge
 from mmsr1_jax.tools.web import BodyError, WebError
+from mmsr1_jax.utils import outputs
+from mmsr1_jax.utils.checked_json import valid_text
 
 _EXTRACTIONS = "extractions.jsonl"  # until they are in the lines
 _FIELDS = {"answer", "error", "model"}
@@ -59,7 +59,7 @@ def finish_documents(
     path, model = out / EPISODES, config.services.judge_model
     asked: dict[str, tuple[str, str | None]] = {}
     any_document = False
-    for _, number, line in lines.scan(path):
+    for _, number, line in records.scan(path):
         any_document |= "pages_left_out" in line or bool(line.get("answer_format"))
         if line.get("answer_format"):
             known = line.get("extracted")
@@ -83,7 +83,7 @@ def finish_documents(
         outputs.new_file(path) as partial,
         open(partial, "w", encoding="utf-8", errors="backslashreplace") as new,
     ):
-        for _, number, line in lines.scan(path):
+        for _, number, line in records.scan(path):
             if line.get("answer_format"):
                 gold = (line["answers"] or [""])[0]
                 extracted = found.get(_digest(line, model), line.get("extracted"))
@@ -99,7 +99,7 @@ def finish_documents(
                 short.append(extracted is not None)
                 scored.setdefault(line["workflow"], []).append((line.get("score"), gold, answer))
             pages[line["group"]] = line.get("pages_left_out", 0)
-            outcomes.setdefault(line["workflow"], []).append(lines.outcome_of(line))
+            outcomes.setdefault(line["workflow"], []).append(records.outcome_of(line))
             new.write(json.dumps(line, ensure_ascii=False) + "\n")
         (out / RESULTS).unlink(missing_ok=True)  # of the episodes that are about to be replaced
     (out / _EXTRACTIONS).unlink(missing_ok=True)
@@ -141,7 +141,7 @@ def short_forms(
         return {"answer": None, "error": str(error), "model": model}
 
     return replies_to(
-        asked, ask, failed, path, shape=lines.Extracted, pauses=judge.pauses, what="short forms"
+        asked, ask, failed, path, shape=records.Extracted, pauses=judge.pauses, what="short forms"
     )
 
 

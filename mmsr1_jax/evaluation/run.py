@@ -19,31 +19,34 @@ from typing import Any
 from flax import nnx
 from tqdm import tqdm
 
-from mmsr1_jax import checked_json, outputs, redaction, rewards, running, sharding
-from mmsr1_jax import config as settings
-from mmsr1_jax.checkpoint import Checkpoints
-from mmsr1_jax.data import DataError, Question, QuestionSource, benchmarks, stories
-from mmsr1_jax.evaluation import lines
+from mmsr1_jax.config import redaction, settings
+from mmsr1_jax.data import DataError, Question, QuestionSource, benchmarks
+from mmsr1_jax.episodes import prompts
+from mmsr1_jax.episodes.episode import Episode, Example
+from mmsr1_jax.evaluation import records
 from mmsr1_jax.evaluation.extraction import finish_documents
-from mmsr1_jax.evaluation.lines import EPISODES
+from mmsr1_jax.evaluation.records import EPISODES
 from mmsr1_jax.evaluation.scoring import MADE_WITH, finish
 from mmsr1_jax.evaluation.workflows import WORKFLOWS, allowed, limits_of
-from mmsr1_jax.images import ImageProcessor
-from mmsr1_jax.processor import Processor
-from mmsr1_jax.rl import samples as rl_samples
-from mmsr1_jax.rl.update import Learner
-from mmsr1_jax.rollout import prompts
+from mmsr1_jax.models import sharding
+from mmsr1_jax.processing.images import ImageProcessor
+from mmsr1_jax.processing.processor import Processor
+from mmsr1_jax.rewards import reward_function
+from mmsr1_jax.rl import train_batch as rl_samples
+from mmsr1_jax.rl.learner import Learner
+from mmsr1_jax.rollout.build import make_engine, make_processor
 from mmsr1_jax.rollout.engine import Engine
-from mmsr1_jax.rollout.episode import Episode, Example
-from mmsr1_jax.rollout.make import make_engine, make_processor
 from mmsr1_jax.rollout.pool import EnginePool
 from mmsr1_jax.tools import local
-from mmsr1_jax.tools.make import check_services, make_judge
+from mmsr1_jax.tools.build import check_services, make_judge
+from mmsr1_jax.training import sft_dataset, train_utils
+from mmsr1_jax.training.checkpoint import Checkpoints
+from mmsr1_jax.utils import checked_json, outputs
 
 # Of `config.services`, what episodes depend on.
 _SERVICES = (
     "serpapi_url", "serper_url", "searxng_url", "retrieval_url", "jina_url", "reader",
-    "summariser_url", "summariser_model", "fvqa_cache", "allowed_hosts", "store", "store_mode",
+    "summariser_url", "summariser_model", "fvqa_cache", "allowed_hosts", "cache", "cache_mode",
 )  # fmt: skip
 _PROMPTS = "prompts."  # and a workflow: the digest of its texts
 
@@ -104,7 +107,7 @@ class Source:
 
     def __init__(self, config: settings.Config, images: ImageProcessor):
         """Args: settings; the policy's image processor. Raises DataError."""
-        self._benchmark, self._rows = config.eval.benchmark, config.eval.rows
+        self._benchmark, self._rows = config.eval.benchmark, config.eval.max_questions
         self._where = config.eval.data or config.data.validation
         self._bounds = {
             "image_roots": config.data.image_roots,
@@ -136,12 +139,12 @@ def answer(
     out: pathlib.Path,
 ) -> None:  # fmt: skip
     """Answers the questions by a workflow: appends the episodes that `out` lacks to its file."""
-    samples, path = config.eval.samples, out / EPISODES
-    lines.mend(path)
-    known = (line for _, _, line in lines.scan(path)) if path.is_file() else ()
+    samples, path = config.eval.num_samples, out / EPISODES
+    records.mend(path)
+    known = (line for _, _, line in records.scan(path)) if path.is_file() else ()
     done = {line["number"] for line in known if line["workflow"] == name}
     limits = limits_of(name, config.turns)
-    texts = prompts.load(config.turns.prompts, name)
+    texts = prompts.load(config.turns.prompt_dir, name)
     rules = engine.make_rules(limits, texts, WORKFLOWS[name].forced)
     sampling = dataclasses.replace(config.sampling, temperature=config.eval.temperature)
     asked: dict[int, Question] = {}
@@ -184,20 +187,22 @@ def line_of(
     processor: Processor,
     out: pathlib.Path,
 ) -> dict[str, Any]:
-    """An episode as a line of `out/episodes.jsonl`, not judged yet; see `evaluation/lines.py`."""
-    line = stories.line_of(episode, processor, out, out / "pictures")
-    reward = rewards.episode_reward(episode, question.answers, config.rewards, config.run.steps)
+    """An episode as a line of `out/episodes.jsonl`, not judged yet; see `evaluation/records.py`."""
+    line = sft_dataset.line_of(episode, processor, out, out / "pictures")
+    reward = reward_function.episode_reward(
+        episode, question.answers, config.rewards, config.run.steps
+    )
     limits = limits_of(name, config.turns)
     line |= {"answers": question.answers, "category": question.category, "source": question.source}
     line |= {
         "reward": dataclasses.asdict(reward),
         "workflow": name,
-        "sample": episode.number % config.eval.samples,
+        "sample": episode.number % config.eval.num_samples,
         "allowed": allowed(limits, bool(episode.example.images)),
         "tokens": len(episode),
         "tokens_sampled": int(episode.loss_mask.sum()),
     }
-    line["em"], line["subem"] = lines.matched(line)
+    line["em"], line["subem"] = records.matched(line)
     score = benchmarks.score(config.eval.benchmark) if config.eval.benchmark else None
     if score is not None:
         line["score"] = score(episode.answer, question)
@@ -210,7 +215,7 @@ def line_of(
 def parameters(config: settings.Config, model_dir: str, run: pathlib.Path, step: int) -> nnx.State:
     """The parameters of a run's checkpoint, as the trainer has them."""
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
-    model = running.load_policy(config, model_dir, mesh)
+    model = train_utils.load_policy(config, model_dir, mesh)
     learner = Learner(
         model, rl_samples.make_loss(config.objective), config.update, mesh,
         temperature=config.sampling.temperature, seed=config.run.seed,
@@ -237,9 +242,9 @@ def _made_with(
     for part in ("model", "buckets", "images", "rollout", "turns", "tools", "rewards"):
         for name, value in dataclasses.asdict(getattr(config, part)).items():
             found[f"{part}.{name}"] = value
-    for name in ("lanes", "chunk", "image_tokens", "compile_ahead"):
+    for name in ("lanes", "decode_steps", "image_cache_tokens", "precompile"):
         del found[f"rollout.{name}"]
-    for name in ("benchmark", "page_tokens", "rows", "samples", "temperature"):
+    for name in ("benchmark", "page_tokens", "max_questions", "num_samples", "temperature"):
         found[f"eval.{name}"] = getattr(config.eval, name)
     for name in ("top_k", "top_p", "seed"):
         found[f"sampling.{name}"] = getattr(config.sampling, name)
@@ -249,7 +254,7 @@ def _made_with(
     names = ("", local.FILE, "pages.jsonl")
     found["tools.files"] = _stamps(pathlib.Path(p, name) for p in searched for name in names)
     for name in config.eval.workflows:
-        texts = json.dumps(prompts.load(config.turns.prompts, name), sort_keys=True)
+        texts = json.dumps(prompts.load(config.turns.prompt_dir, name), sort_keys=True)
         found[_PROMPTS + name] = hashlib.blake2b(texts.encode(), digest_size=16).hexdigest()
     return json.loads(json.dumps(redaction.redact(found)))
 
@@ -282,9 +287,9 @@ def _check_same(path: pathlib.Path, made_with: Mapping[str, Any]) -> dict[str, A
 def _check_questions(path: pathlib.Path, source: Source) -> None:
     """Raises DataError where a question has not the number any more that it has in the file: rows
     that could not be used have no number, and they may be usable now."""
-    lines.mend(path)
+    records.mend(path)
     there: dict[int, tuple[str, str]] = {}
-    for _, _, line in lines.scan(path) if path.is_file() else ():
+    for _, _, line in records.scan(path) if path.is_file() else ():
         there[line["group"]] = line["id"], line["question"]
     if not there:
         return

@@ -8,18 +8,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmsr1_jax import checked_json, fallbacks, outputs
-from mmsr1_jax import config as settings
+from mmsr1_jax.config import settings
 from mmsr1_jax.data.parquet import DataError
-from mmsr1_jax.evaluation import lines
-from mmsr1_jax.evaluation.asking import digest_of, replies_to
+from mmsr1_jax.evaluation import records
+from mmsr1_jax.evaluation.batched_queries import digest_of, replies_to
 from mmsr1_jax.evaluation.compare import pairs_of
-from mmsr1_jax.evaluation.figures import Outcome, figures
-from mmsr1_jax.evaluation.lines import EPISODES
+from mmsr1_jax.evaluation.metrics import Outcome, figures
+from mmsr1_jax.evaluation.records import EPISODES
 from mmsr1_jax.evaluation.workflows import WORKFLOWS
-from mmsr1_jax.judge import NO_VERDICT, Judge
-from mmsr1_jax.tools.make import make_judge
+from mmsr1_jax.tools.build import make_judge
+from mmsr1_jax.tools.judge import NO_VERDICT, Judge
 from mmsr1_jax.tools.web import WebError
+from mmsr1_jax.utils import checked_json, fallbacks, outputs
 
 RESULTS = "results.json"
 MADE_WITH = "evaluation.json"  # what the episodes depend on
@@ -88,7 +88,7 @@ def finish(
     """
     found: dict[Key, tuple[int, int]] = {}
     to_judge: dict[Key, tuple[str, Sequence[str], str | None]] = {}
-    for place, number, line in lines.scan(path):
+    for place, number, line in records.scan(path):
         key = (line["workflow"], line["number"])
         if key in found:
             raise DataError(f"{path}, line {number}: episode {key[1]} of {key[0]} comes twice")
@@ -116,8 +116,8 @@ def finish(
         for key in sorted(found, key=lambda key: (names.index(key[0]), key[1])):
             place, number = found[key]
             old.seek(place)
-            line = lines.moved(lines.parse(old.readline(), number), path.parent, out)
-            line["em"], line["subem"] = lines.matched(line)
+            line = records.moved(records.parse(old.readline(), number), path.parent, out)
+            line["em"], line["subem"] = records.matched(line)
             line["judge"] = verdicts.get(key, line.get("judge"))
             verdict = line["judge"] or {"correct": False, "reason": ""}
             open_ones += verdict["correct"] is None
@@ -125,7 +125,7 @@ def finish(
             partial_searches += sum(
                 call["status"] == "ok" and bool(call.get("notes")) for call in line["calls"]
             )
-            outcomes.setdefault(key[0], []).append(lines.outcome_of(line))
+            outcomes.setdefault(key[0], []).append(records.outcome_of(line))
             if "recorded_actions" in line:
                 read = [turn["action"] for turn in line["turns"]]
                 recorded.append(read == line["recorded_actions"])
@@ -197,6 +197,6 @@ def judged(
 
     found = replies_to(
         {digest: asked[key] for key, digest in digests.items()}, ask, failed, path,
-        shape=lines.Verdict, pauses=judge.pauses, what="judge",
+        shape=records.Verdict, pauses=judge.pauses, what="judge",
     )  # fmt: skip
     return {key: found[digest] for key, digest in digests.items()}

@@ -7,17 +7,17 @@
 
 `rag` and `direct` do not depend on how well the policy obeys: what their turns do is forced
 (`rollout/forcing.py`). A question without a picture has no image search. Prompts of a workflow are
-in the directory of its name among the prompts (`rollout/prompts.py`).
+in the directory of its name among the prompts (`episodes/prompts.py`).
 """
 
 import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mmsr1_jax.rollout.turns import Action
+from mmsr1_jax.episodes.turns import Action
 
 if TYPE_CHECKING:
-    from mmsr1_jax.config import Turns
+    from mmsr1_jax.config.settings import Turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +48,10 @@ def limits_of(name: str, limits: "Turns") -> "Turns":
     images, texts = forced.count("image_search"), forced.count("text_search")
     return dataclasses.replace(
         limits,
-        turns=len(forced),
-        searches=images + texts,
-        image_searches=images,
-        text_searches=texts,
+        max_turns=len(forced),
+        max_searches=images + texts,
+        max_image_searches=images,
+        max_text_searches=texts,
     )
 
 
@@ -62,4 +62,4 @@ def allowed(limits: "Turns", pictures: bool) -> int:
       limits: of its workflow.
       pictures: whether its question has any.
     """
-    return min(limits.searches, limits.image_searches * pictures + limits.text_searches)
+    return min(limits.max_searches, limits.max_image_searches * pictures + limits.max_text_searches)

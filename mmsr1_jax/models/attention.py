@@ -23,16 +23,13 @@ Queries of segment 0 are padding: their result is finite and means nothing.
 """
 
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from mmsr1_jax import sharding
-
-Implementation = Literal["auto", "xla", "blockwise", "cudnn", "triton", "splash"]
-IMPLEMENTATIONS: tuple[str, ...] = ("auto", "xla", "blockwise", "cudnn", "triton", "splash")
+from mmsr1_jax.config.choices import ATTENTION, Attention
+from mmsr1_jax.models import sharding
 
 # Up to this many keys the plain form is the fastest everywhere and its scores are small.
 _PLAIN_KEYS = 1024
@@ -51,7 +48,7 @@ def attention(
     *,
     causal: bool,
     single_segment: bool = False,
-    implementation: Implementation = "auto",
+    implementation: Attention = "auto",
 ) -> jax.Array:
     """Scaled dot-product attention with grouped queries over packed rows.
 
@@ -161,8 +158,8 @@ def cached_attention(
 
 def choose(implementation: str, keys: int, dtype, single_segment: bool) -> str:
     """The implementation that `attention` runs for these static facts on this platform."""
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention: {implementation!r} is not one of {IMPLEMENTATIONS}")
+    if implementation not in ATTENTION:
+        raise ValueError(f"attention: {implementation!r} is not one of {ATTENTION}")
     if implementation == "cudnn" and not single_segment:
         raise ValueError("attention: cudnn cannot keep packed segments apart; use triton")
     if keys % _MULTIPLE.get(implementation, 1):

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import msgspec
 import regex
 
-from mmsr1_jax.checked_json import FormatError, load
+from mmsr1_jax.utils.checked_json import FormatError, load
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PEFT's wrapper

@@ -5,7 +5,7 @@ A group holds the episodes of one prompt. Computed in float64, given back in flo
 
 import numpy as np
 
-ADVANTAGES = ("grpo", "mean", "rloo")
+from mmsr1_jax.config.choices import ADVANTAGES
 
 _EPSILON = 1e-6  # what the published code adds to the standard deviation
 _NO_SPREAD = 1e-6  # rewards that differ by less do so by rounding

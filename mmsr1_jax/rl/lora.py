@@ -22,18 +22,24 @@ import safetensors.numpy
 from flax import nnx
 from jax.sharding import Mesh
 
-from mmsr1_jax import outputs
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL, checkpoint
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
 from mmsr1_jax.models.qwen2_5_vl.layers import Adapter, Linear
+from mmsr1_jax.models.sharding import param_shardings
 from mmsr1_jax.rl import adapter_files
 from mmsr1_jax.rl.adapter_files import CONFIG, WEIGHTS, AdapterError
-from mmsr1_jax.rl.lora_targets import TARGETS
-from mmsr1_jax.sharding import param_shardings
+from mmsr1_jax.utils import outputs
 
 # What an adapter's directory is made of. Anything else in one is somebody's, and is not replaced.
 _OURS = (CONFIG, WEIGHTS, "README.md", ".gitattributes")
 _PREFIX = "base_model.model."  # PEFT's wrapper, before the names that modules have in memory
+# The linear maps that can have an adapter, by the names of `config.choices.LORA_TARGETS`.
+TARGETS: dict[str, tuple[str, ...]] = {
+    **{name: ("text", "layers", "attention", name) for name in ("q", "k", "v", "out")},
+    **{name: ("text", "layers", "mlp", name) for name in ("gate", "up", "down")},
+    **{f"vision.{name}": ("vision", "blocks", "attention", name) for name in ("qkv", "out")},
+    **{f"vision.{name}": ("vision", "blocks", "mlp", name) for name in ("gate", "up", "down")},
+}
 # Linear maps that only adapters of other programs have (PEFT's "all-linear"); not stacked.
 _MERGER = (("vision", "merger", "fc1"), ("vision", "merger", "fc2"))
 

@@ -15,9 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-RATIOS = ("token", "sequence", "trajectory")
-KLS = ("k1", "k2", "k3")
-AVERAGES = ("token", "sequence", "fixed")
+from mmsr1_jax.config.choices import AVERAGES, KLS, RATIOS
 
 # Logarithms of ratios count as this where they are larger, so that exp stays finite; a sampled
 # token would have to be 5e8 times less likely under one model than under the other. A ratio beyond

@@ -15,10 +15,10 @@ import flax.struct
 import jax
 import numpy as np
 
-from mmsr1_jax.batching import Bucket, TooLongError, make_rows, smallest
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig, Rows
 from mmsr1_jax.models.qwen2_5_vl.vision import num_windows
-from mmsr1_jax.processor import Prompt
+from mmsr1_jax.processing.batching import Bucket, TooLongError, make_rows, smallest
+from mmsr1_jax.processing.processor import Prompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,8 +85,8 @@ def windows_of(prompt: Prompt, config: ModelConfig) -> int:
 def check_fits(prompt: Prompt, config: ModelConfig, shape: RowShape) -> None:
     """Raises TooLongError where no row has room for an episode."""
     for what, size, most, field in (
-        ("tokens", len(prompt.tokens), shape.length, "row_tokens"),
-        ("image windows", windows_of(prompt, config), shape.windows, "row_windows"),
+        ("tokens", len(prompt.tokens), shape.length, "pack_length"),
+        ("image windows", windows_of(prompt, config), shape.windows, "pack_windows"),
     ):
         if size > most:
             raise TooLongError(f"{size} {what}, more than update.{field}={most}")

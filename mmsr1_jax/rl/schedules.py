@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-SCHEDULES = ("constant", "linear", "cosine", "sigmoid")
+from mmsr1_jax.config.choices import SCHEDULES
 
 Schedule = Callable[[int | jax.Array], jax.Array]
 

@@ -20,15 +20,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from mmsr1_jax import config as settings
-from mmsr1_jax.batching import TooLongError, smallest
-from mmsr1_jax.images import Patches
+from mmsr1_jax.config import settings
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig, Qwen2_5_VL
 from mmsr1_jax.models.qwen2_5_vl.vision import num_windows, pack_images
+from mmsr1_jax.models.sharding import partition_spec
+from mmsr1_jax.processing.batching import TooLongError, smallest
+from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.rollout import cache, decode
 from mmsr1_jax.rollout.sampler import Sampling
 from mmsr1_jax.rollout.stop import StopTable
-from mmsr1_jax.sharding import partition_spec
 
 
 @dataclasses.dataclass
@@ -55,7 +55,7 @@ class Piece:
 
     Attributes:
       lane: which.
-      tokens: int32[n], n at most the longest of `extend_lengths`.
+      tokens: int32[n], n at most the longest of `prefill_buckets`.
       positions: int32[3, n].
       images: whose tokens are among them, whole or in part.
       image_index: int32[n]: which merged token of `images`, one after the other; -1 for text.
@@ -101,7 +101,7 @@ class Device:
         like = nnx.merge(self._graph, jax.eval_shape(lambda: params))
 
         def empty():
-            store = (self.config.image_tokens, like.config.text.hidden_size)
+            store = (self.config.image_cache_tokens, like.config.text.hidden_size)
             return (
                 cache.allocate(like, self.config.lanes, capacity),
                 jnp.zeros(store, like.dtype),
@@ -189,7 +189,7 @@ class Device:
     def _forget(self) -> None:
         """All encoded images."""
         self._kept: OrderedDict[str, np.ndarray] = OrderedDict()
-        self._free = list(range(self.config.image_tokens))
+        self._free = list(range(self.config.image_cache_tokens))
 
     def _relayout(self, mesh: Mesh | None):
         """The program that gives parameters the engine's dtype and layout: on a trainer's mesh, or
@@ -206,13 +206,13 @@ class Device:
 
     def warm_up(self) -> None:
         """Compiles every program of the tables, by running it on padding."""
-        for length in self.config.extend_lengths:
+        for length in self.config.prefill_buckets:
             self._extend(length, [])
         for windows in self._windows:
             self._encode(windows, [])
-        nothing = Sampling.uniform(self.config.rows)
+        nothing = Sampling.uniform(self.config.decode_batch_size)
         self.decode([], jax.tree.map(np.asarray, nothing), seed=0, leave_at=0)
-        hidden = self._extend(self.config.extend_lengths[0], [])[0]
+        hidden = self._extend(self.config.prefill_buckets[0], [])[0]
         self.fork(0, self.config.lanes, 0, hidden)
         self.fork(self.config.lanes, self.config.lanes, 0, hidden)
         self.clear(self.config.lanes)
@@ -254,7 +254,7 @@ class Device:
 
     def _fits_store(self, pieces: Sequence[Piece]) -> bool:
         wanted = {image.digest: image for piece in pieces for image in piece.images}
-        return sum(map(self._size, wanted.values())) <= self.config.image_tokens
+        return sum(map(self._size, wanted.values())) <= self.config.image_cache_tokens
 
     def _size(self, image: Patches) -> int:
         return len(image.values) // self.model_config.vision.merge_size**2
@@ -269,7 +269,7 @@ class Device:
         pictures += [[]] * (self._encode_rows(windows) - len(found))
         images, indices = pack_images(pictures, windows, vision)
         M = images.patches.shape[1] // vision.merge_size**2
-        slots = np.full((len(pictures), M), self.config.image_tokens, np.int32)
+        slots = np.full((len(pictures), M), self.config.image_cache_tokens, np.int32)
         for row, (_, place) in enumerate(found):
             slots[row, indices[row]] = place
         self._store = self._encode_program(self._params, self._store, images, slots)
@@ -279,7 +279,7 @@ class Device:
     def piece_length(self, left: int) -> int:
         """How many of `left` tokens are written at a time: all that are left where they fill most
         of a program's length, else as many as fill a shorter one."""
-        lengths = self.config.extend_lengths
+        lengths = self.config.prefill_buckets
         for length in lengths:
             if left <= length:
                 shorter = [n for n in lengths if n < left]
@@ -291,7 +291,7 @@ class Device:
         token, float[D]."""
         by_length: dict[int, list[int]] = {}
         for number, piece in enumerate(pieces):
-            length = smallest("tokens", len(piece.tokens), self.config.extend_lengths, "extend")
+            length = smallest("tokens", len(piece.tokens), self.config.prefill_buckets, "extend")
             by_length.setdefault(length, []).append(number)
         hidden: dict[int, jax.Array] = {}
         for length, numbers in by_length.items():
@@ -307,7 +307,7 @@ class Device:
         return [hidden[number] for number in range(len(pieces))]
 
     def _extend_rows(self, length: int) -> int:
-        return max(1, self.config.extend_tokens // length)
+        return max(1, self.config.prefill_tokens // length)
 
     def _extend(self, length: int, pieces: Sequence[Piece]) -> Sequence[jax.Array]:
         R = self._extend_rows(length)
@@ -354,7 +354,7 @@ class Device:
         Returns:
           numpy arrays, a row for each of `rows` and then padding.
         """
-        R = self.config.rows
+        R = self.config.decode_batch_size
         fields = {
             name: np.full(R, self.config.lanes if name == "lane" else 0, np.int32)
             for name in ("lane", "stop_state", "position", "episode", "drawn", "left")
@@ -370,7 +370,7 @@ class Device:
             self._allowed,
             np.int32(seed),
             np.int32(leave_at),
-            steps=self.config.chunk,
+            steps=self.config.decode_steps,
             running=self.stops.running,
         )
         drawn = jax.device_get(drawn)
@@ -386,11 +386,11 @@ def check_image(
     those of the buckets."""
     smallest("image windows", num_windows(image.grid, model.vision), windows, "image_windows")
     size = len(image.values) // model.vision.merge_size**2
-    most = (rollout.image_tokens - rollout.extend_lengths[-1]) // 2
+    most = (rollout.image_cache_tokens - rollout.prefill_buckets[-1]) // 2
     if size > most:  # a piece may hold the ends of two of them
         raise TooLongError(
-            f"a picture of {size} tokens, rollout.image_tokens={rollout.image_tokens} leaves room "
-            f"for {most}"
+            f"a picture of {size} tokens, "
+            f"rollout.image_cache_tokens={rollout.image_cache_tokens} leaves room for {most}"
         )
 
 

@@ -11,16 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 from flax import nnx
 
-from mmsr1_jax import config as settings
+from mmsr1_jax.config import settings
+from mmsr1_jax.episodes import prompts, turns
+from mmsr1_jax.episodes.episode import Episode, Example
+from mmsr1_jax.episodes.rules import Rules
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
-from mmsr1_jax.processor import Processor
-from mmsr1_jax.rollout import prompts, stop, turns
+from mmsr1_jax.processing.processor import Processor
+from mmsr1_jax.rollout import stop
 from mmsr1_jax.rollout.device import Counts, Device
-from mmsr1_jax.rollout.episode import Episode, Example
-from mmsr1_jax.rollout.loop import END_TOKENS, Drawn, Run, Take, Watch
-from mmsr1_jax.rollout.rules import Rules
+from mmsr1_jax.rollout.scheduler import END_TOKENS, Drawn, Run, Take, Watch
 from mmsr1_jax.tools import Tool
-from mmsr1_jax.tools.background import Background
+from mmsr1_jax.tools.tool_executor import Background
 
 
 class Engine:
@@ -58,15 +59,19 @@ class Engine:
         allowed[list(processor.control.values())] = False
         allowed[list(ends.values())] = True
         self.device = Device(
-            model, config, capacity=config.turns.tokens, stops=self.stops, allowed=allowed
+            model,
+            config,
+            capacity=config.turns.max_episode_tokens,
+            stops=self.stops,
+            allowed=allowed,
         )
-        self._rules = self.make_rules(config.turns, prompts.load(config.turns.prompts))
+        self._rules = self.make_rules(config.turns, prompts.load(config.turns.prompt_dir))
         self.image_token = model.config.image_token_id
         self.merge_size = model.config.vision.merge_size
         self.pool = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="prepare")
         self.background = Background(self.pool)
         self._busy = False
-        if config.rollout.compile_ahead:
+        if config.rollout.precompile:
             self.device.warm_up()
 
     @property

@@ -14,7 +14,7 @@ the query, cut to some words.
 
 import re
 
-from mmsr1_jax.rollout.turns import TAGS, WHOLE_IMAGE, Action
+from mmsr1_jax.episodes.turns import TAGS, WHOLE_IMAGE, Action
 
 _TAG = re.compile("|".join(f"</?{tag}>" for tag in TAGS.values()))
 _REASON, _REASON_ENDS = "<reason>", "</reason>"

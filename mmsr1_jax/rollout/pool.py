@@ -17,15 +17,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from flax import nnx
 
-from mmsr1_jax import config as settings
+from mmsr1_jax.config import settings
+from mmsr1_jax.episodes.episode import Episode, Example
+from mmsr1_jax.episodes.rules import Rules
+from mmsr1_jax.episodes.turns import Action
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
-from mmsr1_jax.processor import Processor
+from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.rollout.device import Counts
 from mmsr1_jax.rollout.engine import Engine
-from mmsr1_jax.rollout.episode import Episode, Example
-from mmsr1_jax.rollout.loop import Watch
-from mmsr1_jax.rollout.rules import Rules
-from mmsr1_jax.rollout.turns import Action
+from mmsr1_jax.rollout.scheduler import Watch
 from mmsr1_jax.tools import Tool
 
 # Seconds after which an engine that only waits for tools looks whether there is something else:

@@ -20,10 +20,10 @@ import numpy as np
 import PIL.Image
 from flax import nnx
 
-from mmsr1_jax import sharding
-from mmsr1_jax.images import ImageError, ImageProcessor
+from mmsr1_jax.models import sharding
 from mmsr1_jax.models.qwen2_5_vl.checkpoint import load_vision
 from mmsr1_jax.models.qwen2_5_vl.vision import ImageRows, VisionTower, num_windows, pack_images
+from mmsr1_jax.processing.images import ImageError, ImageProcessor
 
 # The most that the published script shows to the policy. The released settings would allow 14 times
 # as much, and a picture is not better known by more.

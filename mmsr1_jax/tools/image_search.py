@@ -10,11 +10,11 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from mmsr1_jax.image_files import ImageError, check_image, public_jpeg
-from mmsr1_jax.tools.first import first_that_work
+from mmsr1_jax.processing.image_files import ImageError, check_image, public_jpeg
+from mmsr1_jax.tools.cached_tool import Stored, digest
+from mmsr1_jax.tools.first_completed import first_that_work
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.services import Match
-from mmsr1_jax.tools.stored import Stored, digest
 from mmsr1_jax.tools.tool import Observation, Query, Result, image_result
 from mmsr1_jax.tools.web import IMAGES, WebError
 

@@ -24,14 +24,14 @@ import imagehash
 import numpy as np
 import PIL.Image
 
-from mmsr1_jax import checked_json, outputs
-from mmsr1_jax.checked_json import valid_text
-from mmsr1_jax.files import check_regular, inside
-from mmsr1_jax.image_files import ImageError, open_image
+from mmsr1_jax.processing.image_files import ImageError, open_image
 from mmsr1_jax.tools import checked_sqlite
 from mmsr1_jax.tools.passages import best_passages
 from mmsr1_jax.tools.tool import Observation, Picture, Query, Result, image_result, text_result
 from mmsr1_jax.tools.words import TOKENIZER, search_form, words_of
+from mmsr1_jax.utils import checked_json, outputs
+from mmsr1_jax.utils.checked_json import valid_text
+from mmsr1_jax.utils.files import check_regular, inside
 
 FILE = "index.sqlite"
 _SIDE = 16  # of the hash, in bits
@@ -208,14 +208,15 @@ class LocalIndex:
         if not connection.execute("PRAGMA table_info(page_words)").fetchall():
             raise LocalIndexError(
                 f"{self._file}: an index of an earlier version, whose pages are not found in all "
-                "languages; make it anew: python -m mmsr1_jax.index --pages=.. --images=.. --out=.."
+                "languages; make it anew: python -m mmsr1_jax.scripts.index --pages=.. "
+                "--images=.. --out=.."
             )
 
     def _open_embeddings(self, model: str) -> None:
         made = None
         if self._connection.execute("PRAGMA table_info(embedded)").fetchall():
             made = self._connection.execute("SELECT substr(model, 1, 100) FROM embedded").fetchone()
-        how = "python -m mmsr1_jax.index --images=.. --out=.. --model=DIR"
+        how = "python -m mmsr1_jax.scripts.index --images=.. --out=.. --model=DIR"
         if made is None:
             raise LocalIndexError(
                 f"{self._file}: has no embeddings of pictures, which tools.image_model asks for; "

@@ -4,7 +4,7 @@ identical calls under way are one call
 at most so many at a time, and so many a second
 429, 5xx and timeouts are tried again, later each time, and as late as the server asks
 after a row of failures the service is not asked at all for a while, and that is said once
-requests that fail in the end and requests that are refused are counted (`fallbacks.py`)
+requests that fail in the end and requests that are refused are counted (`utils/fallbacks.py`)
 """
 
 import asyncio
@@ -21,8 +21,8 @@ from typing import Any
 import aiolimiter
 import tenacity
 
-from mmsr1_jax import fallbacks
 from mmsr1_jax.tools.web import Answer, RefusedError, StatusError, Web, WebError
+from mmsr1_jax.utils import fallbacks
 
 _KEY_REFUSED = (401, 402, 403)
 _NO_LOOKUP = "its name cannot be looked up"
@@ -54,7 +54,7 @@ class Service:
       pause: seconds for which it is then not asked.
       turn: awaited before each call: limits that are shared with other processes, which come beside
         `per_second`. `at_once` is of one process always.
-      counted: whether its failures are figures (`fallbacks.py`).
+      counted: whether its failures are figures (`utils/fallbacks.py`).
       address, settings: for messages: where it is, without secrets, and what configures it.
     """
 

@@ -10,15 +10,15 @@ import json
 import time
 from typing import Protocol
 
-from mmsr1_jax import workers
-from mmsr1_jax.tools.first import first_that_work
+from mmsr1_jax.tools.cached_tool import Stored
+from mmsr1_jax.tools.first_completed import first_that_work
 from mmsr1_jax.tools.page_checks import nothing_said
 from mmsr1_jax.tools.passages import best_passages
 from mmsr1_jax.tools.services import Hit, has_text
 from mmsr1_jax.tools.services.retrieval import Retrieval
-from mmsr1_jax.tools.stored import Stored
 from mmsr1_jax.tools.tool import Observation, Query, Result, text_result
 from mmsr1_jax.tools.web import BodyError, WebError
+from mmsr1_jax.utils import workers
 
 _LONG = 20_000  # characters
 

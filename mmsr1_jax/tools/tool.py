@@ -5,9 +5,10 @@
 It may take its time, raise or never come back: the engine goes on without it, and the policy is
 told in words that the search failed. What it returns is data from outside, and is treated as such:
 its text cannot become a control token, imitate a tag or the border of a result
-(`rollout/escaping.py`), its pictures are opened with care and bounded in size (`rollout/rules.py`).
-So a tool gives its results by `text_result` and `image_result`: only these write labels (`link: `)
-that the policy may trust. A label in the text of a `Part` made by hand counts as an imitation.
+(`episodes/escaping.py`), its pictures are opened with care and bounded in size
+(`episodes/rules.py`). So a tool gives its results by `text_result` and `image_result`: only these
+write labels (`link: `) that the policy may trust. A label in the text of a `Part` made by hand
+counts as an imitation.
 
 All tools run on one asyncio loop. One that blocks it for too long is left behind with it, and the
 others are called on a new loop; so a client that is bound to a loop is to be kept by loop.

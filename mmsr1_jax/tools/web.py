@@ -19,15 +19,9 @@ from typing import Any
 import httpcore
 import httpx
 
-from mmsr1_jax import checked_json
-from mmsr1_jax.tools.addresses import (
-    foreign_names,
-    is_public,
-    normal_host,
-    own_names,
-    parse_host,
-)
-from mmsr1_jax.tools.connections import Connections
+from mmsr1_jax.tools.addresses import foreign_names, is_public, normal_host, own_names, parse_host
+from mmsr1_jax.tools.connection_pool import Connections
+from mmsr1_jax.utils import checked_json
 
 # At lower levels it writes requests into the log, keys in them too.
 logging.getLogger("httpcore").setLevel(logging.WARNING)

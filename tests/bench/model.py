@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmsr1_jax import tiny
-from mmsr1_jax.batching import Bucket, make_rows
-from mmsr1_jax.images import Patches
 from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.models.qwen2_5_vl.vision import num_windows
-from mmsr1_jax.processor import Prompt
+from mmsr1_jax.processing.batching import Bucket, make_rows
+from mmsr1_jax.processing.images import Patches
+from mmsr1_jax.processing.processor import Prompt
+from mmsr1_jax.scripts import random_policy
 
 # bfloat16 matrix products without sparsity, operations a second, from the makers' data sheets.
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v5 lite": 197e12}
@@ -160,7 +160,9 @@ def main():
     dtype = jnp.bfloat16 if accelerator else jnp.float32
     rng = np.random.default_rng(0)
     prompts = [conversation(rng, config, length, side) for _ in range(options.rows)]
-    model = tiny.random_model(config, 0, param_dtype=dtype, dtype=dtype, remat=options.remat)
+    model = random_policy.random_model(
+        config, 0, param_dtype=dtype, dtype=dtype, remat=options.remat
+    )
     tokens = options.rows * length
     patches = sum(len(p.images[0].values) for p in prompts)
     print(f"{options.rows} rows x {length} tokens, {patches} patches, {jnp.dtype(dtype).name}, "

@@ -24,14 +24,14 @@ import numpy as np
 import PIL.Image
 from flax import nnx
 
-from mmsr1_jax import config as settings
-from mmsr1_jax import tiny
-from mmsr1_jax.images import ImageProcessor
+from mmsr1_jax.config import settings
+from mmsr1_jax.episodes.episode import Episode, Example
+from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.rollout import cache, decode
 from mmsr1_jax.rollout import engine as engine_module
 from mmsr1_jax.rollout.engine import Engine
-from mmsr1_jax.rollout.episode import Episode, Example
 from mmsr1_jax.rollout.sampler import Sampling
+from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.tools import Observation, Part
 from tests.acting import acting_processor
 from tests.bench.model import SHAPES
@@ -49,14 +49,16 @@ MEDIAN, P95 = 0.5, 4.0  # seconds that a tool takes, log-normal
 def engine_config(prompts: str, lanes: int, rows: int) -> settings.Config:
     return settings.Config(
         rollout=settings.Rollout(
-            lanes=lanes, rows=rows, chunk=16, extend_lengths=(32, 64, 128, 256, 512),
-            extend_tokens=32, encode_windows=9, image_tokens=8192, compile_ahead=True,
+            lanes=lanes, decode_batch_size=rows, decode_steps=16,
+            prefill_buckets=(32, 64, 128, 256, 512),
+            prefill_tokens=32, encode_windows=9, image_cache_tokens=8192, precompile=True,
         ),
         buckets=settings.Buckets(image_windows=(9,)),
         turns=settings.Turns(
-            turn_tokens=256, tokens=2048, least_tokens=256, result_tokens=1024, prompts=prompts
+            max_new_tokens=256, max_episode_tokens=2048, min_turn_tokens=256,
+            max_result_tokens=1024, prompt_dir=prompts
         ),
-        tools=settings.Tools(result_chars=2000, seconds=120.0, episode_seconds=1000.0),
+        tools=settings.Tools(max_result_chars=2000, timeout=120.0, episode_timeout=1000.0),
     )  # fmt: skip
 
 
@@ -213,9 +215,11 @@ def with_latency(model, processor, prompts: str, lanes: int) -> list[tuple]:
 
 def decoding(shape: str, lanes: int, context: int, dtype) -> list[tuple]:
     """Decoding alone, against the time that it takes to copy what a step has to read."""
-    config = SHAPES[shape] if shape == "small" else tiny.qwen2_5_vl.PRESETS[shape]
+    config = SHAPES[shape] if shape == "small" else random_policy.qwen2_5_vl.PRESETS[shape]
     model = nnx.eval_shape(
-        lambda: tiny.qwen2_5_vl.Qwen2_5_VL(config, rngs=nnx.Rngs(0), param_dtype=dtype, dtype=dtype)
+        lambda: random_policy.qwen2_5_vl.Qwen2_5_VL(
+            config, rngs=nnx.Rngs(0), param_dtype=dtype, dtype=dtype
+        )
     )
     graph, shapes = nnx.split(model)
     make = jax.jit(lambda: jax.tree.map(lambda x: jnp.full(x.shape, 1e-3, x.dtype), shapes))
@@ -292,7 +296,7 @@ def main():
             vision_end_token_id=processor.control["<|vision_end|>"],
             video_token_id=8191,
         )
-        model = tiny.random_model(config, 0)
+        model = random_policy.random_model(config, 0)
         with tempfile.TemporaryDirectory() as directory:
             for name, text in PROMPTS.items():
                 (pathlib.Path(directory) / f"{name}.txt").write_text(text)

@@ -27,9 +27,9 @@ from collections.abc import Iterator
 
 from absl import app, flags
 
-from mmsr1_jax import config as settings
+from mmsr1_jax.config import settings
 from mmsr1_jax.tools import Observation, Query
-from mmsr1_jax.tools.make import make_tools
+from mmsr1_jax.tools.build import make_tools
 
 _SEARCHES = flags.DEFINE_integer("searches", 2000, "text searches")
 _IN_FLIGHT = flags.DEFINE_integer("in_flight", 64, "at a time")
@@ -70,9 +70,9 @@ def make_search(address: str, store: pathlib.Path | None, mode: str = "use"):
     services.reader = _READER.value
     services.summariser_url = f"{address}/v1" if _SUMMARISER.value else None
     services.allowed_hosts = (address.removeprefix("http://"),)
-    services.seconds = 2.0  # for a server that says nothing
-    services.at_once, services.per_second = 512, 10_000.0
-    services.store, services.store_mode = store and str(store), mode
+    services.timeout = 2.0  # for a server that says nothing
+    services.max_concurrency, services.max_qps = 512, 10_000.0
+    services.cache, services.cache_mode = store and str(store), mode
     return make_tools(config)["text_search"]
 
 

@@ -13,8 +13,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from mmsr1_jax import sharding
-from mmsr1_jax.models import qwen2_5_vl
+from mmsr1_jax.models import qwen2_5_vl, sharding
 from mmsr1_jax.models.qwen2_5_vl.checkpoint import abstract_model
 
 

@@ -19,11 +19,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mmsr1_jax import config as settings
-from mmsr1_jax import sharding, tiny
+from mmsr1_jax.config import settings
+from mmsr1_jax.models import sharding
 from mmsr1_jax.rl import packing
-from mmsr1_jax.rl.samples import make_loss
-from mmsr1_jax.rl.update import Learner
+from mmsr1_jax.rl.learner import Learner
+from mmsr1_jax.rl.train_batch import make_loss
+from mmsr1_jax.scripts import random_policy
 from tests.bench.model import PEAK, SHAPES, conversation, useful_flops
 
 PROMPT, TURNS = 512, 1024  # what the published 4,096 and 8,192 are here
@@ -60,7 +61,7 @@ def ours(model, samples, row_tokens: int, rows: int):
     windows = max(packing.windows_of(s.prompt, model.config) for s in samples)
     shape = packing.RowShape(rows, row_tokens, windows * (row_tokens // 200))
     update = settings.Update(freeze_vision=False)
-    objective = settings.Objective(kl_weight=0.0)
+    objective = settings.Objective(kl_coef=0.0)
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     graph, params = nnx.split(model)
     params = jax.device_put(params, sharding.param_shardings(params, mesh))
@@ -132,7 +133,7 @@ def main() -> None:
     large = arguments.shape != "small"
     rng = np.random.default_rng(0)
     dtype = "bfloat16" if large else "float32"
-    model = tiny.random_model(
+    model = random_policy.random_model(
         config, seed=0, dtype=dtype, attention="auto", remat="full" if large else "none",
         logprob_chunk=256,
     )  # fmt: skip
@@ -142,7 +143,7 @@ def main() -> None:
     run, efficiency = ours(model, samples, 8192 if large else 1024, 1)
     runs = {"ours": run}
     if not large and not arguments.skip_torch:
-        runs["torch"] = theirs(tiny.random_model(SHAPES[arguments.shape], seed=0), samples)
+        runs["torch"] = theirs(random_policy.random_model(SHAPES[arguments.shape], seed=0), samples)
     best = dict.fromkeys(runs, np.inf)
     for repeat in range(arguments.repeats + 1):
         for name, one in runs.items():

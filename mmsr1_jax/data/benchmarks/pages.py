@@ -8,12 +8,12 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from mmsr1_jax import workers
 from mmsr1_jax.data.parquet import DataError
-from mmsr1_jax.image_files import ImageError, image_size, process_image
-from mmsr1_jax.images import ImageProcessor
-from mmsr1_jax.pdf_files import LIMITS as PDF_LIMITS
-from mmsr1_jax.pdf_files import page_sizes, render_pages, resized_png
+from mmsr1_jax.processing.image_files import ImageError, image_size, process_image
+from mmsr1_jax.processing.images import ImageProcessor
+from mmsr1_jax.processing.pdf_files import LIMITS as PDF_LIMITS
+from mmsr1_jax.processing.pdf_files import page_sizes, render_pages, resized_png
+from mmsr1_jax.utils import workers
 
 POINTS_TO_PIXELS = 2.0  # 144 dots an inch, as MMLongBench-Doc renders; a point is 1/72 inch
 _LEAST_TOKENS = 4  # of a page: the lower bound of the released preprocessor_config.json

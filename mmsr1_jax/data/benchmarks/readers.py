@@ -27,12 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mmsr1_jax.data.benchmarks import scores
-from mmsr1_jax.data.benchmarks.pages import (
-    load_pdfium,
-    page_processor,
-    render_pdf,
-    shrink_pictures,
-)
+from mmsr1_jax.data.benchmarks.pages import load_pdfium, page_processor, render_pdf, shrink_pictures
 from mmsr1_jax.data.benchmarks.tables import (
     BadFieldError,
     Row,
@@ -44,9 +39,9 @@ from mmsr1_jax.data.benchmarks.tables import (
 )
 from mmsr1_jax.data.parquet import BadRow, DataError, Question
 from mmsr1_jax.data.questions import QuestionSource
-from mmsr1_jax.files import FileRefusedError, check_regular, inside, read_regular
-from mmsr1_jax.image_files import DEFAULT_MAX_FILE_PIXELS, ImageError, image_size
-from mmsr1_jax.images import ImageProcessor
+from mmsr1_jax.processing.image_files import DEFAULT_MAX_FILE_PIXELS, ImageError, image_size
+from mmsr1_jax.processing.images import ImageProcessor
+from mmsr1_jax.utils.files import FileRefusedError, check_regular, inside, read_regular
 
 _PEOPLE = 10  # who answered a question of OK-VQA
 _PAGE = r"page_\d+"

@@ -16,8 +16,8 @@ import math
 import re
 from collections.abc import Sequence
 
-from mmsr1_jax import checked_json
-from mmsr1_jax.rewards import normalise
+from mmsr1_jax.rewards.reward_function import normalise
+from mmsr1_jax.utils import checked_json
 
 NOT_ANSWERABLE = "Not answerable"
 FORMATS = ("Str", "Int", "Float", "List", "None")  # of gold answers of MMLongBench-Doc

@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from mmsr1_jax import checked_json
 from mmsr1_jax.data import cells, parquet_sizes
 from mmsr1_jax.data.parquet import DataError
+from mmsr1_jax.utils import checked_json
 
 Row = dict[str, Any]  # column -> its value: an Arrow scalar, which is large, or what JSON has
 

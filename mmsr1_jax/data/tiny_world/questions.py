@@ -31,7 +31,7 @@ from mmsr1_jax.data.tiny_world.world import (
     World,
     category,
 )
-from mmsr1_jax.rollout.turns import TAGS, WHOLE_IMAGE
+from mmsr1_jax.episodes.turns import TAGS, WHOLE_IMAGE
 
 Split = Literal["train", "heldout", "unmet"]
 Workflow = Literal["direct", "image", "text", "image+text"]

@@ -15,9 +15,9 @@ from mmsr1_jax.data.tiny_world import words
 from mmsr1_jax.data.tiny_world.pages import ABOUT, LISTS, OF_A_YEAR, TITLES
 from mmsr1_jax.data.tiny_world.questions import REASONS, WORDINGS
 from mmsr1_jax.data.tiny_world.world import FACTS, LAST_YEAR, THIS_YEAR
-from mmsr1_jax.processor import CONTROL_TOKENS, DEFAULT_SYSTEM, ROLES
-from mmsr1_jax.rollout import prompts
-from mmsr1_jax.rollout.turns import TAGS, WHOLE_IMAGE
+from mmsr1_jax.episodes import prompts
+from mmsr1_jax.episodes.turns import TAGS, WHOLE_IMAGE
+from mmsr1_jax.processing.processor import CONTROL_TOKENS, DEFAULT_SYSTEM, ROLES
 from mmsr1_jax.tools.tool import image_result, text_result
 
 PROMPTS = pathlib.Path(__file__).parent / "prompts"  # short ones, for a policy that reads little

@@ -22,14 +22,14 @@ import safetensors.numpy
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from mmsr1_jax import outputs
-from mmsr1_jax.checked_json import FormatError
-from mmsr1_jax.checked_json import load as load_json
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
 from mmsr1_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from mmsr1_jax.models.qwen2_5_vl.tensors import LAYOUTS, Tensor, tensor_table
 from mmsr1_jax.models.qwen2_5_vl.vision import VisionTower
-from mmsr1_jax.sharding import param_shardings
+from mmsr1_jax.models.sharding import param_shardings
+from mmsr1_jax.utils import outputs
+from mmsr1_jax.utils.checked_json import FormatError
+from mmsr1_jax.utils.checked_json import load as load_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -150,7 +150,7 @@ class _Files:
         if adapter.is_file():
             raise CheckpointError(
                 f"{adapter}: an adapter beside the policy, which transformers would add; merge it "
-                "(python -m mmsr1_jax.merge) or move it to another directory"
+                "(python -m mmsr1_jax.scripts.merge) or move it to another directory"
             )
         config = self.directory / "config.json"
         named = load_json(config, dict[str, Any], large=True).get("transformers_weights")

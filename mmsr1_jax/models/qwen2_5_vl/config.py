@@ -8,8 +8,8 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from mmsr1_jax import checked_json
-from mmsr1_jax.checked_json import shown
+from mmsr1_jax.utils import checked_json
+from mmsr1_jax.utils.checked_json import shown
 
 MODEL_TYPE = "qwen2_5_vl"
 

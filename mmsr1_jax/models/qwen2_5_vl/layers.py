@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from mmsr1_jax.sharding import param
+from mmsr1_jax.models.sharding import param
 
 _LINEAR = "linear"  # results of linear maps, by which `remat="dots"` knows what to keep
 

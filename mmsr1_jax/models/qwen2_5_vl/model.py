@@ -13,7 +13,7 @@ from mmsr1_jax.models.qwen2_5_vl.text import (
     token_statistics,
 )
 from mmsr1_jax.models.qwen2_5_vl.vision import ImageRows, VisionTower
-from mmsr1_jax.sharding import constrain
+from mmsr1_jax.models.sharding import constrain
 
 
 @flax.struct.dataclass

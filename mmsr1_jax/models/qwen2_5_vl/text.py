@@ -10,7 +10,7 @@ from flax import nnx
 from mmsr1_jax.models.attention import attention, cached_attention
 from mmsr1_jax.models.qwen2_5_vl.config import TextConfig
 from mmsr1_jax.models.qwen2_5_vl.layers import Linear, RMSNorm, SwiGLU, rotate, scan_layers
-from mmsr1_jax.sharding import constrain, param
+from mmsr1_jax.models.sharding import constrain, param
 
 
 def mrope_angles(positions: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array]:

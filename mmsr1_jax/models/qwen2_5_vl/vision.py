@@ -19,7 +19,7 @@ from flax import nnx
 from mmsr1_jax.models.attention import attention
 from mmsr1_jax.models.qwen2_5_vl.config import VisionConfig
 from mmsr1_jax.models.qwen2_5_vl.layers import Linear, RMSNorm, SwiGLU, rotate, scan_layers
-from mmsr1_jax.sharding import constrain
+from mmsr1_jax.models.sharding import constrain
 
 
 @flax.struct.dataclass

@@ -11,9 +11,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from mmsr1_jax.checked_json import valid_text
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.web import JSON, BodyError, StatusError, UnreachableError
+from mmsr1_jax.utils.checked_json import valid_text
 
 T = TypeVar("T")
 # Limits that pass by themselves, whatever else is said of them.

@@ -18,10 +18,10 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmsr1_jax import checked_json
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.services import key_of, text_of
 from mmsr1_jax.tools.web import Answer, WebError
+from mmsr1_jax.utils import checked_json
 
 _ENDED = (None, "", "stop")
 _OPENINGS = ("{", "```")  # of a reply that has no thoughts before it

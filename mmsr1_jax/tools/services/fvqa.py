@@ -13,10 +13,10 @@ from typing import Any
 
 import PIL.Image
 
-from mmsr1_jax import checked_json, checked_pickle, workers
-from mmsr1_jax.image_files import upright_rgb
-from mmsr1_jax.tools.first import first_that_work
+from mmsr1_jax.processing.image_files import upright_rgb
+from mmsr1_jax.tools.first_completed import first_that_work
 from mmsr1_jax.tools.tool import Observation, Picture, Query, Result, image_result
+from mmsr1_jax.utils import checked_json, checked_pickle, workers
 
 # The released file is read in seconds.
 _LIMITS = workers.Limits(cpu_seconds=1200.0, wall_seconds=7200.0, memory_bytes=64 << 30)

@@ -3,12 +3,12 @@
 import re
 from typing import Any
 
-from mmsr1_jax import workers
 from mmsr1_jax.tools.charsets import decode
 from mmsr1_jax.tools.page_checks import nothing_said
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.services import key_of, raise_failure, text_of
 from mmsr1_jax.tools.web import JSON, Answer, BodyError
+from mmsr1_jax.utils import workers
 
 BASE_URL = "https://r.jina.ai"
 KEY = "JINA_API_KEY"

@@ -1,10 +1,10 @@
 """Reading a page without a service: fetched with care, its text extracted in a worker process."""
 
-from mmsr1_jax import workers
 from mmsr1_jax.tools.page_checks import nothing_said
 from mmsr1_jax.tools.page_text import PLAIN, PageError, extract, read_page
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.web import PAGES, BodyError
+from mmsr1_jax.utils import workers
 
 __all__ = ["LIMITS", "Reader", "extract"]
 

@@ -1,0 +1,123 @@
+"""What has happened to a question, as the page gets it: plain data, a line of JSON each.
+
+    {"event": "waiting", "ahead": 2}
+    {"event": "begun"}
+    {"event": "drawn", "text": ..}                            the next of the turn under way
+    {"event": "turn", "action": .., "payload": .., "reason": .., "problem": .., "text": ..}
+    {"event": "reply", "call": {..} or null, "results": [..], "said": ..}
+    {"event": "end", "end": .., "answer": .., "error": ..}    or {"event": "failed", "error": ..}
+
+Texts are as they came from outside: the page puts them into text nodes. Pictures are encoded anew.
+Notes of searches are left out, as they may hold addresses with keys.
+"""
+
+import base64
+import codecs
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mmsr1_jax.episodes.episode import Episode, ShownResult, ToolCall
+from mmsr1_jax.episodes.turns import Turn
+from mmsr1_jax.processing.images import ImageError, Patches
+from mmsr1_jax.processing.processor import Processor
+
+_THUMBNAIL = 224  # pixels of the longer side
+
+
+class Teller:
+    """Tells of one question.
+
+    Args of the constructor:
+      processor: turns tokens into text.
+      token_bytes: of each token, by id (`Processor.token_bytes`, which takes its time).
+    """
+
+    def __init__(self, processor: Processor, token_bytes: Sequence[bytes]):
+        self._processor, self._bytes = processor, token_bytes
+        self._control = frozenset(processor.control.values())
+        self._begin()
+
+    def _begin(self) -> None:
+        """A turn: its text comes in pieces that may end inside a character."""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._text = ""
+
+    def __call__(self, name: str, *what: Any) -> dict[str, Any]:
+        """The event of what is in `Question.happened`."""
+        return {"event": name} | getattr(self, f"_{name}")(*what)
+
+    def _begun(self) -> dict[str, Any]:
+        return {}
+
+    def _drawn(self, tokens: np.ndarray) -> dict[str, Any]:
+        known = [self._bytes[token] for token in tokens.tolist() if token not in self._control]
+        text = self._decoder.decode(b"".join(known))
+        self._text += text
+        return {"text": text}
+
+    def _turn(self, turn: Turn) -> dict[str, Any]:
+        text = self._text + self._decoder.decode(b"", True)
+        self._begin()
+        return {
+            "action": turn.action,
+            "payload": turn.payload,
+            "reason": turn.reason if turn.strict_form else None,
+            "problem": turn.problem,
+            "text": text,
+        }
+
+    def _reply(
+        self, tokens: np.ndarray, images: Sequence[Patches], call: ToolCall | None
+    ) -> dict[str, Any]:
+        pads = int(np.sum(tokens == self._processor.control["<|vision_start|>"]))
+        own = images[len(images) - pads :]
+        results = [] if call is None else [self._result(result, own) for result in call.results]
+        said = "" if results else self._said(tokens)
+        told = None if call is None else {
+            "action": call.action,
+            "query": call.query,
+            "status": call.status,
+            "seconds": call.seconds,
+            "found": call.found,
+            "shown": call.shown,
+        }  # fmt: skip
+        return {"call": told, "results": results, "said": said}
+
+    def _end(self, episode: Episode) -> dict[str, Any]:
+        return {"end": episode.end, "answer": episode.answer, "error": episode.error}
+
+    def _failed(self) -> dict[str, Any]:
+        return {"error": "The policy's engine failed. Ask again; if it does not help, the "
+                         "server's log says why."}  # fmt: skip
+
+    def _said(self, tokens: np.ndarray) -> str:
+        """The text of a user turn, without its role."""
+        control, ids = self._processor.control, tokens.tolist()
+        turn = ids[ids.index(control["<|im_start|>"]) : ids.index(control["<|im_end|>"])]
+        text = self._processor.decode(token for token in turn if token not in self._control)
+        return text.removeprefix("user\n").strip()
+
+    def _result(self, result: ShownResult, images: Sequence[Patches]) -> dict[str, Any]:
+        """A result as it was recorded; `images`: those of its user turn. The first of its pictures
+        is shown."""
+        known = [images[number] for number in result.images if 0 <= number < len(images)]
+        return {
+            "title": result.title,
+            "link": result.link,
+            "text": result.text.strip(),
+            "picture": self._thumbnail(known[0]) if known else None,
+        }
+
+    def _thumbnail(self, picture: Patches) -> str | None:
+        """A data URL of what the policy saw."""
+        try:
+            image = self._processor.images.uncut(picture)
+        except ImageError:
+            return None
+        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        out = io.BytesIO()
+        image.save(out, "webp", quality=80)
+        return f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode('ascii')}"

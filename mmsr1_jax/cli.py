@@ -1,0 +1,145 @@
+"""The program `mmsr1`, and the flags of its commands.
+
+    mmsr1 COMMAND [--config=FILE] [--config.field=value ..] ..
+
+is `python -m mmsr1_jax.COMMAND ..` from any directory. FILE is a Python file with `get_config()`,
+or the name of one in `configs/`, such as `tiny` or `qwen7b:script`.
+"""
+
+import ast
+import dataclasses
+import importlib.util
+import logging
+import pathlib
+import runpy
+import sys
+import typing
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from mmsr1_jax.config import ConfigError, settings
+from mmsr1_jax.utils import shutdown
+
+COMMANDS = ("train", "sft", "evaluate", "infer", "score", "curate", "report", "serve")
+SCRIPTS = ("index", "merge", "cache", "settings", "reward", "random_policy", "tiny_world", "demo")
+DEFAULT_CONFIG = pathlib.Path(settings.__file__)  # of a command without --config
+_PACKAGE = pathlib.Path(__file__).parent
+# In an installed package, and in a checkout.
+_CONFIG_FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+
+
+def main() -> None:
+    """Run the command that the program's first argument names."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help", "help"):
+        print(_help())
+        return
+    if name not in (*COMMANDS, *SCRIPTS):
+        sys.exit(f"error: mmsr1 has no command {name!r}; `mmsr1 --help` lists them")
+    sys.argv[:2] = [f"mmsr1 {name}"]
+    runpy.run_module(_module_of(name), run_name="__main__", alter_sys=True)
+
+
+def _module_of(name: str) -> str:
+    return f"mmsr1_jax.{name}" if name in COMMANDS else f"mmsr1_jax.scripts.{name}"
+
+
+def _help() -> str:
+    """Return the list of commands with the first sentence of each; none of them is imported."""
+    lines = ["usage: mmsr1 COMMAND [--config=FILE] [--config.field=value ..]", ""]
+    for name in (*COMMANDS, *SCRIPTS):
+        file = importlib.util.find_spec(_module_of(name)).origin
+        tree = ast.parse(pathlib.Path(file).read_text(encoding="utf-8"))
+        lines.append(f"  {name:14} {ast.get_docstring(tree).splitlines()[0]}")
+    lines += [
+        "",
+        "`mmsr1 COMMAND --help` lists the flags of a command, `mmsr1 settings` all settings.",
+    ]
+    return "\n".join(lines)
+
+
+def config_file(name: str) -> str:
+    """Return the file that `--config` names: a path, or a name in `configs/`; with its variant."""
+    stem, colon, variant = name.partition(":")
+    if not pathlib.Path(stem).is_file() and pathlib.Path(stem).name == stem.removesuffix(".py"):
+        for folder in _CONFIG_FOLDERS:
+            if (folder / f"{stem}.py").is_file():
+                return f"{folder / stem}.py{colon}{variant}"
+    return name
+
+
+def define_flag() -> flags.FlagHolder:
+    """Defines `--config=FILE` and `--config.field=value`; call it before `run`."""
+    return config_flags.DEFINE_config_file("config", None, "a file with get_config(); see configs/")
+
+
+def run(
+    main: Callable[[Sequence[str]], int | None], *, interrupted: int = shutdown.INTERRUPTED
+) -> None:
+    """`absl.app.run`, but a mistake in flags or settings ends the program with one line, and so
+    does Ctrl-C, with the exit code `interrupted` (`ending.guard`). Does not return."""
+
+    def parse(argv):
+        try:
+            return _parse_flags(argv)
+        except (flags.Error, ConfigError, OSError, *_CONFIG_FILE_ERRORS) as error:
+            sys.exit(f"error: {_one_line(error)}")
+
+    def quietly(argv):
+        # They tell of every backend that there is not, and of every file that is written. Here, as
+        # absl sets its own level after it has read the flags.
+        for name in ("jax", "absl"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        return main(argv)
+
+    app.run(shutdown.guard(quietly, interrupted=interrupted), flags_parser=parse)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    if "config" in flags.FLAGS:
+        names = [a.lstrip("-").split("=")[0] for a in argv[1:] if a.startswith("-")]
+        for name in names:
+            if name.startswith("config."):
+                _check_field(name)
+        if "config" not in names:
+            argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
+        # The file has to be known before what overrides it.
+        files = [a for a in argv[1:] if a.startswith(("--config=", "-config="))]
+        found = [f"--config={config_file(a.partition('=')[2])}" for a in files]
+        argv = [argv[0], *found, *(a for a in argv[1:] if a not in files)]
+        sys.argv = argv  # where ml_collections looks them up
+    rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+        raise flags.Error(f"unexpected argument {rest[1]!r}")
+    if "config" in flags.FLAGS:
+        file = flags.FLAGS["config"].config_filename.split(":")[0]
+        if not pathlib.Path(file).is_file():
+            raise ConfigError(f"--config={file}: no such file")
+        config = flags.FLAGS["config"].value
+        if not isinstance(config, settings.Config):
+            raise ConfigError(f"--config={file}: get_config() must return a config.Config")
+        settings.validate(config)
+    return rest
+
+
+def _check_field(name: str) -> None:
+    """Raises ConfigError where `config.part.field` is no setting."""
+    kind, known = settings.Config, "config"
+    for part in name.split(".")[1:]:
+        hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        if part not in hints:
+            raise ConfigError(f"{name}: {known} has no field {part!r}, only {', '.join(hints)}")
+        kind, known = hints[part], f"{known}.{part}"
+
+
+# What reading a config file or looking up a field in it may raise.
+_CONFIG_FILE_ERRORS = (AttributeError, KeyError, TypeError, ValueError, ImportError, SyntaxError)
+
+
+def _one_line(error: BaseException) -> str:
+    """The last line of a message, which says it: ml_collections puts tracebacks before it."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,153 @@
+"""Which values a setting may have, declared beside its default and checked in one place.
+
+lanes: int = setting(16, at_least=1, at_most=65536)
+dtype: str = setting("float32", one_of=DTYPES)
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+_MAX_LENGTH = 100_000  # of texts and tuples
+
+
+class ConfigError(ValueError):
+    """An invalid setting; the message begins with the field."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Allowed:
+    """Bounds of a number, or the values to choose from; for tuples, of each element."""
+
+    at_least: float = -math.inf
+    over: float = -math.inf
+    at_most: float = math.inf
+    below: float = math.inf
+    one_of: Sequence[str] | None = None
+
+    def problem(self, value: Any) -> str | None:
+        if self.one_of is not None and value not in self.one_of:
+            return f"is not one of {', '.join(self.one_of)}"
+        if isinstance(value, str):
+            return _problem_of_text(value)
+        if isinstance(value, bool) or value is None:
+            return None
+        if value < self.at_least:
+            return f"must be at least {self.at_least:g}"
+        if value <= self.over:
+            return f"must be over {self.over:g}"
+        if value > self.at_most:
+            return f"must be at most {self.at_most}"
+        if value >= self.below:
+            return f"must be less than {self.below:g}"
+        return None if math.isfinite(value) else "must be a finite number"
+
+    def __str__(self) -> str:
+        if self.one_of is not None:
+            return f"one of {', '.join(self.one_of)}"
+        bounds = [
+            f"{sign} {bound:g}"
+            for sign, bound in (
+                (">=", self.at_least), (">", self.over), ("<=", self.at_most), ("<", self.below)
+            )
+            if math.isfinite(bound)
+        ]  # fmt: skip
+        return ", ".join(bounds)
+
+
+_ANY = _Allowed(at_least=-(2.0**63), at_most=2.0**63)
+
+
+def setting(default: Any, **allowed: Any) -> Any:
+    """Return a dataclass field with bounds.
+
+    Args:
+      default: the field's default.
+      allowed: `at_least`, `over`, `at_most`, `below`, or `one_of`; of a tuple, for each element.
+    """
+    return dataclasses.field(default=default, metadata={"allowed": _Allowed(**allowed)})
+
+
+def check(settings: Any, where: str) -> None:
+    """Check types and values of a dataclass and of those inside it.
+
+    Args:
+      settings: instance of a dataclass whose fields are int, float, bool, str, unions of these with
+        None, tuples of these, and dataclasses.
+      where: its name in errors.
+
+    Raises:
+      ConfigError: a field of another type (an int passes for a float, but a bool for nothing else,
+        and a float for no int), a value that its declaration does not allow, a number that is not
+        finite, or a text that is not valid Unicode or holds a NUL.
+    """
+    hints = typing.get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        value, hint, path = (
+            getattr(settings, field.name),
+            hints[field.name],
+            f"{where}.{field.name}",
+        )
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, hint):
+                raise ConfigError(f"{path} must be a {hint.__name__}, not {value!r:.100}")
+            check(value, path)
+            continue
+        if not _has_type(value, hint):
+            name = hint.__name__ if isinstance(hint, type) else str(hint)
+            raise ConfigError(f"{path} must be of type {name}, not {value!r:.100}")
+        if isinstance(value, tuple) and len(value) > _MAX_LENGTH:
+            raise ConfigError(f"{path} must have at most {_MAX_LENGTH} items, not {len(value)}")
+        allowed = field.metadata.get("allowed", _ANY)
+        for item in value if isinstance(value, tuple) else (value,):
+            problem = allowed.problem(item)
+            if problem:
+                raise ConfigError(f"{path}={item!r:.100} {problem}")
+
+
+def made(kind: type, data: Any, where: str) -> Any:
+    """Return a dataclass from plain data, with defaults for what is missing; lists become tuples.
+
+    Raises:
+      ConfigError: not an object, or a field that the dataclass does not have. Values are not
+        checked.
+    """
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where} must be an object, not {data!r:.100}")
+    hints, values = typing.get_type_hints(kind), {}
+    for name, value in data.items():
+        if name not in hints:
+            raise ConfigError(f"{where} has no field {name!r:.100}; remove it")
+        if dataclasses.is_dataclass(hints[name]):
+            value = made(hints[name], value, f"{where}.{name}")
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+def _problem_of_text(text: str) -> str | None:
+    if len(text) > _MAX_LENGTH:
+        return f"must have at most {_MAX_LENGTH} characters"
+    if "\0" in text:
+        return "must not hold a NUL character"
+    try:
+        # A path on the command line may have bytes that are not UTF-8.
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return "holds half a character (a lone surrogate)"
+    return None
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_has_type(value, arg) for arg in args)
+    if origin is tuple:  # tuple[x, ...] is the only form that is used
+        return isinstance(value, tuple) and all(_has_type(item, args[0]) for item in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)

@@ -1,0 +1,35 @@
+"""The values to choose from, of settings that name one of several."""
+
+from typing import Literal, get_args
+
+Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "dots", "full"]
+Attention = Literal["auto", "xla", "blockwise", "cudnn", "triton", "splash"]
+Workflow = Literal["on_demand", "rag", "direct", "agent"]
+Match = Literal["EM", "SubEM"]
+Advantage = Literal["grpo", "mean", "rloo"]
+Ratio = Literal["token", "sequence", "trajectory"]
+KL = Literal["k1", "k2", "k3"]
+Average = Literal["token", "sequence", "fixed"]
+Schedule = Literal["constant", "linear", "cosine", "sigmoid"]
+OldLogProbs = Literal["engine", "trainer"]
+Reference = Literal["device", "host"]
+Overlong = Literal["keep", "mask", "penalty"]
+TextTarget = Literal["q", "k", "v", "out", "gate", "up", "down"]
+VisionTarget = Literal["vision.qkv", "vision.out", "vision.gate", "vision.up", "vision.down"]
+
+DTYPES: tuple[str, ...] = get_args(Dtype)
+REMAT: tuple[str, ...] = get_args(Remat)
+ATTENTION: tuple[str, ...] = get_args(Attention)
+WORKFLOWS: tuple[str, ...] = get_args(Workflow)
+MATCHES: tuple[str, ...] = get_args(Match)
+ADVANTAGES: tuple[str, ...] = get_args(Advantage)
+RATIOS: tuple[str, ...] = get_args(Ratio)
+KLS: tuple[str, ...] = get_args(KL)
+AVERAGES: tuple[str, ...] = get_args(Average)
+SCHEDULES: tuple[str, ...] = get_args(Schedule)
+OLD_LOGPROBS: tuple[str, ...] = get_args(OldLogProbs)
+REFERENCES: tuple[str, ...] = get_args(Reference)
+OVERLONG: tuple[str, ...] = get_args(Overlong)
+TEXT_TARGETS: tuple[str, ...] = get_args(TextTarget)
+LORA_TARGETS: tuple[str, ...] = TEXT_TARGETS + get_args(VisionTarget)

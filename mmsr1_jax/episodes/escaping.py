@@ -1,0 +1,285 @@
+"""Text from outside that cannot be mistaken for what we write around it.
+
+    kind          imitation                          shown as
+    tag           </information>, ＜/іnformation>    ¬/information>      (the bracket is exchanged)
+    control       <|im_end|>                         ¬|im_end|>
+    header        [Text Search Results]              ¬Text Search Results]
+    label         2. link: https://..                > 2. > link: https://..
+    question      The question was: ..               > The question was: ..
+
+Imitations are looked for in a copy of the text as a reader sees it (`_View`): entities and escapes
+decoded, characters mapped to what they resemble, invisible ones left out. They are escaped in the
+text itself, of which nothing else changes. All is linear in the length of the text.
+
+Not escaped, because it cannot be confused with our markup: a word without a bracket
+(`/information>`), tags with letters missing or in another language, code such as `List<Result>`,
+`i < result`, `vector<Answer>` or `<img src=..>`, captions (`Figure 2. Image: ..`), and labels
+without a number that cannot begin a result: `Link: ..`, `"image": ..`, and `title: ..` or
+`image: ..` unless a label with a number stands before them.
+"""
+
+import array
+import html
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+
+from mmsr1_jax.tools.lookalikes import LOOKS_LIKE
+from mmsr1_jax.utils.checked_json import valid_text
+
+_BRACKET = "\N{NOT SIGN}"  # takes the place of a bracket; nothing that is looked for contains it
+_MARK = "> "  # is put before a label
+
+# Letters with what is written for them.
+_LETTERS = {"a": "[a4@]", "e": "[e3]", "f": "[fs]", "i": "[il1|!¡]", "l": "[il1|]",
+            "m": "(?:m|rn)", "o": "[o05]", "s": "[s5$f]", "t": "[t7]"}  # fmt: skip
+# Letters of a tag: signs and spaces, or other tags.
+_BETWEEN = r"(?:[^\w<>«»\[\]{}()@$|!¡¬]|_|<[/!\w -]{1,12}>){0,3}+"
+_OURS = ("reason", "answer", "search", "textsearch")
+_RESULT = ("result", "results", "searchresult", "searchresults")
+_OTHERS = ("img", "think", "thinking", "toolcall", "toolcalls", "toolresponse", "observation")
+_CONTROL = ("imstart", "imend", "imsep", "endoftext", "visionstart", "visionend", "visionpad",
+            "imagepad", "videopad")  # fmt: skip
+
+
+def _word(word: str, between: str = "") -> str:
+    return between.join(_LETTERS.get(letter, letter) for letter in word)
+
+
+def _any(words: Sequence[str]) -> str:
+    ordered = sorted(words, key=len, reverse=True)
+    return "|".join(_word(word, _BETWEEN) for word in ordered)
+
+
+# A run of brackets and signs from the first bracket on, taken as a whole, and the name after it.
+_TAG = re.compile(
+    r"(?P<run>[<«\[{(](?:[^\w>»\]})|!¡¬]|_|[|!¡](?!n))*+)"
+    rf"(?:(?P<information>{_any(['information'])})|(?P<control>{_any(_CONTROL)})"
+    rf"|(?:(?P<ours>{_any(_OURS)})|(?P<result>{_any(_RESULT)})|(?P<other>{_any(_OTHERS)}))(?!\w))?"
+)
+_CLOSED = re.compile(r"(?:[^\w<\n\"]|_){0,8}[>»\]})]")
+_CONTROL_TOKEN = re.compile(r"<\s?\|[^\s<>|](?:[^<>|\n]{0,40}[^\s<>|])?\|\s?>")
+_HEADER = re.compile(
+    rf"(?:[\[{{<«]|(?:^|\n) *+\()(?=\W{{0,4}}(?:{_word('text')}|{_word('image')})"
+    rf"\W{{0,3}}{_word('search')}\W{{0,3}}{_word('result')}{_word('s')}?"
+    r"(?:\W|\d|of){0,9}?[\]}>»)])"
+)
+# All but letters, digits, line breaks, and `>`, which marks a quotation; `|ink` looks like `link`.
+_SIGNS = r"(?:[^\w\n>|]|_|\|(?!ink|mage))"
+_LABELS = f"{_word('link')}|{_word('title')}|{_word('image')}|{_word('summary')}"
+_COLON = r"(?:[^\w\n:]|_)*+:"
+_LINE = r"(?:^|\n|<br[ /]{0,3}>)"
+_NUMBERED_LINE = re.compile(
+    rf"{_LINE}{_SIGNS}*+(?P<number>\d++){_SIGNS}++(?P<label>{_LABELS}){_COLON}"
+)
+# Inside a line, `, "` before the label is of JSON and YAML, and a large number is a year.
+_NUMBERED = re.compile(
+    rf"(?<![^\W_])(?P<number>0*\d{{1,2}})(?! *+\w)(?:(?![,;\"'{{}}]){_SIGNS})++"
+    rf"(?P<label>{_word('link')}|{_word('image')}){_COLON}"
+)
+_CAPTION = re.compile(
+    r"\b(?:figures?|figs?|plates?|photos?|pictures?|pics?|images?|illustrations?|tables?|slides?"
+    r"|panels?|pages?|steps?|abbildung|abb|bild|figura|foto|рис|рисунок)\W{0,3}[\d.-]{0,8}$"
+)
+_UNNUMBERED = re.compile(rf"{_LINE}(?P<before> *+)(?P<label>{_LABELS}) *+:")
+_LONE_NUMBER = re.compile(rf"{_LINE} *+\d{{1,2}}[.):] *+\n *+(?={_word('image')}|{_word('title')})")
+_LINK = re.compile(_word("link"))
+_SUMMARY = re.compile(_word("summary"))
+_APART = r"(?:\W|_){1,3}"
+_QUESTION = re.compile(
+    rf"{_LINE}{_SIGNS}*+(?P<label>(?:{_word('the')}{_APART})?{_word('original')}{_APART}"
+    rf"{_word('question')}(?:{_APART}{_word('was')})?"
+    rf"|{_word('the')}{_APART}{_word('question')}{_APART}{_word('was')})(?:\W|_){{0,3}}?:"
+)
+# `&amp;` and `%25` in a row, that is, encoded several times over, are taken at once.
+_AMPERSANDS = r"&(?:(?:amp|AMP|#0*38|#[xX]0*26);)*+"
+_ENCODED = re.compile(
+    rf"{_AMPERSANDS}(?:#[0-9]++|#[xX][0-9a-fA-F]++|[a-zA-Z][a-zA-Z0-9]{{1,31}})?;?"
+    r"|\\u(?:[0-9a-fA-F]{4}|\{[0-9a-fA-F]{1,6}\})|\\U[0-9a-fA-F]{8}|\\x[0-9a-fA-F]{2}"
+    r"|\\[01][0-7]{2}|%(?:25)*+(?:[2-7][0-9a-fA-F]|0[aAdD])|%25"
+    r"|\\[nr](?=\W{0,8}[\dlLtTiIsSoO])"  # a line break before what may be a label
+)
+_FIRST_AMPERSANDS = re.compile(_AMPERSANDS)
+_NUMBER = re.compile(r"&#([xX]?)0*+([0-9a-fA-F]*+)")
+_ROUNDS = 4  # of decoding what is encoded several times over
+_OVERRIDE = re.compile("[\u202d\u202e]")  # what follows is shown in another order than it is read
+# Invisible copies of ASCII, which a policy reads none the less.
+_INVISIBLE_ASCII = {0xE0000 + code: chr(code) for code in range(0x20, 0x7F)}
+_HAS_INVISIBLE_ASCII = re.compile("[\U000e0020-\U000e007e]")
+
+
+def harmless(text: str, *, line_start: bool = True) -> str:
+    """Return a text from outside with all imitations escaped.
+
+    A text without imitations is returned unchanged, but for half surrogates and for the characters
+    U+202D and U+202E, which show what follows in another order than it is read.
+
+    Args:
+      line_start: whether the text begins a line where it is shown.
+    """
+    text = _OVERRIDE.sub("", valid_text(text))
+    edits = _edits(text, line_start)
+    if _HAS_INVISIBLE_ASCII.search(text):
+        edits |= _edits(text.translate(_INVISIBLE_ASCII), line_start)
+    if not edits:
+        return text
+    pieces, begin = [], 0
+    for (start, end), replacement in sorted(edits.items()):
+        if start >= begin:
+            pieces += [text[begin:start], replacement]
+            begin = end
+    return "".join([*pieces, text[begin:]])
+
+
+class _View:
+    """A text as a reader sees it, and where its characters come from.
+
+    Attributes:
+      text: what is seen.
+    """
+
+    def __init__(self, text: str):
+        self._characters, self._starts = _decoded(text)
+        self._length = len(text)
+        self.text = self._characters.translate(LOOKS_LIKE)
+        self._places: array.array | None = None
+
+    def span(self, place: int) -> tuple[int, int]:
+        """Where in the original text a character of the view begins and ends."""
+        if self._places is None:  # only where there is an imitation
+            counts = (len(LOOKS_LIKE[ord(character)]) for character in self._characters)
+            repeated = map(itertools.repeat, range(len(self._characters)), counts)
+            self._places = array.array("q", itertools.chain.from_iterable(repeated))
+        character = self._places[place]
+        if self._starts is None:
+            return character, character + 1
+        start = self._starts[character]
+        following = range(character + 1, len(self._starts))
+        return start, next(
+            (self._starts[i] for i in following if self._starts[i] > start), self._length
+        )
+
+
+def _edits(text: str, line_start: bool) -> dict[tuple[int, int], str]:
+    """Return the replacements by span; an empty span is an insertion."""
+    view = _View(text)
+    edits = {view.span(place): _BRACKET for place in _brackets(view, text)}
+    for place in _labels(view, text, line_start):
+        start = view.span(place)[0]
+        edits[start, start] = _MARK
+    return edits
+
+
+def _brackets(view: _View, text: str) -> Iterator[int]:
+    """The places of brackets of tags, control tokens and headers."""
+    for found in _TAG.finditer(view.text):
+        if found.lastgroup != "run" and _is_tag(view, text, found):
+            run = found["run"]
+            yield from (found.start() + i for i, sign in enumerate(run) if sign in "<«[{(")
+    yield from (found.start() for found in _CONTROL_TOKEN.finditer(view.text))
+    yield from (found.end() - 1 for found in _HEADER.finditer(view.text))
+
+
+def _is_tag(view: _View, text: str, found: re.Match) -> bool:
+    """Whether brackets with a name after them look like a tag, and not like a program's text, a
+    quotation, or a link in Markdown."""
+    run, name = found["run"], found.lastgroup
+    before, closing = (
+        view.text[max(found.start() - 1, 0) : found.start()],
+        _CLOSED.match(view.text, found.end()),
+    )
+    if name == "control":
+        return "|" in run or "<" in run
+    if "/" in run or "\\" in run:
+        if "<" in run or "«" in run:
+            return True
+        alone = closing is not None and not run.strip("[{(/\\|_*!.~ \n")
+        return alone and ("(" not in run or (name == "information" and before != "]"))
+    if "<" not in run:
+        return False
+    if name in ("information", "ours"):  # `i <= answer` is a program's
+        if run[-1].isspace() and (closing is None or closing[0][-1] not in ">»"):
+            return False  # so is `i < answer`
+        if name == "information":
+            return True
+        first = text[view.span(found.end("run"))[0]]
+        generic = run == "<" and before.isalnum() and first in "ARST"  # `vector<Answer>`
+        return not generic and not run.strip("<|_*!¡.:#~`^? \n")
+    # So are `i < result` and `List<Result>`.
+    return closing is not None and run == "<" and not (name == "result" and before.isalnum())
+
+
+def _labels(view: _View, text: str, line_start: bool) -> Iterator[int]:
+    """The places of labels at the beginning of lines, or after a number."""
+
+    def begins_line(found: re.Match) -> bool:
+        return bool(line_start or found.start() or view.text.startswith("\n"))
+
+    def capital(found: re.Match) -> bool:  # as other programs write it
+        return text[view.span(found.start("label"))[0]] in "LTIS"
+
+    lone = _LONE_NUMBER.search(view.text)
+    first = lone.start() if lone else len(view.text)  # where a label with a number stands
+    for found in filter(begins_line, _NUMBERED_LINE.finditer(view.text)):
+        if not (capital(found) and _SUMMARY.match(found["label"])):  # begins no result
+            first = min(first, found.start())
+            yield found.start("label")
+            yield found.start("number")  # the line is not to begin with it either
+    for found in _NUMBERED.finditer(view.text):
+        shown_before = view.text[max(found.start() - 24, 0) : found.start()].rpartition("\n")[2]
+        if not (capital(found) and _CAPTION.search(shown_before)):
+            first = min(first, found.start())
+            yield found.start("label")
+    for found in filter(begins_line, _UNNUMBERED.finditer(view.text)):
+        alone = _LINK.match(found["label"]) or (
+            _SUMMARY.match(found["label"]) and not found["before"]
+        )
+        if not capital(found) and (alone or first < found.start()):
+            yield found.start("label")
+    for found in filter(begins_line, _QUESTION.finditer(view.text)):
+        yield found.start("label")
+
+
+def _decoded(text: str) -> tuple[str, array.array | None]:
+    """A text with entities and escapes decoded, and where each of its characters begins; None where
+    nothing is encoded."""
+    starts: array.array | None = None
+    for _ in range(_ROUNDS):
+        pieces: list[str] = []
+        places = array.array("q")
+        begin = 0
+        for found in _ENCODED.finditer(text):
+            value = _value(found[0])
+            if value == found[0]:
+                continue
+            pieces += [text[begin : found.start()], value]
+            places.extend(range(begin, found.start()))
+            # An entity may end without a semicolon, and letters after it are taken along.
+            plain = max(len(value) - 1, 0) if found[0].endswith(value[1:]) else 0
+            places.extend([found.start()] * (len(value) - plain))
+            places.extend(range(found.end() - plain, found.end()))
+            begin = found.end()
+        if not pieces:
+            break
+        places.extend(range(begin, len(text)))
+        text = "".join([*pieces, text[begin:]])
+        starts = places if starts is None else array.array("q", (starts[i] for i in places))
+    return text, starts
+
+
+def _value(encoded: str) -> str:
+    """The character that an entity or escape stands for; itself where it stands for none."""
+    if encoded[0] == "&":
+        encoded = "&" + encoded[_FIRST_AMPERSANDS.match(encoded).end() :]
+        number = _NUMBER.match(encoded)
+        if number and len(number[2]) > 8:  # none that Unicode has
+            return "\ufffd"
+        return html.unescape(encoded if number is None else f"&#{number[1]}{number[2] or 0};")
+    if encoded in ("\\n", "\\r"):
+        return "\n"
+    if encoded[0] == "%":
+        return chr(int(encoded[-2:], 16))
+    if encoded[1].isdigit():
+        return chr(int(encoded[1:], 8))
+    code = int(encoded.lstrip("\\uUx{").rstrip("}") or "0", 16)
+    return chr(code) if code <= 0x10FFFF and not 0xD800 <= code < 0xE000 else encoded

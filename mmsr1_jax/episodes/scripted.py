@@ -1,0 +1,105 @@
+"""Episodes from turns that are given: what would have happened, had the policy written them.
+
+The searches are made by the tools, and what they find is written as the engine writes it. So a
+policy that is taught by such episodes meets in its rollouts what it was taught with.
+"""
+
+import asyncio
+import dataclasses
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from mmsr1_jax.episodes import turns
+from mmsr1_jax.episodes.episode import Episode, Example, Segment
+from mmsr1_jax.episodes.rules import Rules
+from mmsr1_jax.processing.processor import Processor
+from mmsr1_jax.tools import Query, Tool
+
+_AT_ONCE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Story:
+    """A question and what the policy is to have written, turn by turn; its searches are made in the
+    local index `index`, where it names one."""
+
+    example: Example
+    texts: Sequence[str]
+    index: pathlib.Path | None = None
+
+
+def retell(
+    stories: Iterable[Story], processor: Processor, rules: Rules, tools: Mapping[str, Tool]
+) -> Iterator[Episode]:
+    """Yields an episode for each story, in their order. One that cannot be told has `end ==
+    "error"`; one whose turns go on after its end is cut there."""
+    stories = enumerate(stories)
+    with asyncio.Runner() as runner:
+        while batch := [story for story, _ in zip(stories, range(_AT_ONCE), strict=False)]:
+            yield from runner.run(_together(batch, processor, rules, tools))
+
+
+async def _together(batch, processor, rules, tools) -> list[Episode]:
+    return await asyncio.gather(
+        *(_episode(number, story, processor, rules, tools) for number, story in batch)
+    )
+
+
+async def _episode(number: int, story: Story, processor, rules: Rules, tools) -> Episode:
+    episode = Episode(example=story.example, group=number, number=number)
+    try:
+        prompt = rules.first(story.example)
+    except Exception as error:  # a picture or a question that cannot be used
+        episode.end, episode.error = "error", f"{type(error).__name__}: {error}"
+        return episode
+    episode.segments.append(Segment("prompt", prompt.tokens))
+    episode.images += prompt.images
+    for text in story.texts:
+        tokens = np.array(processor.encode_text(text), np.int32)
+        nothing = np.zeros(len(tokens), np.float32)
+        episode.segments.append(Segment("model", tokens, nothing, nothing))
+        episode.turns.append(turns.parse(text))
+        step = rules.after(episode.turns, episode.calls, cut=False)
+        if step.kind == "end":
+            episode.end = step.end
+            return episode
+        closing = processor.closing()
+        room = rules.room(episode, len(closing))
+        if step.kind == "search":
+            reply = await _searched(episode, rules, tools, room)
+        else:
+            reply = rules.say(step, episode, room)
+        if reply.call is not None:
+            episode.calls.append(reply.call)
+        if reply.prompt is None:
+            episode.end = "tokens"
+            return episode
+        episode.segments.append(Segment("forced", np.array(closing, np.int32)))
+        episode.segments.append(Segment("tool", reply.prompt.tokens))
+        episode.images += reply.prompt.images
+    episode.end = "turns"
+    return episode
+
+
+async def _searched(episode: Episode, rules: Rules, tools, room: int):
+    turn, example = episode.turns[-1], episode.example
+    query = Query(
+        action=turn.action,
+        text=turn.payload,
+        question=example.question,
+        images=tuple(example.images),
+        example=example.id,
+    )
+    observation = error = None
+    try:
+        async with asyncio.timeout(rules.seconds):
+            observation = await rules.call(tools[turn.action], query, rules.seconds)
+    except Exception as raised:
+        error = raised
+    turn_number = len(episode.turns) - 1
+    try:
+        return rules.observed(query, example, turn_number, room, observation, error, seconds=0.0)
+    except Exception as unforeseen:  # whatever a tool made its results of
+        return rules.observed(query, example, turn_number, room, None, unforeseen, seconds=0.0)

@@ -1,0 +1,105 @@
+"""Conversations to rows of bucketed shapes.
+
+The shape in which a conversation is computed depends on that conversation alone: its own length
+bucket and image bucket, and the number of rows that the table gives to that pair. So its result
+does not depend on what else is in the batch.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from mmsr1_jax.config.settings import Buckets
+from mmsr1_jax.models.qwen2_5_vl import ModelConfig, Rows, mrope_positions
+from mmsr1_jax.models.qwen2_5_vl.vision import num_windows, pack_images
+from mmsr1_jax.processing.processor import Prompt
+
+
+class TooLongError(ValueError):
+    """A conversation that fits no bucket."""
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Bucket:
+    """A shape: rows x tokens, and rows x windows of patches (0: no images)."""
+
+    length: int
+    windows: int
+    rows: int
+
+
+def bucket_of(prompt: Prompt, config: ModelConfig, table: Buckets, row_multiple: int = 1) -> Bucket:
+    """The bucket of a conversation.
+
+    Args:
+      prompt: the conversation.
+      config: for the size of a window.
+      table: the shapes.
+      row_multiple: rows are a multiple of this: devices along the mesh's batch axes.
+
+    Raises:
+      TooLongError: longer, or with larger images, than the last bucket.
+    """
+    windows = sum(num_windows(grid, config.vision) for grid in prompt.grids)
+    length = smallest("tokens", len(prompt.tokens), table.lengths, "lengths")
+    windows = windows and smallest("image windows", windows, table.image_windows, "image_windows")
+    rows = table.batch_tokens // length
+    if windows:
+        rows = min(rows, table.batch_windows // windows)
+    return Bucket(length, windows, max(1, -(-rows // row_multiple)) * row_multiple)
+
+
+def smallest(what: str, size: int, sizes: Sequence[int], field: str) -> int:
+    for candidate in sizes:
+        if size <= candidate:
+            return candidate
+    raise TooLongError(f"{size} {what}, more than the largest of buckets.{field}, {sizes[-1]}")
+
+
+def make_rows(
+    rows: Sequence[Sequence[Prompt]], bucket: Bucket, config: ModelConfig, image_token_id: int
+) -> Rows:
+    """Packs conversations into rows: `rows[i]` one after the other in row i; the rest is padding.
+
+    Returns:
+      Rows of numpy arrays in the bucket's shape.
+
+    Raises:
+      ValueError: a row's conversations do not fit.
+    """
+    shape = (bucket.rows, bucket.length)
+    tokens = np.zeros(shape, np.int32)
+    positions = np.zeros((bucket.rows, 3, bucket.length), np.int32)
+    segment_ids = np.zeros(shape, np.int32)
+    image_index = np.full(shape, -1, np.int32)
+    for row, prompts in enumerate(rows):
+        start = 0
+        for segment, prompt in enumerate(prompts, start=1):
+            end = start + len(prompt.tokens)
+            if end > bucket.length:
+                raise ValueError(f"row {row}: more than {bucket.length} tokens")
+            tokens[row, start:end] = prompt.tokens
+            positions[row, :, start:end], _ = mrope_positions(
+                prompt.tokens,
+                prompt.grids,
+                image_token_id=image_token_id,
+                merge_size=config.vision.merge_size,
+            )
+            segment_ids[row, start:end] = segment
+            start = end
+    images = None
+    if bucket.windows:
+        pictures = [[(i.values, i.grid) for p in prompts for i in p.images] for prompts in rows]
+        pictures += [[]] * (bucket.rows - len(rows))
+        images, indices = pack_images(pictures, bucket.windows, config.vision)
+        for row, index in enumerate(indices):
+            image_index[row, tokens[row] == image_token_id] = index
+    return Rows(
+        tokens=tokens,
+        positions=positions,
+        segment_ids=segment_ids,
+        image_index=image_index,
+        images=images,
+        single_segment=all(len(prompts) <= 1 for prompts in rows),
+    )

@@ -1,0 +1,325 @@
+"""Opening image files from outside: decoded in worker processes, within limits.
+
+An image reaches the program as a path, as the bytes of a file, or as a `PIL.Image.Image`. The same
+image gives the same pixels by every door: upright (as its EXIF tag says), RGB, transparent parts
+laid over white. Whatever is not decoded yet is decoded in a worker (`utils/workers.py`); an image
+object that already holds its pixels is converted in place.
+
+Only the formats of `FORMATS` are opened. Pillow knows more, some of which start other programs
+(EPS) or decode before the size is known (ICO).
+"""
+
+import hashlib
+import io
+import os
+import pathlib
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import PIL.Image
+import PIL.ImageFile
+import PIL.ImageOps
+
+from mmsr1_jax.utils import workers
+from mmsr1_jax.utils.files import FileRefusedError, read_regular
+
+ImageSource = PIL.Image.Image | bytes | str | pathlib.Path  # bytes: of a file; str: a path
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG includes MPO
+DEFAULT_MAX_FILE_PIXELS = 100_000_000  # before resizing; a larger file is taken for a bomb
+MAX_FILE_BYTES = 512 * 2**20
+# Encoders write about 10 scans; decoding takes the time of the scans times the pixels.
+_MAX_JPEG_SCANS = 100
+_MAX_SCANNED_PIXELS = 2_000_000_000
+_READING = threading.Lock()
+_MAX_HOSTILE = 10_000
+_hostile: dict[tuple[bytes, int], str] = {}  # why files could not be decoded within the limits
+_STRIP = 256  # rows of a transparent image that are composited at a time
+
+
+class ImageError(ValueError):
+    """An image that cannot be used, with the reason."""
+
+
+def open_image(
+    source: ImageSource, *, max_pixels: int = DEFAULT_MAX_FILE_PIXELS
+) -> PIL.Image.Image:
+    """Return an image as upright RGB.
+
+    Turned as its EXIF tag says; transparent parts become white, as in the published processor.
+
+    Raises:
+      ImageError: No such file, not an image of `FORMATS`, damaged, more than `max_pixels` pixels
+        (checked on the header, before anything is decompressed), or decoding it exceeded a limit.
+    """
+    size, pixels = _in_worker(_pixels, source, max_pixels)
+    return PIL.Image.frombytes("RGB", size, pixels)
+
+
+def process_image(
+    source: ImageSource,
+    processor: Callable[[PIL.Image.Image], Any],
+    *,
+    max_pixels: int = DEFAULT_MAX_FILE_PIXELS,
+) -> Any:
+    """Return `processor(open_image(source))`, both computed in the worker.
+
+    Args:
+      processor: Picklable, such as an `images.ImageProcessor`; of a module without JAX.
+
+    Raises:
+      ImageError: See `open_image`; or raised by the processor.
+    """
+    return _in_worker(processor, source, max_pixels)
+
+
+async def process_image_async(
+    source: ImageSource,
+    processor: Callable[[PIL.Image.Image], Any],
+    *,
+    max_pixels: int = DEFAULT_MAX_FILE_PIXELS,
+) -> Any:
+    """Like `process_image`, from a coroutine. Cancelling it stops the worker."""
+    function, args = _task(processor, source, max_pixels)
+    if function is None:
+        return _held(processor, source, max_pixels)
+    _refuse_again(args[0], max_pixels)
+    try:
+        return await workers.run_async(function, *args, limits=_limits(max_pixels))
+    except workers.WorkerError as error:
+        raise _refused(args[0], max_pixels, error) from None
+
+
+def image_size(
+    source: ImageSource, *, max_pixels: int = DEFAULT_MAX_FILE_PIXELS
+) -> tuple[int, int]:
+    """Return (height, width) of an upright image that can be decoded. Raises as `open_image`."""
+    return _in_worker(_size, source, max_pixels)
+
+
+async def check_image(source: ImageSource, *, max_pixels: int) -> None:
+    """Decode an image and drop it. Raises ImageError, see `open_image`."""
+    await process_image_async(source, _size, max_pixels=max_pixels)
+
+
+def read_header(data: bytes) -> tuple[str, int, int]:
+    """Return (format, width, height) of an image file as its header says; nothing is decompressed.
+
+    Raises:
+      ImageError: Not an image of `FORMATS`.
+    """
+    try:
+        return workers.run(_header, data)
+    except workers.WorkerError as error:
+        raise ImageError(f"{_name(data)}: reading its header {error}") from None
+
+
+async def public_jpeg(
+    source: ImageSource, *, max_pixels: int = DEFAULT_MAX_FILE_PIXELS
+) -> tuple[bytes, str]:
+    """Return an image as a JPEG file that holds its pixels and nothing else, and their digest.
+
+    No EXIF (place, device, owner), no profile, no comment, no bytes after the image. The digest
+    depends on the pixels alone, not on the file they came in nor on the version of an encoder.
+
+    Raises:
+      ImageError: See `open_image`.
+    """
+    return await process_image_async(source, _as_jpeg, max_pixels=max_pixels)
+
+
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Return RGB, with transparency laid over white as the published processor does."""
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    out = PIL.Image.new("RGB", image.size)
+    for top in range(0, image.height, _STRIP):  # in strips: three copies of a large image are much
+        bottom = min(top + _STRIP, image.height)
+        strip = image.crop((0, top, image.width, bottom)).convert("RGBA")
+        white = PIL.Image.new("RGBA", strip.size, (255, 255, 255, 255))
+        out.paste(PIL.Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return out
+
+
+def upright_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Return `to_rgb` of an image, turned as its EXIF tag says."""
+    return to_rgb(PIL.ImageOps.exif_transpose(image))
+
+
+def _in_worker(function: Callable, source: ImageSource, max_pixels: int) -> Any:
+    """Return `function` of the opened image. Raises ImageError."""
+    task, args = _task(function, source, max_pixels)
+    if task is None:
+        return _held(function, source, max_pixels)
+    _refuse_again(args[0], max_pixels)
+    try:
+        return workers.run(task, *args, limits=_limits(max_pixels))
+    except workers.WorkerError as error:
+        raise _refused(args[0], max_pixels, error) from None
+
+
+def _refuse_again(file: bytes | str, max_pixels: int) -> None:
+    """Raise ImageError for a file whose decoding has exceeded a limit before: the rollouts of a
+    question all meet the same one."""
+    if isinstance(file, bytes) and (reason := _hostile.get(_key(file, max_pixels))):
+        raise ImageError(f"{_name(file)}: {reason}")
+
+
+def _refused(file: bytes | str, max_pixels: int, error: workers.WorkerError) -> ImageError:
+    """Return the error of a file that could not be decoded, and remember one over a limit."""
+    reason = f"decoding it {error}"
+    if isinstance(file, bytes) and isinstance(error, workers.LimitError):
+        with _READING:
+            while len(_hostile) >= _MAX_HOSTILE:
+                del _hostile[next(iter(_hostile))]
+            _hostile[_key(file, max_pixels)] = reason
+    return ImageError(f"{_name(file)}: {reason}")
+
+
+def _key(file: bytes, max_pixels: int) -> tuple[bytes, int]:
+    return hashlib.blake2b(file, digest_size=16).digest(), max_pixels
+
+
+def _task(
+    function: Callable, source: ImageSource, max_pixels: int
+) -> tuple[Callable | None, tuple[Any, ...]]:
+    """Return the worker's task for an image, or (None, ()) for one that holds its pixels."""
+    name, frame = _name(source), 0
+    if isinstance(source, PIL.Image.Image):
+        if not isinstance(source, PIL.ImageFile.ImageFile) or source._im is not None:
+            return None, ()
+        frame = source.tell()
+        source = _file_of(source)
+    elif isinstance(source, (str, pathlib.Path)):
+        source = os.path.abspath(source)
+    elif not isinstance(source, bytes):
+        raise ImageError(f"{name}: neither an image, nor the bytes or the path of its file")
+    return _open, (source, name, frame, max_pixels, function)
+
+
+def _held(function: Callable, image: PIL.Image.Image, max_pixels: int) -> Any:
+    """Return `function` of an image that holds its pixels. Raises ImageError."""
+    try:
+        _check_size(_name(image), image, max_pixels)
+        return function(upright_rgb(image))
+    except ImageError:
+        raise
+    except Exception as error:  # closed, or of an odd mode
+        raise ImageError(
+            f"{_name(image)}: cannot be used ({type(error).__name__}: {error})"
+        ) from None
+
+
+def _file_of(image: PIL.ImageFile.ImageFile) -> bytes:
+    """Return the bytes of the file of an image that Pillow has opened and not decoded."""
+    try:
+        with _READING:  # several threads may hold the same image
+            place = image.fp.tell()
+            image.fp.seek(0)
+            data = image.fp.read(MAX_FILE_BYTES + 1)
+            image.fp.seek(place)
+    except Exception as error:  # closed
+        raise ImageError(
+            f"{_name(image)}: cannot be read ({type(error).__name__}: {error})"
+        ) from None
+    _check_bytes(_name(image), len(data))
+    return data
+
+
+def _limits(max_pixels: int) -> workers.Limits:
+    """Return limits under which any image of so many pixels can be decoded."""
+    millions = max_pixels / 1e6
+    return workers.Limits(
+        cpu_seconds=1.5 + millions / 15,
+        wall_seconds=60 + millions,
+        memory_bytes=(128 << 20) + 20 * max_pixels,
+    )
+
+
+def _name(source: ImageSource) -> str:
+    if isinstance(source, PIL.Image.Image):
+        return "image"
+    if isinstance(source, bytes):
+        return f"{len(source)} bytes"
+    return str(source) if isinstance(source, (str, pathlib.Path)) else type(source).__name__
+
+
+def _check_bytes(name: str, count: int) -> None:
+    if count > MAX_FILE_BYTES:
+        raise ImageError(f"{name}: the file is larger than {MAX_FILE_BYTES >> 20} MiB")
+
+
+def _check_size(name: str, image: PIL.Image.Image, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise ImageError(
+            f"{name}: {image.width}x{image.height} pixels are more than the {max_pixels} allowed"
+        )
+
+
+# What follows runs in the workers.
+
+
+def _open(source: bytes | str, name: str, frame: int, max_pixels: int, function: Callable) -> Any:
+    """Return `function` of the upright RGB image in a file. Raises ImageError."""
+    try:
+        data = (
+            source if isinstance(source, bytes) else read_regular(source, max_bytes=MAX_FILE_BYTES)
+        )
+        scans = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 0
+        if scans > _MAX_JPEG_SCANS:
+            raise ImageError(f"{name}: a JPEG with more than {_MAX_JPEG_SCANS} scans")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                _check_size(name, image, max_pixels)
+                if scans * image.width * image.height > _MAX_SCANNED_PIXELS:
+                    raise ImageError(f"{name}: a JPEG of {scans} scans is too large")
+                if frame:
+                    image.seek(frame)
+                return function(upright_rgb(image))
+    except ImageError:
+        raise
+    except PIL.UnidentifiedImageError:
+        raise ImageError(f"{name}: not an image ({', '.join(FORMATS)})") from None
+    except FileRefusedError as error:
+        missing = error.strerror.startswith("No such file")
+        reason = "no such file" if missing else f"cannot be decoded ({error.strerror})"
+        raise ImageError(f"{name}: {reason}") from None
+    except PIL.Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: {error}") from None
+    except Exception as error:  # decoders raise what they like on hostile input
+        raise ImageError(f"{name}: cannot be decoded ({type(error).__name__}: {error})") from None
+
+
+def _header(data: bytes) -> tuple[str, int, int]:
+    # The header is all that is read: Pillow's own limit would hide the size.
+    limit, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                # An MPO is a JPEG with more images behind it.
+                form = "JPEG" if image.format == "MPO" else image.format
+                return form, image.width, image.height
+    except Exception as error:
+        raise ImageError(f"{_name(data)}: not an image ({type(error).__name__})") from None
+    finally:
+        PIL.Image.MAX_IMAGE_PIXELS = limit
+
+
+def _pixels(image: PIL.Image.Image) -> tuple[tuple[int, int], bytes]:
+    return image.size, image.tobytes()
+
+
+def _size(image: PIL.Image.Image) -> tuple[int, int]:
+    return image.height, image.width
+
+
+def _as_jpeg(image: PIL.Image.Image) -> tuple[bytes, str]:
+    digest = hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16)
+    file = io.BytesIO()
+    image.info = {}
+    image.save(file, "jpeg", quality=95, subsampling=0)
+    return file.getvalue(), digest.hexdigest()

@@ -1,0 +1,187 @@
+"""Settings of the image processor in an HF directory, read as `transformers` reads them.
+
+Every field has the effect that it has in Qwen2-VL's image processor (its PIL backend), or is
+refused by name.
+"""
+
+import dataclasses
+import pathlib
+import sys
+from typing import Annotated, Any
+
+import msgspec
+
+from mmsr1_jax.utils.checked_json import FormatError, load
+
+NESTED, FLAT = "processor_config.json", "preprocessor_config.json"
+MAX_MIN_PIXELS = 100_000_000  # a larger lower bound would make a bomb of every image
+
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_FILTERS = range(6)  # of PIL.Image.Resampling
+_TYPES = {
+    f"Qwen{version}VLImageProcessor{backend}"
+    for version in ("2", "2_5_")
+    for backend in ("", "Fast", "Pil")
+}
+# Fields without effect on a single image: names of classes, and arguments that Qwen2-VL's image
+# processor accepts and does not use.
+_WITHOUT_EFFECT = {
+    "processor_class", "_processor_class", "default_to_square", "crop_size", "do_pad", "pad_size",
+    "data_format", "input_data_format", "return_tensors", "device", "disable_grouping",
+    "image_seq_length",
+}  # fmt: skip
+
+# Nulls in these are not the defaults in `transformers`: they are false, or an error later.
+_NOT_NULL = (
+    "do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
+    "image_std", "patch_size", "temporal_patch_size", "merge_size",
+)  # fmt: skip
+
+_Size = Annotated[int, msgspec.Meta(gt=0)]
+_PerChannel = float | Annotated[list[float], msgspec.Meta(min_length=3, max_length=3)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fields:
+    """The fields that count; None is the default of the class."""
+
+    image_processor_type: str | None = None
+    auto_map: dict[str, Any] | None = None
+    do_resize: bool | None = None
+    size: dict[str, _Size | None] | None = None
+    min_pixels: _Size | None = None
+    max_pixels: _Size | None = None
+    resample: int | None = None
+    do_rescale: bool | None = None
+    rescale_factor: float | None = None
+    do_normalize: bool | None = None
+    image_mean: _PerChannel | None = None
+    image_std: _PerChannel | None = None
+    # Images are RGB before they come here. An image of other channels is an error in
+    # `transformers` where this is false.
+    do_convert_rgb: bool | None = None
+    do_center_crop: bool | None = None
+    patch_size: _Size | None = None
+    temporal_patch_size: _Size | None = None
+    merge_size: _Size | None = None
+
+
+def read(directory: str | pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
+    """Return the file whose settings count, and the arguments of `ImageProcessor` that it gives.
+
+    `transformers` reads the section `image_processor` of `processor_config.json` if there is one,
+    else `preprocessor_config.json`. Where both are there, a line on stderr says which one counts.
+
+    Raises:
+      FormatError: neither is there, or one cannot be used; the message names file and field.
+    """
+    nested, flat = (pathlib.Path(directory) / name for name in (NESTED, FLAT))
+    section = None
+    if nested.is_file():
+        whole = load(nested, dict[str, Any], large=True)
+        section = _dictionary(whole.get("image_processor"), f"{nested}: image_processor")
+    if section is None and not flat.is_file():
+        raise FormatError(f"{directory}: no {FLAT}, nor {NESTED} with a section image_processor")
+    if section is None:
+        return flat, _arguments(load(flat, dict[str, Any], large=True), str(flat))
+    if flat.is_file():
+        print(
+            f"{directory}: image_processor of {NESTED} is used and {FLAT} ignored, as in "
+            "transformers",
+            file=sys.stderr,
+        )
+    return nested, _arguments(section, f"{nested}: image_processor")
+
+
+def _dictionary(value: Any, name: str) -> dict[str, Any] | None:
+    if value is not None and not isinstance(value, dict):
+        raise FormatError(f"{name}: must be an object, not {value!r:.50}")
+    return value
+
+
+def _arguments(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    try:
+        fields = msgspec.convert(raw, _Fields)
+    except msgspec.ValidationError as error:
+        raise FormatError(f"{name}: {error}") from None
+    known = {field.name for field in dataclasses.fields(_Fields)} | _WITHOUT_EFFECT
+    if unknown := sorted(raw.keys() - known):
+        print(
+            f"{name}: {', '.join(unknown)}: unknown to Qwen2-VL's image processor, without effect",
+            file=sys.stderr,
+        )
+    try:
+        _refuse_unsupported(fields, raw)
+        low, high = _limits(fields)
+        mean, std = _normalisation(fields)
+    except FormatError as error:
+        raise FormatError(f"{name}: {error}") from None
+    scale = 1 / 255 if fields.rescale_factor is None else fields.rescale_factor
+    given = {
+        "min_pixels": low,
+        "max_pixels": high,
+        "patch_size": fields.patch_size,
+        "temporal_patch_size": fields.temporal_patch_size,
+        "merge_size": fields.merge_size,
+        "resample": fields.resample,
+        "rescale_factor": 1.0 if fields.do_rescale is False else scale,
+        "mean": mean,
+        "std": std,
+    }
+    return {field: value for field, value in given.items() if value is not None}
+
+
+def _refuse_unsupported(fields: _Fields, raw: dict[str, Any]) -> None:
+    for field in _NOT_NULL:
+        if field in raw and raw[field] is None:
+            raise FormatError(f"{field}=null: give a value, or remove the field for its default")
+    if fields.image_processor_type not in (None, *_TYPES):
+        raise FormatError(
+            f"image_processor_type={fields.image_processor_type!r} is not Qwen2-VL's image "
+            "processor"
+        )
+    if fields.auto_map and "AutoImageProcessor" in fields.auto_map:
+        raise FormatError(
+            "auto_map: the image processor is code of the checkpoint, which never runs"
+        )
+    if fields.do_resize is False:
+        raise FormatError(
+            "do_resize=false: images must be resized to multiples of a merged token's side"
+        )
+    if fields.resample is not None and fields.resample not in _FILTERS:
+        raise FormatError(f"resample={fields.resample}: filters of Pillow are 0 to 5")
+    if fields.do_center_crop and raw.get("crop_size") is None:
+        raise FormatError("do_center_crop=true needs crop_size")
+
+
+def _limits(fields: _Fields) -> tuple[int, int]:
+    """`min_pixels` and `max_pixels` come before `size`, which comes before the class's defaults."""
+    size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
+    size = size if fields.size is None else dict(fields.size)
+    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        if (value := getattr(fields, name)) is not None:
+            size.pop(name, None)
+            size[edge] = value
+    if size.keys() != {"shortest_edge", "longest_edge"} or None in size.values():
+        raise FormatError(
+            f"size={fields.size}: must have shortest_edge and longest_edge (pixels of area), and "
+            "nothing else"
+        )
+    low, high = size["shortest_edge"], size["longest_edge"]
+    if low > high:
+        raise FormatError(f"min_pixels and max_pixels do not fit together: {low} > {high}")
+    if low > MAX_MIN_PIXELS:
+        raise FormatError(f"min_pixels={low} is more than {MAX_MIN_PIXELS}")
+    return low, high
+
+
+def _normalisation(fields: _Fields) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if fields.do_normalize is False:
+        return (0.0,) * 3, (1.0,) * 3
+    mean = _CLIP_MEAN if fields.image_mean is None else fields.image_mean
+    std = _CLIP_STD if fields.image_std is None else fields.image_std
+    mean, std = ((x,) * 3 if isinstance(x, float) else tuple(x) for x in (mean, std))
+    if min(map(abs, std)) == 0:
+        raise FormatError(f"image_std={list(std)}: must not be zero")
+    return mean, std

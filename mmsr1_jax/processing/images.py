@@ -1,0 +1,235 @@
+"""Images to patches: resized, normalised and cut. `processing/image_files.py` opens their files.
+
+The result equals the HF Qwen2-VL image processor's (its PIL backend): same grid, same patches.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from mmsr1_jax.processing import image_settings
+from mmsr1_jax.processing.image_files import DEFAULT_MAX_FILE_PIXELS, ImageError, open_image, to_rgb
+from mmsr1_jax.utils import outputs
+from mmsr1_jax.utils.checked_json import FormatError
+
+__all__ = [
+    "DEFAULT_MAX_FILE_PIXELS",
+    "ImageError",
+    "ImageProcessor",
+    "Patches",
+    "open_image",
+    "read_picture",
+    "to_rgb",
+    "write_picture",
+]
+
+MAX_ASPECT_RATIO = 200  # the published processor refuses images that are longer than this
+
+
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """One image as the vision tower takes it.
+
+    Attributes:
+      values: float32[t*h*w, C], C = channels x frames x patch x patch. Rows come frame by frame,
+        merge-block by merge-block, and inside a block row by row.
+      grid: (t, h, w) in patches: frames, rows, columns.
+    """
+
+    values: np.ndarray
+    grid: tuple[int, int, int]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """By which equal images are known."""
+        return hashlib.blake2b(repr(self.grid).encode() + self.values.tobytes()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageProcessor:
+    """The settings of a `preprocessor_config.json`. Defaults are those of Qwen2.5-VL.
+
+    Attributes:
+      min_pixels, max_pixels: bounds on the area after resizing, in pixels.
+      patch_size: side of a patch, in pixels.
+      temporal_patch_size: frames of a patch; a still image is repeated.
+      merge_size: patches on a side of a merged token.
+      resample: filter of the resize, one of `PIL.Image.Resampling`.
+      rescale_factor: Factor applied to uint8 pixel values.
+      mean, std: per colour channel, of rescaled values (CLIP's, on the scale 0 to 1).
+    """
+
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 16384
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    resample: int = PIL.Image.Resampling.BICUBIC.value
+    rescale_factor: float = 1 / 255
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    @classmethod
+    def from_directory(cls, directory: str | pathlib.Path) -> "ImageProcessor":
+        """Return the settings of an HF directory, see `image_settings.read`.
+
+        Raises:
+          ImageError: no file of settings, or one that cannot be used (also because images could
+            not be recovered from patches to the bit); the message names file and field.
+        """
+        try:
+            path, arguments = image_settings.read(directory)
+        except FormatError as error:
+            raise ImageError(str(error)) from None
+        processor = cls(**arguments)
+        ramp = np.arange(256, dtype=np.uint8)[:, None].repeat(len(processor.mean), axis=1)
+        with np.errstate(all="ignore"):
+            exact = np.array_equal(processor._restore(processor._normalise(ramp)), ramp)
+        if not exact:
+            raise ImageError(
+                f"{path}: rescale_factor={processor.rescale_factor}, "
+                f"image_mean={list(processor.mean)}, image_std={list(processor.std)}: the 256 "
+                "values of a pixel cannot be told apart"
+            )
+        return processor
+
+    def with_limits(self, min_pixels: int | None, max_pixels: int | None) -> "ImageProcessor":
+        """The same with other bounds on the area; None leaves one as it is."""
+        low, high = min_pixels or self.min_pixels, max_pixels or self.max_pixels
+        if low > high:
+            raise ImageError(f"min_pixels={low} is more than max_pixels={high}")
+        return dataclasses.replace(self, min_pixels=low, max_pixels=high)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The contents of a `preprocessor_config.json`."""
+        return {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+            "patch_size": self.patch_size,
+            "temporal_patch_size": self.temporal_patch_size,
+            "merge_size": self.merge_size,
+            "resample": self.resample,
+            "rescale_factor": self.rescale_factor,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+
+    def target_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width, in pixels, to which an image is resized.
+
+        Both become multiples of a merged token's side; the area is brought within the bounds while
+        the shape is kept as nearly as that allows (Qwen2-VL's rule, to the rounding).
+
+        Raises:
+          ImageError: the image is longer than 200 times its other side.
+        """
+        if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+            raise ImageError(
+                f"{width}x{height} pixels: the sides differ by more than {MAX_ASPECT_RATIO} times"
+            )
+        side = self.patch_size * self.merge_size
+        h, w = (round(x / side) * side for x in (height, width))
+        if h * w > self.max_pixels:
+            shrink = math.sqrt(height * width / self.max_pixels)
+            h, w = (max(side, math.floor(x / shrink / side) * side) for x in (height, width))
+        elif h * w < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (height * width))
+            h, w = (math.ceil(x * grow / side) * side for x in (height, width))
+        return h, w
+
+    def __call__(self, image: PIL.Image.Image) -> Patches:
+        """Resizes, normalises and patches an RGB image.
+
+        Raises:
+          ImageError: see `target_size`.
+        """
+        height, width = self.target_size(image.height, image.width)
+        return self.cut(image.resize((width, height), self.resample))
+
+    def cut(self, image: PIL.Image.Image) -> Patches:
+        """Normalises and patches an RGB image as large as it is.
+
+        Raises:
+          ImageError: its sides are no multiples of a merged token's.
+        """
+        p, m = self.patch_size, self.merge_size
+        height, width = image.height, image.width
+        if height % (p * m) or width % (p * m):
+            raise ImageError(f"{width}x{height} pixels: the sides are no multiples of {p * m}")
+        pixels = self._normalise(np.asarray(image))
+        h, w = height // p, width // p
+        blocks = pixels.reshape(h // m, m, p, w // m, m, p, -1)
+        blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # block row, column; in it; C, y, x
+        frames = np.repeat(blocks[:, :, :, :, :, None], self.temporal_patch_size, axis=5)
+        return Patches(frames.reshape(h * w, -1), (1, h, w))
+
+    def uncut(self, patches: Patches) -> PIL.Image.Image:
+        """The RGB image that a processor with the same settings cut: `cut` of it gives the same
+        patches, to the bit.
+
+        Raises:
+          ImageError: several frames, or patches of another size.
+        """
+        p, m, c = self.patch_size, self.merge_size, len(self.mean)
+        frames, h, w = patches.grid
+        shape = (frames * h * w, c * self.temporal_patch_size * p * p)
+        if frames != 1 or h % m or w % m or patches.values.shape != shape:
+            raise ImageError(f"patches {patches.values.shape} in a grid {patches.grid}: no picture")
+        blocks = patches.values.reshape(h // m, w // m, m, m, c, self.temporal_patch_size, p, p)
+        pixels = blocks[:, :, :, :, :, 0].transpose(0, 2, 5, 1, 3, 6, 4).reshape(h * p, w * p, c)
+        return PIL.Image.fromarray(self._restore(pixels))
+
+    def _normalise(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8[..., C] to float32[..., C]."""
+        scaled = (pixels.astype(np.float64) * self.rescale_factor).astype(np.float32)
+        return (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+
+    def _restore(self, values: np.ndarray) -> np.ndarray:
+        """The uint8[..., C] that `_normalise` made float32[..., C] of."""
+        scaled = values * np.array(self.std, np.float64) + np.array(self.mean, np.float64)
+        return np.rint(scaled / self.rescale_factor).clip(0, 255).astype(np.uint8)
+
+
+def write_picture(
+    patches: Patches, processor: ImageProcessor, directory: pathlib.Path
+) -> pathlib.Path:
+    """Writes a picture as `directory/DIGEST.png`, once; returns its path. Raises ImageError, see
+    `uncut`."""
+    path = directory / f"{patches.digest}.png"
+    if not path.is_file():
+        partial = outputs.partial_path(path)
+        processor.uncut(patches).save(partial, "png", compress_level=1)
+        os.replace(partial, path)
+    return path
+
+
+def read_picture(
+    path: str | pathlib.Path,
+    processor: ImageProcessor,
+    *,
+    max_pixels: int = DEFAULT_MAX_FILE_PIXELS,
+) -> Patches:
+    """The patches that `write_picture` wrote, to the bit.
+
+    Raises:
+      ImageError: see `open_image`; or the file holds other patches than those it is named after.
+    """
+    image = open_image(path, max_pixels=max_pixels)
+    try:
+        patches = processor.cut(image)
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from None
+    if patches.digest != pathlib.Path(path).stem:
+        raise ImageError(
+            f"{path}: not the picture that the file is named after; it was changed, or written "
+            "with other settings of the image processor"
+        )
+    return patches

@@ -1,0 +1,376 @@
+"""Tokenizer files of an HF directory, read as `AutoTokenizer` reads them and checked.
+
+A `tokenizer.json` also holds what a program last used it for: truncation, padding, and tokens that
+a post-processor adds. None of that acts here. What would give ordinary text other ids than
+`AutoTokenizer` gives, or let text become a control token, is refused by name.
+"""
+
+import itertools
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, TypedDict
+
+import msgspec
+
+from mmsr1_jax.utils.checked_json import FormatError, load, loads
+
+FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+# Written by the policy or around results, as ordinary text.
+TAG_NAMES = ("reason", "answer", "search", "text_search", "information", "img")
+_TAG = re.compile(rf"</?\s*(?:{'|'.join(TAG_NAMES)})\b", re.IGNORECASE)
+_MARKUP = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
+
+# What `Qwen2Tokenizer` of transformers 5 makes of vocabulary and merges, whatever the file says.
+_QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": False,
+}
+_QWEN = {
+    "normalizer": {"type": "NFC"},
+    "pre_tokenizer": {
+        "type": "Sequence",
+        "pretokenizers": [
+            {
+                "type": "Split",
+                "pattern": {"Regex": _QWEN_PATTERN},
+                "behavior": "Isolated",
+                "invert": False,
+            },
+            _BYTE_LEVEL,
+        ],
+    },
+    "decoder": _BYTE_LEVEL,
+}
+_QWEN_MODEL = {
+    "dropout": None,
+    "unk_token": None,
+    "continuing_subword_prefix": "",
+    "end_of_word_suffix": "",
+    "fuse_unk": False,
+    "byte_fallback": False,
+    "ignore_merges": False,
+}
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be used; the message names file and token."""
+
+
+_Id = Annotated[int, msgspec.Meta(ge=0, lt=2**24)]
+
+
+class _AddedToken(TypedDict):
+    id: _Id
+    content: Annotated[str, msgspec.Meta(min_length=1)]
+
+
+class _RequiredModel(TypedDict):
+    vocab: dict[str, _Id]
+
+
+class _Model(_RequiredModel, total=False):
+    type: Literal["BPE"] | None
+    merges: list[str | tuple[str, str]]
+    dropout: float | None
+    unk_token: str | None
+    continuing_subword_prefix: str | None
+    end_of_word_suffix: str | None
+    byte_fallback: bool | None
+    ignore_merges: bool | None
+
+
+class _RequiredTokenizer(TypedDict):
+    model: _Model
+
+
+class _Tokenizer(_RequiredTokenizer, total=False):
+    added_tokens: list[_AddedToken] | None
+    normalizer: dict[str, Any] | None
+    pre_tokenizer: dict[str, Any] | None
+    decoder: dict[str, Any] | None
+
+
+def read(directory: str | pathlib.Path) -> str:
+    """Return the contents of a `tokenizer.json` that encodes text as `AutoTokenizer` would with the
+    files of a directory: its `tokenizer.json`, else what `transformers` makes of an older
+    `vocab.json` and `merges.txt`. Lines on stderr say where one file counts and another does not.
+
+    Raises:
+      TokenizerError: no tokenizer, or one that cannot be used; the message names file and field.
+    """
+    directory = pathlib.Path(directory)
+    path = directory / FILE
+    if not path.is_file():
+        return _convert_slow(directory)
+    try:
+        raw = load(path, dict[str, Any])
+        settings_path = directory / SETTINGS
+        settings = _settings(settings_path) if settings_path.is_file() else {}
+        _compare_vocabulary(directory, raw)
+        _check_declared(directory, settings, raw)
+        name = settings.get("tokenizer_class") or _class_of_model(directory)
+    except FormatError as error:
+        raise TokenizerError(str(error)) from None
+    if settings.get("add_prefix_space"):
+        raise TokenizerError(f"{settings_path}: add_prefix_space=true is not supported")
+    if name in ("Qwen2Tokenizer", "Qwen2TokenizerFast"):
+        raw = _as_qwen(path, raw)
+    return json.dumps(raw, ensure_ascii=False)
+
+
+def checked(text: str) -> dict[str, Any]:
+    """Return the contents of a `tokenizer.json`, without its state, if they can be used.
+
+    Raises:
+      TokenizerError: something cannot be used; the message names the field or the token.
+    """
+    try:
+        raw = loads(text, dict[str, Any])
+        file = msgspec.convert(raw, _Tokenizer)
+    except (FormatError, msgspec.ValidationError) as error:
+        raise TokenizerError(f"{FILE}: {error}") from None
+    try:
+        _check_pipeline(file)
+        _check_model(file["model"])
+        _check_added(file)
+    except TokenizerError as error:
+        raise TokenizerError(f"{FILE}: {error}") from None
+    return raw | {"truncation": None, "padding": None, "post_processor": None}
+
+
+def byte_alphabet() -> dict[str, int]:
+    """Return the byte by the character that a byte-level vocabulary writes for it: the same where
+    that is printable in Latin-1, else the next free one from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def without_control(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return `checked` contents without added tokens, those in the vocabulary included."""
+    control = {in_bytes(token["content"]) for token in raw.get("added_tokens") or []}
+    model = raw["model"]
+    vocabulary = {t: number for t, number in model["vocab"].items() if t not in control}
+    return raw | {"added_tokens": [], "model": model | {"vocab": vocabulary}}
+
+
+def in_bytes(text: str) -> str:
+    """Return text as a byte-level vocabulary writes it."""
+    letters = {byte: character for character, byte in byte_alphabet().items()}
+    return "".join(letters[byte] for byte in text.encode("utf-8", "replace"))
+
+
+def _check_pipeline(file: _Tokenizer) -> None:
+    """Text keeps its characters but for NFC, and tokens are bytes."""
+    for step in _steps(file.get("normalizer"), "normalizers"):
+        if step.get("type") != "NFC":
+            raise TokenizerError(f"normalizer: {step.get('type')!r} is not supported, only NFC")
+    steps = list(_steps(file.get("pre_tokenizer"), "pretokenizers"))
+    for step in steps:
+        kind = step.get("type")
+        if kind not in ("ByteLevel", "Split", "Digits") or step.get("behavior") == "Removed":
+            raise TokenizerError(f"pre_tokenizer: {kind!r} is not supported in a byte-level BPE")
+        if kind == "ByteLevel" and step.get("add_prefix_space", True):
+            raise TokenizerError("pre_tokenizer: add_prefix_space=true is not supported")
+    if not steps or steps[-1]["type"] != "ByteLevel":
+        raise TokenizerError("pre_tokenizer: does not end with ByteLevel")
+    decoder = file.get("decoder") or {}
+    if decoder.get("type") != "ByteLevel":
+        raise TokenizerError(f"decoder: {decoder.get('type')!r} is not supported, only ByteLevel")
+
+
+def _steps(part: dict[str, Any] | None, field: str) -> Iterator[dict[str, Any]]:
+    """The parts of a normalizer or pre-tokenizer, those of sequences one by one."""
+    if part is None:
+        return
+    if not isinstance(part, dict):
+        raise TokenizerError(f"{field}: must be objects")
+    if part.get("type") != "Sequence":
+        yield part
+        return
+    parts = part.get(field)
+    if not isinstance(parts, list):
+        raise TokenizerError(f"{field}: must be a list")
+    for inner in parts:
+        yield from _steps(inner, field)
+
+
+def _check_model(model: _Model) -> None:
+    for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(field):
+            raise TokenizerError(f"model.{field}={model[field]!r} is not supported")
+    vocabulary, alphabet = model["vocab"], byte_alphabet()
+    if len(set(vocabulary.values())) != len(vocabulary):
+        raise TokenizerError("model.vocab: two tokens have the same id")
+    for token in vocabulary:
+        if not alphabet.keys() >= set(token):
+            raise TokenizerError(f"model.vocab: {token!r} is not written in bytes")
+    if model.get("unk_token") is not None and not vocabulary.keys() >= alphabet.keys():
+        raise TokenizerError(
+            f"model.unk_token={model['unk_token']!r}: some bytes have no token, and would become it"
+        )
+
+
+def _check_added(file: _Tokenizer) -> None:
+    model, added = file["model"], file.get("added_tokens") or []
+    vocabulary = model["vocab"]
+    ids = {number: token for token, number in vocabulary.items()}
+    merges = model.get("merges") or []
+    # Ordinary text becomes a token only where merges make it, as a control token is not one byte.
+    products = {"".join(m) if isinstance(m, tuple) else m.replace(" ", "") for m in merges}
+    seen: dict[str | int, str] = {}
+    for token in added:
+        content, number = token["content"], token["id"]
+        _check_name(content)
+        if content in seen or number in seen:
+            raise TokenizerError(f"added_tokens: {content!r} (id {number}) is there twice")
+        seen |= {content: content, number: content}
+        written = in_bytes(content)
+        if ids.get(number, content) not in (content, written):
+            raise TokenizerError(
+                f"added_tokens: {content!r} has id {number}, in model.vocab that is {ids[number]!r}"
+            )
+        if vocabulary.get(content, number) != number:
+            raise TokenizerError(
+                f"added_tokens: {content!r} has id {number}, in model.vocab {vocabulary[content]}"
+            )
+        if written in products:
+            raise TokenizerError(
+                f"added_tokens: ordinary text can become {content!r} (model.merges)"
+            )
+
+
+def _check_name(content: str) -> None:
+    """Raise TokenizerError for an added token that the policy, or ordinary text, needs as text."""
+    if _TAG.search(content):
+        raise TokenizerError(
+            f"added token {content!r} is a tag of a turn: the policy must write tags as ordinary "
+            "text, since added tokens are never sampled; use a tokenizer without this token"
+        )
+    if not _MARKUP.fullmatch(content):
+        raise TokenizerError(
+            f"added token {content!r} is ordinary text, which is encoded without added tokens "
+            "here; only tokens in angle or square brackets can be added tokens"
+        )
+
+
+def _check_declared(directory: pathlib.Path, settings: dict[str, Any], raw: dict[str, Any]) -> None:
+    """Tokens that `AutoTokenizer` adds to those of `tokenizer.json`, from other files."""
+    added = raw.get("added_tokens") or []
+    known = {t.get("content"): t.get("id") for t in added if isinstance(t, dict)}
+    sources = [(SETTINGS, settings)]
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        if (directory / name).is_file():
+            sources.append((name, _settings(directory / name)))
+    for name, data in sources:
+        for content, number in _declared(data, whole=name == "added_tokens.json"):
+            try:
+                if content not in known:
+                    _check_name(content)
+                elif number is not None and number != known[content]:
+                    raise TokenizerError(
+                        f"token {content!r} has id {number}, but {known[content]} in {FILE}"
+                    )
+            except TokenizerError as error:
+                raise TokenizerError(f"{directory / name}: {error}") from None
+
+
+def _declared(data: dict[str, Any], whole: bool) -> Iterator[tuple[str, int | None]]:
+    """Tokens and, where given, ids that a file of tokenizer settings declares."""
+    if whole:
+        yield from ((content, number) for content, number in data.items())
+        return
+    decoder = data.get("added_tokens_decoder")
+    for number, token in decoder.items() if isinstance(decoder, dict) else ():
+        yield from ((c, int(number)) for c in _contents(token) if number.isdecimal())
+    for field, value in data.items():
+        if field.endswith("_token") or field in (
+            "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"
+        ):  # fmt: skip
+            yield from ((content, None) for content in _contents(value))
+
+
+def _contents(value: Any) -> Iterator[str]:
+    if isinstance(value, str) and value:
+        yield value
+    elif isinstance(value, dict) and "content" in value:
+        yield from _contents(value["content"])
+    elif isinstance(value, (dict, list)):
+        parts = value.values() if isinstance(value, dict) else value
+        yield from itertools.chain.from_iterable(map(_contents, parts))
+
+
+def _settings(path: pathlib.Path) -> dict[str, Any]:
+    return load(path, dict[str, Any], large=True)  # `model_max_length` is int(1e30) if unlimited
+
+
+def _class_of_model(directory: pathlib.Path) -> str | None:
+    """The class where `tokenizer_config.json` names none: by `config.json`, if there is one."""
+    path = directory / "config.json"
+    if not path.is_file():
+        return None
+    return _settings(path).get("tokenizer_class") or "Qwen2Tokenizer"
+
+
+def _as_qwen(path: pathlib.Path, raw: dict[str, Any]) -> dict[str, Any]:
+    model = raw.get("model")
+    if not isinstance(model, dict):
+        raise TokenizerError(f"{path}: model: must be an object")
+    compared = _QWEN | {"decoder": {"type": "ByteLevel"}}  # its settings do nothing
+    changed = [field for field in compared if not _same(raw.get(field), compared[field])]
+    changed += [
+        f"model.{f}" for f, x in _QWEN_MODEL.items() if (model.get(f) or None) != (x or None)
+    ]
+    if changed:
+        print(
+            f"{path}: {', '.join(changed)}: replaced by those of Qwen2Tokenizer, as transformers "
+            f"does ({SETTINGS}, or its absence, names that class)",
+            file=sys.stderr,
+        )
+    return raw | _QWEN | {"model": model | _QWEN_MODEL}
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    """Whether two parts of a tokenizer do the same; offsets are not used."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        keys = wanted.keys() - {"trim_offsets"}
+        return all(_same(found.get(key), wanted[key]) for key in keys)
+    if isinstance(wanted, list) and isinstance(found, list):
+        return len(found) == len(wanted) and all(map(_same, found, wanted))
+    return found == wanted
+
+
+def _compare_vocabulary(directory: pathlib.Path, raw: dict[str, Any]) -> None:
+    path, model = directory / "vocab.json", raw.get("model")
+    if not path.is_file() or not isinstance(model, dict):
+        return
+    if load(path) != model.get("vocab"):
+        print(f"{path}: differs from {FILE}, which counts, as in transformers", file=sys.stderr)
+
+
+def _convert_slow(directory: pathlib.Path) -> str:
+    """The `tokenizer.json` that `transformers` makes of an old vocab.json and merges.txt."""
+    if not directory.is_dir():
+        raise TokenizerError(f"{directory}: no such directory")
+    if not (directory / "vocab.json").is_file():
+        raise TokenizerError(f"{directory}: no {FILE}, nor vocab.json and merges.txt")
+    from transformers import AutoTokenizer  # slow to import, and only needed here
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return tokenizer.backend_tokenizer.to_str()
+    except Exception as error:  # transformers has no single error for this
+        reason = str(error).split("\n")[0]
+        raise TokenizerError(
+            f"{directory}: vocab.json and merges.txt cannot be used ({reason})"
+        ) from None

@@ -1,0 +1,134 @@
+"""From the episodes of a step to what its updates need: rewards, advantages, packed samples."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mmsr1_jax.config import settings
+from mmsr1_jax.episodes.episode import Episode
+from mmsr1_jax.models.qwen2_5_vl import ModelConfig
+from mmsr1_jax.processing.batching import TooLongError
+from mmsr1_jax.rewards.reward_function import Reward
+from mmsr1_jax.rl import advantages, packing
+from mmsr1_jax.rl.loss import LossOptions, policy_loss, token_weights
+from mmsr1_jax.rl.packing import RowShape, Sample, TrainBatch
+
+Group = Sequence[tuple[Episode, Reward]]  # the episodes of a question
+
+
+def loss_options(objective: settings.Objective) -> LossOptions:
+    corrects = objective.old_logprobs == "trainer" and objective.tis_cap > 0
+    return LossOptions(
+        ratio=objective.ratio_level,
+        clip_low=objective.clip_low,
+        clip_high=objective.clip_high,
+        kl=objective.kl_coef,
+        kl_kind=objective.kl_estimator,
+        entropy=objective.entropy_coef,
+        truncation=objective.tis_cap if corrects else None,
+    )
+
+
+def make_loss(objective: settings.Objective):
+    """The loss of the objective, as `update.Learner` wants it."""
+    options = loss_options(objective)
+
+    def loss(logprobs, entropies, batch: TrainBatch):
+        # With one update a step, the policy is still the one at the step's beginning.
+        at_start = logprobs if objective.num_minibatches == 1 else batch.old
+        engine = objective.old_logprobs == "engine"
+        return policy_loss(
+            logprobs,
+            old=batch.behaviour if engine else at_start,
+            behaviour=None if engine else batch.behaviour,
+            reference=batch.reference if objective.kl_coef else None,
+            advantages=batch.advantages,
+            weights=batch.weights,
+            mask=batch.mask,
+            segment_ids=batch.segment_ids,
+            entropies=entropies,
+            options=options,
+        )
+
+    return loss
+
+
+def shaped_rewards(group: Group, objective: settings.Objective, limit: int) -> np.ndarray:
+    """float[G]: the rewards, less what overlong episodes cost; `limit`: tokens of an episode, with
+    what it was shown: that is the room that is used up, and the policy chooses what to search for.
+    """
+    rewards = np.array([reward.reward for _, reward in group], np.float64)
+    if objective.overlong == "penalty":
+        lengths = np.array([len(episode) for episode, _ in group])
+        rewards += advantages.overlong_penalty(lengths, limit, objective.overlong_buffer)
+    return rewards
+
+
+def has_spread(group: Group, objective: settings.Objective, limit: int) -> bool:
+    """Whether a question teaches anything."""
+    return len(group) > 1 and advantages.has_spread(shaped_rewards(group, objective, limit))
+
+
+def samples_of(
+    groups: Sequence[Group],
+    objective: settings.Objective,
+    limit: int,
+    config: ModelConfig,
+    shape: RowShape,
+) -> tuple[list[Sample], list[str]]:
+    """What the episodes of an update bring to it.
+
+    Args:
+      groups: of the update; their episodes' tokens together are what the loss is averaged over.
+      limit: tokens of an episode.
+      shape: of the rows.
+
+    Returns:
+      the samples, and why others were left out (they fit into no row).
+    """
+    chosen, odd = [], []
+    for group in groups:
+        if not group:
+            continue
+        advantage = advantages.group_advantages(
+            shaped_rewards(group, objective, limit), objective.advantage
+        )
+        for (episode, _), value in zip(group, advantage, strict=True):
+            try:
+                packing.check_fits(episode.conversation, config, shape)
+            except TooLongError as error:
+                odd.append(f"episode {episode.number}: {error}")
+                continue
+            mask = episode.loss_mask
+            if objective.overlong == "mask":
+                mask = advantages.overlong_mask(mask, episode.end == "tokens")
+            chosen.append((episode, mask, value))
+    lengths = np.array([mask.sum() for _, mask, _ in chosen], np.int64)
+    weights = token_weights(lengths, objective.loss_aggregation, fixed_length=limit)
+    idle = not objective.kl_coef and not objective.entropy_coef
+    samples = [
+        Sample(
+            prompt=episode.conversation,
+            mask=mask,
+            weights=np.full(len(mask), weight, np.float32),
+            advantages=np.full(len(mask), value, np.float32),
+            behaviour=episode.logprobs,
+        )
+        for (episode, mask, value), weight in zip(chosen, weights, strict=True)
+        if not (idle and value == 0) and mask.any()  # else its gradient is nothing
+    ]
+    return samples, odd
+
+
+def figures_of(sums: dict[str, float]) -> dict[str, float]:
+    """The sums of an update as means over its tokens."""
+    tokens = max(1.0, sums["tokens"])
+    whole = ("loss", "policy_loss", "gradient_norm", "tokens", "finite")
+    figures = {name: value for name, value in sums.items() if name in whole}
+    for name, value in sums.items():
+        if name.endswith("_squared"):
+            figures[name.removesuffix("_squared") + "_rms"] = (value / tokens) ** 0.5
+        elif name not in whole:
+            figures[name] = value / tokens
+    figures["clip_fraction"] = figures["clipped_low"] + figures["clipped_high"]
+    return figures

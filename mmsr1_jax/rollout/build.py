@@ -1,0 +1,75 @@
+"""Engines as the settings have them."""
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from mmsr1_jax.config import settings
+from mmsr1_jax.models import qwen2_5_vl, sharding
+from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
+from mmsr1_jax.processing.processor import Processor
+from mmsr1_jax.rollout.device import place
+from mmsr1_jax.rollout.engine import Engine
+from mmsr1_jax.rollout.pool import EnginePool
+from mmsr1_jax.tools.build import make_tools
+
+_MAX_PIXELS = 2 * 672 * 672
+
+
+def make_engine(
+    config: settings.Config, model_dir: str, *, engines: int | None = None
+) -> Engine | EnginePool:
+    """The policy of a directory in an engine, with the tools of the settings: on one device, or on
+    `mesh.tensor` of them; and where this process has several such groups, in an engine on each.
+
+    Args:
+      engines: at most so many; None: as many as there are groups.
+
+    Raises:
+      ValueError, OSError: something cannot be used; the message names it.
+    """
+    meshes = _meshes(config.mesh)[:engines]
+    tools = make_tools(config, loops=len(meshes))
+    processor = make_processor(config, model_dir)
+    model = qwen2_5_vl.load(
+        model_dir,
+        mesh=meshes[0],
+        param_dtype=config.model.dtype,
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+    )
+    processor.check_fits(model.config)
+    if len(meshes) == 1:
+        return Engine(model, processor, config, tools)
+    return EnginePool(copies(model, meshes), processor, config, tools)
+
+
+def make_processor(config: settings.Config, model_dir: str) -> Processor:
+    """The processor of a directory, with limits on pictures that an engine can do with."""
+    processor = Processor.from_directory(model_dir)
+    limit = config.images.max_pixels or min(processor.images.max_pixels, _MAX_PIXELS)
+    processor.images = processor.images.with_limits(config.images.min_pixels, limit)
+    return processor
+
+
+def copies(model: Qwen2_5_VL, meshes: list[Mesh]) -> list[Qwen2_5_VL]:
+    """The model on each mesh, from device to device; where it lies already it is not copied."""
+    graph, params = nnx.split(model)
+    layouts = [sharding.param_shardings(params, mesh) for mesh in meshes]
+    return [nnx.merge(graph, place(params, layout)) for layout in layouts]
+
+
+def _meshes(mesh: settings.Mesh) -> list[Mesh]:
+    """A mesh for each engine: this process's devices, `mesh.tensor` at a time. What is left over
+    has no engine."""
+    devices = jax.local_devices()
+    tensor = mesh.tensor
+    if tensor == -1:
+        tensor = jax.device_count() // (mesh.replica * mesh.fsdp)
+    if not 1 <= tensor <= len(devices):
+        raise settings.ConfigError(
+            f"config.mesh.tensor={mesh.tensor}: an engine needs {tensor} devices of one process, "
+            f"which has {len(devices)}"
+        )
+    groups = [devices[first : first + tensor] for first in range(0, len(devices), tensor)]
+    return [sharding.make_mesh(1, 1, tensor, devices=g) for g in groups if len(g) == tensor]

@@ -1,0 +1,47 @@
+"""Makes a local index of pages and pictures, for `--tools.index=DIR`.
+
+    python -m mmsr1_jax.scripts.index --pages=PAGES.jsonl --images=IMAGES.jsonl --out=DIR \\
+        [--model=DIR]
+
+PAGES, a line: {"url": .., "title": .., "snippet": .., "text": .. or "summary": ..}
+IMAGES, a line: {"image": PATH, "title": .. or "titles": [..], "link": ..}; a path is looked up
+beside the file, and leads to a file in that folder, or in one of `--image_roots=DIR,..`: the index
+will show it to others. Both flags may be given several times.
+
+With `--model`, an HF directory, its vision tower embeds the pictures too, for a search with
+`--config.tools.image_model=DIR`. That may be another directory with the same tower.
+"""
+
+import sys
+
+from absl import flags
+
+from mmsr1_jax import cli
+from mmsr1_jax.tools import local
+
+
+def main(argv) -> None:
+    del argv
+    try:
+        embed = None
+        if _MODEL.value is not None:
+            from mmsr1_jax.tools.embedding import Embedder  # only then: it takes a second
+
+            embed = Embedder(_MODEL.value)
+        pages, pictures = local.build(
+            _OUT.value, _PAGES.value, _IMAGES.value, embed=embed, image_roots=_ROOTS.value
+        )
+    except (ValueError, OSError) as error:  # model, pages or pictures: said in one line
+        sys.exit(f"error: {error}")
+    print(f"{pages} pages and {pictures} titles of pictures in {_OUT.value}")
+
+
+if __name__ == "__main__":
+    _PAGES = flags.DEFINE_multi_string("pages", [], "JSONL of pages")
+    _IMAGES = flags.DEFINE_multi_string("images", [], "JSONL of pictures")
+    _MODEL = flags.DEFINE_string(
+        "model", None, "HF directory whose vision tower embeds the pictures"
+    )
+    _ROOTS = flags.DEFINE_list("image_roots", [], "other directories in which pictures may lie")
+    _OUT = flags.DEFINE_string("out", None, "directory to write", required=True)
+    cli.run(main)

@@ -1,0 +1,151 @@
+"""A small random policy with a small tokenizer, as an HF directory: for demos and tests.
+
+python -m mmsr1_jax.scripts.random_policy --out=DIR [--tokenizer=HF_DIR]
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import tokenizers
+from absl import flags
+from flax import nnx
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from mmsr1_jax import cli
+from mmsr1_jax.models import qwen2_5_vl
+from mmsr1_jax.processing.images import ImageProcessor
+from mmsr1_jax.processing.processor import CONTROL_TOKENS
+from mmsr1_jax.utils import outputs
+
+# What the small tokenizer learns its merges from: the words of the task.
+_CORPUS = """
+You are a helpful assistant. system user assistant
+Look at the picture and answer the question. Think first between <reason> and </reason>.
+Then do one of three things: <answer>the answer</answer>, <search><img></search>, or
+<text_search>what you want to know</text_search>. The results come between <information> and
+</information>. What is the name of this building? Who designed the bridge in the photograph, and
+in which year was it opened? How tall is the tower? Which river does it cross?
+[Text Search Results] [Image Search Results] 1. image: title: link: summary:
+"""
+
+CONFIG = qwen2_5_vl.ModelConfig(
+    text=qwen2_5_vl.TextConfig(
+        vocab_size=512,  # a little more than the tokenizer has, as in the released models
+        hidden_size=128,
+        intermediate_size=256,
+        num_layers=3,
+        num_heads=8,
+        num_kv_heads=2,
+        mrope_section=(2, 3, 3),
+    ),
+    vision=qwen2_5_vl.VisionConfig(
+        num_layers=4,
+        hidden_size=64,
+        intermediate_size=96,
+        num_heads=4,
+        out_hidden_size=128,
+        full_attention_layers=(1, 3),
+        window_size=112,
+    ),
+    image_token_id=5,
+    video_token_id=511,
+    vision_start_token_id=3,
+    vision_end_token_id=4,
+)
+
+# 16 to 256 visual tokens: seconds on a CPU.
+IMAGES = ImageProcessor(min_pixels=16 * 28 * 28, max_pixels=256 * 28 * 28)
+
+
+def make_tokenizer() -> tokenizers.Tokenizer:
+    """A byte-level BPE of under 512 tokens with Qwen's control tokens as its first ids."""
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=list(CONTROL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_CORPUS.splitlines(), trainer)
+    return bpe
+
+
+def random_model(config: qwen2_5_vl.ModelConfig, seed: int, **keywords) -> qwen2_5_vl.Qwen2_5_VL:
+    """A model in which every parameter is random, biases and norms too (keywords: `Qwen2_5_VL`)."""
+    model = qwen2_5_vl.Qwen2_5_VL(config, rngs=nnx.Rngs(seed), **keywords)
+    state = nnx.state(model, nnx.Param)
+    leaves, tree = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noisy = [_with_noise(x, key) for x, key in zip(leaves, keys, strict=True)]
+    nnx.update(model, jax.tree.unflatten(tree, noisy))
+    return model
+
+
+@jax.jit
+def _with_noise(x: jax.Array, key: jax.Array) -> jax.Array:
+    return x + 0.1 * jax.random.normal(key, x.shape, x.dtype) * _spread(x)
+
+
+def _spread(x: jax.Array) -> jax.Array:
+    """Noise of a tenth of a parameter's own size, or of 1 where it is constant (norms, biases)."""
+    std = jnp.std(x.astype(jnp.float32)).astype(x.dtype)
+    return jnp.where(std > 0, std, 1)
+
+
+def write(
+    directory, *, config=CONFIG, images=IMAGES, seed: int = 0, param_dtype=jnp.float32,
+    tokenizer: tokenizers.Tokenizer | None = None,
+):  # fmt: skip
+    """Writes a random policy, its tokenizer (the one above unless another is given) and its
+    processor settings as an HF directory."""
+    qwen2_5_vl.check_replaceable(directory)
+    with outputs.new_directory(directory) as partial:
+        qwen2_5_vl.save(random_model(config, seed, param_dtype=param_dtype), partial)
+        (tokenizer or make_tokenizer()).save(str(partial / "tokenizer.json"))
+        (partial / "preprocessor_config.json").write_text(json.dumps(images.to_hf(), indent=2))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+        (partial / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+
+
+def fitted(config: qwen2_5_vl.ModelConfig, tokenizer: tokenizers.Tokenizer):
+    """The shape with a tokenizer's vocabulary and ids of control tokens, and one unused id more."""
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    unused = max(ids.values()) + 1
+    return dataclasses.replace(
+        config,
+        text=dataclasses.replace(config.text, vocab_size=unused + 1),
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids.get("<|video_pad|>", unused),
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+
+
+def main(argv):
+    del argv
+    if _TOKENIZER.value is None:
+        write(_OUT.value, seed=_SEED.value)
+    else:
+        try:
+            file = pathlib.Path(_TOKENIZER.value, "tokenizer.json")
+            tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            config = fitted(CONFIG, tokenizer)
+        except OSError as error:
+            sys.exit(f"error: --tokenizer: {error}")
+        except KeyError as error:
+            sys.exit(f"error: --tokenizer: {file} has no token {error}")
+        write(_OUT.value, config=config, seed=_SEED.value, tokenizer=tokenizer)
+    print(f"wrote a random policy to {_OUT.value}")
+
+
+if __name__ == "__main__":
+    _OUT = flags.DEFINE_string("out", None, "directory to write", required=True)
+    _SEED = flags.DEFINE_integer("seed", 0, "seed of the random parameters")
+    _TOKENIZER = flags.DEFINE_string("tokenizer", None, "HF directory whose tokenizer it is given")
+    cli.run(main)

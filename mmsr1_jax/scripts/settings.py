@@ -1,0 +1,80 @@
+"""Print every setting with its type, default, allowed values and meaning.
+
+mmsr1 settings [PREFIX]        such as `mmsr1 settings update` or `mmsr1 settings run.seed`
+"""
+
+import dataclasses
+import inspect
+import re
+import sys
+import textwrap
+import typing
+from collections.abc import Iterator, Sequence
+
+from mmsr1_jax.config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One setting.
+
+    Attributes:
+      name: As on the command line, without `--`.
+      type: As Python writes it.
+      default: Its value where nothing sets it.
+      allowed: Bounds or choices in words; empty for none.
+      meaning: From the docstring of its dataclass.
+    """
+
+    name: str
+    type: str
+    default: typing.Any
+    allowed: str
+    meaning: str
+
+    def __str__(self) -> str:
+        head = f"{self.name}: {self.type} = {self.default!r}"
+        allowed = f"  [{self.allowed}]" if self.allowed else ""
+        meaning = textwrap.fill(self.meaning, 92, initial_indent="    ", subsequent_indent="    ")
+        return f"{head}{allowed}\n{meaning}"
+
+
+def all_settings() -> Iterator[Setting]:
+    """Yield the settings in the order of their declaration."""
+    for part in dataclasses.fields(Config):
+        kind = typing.get_type_hints(Config)[part.name]
+        hints, meanings = typing.get_type_hints(kind), meanings_of(kind)
+        for field in dataclasses.fields(kind):
+            hint = hints[field.name]
+            yield Setting(
+                name=f"config.{part.name}.{field.name}",
+                type=hint.__name__ if isinstance(hint, type) else str(hint),
+                default=field.default,
+                allowed=str(field.metadata.get("allowed", "")),
+                meaning=meanings.get(field.name, ""),
+            )
+
+
+def meanings_of(kind: type) -> dict[str, str]:
+    """Return what the `Attributes:` block of a dataclass says of each of its fields."""
+    _, _, block = inspect.getdoc(kind).partition("Attributes:\n")
+    found: dict[str, str] = {}
+    for entry in re.split(r"\n(?=  \S)", block):
+        names, colon, text = entry.strip().partition(": ")
+        for name in names.split(", ") if colon else ():
+            found[name] = " ".join(text.split())
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
+    prefix = argv[1].removeprefix("--").removeprefix("config.") if len(argv) > 1 else ""
+    chosen = [s for s in all_settings() if s.name.startswith(f"config.{prefix}")]
+    if not chosen:
+        print(f"error: no setting begins with config.{prefix}", file=sys.stderr)
+        return 1
+    print("\n".join(map(str, chosen)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

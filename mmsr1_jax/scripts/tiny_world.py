@@ -1,0 +1,133 @@
+"""Writes the embedded task: a small made-up world, as files that the other commands read.
+
+python -m mmsr1_jax.scripts.tiny_world [--out=DIR] [--seed=0] \\
+    [--train=2400 --heldout=240 --unmet=120 ..]
+
+DIR/policy/         a random policy of a million parameters, with a tokenizer of its own
+DIR/index/          pages and pictures to be searched
+DIR/*.jsonl         what a warm start is taught: demonstrations, whose searches are drawn without
+                    regard to need; memories; and practice in reading, about other worlds
+DIR/*.parquet       questions: train, heldout (new photos, facts that were never asked), unmet
+                    (landmarks that were never met)
+"""
+
+import json
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from absl import flags
+
+from mmsr1_jax import cli
+from mmsr1_jax.data import tiny_world, write_parquet
+from mmsr1_jax.models import qwen2_5_vl
+from mmsr1_jax.processing.images import ImageProcessor
+from mmsr1_jax.scripts import random_policy
+from mmsr1_jax.utils import outputs
+
+_PRACTICE = 12  # small worlds in which reading is practised
+
+# A photo of 84 x 84 pixels is 9 tokens, a thumbnail of 56 x 56 4.
+IMAGES = ImageProcessor(min_pixels=56 * 56, max_pixels=84 * 84)
+
+CONFIG = qwen2_5_vl.ModelConfig(
+    text=qwen2_5_vl.TextConfig(
+        vocab_size=1152,  # a little more than the tokenizer has, as in the released models
+        hidden_size=128,
+        intermediate_size=384,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        mrope_section=(4, 6, 6),
+    ),
+    vision=qwen2_5_vl.VisionConfig(
+        num_layers=3,
+        hidden_size=96,
+        intermediate_size=192,
+        num_heads=4,
+        out_hidden_size=128,
+        full_attention_layers=(2,),
+        window_size=112,
+    ),
+    image_token_id=5,
+    video_token_id=1151,
+    vision_start_token_id=3,
+    vision_end_token_id=4,
+)
+
+
+def main(argv) -> None:
+    del argv
+    out = pathlib.Path(_OUT.value)
+    try:
+        with outputs.lock(out):
+            write(out)
+    except (ValueError, OSError) as error:  # of the place to be written: said in one line
+        sys.exit(f"error: {error}")
+    print(f"wrote an index, questions and a random policy to {out}")
+
+
+def write(out: pathlib.Path) -> None:
+    """Writes the task that the flags ask for."""
+    world = tiny_world.World.make(_SEED.value)
+    random_policy.write(
+        out / "policy", config=CONFIG, images=IMAGES, seed=_SEED.value,
+        tokenizer=tiny_world.train_tokenizer(), param_dtype=jnp.bfloat16,
+    )  # fmt: skip
+    tiny_world.write_index(world, out / "index")
+    for split, count in _COUNTS.items():
+        write_parquet(out / f"{split}.parquet", tiny_world.questions(world, split, count.value))
+    if _STORIES.value:
+        write_stories(world, out, _STORIES.value)
+
+
+def write_stories(world: tiny_world.World, out: pathlib.Path, count: int) -> None:
+    """What a warm start is taught, `count` lines in each of three files, with their pictures in
+    `out/stories/` and the indices of other worlds in `out/practice/`."""
+    practised = []
+    for number in range(min(_PRACTICE, count)):
+        other = tiny_world.World.make(
+            world.seed + 1 + number, landmarks=100, remembered=1, unmet=1, strangers=1
+        )
+        index = f"practice/{number:02d}"
+        tiny_world.write_index(other, out / index)
+        lines = count // _PRACTICE + (number < count % _PRACTICE)
+        practised += [
+            story | {"index": index} for story in tiny_world.practice(other, world, lines)
+        ]
+    _write(tiny_world.demonstrations(world, count), out, "demonstrations")
+    _write(tiny_world.memories(world, count), out, "memories")
+    _write(practised, out, "practice")
+
+
+def _write(stories: Sequence[Mapping[str, Any]], out: pathlib.Path, name: str) -> None:
+    folder = pathlib.Path("stories", name)
+    (out / folder).mkdir(parents=True, exist_ok=True)
+    path = out / f"{name}.jsonl"
+    path.unlink(missing_ok=True)  # first: no old line names a new picture
+    with outputs.new_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
+        for number, story in enumerate(stories):
+            images = []
+            if story["image"] is not None:
+                images = [str(folder / f"{number:06d}.jpg")]
+                (out / images[0]).write_bytes(story["image"])
+            line = {"id": f"{name}-{number}", **story, "images": images}
+            del line["image"]
+            file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    _OUT = flags.DEFINE_string("out", "build/tiny_world", "directory to write")
+    _SEED = flags.DEFINE_integer("seed", 0, "seed of the world and of the random policy")
+    _COUNTS = {
+        name: flags.DEFINE_integer(name, count, f"questions of {name}.parquet")
+        for name, count in (("train", 2400), ("heldout", 240), ("unmet", 120))
+    }
+    _STORIES = flags.DEFINE_integer(
+        "stories",
+        6000,
+        "lines each of demonstrations.jsonl, memories.jsonl and practice.jsonl; or 0",
+    )
+    cli.run(main)

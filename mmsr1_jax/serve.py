@@ -1,0 +1,101 @@
+"""A page to ask about pictures, answered by a policy that may search.
+
+    python -m mmsr1_jax.serve --model=DIR [--tools.index=DIR] [--port=8080] \\
+        [--config=FILE --config.rollout.lanes=8 ..]
+
+Several may ask at once, as many as `rollout.lanes` on each engine; others wait for a lane. The
+answers are those of `infer`: tokens are the likeliest ones, unless a `--config.sampling` is given.
+
+The page is for this machine only, unless `--host` says otherwise. There is no password: whoever
+reaches the page may use the policy and its searches. Behind a proxy that has one, and TLS, keep the
+host and give the page's public name as `--name`.
+"""
+
+import contextlib
+import ipaddress
+import pathlib
+import socket
+import sys
+
+import uvicorn
+from absl import flags
+
+from mmsr1_jax import cli
+from mmsr1_jax.apps.serve.app import Limits, make_app
+from mmsr1_jax.apps.serve.connections import make_protocol
+from mmsr1_jax.apps.serve.request_queue import Desk
+from mmsr1_jax.rollout.build import make_engine
+
+_CONNECTIONS = 256  # at a time, all with requests under way; what is more is refused
+
+
+def main(argv) -> None:
+    del argv
+    config, host = _CONFIG.value, _HOST.value
+    if _INDEX.value is not None:
+        config.tools.index = _INDEX.value
+    if not any(name.startswith("config.sampling.") for name in flags.FLAGS):
+        config.sampling.temperature = 0.0
+    limits = Limits()
+    config.images.max_file_pixels = min(config.images.max_file_pixels, limits.picture_pixels)
+    limits = Limits(picture_pixels=config.images.max_file_pixels)
+    try:
+        listening = _listen(host, _PORT.value)
+        engine = make_engine(config, _MODEL.value)
+    except (ValueError, OSError) as error:  # address, checkpoint, tokenizer, prompts or index
+        sys.exit(f"error: {error}")
+    names = {"localhost", "127.0.0.1", "::1", host.lower(), *(n.lower() for n in _NAMES.value)}
+    if not _is_loopback(host):
+        print(f"warning: whoever reaches {host} may use this page; it has no password",
+              file=sys.stderr)  # fmt: skip
+    app = make_app(
+        desk := Desk(engine, config.sampling),
+        engine.processor,
+        title=pathlib.Path(_MODEL.value).resolve().name,
+        limits=limits,
+        names=names if _is_loopback(host) or _NAMES.value else None,
+    )
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, lifespan="off", log_level="warning", access_log=False, server_header=False,
+            limit_concurrency=_CONNECTIONS, timeout_graceful_shutdown=1,
+            http=make_protocol(), ws="none",
+        )
+    )  # fmt: skip
+    shown = f"[{host}]" if ":" in host else host
+    print(f"http://{shown}:{listening.getsockname()[1]}/ (Ctrl-C ends it)", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listening])
+    desk.close()
+    engine.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket, before the policy is loaded: a port that is taken is told at once. Raises
+    OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise OSError(f"--host={host} --port={port}: {error.strerror or error}") from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+if __name__ == "__main__":
+    _CONFIG = cli.define_flag()
+    _MODEL = flags.DEFINE_string("model", None, "HF directory of the policy", required=True)
+    _INDEX = flags.DEFINE_string(
+        "tools.index",
+        None,
+        "local index to search in (config.tools.index); see mmsr1_jax.scripts.index",
+    )
+    _HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0: all")
+    _PORT = flags.DEFINE_integer("port", 8080, "port; 0: any that is free", 0, 65535)
+    _NAMES = flags.DEFINE_multi_string("name", [], "another name by which the page is asked for")
+    cli.run(main, interrupted=0)

@@ -1,0 +1,382 @@
+"""The tools that the settings ask for, and whether their services answer."""
+
+import asyncio
+import functools
+import re
+import sys
+import urllib.parse
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import PIL.Image
+
+from mmsr1_jax.config import settings
+from mmsr1_jax.processing.image_files import public_jpeg
+from mmsr1_jax.tools.addresses import parse_host
+from mmsr1_jax.tools.cached_tool import (
+    Stored,
+    StoredFinder,
+    StoredPictures,
+    StoredReader,
+    StoredSearch,
+    StoredSummariser,
+)
+from mmsr1_jax.tools.image_search import ImageSearch, Publisher, Thumbnails
+from mmsr1_jax.tools.judge import Judge
+from mmsr1_jax.tools.local import Embed, LocalIndex
+from mmsr1_jax.tools.redis_cache import RedisStore, open_store
+from mmsr1_jax.tools.service import Service, ServiceRefusedError, is_refusal
+from mmsr1_jax.tools.services.fvqa import FvqaCache
+from mmsr1_jax.tools.services.jina import Jina
+from mmsr1_jax.tools.services.reader import Reader
+from mmsr1_jax.tools.services.retrieval import Retrieval
+from mmsr1_jax.tools.services.searxng import SearXNG
+from mmsr1_jax.tools.services.serpapi import SerpApi
+from mmsr1_jax.tools.services.serper import Serper
+from mmsr1_jax.tools.services.summariser import Summariser
+from mmsr1_jax.tools.text_search import PassageSearch, TextSearch
+from mmsr1_jax.tools.tool import Tool
+from mmsr1_jax.tools.tool_cache import Store
+from mmsr1_jax.tools.web import Web, WebError
+
+SERVICES = (
+    "serpapi", "serper", "searxng", "retrieval", "reader", "summariser", "judge", "thumbnails",
+    "publisher",
+)  # fmt: skip
+# What configures each, of `config.services` and of the environment.
+_SETTINGS = {
+    "serpapi": ("serpapi_url", "SERPAPI_API_KEY"),
+    "serper": ("serper_url", "SERPER_API_KEY"),
+    "searxng": ("searxng_url",),
+    "retrieval": ("retrieval_url",),
+    "reader": ("jina_url", "JINA_API_KEY"),
+    "summariser": ("summariser_url", "summariser_model", "SUMMARISER_API_KEY"),
+    "judge": ("judge_url", "judge_model", "JUDGE_API_KEY"),
+    "publisher": ("upload_url", "PUBLISHER_AUTHORIZATION", "PUBLISHER_QUERY"),
+}
+_PUBLISHING = ("upload_url", "public_url")
+_TEST_SECONDS = 60.0  # for the test request of a service, with its retries
+_JUDGE_PAUSE = 60.0  # seconds; longer than a `Service` that failed is left alone
+
+
+class ToolsError(ValueError):
+    """Settings of tools that do not fit together; the message names the field."""
+
+
+def make_tools(config: settings.Config, *, loops: int = 1) -> dict[str, Tool]:
+    """The search tools by action; one that is `none` is left out.
+
+    Args:
+      loops: asyncio loops that will use them, one for each engine. Limits count for each loop, so
+        each has a share of them.
+
+    Raises:
+      ToolsError, LocalIndexError, KeyMissingError, CacheError, StoreError: one cannot be made.
+      ConfigError, CheckpointError, ImageError: nor the model of `tools.image_model` be used.
+    """
+    tools, services = config.tools, config.services
+    automatic = "none" if tools.index is None else "local"
+    text = automatic if tools.text == "auto" else tools.text
+    image = automatic if tools.image == "auto" else tools.image
+    index = None
+    if "local" in (text, image):
+        path = _needed("tools.index", tools.index)
+        embed = _embedder(config) if image == "local" else None
+        index = LocalIndex(
+            path, results=tools.max_results, chars=tools.max_result_chars, embed=embed
+        )
+    make = _Makers(tools, services, _store(services), loops)
+    made: dict[str, Tool] = {}
+    if text != "none":
+        made["text_search"] = index.text_search if text == "local" else make.text(text)
+    if image != "none":
+        made["image_search"] = index.image_search if image == "local" else make.image(image)
+    return made
+
+
+def make_judge(config: settings.Config) -> Judge | None:
+    """What judges answers; None where they are matched. Raises StoreError."""
+    services = config.services
+    if services.judge_url is None:
+        return None
+    return _Makers(config.tools, services, _store(services), 1).judge()
+
+
+def check_services(
+    config: settings.Config, turns: Sequence[settings.Turns], *, judge: bool = True
+) -> None:
+    """Ask every service that a command will use once, with something harmless.
+
+    A search for `test`, the page example.com, a summary of one sentence, a verdict on one answer,
+    and a white pixel for the publisher. Hosts of pages and pictures are not asked, and in a replay
+    of a store nobody is. A failure that may pass is printed, and does not stop the command.
+
+    Args:
+      config: Settings.
+      turns: Rules of the episodes; services of searches that all of them forbid are skipped.
+      judge: Whether the command asks the judge.
+
+    Raises:
+      ServiceRefusedError: One or more services refuse requests (a status of 3xx or 4xx but for 408,
+        425 and 429) or are not there (connection refused, no such name, a bad certificate).
+      ToolsError, KeyMissingError: see `make_tools`.
+    """
+    services = config.services
+    if services.cache is not None and services.cache_mode == "replay":
+        return
+    searches = [
+        any(min(one.max_searches, getattr(one, f"max_{kind}_searches")) > 0 for one in turns)
+        for kind in ("text", "image")
+    ]
+    makers = _Makers(config.tools, services, Store(None, "off"), 1, testing=True)
+    refusals = asyncio.run(_refusals(makers.tests(*searches, judge)))
+    if refusals:
+        raise ServiceRefusedError("; ".join(refusals))
+
+
+async def _refusals(tests: "Sequence[_Test]") -> list[str]:
+    """Return a line for each service that refuses its test; print one for each other failure."""
+
+    async def one(service: Service, ask: Callable[[], Awaitable]) -> str | None:
+        try:
+            async with asyncio.timeout(_TEST_SECONDS):
+                await ask()
+        except TimeoutError:
+            words = f"no answer within {_TEST_SECONDS:g} s"
+        except WebError as error:
+            if is_refusal(error, at_start=True):
+                return service.refusal(error)
+            words = str(error)
+        else:
+            return None
+        print(f"warning: {service.name} failed its test: {words}; it is asked again when needed",
+              file=sys.stderr)  # fmt: skip
+        return None
+
+    return [line for line in await asyncio.gather(*(one(*test) for test in tests)) if line]
+
+
+_Test = tuple[Service, Callable[[], Awaitable]]
+
+
+def _store(services: settings.Services) -> Store | RedisStore:
+    mode = "off" if services.cache is None else services.cache_mode
+    return open_store(
+        services.cache, mode, days=services.cache_ttl_days, max_bytes=services.cache_max_bytes
+    )
+
+
+def _embedder(config: settings.Config) -> Embed | None:
+    directory = config.tools.image_model
+    if directory is None:
+        return None
+    from mmsr1_jax.tools.embedding import Embedder  # only here: tools need no model otherwise
+
+    embed = Embedder(directory)
+    if config.rollout.precompile:
+        embed.warm_up()
+    return embed
+
+
+class _Makers:
+    def __init__(
+        self, tools: settings.Tools, services: settings.Services, store: Store | RedisStore,
+        loops: int, *, testing: bool = False,
+    ):  # fmt: skip
+        self._tools, self._services, self._loops = tools, services, loops
+        self._testing = testing
+        self._store, self._stored = store, Stored(store)
+        # One's own services may be anywhere; what they find may not.
+        urls = (
+            services.serpapi_url, services.serper_url, services.searxng_url, services.jina_url,
+            services.retrieval_url, services.summariser_url, services.judge_url,
+            services.upload_url,
+        )  # fmt: skip
+        own = [url for url in urls if url and _names_host(url)]
+        self._own = Web(allowed_hosts=own, seconds=services.timeout)
+        self._web = Web(allowed_hosts=services.allowed_hosts, seconds=services.timeout)
+        self._limits = dict(map(_limit, services.limits))
+        # What is there by then is made do with, so that the search itself is not too late.
+        self._seconds = 0.75 * tools.timeout
+
+    def _service(self, name: str) -> Service:
+        """One's own, or one that is paid for."""
+        # The judge has figures of its own; a test is no part of a step.
+        counted = not self._testing and name != "judge"
+        return self._limited(name, self._own, attempts=self._services.max_attempts, counted=counted)
+
+    def _hosts(self, name: str) -> Service:
+        """Any host: one that fails says nothing of the others, and the next hit is the retry."""
+        return self._limited(name, self._web, attempts=1, failures=None, counted=False)
+
+    def _limited(self, name: str, web: Web, **keywords) -> Service:
+        per_second, at_once, turn = self._services.max_qps, self._services.max_concurrency, None
+        per_second, at_once = self._limits.get(name, (per_second, at_once))
+        if isinstance(self._store, RedisStore):
+            turn = functools.partial(self._store.turn, name, per_second)
+        at_once, per_second = -(-at_once // self._loops), per_second / self._loops
+        names = _SETTINGS.get(name, ())
+        address = _origin(getattr(self._services, names[0]) or "") if names else ""
+        fields = [n if n.isupper() else f"config.services.{n}" for n in names]
+        return Service(
+            name, web, at_once=at_once, per_second=per_second, turn=turn,
+            address=address, settings=", ".join(fields), **keywords,
+        )  # fmt: skip
+
+    def _client(self, name: str, service: Service | None = None) -> Any:
+        """Return the client of a web service, one of `_SETTINGS`; `service` makes its requests."""
+        of, service = self._services, service or self._service(name)
+        match name:
+            case "serpapi":
+                return SerpApi(service, base_url=of.serpapi_url)
+            case "serper":
+                return Serper(service, base_url=of.serper_url)
+            case "searxng":
+                return SearXNG(service, base_url=of.searxng_url)
+            case "retrieval":
+                return Retrieval(service, base_url=of.retrieval_url)
+            case "reader":
+                return Jina(service, base_url=of.jina_url)
+            case "summariser":
+                return Summariser(service, base_url=of.summariser_url, model=of.summariser_model)
+            case "judge":
+                return Judge(
+                    service, self._stored, base_url=of.judge_url, model=of.judge_model,
+                    pauses=[_JUDGE_PAUSE] * (of.max_attempts - 1),
+                )  # fmt: skip
+            case "publisher":
+                put, public = (_needed(f"services.{f}", getattr(of, f)) for f in _PUBLISHING)
+                return Publisher(service, self._stored, put_url=put, public_url=public)
+        raise ToolsError(f"there is no service {name!r}")
+
+    def tests(self, text: bool, image: bool, judge: bool) -> "list[_Test]":
+        """Return the web services that are used, each with its test request.
+
+        Args:
+          text, image: Whether text and pictures are searched for.
+          judge: Whether answers are judged.
+        """
+        tools, of = self._tools, self._services
+        names: list[str] = []
+        if text and tools.text == "retrieval":
+            names.append("retrieval")
+        elif text and tools.text in _SETTINGS:
+            names.append(tools.text)
+            names += ["reader"] * (of.reader == "jina")
+            names += ["summariser"] * (of.summariser_url is not None and of.reader != "none")
+        if image and tools.image in _SETTINGS:  # one account and address for both kinds of search
+            names += [tools.image, "publisher"]
+        names += ["judge"] * (judge and of.judge_url is not None)
+        found = []
+        for name in dict.fromkeys(names):
+            service = self._service(name)
+            found.append((service, functools.partial(_TESTS[name], self._client(name, service))))
+        return found
+
+    def text(self, name: str) -> Tool:
+        services, stored = self._services, self._stored
+        finder = self._client(name)
+        if name == "retrieval":
+            url = services.retrieval_url
+            return PassageSearch(finder, stored, url, results=self._tools.max_results)
+        # Key of this search service in the store.
+        where = f"{name} {services.searxng_url}" if name == "searxng" else name
+        summariser = services.summariser_url and services.summariser_model
+        results, chars = self._tools.max_results, self._tools.max_result_chars
+        search = TextSearch(
+            StoredFinder(finder, stored, where),
+            self._reader(),
+            self._summariser(),
+            results=results,
+            chars=chars,
+            seconds=self._seconds,
+        )
+        return StoredSearch(
+            search, stored, f"{where} {services.reader} {summariser} {results} {chars}"
+        )
+
+    def _reader(self) -> StoredReader | None:
+        name = self._services.reader
+        if name == "none":
+            return None
+        reader = Reader(self._hosts("reader")) if name == "local" else self._client("reader")
+        return StoredReader(reader, self._stored, name)
+
+    def _summariser(self) -> StoredSummariser | None:
+        if self._services.summariser_url is None:
+            return None
+        model = self._services.summariser_model
+        return StoredSummariser(self._client("summariser"), self._stored, model)
+
+    def judge(self) -> Judge:
+        return self._client("judge")
+
+    def image(self, name: str) -> Tool:
+        services, results = self._services, self._tools.max_results
+        pictures = StoredPictures(Thumbnails(self._hosts("thumbnails")), self._stored)
+        if name == "fvqa":
+            path = _needed("services.fvqa_cache", services.fvqa_cache)
+            return FvqaCache(path, pictures, results=results)
+        publisher = self._client("publisher")
+        return ImageSearch(
+            self._client(name), publisher, pictures, self._stored, name, results=results,
+            seconds=self._seconds,
+        )  # fmt: skip
+
+
+async def _publish_test_image(publish: Publisher) -> None:
+    jpeg, _ = await public_jpeg(PIL.Image.new("RGB", (8, 8), "white"))
+    await publish(jpeg)
+
+
+# A harmless request to each of the services, by its client.
+_TESTS: dict[str, Callable[[Any], Awaitable]] = {
+    **dict.fromkeys(("serpapi", "serper", "searxng"), lambda client: client.search("test", 1)),
+    "retrieval": lambda client: client.passages("test", 1),
+    "reader": lambda client: client.read("https://example.com/"),
+    "summariser": lambda client: client.summarise("Paris is in France.", "Where is Paris?"),
+    "judge": lambda client: client.test(),
+    "publisher": _publish_test_image,
+}
+
+
+def _names_host(url: str) -> bool:
+    """Return whether an address names a host; one that does not is refused when it is asked."""
+    try:
+        parse_host(url)
+    except ValueError:
+        return False
+    return True
+
+
+def _origin(url: str) -> str:
+    """Return scheme, host and port of an address; the rest may hold secrets."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname or ""
+        port = "" if parts.port is None else f":{parts.port}"
+    except ValueError:
+        return ""
+    host = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{host}{port}" if host else ""
+
+
+def _limit(text: str) -> tuple[str, tuple[float, int]]:
+    """`NAME=PER_SECOND/AT_ONCE` as (name, (calls a second, calls at a time))."""
+    found = re.fullmatch(r"(\w+)=([0-9.]+)/([0-9]+)", text)
+    try:
+        name, limits = found[1], (float(found[2]), int(found[3]))
+    except (TypeError, ValueError):
+        name, limits = "", (0.0, 0)
+    if name not in SERVICES or not all(limits):
+        raise ToolsError(
+            f"config.services.limits: {text!r} is not NAME=PER_SECOND/AT_ONCE, with a name of "
+            f"{', '.join(SERVICES)}"
+        )
+    return name, limits
+
+
+def _needed(field: str, value: str | None) -> str:
+    if value is None:
+        raise ToolsError(f"config.{field} is not set")
+    return value

@@ -1,0 +1,378 @@
+"""What tools found, kept on disk: an SQLite file that processes share and labs hand on.
+
+    off       nothing is read or written
+    use       what is there, and not too old, is not asked for again; the rest is asked and kept
+    record    everything is asked, and kept: a fresh record
+    replay    only what is there; nothing is asked, whatever its age
+
+A value that was put is on disk when `put` returns, and survives the death of any process. A file
+may come from anyone: one whose tables are not those of a store is refused, and entries whose values
+have other types are treated as missing.
+"""
+
+import contextlib
+import fcntl
+import itertools
+import math
+import os
+import pathlib
+import sqlite3
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import tenacity
+
+from mmsr1_jax.tools import checked_sqlite
+from mmsr1_jax.utils import checked_json, outputs
+from mmsr1_jax.utils.checked_json import valid_text
+
+Mode = Literal["off", "use", "record", "replay"]
+MODES: tuple[str, ...] = ("off", "use", "record", "replay")
+_AT_ONCE = 100  # entries that are taken in a transaction
+_WAIT = 60.0  # seconds for another process's write
+_TABLE = """CREATE TABLE entry (
+  kind TEXT, key TEXT, value BLOB, failed INTEGER, made REAL, PRIMARY KEY (kind, key)
+)"""
+_INDEX = "CREATE INDEX entry_by_age ON entry (made)"
+_SCHEMA = ";".join((_TABLE, _INDEX))
+for _made in ("TABLE", "INDEX"):
+    _SCHEMA = _SCHEMA.replace(f"{_made} entry", f"{_made} IF NOT EXISTS entry")
+_UPSERT = """
+INSERT INTO entry VALUES (?, ?, ?, ?, ?) ON CONFLICT (kind, key) DO UPDATE
+SET value = excluded.value, failed = excluded.failed, made = excluded.made
+"""
+# A failure takes the place of a failure only.
+_UNLESS_WORSE = _UPSERT + "WHERE excluded.failed <= (entry.failed IS NOT 0)"
+_UNLESS_THERE = _UPSERT + "WHERE entry.failed IS NOT 0 AND NOT excluded.failed"
+# A longer value is not read: an entry of a file from outside may have any length.
+_VALUE = f"CASE WHEN length(value) <= {checked_json.MAX_BYTES} THEN value END"
+# Bytes of an entry: its key is in the table and in the index of the table's primary key.
+_SIZE = "length(value) + 2 * length(CAST(kind || key AS BLOB)) + 20"
+_MAX_AHEAD = 86400.0  # seconds that the clock of another machine may be ahead
+_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+class StoreError(ValueError):
+    """A store that cannot be used; the message names it."""
+
+
+def _busy(error: BaseException) -> bool:
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK)
+    return isinstance(error, sqlite3.OperationalError) and code & 0xFF == sqlite3.SQLITE_BUSY
+
+
+_patiently = tenacity.Retrying(
+    retry=tenacity.retry_if_exception(_busy),
+    wait=tenacity.wait_random(0.01, 0.1),
+    stop=tenacity.stop_after_delay(_WAIT),
+    reraise=True,
+)
+
+
+class Store:
+    """Args of the constructor:
+    path: the file; made if need be. None with mode `off`.
+    mode: see above.
+    days: after which `use` asks again.
+    max_bytes: of all keys and values; the oldest make room.
+    """
+
+    def __init__(
+        self,
+        path: str | pathlib.Path | None,
+        mode: Mode = "use",
+        *,
+        days: float = 90.0,
+        max_bytes: int = 20_000_000_000,
+    ):
+        """Raises StoreError for a mode that does not exist, and for `replay` without a file."""
+        if mode not in MODES or (path is None) != (mode == "off"):
+            raise StoreError(f"store: mode {mode!r} with file {path!r}")
+        self.mode = mode
+        self._path = None if path is None else pathlib.Path(path)
+        self._days, self._max_bytes = days, max_bytes
+        # Reading has a connection and a lock of its own: it never waits for another's writing.
+        self._lock, self._reading = threading.Lock(), threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+        self._reader: sqlite3.Connection | None = None
+        # The files that they are connections to: another process may set one aside.
+        self._file = self._reader_file = (0, 0)
+        self._since_sweep = 0
+        if self._path is not None:
+            if mode == "replay" and not self._path.is_file():
+                raise StoreError(f"{self._path}: no such store, and replay makes none")
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._lock:
+                self._guarded(lambda connection: None)
+
+    def get(self, kind: str, key: str) -> tuple[bytes, bool] | None:
+        """Return (value, whether it is a failure) as `put`; None on a cache miss or if the entry
+        has values of other types.
+
+        Failures come back in `replay` only: else they are worth another try.
+        """
+        if self.mode in ("off", "record"):
+            return None
+        query = f"SELECT {_VALUE}, failed, made FROM entry WHERE kind = ? AND key = ?"
+        with self._reading:
+            row = self._read(lambda c: c.execute(query, (kind, valid_text(key))).fetchone())
+        if row is None:
+            return None
+        value, failed, made = row
+        if not _well_formed(*row) or (
+            self.mode == "use" and (failed or not is_fresh(made, self._days))
+        ):
+            return None
+        return value, bool(failed)
+
+    def put(self, kind: str, key: str, value: bytes, *, failed: bool = False) -> None:
+        """Keeps a value; it is on disk when this returns. In `use` a failure does not take the
+        place of what was found before."""
+        if self.mode in ("off", "replay"):
+            return
+        row = (kind, valid_text(key), value, int(failed), time.time())
+        command = _UPSERT if self.mode == "record" else _UNLESS_WORSE
+        with self._lock:
+            self._guarded(lambda connection: connection.execute(command, row))
+            self._since_sweep += len(value) + 2 * len(key)
+            if self._since_sweep > self._max_bytes / 20:
+                self._since_sweep = 0
+                self._guarded(self._sweep)
+
+    def info(self) -> list[tuple[str, int, int]]:
+        """(kind, entries, bytes) of each kind."""
+        query = "SELECT kind, count(*), sum(length(value)) FROM entry GROUP BY kind ORDER BY kind"
+        with self._lock:
+            return self._guarded(lambda connection: connection.execute(query).fetchall())
+
+    def export(self, target: str | pathlib.Path) -> None:
+        """Writes all of it as one file, which appears when it is complete."""
+        with outputs.new_file(target) as partial, self._lock:
+            self._guarded(lambda connection: connection.execute("VACUUM INTO ?", (str(partial),)))
+
+    def take(self, source: str | pathlib.Path) -> int:
+        """Takes what another store has and this one has not, or only as a failure; returns how
+        much that was.
+
+        Raises:
+          StoreError: no such store, or one that is damaged.
+        """
+        rows, taken = entries_of(source), 0
+
+        def insert(connection: sqlite3.Connection) -> int:
+            with _transaction(connection):
+                return connection.executemany(_UNLESS_THERE, some).rowcount
+
+        with self._lock:
+            while some := list(itertools.islice(rows, _AT_ONCE)):
+                taken += self._guarded(insert)
+                self._since_sweep += sum(len(row[2]) + 2 * len(row[1]) for row in some)
+        return taken
+
+    def close(self) -> None:
+        with self._lock, self._reading:
+            # The one that writes last: closing it ends the log beside the file.
+            for connection in (self._reader, self._connection):
+                if connection is not None:
+                    connection.close()
+            self._connection = self._reader = None
+
+    def _read(self, act):
+        """`act(connection)` on a connection that only reads; where that fails, as `_guarded`."""
+        if self.mode != "replay":
+            with contextlib.suppress(sqlite3.Error):
+                if self._reader is None or self._reader_file != self._place():
+                    self._reader, self._reader_file = self._open("ro"), self._place()
+                return act(self._reader)
+        with self._lock:
+            return self._guarded(act)
+
+    def _guarded(self, act):
+        """`act(connection)`; where the file is damaged it is set aside, and a new one begun."""
+        try:
+            # SQLite waits for another process's write by itself, but not while a file is made,
+            # recovered or closed by another: then it is busy at once.
+            return _patiently(lambda: act(self._connect()))
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGE:  # disk full, too large
+                raise StoreError(f"{self._path}: {_said(error)}") from None
+            if self.mode == "replay":
+                raise StoreError(f"{self._path}: damaged, or no store ({error})") from None
+            self._set_aside(error)
+            return _patiently(lambda: act(self._connect()))
+
+    def _place(self) -> tuple[int, int]:
+        """What tells the file from another of the same name."""
+        try:
+            found = os.stat(self._path)
+        except FileNotFoundError:
+            return 0, 0
+        return found.st_dev, found.st_ino
+
+    def _connect(self) -> sqlite3.Connection:
+        if self._connection is not None and self._file != self._place():
+            self._connection.close()
+            self._connection = None
+        if self._connection is None and self.mode == "replay":
+            connection = self._open("ro" if os.access(self._path.parent, os.W_OK) else "immutable")
+            try:
+                _check_table(connection)
+            except BaseException:
+                connection.close()
+                raise
+            self._keep(connection)
+        elif self._connection is None:
+            connection = self._open("rwc")
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = NORMAL")
+                connection.executescript(_SCHEMA)
+            except BaseException:
+                connection.close()
+                raise
+            self._keep(connection)
+        return self._connection
+
+    def _keep(self, connection: sqlite3.Connection) -> None:
+        self._connection, self._file = connection, self._place()
+
+    def _open(self, mode: str) -> sqlite3.Connection:
+        """`mode`: of SQLite's URIs; `immutable`: nothing is written, not even beside the file."""
+        return _open(self._path, mode)
+
+    def _set_aside(self, error: sqlite3.Error) -> None:
+        """Moves a damaged file away; one process does, and others that met the damage go on with
+        the new file."""
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+        with open(f"{self._path}.lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self._sound():
+                return
+            aside = self._path.with_name(f"{self._path.name}.damaged-{time.time_ns()}")
+            for suffix in ("", "-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(f"{self._path}{suffix}", f"{aside}{suffix}")
+            self._connect()
+        print(f"{self._path}: damaged ({error}); kept as {aside.name}, a new one is begun",
+              file=sys.stderr)  # fmt: skip
+
+    def _sound(self) -> bool:
+        """Whether the file is a store in order."""
+        if not self._path.is_file():
+            return False
+        try:
+            with contextlib.closing(self._open("ro")) as connection:
+                return connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+        except sqlite3.Error:
+            return False
+
+    def _sweep(self, connection: sqlite3.Connection) -> None:
+        """Deletes the oldest values until a tenth of the room is free."""
+        # An entry from outside may claim to be the latest for good.
+        connection.execute(
+            "DELETE FROM entry WHERE typeof(made) NOT IN ('real', 'integer') OR made > ?",
+            (time.time() + _MAX_AHEAD,),
+        )
+        (total,) = connection.execute(f"SELECT coalesce(sum({_SIZE}), 0) FROM entry").fetchone()
+        if total <= self._max_bytes:
+            return
+        left, oldest = total - 0.9 * self._max_bytes, None
+        for made, size in connection.execute(f"SELECT made, {_SIZE} FROM entry ORDER BY made"):
+            left, oldest = left - (size or 0), made
+            if left <= 0:
+                break
+        connection.execute("DELETE FROM entry WHERE made <= ?", (oldest,))
+
+
+def entries_of(source: str | pathlib.Path) -> Iterator[tuple[str, str, bytes, int, float]]:
+    """Yield (kind, key, value, failed, made) of the entries of a store's file. Malformed entries
+    are skipped, and their number is printed.
+
+    Raises:
+      StoreError: not a store, or a damaged one.
+    """
+    source, skipped, now = pathlib.Path(source), 0, time.time()
+    query = f"SELECT kind, key, {_VALUE}, failed, made FROM entry"
+    try:
+        with contextlib.closing(_open(source, "ro")) as connection:
+            _check_table(connection)
+            # Pages that are linked many times would make a small file a table without end.
+            if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+                raise StoreError(f"{source}: damaged")
+            for kind, key, value, failed, made in connection.execute(query):
+                named = isinstance(kind, str) and isinstance(key, str) and ":" not in kind
+                value = value.encode("utf-8", "replace") if isinstance(value, str) else value
+                if named and _well_formed(value, failed, made):
+                    yield kind, key, value, failed, min(made, now)
+                else:
+                    skipped += 1
+    except sqlite3.DatabaseError as error:
+        raise StoreError(f"{source}: not a store ({_said(error)})") from None
+    if skipped:
+        print(f"{source}: skipped {skipped} malformed entries", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
+
+
+def is_fresh(made: float, days: float) -> bool:
+    """Whether a value made at that time is at most so many days old, by this machine's clock."""
+    return -_MAX_AHEAD <= time.time() - made <= days * 86400
+
+
+def _open(path: pathlib.Path, mode: str) -> sqlite3.Connection:
+    """`mode`: see `checked_sqlite.connect`. Raises sqlite3.Error, also for tables that are not
+    those of a store."""
+    connection = checked_sqlite.connect(
+        path,
+        mode,
+        timeout=_WAIT,
+        isolation_level=None,  # every statement is its own transaction
+        check_same_thread=False,
+    )
+    try:
+        checked_sqlite.check_schema(connection)
+        query = "SELECT name, sql FROM sqlite_master WHERE tbl_name = 'entry' COLLATE NOCASE"
+        for name, sql in connection.execute(query):
+            if sql is not None and " ".join(sql.split()) not in _OURS:
+                raise checked_sqlite.SchemaError(f"{name!r} is not as a store has it")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+_OURS = [" ".join(sql.split()) for sql in (_TABLE, _INDEX)]
+
+
+def _check_table(connection: sqlite3.Connection) -> None:
+    """Raises sqlite3.Error where there is no table of entries."""
+    connection.execute("SELECT kind, key, value, failed, made FROM entry LIMIT 1")
+
+
+def _well_formed(value: Any, failed: Any, made: Any) -> bool:
+    return (
+        isinstance(value, bytes)
+        and failed in (0, 1)
+        and isinstance(made, (int, float))
+        and math.isfinite(made)
+    )
+
+
+def _said(error: sqlite3.Error) -> str:
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_INTERRUPT:
+        return "a query took more steps than a file of its size can need"
+    return str(error)

@@ -1,0 +1,57 @@
+"""The settings of a run as a file, so that its directory alone is enough to go on with it."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import msgspec
+
+from mmsr1_jax.config import bounds, redaction, settings
+from mmsr1_jax.utils import checked_json, outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    model: Annotated[str, msgspec.Meta(min_length=1)]
+    config: dict[str, Any]
+
+
+def write(path: pathlib.Path, config: settings.Config, model: str) -> None:
+    """`path` holds the settings and the directory that the policy came from."""
+    data = redaction.redact({"model": str(model), "config": dataclasses.asdict(config)})
+    with outputs.new_file(path) as partial:
+        partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def read(path: pathlib.Path) -> tuple[settings.Config, str]:
+    """Return the settings and the policy's directory that `write` wrote.
+
+    Raises:
+      ConfigError: the file cannot be read, or a field in it is missing, unknown or invalid; the
+        message names the file and the field.
+    """
+    try:
+        data = checked_json.load(path, _File)
+        config = bounds.made(settings.Config, data.config, "config")
+        if config.services.cache is not None:  # its password is not in the file
+            config.services.cache = config.services.cache.replace(f"{redaction.HIDDEN}@", "")
+        return settings.validate(config), data.model
+    except checked_json.FormatError as error:
+        raise settings.ConfigError(str(error)) from None
+    except settings.ConfigError as error:
+        raise settings.ConfigError(f"{path}: {error}") from None
+
+
+def override(config: settings.Config, given: settings.Config, argv: Sequence[str]) -> None:
+    """Puts into `config` what `given` has in the fields that a command line names."""
+    for argument in argv:
+        name = argument.lstrip("-").partition("=")[0]
+        if not argument.startswith("-") or not name.startswith("config."):
+            continue
+        *parts, field = name.split(".")[1:]
+        target, source = config, given
+        for part in parts:
+            target, source = getattr(target, part), getattr(source, part)
+        setattr(target, field, getattr(source, field))
