@@ -1,5 +1,6 @@
-"""Qwen2.5-VL-3B on one node of eight accelerators with 80 GB each: as `qwen7b.py` (its
-variants too), but for what its size changes."""
+"""Qwen2.5-VL-3B on one node of eight accelerators with 80 GB each: the settings and variants of
+`qwen7b.py`, except for those that depend on the model's size.
+"""
 
 import pathlib
 import runpy

@@ -1,12 +1,13 @@
 """Qwen2.5-VL-7B on one node of eight accelerators with 80 GB each.
 
---config=configs/qwen7b.py           as in the paper (arXiv 2506.20670)
---config=configs/qwen7b.py:script    as in the single-node script that its authors published
+--config=configs/qwen7b.py           settings of the paper (arXiv 2506.20670)
+--config=configs/qwen7b.py:script    settings of the single-node script that its authors published
 --config=configs/qwen7b.py:sft       for `sft`: the paper's supervised baseline, on 8k traces
 
-A GPU's 74 GiB, computed, not measured: lanes 21, the engine's policy 15 and once more while a new
-one comes, parameters and moments in float32 12, or instead of the new policy two sums of gradients
-8 and what a row keeps. JAX takes three quarters of a GPU unless told otherwise:
+Memory budget of a GPU's 74 GiB, computed, not measured: lanes 21 GiB, the engine's policy 15 GiB
+and as much again while a new one is loaded, parameters and moments in float32 12 GiB. Instead of
+the new policy, an update needs 8 GiB for two sums of gradients, plus the saved activations of a
+row. JAX takes three quarters of a GPU's memory by default, so set
 XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
 """
 
@@ -33,16 +34,16 @@ def get_config(variant: str = "paper") -> Config:
         model=Model(
             dtype="bfloat16",  # as released
             attention="auto",
-            remat="full",  # 28 layers of an 8k row would not fit otherwise
+            remat="full",  # activations of 28 layers for an 8k row would not fit otherwise
             logprob_chunk=256,  # 256 x 152,064 float32 logits a row: 156 MB
         ),
         mesh=Mesh(replica=1, fsdp=-1, tensor=1),
         buckets=Buckets(
             # The published script: prompts up to 4,096 tokens, all turns up to 8,192.
             lengths=(1024, 2048, 4096, 6144, 8192),
-            # A picture within the limits below takes 6 to 116 windows, mostly under 90.
+            # An image within the limits below takes 6 to 116 windows, mostly under 90.
             image_windows=(24, 48, 96, 192, 384),
-            batch_tokens=65536,  # one row of 8k a device
+            batch_tokens=65536,  # one 8k row per device
             batch_windows=768,
         ),
         images=Images(
@@ -50,12 +51,12 @@ def get_config(variant: str = "paper") -> Config:
             max_pixels=2 * 672 * 672,
         ),
         rollout=Rollout(
-            lanes=48,  # 8k tokens of 56 KiB each: 21 GiB; a few more than rows, as some wait
+            lanes=48,  # 8k tokens of 56 KiB each: 21 GiB; more than are decoded, as some wait
             decode_batch_size=40,
             decode_steps=16,
             prefill_buckets=(64, 256, 1024),
             prefill_tokens=1024,
-            encode_windows=96,  # one large picture, or many thumbnails
+            encode_windows=96,  # one large image, or many thumbnails
             image_cache_tokens=65536,  # 450 MiB
             precompile=True,
         ),
@@ -70,24 +71,24 @@ def get_config(variant: str = "paper") -> Config:
             max_pixels=336 * 336,  # 144 tokens a thumbnail, five of them 720
         ),
         objective=Objective(
-            kl_coef=1e-3,  # both, with k3
+            kl_coef=1e-3,  # paper and script, with k3
             clip_low=0.2,
             clip_high=0.2,
-            reference="host",  # 15 GB of bfloat16 that are needed once a step
-            num_minibatches=1 if script else 4,  # the paper: mini-batches of 128 of 512 questions
+            reference="host",  # 15 GB of bfloat16, needed only once per step
+            num_minibatches=1 if script else 4,  # the paper: 128 of 512 questions each
         ),
         update=Update(
             pack_length=8192,
-            pack_windows=768,  # a question's picture and five thumbnails take up to 150
+            pack_windows=768,  # a question's image and five thumbnails take up to 150
             micro_batch_rows=1,
             learning_rate=2e-6,
-            # The script: down to 5 % around step 45.
+            # The script: decays to 5 % around step 45.
             lr_schedule="sigmoid" if script else "constant",
             max_grad_norm=1.0,
         ),
         run=Run(
-            model="build/qwen2.5-vl-7b",  # from third_party/fetch.py
-            steps=50,  # the paper takes the checkpoint of step 50
+            model="build/qwen2.5-vl-7b",  # downloaded by third_party/fetch.py
+            steps=50,  # the paper uses the checkpoint of step 50
             prompts_per_step=32 if script else 512,
             group_size=4 if script else 8,
             save_every=10,
@@ -95,9 +96,9 @@ def get_config(variant: str = "paper") -> Config:
         ),
     )
     if variant == "sft":
-        config.update.learning_rate = 1e-5  # the paper: so much, cosine, 10 % warm-up, one epoch
+        config.update.learning_rate = 1e-5  # the paper: 1e-5, cosine, 10 % warm-up, one epoch
         config.update.lr_schedule = "cosine"
         config.update.warmup_steps = 6
         config.run.prompts_per_step = 128  # not published
-        config.run.steps = 62  # of 8,000 traces
+        config.run.steps = 62  # one epoch of 8,000 traces
     return config

@@ -1,11 +1,11 @@
-"""The embedded default: a policy of a million parameters learns when to search, on a laptop's CPU.
+"""Embedded default: a policy of a million parameters learns when to search, on a laptop's CPU.
 
     python -m mmsr1_jax.scripts.tiny_world
     python -m mmsr1_jax.train --config=configs/tiny.py
 
 --config=configs/tiny.py                    GRPO on the tiny world's questions
---config=configs/tiny.py:warm_start         for `sft`: the first part of what made that policy
---config=configs/tiny.py:warm_start_facts   the second, in which it remembers
+--config=configs/tiny.py:warm_start         for `sft`: first stage of training the initial policy
+--config=configs/tiny.py:warm_start_facts   for `sft`: second stage, which memorises facts
 """
 
 from mmsr1_jax.config import (
@@ -26,9 +26,7 @@ from mmsr1_jax.config import (
 )
 from mmsr1_jax.data import tiny_world
 
-WORLD = (
-    "build/tiny_world"  # where `mmsr1_jax.scripts.tiny_world` writes unless it is told otherwise
-)
+WORLD = "build/tiny_world"  # default output directory of `mmsr1_jax.scripts.tiny_world`
 
 
 def get_config(variant: str = "grpo") -> Config:
@@ -44,7 +42,7 @@ def get_config(variant: str = "grpo") -> Config:
         mesh=Mesh(replica=1, fsdp=-1, tensor=1),
         buckets=Buckets(
             lengths=(128, 256, 512, 1024),
-            image_windows=(1, 4, 16),  # a photo takes one, a result's picture another
+            image_windows=(1, 4, 16),  # one bucket fits a photo, another a search result's image
             batch_tokens=2048,
             batch_windows=32,
         ),
@@ -53,7 +51,7 @@ def get_config(variant: str = "grpo") -> Config:
             max_pixels=84 * 84,  # a photo is 9 tokens
         ),
         rollout=Rollout(
-            lanes=64,  # twice the rows: local tools answer while other lanes are decoded
+            lanes=64,  # twice decode_batch_size: tools run while other lanes decode
             decode_batch_size=32,
             decode_steps=8,  # a turn has about ten tokens
             prefill_buckets=(16, 32, 64, 128),
@@ -70,7 +68,7 @@ def get_config(variant: str = "grpo") -> Config:
         ),
         tools=Tools(
             index=f"{WORLD}/index",
-            max_results=2,  # this year's page and the one that is out of date
+            max_results=2,  # this year's page and the outdated one
             max_result_chars=300,
             max_pixels=56 * 56,  # 4 tokens
         ),
@@ -79,16 +77,16 @@ def get_config(variant: str = "grpo") -> Config:
         ),
         eval=Eval(data=(f"{WORLD}/heldout.parquet", f"{WORLD}/unmet.parquet")),
         rewards=Rewards(
-            per_search_penalty=True,  # one search is to be better than two, where one will do
-            # What the warm start remembers it still gets wrong one time in fifteen. At the
-            # published 0.1 a search is then worth its price nearly everywhere.
+            per_search_penalty=True,  # prefer one search to two if one is enough
+            # The warm-started policy still gets one in fifteen of its remembered facts wrong. With
+            # the published penalty of 0.1, a search would therefore pay off nearly everywhere.
             search_penalty=0.3,
         ),
         objective=Objective(
-            kl_coef=0.0,  # right and wrong are told by rules, which cannot be hacked
+            kl_coef=0.0,  # rules decide correctness, and cannot be hacked
         ),
         update=Update(
-            pack_length=512,  # short rows: attention is over all of a row
+            pack_length=512,  # short rows, because attention covers a whole row
             pack_windows=12,
             micro_batch_rows=2,
             learning_rate=3e-4,

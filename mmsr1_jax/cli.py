@@ -1,8 +1,8 @@
-"""The program `mmsr1`, and the flags of its commands.
+"""Command-line program `mmsr1`, and the flags of its commands.
 
     mmsr1 COMMAND [--config=FILE] [--config.field=value ..] ..
 
-is `python -m mmsr1_jax.COMMAND ..` from any directory. FILE is a Python file with `get_config()`,
+runs `python -m mmsr1_jax.COMMAND ..` from any directory. FILE is a Python file with `get_config()`,
 or the name of one in `configs/`, such as `tiny` or `qwen7b:script`.
 """
 
@@ -24,7 +24,7 @@ from mmsr1_jax.utils import shutdown
 
 COMMANDS = ("train", "sft", "evaluate", "infer", "score", "curate", "report", "serve")
 SCRIPTS = ("index", "merge", "cache", "settings", "reward", "random_policy", "tiny_world", "demo")
-DEFAULT_CONFIG = pathlib.Path(settings.__file__)  # of a command without --config
+DEFAULT_CONFIG = pathlib.Path(settings.__file__)  # used without --config
 _PACKAGE = pathlib.Path(__file__).parent
 # In an installed package, and in a checkout.
 _CONFIG_FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
@@ -47,7 +47,7 @@ def _module_of(name: str) -> str:
 
 
 def _help() -> str:
-    """Return the list of commands with the first sentence of each; none of them is imported."""
+    """Return the list of commands with their summary lines, without importing any of them."""
     lines = ["usage: mmsr1 COMMAND [--config=FILE] [--config.field=value ..]", ""]
     for name in (*COMMANDS, *SCRIPTS):
         file = importlib.util.find_spec(_module_of(name)).origin
@@ -61,7 +61,7 @@ def _help() -> str:
 
 
 def config_file(name: str) -> str:
-    """Return the file that `--config` names: a path, or a name in `configs/`; with its variant."""
+    """Resolve `--config`, a path or a name in `configs/`, to a file with its variant."""
     stem, colon, variant = name.partition(":")
     if not pathlib.Path(stem).is_file() and pathlib.Path(stem).name == stem.removesuffix(".py"):
         for folder in _CONFIG_FOLDERS:
@@ -71,15 +71,18 @@ def config_file(name: str) -> str:
 
 
 def define_flag() -> flags.FlagHolder:
-    """Defines `--config=FILE` and `--config.field=value`; call it before `run`."""
+    """Define the flags `--config=FILE` and `--config.field=value`. Call it before `run`."""
     return config_flags.DEFINE_config_file("config", None, "a file with get_config(); see configs/")
 
 
 def run(
     main: Callable[[Sequence[str]], int | None], *, interrupted: int = shutdown.INTERRUPTED
 ) -> None:
-    """`absl.app.run`, but a mistake in flags or settings ends the program with one line, and so
-    does Ctrl-C, with the exit code `interrupted` (`ending.guard`). Does not return."""
+    """Run `main` like `absl.app.run`, with one-line errors. Does not return.
+
+    An invalid flag or setting ends the program with a one-line error. So does Ctrl-C, with the exit
+    code `interrupted` (see `shutdown.guard`).
+    """
 
     def parse(argv):
         try:
@@ -88,8 +91,8 @@ def run(
             sys.exit(f"error: {_one_line(error)}")
 
     def quietly(argv):
-        # They tell of every backend that there is not, and of every file that is written. Here, as
-        # absl sets its own level after it has read the flags.
+        # JAX logs every missing backend, and absl every written file. The levels are set here
+        # because absl sets its own level after parsing the flags.
         for name in ("jax", "absl"):
             logging.getLogger(name).setLevel(logging.WARNING)
         return main(argv)
@@ -105,11 +108,11 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
                 _check_field(name)
         if "config" not in names:
             argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
-        # The file has to be known before what overrides it.
+        # The file must be parsed before the flags that override its fields.
         files = [a for a in argv[1:] if a.startswith(("--config=", "-config="))]
         found = [f"--config={config_file(a.partition('=')[2])}" for a in files]
         argv = [argv[0], *found, *(a for a in argv[1:] if a not in files)]
-        sys.argv = argv  # where ml_collections looks them up
+        sys.argv = argv  # ml_collections reads the overrides from here
     rest = flags.FLAGS(argv)
     if len(rest) > 1:
         raise flags.Error(f"unexpected argument {rest[1]!r}")
@@ -125,7 +128,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _check_field(name: str) -> None:
-    """Raises ConfigError where `config.part.field` is no setting."""
+    """Raise ConfigError unless `name` (`config.part.field`) is a setting."""
     kind, known = settings.Config, "config"
     for part in name.split(".")[1:]:
         hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
@@ -134,12 +137,12 @@ def _check_field(name: str) -> None:
         kind, known = hints[part], f"{known}.{part}"
 
 
-# What reading a config file or looking up a field in it may raise.
+# Exceptions from loading a config file or looking up a field in it.
 _CONFIG_FILE_ERRORS = (AttributeError, KeyError, TypeError, ValueError, ImportError, SyntaxError)
 
 
 def _one_line(error: BaseException) -> str:
-    """The last line of a message, which says it: ml_collections puts tracebacks before it."""
+    """Return the last line of an error message, as ml_collections puts tracebacks before it."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

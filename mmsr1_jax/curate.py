@@ -1,24 +1,24 @@
-"""Finds the questions that are worth training on: a set with and without need of a search.
+"""Select training questions: a mix of questions that do and do not require a search.
 
     python -m mmsr1_jax.curate --config=FILE --model=DIR --out=OUT \\
         "--config.data.train=('train.parquet',)" [--config.run.group_size=8] [--mix=..] [--keep=1]
-    python -m mmsr1_jax.curate --out=OUT ..   another mix, or judge, for the episodes of OUT
+    python -m mmsr1_jax.curate --out=OUT ..   uses another mix or judge for the episodes of OUT
 
-    questions ─► n episodes each ─► right or wrong ─► classes ─► a mix of them
+    questions ─► n episodes each ─► right or wrong ─► classes ─► mix of classes
 
-Classes and mix are those of `data/curation.py`. The episodes are an evaluation
-(`evaluation/run.py`) of the questions as in training: `run.group_size` of each, sampled as
-`sampling` has it (temperature 1, unless it says otherwise), right as the judge says, or without a
-judge as `rewards.match` does. Episodes that the judge could not be asked about are left out, as
-those that could not be run, and counted. Of `eval` nothing is read. OUT holds what an evaluation
-leaves behind (`episodes.jsonl`, `pictures/`, `results.json`), and
+Classes and mixes are defined in `data/curation.py`. The episodes are an evaluation
+(`evaluation/run.py`) of the questions under the conditions of training: `run.group_size` episodes
+of each question, sampled with `sampling` (temperature 1 by default), and correct according to the
+judge, or to `rewards.match` without a judge. Episodes for which the judge could not be reached are
+left out, like those that could not be run, and counted. `eval` is ignored. OUT contains the files
+of an evaluation (`episodes.jsonl`, `pictures/`, `results.json`), and
 
     curated.parquet   the questions of the mix, for `train`; their category is the class
-    sft.jsonl         right episodes of all questions, at most `keep` of each, the ones with the
+    sft.jsonl         correct episodes of all questions, at most `keep` of each, those with the
                       fewest searches; for `sft`
-    curation.json     how many questions fell where
+    curation.json     number of questions in each class
 
-It may be killed at any time; the same command goes on, and ends with the same files.
+The command may be killed at any time; the same command resumes it and produces the same files.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ from mmsr1_jax.evaluation.scoring import rescore
 from mmsr1_jax.utils import outputs
 
 CURATED, SFT, FIGURES = "curated.parquet", "sft.jsonl", "curation.json"
-_WORKFLOW = "on_demand"  # as in training: the policy searches when it likes
+_WORKFLOW = "on_demand"  # as in training: the policy decides when to search
 
 
 def main(argv) -> int:
@@ -52,7 +52,7 @@ def main(argv) -> int:
         with outputs.lock(out):
             made_with = roll_out(_CONFIG.value, _MODEL.value, out)
             found = decide(_CONFIG.value, made_with, out, mix, _KEEP.value)
-    except (ValueError, OSError) as error:  # settings, checkpoint, data, tools: said in one line
+    except (ValueError, OSError) as error:  # invalid settings, checkpoint, data or tools
         sys.exit(f"error: {error}")
     print(curation.table(found))
     for part, one in found["parts"].items():
@@ -70,17 +70,19 @@ def main(argv) -> int:
 
 
 def roll_out(config: settings.Config, model_dir: str | None, out: pathlib.Path) -> dict[str, Any]:
-    """Makes the episodes that `out` lacks, judged where there is a judge; returns what they were
-    made with.
+    """Roll out the episodes that `out` lacks, and judge them if a judge is configured.
 
     Args:
-      config: settings.
-      model_dir: HF directory of the policy; None: `out` has all episodes already.
-      out: directory, made if need be.
+      config: Settings.
+      model_dir: HF directory of the policy, or None if `out` already contains all episodes.
+      out: Results directory, created if necessary.
+
+    Returns:
+      The settings and files that the episodes depend on.
 
     Raises:
-      ValueError, OSError: settings, data or policy that cannot be used; an `out` in which something
-        else was begun; or one without episodes, and no policy.
+      ValueError, OSError: The settings, data or policy are invalid; `out` contains a different
+        evaluation; or `out` has no episodes and `model_dir` is None.
     """
     if not config.data.train:
         raise DataError("config.data.train: parquet files of questions are needed")
@@ -93,7 +95,7 @@ def roll_out(config: settings.Config, model_dir: str | None, out: pathlib.Path) 
         raise ValueError(
             "config.sampling.temperature=0: the episodes of a question would all be the same"
         )
-    from mmsr1_jax.evaluation.run import evaluate  # only here: nothing else needs a model
+    from mmsr1_jax.evaluation.run import evaluate  # only this path needs a model
 
     of_training = settings.Eval(
         data=config.data.train,
@@ -111,20 +113,22 @@ def decide(
     mix: curation.Mix,
     keep: int,
 ) -> dict[str, Any]:
-    """Classes, set and episodes to learn from, by the episodes of `out`; returns what it writes to
-    `curation.json`: `curation.figures`, `sft` (how many episodes of how many questions),
-    `no_verdict` (episodes left out, as the judge could not be asked about them), `bad_rows` of the
-    data, `made_with`.
+    """Classify the questions by the episodes of `out` and write the curated files.
 
     Args:
-      config: settings; of `run`, `seed` and `steps` are read.
-      made_with: see `roll_out`.
-      out: directory.
-      mix: of the set.
-      keep: see `curation.cheapest`.
+      config: Settings. Of `run`, only `seed` and `steps` are read.
+      made_with: Settings that the episodes depend on, see `roll_out`.
+      out: Results directory.
+      mix: Mix of the selected questions.
+      keep: Maximum number of episodes per question in `sft.jsonl`, see `curation.cheapest`.
+
+    Returns:
+      The contents of `curation.json`: `curation.figures`; `sft`, the number of episodes and
+      questions in `sft.jsonl`; `no_verdict`, the number of episodes left out because the judge
+      could not be reached; `bad_rows`, the number of unusable rows of the data; and `made_with`.
 
     Raises:
-      DataError: episodes that are not of `config.data.train`, or not all of them.
+      DataError: The episodes are not those of `config.data.train`, or some are missing.
     """
     source = QuestionSource(
         config.data.train,
@@ -160,13 +164,13 @@ def decide(
             f"{out / EPISODES}: the numbers of its questions ('group') are not 0, 1, .."
         )
 
-    # Classes, and what is taken of them
+    # Classes and selection
     groups = [attempts[number] for number in range(len(attempts))]
     classes = [curation.class_of(group) for group in groups]
     chosen = curation.choose(classes, mix, config.run.seed)
     kept = [curation.cheapest(group, keep) for group in groups]
 
-    (out / FIGURES).unlink(missing_ok=True)  # written last: where it is, the others belong to it
+    (out / FIGURES).unlink(missing_ok=True)  # written last: marks the other files as complete
     write_sft(out, [(a, classes[a.question]) for a in itertools.chain(*kept)], places)
     write_curated(out / CURATED, source, {number: classes[number] for number in chosen})
     found = curation.figures(groups, classes, chosen, mix)
@@ -185,11 +189,13 @@ def write_sft(
     kept: Sequence[tuple[Attempt, str]],
     places: Mapping[int, tuple[int, int]],
 ) -> None:
-    """Writes `out/sft.jsonl`: lines of `out/episodes.jsonl`, with the reward and the class.
+    """Write `out/sft.jsonl`: lines of `out/episodes.jsonl` with their reward and class.
 
     Args:
-      kept: attempts and the classes of their questions, in the order of the file; none: no file.
-      places: (place in bytes, number of the line) of episodes by their number.
+      out: Results directory.
+      kept: Attempts and the classes of their questions, in the order of the written file. If empty,
+        no file is written and an existing one is removed.
+      places: (byte offset, line number) of each episode, by its number.
     """
     if not kept:
         (out / SFT).unlink(missing_ok=True)
@@ -208,10 +214,13 @@ def write_sft(
 
 
 def write_curated(path: pathlib.Path, source: QuestionSource, chosen: Mapping[int, str]) -> None:
-    """Writes questions with their classes; none: no file.
+    """Write the selected questions with their classes as categories.
 
     Args:
-      chosen: classes, by the place of a question among those whose pictures can be used.
+      path: Parquet file to write.
+      source: All questions.
+      chosen: Classes, keyed by the index of a question among the usable ones. If empty, no file is
+        written and an existing one is removed.
     """
     if not chosen:
         path.unlink(missing_ok=True)

@@ -1,21 +1,21 @@
-"""Measures a policy: how many questions it answers, and with how many searches.
+"""Evaluate a policy: accuracy and number of searches.
 
     python -m mmsr1_jax.evaluate --config=FILE --model=DIR --out=OUT \\
         "--config.eval.data=('test.parquet',)" [--config.eval.workflows=..]
-    python -m mmsr1_jax.evaluate --workdir=RUN ..   the policy of a run, or `--step` of it
+    python -m mmsr1_jax.evaluate --workdir=RUN ..   evaluates the policy of a run, or its `--step`
     python -m mmsr1_jax.evaluate --rescore=EPISODES.jsonl [--out=OUT]
     python -m mmsr1_jax.evaluate --compare=OUT_A[:workflow],OUT_B[:workflow]
 
-    questions ─► a workflow ─► episodes ─► verdicts ─► figures
+    questions ─► workflow ─► episodes ─► verdicts ─► metrics
 
-OUT holds `episodes.jsonl` (`evaluation/records.py`) with the `pictures/` of the episodes, and
-`results.json`. An evaluation may be killed at any time; the same command goes on with it, and ends
-with the same results. Every web service is asked once before the first episode; one that refuses
-ends the command, and so does a judge that refuses later: what is done is kept.
+OUT contains `episodes.jsonl` (`evaluation/records.py`) with the `pictures/` of the episodes, and
+`results.json`. An evaluation may be killed at any time; the same command resumes it and produces
+the same results. Every web service receives one test request before the first episode. The command
+ends if a service refuses it, or if the judge refuses requests later; completed work is kept.
 
-`--rescore` decides anew which answers are right, without a policy: the judge is asked where it has
-not said anything, or another one did. Where a benchmark scores short forms of answers
-(MMLongBench-Doc), the judge's server is asked for those too (`evaluation/extraction.py`).
+`--rescore` recomputes which answers are correct, without a policy. The judge is asked only about
+answers without a verdict, or with one by another judge. For benchmarks that score short forms of
+answers (MMLongBench-Doc), the judge's server extracts those too (`evaluation/extraction.py`).
 """
 
 import pathlib
@@ -46,7 +46,7 @@ def main(argv) -> int:
                 results = rescore(_CONFIG.value, path, _OUT.value)
                 results = finish_documents(_CONFIG.value, out, results)
         else:
-            from mmsr1_jax.evaluation.run import evaluate  # only here: nothing else needs a model
+            from mmsr1_jax.evaluation.run import evaluate  # only this path needs a model
 
             config, model_dir, checkpoint = _policy()
             if not _OUT.value and not _WORKDIR.value:
@@ -54,14 +54,14 @@ def main(argv) -> int:
             out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value) / "evaluation")
             with outputs.lock(out):
                 results = evaluate(config, model_dir, out, checkpoint=checkpoint)
-    except (ValueError, OSError) as error:  # settings, checkpoint, data, tools: said in one line
+    except (ValueError, OSError) as error:  # invalid settings, checkpoint, data or tools
         sys.exit(f"error: {error}")
     print(table(results))
     return 0
 
 
 def _policy() -> tuple[settings.Config, str, tuple[pathlib.Path, int] | None]:
-    """Settings, HF directory and checkpoint (see `evaluate`) that the command line names."""
+    """Return the settings, HF directory and checkpoint (see `evaluate`) from the flags."""
     if _WORKDIR.value is None:
         if _MODEL.value is None:
             raise ValueError("--model or --workdir: a policy is needed")

@@ -1,15 +1,15 @@
-"""One question, answered by a policy that may search.
+"""Answer one question with a policy that may search.
 
     python -m mmsr1_jax.infer --model=DIR --image=PATH --question="..." \\
         [--tools.index=DIR] [--json] [--config=FILE --config.sampling.temperature=0.7 ..]
 
-Prints the turns as they come: reasoning, search, results, answer. With `--json` it prints the whole
-episode as one JSON object, tokens and log-probs too, and nothing else. The exit code is 1 where the
-question cannot be used.
+Print the turns as they arrive: reasoning, search, results, answer. With `--json`, print only the
+whole episode as one JSON object, including tokens and log-probs. The exit code is 1 if the question
+cannot be used.
 
-Tokens are the likeliest ones, unless a `--config.sampling` is given: what a config file says of
-sampling is meant for training. Pictures are made smaller where neither `config.images.max_pixels`
-nor the checkpoint bounds them to 2 x 672 x 672 pixels, as in the published script.
+Decoding is greedy unless a `--config.sampling` flag is given, since the sampling settings of a
+config file are meant for training. Images are downscaled to at most 2 x 672 x 672 pixels, as in the
+published script, unless `config.images.max_pixels` is set or the checkpoint has a lower limit.
 """
 
 import json
@@ -30,12 +30,12 @@ def main(argv) -> int:
         config.tools.index = _INDEX.value
     if not any(name.startswith("config.sampling.") for name in flags.FLAGS):
         config.sampling.temperature = 0.0
-    # One question: one lane, and no need of a program that is not used.
+    # One question needs one lane, and only the programs that it uses need to be compiled.
     config.rollout.lanes = config.rollout.decode_batch_size = 1
     config.rollout.precompile = False
     try:
         engine = make_engine(config, _MODEL.value, engines=1)
-    except (ValueError, OSError) as error:  # checkpoint, tokenizer, prompts or index, in one line
+    except (ValueError, OSError) as error:  # invalid checkpoint, tokenizer, prompts or index
         sys.exit(f"error: {error}")
     example = Example(question=_QUESTION.value, images=_IMAGE.value)
     watch = (lambda episode, event: None) if _JSON.value else Printer(engine.processor)
@@ -49,7 +49,7 @@ def main(argv) -> int:
 
 
 class Printer:
-    """Prints an episode as it grows: a `Watch`."""
+    """Printer of an episode's turns as they arrive: a `Watch`."""
 
     def __init__(self, processor: Processor):
         self._processor = processor
@@ -69,7 +69,7 @@ class Printer:
     def _turn(self, episode: Episode) -> None:
         turn = episode.turns[-1]
         print(f"--- turn {len(episode.turns)}")
-        if turn.strict_form is None:  # there is more than reasoning and action
+        if turn.strict_form is None:  # the turn has more than reasoning and action
             print(self._processor.decode(episode.segments[-1].tokens))
         else:
             print(f"reasoning: {turn.reason}")
@@ -80,7 +80,7 @@ class Printer:
         print(flush=True)
 
     def _short(self, tokens) -> list[int]:
-        """Each picture as one placeholder."""
+        """Collapse the placeholders of each image to one."""
         image = self._processor.control["<|image_pad|>"]
         return [t for i, t in enumerate(tokens) if t != image or tokens[i - 1] != image]
 

@@ -1,15 +1,15 @@
-"""Makes one page of a run, an evaluation or a file of episodes, to be opened in a browser.
+"""Create an HTML report of a run, an evaluation or a file of episodes.
 
     python -m mmsr1_jax.report WORKDIR|EPISODES.jsonl --out=report.html \\
         [--model=DIR] [--episodes=1000] [--pictures=DIR]
 
-The page holds all it shows and reads nothing from the network: the table of workflows, curves, and
-the episodes with their pictures, turns, searches and log-probs. What texts the single tokens stand
-for is read from a tokenizer: that of `--model`, else of the run's policy, where it can be found.
+The page is self-contained and uses no network. It shows the table of workflows, curves, and the
+episodes with their images, turns, searches and log-probs. The texts of single tokens come from the
+tokenizer of `--model`, or else of the run's policy if it can be found.
 
-A line that is no episode is named and left out. Pictures are shown that lie in WORKDIR, or in the
-folder of the file, or in that of `--pictures`: lines that `evaluate --rescore` wrote into another
-directory name those of the first one.
+Lines that are not valid episodes are reported and skipped. Images are shown only if they are in
+WORKDIR, in the directory of the file, or in that of `--pictures`. The latter is needed for lines
+that `evaluate --rescore` wrote to another directory, since they refer to the original images.
 """
 
 import pathlib
@@ -34,7 +34,7 @@ def main(argv) -> None:
         shown = None if _PICTURES.value is None else pathlib.Path(_PICTURES.value)
         found = reader.read(source, _EPISODES.value, _MODEL.value, shown)
         size = page.write(out, found)
-    except (ValueError, OSError) as error:  # what is to be read or written: said in one line
+    except (ValueError, OSError) as error:  # unreadable input or unwritable output
         sys.exit(f"error: {error}")
     for reason in found.skipped:
         print(f"{reason}; left out", file=sys.stderr)
@@ -42,7 +42,7 @@ def main(argv) -> None:
 
 
 def _parse_flags(argv) -> list[str]:
-    """A mistake in flags ends the program with one line."""
+    """Parse the flags; exit with a one-line message if they are invalid."""
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:

@@ -1,14 +1,15 @@
-"""Log-probs of given conversations under a policy.
+"""Compute the log-probs of given conversations under a policy.
 
     python -m mmsr1_jax.score --model=DIR --conversations=IN.jsonl --out=OUT.jsonl \\
         [--dtype=bfloat16] [--config=FILE --config.field=value ..]
 
-IN, a line: {"id": .., "messages": [{"role": .., "content": text | [parts]}]}, parts being
-{"type": "text", "text": ..} and {"type": "image", "image": PATH}; a path is looked up from the
-current directory, then from IN's. It may lie anywhere, since what is written holds nothing of a
-picture; but it must be a regular file, of at most 100 MB.
-OUT, a line, in the order of IN: {"id": .., "tokens": [..], "logprobs": [null, ..]}, or
-{"id": .., "error": ..} for a line that cannot be scored; then the exit code is 1.
+A line of IN is {"id": .., "messages": [{"role": .., "content": text | [parts]}]}, with the parts
+{"type": "text", "text": ..} and {"type": "image", "image": PATH}. A path is resolved against the
+current directory, then against that of IN. Any path is allowed, since the output contains no image
+data, but it must be a regular file of at most 100 MB.
+
+A line of OUT, in the order of IN, is {"id": .., "tokens": [..], "logprobs": [null, ..]}, or
+{"id": .., "error": ..} for a line that cannot be scored. In that case the exit code is 1.
 """
 
 import json
@@ -33,7 +34,7 @@ from mmsr1_jax.processing.processor import ConversationError, Processor, Prompt
 from mmsr1_jax.utils import checked_json, outputs
 from mmsr1_jax.utils.files import FileRefusedError, check_regular
 
-_MAX_WAIT = 2048  # lines that a conversation waits at most for others of its shape
+_MAX_WAIT = 2048  # maximum number of lines that a conversation waits for others of its bucket
 
 
 def main(argv) -> int:
@@ -43,7 +44,7 @@ def main(argv) -> int:
         config.model.dtype = _DTYPE.value
     try:
         failed = score_file(config, _MODEL.value, pathlib.Path(_IN.value), pathlib.Path(_OUT.value))
-    except (ValueError, OSError) as error:  # checkpoint, tokenizer, mesh or file: said in one line
+    except (ValueError, OSError) as error:  # invalid checkpoint, tokenizer, mesh or file
         sys.exit(f"error: {error}")
     return 1 if failed else 0
 
@@ -51,7 +52,7 @@ def main(argv) -> int:
 def score_file(
     config: settings.Config, model_dir: str, source: pathlib.Path, out: pathlib.Path
 ) -> int:
-    """Scores `source` into `out`, which appears when it is complete. Returns the bad lines."""
+    """Score `source` and write `out` atomically. Return the number of lines with errors."""
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"--out={out}: must be a file in a directory that exists")
     lines = list(read_lines(source))
@@ -84,7 +85,7 @@ def score_lines(
     mesh: jax.sharding.Mesh,
     folder: pathlib.Path,
 ) -> Iterator[tuple[int, dict]]:
-    """Yields (line number, what to write) as batches fill; one batch is always in flight."""
+    """Yield (line number, result) as batches fill; one batch is always in flight."""
     graph, params = nnx.split(model)
 
     @jax.jit
@@ -94,7 +95,10 @@ def score_lines(
     waiting: dict[Bucket, list[tuple[int, dict, Prompt]]] = {}
 
     def ready(number: int) -> list[Bucket]:
-        """Buckets that are full, or hold a line that has waited for long, lest results pile up."""
+        """Return the buckets that are full, or whose first line has waited too long.
+
+        The limit bounds the results that `write_in_order` holds back.
+        """
         return [
             bucket
             for bucket, items in waiting.items()
@@ -102,7 +106,7 @@ def score_lines(
         ]
 
     def batches() -> Iterator[tuple[Bucket | None, list]]:
-        """Full batches, the rest at the end, and in between (None, the error of a line)."""
+        """Yield batches as they are ready, and (None, error) for lines that cannot be scored."""
         for number, text in lines:
             prepared = prepare(number, text, model.config, processor, config, mesh, folder)
             if isinstance(prepared, dict):
@@ -139,7 +143,7 @@ def prepare(
     mesh: jax.sharding.Mesh,
     folder: pathlib.Path,
 ) -> tuple[dict, Prompt, Bucket] | dict:
-    """One line -> (line, prompt, bucket), or what to write where it cannot be scored."""
+    """Convert a line to (line, prompt, bucket), or to an error result if it cannot be scored."""
     line_id = None
     try:
         line = parse_line(text)
@@ -150,7 +154,7 @@ def prepare(
         return line, prompt, bucket_of(prompt, model_config, config.buckets, ways)
     except (ConversationError, FileRefusedError, ImageError, TooLongError) as error:
         reason = str(error)
-    except Exception as error:  # a line must never end the run, whatever is in it
+    except Exception as error:  # no line may end the run, whatever its content
         reason = f"{type(error).__name__}: {error}"
     return {"id": line_id, "error": f"line {number}: {reason}"}
 
@@ -158,7 +162,7 @@ def prepare(
 def finish(
     batch: list[tuple[int, dict, Prompt]], logprobs: jax.Array
 ) -> Iterator[tuple[int, dict]]:
-    """Waits for a batch, float32[rows, T], and yields each line's result."""
+    """Wait for the log-probs of a batch, float32[rows, T], and yield each line's result."""
     for row, (number, line, prompt) in zip(np.asarray(logprobs), batch, strict=False):
         values = row[1 : len(prompt.tokens)]
         result = {"id": line["id"]}
@@ -172,13 +176,17 @@ def finish(
 
 
 def read_lines(source: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, bytes) of the lines that are not blank; only a newline ends a line."""
+    """Yield (line number from 1, bytes) of non-blank lines; only a newline ends a line."""
     with open(source, "rb") as file:
         yield from checked_json.lines(file)
 
 
 def parse_line(text: bytes) -> dict:
-    """One line of IN. Raises ConversationError where it is not an object with id and messages."""
+    """Parse one line of IN.
+
+    Raises:
+      ConversationError: The line is not a JSON object with `messages`.
+    """
     try:
         line = checked_json.loads(text, surrogates=True)
     except checked_json.FormatError as error:
@@ -189,8 +197,11 @@ def parse_line(text: bytes) -> dict:
 
 
 def resolve_paths(messages, folder: pathlib.Path):
-    """Messages with image paths that exist only beside IN made so; anything odd is left alone.
-    Raises FileRefusedError where a path leads to something else than a regular file."""
+    """Resolve image paths that exist only relative to IN. Malformed messages are left unchanged.
+
+    Raises:
+      FileRefusedError: A path is not a regular file.
+    """
 
     def resolve(part):
         path = part.get("image") if isinstance(part, dict) else None
@@ -213,9 +224,10 @@ def resolve_paths(messages, folder: pathlib.Path):
 
 
 def write_in_order(results: Iterator[tuple[int, dict]], order: list[int], out: pathlib.Path) -> int:
-    """Writes results, which come in any order, in the order given. Returns the number of errors.
+    """Write results, which arrive in any order, in the given order.
 
-    Written beside `out` and moved there at the end.
+    They are written to a temporary file beside `out`, which is renamed at the end. Return the
+    number of errors.
     """
     done: dict[int, dict] = {}
     remaining, failed, tokens, total = iter(order), 0, 0, 0.0

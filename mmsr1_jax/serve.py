@@ -1,14 +1,14 @@
-"""A page to ask about pictures, answered by a policy that may search.
+"""Serve a web page that answers questions about images with a policy that may search.
 
     python -m mmsr1_jax.serve --model=DIR [--tools.index=DIR] [--port=8080] \\
         [--config=FILE --config.rollout.lanes=8 ..]
 
-Several may ask at once, as many as `rollout.lanes` on each engine; others wait for a lane. The
-answers are those of `infer`: tokens are the likeliest ones, unless a `--config.sampling` is given.
+Each engine answers up to `rollout.lanes` questions concurrently; further questions wait for a lane.
+The answers are those of `infer`: decoding is greedy unless a `--config.sampling` flag is given.
 
-The page is for this machine only, unless `--host` says otherwise. There is no password: whoever
-reaches the page may use the policy and its searches. Behind a proxy that has one, and TLS, keep the
-host and give the page's public name as `--name`.
+The server listens only on this machine unless `--host` is set. It has no password: anyone who
+reaches the page can use the policy and its searches. Behind a proxy that adds authentication and
+TLS, keep the default host and pass the page's public name as `--name`.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from mmsr1_jax.apps.serve.connections import make_protocol
 from mmsr1_jax.apps.serve.request_queue import Desk
 from mmsr1_jax.rollout.build import make_engine
 
-_CONNECTIONS = 256  # at a time, all with requests under way; what is more is refused
+_CONNECTIONS = 256  # maximum number of active requests; more are refused
 
 
 def main(argv) -> None:
@@ -42,7 +42,7 @@ def main(argv) -> None:
     try:
         listening = _listen(host, _PORT.value)
         engine = make_engine(config, _MODEL.value)
-    except (ValueError, OSError) as error:  # address, checkpoint, tokenizer, prompts or index
+    except (ValueError, OSError) as error:  # bad address, checkpoint, tokenizer, prompts or index
         sys.exit(f"error: {error}")
     names = {"localhost", "127.0.0.1", "::1", host.lower(), *(n.lower() for n in _NAMES.value)}
     if not _is_loopback(host):
@@ -71,8 +71,11 @@ def main(argv) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket, before the policy is loaded: a port that is taken is told at once. Raises
-    OSError."""
+    """Return a listening socket, opened before the policy is loaded so that errors appear early.
+
+    Raises:
+      OSError: The address cannot be used, for example because the port is taken.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)

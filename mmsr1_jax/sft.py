@@ -1,21 +1,23 @@
-"""Teaches a policy to write as in given episodes: supervised, by the likelihood of their tokens.
+"""Train a policy on given episodes: supervised fine-tuning by the likelihood of their tokens.
 
     python -m mmsr1_jax.sft --config=configs/qwen7b.py:sft [--model=DIR] [--workdir=RUN] \\
         --config.data.train="('stories.jsonl',)" [--config.field=value ..]
-    python -m mmsr1_jax.sft --workdir=RUN        goes on with a run that was begun
+    python -m mmsr1_jax.sft --workdir=RUN        resumes an existing run
 
 A step:
 
-    lessons ─► packed rows ─► update          loss = -mean log p(token), over what the policy wrote
+    lessons ─► packed rows ─► update          loss = -mean log p(token), over the policy's tokens
 
-`training/sft_dataset.py` says what a line of `stories.jsonl` may be: an episode that was saved, or
-a question with the policy's turns, whose searches are made when the run begins. Of `config.run`,
-`questions` are the lessons of a step. RUN holds `config.json`, `metrics.jsonl`, `stories.jsonl`
-with its `pictures/`, `checkpoints/`, and at the end `policy/`, a HF directory (with LoRA `adapter/`
-too). A run may be killed at any time; what it does then is what it would have done.
+A line of the training data is a saved episode, or a question with the policy's turns, whose
+searches are executed when the run starts (`training/sft_dataset.py`). `config.run.prompts_per_step`
+is the number of examples per step. RUN contains `config.json`, `metrics.jsonl`, `stories.jsonl`
+with its images in `pictures/`, `checkpoints/`, and at the end `policy/`, an HF directory (with LoRA
+also `adapter/`). A run may be killed at any time; a resumed run is bit-identical to an
+uninterrupted one.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -50,12 +52,19 @@ def main(argv) -> int:
             config, model_dir = train_utils.settings_of(workdir, _CONFIG.value, _MODEL.value)
             train_utils.check_begun(workdir, config, model_dir)
             return train(config, model_dir, workdir)
-    except (ValueError, OSError) as error:  # settings, checkpoint, data, tools: said in one line
+    except (ValueError, OSError) as error:  # settings, checkpoint, data, tools: no traceback
         sys.exit(f"error: {error}")
 
 
 def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int:
-    """Trains until the last step, or until SIGTERM; returns the exit code."""
+    """Train until the last step or SIGTERM, and return the exit code."""
+    with contextlib.ExitStack() as resources:  # closed at every exit
+        return _train(config, model_dir, workdir, resources)
+
+
+def _train(
+    config: settings.Config, model_dir: str, workdir: pathlib.Path, resources: contextlib.ExitStack
+) -> int:
     run, update = config.run, config.update
     metrics.check(run.log_to)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -69,8 +78,9 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
     rate = train_utils.learning_rate(config)
     shape = train_utils.row_shape(update, mesh)
 
-    # Data, and what was done before
+    # Data, and restore checkpoint
     checkpoints = Checkpoints(workdir / "checkpoints", keep=run.keep_checkpoints)
+    resources.callback(checkpoints.close)
     begin, bad = checkpoints.latest or 0, 0
     if not begin:
         sft_dataset.prepare(workdir / "stories.jsonl", config, processor, model.config)
@@ -88,6 +98,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
         print(f"{workdir}: goes on after step {begin}", file=sys.stderr)
     run_config.write(workdir / "config.json", config, model_dir)
     log = metrics.Log(workdir, run.log_to, step=begin, config=dataclasses.asdict(config))
+    resources.callback(log.close)
     stop = train_utils.StopSignal()
 
     def batches_of(number: int) -> list[TrainBatch]:
@@ -101,7 +112,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
         for number in bar:
             clock = train_utils.Clock()
 
-            with clock("pack"):  # what of it was not done during the step before
+            with clock("pack"):  # waits for packing that the previous step did not cover
                 packed = ahead.result()
             if number < run.steps:
                 ahead = pool.submit(batches_of, number + 1)
@@ -117,7 +128,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
                       f"in {path}", file=sys.stderr)  # fmt: skip
                 return 1
 
-            # What happened
+            # Metrics
             figures |= {
                 "rate": float(rate(number - 1)),
                 "lost": float(lost),
@@ -127,7 +138,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
             last = number == run.steps or stop.is_set()
             figures |= clock.figures(sum(int((b.rows.segment_ids > 0).sum()) for b in packed))
             figures["time/compiled"] = float(compile_counter.count())
-            # Before the step is saved: a run goes on after both or neither.
+            # Metrics are written before the checkpoint: a resumed run has both or neither.
             log.write(number, figures)
             if last or (run.save_every and number % run.save_every == 0):
                 state = {"trained": learner.trained, "optimizer": learner.optimizer}
@@ -140,13 +151,11 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
             )
             if last and number < run.steps:
                 bar.close()
-                checkpoints.close()
                 print(f"{workdir}: stopped after step {number}, which is saved; the same command "
                       "goes on", file=sys.stderr)  # fmt: skip
                 return 0
 
-    checkpoints.close()
-    log.close()
+    resources.close()  # waits for the last checkpoint
     train_utils.save_policy(learner, config, model_dir, workdir)
     return 0
 
@@ -154,15 +163,17 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
 def likelihood_loss(
     logprobs: jax.Array, entropies: jax.Array, batch: TrainBatch
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The negative log-likelihood of what the policy wrote, weighted: the mean over a step's tokens
-    where the weights are those of `samples_of`. For `rl.update.Learner`."""
+    """Return the weighted negative log-likelihood of the policy's tokens, for `rl.learner.Learner`.
+
+    With the weights of `samples_of`, it is the mean over the tokens of a step.
+    """
     del entropies
     tokens = jnp.sum(batch.mask, dtype=logprobs.dtype)
     return weighted_sum(-logprobs, batch.weights, batch.mask), {"tokens": tokens}
 
 
 def samples_of(lessons: Sequence[Lesson], processor: ImageProcessor) -> list[Sample]:
-    """What the lessons of a step bring to its update; each of their tokens counts the same."""
+    """Return the training samples of a step; all of their loss tokens have equal weight."""
     weights = token_weights(np.array([lesson.mask.sum() for lesson in lessons]), "token")
     samples = []
     for lesson, weight in zip(lessons, weights, strict=True):

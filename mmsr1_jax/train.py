@@ -1,26 +1,27 @@
-"""Teaches a policy when and how to search: GRPO with tools (arXiv 2506.20670, 2402.03300).
+"""Train a policy when and how to search: GRPO with tools (arXiv 2506.20670, 2402.03300).
 
     python -m mmsr1_jax.train --config=configs/qwen7b.py [--model=DIR] [--workdir=RUN] \\
         [--config.field=value ..]
-    python -m mmsr1_jax.train --workdir=RUN        goes on with a run that was begun
+    python -m mmsr1_jax.train --workdir=RUN        resumes an existing run
 
 A step:
 
     questions ─► episodes ─► rewards ─► advantages ─► packed rows ─► updates ─► engine
-                 with tools             in a group                             takes the parameters
+                 with tools             per group                              loads parameters
 
-RUN holds `config.json`, `metrics.jsonl`, `episodes/` with their `pictures/`, `checkpoints/`, and at
-the end `policy/`, a HF directory (with LoRA `adapter/` too). A run may be killed at any time; what
-it does then is what it would have done.
+RUN contains `config.json`, `metrics.jsonl`, `episodes/` with their images in `pictures/`,
+`checkpoints/`, and at the end `policy/`, an HF directory (with LoRA also `adapter/`). A run may be
+killed at any time; a resumed run is bit-identical to an uninterrupted one.
 
-Every web service is asked once before the first step; one that refuses ends the run. A judge that
-refuses later saves and ends it. Episodes that a judge could not be asked about are left out of the
-update and counted (`judge/failed`), as is everything else that a step did without
-(`utils/fallbacks.py`).
+Every web service receives a test request before the first step, and the run ends if one refuses it.
+If the judge refuses requests later, the run saves its last completed step and ends. Episodes whose
+judge request failed are excluded from the update and counted (`judge/failed`). All other degraded
+operation is counted too (`utils/fallbacks.py`).
 """
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -50,7 +51,7 @@ from mmsr1_jax.training.checkpoint import Checkpoints
 from mmsr1_jax.training.sft_dataset import line_of
 from mmsr1_jax.utils import compile_counter, fallbacks, outputs
 
-# What becomes of answers without a verdict, by `Verdict.outcome`.
+# Log text for answers without a verdict, by `Verdict.outcome`.
 _OUTCOMES = {
     "failed": "could not be judged; their episodes are left out",
     "unreadable": "got a reply without a verdict and count as wrong",
@@ -65,24 +66,31 @@ def main(argv) -> int:
             config, model_dir = train_utils.settings_of(workdir, _CONFIG.value, _MODEL.value)
             train_utils.check_begun(workdir, config, model_dir)
             return train(config, model_dir, workdir)
-    except (ValueError, OSError) as error:  # settings, checkpoint, data, tools: said in one line
+    except (ValueError, OSError) as error:  # settings, checkpoint, data, tools: no traceback
         sys.exit(f"error: {error}")
 
 
 def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int:
-    """Trains until the last step, or until SIGTERM; returns the exit code."""
+    """Train until the last step or SIGTERM, and return the exit code."""
+    with contextlib.ExitStack() as resources:  # closed at every exit
+        return _train(config, model_dir, workdir, resources)
+
+
+def _train(
+    config: settings.Config, model_dir: str, workdir: pathlib.Path, resources: contextlib.ExitStack
+) -> int:
     run, objective, update = config.run, config.objective, config.update
     metrics.check(run.log_to)
     if not config.sampling.temperature > 0:
         raise ValueError("config.sampling.temperature=0: training needs episodes that differ")
     (workdir / "episodes").mkdir(parents=True, exist_ok=True)
-    if not (workdir / "checkpoints" / str(run.steps)).is_dir():  # else nothing is left to do
+    if not (workdir / "checkpoints" / str(run.steps)).is_dir():  # otherwise the run is complete
         check_services(config, [config.turns])
 
     # Policy and engine
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
     model = train_utils.load_policy(config, model_dir, mesh)
-    engine = make_engine(config, model_dir)
+    engine = resources.enter_context(contextlib.closing(make_engine(config, model_dir)))
     judge = make_judge(config)
 
     # Data
@@ -112,8 +120,9 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
     rate = train_utils.learning_rate(config)
     shape = train_utils.row_shape(update, mesh)
 
-    # What was done before
+    # Restore checkpoint
     checkpoints = Checkpoints(workdir / "checkpoints", keep=run.keep_checkpoints)
+    resources.callback(checkpoints.close)
     begin, bad = checkpoints.latest or 0, 0
     if begin:
         state = {"trained": learner.trained, "optimizer": learner.optimizer}
@@ -125,9 +134,10 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
     engine.load(learner.params)
     run_config.write(workdir / "config.json", config, model_dir)
     log = metrics.Log(workdir, run.log_to, step=begin, config=dataclasses.asdict(config))
+    resources.callback(log.close)
     stop = train_utils.StopSignal()
     saved = begin
-    fallbacks.take()  # what happened until here belongs to no step
+    fallbacks.take()  # events before the first step belong to no step
 
     def save(step: int, position: dict, score: float | None) -> None:
         state = {"trained": learner.trained, "optimizer": learner.optimizer}
@@ -146,8 +156,6 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
                 bar.close()
                 if saved < number - 1:
                     save(number - 1, position, None)
-                for one in (checkpoints, engine, log):
-                    one.close()
                 raise ServiceRefusedError(f"{error}; {_resumable(workdir, number - 1)}") from None
 
         with clock("pack"):
@@ -189,7 +197,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
         with clock("load"):
             engine.load(learner.params)
 
-        # What happened
+        # Metrics
         episodes, rewards = zip(*rolled.episodes, strict=True)
         categories = [rolled.asked[episode.group].category for episode in episodes]
         figures = metrics.of_episodes(episodes, rewards, categories)
@@ -212,12 +220,12 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
             with clock("validation"):
                 try:
                     figures |= validate(engine, held_out, config, judge)
-                except ServiceRefusedError as error:  # the step itself is done
+                except ServiceRefusedError as error:  # the step itself is complete
                     refused = error
         figures |= fallbacks.take()
         figures |= clock.figures(sum(len(episode) for episode in episodes))
         figures["time/compiled"] = float(compile_counter.count())
-        log.write(number, figures)  # before the step is saved: a run goes on after both or neither
+        log.write(number, figures)  # before saving: a resumed run has both or neither
         last = over or stop.is_set() or refused is not None
         if last or (run.save_every and number % run.save_every == 0):
             save(number, questions.state(), figures.get("validation/accuracy"))
@@ -230,30 +238,26 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
         )
         if refused is not None or (last and not over):
             bar.close()
-            checkpoints.close()
-            engine.close()
             if refused is not None:
                 raise ServiceRefusedError(f"{refused}; {_resumable(workdir, number)}")
             print(f"{workdir}: stopped after step {number}, which is saved; the same command "
                   "goes on", file=sys.stderr)  # fmt: skip
             return 0
 
-    checkpoints.close()
-    engine.close()
-    log.close()
+    resources.close()  # waits for the last checkpoint
     train_utils.save_policy(learner, config, model_dir, workdir)
     return 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Rolled:
-    """The episodes of a step.
+    """Episodes of a step.
 
     Attributes:
-      groups: what the updates learn from, without episodes that could not be run or judged.
-      episodes: all of the step, with their rewards.
-      asked: their questions, by `Episode.group`.
-      spread: of the groups that were asked for, those whose rewards differ.
+      groups: Groups to train on, without episodes that could not be run or judged.
+      episodes: All episodes of the step, with their rewards.
+      asked: Questions of the episodes, indexed by `Episode.group`.
+      spread: Number of sampled groups whose rewards differ.
     """
 
     groups: list[train_batch.Group]
@@ -263,7 +267,7 @@ class Rolled:
 
     @property
     def usable(self) -> train_batch.Group:
-        """The episodes of the groups."""
+        """All episodes of `groups`, with their rewards."""
         return list(itertools.chain(*self.groups))
 
 
@@ -271,8 +275,11 @@ def roll_out(
     engine: Engine, questions: Iterator[list[Question]], config: settings.Config,
     judge: Judge | None, *, seed: int, number: int,
 ) -> Rolled:  # fmt: skip
-    """The episodes of a step with their rewards. With `objective.max_resample_rounds`, groups
-    without spread give way to new ones (DAPO, arXiv 2503.14476, section 3.2)."""
+    """Sample the episodes of a step and score them.
+
+    With `objective.max_resample_rounds`, groups with zero reward variance are replaced by groups of
+    further questions (DAPO, arXiv 2503.14476, section 3.2).
+    """
     objective, run, limit = config.objective, config.run, config.turns.max_episode_tokens
     kept: list[train_batch.Group] = []
     idle: list[train_batch.Group] = []
@@ -308,12 +315,13 @@ def score(
     episodes: Sequence[Episode], questions: Sequence[Question], config: settings.Config,
     judge: Judge | None, *, step: int,
 ) -> list[Reward]:  # fmt: skip
-    """What episodes are worth, at a step of training counted from 0. `Episode.group` tells which
-    of the questions each is about. The reward of one that the judge could not be asked about is not
-    `known`, and how many those are is printed.
+    """Return the rewards of episodes at a training step, counted from 0.
+
+    `Episode.group` is the index of an episode's question. If a judge request fails, the reward is
+    not `known`; the number of such episodes is printed.
 
     Raises:
-      ServiceRefusedError: the judge refuses all requests.
+      ServiceRefusedError: The judge refuses all requests.
     """
     asked = [questions[episode.group] for episode in episodes]
     if judge is None:
@@ -345,10 +353,10 @@ def score(
 def validate(
     engine: Engine, source: QuestionSource, config: settings.Config, judge: Judge | None
 ) -> dict[str, float]:
-    """Figures of held-out questions, each answered once, greedily.
+    """Answer each held-out question once, greedily, and return the metrics.
 
     Raises:
-      ServiceRefusedError: the judge refuses all requests.
+      ServiceRefusedError: The judge refuses all requests.
     """
     greedy = dataclasses.replace(config.sampling, temperature=0.0)
     questions = list(validation(source, config.data.validation_rows or None))
@@ -364,8 +372,10 @@ def write_episodes(
     workdir: pathlib.Path, number: int, pairs: train_batch.Group, asked: Sequence[Question],
     engine: Engine,
 ) -> None:  # fmt: skip
-    """Some episodes of a step, with their questions' answers and their rewards, as JSONL; their
-    pictures go to `workdir/pictures`."""
+    """Write some episodes of a step as JSONL, with gold answers and rewards.
+
+    Their images go to `workdir/pictures`.
+    """
     path = workdir / "episodes" / f"{number:06d}.jsonl"
     with outputs.new_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
         for episode, reward in pairs:
@@ -382,7 +392,7 @@ def _resumable(workdir: pathlib.Path, step: int) -> str:
 
 
 def _with(part: list[packing.TrainBatch], learner: Learner, field: str, trained):
-    """Micro-batches with the log-probs of their tokens under some parameters as a field."""
+    """Return micro-batches with `field` set to their log-probs under the `trained` parameters."""
     scores = learner.score(part, trained)
     return [b.replace(**{field: s}) for b, s in zip(part, scores, strict=True)]
 

@@ -169,7 +169,7 @@ def test_logprobs_of_forced_episodes_are_those_of_score(forced, model):
 
 @pytest.mark.parametrize("lanes, chunk", [(4, 3)])
 def test_schedules_do_not_change_forced_episodes(model, forced, lanes, chunk):
-    engine = make_engine(model, lanes=lanes, chunk=chunk)
+    engine = make_engine(model, lanes=lanes, decode_steps=chunk)
     for name, episodes in forced.items():
         assert by_number(rollout(engine, name)) == by_number(episodes)
     engine.close()

@@ -152,7 +152,8 @@ def test_an_index_of_an_earlier_version_is_refused_in_one_line(tmp_path):
             "tokenize = 'porter'); CREATE TABLE picture (hash, title, link, thumbnail, embedding);"
         )
     old.close()
-    with pytest.raises(LocalIndexError, match=r"make it anew: python -m mmsr1_jax\.index") as error:
+    command = r"make it anew: python -m mmsr1_jax\.scripts\.index"
+    with pytest.raises(LocalIndexError, match=command) as error:
         LocalIndex(tmp_path)
     assert "\n" not in str(error.value)
 

@@ -1,14 +1,15 @@
-"""Gets a data set or a model from the Hugging Face hub, and checks it.
+"""Download a data set or a model from the Hugging Face Hub, and verify it.
 
     python third_party/fetch.py NAME [--out=DIR] [--revision=COMMIT]
-    python third_party/fetch.py                 what there is
+    python third_party/fetch.py                 list the available names
 
-Files go to DIR (default: build/NAME, which git does not see). Each is compared with what the hub
-says of it at that commit: its size, and its SHA-256 where it is a large file, else git's own SHA-1.
-What is there already and passes is not got again, so an interrupted run goes on. At the end
-DIR/fetched.json tells what was got: repository, commit, size and SHA-256 of each file.
+Files are written to DIR (default: build/NAME, which git ignores). Each is compared with the Hub's
+metadata for that commit: its size, and its SHA-256 for a large file or git's own SHA-1 otherwise.
+Existing files that pass are not downloaded again, so an interrupted run can be resumed. At the end,
+DIR/fetched.json records the repository, the commit, and the size and SHA-256 of each file.
 
-What needs an account or a consent is got with a token in HF_TOKEN. HF_ENDPOINT names another hub.
+Repositories that require an account or consent are downloaded with the token in HF_TOKEN.
+HF_ENDPOINT selects another hub.
 """
 
 import argparse
@@ -26,23 +27,23 @@ import huggingface_hub
 from huggingface_hub import errors
 from huggingface_hub.hf_api import RepoFile
 
-_CHUNK = 1 << 20  # bytes of a file that are read at a time
-_WEIGHTS = ("*.safetensors", "*.json", "*.txt", "*.jinja")  # of a model in HF's form
+_CHUNK = 1 << 20  # bytes of a file read at a time
+_WEIGHTS = ("*.safetensors", "*.json", "*.txt", "*.jinja")  # files of a Hugging Face model
 
 
 class FetchError(Exception):
-    """What could not be got, or is not what it should be, and what to do."""
+    """Failed download or verification; the message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What a name stands for.
+    """Files of a repository on the Hub.
 
     Attributes:
-      repo: its id on the hub.
-      kind: `model` or `dataset`.
-      revision: the commit that is got; None where none could be established, so it must be given.
-      files: shell patterns of paths in the repository; `*` takes `/` too.
+      repo: Repository ID on the Hub.
+      kind: Repository type, `model` or `dataset`.
+      revision: Commit to download. None if none could be determined; it must then be given.
+      files: Shell patterns of paths in the repository; `*` also matches `/`.
     """
 
     repo: str
@@ -124,14 +125,14 @@ SOURCES = {
 
 
 def fetch(source: Source, out: pathlib.Path, revision: str | None = None) -> str:
-    """Gets what is not there yet and checks all of it. Returns the commit.
+    """Download missing files, verify all files, and return the commit.
 
     Args:
-      out: directory; its files are laid out as in the repository.
-      revision: in place of the source's own.
+      out: Output directory, laid out like the repository.
+      revision: Revision to use instead of the source's own.
 
     Raises:
-      FetchError: see there.
+      FetchError: No revision is known, a download failed, or a file failed verification.
     """
     revision = revision or source.revision
     if revision is None:
@@ -162,7 +163,7 @@ def fetch(source: Source, out: pathlib.Path, revision: str | None = None) -> str
                     repo_type=source.kind,
                     revision=commit,
                     local_dir=out,
-                    force_download=path.exists(),  # it is not what it should be
+                    force_download=path.exists(),  # the existing file failed verification
                 )
                 if wrong := difference(path, file):
                     path.unlink()
@@ -177,7 +178,7 @@ def fetch(source: Source, out: pathlib.Path, revision: str | None = None) -> str
         raise FetchError(f"{source.repo}: the hub has no revision {revision}") from None
     except errors.RepositoryNotFoundError:
         raise FetchError(f"{source.repo}: the hub has no such {source.kind}, or hides it") from None
-    except (errors.HTTPError, OSError) as error:  # of the HTTP library that the hub has
+    except (errors.HTTPError, OSError) as error:  # errors of huggingface_hub's HTTP library
         first = str(error).strip().split("\n")[0] or type(error).__name__
         raise FetchError(f"{source.repo}: {first}") from None
     told = {"repo": source.repo, "kind": source.kind, "revision": commit, "files": digests}
@@ -188,13 +189,13 @@ def fetch(source: Source, out: pathlib.Path, revision: str | None = None) -> str
 
 
 def wanted(source: Source, files: Sequence[RepoFile]) -> list[RepoFile]:
-    """The files of a repository that a source is made of, by path.
+    """Return the files of a repository that belong to a source, sorted by path.
 
     Raises:
-      FetchError: a pattern that fits none, or a path that leads out of the directory.
+      FetchError: A pattern matches no file, or a path leads out of the directory.
     """
     for pattern in source.files:
-        # A model need not have every kind of file; but it has weights.
+        # A model may lack some kinds of files, but not its weights.
         optional = source.files == _WEIGHTS and pattern != _WEIGHTS[0]
         if not optional and not fnmatch.filter([file.path for file in files], pattern):
             raise FetchError(f"{source.repo}: has no file {pattern} at this revision")
@@ -206,7 +207,7 @@ def wanted(source: Source, files: Sequence[RepoFile]) -> list[RepoFile]:
 
 
 def difference(path: pathlib.Path, file: RepoFile) -> str:
-    """How a file differs from what the hub says of it; "" where it does not."""
+    """Return how a file differs from the Hub's metadata, or "" if it matches."""
     size = path.stat().st_size
     if size != file.size:
         return f"{size} bytes, the hub says {file.size}"
@@ -219,7 +220,7 @@ def difference(path: pathlib.Path, file: RepoFile) -> str:
 
 
 def digest(path: pathlib.Path, algorithm: str, before: bytes = b"") -> str:
-    """The digest in hex of `before` and then the file."""
+    """Return the hex digest of `before` followed by the file's contents."""
     running = hashlib.new(algorithm, before)
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):

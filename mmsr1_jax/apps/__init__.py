@@ -1,4 +1,4 @@
-"""Applications with a page of their own: the report of a run, and the demo server.
+"""Web applications: the report of a run, and the demo server.
 
-Used by the commands `report` and `serve` alone.
+Used only by the commands `report` and `serve`.
 """

@@ -1,6 +1,6 @@
 """All settings as typed dataclasses with their defaults and allowed values.
 
-Every room may use them. They import no JAX.
+Any package of `mmsr1_jax` may import this one. It imports no JAX.
 """
 
 from mmsr1_jax.config.bounds import ConfigError

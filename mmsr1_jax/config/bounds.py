@@ -1,4 +1,4 @@
-"""Which values a setting may have, declared beside its default and checked in one place.
+"""Allowed values of settings, declared next to the defaults and checked in one place.
 
 lanes: int = setting(16, at_least=1, at_most=65536)
 dtype: str = setting("float32", one_of=DTYPES)
@@ -11,7 +11,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-_MAX_LENGTH = 100_000  # of texts and tuples
+_MAX_LENGTH = 100_000  # of strings (characters) and tuples (items)
 
 
 class ConfigError(ValueError):
@@ -20,7 +20,7 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Allowed:
-    """Bounds of a number, or the values to choose from; for tuples, of each element."""
+    """Bounds of a number, or a list of allowed values. For a tuple, they apply to each element."""
 
     at_least: float = -math.inf
     over: float = -math.inf
@@ -65,24 +65,25 @@ def setting(default: Any, **allowed: Any) -> Any:
     """Return a dataclass field with bounds.
 
     Args:
-      default: the field's default.
-      allowed: `at_least`, `over`, `at_most`, `below`, or `one_of`; of a tuple, for each element.
+      default: Default value of the field.
+      allowed: `at_least`, `over`, `at_most`, `below` or `one_of`. For a tuple, they apply to each
+        element.
     """
     return dataclasses.field(default=default, metadata={"allowed": _Allowed(**allowed)})
 
 
 def check(settings: Any, where: str) -> None:
-    """Check types and values of a dataclass and of those inside it.
+    """Check the types and values of a dataclass and of the dataclasses nested in it.
 
     Args:
-      settings: instance of a dataclass whose fields are int, float, bool, str, unions of these with
-        None, tuples of these, and dataclasses.
-      where: its name in errors.
+      settings: Instance of a dataclass whose fields are int, float, bool, str, unions of these with
+        None, tuples of these, or dataclasses.
+      where: Name of the instance in error messages.
 
     Raises:
-      ConfigError: a field of another type (an int passes for a float, but a bool for nothing else,
-        and a float for no int), a value that its declaration does not allow, a number that is not
-        finite, or a text that is not valid Unicode or holds a NUL.
+      ConfigError: A field has the wrong type (an int is accepted for a float, but a float is not
+        accepted for an int, and a bool for neither), its declaration does not allow the value, a
+        number is not finite, or a string is too long, is not valid Unicode or contains a NUL.
     """
     hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
@@ -109,11 +110,12 @@ def check(settings: Any, where: str) -> None:
 
 
 def made(kind: type, data: Any, where: str) -> Any:
-    """Return a dataclass from plain data, with defaults for what is missing; lists become tuples.
+    """Build a dataclass from plain data. Missing fields get their defaults; lists become tuples.
+
+    Values are not checked.
 
     Raises:
-      ConfigError: not an object, or a field that the dataclass does not have. Values are not
-        checked.
+      ConfigError: The data is not an object, or names a field that the dataclass does not have.
     """
     if not isinstance(data, dict):
         raise ConfigError(f"{where} must be an object, not {data!r:.100}")
@@ -133,7 +135,7 @@ def _problem_of_text(text: str) -> str | None:
     if "\0" in text:
         return "must not hold a NUL character"
     try:
-        # A path on the command line may have bytes that are not UTF-8.
+        # A path on the command line may contain bytes that are not UTF-8.
         text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         return "holds half a character (a lone surrogate)"
@@ -144,7 +146,7 @@ def _has_type(value: Any, hint: Any) -> bool:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_has_type(value, arg) for arg in args)
-    if origin is tuple:  # tuple[x, ...] is the only form that is used
+    if origin is tuple:  # tuple[x, ...] is the only form in use
         return isinstance(value, tuple) and all(_has_type(item, args[0]) for item in value)
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)

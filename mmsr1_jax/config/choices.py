@@ -1,4 +1,4 @@
-"""The values to choose from, of settings that name one of several."""
+"""Allowed values of the settings that select one of several options."""
 
 from typing import Literal, get_args
 

@@ -1,38 +1,45 @@
-"""Secrets in addresses: found, so that settings can refuse them, and taken out of what is written.
+"""Detection and redaction of credentials in URLs.
 
-Settings are written to files, logs and trackers. A key belongs into the environment.
+Settings are written to files, logs and experiment trackers, so a URL that contains a credential is
+rejected as a setting, and credentials are redacted from all output. Keys belong in environment
+variables.
 """
 
 import re
 import urllib.parse
 from typing import Any
 
-# With a scheme, without one ("//host"), "user:password@host" alone, or any word with parameters.
+# A URL with a scheme or without one ("//host"), a bare "user:password@host", or any word with
+# parameters.
 _ADDRESS = re.compile(
     r"(?:(?<![\w+.-])[A-Za-z][A-Za-z0-9+.-]{0,30}:)?//[^\s\"'<>]+"
     r"|(?<!\S)(?![A-Za-z]:\\)[^\s/:@]+:[^\s/@]+@[^\s@]+"
     r"|(?<![^\s\"'<>])[^\s\"'<>?#;]*[?#;][^\s\"'<>]+"
 )
-_USER = re.compile(r"(?![A-Za-z]:\\)[^\s/:@]+:[^\s/@]+@")  # without slashes before it
-# Parameters whose value is a credential: by their last word, written in any of the usual ways.
+_USER = re.compile(r"(?![A-Za-z]:\\)[^\s/:@]+:[^\s/@]+@")  # with no slashes before it
+# Parameters whose value is a credential, recognised by the last word of their name in any of the
+# usual spellings.
 _SECRET_NAMES = re.compile(
     r"hapikey|code|(?:.*[^a-z])?(?:"
     r"(?:api|access|secret|auth|account|private|subscription|client|app|user|aws)*"
     r"(?:key|(?:key|session)[_-]?id|appid|token|secret|password|passwd|passphrase|passcode|pwd|pass"
     r"|pw|t?otp|signature|sig|hmac|credentials?|authorization|auth|bearer|jwt|session|sid))",
 )
-_MARKS = re.compile("([?#&;])")  # before a parameter
+_MARKS = re.compile("([?#&;])")  # characters that precede a parameter
 HIDDEN = "***"
-_ROUNDS = 2  # of percent-encoding, one address within another
+_ROUNDS = 2  # levels of percent-encoding, for a URL inside another URL
 
 
 def find_secret(text: str) -> str | None:
-    """Describe the first secret found in a text's URLs without showing it; None if there is none.
+    """Describe the first credential in the URLs of a string, without revealing it.
 
-    The text is searched as it is, and with its percent-encoding undone once and twice.
+    The string is searched as given, and after percent-decoding it once and twice.
 
     Args:
-      text: a setting: an address, a file's path, anything.
+      text: Value of any setting, such as a URL or a file path.
+
+    Returns:
+      The description, or None if no credential was found.
     """
     for _ in range(_ROUNDS + 1):
         for match in _ADDRESS.finditer(text):
@@ -45,13 +52,15 @@ def find_secret(text: str) -> str | None:
 
 
 def redact(value: Any) -> Any:
-    """Return plain data (texts, numbers, dicts, lists, tuples) with `***` for each secret that an
-    address in it holds."""
+    """Replace each credential in the URLs of plain data with `***`.
+
+    Plain data consists of strings, numbers, dicts, lists and tuples.
+    """
     if isinstance(value, str):
         text = _ADDRESS.sub(lambda match: _redact_address(match[0]), value)
         if _is_clean(text):
             return text
-        # Where a secret begins and ends is not certain, such as in an encoded address.
+        # The secret has no certain boundaries, as in an encoded URL, so whole words are hidden.
         return re.sub(r"\S+", lambda word: word[0] if _is_clean(word[0]) else HIDDEN, text)
     if isinstance(value, dict):
         return {name: redact(item) for name, item in value.items()}
@@ -90,7 +99,7 @@ def _redact_address(address: str) -> str:
             is_hidden = bool(value) and _is_secret(urllib.parse.unquote_plus(name))
             is_hidden = is_hidden or find_secret(value) is not None
             done += f"{mark}{name}={HIDDEN if is_hidden else value}"
-        elif not is_hidden:  # else it may be the rest of what is hidden
+        elif not is_hidden:  # otherwise it may be the rest of a hidden value
             done += mark + parameter
     return scheme + done
 
@@ -100,7 +109,7 @@ def _is_clean(text: str) -> bool:
 
 
 def _has_password(head: str) -> bool:
-    """Whether a password that holds a slash ends the authority for a parser, not for a reader."""
+    """Return whether a password contains a slash, at which URL parsers end the authority."""
     authority = re.split("[/@]", head, maxsplit=1)[0]
     _, colon, port = authority.partition(":")
     is_port = port.isdecimal() and head[len(authority) : len(authority) + 1] == "/"
@@ -108,14 +117,14 @@ def _has_password(head: str) -> bool:
 
 
 def _split(address: str) -> tuple[str, str]:
-    """The scheme with its slashes, if there is one, and the rest."""
+    """Return the scheme with its slashes (empty if there is no scheme) and the rest."""
     scheme, slashes, rest = address.partition("//")
     is_scheme = slashes and not set(scheme) & set("/?#@&;=")
     return (scheme + slashes, rest) if is_scheme else ("", address)
 
 
 def _is_secret(name: str) -> bool:
-    # "apiKey", "API-KEY" and "X-Amz-Signature" are read as the same kind of words.
+    # "apiKey", "API-KEY" and "X-Amz-Signature" are split into words in the same way.
     words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower()
     parts = words.replace("]", "").split("[")  # "key[]", "key[0]", "user[password]"
     return "/" not in words and any(map(_SECRET_NAMES.fullmatch, parts))

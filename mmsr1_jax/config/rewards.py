@@ -1,35 +1,37 @@
-"""The settings of rewards; `config/settings.py` has the others."""
+"""Reward settings. The other settings are in `config/settings.py`."""
 
 import dataclasses
 
 from mmsr1_jax.config.choices import MATCHES
 
-# Names of actions in `Rewards.sequences`.
+# Action names used in `Rewards.sequences`.
 ACTIONS = ("answer", "image", "text")
 SEQUENCES = ("answer", "image,answer", "text,answer", "image,text,answer")
 
 
 class RewardsError(ValueError):
-    """A setting of the reward that cannot be; the message begins with the field."""
+    """An invalid reward setting; the message begins with the field."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Rewards:
-    """How episodes are scored. Defaults: the published scoring.
+    """Reward function. The defaults are the published scoring.
 
     Attributes:
-      match: `EM`: the answer is a gold one, after `normalise`; `SubEM`: it holds one.
-      search_penalty: p, the share of the reward of a correct answer that searching costs.
-      per_search_penalty: p is paid for each search, not once: the factor is (1 - p)^searches.
-      penalty_warmup: steps over which the penalty grows from -p (searches are rewarded) to p; 0: it
-        is p from the start.
-      format_penalty: a, the share of the reward that is for the form.
-      sequences: orders of actions that are of the right form, each a list of `answer`, `image` and
-        `text` with commas, of any length. The published ones leave out `text,text,answer`,
+      match: Criterion for a correct answer: `EM` if it equals a gold answer after `normalise`,
+        `SubEM` if it contains one.
+      search_penalty: Fraction p of a correct answer's reward that is deducted if the episode
+        searches.
+      per_search_penalty: Whether p applies to each search, with the factor (1 - p)^searches,
+        instead of once per episode.
+      penalty_warmup: Number of steps over which the penalty grows from -p (searches are rewarded)
+        to p. With 0 it is p from the start.
+      format_penalty: Weight a of the format reward, as a fraction of the total reward.
+      sequences: Action sequences that count as well formed, each a comma-separated list of
+        `answer`, `image` and `text`, of any length. The published ones omit `text,text,answer`,
         although two text searches are allowed.
-      strict_form: Whether nothing but white space may stand between the reasoning of a turn and its
-        action (`turns.strict_form`). False: the published form, with any words between them
-        (`turns.published_form`).
+      strict_form: Whether only white space may separate the reasoning of a turn from its action
+        (`turns.strict_form`). If false, any words may (`turns.published_form`, the published rule).
     """
 
     match: str = "EM"
@@ -42,7 +44,7 @@ class Rewards:
 
 
 def check(settings: Rewards) -> Rewards:
-    """Returns `settings` if they can be, else raises RewardsError."""
+    """Return `settings` if they are valid. Raise RewardsError otherwise."""
     if settings.match not in MATCHES:
         raise RewardsError(f"match={settings.match!r} is not one of {', '.join(MATCHES)}")
     for field in ("search_penalty", "format_penalty"):

@@ -1,9 +1,9 @@
-"""Every setting, typed. A config file returns a `Config`; flags override single fields.
+"""All settings as typed dataclasses. A config file returns a `Config`; flags override its fields.
 
     python -m mmsr1_jax.score --config=configs/qwen7b.py --config.mesh.tensor=2 ...
 
-A field that does not exist, a value of the wrong type, or values that do not fit together end the
-program at once with one line that names the field.
+An unknown field, a value of the wrong type or an inconsistent combination of values ends the
+program at startup with a one-line error that names the field.
 """
 
 import dataclasses
@@ -27,14 +27,17 @@ from mmsr1_jax.config.training import Data, Objective, Run, Update
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Model:
-    """How the policy is computed.
+    """Numerics and implementation of the policy.
 
     Attributes:
-      dtype: of parameters and matrix products, `float32` or `bfloat16`. Norms, rotations, softmax
-        and log-probs are float32 always.
-      attention: an implementation of `models/attention.py`; `auto` chooses by platform and length.
-      remat: what a backward pass keeps of a layer: `none`, `dots` or `full` (least memory).
-      logprob_chunk: tokens of a row whose [tokens, vocabulary] logits are held at a time.
+      dtype: Dtype of parameters and matrix products, `float32` or `bfloat16`. Norms, rotary
+        embeddings, softmax and log-probs are always computed in float32.
+      attention: Implementation of attention (`models/attention.py`). `auto` selects one by platform
+        and length.
+      remat: Rematerialisation of layers in the backward pass: `none`, `dots` or `full` (least
+        memory).
+      logprob_chunk: Number of tokens of a row whose [tokens, vocabulary] logits are in memory at
+        a time.
     """
 
     dtype: str = setting("float32", one_of=DTYPES)
@@ -45,12 +48,14 @@ class Model:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Mesh:
-    """Devices along each mesh axis (`models/sharding.py`); one may be -1, "what is left".
+    """Number of devices along each mesh axis (`models/sharding.py`).
+
+    One of the sizes may be -1, which is then inferred from the number of devices.
 
     Attributes:
-      replica: copies of the parameters.
-      fsdp: parts that parameters and batch are cut into.
-      tensor: parts that heads, feed-forward and vocabulary are cut into.
+      replica: Number of copies of the parameters.
+      fsdp: Number of shards of the parameters and the batch.
+      tensor: Number of shards of attention heads, feed-forward layers and vocabulary.
     """
 
     replica: int = setting(1, at_least=-1, at_most=65536)
@@ -60,17 +65,19 @@ class Mesh:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Buckets:
-    """The one table of shapes. A conversation is computed in the smallest that holds it.
+    """Shape buckets. A conversation is computed in the smallest bucket that it fits into.
 
     Attributes:
-      lengths: tokens of a row, ascending. What is longer than the last is refused.
-      image_windows: windows of 64 patches that a row's images may take, ascending; one more shape
-        is "no images".
-      batch_tokens: a program has as many rows as fit into this many tokens, at least one.
-      batch_windows: and into this many windows of patches.
+      lengths: Row lengths in tokens, ascending. Longer conversations are rejected.
+      image_windows: Numbers of windows of 64 patches for the images of a row, ascending. Rows
+        without images have a shape of their own.
+      batch_tokens: Maximum number of tokens in a batch, which bounds its number of rows. A batch
+        has at least one row.
+      batch_windows: Maximum number of windows of patches in a batch, which also bounds its number
+        of rows.
     """
 
-    # The released pixel limits let a picture have 16,384 tokens in up to 1,250 windows.
+    # The released pixel limits allow images of 16,384 tokens in up to 1,250 windows.
     lengths: tuple[int, ...] = setting(
         (256, 512, 1024, 2048, 4096, 8192, 16384, 20480, 40960), at_most=2**24
     )
@@ -83,12 +90,13 @@ class Buckets:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Images:
-    """Pictures from outside.
+    """Input images.
 
     Attributes:
-      max_file_pixels: a file with more is refused before it is decompressed.
-      min_pixels, max_pixels: bounds on what the policy sees, after resizing; None for those of the
-        checkpoint's own `preprocessor_config.json`.
+      max_file_pixels: Maximum number of pixels of an image file. Larger files are rejected before
+        they are decompressed.
+      min_pixels, max_pixels: Bound on the image size after resizing, in pixels. None takes the
+        bound from the checkpoint's `preprocessor_config.json`.
     """
 
     max_file_pixels: int = setting(100_000_000, at_least=1, at_most=2**31 - 1)
@@ -98,25 +106,33 @@ class Images:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Rollout:
-    """The rollout engine; there is one for each `mesh.tensor` devices of a process, and lanes and
-    rows are of each. What an episode is depends on `rows` and on the tables, as its rounding
-    does, and on nothing else here (but that `image_tokens` bounds the size of a picture).
+    """Rollout engine.
+
+    A process runs one engine for each group of `mesh.tensor` devices. All sizes are per engine.
+
+    The batch shapes (`decode_batch_size`, `prefill_buckets`, `prefill_tokens`, `encode_windows`)
+    affect rounding, and therefore which episodes are sampled. `lanes`, `decode_steps`,
+    `image_cache_tokens` and `precompile` do not, except that `image_cache_tokens` bounds the size
+    of an image.
 
     Attributes:
-      lanes: episodes that are under way at a time, waiting for tools or not; each holds a KV cache.
-      decode_batch_size: lanes that a decoding program computes at a time. With more lanes than
-        rows, those that wait for a tool leave no row idle.
-      decode_steps: decoding steps before the host looks at what was drawn.
-      prefill_buckets: tokens that a program writes into a lane, ascending; a prompt or a tool's
-        result is cut into such pieces.
-      prefill_tokens: a program writes into as many lanes as fit into this many tokens, at least
-        one.
-      encode_windows: an image program has as many images as fit into this many windows of 64
-        patches, at least one; an image's own windows are those of `buckets.image_windows`.
-      image_cache_tokens: tokens of encoded images that are kept for use by other episodes. A
-        picture has at most half of what is left of it beside one of `prefill_buckets`.
-      precompile: compile all programs at the start, not each when it is first needed; then none
-        is compiled later.
+      lanes: Number of concurrent episodes, including those that wait for tools. Each lane holds
+        a KV cache.
+      decode_batch_size: Number of lanes that a decoding program computes at a time. With more lanes
+        than this, lanes that wait for a tool leave no row of the batch idle.
+      decode_steps: Number of decoding steps between two reads of the sampled tokens by the host.
+      prefill_buckets: Chunk lengths in tokens, ascending, into which a prompt or a tool result is
+        split for prefill.
+      prefill_tokens: Maximum number of tokens of a prefill program, which bounds its number of
+        lanes. It has at least one lane.
+      encode_windows: Maximum number of windows of 64 patches of an image encoding program, which
+        bounds its number of images. It has at least one image, whose windows are padded to
+        `buckets.image_windows`.
+      image_cache_tokens: Number of tokens of encoded images that are cached for use by several
+        episodes. An image may take at most half of what remains after subtracting the largest of
+        `prefill_buckets`.
+      precompile: Whether to compile all programs at startup instead of at their first use, so that
+        none is compiled later.
     """
 
     lanes: int = setting(16, at_least=1, at_most=65536)
@@ -131,17 +147,20 @@ class Rollout:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Turns:
-    """The rules of an episode (`episodes/rules.py`). Defaults: the published ones.
+    """Rules of an episode (`episodes/rules.py`). The defaults are the published rules.
 
     Attributes:
-      max_turns: of the policy, at most; the last one should be an answer.
-      max_searches: of both kinds together, at most.
-      max_image_searches, max_text_searches: of each kind, at most.
-      max_new_tokens: tokens that the policy may write in a turn.
-      max_episode_tokens: of an episode in all: prompt, turns and results.
-      min_turn_tokens: room that results leave for the turn after them.
-      max_result_tokens: tokens of a user turn with results, pictures and instruction included.
-      prompt_dir: a directory of prompts that replaces the built-in ones (`episodes/prompts.py`).
+      max_turns: Maximum number of turns of the policy. The last one should be an answer.
+      max_searches: Maximum number of searches of both kinds together.
+      max_image_searches, max_text_searches: Maximum number of searches of this kind.
+      max_new_tokens: Maximum number of tokens that the policy writes in a turn.
+      max_episode_tokens: Maximum number of tokens of an episode, including prompt, turns and search
+        results.
+      min_turn_tokens: Number of tokens that prompts and search results leave free for the next
+        turn.
+      max_result_tokens: Maximum number of tokens of a user turn with search results, including
+        images and instruction.
+      prompt_dir: Directory of prompts that replaces the built-in ones (`episodes/prompts.py`).
     """
 
     max_turns: int = setting(3, at_least=1, at_most=1000)
@@ -157,13 +176,14 @@ class Turns:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Sampling:
-    """How tokens are drawn.
+    """Sampling of tokens.
 
     Attributes:
-      temperature: logits are divided by it; 0: always the likeliest token.
-      top_k: only the k likeliest tokens; 0: all.
-      top_p: of those, the smallest set that has this much of the probability; 1: all.
-      seed: of the random numbers.
+      temperature: Sampling temperature. 0 selects greedy decoding.
+      top_k: Number of most likely tokens to sample from. 0 keeps all tokens.
+      top_p: Nucleus sampling threshold, applied after `top_k`: tokens are sampled from the smallest
+        set with at least this probability. 1 keeps all tokens.
+      seed: Random seed.
     """
 
     temperature: float = setting(1.0, at_least=0, at_most=1000)
@@ -174,16 +194,19 @@ class Sampling:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Eval:
-    """An evaluation (`evaluate.py`). Its top_k, top_p and seed are those of `Sampling`.
+    """Evaluation (`evaluate.py`). It takes top_k, top_p and seed from `Sampling`.
 
     Attributes:
-      data: questions: parquet files, directories of them, or patterns; empty: `data.validation`.
-      benchmark: that they are of, one of `data/benchmarks`; empty: files in veRL's schema.
-      page_tokens: of a benchmark's documents: of all pages of a question together.
-      max_questions: the first so many questions; 0: all.
-      workflows: of `evaluation/workflows.py`, in the order of the table.
-      num_samples: episodes of each question; with more than one there is pass@k.
-      temperature: of sampling; 0: always the likeliest token.
+      data: Question files: parquet files, directories of them, or glob patterns. If empty,
+        `data.validation` is used.
+      benchmark: Benchmark that the questions belong to, one of `data/benchmarks`. If empty, the
+        files follow the veRL schema.
+      page_tokens: Maximum number of image tokens for all document pages of a question together, in
+        benchmarks with documents.
+      max_questions: Number of questions taken from the start. With 0, all questions are used.
+      workflows: Workflows to evaluate (`evaluation/workflows.py`), in the order of the table.
+      num_samples: Number of episodes for each question. With more than one, pass@k is reported.
+      temperature: Sampling temperature. 0 selects greedy decoding.
     """
 
     data: tuple[str, ...] = ()
@@ -217,7 +240,7 @@ class Config:
 
 
 def get_config() -> Config:
-    """The defaults: what a command uses that is given no `--config`."""
+    """Return the default settings, which commands use without `--config`."""
     from mmsr1_jax.config import (
         settings as config,  # this file may be loaded under another name, as a config file
     )
@@ -226,10 +249,10 @@ def get_config() -> Config:
 
 
 def validate(config: Config) -> Config:
-    """Return `config` where all settings are valid, see `allowed.check`, and fit together.
+    """Return `config` if all settings are valid (see `bounds.check`) and consistent.
 
     Raises:
-      ConfigError: naming the field.
+      ConfigError: A setting is invalid or inconsistent with another; the message names the field.
     """
     if isinstance(config.sampling, Sampling):
         validate_sampling(config.sampling)
@@ -284,7 +307,7 @@ def validate(config: Config) -> Config:
 
 
 def validate_sampling(sampling: Sampling) -> None:
-    """Raise ConfigError where tokens cannot be drawn like that."""
+    """Raise ConfigError if a sampling setting is invalid."""
     try:
         bounds.check(sampling, "sampling")
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""The settings of search tools; `config/settings.py` has the others."""
+"""Settings of search tools and web services. The other settings are in `config/settings.py`."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,8 @@ TEXT_SEARCHES = ("auto", "none", "local", "serpapi", "serper", "searxng", "retri
 IMAGE_SEARCHES = ("auto", "none", "local", "serpapi", "serper", "fvqa")
 READERS = ("none", "local", "jina")
 STORE_MODES = ("use", "record", "replay")
-# Where the secret of a service belongs, by the field of its address; of the others, nowhere.
+# Environment variable for the credential of a service, by the field that holds its URL. Other
+# fields have none.
 _SECRET_VARIABLES = {
     "serpapi_url": "SERPAPI_API_KEY",
     "serper_url": "SERPER_API_KEY",
@@ -25,22 +26,23 @@ _SECRET_VARIABLES = {
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Tools:
-    """Search tools, and what of their answers reaches the policy.
+    """Search tools, and limits on the results that the policy sees.
 
     Attributes:
-      text: what searches for text: `none`, `local` (the index), or a service: `serpapi`, `serper`,
-        `searxng`, `retrieval`. `auto`: `local` if there is an index, else `none`.
-      image: what searches for pictures: `none`, `local`, `serpapi`, `serper`, or `fvqa` (the
-        published cache); `auto` as above.
-      index: a local index (`mmsr1_jax.scripts.index`), or a directory with a `pages.jsonl`.
-      image_model: HF directory whose vision tower made the index (`--model`): the local image
-        search then goes by its embeddings. None: by perceptual hash.
-      max_results: of one search, at most.
-      max_result_chars: characters of text in one result; the rest is cut off.
-      max_pixels: bound on a retrieved picture, in pixels.
-      timeout: time limit of a call.
-      episode_timeout: time that an episode may spend waiting for tools; after that no tool is
-        called for it, and its searches fail at once.
+      text: Backend of the text search: `none`, `local` (the index), or one of the services
+        `serpapi`, `serper`, `searxng` and `retrieval`. `auto` selects `local` if `index` is set and
+        `none` otherwise.
+      image: Backend of the image search: `none`, `local`, `serpapi`, `serper`, or `fvqa` (the
+        published cache). `auto` selects `local` if `index` is set and `none` otherwise.
+      index: Local index (`mmsr1_jax.scripts.index`), or a directory with a `pages.jsonl`.
+      image_model: HF directory with the vision tower that built the index (`--model`). The local
+        image search then compares embeddings; with None it compares perceptual hashes.
+      max_results: Maximum number of results of one search.
+      max_result_chars: Maximum number of text characters in one result; the rest is truncated.
+      max_pixels: Maximum size of a retrieved image, in pixels.
+      timeout: Time limit of one tool call, in seconds.
+      episode_timeout: Total time that an episode may wait for tools, in seconds. Later searches of
+        the episode fail immediately, without a tool call.
     """
 
     text: str = setting("auto", one_of=TEXT_SEARCHES)
@@ -56,38 +58,44 @@ class Tools:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Services:
-    """Web services (`tools/services/`) and the store. Keys come from the environment only:
-    SERPAPI_API_KEY, SERPER_API_KEY, JINA_API_KEY, SUMMARISER_API_KEY, JUDGE_API_KEY; a
-    Redis password from STORE_PASSWORD.
+    """Web services (`tools/services/`) and the tool cache.
+
+    API keys are read from environment variables only: SERPAPI_API_KEY, SERPER_API_KEY,
+    JINA_API_KEY, SUMMARISER_API_KEY and JUDGE_API_KEY. The Redis password is read from
+    STORE_PASSWORD.
 
     Attributes:
-      serpapi_url, serper_url, jina_url: where they are.
-      searxng_url, retrieval_url: of one's own servers.
-      reader: what reads pages: `none` (their snippets have to do), `local`, or `jina`.
-      summariser_url: of an OpenAI-compatible server; None: the best paragraphs instead.
-      summariser_model: its name of the model.
-      judge_url: of an OpenAI-compatible server that says whether answers are right; None: they are
-        matched (`rewards.match`).
-      judge_model: its name of the model.
-      fvqa_cache: file of the published cache, pickle or JSON.
-      upload_url, public_url: addresses to which a question's picture is put, and where a service
-        then finds it; `{name}` stands for its name, which else comes at the end. Credentials come
-        from PUBLISHER_AUTHORIZATION or PUBLISHER_QUERY in the environment.
-      allowed_hosts: `host` or `host:port` that pages and pictures are fetched from although it is
-        private; the services above may be anywhere.
-      timeout: time limit of a connection, and of each wait for data.
-      max_concurrency: requests to a service at a time, by one process.
-      max_qps: requests to a service; of all processes together where `store` is a Redis server.
-      limits: other numbers for some services, `NAME=PER_SECOND/AT_ONCE` each (names: see
-        `tools/build.py`).
-      max_attempts: of a request to a service. A page or picture that fails gives way to the next.
-        An evaluation asks a judge that was down as many times in all, a minute apart.
-      cache: file that keeps what was found, or redis://host:port/database, which many hosts share
-        (`tools/redis_cache.py`; one database for each account with the services); None: nothing is
-        kept.
-      cache_mode: `use`, `record` or `replay` (`tools/tool_cache.py`).
-      cache_ttl_days: after which `use` asks again.
-      cache_max_bytes: of a file; a Redis server has its own setting, `maxmemory`.
+      serpapi_url, serper_url, jina_url: Base URL of the service.
+      searxng_url, retrieval_url: Base URL of a self-hosted server.
+      reader: Page reader: `none` (results contain the search snippets only), `local`, or `jina`.
+      summariser_url: Base URL of an OpenAI-compatible server that summarises pages. With None, the
+        best paragraphs are selected instead.
+      summariser_model: Model name on the summariser's server.
+      judge_url: Base URL of an OpenAI-compatible server that judges answers. With None, answers are
+        compared by string matching (`rewards.match`).
+      judge_model: Model name on the judge's server.
+      fvqa_cache: File of the published search cache, pickle or JSON.
+      upload_url, public_url: URLs for uploading a question's image, and for a service to download
+        it. `{name}` is replaced with the image's name, which is otherwise appended. Credentials
+        come from the environment variables PUBLISHER_AUTHORIZATION or PUBLISHER_QUERY.
+      allowed_hosts: Private hosts, each `host` or `host:port`, that pages and images may be fetched
+        from. The services above may be on any host.
+      timeout: Time limit of connecting, and of each wait for data, in seconds.
+      max_concurrency: Maximum number of concurrent requests to a service by one process.
+      max_qps: Maximum number of requests per second to a service by one process, or by all
+        processes together if `cache` is a Redis server.
+      limits: Other limits for individual services, each as `NAME=PER_SECOND/AT_ONCE`. The names are
+        listed in `tools/build.py`.
+      max_attempts: Maximum number of attempts of a request to a service. A page or image that fails
+        is not retried; the next one is used instead. An evaluation queries an unavailable judge
+        this many times in all, one minute apart.
+      cache: File that caches tool results, or redis://host:port/database for a cache that several
+        hosts share (`tools/redis_cache.py`; use one database for each account with the services).
+        With None, nothing is cached.
+      cache_mode: Mode of the cache: `use`, `record` or `replay` (`tools/tool_cache.py`).
+      cache_ttl_days: Age in days after which the mode `use` queries the service again.
+      cache_max_bytes: Maximum size of a cache file. A Redis server has its own setting,
+        `maxmemory`.
     """
 
     serpapi_url: str = "https://serpapi.com"
@@ -116,20 +124,21 @@ class Services:
 
 
 def secret_mistake(settings: Any, where: str = "config") -> str | None:
-    """Return why an address in settings is refused, beginning with the field; None: it is not.
+    """Return an error message for the first URL in settings that contains a credential.
 
-    Settings are written to files and logs. The message does not show the secret.
+    Settings are written to files and logs, so credentials are not allowed in them. The message
+    begins with the field and does not reveal the credential. Return None if there is no error.
 
     Args:
-      settings: all settings, or a part, as plain data.
-      where: its name.
+      settings: All settings or a part of them, as plain data.
+      where: Name of that part.
     """
     if isinstance(settings, dict):
         inside = [(f"{where}.{name}", value) for name, value in settings.items()]
     elif isinstance(settings, tuple):
         inside = [(where, value) for value in settings]
     elif where.endswith(".services.cache") and str(settings).startswith(("redis:", "rediss:")):
-        return None  # its password is left out where settings are written
+        return None  # its password is redacted wherever settings are written
     elif isinstance(settings, str) and (found := redaction.find_secret(settings)):
         variable = _SECRET_VARIABLES.get(where.rpartition(".")[2])
         place = f"put it into the environment variable {variable}" if variable else "take it out"

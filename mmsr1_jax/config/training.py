@@ -1,4 +1,4 @@
-"""The settings of training; `config/settings.py` has the others."""
+"""Training settings. The other settings are in `config/settings.py`."""
 
 import dataclasses
 
@@ -22,22 +22,24 @@ class Update:
     """Micro-batches and the optimiser (`rl/packing.py`, `rl/learner.py`).
 
     Attributes:
-      pack_length: of a row into which episodes are packed; an episode has at most so many.
-      pack_windows: of 64 patches, that the pictures of a row may have together.
-      micro_batch_rows: of a micro-batch, for each part into which the mesh cuts a batch.
-      freeze_vision: the vision tower is not trained.
-      lora_rank: of the adapters that are trained in the place of the parameters (`rl/lora.py`); 0:
-        none, all parameters are trained.
-      lora_alpha: what an adapter adds is multiplied by `lora_alpha / lora_rank`.
-      lora_targets: linear maps that have an adapter, by name; those of the vision tower begin with
+      pack_length: Number of tokens in a row into which episodes are packed. Longer episodes are
+        left out.
+      pack_windows: Maximum number of windows of 64 patches for all images of a row together.
+      micro_batch_rows: Number of micro-batch rows on each data-parallel shard of the mesh.
+      freeze_vision: Whether the vision tower is frozen.
+      lora_rank: Rank of the LoRA adapters (`rl/lora.py`). With 0, all parameters are trained
+        instead.
+      lora_alpha: Numerator of the factor `lora_alpha / lora_rank` that scales an adapter's output.
+      lora_targets: Names of the linear layers with an adapter. Those of the vision tower begin with
         `vision.`.
-      learning_rate: the highest.
-      lr_schedule: `constant`, `linear`, `cosine` (both down to 0), or `sigmoid`, the published one.
-      warmup_steps: in which the rate rises from 0.
-      b1, b2, eps, weight_decay: of AdamW.
-      max_grad_norm: of the gradient's global norm; 0: none.
-      max_nonfinite_updates: updates with a loss or gradient that is not finite, after which a run
-        stops.
+      learning_rate: Peak learning rate.
+      lr_schedule: Learning rate schedule: `constant`, `linear` or `cosine` (both decay to 0), or
+        `sigmoid`, the published one.
+      warmup_steps: Number of steps over which the learning rate rises linearly from 0.
+      b1, b2, eps, weight_decay: Hyperparameter of AdamW.
+      max_grad_norm: Maximum global norm of the gradient. With 0, gradients are not clipped.
+      max_nonfinite_updates: Number of consecutive updates with a non-finite loss or gradient after
+        which a run stops.
     """
 
     pack_length: int = setting(8192, at_least=1, at_most=2**24)
@@ -60,30 +62,35 @@ class Update:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Objective:
-    """What is maximised (`rl/advantages.py`, `rl/loss.py`).
+    """Training objective (`rl/advantages.py`, `rl/loss.py`).
 
     Attributes:
-      advantage: of an episode in its group: `grpo` (less the mean, by the standard deviation),
-        `mean` (less the mean), `rloo` (less the mean of the others).
-      ratio_level: of importance, by `token`, `sequence` (GSPO) or `trajectory`.
-      loss_aggregation: of the loss, by `token`, by `sequence` (then over them), or over a `fixed`
-        length (`turns.max_episode_tokens`).
-      clip_low, clip_high: of the ratio, below and above 1.
-      kl_estimator, kl_coef: estimate and weight of the divergence from the reference policy; weight
-        0: there is no reference policy.
-      reference: where its parameters lie, `device` or `host`.
-      entropy_coef: of the bonus.
-      old_logprobs: log-probs that the ratio is taken against: those of the `engine`, as sampled, or
-        of the `trainer`, computed before the first update of a step.
-      tis_cap: of the weight by which a token counts for the difference between the engine
-        and the trainer (truncated importance sampling, with `old` = `trainer`); 0: none.
-      num_minibatches: of a step: its groups are dealt out to so many.
-      overlong: what becomes of an episode whose tokens were used up: `keep`, `mask` (it carries no
-        loss), `penalty` (it costs reward, more so the longer).
-      overlong_buffer: tokens before the limit, `turns.max_episode_tokens`, from which on the
+      advantage: Advantage estimator within a group: `grpo` (subtract the mean, divide by the
+        standard deviation), `mean` (subtract the mean), or `rloo` (subtract the mean of the other
+        episodes).
+      ratio_level: Level of the importance ratio: `token`, `sequence` (GSPO) or `trajectory`.
+      loss_aggregation: Averaging of the loss: over all tokens (`token`), over the tokens of each
+        episode and then over episodes (`sequence`), or with a fixed length
+        `turns.max_episode_tokens` as denominator (`fixed`).
+      clip_low, clip_high: Clipping range of the importance ratio, [1 - clip_low, 1 + clip_high].
+      kl_estimator, kl_coef: Estimator and coefficient of the KL divergence from the reference
+        policy. With a coefficient of 0, no reference policy is kept.
+      reference: Placement of the reference policy's parameters, `device` or `host`.
+      entropy_coef: Coefficient of the entropy bonus.
+      old_logprobs: Log-probs in the denominator of the importance ratio: those recorded by the
+        `engine` while sampling, or those computed by the `trainer` before the first update of a
+        step.
+      tis_cap: Cap on the importance weights that correct for the mismatch between engine and
+        trainer (truncated importance sampling, with `old_logprobs` = `trainer`). With 0, there is
+        no correction.
+      num_minibatches: Number of minibatches among which the groups of a step are distributed, with
+        one update for each.
+      overlong: Treatment of episodes that reach the token limit: `keep`, `mask` (no loss), or
+        `penalty` (a reward penalty that grows with the length).
+      overlong_buffer: Number of tokens before the limit `turns.max_episode_tokens` over which the
         penalty grows.
-      max_resample_rounds: times that a step's groups without spread may be replaced by new ones
-        (DAPO); 0: they stay.
+      max_resample_rounds: Maximum number of times that groups with zero reward variance are
+        resampled in a step (DAPO). With 0, they are kept.
     """
 
     advantage: str = setting("grpo", one_of=ADVANTAGES)
@@ -108,12 +115,13 @@ class Data:
     """Questions (`data/questions.py`); for `sft`, episodes (`training/sft_dataset.py`).
 
     Attributes:
-      train, validation: parquet files (for `sft` JSONL, and no validation), directories of them, or
-        patterns.
-      image_roots: directories in which pictures (of `sft` also indexes) may lie that the files
-        name, beside the folder of the file that names them.
-      max_bad_rows: rows or lines that cannot be used, after which a run stops.
-      validation_rows: of the validation files, the first so many; 0: all.
+      train, validation: Parquet files, directories of them, or glob patterns. `sft` reads JSONL
+        files and has no validation.
+      image_roots: Directories, in addition to the folder of a data file, that may contain the
+        images which the file names (for `sft` also the indexes).
+      max_bad_rows: Maximum number of unusable rows or lines; a run with more stops.
+      validation_rows: Number of rows taken from the start of the validation files. With 0, all rows
+        are used.
     """
 
     train: tuple[str, ...] = ()
@@ -128,16 +136,19 @@ class Run:
     """A training run.
 
     Attributes:
-      model: HF directory of the policy to begin with, unless `--model` names one.
-      steps: of rollouts and updates; of updates for `sft`.
-      prompts_per_step: of a step; for `sft`, episodes.
-      group_size: of each question.
-      seed: of the order of questions or episodes, and of sampling.
-      validate_every: steps; 0: never. Greedy.
-      save_every: steps; the last one is always saved.
-      keep_checkpoints: checkpoints, the latest; the best one by validation is kept beside them.
-      saved_episodes: of each step that are written out.
-      log_to: `tensorboard`, `wandb`, both or none, separated by commas. JSONL is always written.
+      model: HF directory of the initial policy, unless `--model` names one.
+      steps: Number of steps, each of a rollout and its updates; for `sft`, number of updates.
+      prompts_per_step: Number of questions in a step; for `sft`, number of episodes.
+      group_size: Number of episodes sampled for each question.
+      seed: Random seed of the order of questions or episodes, and of sampling.
+      validate_every: Number of steps between validations, which use greedy decoding. With 0, there
+        is no validation.
+      save_every: Number of steps between checkpoints. The last step is always saved.
+      keep_checkpoints: Number of most recent checkpoints to keep. The best one by validation score
+        is kept as well.
+      saved_episodes: Number of episodes written to disk in each step.
+      log_to: Metric loggers: `tensorboard`, `wandb`, both separated by a comma, or empty for
+        neither. JSONL is always written.
     """
 
     model: str | None = None
@@ -153,7 +164,7 @@ class Run:
 
 
 def mistake(objective: Objective, update: Update, run: Run) -> str | None:
-    """What does not fit together, beginning with the field; None where all does."""
+    """Return an error message for inconsistent settings, beginning with the field, or None."""
     problem = _lora_mistake(update)
     if problem:
         return problem

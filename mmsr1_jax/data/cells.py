@@ -1,13 +1,13 @@
-"""What a cell of a data set says as text: a question, an id, a gold answer.
+"""Conversion of data set cells to text: questions, IDs and gold answers.
 
-null, NaN, NaT, an infinity     nothing: there is no such text, so it is no gold answer
-text                            itself, without white space around it; `None` and `nan` as text
-                                are words
-whole number, 1932.0            1932, also from columns of floats (pandas makes floats of whole
-                                numbers where a row has none) and decimals
-other number, 0.1               its shortest decimal form, of the column's own precision, never
-                                with an exponent
-true, a date, bytes, ..         refused: how their answers are written cannot be known
+null, NaN, NaT, an infinity     empty: such a value has no text, so it is no gold answer
+text                            unchanged, with surrounding white space stripped; `None` and `nan`
+                                as text are ordinary words
+whole number, 1932.0            1932, also in columns of floats (pandas converts whole numbers to
+                                floats if a row lacks one) and of decimals
+other number, 0.1               its shortest decimal form at the column's own precision, never with
+                                an exponent
+true, a date, bytes, ..         rejected: the way their answers are written is unknown
 """
 
 import decimal
@@ -18,15 +18,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-_EXACT = 2**53  # above it neighbouring floats are more than 1 apart
-_MOST_DIGITS = 400  # of a number as JSON writes it
+_EXACT = 2**53  # above this, neighbouring floats are more than 1 apart
+_MOST_DIGITS = 400  # maximum number of digits of a whole JSON number that is expanded
 
 
 def text_of(value: Any) -> str:
-    """Return the text of a value as Arrow or JSON gives it; "" for null, NaN and infinity.
+    """Return the text of an Arrow or JSON value; "" for null, NaN and infinity.
 
     Raises:
-      ValueError: A value that is no text and no number, or half a character; says which.
+      ValueError: The value is neither text nor a number, or contains a lone surrogate; the message
+        says which.
     """
     if value is None:
         return ""
@@ -51,8 +52,11 @@ def text_of(value: Any) -> str:
 
 
 def json_number(text: str) -> str:
-    """Return a number of JSON as text: a whole one as `text_of`, another as it is written, as zeros
-    at its end may mean something. For `number` of `checked_json.loads`."""
+    """Return a JSON number as text, for use as `number` of `checked_json.loads`.
+
+    Whole numbers are converted as by `text_of`. Others keep their spelling, because trailing zeros
+    may be significant.
+    """
     number = decimal.Decimal(text)
     if number.adjusted() < _MOST_DIGITS and number == number.to_integral_value():
         return str(int(number))
@@ -60,11 +64,12 @@ def json_number(text: str) -> str:
 
 
 def value_of(scalar: pa.Scalar) -> Any:
-    """Return what an Arrow scalar holds, as `as_py`, but floats of less than double precision as
-    numpy's, by which 0.1 stays 0.1.
+    """Return the Python value of an Arrow scalar, as `as_py` does.
+
+    Floats of less than double precision become numpy floats instead, so that 0.1 stays 0.1.
 
     Raises:
-      UnicodeDecodeError: text that is not UTF-8.
+      UnicodeDecodeError: Text is not UTF-8.
     """
     kind = scalar.type
     if not scalar.is_valid:

@@ -1,16 +1,16 @@
-"""Which questions are worth training on, by what a policy gets right and with which searches.
+"""Selection of training questions by what a policy answers correctly, and with which searches.
 
-Each question is rolled out n times. What its right episodes searched for is its class, and of the
-classes a set is mixed, so that a policy meets questions that need a search and questions that do
-not (MMSearch-R1, arXiv 2506.20670, the search-balanced subset).
+Each question is rolled out n times, and the searches of its correct episodes determine its class. A
+training set mixes the classes, so that a policy sees questions that need a search and questions
+that do not (MMSearch-R1, arXiv 2506.20670, the search-balanced subset).
 
-    search_free      a right episode made no search
-    image_required   all right episodes searched; for pictures only
-    text_required    all right episodes searched; for text only
-    mix_required     all right episodes searched; for both, each of them or some for one and some
-                     for the other
-    never_right      no episode was right
-    not_run          no episode could be run, of which nothing can be told
+    search_free      a correct episode made no search
+    image_required   all correct episodes searched, for images only
+    text_required    all correct episodes searched, for text only
+    mix_required     all correct episodes searched, for images and text: each of them for both, or
+                     some for one and some for the other
+    never_right      no episode was correct
+    not_run          no episode could be run, so nothing is known about the question
 
 Only the first four are trained on.
 """
@@ -31,27 +31,27 @@ FREE, IMAGE, TEXT, MIX = "search_free", "image_required", "text_required", "mix_
 NEVER, NOT_RUN = "never_right", "not_run"
 USEFUL = (FREE, IMAGE, TEXT, MIX)
 CLASSES = (*USEFUL, NEVER, NOT_RUN)
-# What a mix may be made of, and the classes of each.
+# Parts that a mix may consist of, with the classes of each.
 PARTS: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in USEFUL},
     "search_required": (IMAGE, TEXT, MIX),
 }
 PAPER_MIX = "search_required=0.68,search_free=0.32"  # 3,400 and 1,600 of 5,000
 
-# Amount of each part: numbers of questions (int), or shares of the set (float).
+# Amount of each part, as numbers of questions (int) or shares of the set (float).
 Mix = Mapping[str, int] | Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """An episode, as far as it matters here.
+    """The aspects of an episode that curation needs.
 
     Attributes:
-      number: of the episode.
-      question: its number.
-      ran: it could be run.
-      reward: what it is worth.
-      kinds: of search that were made: `image_search`, `text_search`.
+      number: Number of the episode.
+      question: Number of its question.
+      ran: Whether the episode could be run.
+      reward: Reward of the episode.
+      kinds: Kinds of search that the episode made, of `image_search` and `text_search`.
     """
 
     number: int
@@ -71,12 +71,13 @@ def attempt_of(
     verdict: bool | None = None,
     step: int = 0,
 ) -> Attempt:
-    """A line of an evaluation's episodes (`evaluation/records.py`) as an attempt.
+    """Convert a line of an evaluation's episodes (`evaluation/records.py`) to an attempt.
 
     Args:
-      scoring: says what is right where there is no verdict, whatever the line says.
-      verdict: of a judge.
-      step: of training, see `rewards.score`.
+      scoring: Reward settings. They decide correctness if there is no verdict, whatever the line
+        says.
+      verdict: Verdict of a judge, if any.
+      step: Training step, see `reward_function.score`.
     """
     turns = checked_json.convert(line["turns"], list[Turn], name="turns")
     made = [call["action"] for call in line["calls"] if call["status"] != "refused"]
@@ -94,7 +95,7 @@ def attempt_of(
 
 
 def class_of(attempts: Sequence[Attempt]) -> str:
-    """The class of a question, by all its attempts; see the top of this file."""
+    """Return the class of a question from all its attempts; see the module docstring."""
     if not any(attempt.ran for attempt in attempts):
         return NOT_RUN
     right = [attempt for attempt in attempts if attempt.right]
@@ -107,21 +108,23 @@ def class_of(attempts: Sequence[Attempt]) -> str:
 
 
 def cheapest(attempts: Sequence[Attempt], most: int) -> list[Attempt]:
-    """The right attempts at a question, at most so many: those with the fewest searches first;
-    of these, well formed before badly formed; then by number."""
+    """Return at most `most` correct attempts at a question, in order of preference.
+
+    Fewer searches come first, then well-formed before badly formed episodes, then lower numbers.
+    """
     right = [attempt for attempt in attempts if attempt.right]
     order = sorted(right, key=lambda a: (a.reward.searches, not a.reward.format, a.number))
     return order[:most]
 
 
 def read_mix(text: str) -> Mix:
-    """`PART=AMOUNT,..` as a mix; parts are those of `PARTS`.
+    """Parse `PART=AMOUNT,..` as a mix, with parts from `PARTS`.
 
-    Whole numbers are numbers of questions. Numbers with a point are shares, which must sum to 1.
-    Nothing at all: every question that was ever right.
+    Whole numbers are numbers of questions. Numbers with a decimal point are shares, which must sum
+    to 1. An empty text selects every question with a correct attempt.
 
     Raises:
-      ValueError: anything else.
+      ValueError: The text is not a valid mix.
     """
     mix: dict[str, Any] = {}
     for item in filter(None, (item.strip() for item in text.split(","))):
@@ -147,15 +150,15 @@ def read_mix(text: str) -> Mix:
 
 
 def choose(classes: Sequence[str], mix: Mix, seed: int) -> list[int]:
-    """The questions of a set, by number, ascending.
+    """Choose the questions of a set, and return their numbers in ascending order.
 
     Args:
-      classes: of the questions.
-      mix: of numbers: as many of a part as it says, or all that there are. Of shares: the largest
-        set of which each part has its share, rounded to whole questions. Empty: all questions of
-        `USEFUL` classes.
-      seed: of the drawing, not negative. A smaller number of a part is drawn from the same order,
-        so it is a part of the larger.
+      classes: Class of each question.
+      mix: Numbers of questions select that many of each part, or all available ones. Shares select
+        the largest set in which each part has its share, rounded to whole questions. An empty mix
+        selects all questions of `USEFUL` classes.
+      seed: Non-negative seed of the sampling. The sampling order does not depend on the mix, so a
+        smaller number of a part selects a subset of what a larger one does.
     """
     if not mix:
         return [number for number, name in enumerate(classes) if name in USEFUL]
@@ -171,13 +174,13 @@ def choose(classes: Sequence[str], mix: Mix, seed: int) -> list[int]:
 
 
 def sizes_of(mix: Mix, there: Mapping[str, int]) -> dict[str, int]:
-    """How many questions of each part a set has, where so many are there; see `choose`."""
+    """Return the number of questions per part, given those available (`there`); see `choose`."""
     if not any(isinstance(amount, float) for amount in mix.values()):
         return {part: min(int(amount), there[part]) for part, amount in mix.items()}
     total = int(min(there[part] / share for part, share in mix.items()) + 1e-9)
     exact = {part: round(share * total, 9) for part, share in mix.items()}
     sizes = {part: int(value) for part, value in exact.items()}
-    # Largest remainders (of equal ones, the first) go up to a whole question, which is there.
+    # Round up the largest remainders (the first of equal ones). The questions for it exist.
     order = sorted(mix, key=lambda part: round(sizes[part] - exact[part], 9))
     for part in order[: total - sum(sizes.values())]:
         sizes[part] += 1
@@ -187,18 +190,19 @@ def sizes_of(mix: Mix, there: Mapping[str, int]) -> dict[str, int]:
 def figures(
     attempts: Sequence[Sequence[Attempt]], classes: Sequence[str], chosen: Sequence[int], mix: Mix
 ) -> dict[str, Any]:
-    """How many questions fell where, plain data for JSON.
+    """Return counts of questions by class and part, as data that JSON can represent.
 
     Args:
-      attempts: at each question.
-      classes: of the questions.
-      chosen: questions of the set.
-      mix: of which it was drawn.
+      attempts: Attempts at each question.
+      classes: Class of each question.
+      chosen: Numbers of the questions in the set.
+      mix: Mix that the set was drawn with.
 
     Returns:
-      `questions`, `episodes`, `errors` (episodes that could not be run), `chosen`; `classes`: for
-      each of `CLASSES` its `questions`, their `share` of all, `right` (mean share of a question's
-      episodes), and how many are `chosen`; `parts` of the mix: `wanted` (as it says), `there`,
+      `questions`, `episodes`, `errors` (episodes that could not be run) and `chosen`. `classes`:
+      for each of `CLASSES`, its `questions`, their `share` of all questions, `right` (mean fraction
+      of a question's episodes that are correct) and the number `chosen`. `parts`: for each part of
+      the mix, the amount `wanted` (as in the mix), the number available (`there`) and the number
       `chosen`.
     """
     found: dict[str, Any] = {}
@@ -231,7 +235,7 @@ def figures(
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """`figures` for the terminal: a line for each class, and one for all."""
+    """Format `figures` for the terminal, with one line per class and one for all."""
     total = {"questions": found["questions"], "share": 1.0, "right": None}
     rows = [*found["classes"].items(), ("all", total | {"chosen": found["chosen"]})]
     lines = [f"{'class':<16}{'questions':>10}{'share %':>9}{'right %':>9}{'chosen':>8}"]

@@ -1,16 +1,16 @@
-"""Parquet files of questions in veRL's schema: reading and writing.
+"""Reading and writing of questions in parquet files with veRL's schema.
 
-column        needed  what is taken from it
-prompt        yes     list of {content, role}: the question is what the one user message says,
-                      without "<image>" marks around it; a system message is left out
-images        yes     list of {bytes, path}: bytes of files, or paths from the parquet's folder that
-                      lead to files in it
-reward_model  yes     {ground_truth, candidate_answers}: the answer; other forms of it, as JSON
-                      in a string, as a list, or null; numbers and nulls in it as `data/cells.py`
-                      reads them
-data_id       no      the id; else file and row
-data_source   no      the source; else the file's name
-category      no      FVQA's search_required or search_free
+column        required  contents
+prompt        yes       list of {content, role}: the question is the content of the only user
+                        message, without "<image>" marks around it; system messages are ignored
+images        yes       list of {bytes, path}: contents of image files, or paths, relative to the
+                        parquet file's folder, of files in it
+reward_model  yes       {ground_truth, candidate_answers}: the answer, and its alternative forms
+                        as a JSON string, a list or null; numbers and nulls in it are converted as
+                        in `data/cells.py`
+data_id       no        question ID; default: file and row
+data_source   no        source; default: the file's name
+category      no        FVQA's search_required or search_free
 """
 
 import bisect
@@ -31,10 +31,10 @@ from mmsr1_jax.utils import checked_json, outputs
 from mmsr1_jax.utils.files import FileRefusedError, inside, read_regular
 
 _MARK = "<image>"
-_PICTURE_ROWS = 8  # rows of pictures that are in memory at a time
+_PICTURE_ROWS = 8  # rows of images in memory at a time
 _TEXT_ROWS = 1024
-_GROUP_BYTES = 16 << 20  # of a row group that is written
-# Columns that a file must have, their fields, and which are lists of these.
+_GROUP_BYTES = 16 << 20  # image bytes per written row group
+# Required columns with their fields, and those of them that are lists of such structs.
 _NEEDED = {
     "prompt": ("content", "role"),
     "images": ("bytes",),
@@ -58,21 +58,21 @@ _SCHEMA = pa.schema(
 
 
 class DataError(ValueError):
-    """Files, or a position in them, that cannot be used; the message names what it is."""
+    """Unusable data file or data position; the message names the problem."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """A question with what is known about it.
+    """A question with its images, answers and origin.
 
     Attributes:
-      id: by which it is found again.
-      question: text.
-      images: bytes of picture files, at least one, in the order in which they are shown.
-      answers: the ground truth, then its other forms; each once.
-      source: the data set that it comes from.
-      category: what the data set says of it; "" where it says nothing.
-      file, row: where it was read, for messages; rows of a file count from 0.
+      id: Identifier of the question.
+      question: Text of the question.
+      images: Contents of the image files, at least one, in the order in which they are shown.
+      answers: Ground truth followed by its alternative forms, without duplicates.
+      source: Data set that the question comes from.
+      category: Category that the data set assigns, or "" if it assigns none.
+      file, row: Location of the question, for messages; rows of a file count from 0.
     """
 
     id: str
@@ -85,13 +85,13 @@ class Question:
     row: int = 0
 
     def example(self) -> Example:
-        """What the engine takes; it does not see the answers."""
+        """Return the engine's input, which does not include the answers."""
         return Example(id=self.id, question=self.question, images=self.images)
 
 
 @dataclasses.dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used. `row` counts from 0 in its file; `field` is within the row."""
+    """An unusable row. `row` counts from 0 in its file; `field` is within the row."""
 
     file: str
     row: int
@@ -104,13 +104,13 @@ class BadRow:
 
 @dataclasses.dataclass(frozen=True)
 class QuestionFile:
-    """A parquet file.
+    """A parquet file of questions.
 
     Attributes:
-      path: of it.
-      columns: those of `_TEXTS` that it has.
-      starts: first row of each row group.
-      stamp: size and time of change, in bytes and ns.
+      path: Path of the file.
+      columns: Columns in `_TEXTS` that the file has.
+      starts: First row of each row group.
+      stamp: Size in bytes and modification time in ns.
     """
 
     path: pathlib.Path
@@ -120,8 +120,12 @@ class QuestionFile:
 
     @classmethod
     def of(cls, path: pathlib.Path) -> "QuestionFile":
-        """Raises DataError: not a parquet file, it lacks a column or a field of one, or would take
-        much more memory than its size."""
+        """Open a file and check its schema and size.
+
+        Raises:
+          DataError: The file is not parquet, lacks a column or a field of one, or would take much
+            more memory than its size.
+        """
         try:
             stat = path.stat()
             with parquet.ParquetFile(path) as file:
@@ -145,11 +149,11 @@ class QuestionFile:
         return cls(path, columns, starts, (stat.st_size, stat.st_mtime_ns))
 
     def group_of(self, row: int) -> int:
-        """The row group that holds a row."""
+        """Return the row group that contains a row."""
         return bisect.bisect_right(self.starts, row) - 1
 
     def texts(self) -> Iterator[Question | BadRow]:
-        """All rows, without pictures. Raises DataError where the file cannot be read."""
+        """Yield all rows, without images. Raises DataError if the file cannot be read."""
         row, left = 0, parquet_sizes.most_memory(self.stamp[0])
         for batch in self._batches(_TEXT_ROWS, self.columns, None):
             unbounded = [n for n in self.columns if not parquet_sizes.is_small(batch.column(n))]
@@ -173,14 +177,15 @@ class QuestionFile:
     def pictures(
         self, group: int, rows: Iterable[int], image_roots: Sequence[str] = ()
     ) -> Iterator[tuple[int, tuple[bytes, ...] | BadRow]]:
-        """Rows of a row group, ascending, each with the bytes of its picture files, not decoded.
+        """Yield rows of a row group in ascending order, each with its undecoded image files.
 
         Args:
-          group: number of the row group.
-          rows: numbers of rows in it.
-          image_roots: directories in which named pictures may lie, beside the file's own folder.
+          group: Index of the row group.
+          rows: Numbers of rows in the group, counted from the start of the file.
+          image_roots: Directories, besides the parquet file's folder, in which image files may lie.
 
-        Raises DataError where the file cannot be read, or is not the one that was opened.
+        Raises:
+          DataError: The file cannot be read, or has changed since it was opened.
         """
         wanted, row = set(rows), self.starts[group]
         last = max(wanted)
@@ -199,7 +204,7 @@ class QuestionFile:
     def _batches(
         self, rows: int, columns: Sequence[str], groups: list[int] | None
     ) -> Iterator[pa.RecordBatch]:
-        # Opened anew each time, as an open one is not safe to be used from several threads.
+        # Reopened each time, because an open ParquetFile is not thread-safe.
         try:
             stat = self.path.stat()
             if (stat.st_size, stat.st_mtime_ns) != self.stamp:
@@ -212,14 +217,15 @@ class QuestionFile:
 
 
 def write_parquet(path: str | pathlib.Path, questions: Iterable[Question]) -> int:
-    """Writes questions in the schema that is read, pictures as bytes. Returns how many.
+    """Write questions in veRL's schema, with images as bytes, and return their number.
 
-    The file appears when it is complete. About 16 MB of pictures are in memory at a time.
+    The file appears when it is complete. About 16 MB of images are in memory at a time.
     """
     count = 0
     with (
         outputs.new_file(path) as partial,
-        # Pages of few pictures, so that a reader need not hold many; pictures are all different.
+        # Pages of few images, so that a reader holds few at a time. Images are all different, so a
+        # dictionary would not help.
         parquet.ParquetWriter(
             partial, _SCHEMA, use_dictionary=["data_source", "category"], write_batch_size=4
         ) as writer,
@@ -255,7 +261,7 @@ def _row(question: Question) -> dict[str, Any]:
 
 
 class _BadFieldError(Exception):
-    """What is wrong with a row."""
+    """Invalid field of a row."""
 
     def __init__(self, field: str, reason: str):
         super().__init__(field, reason)
@@ -263,8 +269,13 @@ class _BadFieldError(Exception):
 
 
 def find_files(where: str | pathlib.Path | Sequence[str | pathlib.Path]) -> list[pathlib.Path]:
-    """Parquet files: one, those of a directory or a glob (sorted by name), or of several of these;
-    each once. Raises DataError where there is none."""
+    """Return the parquet files that a path, a directory, a glob or a sequence of these names.
+
+    Files of a directory or glob are sorted by name. Duplicates are dropped.
+
+    Raises:
+      DataError: No file was found for an item, or no item was given.
+    """
     found: dict[pathlib.Path, None] = {}
     for item in [where] if isinstance(where, (str, pathlib.Path)) else where:
         path = pathlib.Path(item)
@@ -281,7 +292,7 @@ def find_files(where: str | pathlib.Path | Sequence[str | pathlib.Path]) -> list
 
 
 def _fits(kind: pa.DataType, listed: bool, fields: Sequence[str]) -> bool:
-    """Whether a column has the fields; one that holds nothing but nulls may be of any type."""
+    """Return whether a column has the fields; a column of type null always does."""
     if listed and isinstance(kind, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
         kind, listed = kind.value_type, False
     if pa.types.is_null(kind):
@@ -297,7 +308,7 @@ def _cell(field: str, scalar: pa.Scalar) -> Any:
 
 
 def _check_bounded(field: str, cell: pa.Array, texts: bool = True) -> None:
-    """Raises _BadFieldError for a text or a list that is too long."""
+    """Raise _BadFieldError if a text or a list is too long."""
     if not parquet_sizes.is_bounded(cell, texts):
         raise _BadFieldError(
             field,
@@ -307,7 +318,7 @@ def _check_bounded(field: str, cell: pa.Array, texts: bool = True) -> None:
 
 
 def _question(values: dict[str, Any], path: pathlib.Path, row: int) -> Question:
-    """Raises _BadFieldError."""
+    """Build a question from the values of a row. Raises _BadFieldError."""
     return Question(
         id=_plain(values.get("data_id"), "data_id") or f"{path.stem}_{row}",
         question=_question_text(values["prompt"]),
@@ -321,8 +332,10 @@ def _question(values: dict[str, Any], path: pathlib.Path, row: int) -> Question:
 
 
 def _question_text(messages: Any) -> str:
-    """The words of the user. Nothing is split on them: an instruction that a data set puts around
-    its questions stays."""
+    """Return the text of the user message.
+
+    It is not split: an instruction that a data set puts around its questions is kept.
+    """
     roles = [message and message["role"] for message in messages or ()]
     if roles.count("user") != 1 or any(role not in ("user", "system") for role in roles):
         raise _BadFieldError("prompt", f"must be one message of the user, has the roles {roles}")
@@ -356,12 +369,12 @@ def _answers(reward: Any) -> tuple[str, ...]:
 
 
 def _json_number(text: str) -> str | None:
-    """Return a number of JSON as `cells.json_number`; None for NaN and infinities."""
+    """Convert a JSON number with `cells.json_number`; return None for NaN and infinities."""
     return None if text.strip("-") in ("NaN", "Infinity") else cells.json_number(text)
 
 
 def _plain(value: Any, field: str) -> str:
-    """`cells.text_of` a value. Raises _BadFieldError."""
+    """Convert a value with `cells.text_of`. Raises _BadFieldError."""
     try:
         return cells.text_of(value)
     except ValueError as error:
@@ -369,7 +382,7 @@ def _plain(value: Any, field: str) -> str:
 
 
 def _images(cell: pa.Scalar, folder: pathlib.Path, image_roots: Sequence[str]) -> tuple[bytes, ...]:
-    """Bytes of the picture files of a row. Raises _BadFieldError."""
+    """Return the contents of a row's image files. Raises _BadFieldError."""
     images = []
     for number, entry in enumerate(_cell("images", cell) or ()):
         field, entry = f"images[{number}]", entry or {}

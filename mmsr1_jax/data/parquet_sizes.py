@@ -1,7 +1,7 @@
-"""Bounds on what a parquet file takes in memory, checked before it is read.
+"""Bounds on the memory that a parquet file takes, checked before it is read.
 
-A few kilobytes may hold a cell of gigabytes (compression), the same long value a million times (a
-dictionary), or millions of empty rows.
+A few kilobytes may expand to a cell of gigabytes (compression), a million copies of one long value
+(dictionary encoding), or millions of empty rows.
 """
 
 import os
@@ -13,14 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet
 
-MAX_TEXT = 1_000_000  # bytes of all texts of a cell
-MAX_ITEMS = 1000  # of a list in a cell
-_FREE = 64 << 20  # bytes of a column of a row group, whatever they take in the file
-_MAX_RATIO = 100  # bytes in memory for a byte in the file, beyond that
-_FREE_ROWS = 1_000_000  # rows of a file, and values of a column of a row group
-_MAX_VALUES = 64  # of a column for each row, beyond that
+MAX_TEXT = 1_000_000  # total bytes of text in a cell
+MAX_ITEMS = 1000  # items of a list in a cell
+_FREE = 64 << 20  # bytes of memory that a column of a row group may always take
+_MAX_RATIO = 100  # further bytes of memory allowed per byte in the file
+_FREE_ROWS = 1_000_000  # rows of a file, or values of a column chunk, always allowed
+_MAX_VALUES = 64  # further values of a column allowed per row
 
-# Read in pieces; without a buffer size, all of a row group is read at once.
+# Read in pieces. Without a buffer size, a whole row group is read at once.
 _STREAMED = {"pre_buffer": False, "buffer_size": 1 << 20}
 
 Group = parquet.RowGroupMetaData
@@ -28,18 +28,18 @@ Column = parquet.ColumnChunkMetaData
 
 
 class SizeError(ValueError):
-    """A file that would take much more memory than its size; names row group and column."""
+    """File that would take far more memory than its size; names row group and column, if any."""
 
 
 def check_sizes(
     path: pathlib.Path, metadata: parquet.FileMetaData, columns: Collection[str]
 ) -> None:
-    """Raise SizeError where reading `columns`, by row groups, would take memory out of proportion.
+    """Raise SizeError if reading `columns` by row groups would take disproportionate memory.
 
     Args:
-      path: of the file.
-      metadata: of the file.
-      columns: names of top-level columns.
+      path: Path of the file.
+      metadata: Metadata of the file.
+      columns: Names of top-level columns.
     """
     size = os.stat(path).st_size
     if metadata.num_rows > _FREE_ROWS + size:
@@ -70,16 +70,16 @@ def batches(
     """Yield batches of at most `rows` rows.
 
     Args:
-      path: of a file that `check_sizes` was called for.
-      rows: of a batch.
-      columns: names of the top-level columns to read.
-      groups: numbers of row groups; None: all.
-      large: columns whose values are pictures. Texts are read as dictionaries, so that one that
-        comes many times takes memory once; with pictures that would hold all of a row group.
+      path: Path of a file that passed `check_sizes`.
+      rows: Maximum number of rows in a batch.
+      columns: Names of the top-level columns to read.
+      groups: Indices of the row groups to read; None means all.
+      large: Columns whose values are images. Text is read as dictionaries, so that a repeated value
+        takes memory once. With images, a dictionary would hold those of a whole row group.
 
     Raises:
-      SizeError: pictures in a dictionary would take memory out of proportion where they are used.
-      OSError, pyarrow.ArrowException: the file cannot be read.
+      SizeError: Dictionary-encoded images would take disproportionate memory when expanded.
+      OSError, pyarrow.ArrowException: The file cannot be read.
     """
     with parquet.ParquetFile(path, **_STREAMED) as file:
         metadata = file.metadata
@@ -93,7 +93,7 @@ def batches(
     for group in range(metadata.num_row_groups) if groups is None else groups:
         for leaf in pictures:
             _check_dictionary(path, metadata, group, leaf, rows)
-        # Opened for each row group: Arrow joins no dictionaries of several.
+        # Reopened for each row group, because Arrow does not merge their dictionaries.
         options = _STREAMED | {"read_dictionary": [leaf.path for leaf in texts]}
         with parquet.ParquetFile(path, **options) as file:
             yield from file.iter_batches(rows, [group], list(columns), use_threads=False)
@@ -102,8 +102,10 @@ def batches(
 def _check_dictionary(
     path: pathlib.Path, metadata: parquet.FileMetaData, number: int, leaf: Any, rows: int
 ) -> None:
-    """Raise SizeError where values that are stored once, in the dictionary of the column's pages,
-    would take memory out of proportion where they are used."""
+    """Raise SizeError if expanding dictionary-encoded values takes disproportionate memory.
+
+    Such values are stored once, in the dictionary page of the column chunk.
+    """
     group = metadata.row_group(number)
     (column,) = (column for column in _columns(group) if column.path_in_schema == leaf.path)
     if not column.has_dictionary_page:
@@ -117,7 +119,7 @@ def _check_dictionary(
 
 
 def most_memory(in_file: int) -> int:
-    """Return how many bytes of memory so many bytes of a file may take."""
+    """Return the maximum memory, in bytes, that `in_file` bytes of a file may take."""
     return _FREE + _MAX_RATIO * in_file
 
 
@@ -128,8 +130,11 @@ def _check_ratio(size: int, column: Column, where: str) -> None:
 
 
 def is_small(array: pa.Array) -> bool:
-    """Whether no cell of an array can have more than MAX_ITEMS items or MAX_TEXT bytes of text, by
-    its longest list and text; a dictionary may have texts of other arrays, too."""
+    """Return whether no cell of an array can exceed MAX_ITEMS items or MAX_TEXT bytes of text.
+
+    The bound is conservative: it combines the longest list with the longest text, and a dictionary
+    may include texts of other arrays.
+    """
     items, longest = 1, 0
     for part, size in _parts(array):
         items, longest = max(items, size), max(longest, _longest(part))
@@ -137,8 +142,11 @@ def is_small(array: pa.Array) -> bool:
 
 
 def is_bounded(cell: pa.Array, texts: bool = True) -> bool:
-    """Whether the cell in an array of one row has at most MAX_ITEMS items in each list and, where
-    `texts` is set, MAX_TEXT bytes of text in all."""
+    """Return whether the only cell of an array is within the limits.
+
+    Each list may have at most MAX_ITEMS items and, if `texts` is set, the whole cell at most
+    MAX_TEXT bytes of text.
+    """
     total = 0
     for part, size in _parts(cell):
         if size > MAX_ITEMS:
@@ -151,7 +159,7 @@ def is_bounded(cell: pa.Array, texts: bool = True) -> bool:
 
 
 def _parts(array: pa.Array, items: int = 0) -> Iterator[tuple[pa.Array, int]]:
-    """The arrays of values inside an array, with the length of the longest list around each."""
+    """Yield the arrays of values inside an array, each with its longest enclosing list's length."""
     if _is_list(array.type):
         items = max(items, pc.max(pc.list_value_length(array)).as_py() or 0)
         if items > MAX_ITEMS:
@@ -170,7 +178,7 @@ def _columns(group: Group) -> Iterator[Column]:
 
 
 def _longest(array: pa.Array) -> int:
-    """Bytes of the longest text or binary value, those of a dictionary included."""
+    """Return the byte length of the longest text or binary value, dictionary entries included."""
     if pa.types.is_dictionary(array.type):
         array = array.dictionary
     return (pc.max(pc.binary_length(array)).as_py() or 0) if _has_bytes(array.type) else 0

@@ -1,8 +1,8 @@
-"""The questions of parquet files by number, and the batches of a training run.
+"""Questions of parquet files, indexed by number, and the batches of a training run.
 
-All but the pictures is read and checked when the files are opened. Pictures are read when a
-question is asked for, a page of the file at a time: a few pictures where `write_parquet` made it,
-up to 1,024 rows where pyarrow did with its defaults.
+Everything except images is read and validated when the files are opened. Images are read on demand,
+one page of the file at a time. A page holds a few images in files from `write_parquet`, and up to
+1,024 rows in files that pyarrow wrote with its defaults.
 """
 
 import dataclasses
@@ -24,21 +24,21 @@ from mmsr1_jax.processing.images import ImageProcessor
 
 
 class QuestionSource:
-    """The questions of parquet files, by number, in the order of files and rows.
+    """Questions of parquet files, indexed by number in the order of files and rows.
 
-    Rows that cannot be used are named on stderr, once, and listed in `bad`. Those whose text is bad
-    have no number. Whether a picture is bad shows when it is first read: then the next number with
-    good pictures (after the last, the first) takes the place, in `read` and `[]`. So what stands
-    at a number depends on the files alone, not on what was read before. Pictures are decoded once
-    to see whether they can be; what is handed out is the file's bytes.
+    Unusable rows are reported once on stderr and listed in `bad`. Rows with invalid text have no
+    number. Invalid images are detected when they are first read; `read` and `[]` then substitute
+    the next number with valid images, wrapping around after the last. The question at a number
+    therefore depends only on the files, not on earlier reads. Images are decoded once for
+    validation; questions hold the bytes of the file.
 
-    Safe to be used from several threads. Files must not change while they are in use.
+    Thread-safe. Files must not change while they are in use.
 
-    Args of the constructor:
-      where: see `parquet.find_files`.
-      image_roots: see `QuestionFile.pictures`.
-      max_bad_rows: with more bad rows than this, DataError is raised.
-      max_file_pixels: see `images.open_image`.
+    Args:
+      where: Files, see `parquet.find_files`.
+      image_roots: Additional directories for images, see `QuestionFile.pictures`.
+      max_bad_rows: Number of unusable rows above which DataError is raised.
+      max_file_pixels: Maximum size of an image in pixels, see `images.open_image`.
     """
 
     def __init__(
@@ -49,17 +49,21 @@ class QuestionSource:
         max_bad_rows: int = 100,
         max_file_pixels: int = DEFAULT_MAX_FILE_PIXELS,
     ):
-        """Raises DataError: no such file, one that is not parquet or lacks a column, no question
-        that can be used, or too many that cannot."""
+        """Open all files and read their questions without images.
+
+        Raises:
+          DataError: A file does not exist, is not parquet or lacks a column; no question is usable;
+            or too many rows are unusable.
+        """
         self.bad: list[BadRow] = []
         self._image_roots = tuple(image_roots)
         self._max_bad_rows, self._max_file_pixels = max_bad_rows, max_file_pixels
         self._lock = threading.Lock()
-        self._sound: set[int] = set()  # numbers whose pictures were decoded once
-        self._unusable: set[int] = set()  # numbers whose pictures cannot be
+        self._sound: set[int] = set()  # numbers whose images passed validation
+        self._unusable: set[int] = set()  # numbers whose images failed it
         paths = find_files(where)
-        self._files = [QuestionFile.of(path) for path in paths]  # all, before any is read
-        self._questions: list[Question] = []  # without their pictures
+        self._files = [QuestionFile.of(path) for path in paths]  # open all before reading any
+        self._questions: list[Question] = []  # without their images
         self._file_of: list[int] = []
         for number, file in enumerate(self._files):
             for question in file.texts():
@@ -75,19 +79,20 @@ class QuestionSource:
         return len(self._questions)
 
     def __getitem__(self, number: int) -> Question:
-        """One question. `read` is better for several: it goes over a row group once for all."""
+        """Return one question. For several, `read` is faster: it scans each row group only once."""
         return self.read([operator.index(number)])[0]
 
     def __iter__(self) -> Iterator[Question]:
-        """All questions in order, those with bad pictures left out; a few rows are in memory."""
+        """Iterate over all questions with valid images in order, with a few rows in memory."""
         return (question for _, question in self._load(range(len(self))))
 
     def read(self, numbers: Sequence[int]) -> list[Question]:
-        """Questions by number, in the order asked for; a number may come twice.
+        """Return questions by number, in the order requested; numbers may repeat.
 
         Raises:
-          IndexError: a number that is none.
-          DataError: too many bad rows, no good one left, or a file that cannot be read any more.
+          IndexError: A number is out of range.
+          DataError: Too many rows are unusable, no usable row is left, or a file can no longer be
+            read.
         """
         for number in numbers:
             if not -len(self) <= number < len(self):
@@ -101,7 +106,7 @@ class QuestionSource:
             loaded.update(self._load(sorted(missing)))
 
     def fingerprint(self) -> str:
-        """By which the same questions in the same order are known, in whatever folder."""
+        """Return a hash of the questions' text and order, independent of their folder."""
         digest = hashlib.blake2b(digest_size=16)
         for question in self._questions:
             parts = [question.question, question.source, question.category, *question.answers]
@@ -109,14 +114,14 @@ class QuestionSource:
         return digest.hexdigest()
 
     def _usable(self, number: int) -> int:
-        """The number, or the next one whose pictures are not known to be bad."""
+        """Return the number, or the next one with images not known to be invalid."""
         for candidate in range(number, number + len(self)):
             if candidate % len(self) not in self._unusable:
                 return candidate % len(self)
         raise DataError(f"{self._files[0].path} ..: no row has pictures that can be used")
 
     def _load(self, numbers: Iterable[int]) -> Iterator[tuple[int, Question]]:
-        """Ascending numbers and their questions with pictures; bad ones are reported, left out."""
+        """Yield ascending numbers with their complete questions; report and skip invalid images."""
 
         def place(number: int) -> tuple[int, int]:
             file = self._file_of[number]
@@ -140,14 +145,14 @@ class QuestionSource:
         for place, image in enumerate(images):
             try:
                 size = image_size(image, max_pixels=self._max_file_pixels)
-                ImageProcessor().target_size(*size)  # refuses too long ones
+                ImageProcessor().target_size(*size)  # raises for extreme aspect ratios
             except ImageError as error:
                 return BadRow(question.file, question.row, f"images[{place}]", str(error))
         return images
 
     def _report(self, bad: BadRow) -> None:
         with self._lock:
-            if bad in self.bad:  # two threads met it
+            if bad in self.bad:  # another thread reported it
                 return
             self.bad.append(bad)
             count = len(self.bad)
@@ -160,11 +165,11 @@ class QuestionSource:
 
 
 class Batches:
-    """An endless iterator over the questions of a process, step by step; see `batches`."""
+    """Endless iterator over the questions of a process, one step at a time; see `batches`."""
 
     def __init__(self, source: QuestionSource, steps: grain.MapDataset, made_with: dict[str, Any]):
         self._made_with = made_with | {"questions": len(source), "data": source.fingerprint()}
-        # One thread prepares the next step: so bad rows are met in a fixed order.
+        # A single thread prefetches the next step, so that bad rows are found in a fixed order.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         self._iterator = iter(steps.to_iter_dataset(options))
 
@@ -172,19 +177,22 @@ class Batches:
         return self
 
     def __next__(self) -> list[Question]:
-        """The next step's questions. Raises DataError, see `QuestionSource.read`."""
+        """Return the next step's questions. Raises DataError, see `QuestionSource.read`."""
         return next(self._iterator)
 
     def state(self) -> dict[str, Any]:
-        """The position after the last step that was handed out, as plain data for JSON. It is the
-        same in all processes, whatever their number."""
+        """Return the position after the last step returned, as data that JSON can represent.
+
+        The state is the same in all processes, and independent of their number.
+        """
         return self._made_with | {"position": self._iterator.get_state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes to a position.
+        """Restore a position from `state`.
 
         Raises:
-          DataError: it was saved with another seed, step size or data; the message names it.
+          DataError: The state is malformed, or was saved with a different seed, step size or data,
+            which the message names.
         """
         if not isinstance(state, dict) or "position" not in state:
             raise DataError(f"not a position in the data: {state!r}")
@@ -200,7 +208,7 @@ class Batches:
             raise DataError(f"not a position in the data: {state!r} ({error!r})") from None
 
     def close(self) -> None:
-        """Stops reading ahead."""
+        """Stop prefetching."""
         self._iterator.close()
 
 
@@ -211,22 +219,23 @@ def batches(
     process: int = 0,
     processes: int = 1,
 ) -> Batches:
-    """The questions of a training run.
+    """Return an iterator over the questions of a training run.
 
-    There is one sequence for all processes: the questions in an order drawn for each epoch, epoch
-    after epoch. A step takes the next `prompts_per_step` of it, and a process of these the ones at
-    `process::processes`. So what a step holds depends on source, seed and step alone. A question
-    whose pictures turn out bad gives its place to another (`QuestionSource`), which is thus seen
-    twice in that epoch; no step is ever short.
+    All processes share one sequence: the questions, reshuffled for each epoch. Each step takes the
+    next `prompts_per_step` of it, and each process takes the slice `process::processes` of these.
+    The contents of a step therefore depend only on source, seed and step. A question with invalid
+    images is replaced by another (see `QuestionSource`), which then occurs twice in that epoch; no
+    step is ever short.
 
     Args:
-      source: may hold fewer questions than a step; then they come again in it.
-      prompts_per_step: of all processes together.
-      seed: in [0, 2^32).
-      process, processes: number of this process, and how many there are.
+      source: Questions. If they are fewer than a step takes, they repeat within it.
+      prompts_per_step: Number of questions per step, over all processes.
+      seed: Seed of the shuffling, in [0, 2^32).
+      process, processes: Index of this process, and number of processes.
 
     Raises:
-      DataError: the prompts of a step cannot be divided among the processes.
+      DataError: `prompts_per_step` is not a positive multiple of `processes`, or `process` is out
+        of range.
     """
     if prompts_per_step < 1 or prompts_per_step % processes:
         raise DataError(
@@ -242,5 +251,5 @@ def batches(
 
 
 def validation(source: QuestionSource, limit: int | None = None) -> Iterator[Question]:
-    """The first `limit` questions in order (None: all); those with bad pictures are left out."""
+    """Iterate over the first `limit` questions with valid images in order (None: all)."""
     return itertools.islice(source, limit)

@@ -1,10 +1,10 @@
-"""An episode: the single record of what happened, token by token.
+"""Episodes: the single, token-level record of a conversation.
 
     prompt | model  forced  tool | model  forced  tool | model
              sampled ^      ^ the next user turn, with results
                      tokens that close a turn which stopped at a tag
 
-Reward, training, evaluation and the files on disk all read it; nothing is ever tokenised again.
+Rewards, training, evaluation and the files on disk all use it; nothing is ever tokenized again.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from mmsr1_jax.processing.processor import Processor, Prompt
 from mmsr1_jax.tools import Picture
 from mmsr1_jax.utils import checked_json
 
-# Why an episode ended: it answered; its turns or its tokens were used up; it could not be run.
+# Why an episode ended: an answer, the limit of turns, the limit of tokens, or an error.
 End = Literal["answer", "turns", "tokens", "error"]
 Kind = Literal["prompt", "model", "forced", "tool"]
 SEGMENTS: tuple[Kind, ...] = get_args(Kind)
@@ -27,12 +27,12 @@ SEGMENTS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
-    """A question, as a row of a dataset has it.
+    """A question, as in one row of a dataset.
 
     Attributes:
-      id: by which it is found again.
-      question: text.
-      images: of the question, in the order in which they are shown.
+      id: Identifier in the dataset.
+      question: Text of the question.
+      images: Images of the question, in the order in which they are shown.
     """
 
     id: str = ""
@@ -45,13 +45,14 @@ class Segment:
     """Tokens of one origin.
 
     Attributes:
-      kind: `prompt`; `model`: sampled; `forced`: closing the policy's turn in its place, or put
-        into it (`forcing.py`); `tool`: the user turn after it. Only what the policy sampled carries
-        loss.
-      tokens: int32[n].
-      logprobs: float32[n] of a model segment, under the policy at the sampling temperature.
-      sampling_logprobs: float32[n] of a model segment, under what was drawn from (top-k, top-p, no
-        control tokens).
+      kind: Origin of the tokens: `prompt`; `model`, sampled by the policy; `forced`, inserted to
+        close the policy's turn or to force an action (`forcing.py`); `tool`, the user turn after
+        it. Only `model` segments carry loss.
+      tokens: Token ids, int32[n].
+      logprobs: Log-probs of a model segment under the policy at the sampling temperature,
+        float32[n].
+      sampling_logprobs: Log-probs of a model segment under the distribution sampled from (top-k,
+        top-p, no control tokens), float32[n].
     """
 
     kind: Kind
@@ -62,13 +63,14 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShownResult:
-    """A result as the policy saw it: what came from outside, escaped and shortened as it was
-    written. Clients must rely on these fields and not parse the text.
+    """A search result as shown to the policy: external text, escaped and shortened.
+
+    Clients must rely on these fields and not parse the text of the user turn.
 
     Attributes:
-      link, title: "" where it has none.
-      text: its summary, or all of its text where a tool gave no labels.
-      images: numbers of its pictures among those of the user turn, from 0.
+      link, title: Link and title of the result; "" if it has none.
+      text: Summary of the result, or all of its text if the tool gave no labels.
+      images: Indices of its images among those of the user turn, from 0.
     """
 
     link: str = ""
@@ -79,15 +81,17 @@ class ShownResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToolCall:
-    """A search, made or refused.
+    """Record of a search, executed or refused.
 
     Attributes:
-      turn: number of the policy's turn that asked for it, from 0.
-      action, query: what was asked; an image search has no query.
+      turn: Index of the policy's turn that requested the search, from 0.
+      action: Kind of search.
+      query: Search query; None for an image search.
       status: `ok`, `empty`, `failed`, or `refused` (over a limit; no tool was called).
-      seconds: that the tool took.
-      found, shown: results that came back, and that the policy saw.
-      notes: what was left out or mended, and why a search failed.
+      seconds: Seconds that the tool took.
+      found: Number of results that the tool returned.
+      shown: Number of results that the policy saw.
+      notes: Results and images that were left out or changed, and why the search failed.
       results: Results that the policy saw; empty in records that do not have them. Excluded from
         equality, since the tokens already contain them.
     """
@@ -105,18 +109,18 @@ class ToolCall:
 
 @dataclasses.dataclass(kw_only=True)
 class Episode:
-    """What happened with one question, once.
+    """Record of one rollout of a question.
 
     Attributes:
-      example: the question.
-      group: number of the example in the run; its rollouts share it.
-      number: of the episode in the run; seeds its random numbers.
-      segments: all tokens, in order.
-      images: all pictures, in the order of their placeholders.
-      turns: what the policy wrote, read.
-      calls: its searches.
-      end: why it ended; None while it runs.
-      error: for `end == "error"`, what was wrong.
+      example: The question.
+      group: Index of the example in the run, shared by all its rollouts.
+      number: Index of the episode in the run, which seeds its random numbers.
+      segments: All tokens, in order.
+      images: All images, in the order of their placeholders.
+      turns: Parsed turns of the policy.
+      calls: Searches of the episode.
+      end: Why the episode ended; None while it runs.
+      error: Error message if `end == "error"`.
     """
 
     example: Example
@@ -130,23 +134,23 @@ class Episode:
     error: str | None = None
 
     def __len__(self) -> int:
-        """Tokens in all."""
+        """Return the total number of tokens."""
         return sum(len(segment.tokens) for segment in self.segments)
 
     @property
     def tokens(self) -> np.ndarray:
-        """int32[T]."""
+        """All token ids, int32[T]."""
         return np.concatenate([np.zeros(0, np.int32), *(s.tokens for s in self.segments)])
 
     @property
     def loss_mask(self) -> np.ndarray:
-        """bool[T]: the tokens that were sampled."""
+        """Mask of the sampled tokens, bool[T]."""
         parts = [np.full(len(s.tokens), s.kind == "model") for s in self.segments]
         return np.concatenate([np.zeros(0, bool), *parts])
 
     @property
     def logprobs(self) -> np.ndarray:
-        """float32[T]: as recorded, 0 where nothing was sampled."""
+        """Recorded log-probs, float32[T]; 0 for tokens that were not sampled."""
         parts = [
             np.zeros(len(s.tokens), np.float32) if s.logprobs is None else s.logprobs
             for s in self.segments
@@ -155,26 +159,26 @@ class Episode:
 
     @property
     def conversation(self) -> Prompt:
-        """All of it, as the policy reads it."""
+        """The whole conversation, as input for the policy."""
         return Prompt(self.tokens, tuple(self.images))
 
     @property
     def answer(self) -> str | None:
-        """The text of the answer, None where there is none."""
+        """Text of the answer; None if the last turn is not an answer."""
         last = self.turns[-1] if self.turns else None
         return last.payload if last is not None and last.action == "answer" else None
 
     def to_json(
         self, processor: Processor, pictures: Sequence[str] | None = None
     ) -> dict[str, Any]:
-        """The episode as plain data, tokens and text.
+        """Return the episode as JSON-compatible data, with both tokens and text.
 
-        A prompt or tool segment has `pictures`: for each of them in order, where its placeholders
-        begin and end in the segment's `text`, in characters.
+        A prompt or tool segment has a field `pictures`: the start and end of each image's
+        placeholder in the segment's `text`, in characters and in order.
 
         Args:
-          processor: turns tokens into text.
-          pictures: where `images` are, by path; None: only their grids are told.
+          processor: Decoder of the tokens.
+          pictures: Paths of the files of `images`; None: write only the grids of the images.
         """
 
         def of_segment(segment: Segment) -> dict[str, Any]:
@@ -205,15 +209,14 @@ class Episode:
 
     @classmethod
     def from_json(cls, data: Any, images: Sequence[Patches] = ()) -> "Episode":
-        """The episode that `to_json` wrote, with the tokens as they were; the example is without
-        its pictures.
+        """Restore an episode from `to_json` with identical tokens; the example has no images.
 
         Args:
-          data: plain data.
-          images: all pictures, in order; not looked at.
+          data: JSON data.
+          images: All images, in order; they are not checked.
 
         Raises:
-          ValueError: not in that form; the message names the field.
+          ValueError: The data are malformed; the message names the field.
         """
         if not isinstance(data, dict):
             raise ValueError("must be an object")
@@ -249,12 +252,14 @@ class Episode:
 
 
 def _text_of(tokens: np.ndarray, processor: Processor) -> tuple[str, list[list[int]]]:
-    """The text of tokens, and where in it are the placeholders of pictures. Control tokens stand
-    between characters, so the pieces between them can be decoded one by one."""
+    """Return the text of tokens, and the character spans of the image placeholders in it.
+
+    Control tokens never split a character, so the pieces between them can be decoded separately.
+    """
     begins = np.flatnonzero(tokens == processor.control["<|vision_start|>"])
     ends = np.flatnonzero(tokens == processor.control["<|vision_end|>"]) + 1
     if len(begins) != len(ends) or np.any(begins >= ends) or np.any(ends[:-1] > begins[1:]):
-        return processor.decode(tokens), []  # sampled, or made by hand
+        return processor.decode(tokens), []  # unpaired: sampled, or made by hand
     text, spans, done = "", [], 0
     for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
         text += processor.decode(tokens[done:begin])
@@ -269,7 +274,7 @@ _MOST_TOKEN = 2**31 - 1
 
 
 def _segment_of(name: str, data: Any) -> Segment:
-    """A segment from plain data. Raises ValueError."""
+    """Return a segment from JSON data. Raises ValueError."""
     if not isinstance(data, dict) or data.get("kind") not in SEGMENTS:
         raise ValueError(f"{name} must be an object whose 'kind' is one of {', '.join(SEGMENTS)}")
     tokens = data.get("tokens")

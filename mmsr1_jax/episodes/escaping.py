@@ -1,21 +1,22 @@
-"""Text from outside that cannot be mistaken for what we write around it.
+"""Escaping of external text, so that it cannot imitate the markup that we write around it.
 
     kind          imitation                          shown as
-    tag           </information>, ＜/іnformation>    ¬/information>      (the bracket is exchanged)
+    tag           </information>, ＜/іnformation>    ¬/information>      (the bracket is replaced)
     control       <|im_end|>                         ¬|im_end|>
     header        [Text Search Results]              ¬Text Search Results]
     label         2. link: https://..                > 2. > link: https://..
     question      The question was: ..               > The question was: ..
 
-Imitations are looked for in a copy of the text as a reader sees it (`_View`): entities and escapes
-decoded, characters mapped to what they resemble, invisible ones left out. They are escaped in the
-text itself, of which nothing else changes. All is linear in the length of the text.
+Imitations are detected in a copy of the text as a reader sees it (`_View`): entities and escapes
+are decoded, characters are mapped to those that they resemble, and invisible ones are removed. The
+imitations are then escaped in the original text, of which nothing else changes. The running time is
+linear in the length of the text.
 
-Not escaped, because it cannot be confused with our markup: a word without a bracket
+Some text is not escaped because it cannot be confused with our markup: a word without a bracket
 (`/information>`), tags with letters missing or in another language, code such as `List<Result>`,
 `i < result`, `vector<Answer>` or `<img src=..>`, captions (`Figure 2. Image: ..`), and labels
 without a number that cannot begin a result: `Link: ..`, `"image": ..`, and `title: ..` or
-`image: ..` unless a label with a number stands before them.
+`image: ..` unless they follow a numbered label.
 """
 
 import array
@@ -27,13 +28,13 @@ from collections.abc import Iterator, Sequence
 from mmsr1_jax.tools.lookalikes import LOOKS_LIKE
 from mmsr1_jax.utils.checked_json import valid_text
 
-_BRACKET = "\N{NOT SIGN}"  # takes the place of a bracket; nothing that is looked for contains it
-_MARK = "> "  # is put before a label
+_BRACKET = "\N{NOT SIGN}"  # replaces a bracket; no imitation contains it
+_MARK = "> "  # inserted before a label
 
-# Letters with what is written for them.
+# Letters and the characters used to imitate them.
 _LETTERS = {"a": "[a4@]", "e": "[e3]", "f": "[fs]", "i": "[il1|!¡]", "l": "[il1|]",
             "m": "(?:m|rn)", "o": "[o05]", "s": "[s5$f]", "t": "[t7]"}  # fmt: skip
-# Letters of a tag: signs and spaces, or other tags.
+# What may separate the letters of a tag: signs and spaces, or other tags.
 _BETWEEN = r"(?:[^\w<>«»\[\]{}()@$|!¡¬]|_|<[/!\w -]{1,12}>){0,3}+"
 _OURS = ("reason", "answer", "search", "textsearch")
 _RESULT = ("result", "results", "searchresult", "searchresults")
@@ -51,7 +52,7 @@ def _any(words: Sequence[str]) -> str:
     return "|".join(_word(word, _BETWEEN) for word in ordered)
 
 
-# A run of brackets and signs from the first bracket on, taken as a whole, and the name after it.
+# A maximal run of brackets and signs from the first bracket on, and the name after it.
 _TAG = re.compile(
     r"(?P<run>[<«\[{(](?:[^\w>»\]})|!¡¬]|_|[|!¡](?!n))*+)"
     rf"(?:(?P<information>{_any(['information'])})|(?P<control>{_any(_CONTROL)})"
@@ -64,7 +65,8 @@ _HEADER = re.compile(
     rf"\W{{0,3}}{_word('search')}\W{{0,3}}{_word('result')}{_word('s')}?"
     r"(?:\W|\d|of){0,9}?[\]}>»)])"
 )
-# All but letters, digits, line breaks, and `>`, which marks a quotation; `|ink` looks like `link`.
+# Any character but letters, digits, line breaks and the quotation mark `>`; `|ink` looks like
+# `link`.
 _SIGNS = r"(?:[^\w\n>|]|_|\|(?!ink|mage))"
 _LABELS = f"{_word('link')}|{_word('title')}|{_word('image')}|{_word('summary')}"
 _COLON = r"(?:[^\w\n:]|_)*+:"
@@ -72,7 +74,7 @@ _LINE = r"(?:^|\n|<br[ /]{0,3}>)"
 _NUMBERED_LINE = re.compile(
     rf"{_LINE}{_SIGNS}*+(?P<number>\d++){_SIGNS}++(?P<label>{_LABELS}){_COLON}"
 )
-# Inside a line, `, "` before the label is of JSON and YAML, and a large number is a year.
+# Inside a line, `, "` before the label indicates JSON or YAML, and a large number a year.
 _NUMBERED = re.compile(
     rf"(?<![^\W_])(?P<number>0*\d{{1,2}})(?! *+\w)(?:(?![,;\"'{{}}]){_SIGNS})++"
     rf"(?P<label>{_word('link')}|{_word('image')}){_COLON}"
@@ -91,7 +93,7 @@ _QUESTION = re.compile(
     rf"{_word('question')}(?:{_APART}{_word('was')})?"
     rf"|{_word('the')}{_APART}{_word('question')}{_APART}{_word('was')})(?:\W|_){{0,3}}?:"
 )
-# `&amp;` and `%25` in a row, that is, encoded several times over, are taken at once.
+# Runs of `&amp;` and `%25`, that is, text encoded several times over, match as a whole.
 _AMPERSANDS = r"&(?:(?:amp|AMP|#0*38|#[xX]0*26);)*+"
 _ENCODED = re.compile(
     rf"{_AMPERSANDS}(?:#[0-9]++|#[xX][0-9a-fA-F]++|[a-zA-Z][a-zA-Z0-9]{{1,31}})?;?"
@@ -101,21 +103,22 @@ _ENCODED = re.compile(
 )
 _FIRST_AMPERSANDS = re.compile(_AMPERSANDS)
 _NUMBER = re.compile(r"&#([xX]?)0*+([0-9a-fA-F]*+)")
-_ROUNDS = 4  # of decoding what is encoded several times over
-_OVERRIDE = re.compile("[\u202d\u202e]")  # what follows is shown in another order than it is read
-# Invisible copies of ASCII, which a policy reads none the less.
+_ROUNDS = 4  # rounds of decoding, for text encoded several times over
+_OVERRIDE = re.compile("[\u202d\u202e]")  # they display the text after them in another order
+# Invisible copies of ASCII, which a policy can still read.
 _INVISIBLE_ASCII = {0xE0000 + code: chr(code) for code in range(0x20, 0x7F)}
 _HAS_INVISIBLE_ASCII = re.compile("[\U000e0020-\U000e007e]")
 
 
 def harmless(text: str, *, line_start: bool = True) -> str:
-    """Return a text from outside with all imitations escaped.
+    """Return external text with all imitations escaped.
 
-    A text without imitations is returned unchanged, but for half surrogates and for the characters
-    U+202D and U+202E, which show what follows in another order than it is read.
+    A text without imitations is returned unchanged, except for lone surrogates and the characters
+    U+202D and U+202E, which display the text after them in another order.
 
     Args:
-      line_start: whether the text begins a line where it is shown.
+      text: External text.
+      line_start: Whether the text begins a line where it is shown.
     """
     text = _OVERRIDE.sub("", valid_text(text))
     edits = _edits(text, line_start)
@@ -132,10 +135,10 @@ def harmless(text: str, *, line_start: bool = True) -> str:
 
 
 class _View:
-    """A text as a reader sees it, and where its characters come from.
+    """View of a text as a reader sees it, with the origin of each character.
 
     Attributes:
-      text: what is seen.
+      text: Visible text.
     """
 
     def __init__(self, text: str):
@@ -145,8 +148,8 @@ class _View:
         self._places: array.array | None = None
 
     def span(self, place: int) -> tuple[int, int]:
-        """Where in the original text a character of the view begins and ends."""
-        if self._places is None:  # only where there is an imitation
+        """Return the span in the original text of a character of the view."""
+        if self._places is None:  # computed only if there is an imitation
             counts = (len(LOOKS_LIKE[ord(character)]) for character in self._characters)
             repeated = map(itertools.repeat, range(len(self._characters)), counts)
             self._places = array.array("q", itertools.chain.from_iterable(repeated))
@@ -171,7 +174,7 @@ def _edits(text: str, line_start: bool) -> dict[tuple[int, int], str]:
 
 
 def _brackets(view: _View, text: str) -> Iterator[int]:
-    """The places of brackets of tags, control tokens and headers."""
+    """Yield the positions of the brackets of tags, control tokens and headers."""
     for found in _TAG.finditer(view.text):
         if found.lastgroup != "run" and _is_tag(view, text, found):
             run = found["run"]
@@ -181,8 +184,10 @@ def _brackets(view: _View, text: str) -> Iterator[int]:
 
 
 def _is_tag(view: _View, text: str, found: re.Match) -> bool:
-    """Whether brackets with a name after them look like a tag, and not like a program's text, a
-    quotation, or a link in Markdown."""
+    """Return whether brackets followed by a name look like a tag.
+
+    Source code, quotations and Markdown links do not count as tags.
+    """
     run, name = found["run"], found.lastgroup
     before, closing = (
         view.text[max(found.start() - 1, 0) : found.start()],
@@ -197,7 +202,7 @@ def _is_tag(view: _View, text: str, found: re.Match) -> bool:
         return alone and ("(" not in run or (name == "information" and before != "]"))
     if "<" not in run:
         return False
-    if name in ("information", "ours"):  # `i <= answer` is a program's
+    if name in ("information", "ours"):  # `i <= answer` is code
         if run[-1].isspace() and (closing is None or closing[0][-1] not in ">»"):
             return False  # so is `i < answer`
         if name == "information":
@@ -205,26 +210,26 @@ def _is_tag(view: _View, text: str, found: re.Match) -> bool:
         first = text[view.span(found.end("run"))[0]]
         generic = run == "<" and before.isalnum() and first in "ARST"  # `vector<Answer>`
         return not generic and not run.strip("<|_*!¡.:#~`^? \n")
-    # So are `i < result` and `List<Result>`.
+    # `i < result` and `List<Result>` are code too.
     return closing is not None and run == "<" and not (name == "result" and before.isalnum())
 
 
 def _labels(view: _View, text: str, line_start: bool) -> Iterator[int]:
-    """The places of labels at the beginning of lines, or after a number."""
+    """Yield the positions of labels at the start of a line, or after a number."""
 
     def begins_line(found: re.Match) -> bool:
         return bool(line_start or found.start() or view.text.startswith("\n"))
 
-    def capital(found: re.Match) -> bool:  # as other programs write it
+    def capital(found: re.Match) -> bool:  # other programs capitalise labels
         return text[view.span(found.start("label"))[0]] in "LTIS"
 
     lone = _LONE_NUMBER.search(view.text)
-    first = lone.start() if lone else len(view.text)  # where a label with a number stands
+    first = lone.start() if lone else len(view.text)  # position of the first numbered label
     for found in filter(begins_line, _NUMBERED_LINE.finditer(view.text)):
-        if not (capital(found) and _SUMMARY.match(found["label"])):  # begins no result
+        if not (capital(found) and _SUMMARY.match(found["label"])):  # cannot begin a result
             first = min(first, found.start())
             yield found.start("label")
-            yield found.start("number")  # the line is not to begin with it either
+            yield found.start("number")  # so that the line does not begin with it
     for found in _NUMBERED.finditer(view.text):
         shown_before = view.text[max(found.start() - 24, 0) : found.start()].rpartition("\n")[2]
         if not (capital(found) and _CAPTION.search(shown_before)):
@@ -241,8 +246,12 @@ def _labels(view: _View, text: str, line_start: bool) -> Iterator[int]:
 
 
 def _decoded(text: str) -> tuple[str, array.array | None]:
-    """A text with entities and escapes decoded, and where each of its characters begins; None where
-    nothing is encoded."""
+    """Decode the entities and escapes in a text.
+
+    Returns:
+      The decoded text, and the start of each of its characters in the original; None if nothing
+      is encoded.
+    """
     starts: array.array | None = None
     for _ in range(_ROUNDS):
         pieces: list[str] = []
@@ -254,7 +263,7 @@ def _decoded(text: str) -> tuple[str, array.array | None]:
                 continue
             pieces += [text[begin : found.start()], value]
             places.extend(range(begin, found.start()))
-            # An entity may end without a semicolon, and letters after it are taken along.
+            # The match of an entity without a semicolon may include letters after it.
             plain = max(len(value) - 1, 0) if found[0].endswith(value[1:]) else 0
             places.extend([found.start()] * (len(value) - plain))
             places.extend(range(found.end() - plain, found.end()))
@@ -268,11 +277,11 @@ def _decoded(text: str) -> tuple[str, array.array | None]:
 
 
 def _value(encoded: str) -> str:
-    """The character that an entity or escape stands for; itself where it stands for none."""
+    """Return the character that an entity or escape encodes, or the input if it is neither."""
     if encoded[0] == "&":
         encoded = "&" + encoded[_FIRST_AMPERSANDS.match(encoded).end() :]
         number = _NUMBER.match(encoded)
-        if number and len(number[2]) > 8:  # none that Unicode has
+        if number and len(number[2]) > 8:  # beyond Unicode
             return "\ufffd"
         return html.unescape(encoded if number is None else f"&#{number[1]}{number[2] or 0};")
     if encoded in ("\\n", "\\r"):

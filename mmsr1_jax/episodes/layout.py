@@ -1,9 +1,9 @@
-"""Results of a search as they are written to the policy, within a number of tokens.
+"""Formatting of search results for the policy, within a token budget.
 
-result ──► block: pieces that are our own words, text from outside, or pictures
-blocks ──► chosen: those whose pictures and links fit, the first of them first
-       ──► shortened: each gets an equal share of the tokens; what a short one leaves goes to
-           the longer ones, whose text is cut at the end of a sentence or word
+result ──► block: pieces that are our own labels, external text, or images
+blocks ──► chosen: those whose images and links fit, in order
+       ──► shortened: each gets an equal share of the tokens; what short blocks leave unused
+           goes to longer ones, whose text is cut at the end of a sentence or word
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.tools.links import one_line, shown_link
 from mmsr1_jax.tools.tool import Part
 
-_LEAST = 64  # tokens of text; a result that would have fewer is left out
-_WORD = 160  # characters; a run without a border that is longer may be cut anywhere
+_LEAST = 64  # tokens of text; a result cut to fewer is left out
+_WORD = 160  # characters; a longer run without a word boundary may be cut anywhere
 _SENTENCE = re.compile(
     r"[.!?\u2026\u061f\u06d4\u0964\u0965\u104b\u17d4\u0589]['\")\]\u201d\u2019\u00bb]{0,3}(?=\s)"
     r"|[\u3002\uff01\uff1f\uff0e][\u300d\u300f\u201d\u2019\uff09]{0,3}|\n"
 )
-# Written without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, Chinese and Japanese.
+# Scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, Chinese and Japanese.
 _UNSPACED = re.compile(
     "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u312f\u31a0-\ua4cf\uf900-\ufaff\uff00-\uffef"
     "\U00020000-\U0003ffff]"
@@ -35,12 +35,12 @@ _UNSPACED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A part of a block.
+    """A piece of a block.
 
     Attributes:
-      value: text, harmless where it comes from outside; or a picture.
-      field: of text from outside, `link`, `title` or `text`; "" for our own words and pictures.
-      line_start: whether text from outside begins a line.
+      value: Text, escaped if it is external, or an image.
+      field: Field of external text, `link`, `title` or `text`; "" for our own labels and images.
+      line_start: Whether external text begins a line.
     """
 
     value: str | Patches
@@ -56,11 +56,12 @@ Block = tuple[Piece, ...]
 
 
 def pieces_of(part: Part, begins: bool, limit: int) -> list[Piece]:
-    """Return the pieces of a part that holds text; text without labels is escaped by `joined`.
+    """Return the pieces of a text part; text without labels is escaped later, by `joined`.
 
     Args:
-      begins: whether it begins the result.
-      limit: characters; the rest is cut off.
+      part: Part of a result that holds text.
+      begins: Whether the part begins the result.
+      limit: Maximum number of characters; the rest is cut off.
     """
     if not part.fields:
         return [Piece(part.text[:limit], "text", True)]
@@ -77,8 +78,11 @@ def pieces_of(part: Part, begins: bool, limit: int) -> list[Piece]:
 
 
 def joined(pieces: Sequence[Piece]) -> Block:
-    """Return pieces as a block: neighbouring texts without labels are one, so that no imitation can
-    be put together from two."""
+    """Return pieces as a block.
+
+    Adjacent texts without labels are merged before escaping, so that no imitation can be assembled
+    from two of them.
+    """
     block: list[Piece] = []
     for plain, group in itertools.groupby(pieces, lambda piece: piece.line_start):
         if plain:
@@ -90,7 +94,7 @@ def joined(pieces: Sequence[Piece]) -> Block:
 
 
 def written(blocks: Sequence[Block]) -> list[str | Patches]:
-    """Return the texts and pictures of a user turn for results, numbered from 1."""
+    """Return the texts and images of a user turn with these results, numbered from 1."""
     items: list[str | Patches] = []
     for number, block in enumerate(blocks, start=1):
         items += [f"{number}. " if number == 1 else f"\n{number}. "]
@@ -99,7 +103,7 @@ def written(blocks: Sequence[Block]) -> list[str | Patches]:
 
 
 def shown(blocks: Sequence[Block]) -> tuple[ShownResult, ...]:
-    """Return what is written for each result, for the record. Pictures are numbered through."""
+    """Return each result as shown, for the record; images are numbered across all results."""
     images = itertools.count()
     results = []
     for block in blocks:
@@ -114,11 +118,11 @@ def shown(blocks: Sequence[Block]) -> tuple[ShownResult, ...]:
 
 
 class Shortener:
-    """Cuts blocks to tokens.
+    """Truncation of blocks to a token budget.
 
-    Args of the constructor:
-      processor: counts them.
-      blocks: results by their number, from 1.
+    Args:
+      processor: Processor whose tokenizer counts the tokens.
+      blocks: Blocks by the number of their result, from 1.
     """
 
     def __init__(self, processor: Processor, blocks: dict[int, Block]):
@@ -131,8 +135,7 @@ class Shortener:
         self._least = {number: self._least_tokens(number) for number in blocks}
 
     def __call__(self, budget: int) -> tuple[dict[int, Block], list[str]]:
-        """Return the results that fit into `budget` tokens, truncated where necessary, and a note
-        for each truncated one."""
+        """Return the results that fit into `budget` tokens and a note for each truncated one."""
         chosen, used = [], 0
         for number in self._blocks:
             need = self._fixed[number] + self._least[number]
@@ -155,7 +158,7 @@ class Shortener:
         return blocks, notes
 
     def _fixed_tokens(self, block: Block) -> int:
-        """Tokens of all that is not cut: number, labels, links and pictures."""
+        """Return the number of tokens that are never cut: number, labels, links and images."""
         count, text = 0, "\n1. "
         merged = self._processor.images.merge_size**2
         for piece in block:
@@ -184,7 +187,7 @@ class Shortener:
             if piece.can_be_cut:
                 ids = self._tokens(piece.value)
                 if len(ids) > tokens:
-                    # What half a character's bytes are decoded to is no part of the text.
+                    # A character split between tokens decodes to U+FFFD.
                     begin = self._processor.decode(ids[:tokens]).rstrip("\ufffd")
                     text = _up_to_border(self._decoded(piece.value), len(begin))
                     text = harmless(text, line_start=piece.line_start)
@@ -195,8 +198,10 @@ class Shortener:
 
 
 def _shares(wanted: Sequence[int], least: Sequence[int], total: int) -> list[int]:
-    """Divide `total` so that the smallest shares are as large as they can be; nobody gets more than
-    `wanted` nor less than `least`, of which the sum is at most `total`."""
+    """Return max-min fair shares of `total`, each between its `least` and its `wanted`.
+
+    The sum of `least` must be at most `total`.
+    """
 
     def at(level: int) -> list[int]:
         return [max(low, min(want, level)) for want, low in zip(wanted, least, strict=True)]
@@ -209,8 +214,11 @@ def _shares(wanted: Sequence[int], least: Sequence[int], total: int) -> list[int
 
 
 def _up_to_border(text: str, end: int) -> str:
-    """Return at most `end` characters of a text, up to the end of a sentence in their last quarter,
-    else of a word."""
+    """Truncate a text to at most `end` characters.
+
+    The cut is at the end of a sentence in the last quarter of these characters, or otherwise at the
+    end of a word.
+    """
     if end >= len(text):
         return text
     sentences = list(_SENTENCE.finditer(text, end * 3 // 4, end + 1))
@@ -235,7 +243,7 @@ def _between_words(text: str, place: int) -> bool:
 
 
 def _between_characters(text: str, place: int) -> bool:
-    """Whether a text can be cut before a character without changing the one before it."""
+    """Return whether a text can be cut at an index without splitting a combined character."""
     if place == 0:
         return True
     before, after = text[place - 1], text[place]

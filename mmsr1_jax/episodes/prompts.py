@@ -1,16 +1,16 @@
-"""What is written to the policy: text files with fields, in `prompts/` beside this file.
+"""Prompt templates: text files with fields, in `prompts/` beside this file.
 
-    question             the first user turn            {question} {images}
-    after_image_search   after a search that found      {results} {question}
-    after_text_search    the same
-    search_failed        after one that did not         {reason} {question}
-    over_limit           after one that was not made    {reason} {question}
-    malformed            after a turn without action    {reason} {question}
+    question             first user turn                     {question} {images}
+    after_image_search   after an image search with results  {results} {question}
+    after_text_search    after a text search with results    {results} {question}
+    search_failed        after a search without results      {reason} {question}
+    over_limit           after a refused search              {reason} {question}
+    malformed            after a turn without an action      {reason} {question}
 
-A workflow that is not the trained one (`evaluation/workflows.py`) may have some of its own, in a
-directory of its name. A directory of one's own may replace any of them. The published prompts come
-as pickles of one string each, which hold only the instruction: they are read as data, no code in
-them is run, and what belongs around them is put there here.
+A workflow other than the trained one (`evaluation/workflows.py`) may have templates of its own, in
+a subdirectory with its name. A user's directory may replace any template. The published prompts are
+pickles of one string each, which contains only the instruction. They are read as data, without
+executing code, and the text around the instruction is added here.
 """
 
 import pathlib
@@ -21,7 +21,7 @@ from typing import TypeVar
 from mmsr1_jax.utils import checked_pickle
 
 _BUILT_IN = pathlib.Path(__file__).parent / "prompts"
-# The fields of each prompt; those in the first place it cannot do without.
+# Required and optional fields of each prompt.
 _FIELDS = {
     "question": (("question", "images"), ()),
     "after_image_search": (("results",), ("question",)),
@@ -33,7 +33,7 @@ _FIELDS = {
 _FIELD = re.compile(r"\{(question|images|results|reason)\}")
 _RESULTS = "<information>\n[KIND Search Results]\n{results}\n</information>\n"
 _RESULTS += "Original question: {question}\nINSTRUCTION"
-# File name, and what goes around the instruction that is in it.
+# Beginning of the file name, and the template around the instruction in the file.
 _PUBLISHED = {
     "question": ("round_1_user_prompt", "INSTRUCTION\nQuestion: {question}\nImage: {images}"),
     "after_image_search": ("after_image_search_prompt", _RESULTS.replace("KIND", "Image")),
@@ -45,18 +45,24 @@ T = TypeVar("T")
 
 
 class PromptsError(ValueError):
-    """A prompt that cannot be used; the message names the file."""
+    """An unusable prompt; the message names the file."""
 
 
 def load(directory: str | pathlib.Path | None = None, workflow: str = "") -> dict[str, str]:
-    """All prompts by name: the built-in ones, replaced by those of a directory.
+    """Return all prompts by name: the built-in ones, overridden by those of a directory.
+
+    The order of precedence is: the directory's prompts for the workflow, the directory's general
+    ones, the built-in ones for the workflow, the built-in general ones.
 
     Args:
-      directory: of `NAME.txt`, or of published pickles (`round_1_user_prompt*.pkl` ..).
-      workflow: whose own prompts replace both, those built in only what the directory has not.
+      directory: Directory of `NAME.txt` files, or of published pickles
+        (`round_1_user_prompt*.pkl` ..).
+      workflow: Workflow whose own prompts are used too.
 
     Raises:
-      PromptsError: no such directory, none of the names in it, or a prompt that lacks a field.
+      PromptsError: The directory is missing or has no prompts, or a prompt is unreadable, lacks a
+        required field or has one of another prompt; or the directory has a `question` prompt, but
+        none for the workflow `agent`.
     """
     found = _texts(_BUILT_IN)
     if workflow:
@@ -93,14 +99,16 @@ def load(directory: str | pathlib.Path | None = None, workflow: str = "") -> dic
 
 
 def _texts(directory: pathlib.Path) -> dict[str, str]:
-    """Those of the prompts that a directory has as text."""
+    """Return the prompts that a directory has as text files."""
     paths = {name: directory / f"{name}.txt" for name in _FIELDS}
     return {name: _read(path) for name, path in paths.items() if path.is_file()}
 
 
 def fill(template: str, fields: Mapping[str, Sequence[T | str]]) -> list[T | str]:
-    """The parts of a prompt, each `{field}` replaced by its parts. What a part holds is not looked
-    at again, so a question may well contain "{results}"."""
+    """Return the parts of a prompt, with each `{field}` replaced by the parts given for it.
+
+    Replacements are not expanded again, so a question may contain "{results}".
+    """
     parts: list[T | str] = []
     for number, piece in enumerate(_FIELD.split(template)):
         parts += fields[piece] if number % 2 else [piece]

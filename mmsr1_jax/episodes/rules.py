@@ -1,16 +1,16 @@
-"""The rules of an episode: what follows a turn, and what is then written to the policy.
+"""The rules of an episode: the step after each turn, and the user turns shown to the policy.
 
-    turn of the policy         what follows
+    turn of the policy         next step
     answer                     the episode ends
-    search                     the tool is called; then a user turn with what it found, or that says
-                               that it failed
-    search over a limit        a user turn that says so; the policy may still answer
-    none of them, or cut off   a user turn that says what was wrong
-    the last turn              the episode ends, whatever it was
+    search                     the tool is called, then a user turn shows the results or reports
+                               the failure
+    search over a limit        a user turn reports the limit; the policy may still answer
+    no action, or cut off      a user turn describes the problem
+    the last turn              the episode ends, whatever the turn contains
 
-What comes from outside goes through `Rules.observed`: text that can hold no control token and
-imitate nothing of ours (`escaping.py`), pictures of a bounded size, results whose text is shortened
-so that all fit (`layout.py`).
+All external data pass through `Rules.observed`. Text cannot contain control tokens or imitate our
+markup (`escaping.py`), images have a bounded size, and the text of results is shortened to fit
+(`layout.py`).
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from typing import Any, Literal
 from mmsr1_jax.config import settings
 from mmsr1_jax.episodes import layout, prompts
 from mmsr1_jax.episodes.episode import End, Episode, Example, ToolCall
-from mmsr1_jax.episodes.escaping import harmless as harmless  # a part of the rules
+from mmsr1_jax.episodes.escaping import harmless as harmless  # re-exported as part of the rules
 from mmsr1_jax.episodes.turns import Action, Turn
 from mmsr1_jax.processing.image_files import ImageError, process_image, process_image_async
 from mmsr1_jax.processing.images import Patches
@@ -33,9 +33,9 @@ from mmsr1_jax.tools import Observation, Part, Picture, Query, Tool
 from mmsr1_jax.utils.checked_json import valid_text
 
 _NO_PICTURE = "(picture not available)"
-_MOST_PARTS = 100  # of one result
-_DECODED_BY = 0.9  # share of a call's time after which images that are not decoded are left out
-_MAX_RETRIEVED_PIXELS = 20_000_000  # of the file of a retrieved image
+_MOST_PARTS = 100  # parts of one result
+_DECODED_BY = 0.9  # fraction of a call's time limit after which undecoded images are left out
+_MAX_RETRIEVED_PIXELS = 20_000_000  # pixels in the file of a retrieved image
 _REASON = {
     "ok": "the results are too long to be shown",
     "empty": "nothing was found",
@@ -44,17 +44,17 @@ _REASON = {
 
 
 class PromptTooLongError(ValueError):
-    """A question whose first user turn leaves the policy no room."""
+    """A question whose first user turn leaves no tokens for the policy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What follows a turn.
+    """The step after a turn.
 
     Attributes:
-      kind: `end`, `search`, or `say` (a user turn without a search).
-      end: why the episode ends.
-      prompt, reason: of what is said, the prompt's name and the reason that goes into it.
+      kind: Kind of step: `end`, `search`, or `say` (a user turn without a search).
+      end: Why the episode ends; only for `end`.
+      prompt, reason: Name of the prompt and the reason to insert into it; only for `say`.
     """
 
     kind: Literal["end", "search", "say"]
@@ -68,8 +68,8 @@ class Reply:
     """A user turn.
 
     Attributes:
-      prompt: its tokens and pictures; None where there is no room for it, and the episode ends.
-      call: the record of the search that it answers.
+      prompt: Tokens and images of the turn; None if they do not fit, and the episode ends.
+      call: Record of the search that the turn responds to, if any.
     """
 
     prompt: Prompt | None
@@ -77,17 +77,17 @@ class Reply:
 
 
 class Rules:
-    """The rules with their settings.
+    """The rules of an episode, with their settings.
 
-    Args of the constructor:
-      processor: makes tokens.
-      limits: see `config.Turns`.
-      tools: see `config.Tools`.
-      texts: the prompts, from `prompts.load`.
-      max_file_pixels: see `images.open_image`.
-      check_image: raises ValueError for a picture that the engine cannot take.
-      forced: what the turns are made to do, one after the other, the last as long as there are
-        turns; empty: whatever the policy likes.
+    Args:
+      processor: Tokenizer and image processor of the policy.
+      limits: Limits on turns, searches and tokens.
+      tools: Settings of the tools.
+      texts: Prompts from `prompts.load`.
+      max_file_pixels: Maximum number of pixels in an image file, see `image_files.open_image`.
+      check_image: Function that raises ValueError for an image that the engine cannot process.
+      forced: Actions prescribed for successive turns; the last one applies to all later turns.
+        Empty: the policy chooses its actions.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Rules:
         self._max_file_pixels = max_file_pixels
         self._max_retrieved = min(max_file_pixels, _MAX_RETRIEVED_PIXELS)
         self._check_image = check_image
-        # Equal pictures of different episodes are held once.
+        # Identical images of different episodes share memory.
         self._known: weakref.WeakValueDictionary[str, Patches] = weakref.WeakValueDictionary()
         low = min(processor.images.min_pixels, tools.max_pixels // 4)
         self._retrieved = dataclasses.replace(
@@ -118,15 +118,15 @@ class Rules:
 
     @property
     def seconds(self) -> float:
-        """Time limit of a tool's call, from `config.tools.timeout`."""
+        """Time limit of a tool call in seconds, from `config.tools.timeout`."""
         return self._tools.timeout
 
     def first(self, example: Example) -> Prompt:
-        """The prompt of a question.
+        """Return the prompt of a question.
 
         Raises:
-          ImageError: a picture that cannot be used.
-          PromptTooLongError: no room is left for the policy.
+          ImageError: An image is unusable.
+          PromptTooLongError: The prompt leaves no room for the policy's turn.
         """
         images = [self._open(image) for image in example.images]
         fields = {"question": [valid_text(example.question)], "images": images}
@@ -141,14 +141,22 @@ class Rules:
         return prompt
 
     def forced(self, episode: Episode) -> Action | None:
-        """What the episode's next turn is made to do, None for whatever the policy likes. There is
-        no image search where there is no picture."""
+        """Return the action prescribed for the episode's next turn; None if the policy chooses.
+
+        Image searches are skipped for a question without images.
+        """
         skipped = () if episode.example.images else ("image_search",)
         actions = [action for action in self._forced if action not in skipped]
         return actions[min(len(episode.turns), len(actions) - 1)] if actions else None
 
     def after(self, turns: Sequence[Turn], calls: Sequence[ToolCall], cut: bool) -> Step:
-        """What follows the last of these turns; `cut`: it was ended by the limit of its tokens."""
+        """Return the step after the last of these turns.
+
+        Args:
+          turns: Turns of the episode.
+          calls: Searches of the episode.
+          cut: Whether the last turn reached its token limit.
+        """
         turn, limits = turns[-1], self.limits
         if turn.action == "answer":
             return Step("end", end="answer")
@@ -172,7 +180,7 @@ class Rules:
         return Step("search")
 
     def say(self, step: Step, episode: Episode, room: int) -> Reply:
-        """A user turn without results, of at most `room` tokens, after the episode's last turn."""
+        """Return a user turn without results, of at most `room` tokens, after the last turn."""
         prompt = self._within(room, step.prompt, episode.example, reason=[step.reason])
         turn = episode.turns[-1]
         if turn.action is None:
@@ -183,12 +191,15 @@ class Rules:
         return Reply(prompt, refused)
 
     def room(self, episode: Episode, closing: int) -> int:
-        """Tokens that a user turn may have, if the policy's turn is closed with so many."""
+        """Return the token budget of a user turn, if closing the policy's turn takes `closing`."""
         return self.limits.max_episode_tokens - self.limits.min_turn_tokens - len(episode) - closing
 
     def read(self, value: Any) -> Observation:
-        """What a tool returned, as far as it is an observation: at most so many results, in lists.
-        To be called within the tool's time, as what is read may be a generator."""
+        """Validate the return value of a tool, and read its results into a list.
+
+        At most `config.tools.max_results` results are read. An invalid value gives a failed
+        observation. Call this within the tool's time limit, since the results may be a generator.
+        """
         if not isinstance(value, Observation):
             return _failed(f"the tool returned {type(value).__name__}, not an Observation")
         if value.status not in ("ok", "empty"):
@@ -209,16 +220,16 @@ class Rules:
         self, query: Query, example: Example, turn: int, room: int,
         observation: Observation | None, error: BaseException | None, seconds: float,
     ) -> Reply:  # fmt: skip
-        """The user turn after a search.
+        """Return the user turn after a search.
 
         Args:
-          query: what was asked.
-          example: the question.
-          turn: number of the turn that asked.
-          room: tokens that the user turn may have.
-          observation: what the tool returned, through `read`; None where there is an `error`.
-          error: what it raised.
-          seconds: Time that the tool took; the record adds the time of decoding here.
+          query: Query of the search.
+          example: The question.
+          turn: Index of the turn that requested the search.
+          room: Token budget of the user turn.
+          observation: Result of the tool, validated by `read`; None if there is an `error`.
+          error: Exception that the tool raised.
+          seconds: Seconds that the tool took; the record adds the time spent on decoding here.
         """
         observation, spent = self._decode_rest(observation or _failed(error))
         results = observation.results
@@ -263,8 +274,10 @@ class Rules:
         self, name: str, example: Example, blocks: dict[int, layout.Block], budget: int,
         notes: list[str],
     ) -> tuple[Prompt | None, list[layout.Block]]:  # fmt: skip
-        """The user turn with these results, shortened to `budget` tokens where they have more; and
-        the results that it holds. None where it can hold none."""
+        """Return the user turn with results shortened to `budget` tokens, and the results shown.
+
+        The turn is None if no result fits.
+        """
         shown = list(blocks.values())
         if not shown:
             return None, []
@@ -282,10 +295,10 @@ class Rules:
             if len(prompt.tokens) <= budget:
                 notes += cut
                 return prompt, shown
-            left -= len(prompt.tokens) - budget  # the parts have fewer tokens than the whole
+            left -= len(prompt.tokens) - budget  # the whole may have more tokens than its parts
 
     def _block(self, result, number: int, budget: int, notes: list[str]) -> layout.Block | None:
-        """A result as texts and pictures; None where its pictures alone exceed the budget."""
+        """Return a result as a block; None if its images alone exceed the budget."""
         text_left, tokens = self._tools.max_result_chars, 0
         pieces: list[layout.Piece] = []
         for part in result:
@@ -317,18 +330,18 @@ class Rules:
         """Call a tool, and decode the images of its results in worker processes.
 
         Args:
-          tool: None where there is none for the action.
-          query: What is asked.
-          seconds: Time limit of the call. Images that are not decoded in nine tenths of it are left
-            out, so that the other results are not lost.
+          tool: Tool to call; None if the action has no tool.
+          query: Query of the search.
+          seconds: Time limit of the call. Images not decoded within nine tenths of it are left out,
+            so that the other results are not lost.
 
         Returns:
-          The observation with `Patches` in place of its images, or the `ImageError` of one that
-          cannot be used.
+          The observation with each image replaced by its `Patches`, or by an `ImageError` if it is
+          unusable.
 
         Raises:
-          LookupError: There is no tool.
-          Exception: Whatever the tool raises.
+          LookupError: `tool` is None.
+          Exception: Any exception raised by the tool.
         """
         if tool is None:
             raise LookupError(f"no tool for {query.action}")
@@ -359,7 +372,7 @@ class Rules:
             return error
 
     def _decode_rest(self, observation: Observation) -> tuple[Observation, float]:
-        """Decode the remaining images, blocking; also return the seconds that it took."""
+        """Decode the remaining images, blocking; also return the seconds taken."""
         begun = time.monotonic()
         if all(isinstance(image, (Patches, ImageError)) for image in _images(observation)):
             return observation, 0.0
@@ -381,7 +394,7 @@ class Rules:
         return self._checked(process_image(image, processor, max_pixels=limit))
 
     def _checked(self, patches: Patches) -> Patches:
-        """Return the patches, equal ones once, if the engine can take them. Raises ImageError."""
+        """Return the patches, deduplicated. Raises ImageError if the engine rejects them."""
         try:
             self._check_image(patches)
         except ImageError:
@@ -400,7 +413,7 @@ def _images(observation: Observation) -> list[Any]:
 
 
 def _with_images(observation: Observation, image_of: Callable[[Part], Any]) -> Observation:
-    """Return the observation with `image_of` of each part that has an image in its place."""
+    """Return the observation with the image of each part replaced by `image_of(part)`."""
     results = [
         tuple(
             part if part.image is None else dataclasses.replace(part, image=image_of(part))
@@ -423,7 +436,7 @@ def _are_fields(fields: Any) -> bool:
 
 
 def describe(error: BaseException | str | None) -> str:
-    """An error in words, for the record. Never raises, whatever the error is made of."""
+    """Return a description of an error, for the record. Never raises."""
     if error is None:
         return "no reason was given"
     try:

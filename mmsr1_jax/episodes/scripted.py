@@ -1,7 +1,7 @@
-"""Episodes from turns that are given: what would have happened, had the policy written them.
+"""Episodes replayed from scripted turns, executing their tool calls.
 
-The searches are made by the tools, and what they find is written as the engine writes it. So a
-policy that is taught by such episodes meets in its rollouts what it was taught with.
+Search results are formatted exactly as by the rollout engine, so a policy that is fine-tuned on
+such episodes sees the same format in its rollouts.
 """
 
 import asyncio
@@ -22,8 +22,13 @@ _AT_ONCE = 64
 
 @dataclasses.dataclass(frozen=True)
 class Story:
-    """A question and what the policy is to have written, turn by turn; its searches are made in the
-    local index `index`, where it names one."""
+    """A scripted episode: a question and the policy's turns.
+
+    Attributes:
+      example: The question.
+      texts: Texts of the policy's turns.
+      index: Local index that its searches use, if any.
+    """
 
     example: Example
     texts: Sequence[str]
@@ -33,8 +38,11 @@ class Story:
 def retell(
     stories: Iterable[Story], processor: Processor, rules: Rules, tools: Mapping[str, Tool]
 ) -> Iterator[Episode]:
-    """Yields an episode for each story, in their order. One that cannot be told has `end ==
-    "error"`; one whose turns go on after its end is cut there."""
+    """Yield an episode for each story, in order.
+
+    An episode with an unusable question or image has `end == "error"`. Turns after the end of an
+    episode are dropped.
+    """
     stories = enumerate(stories)
     with asyncio.Runner() as runner:
         while batch := [story for story, _ in zip(stories, range(_AT_ONCE), strict=False)]:
@@ -51,7 +59,7 @@ async def _episode(number: int, story: Story, processor, rules: Rules, tools) ->
     episode = Episode(example=story.example, group=number, number=number)
     try:
         prompt = rules.first(story.example)
-    except Exception as error:  # a picture or a question that cannot be used
+    except Exception as error:  # an unusable image or question
         episode.end, episode.error = "error", f"{type(error).__name__}: {error}"
         return episode
     episode.segments.append(Segment("prompt", prompt.tokens))
@@ -101,5 +109,5 @@ async def _searched(episode: Episode, rules: Rules, tools, room: int):
     turn_number = len(episode.turns) - 1
     try:
         return rules.observed(query, example, turn_number, room, observation, error, seconds=0.0)
-    except Exception as unforeseen:  # whatever a tool made its results of
+    except Exception as unforeseen:  # a tool may return objects that raise
         return rules.observed(query, example, turn_number, room, None, unforeseen, seconds=0.0)

@@ -1,15 +1,15 @@
-"""What the policy may write in a turn, and how it is read: the one parser of turns.
+"""The format of the policy's turns, and the only parser for them.
 
-The engine asks which action to carry out (`parse`), the reward whether the form is right. Two forms
-are known; the first is the default of `config.rewards`:
+The engine needs to know which action to execute (`parse`), and the reward whether the format is
+correct. There are two formats; the first is the default of `config.rewards`:
 
     published   <reason>..</reason> any words <answer>..</answer>
                 <reason>..</reason> any words <search><img></search>
                 <reason>..</reason> any words <text_search>..</text_search>
-    strict      only white space between the reasoning and the action, which is not empty; white
-                space around <img>
+    strict      only whitespace between the reasoning and the action, which is not empty;
+                whitespace is allowed around <img>
 
-White space may stand around a turn, and lines may be broken anywhere inside the tags.
+A turn may have leading and trailing whitespace, and line breaks anywhere inside the tags.
 """
 
 import dataclasses
@@ -23,16 +23,16 @@ TAGS: dict[Action, str] = {
     "image_search": "search",
     "text_search": "text_search",
 }
-# A turn pauses where the first of these is complete (`rollout/stop.py`).
+# A turn pauses when the first of these is complete (`rollout/stop.py`).
 STOPS: tuple[str, ...] = tuple(f"</{tag}>" for tag in TAGS.values())
-WHOLE_IMAGE = "<img>"  # the only thing that an image search can be asked to look up
+WHOLE_IMAGE = "<img>"  # the only valid content of an image search
 
 _CLOSE = re.compile("|".join(map(re.escape, STOPS)))
 _REASON = re.compile(r"\s*<reason>(.*?)</reason>\s*", re.DOTALL)
 _REASON_TAGS = ("<reason>", "</reason>")
 _ACTION_OF = {f"</{tag}>": action for action, tag in TAGS.items()}
-# The tags of each action in the published form. Those of an image search are one string: `<search>`
-# alone is not one of them.
+# Tags of each action in the published format. Those of an image search are a single string:
+# `<search>` alone does not count.
 _PUBLISHED_TAGS: dict[Action, tuple[str, ...]] = {
     "answer": ("<answer>", "</answer>"),
     "image_search": (f"<search>{WHOLE_IMAGE}</search>",),
@@ -45,13 +45,13 @@ class Turn:
     """A parsed turn of the policy.
 
     Attributes:
-      action: Action that the engine carries out; None where nothing can be made out.
-      payload: The answer or the query, without white space around it; None for an image search and
-        where there is no action. An answer is that of `answer_in`.
-      reason: Text of the reasoning, None where there is none in the right place.
-      problem: Why there is no action, or what keeps the turn from the published form, in words;
-        None: neither. A turn may have an action that can be carried out and still be badly formed.
-      text: What the policy wrote; None in turns of files that were written before it was kept.
+      action: Action that the engine executes; None if the turn has no valid action.
+      payload: Text of the answer (see `answer_in`) or of the query, stripped of whitespace; None
+        for an image search or if there is no action.
+      reason: Text of the reasoning; None if the turn does not begin with it.
+      problem: Description of why there is no action, or of what violates the published format; None
+        if nothing does. A turn with a valid action may still violate the format.
+      text: Text of the turn; None if loaded from a file of an older version, which lacks it.
     """
 
     action: Action | None
@@ -62,17 +62,17 @@ class Turn:
 
     @property
     def form(self) -> Action | None:
-        """Action whose published form the turn has, see `published_form`."""
+        """Action whose published format the turn has, see `published_form`."""
         return self._kept_form if self.text is None else published_form(self.text)
 
     @property
     def strict_form(self) -> Action | None:
-        """Action whose strict form the turn has, see `strict_form`."""
+        """Action whose strict format the turn has, see `strict_form`."""
         return self._kept_form if self.text is None else strict_form(self.text)
 
     @property
     def well_formed(self) -> bool:
-        """Whether the turn has the published form of an action."""
+        """Whether the turn has the published format of an action."""
         return self.form is not None
 
     @property
@@ -81,9 +81,9 @@ class Turn:
 
 
 def parse(text: str) -> Turn:
-    """Return a parsed turn. `text` is without its end token. Never raises.
+    """Parse a turn, given as text without its end token. Never raises.
 
-    The action is the one whose closing tag comes first, as that is where the engine stops.
+    The action is the one whose closing tag comes first, since that is where the engine stops.
     """
     begin = _REASON.match(text)
     reason = begin[1].strip() if begin else None
@@ -100,16 +100,18 @@ def parse(text: str) -> Turn:
 
 
 def published_form(text: str) -> Action | None:
-    """Return the action whose published form a turn has, None where it has none.
+    """Return the action whose published format a turn has; None if it has none.
 
-    As the program of MMSearch-R1 decides it, letter case included, after `str.strip` of the turn:
+    The rules are those of the MMSearch-R1 code, including letter case, applied to the turn after
+    `str.strip`:
 
-    - the turn begins with `<reason>` and ends with the action's closing tag;
-    - `</reason>` stands before the action; any words may stand between them;
-    - `<reason>`, `</reason>` and the tags of the action occur once each, also inside of what they
-      enclose. The tags of an image search are the one string `<search><img></search>`, without
-      white space inside; `<search>` or `</search>` elsewhere does no harm;
-    - no tag of another action occurs (`<answer>`, `</answer>`, `<text_search>`, `</text_search>`,
+    - The turn begins with `<reason>` and ends with the action's closing tag.
+    - `</reason>` precedes the action; any text may stand between them.
+    - `<reason>`, `</reason>` and the tags of the action occur exactly once each, counting the text
+      that they enclose. The tags of an image search are the single string
+      `<search><img></search>`, without whitespace inside; `<search>` or `</search>` elsewhere is
+      ignored.
+    - No tag of another action occurs (`<answer>`, `</answer>`, `<text_search>`, `</text_search>`,
       and the string `<search><img></search>`).
 
     The reasoning, an answer and a query may be empty.
@@ -129,11 +131,11 @@ def published_form(text: str) -> Action | None:
 
 
 def strict_form(text: str) -> Action | None:
-    """Return the action whose strict form a turn has, None where it has none.
+    """Return the action whose strict format a turn has; None if it has none.
 
-    The action is the one that the engine carries out, and nothing but white space stands between
-    the reasoning, which holds no second `<reason>`, and it, nor after it; neither an answer nor a
-    query is empty. White space may stand around the `<img>` of an image search.
+    The action is the one that the engine executes. Only whitespace may stand between the reasoning
+    and the action, and after the action. The reasoning contains no second `<reason>`, and an answer
+    or query is not empty. Whitespace is allowed around the `<img>` of an image search.
     """
     begin = _REASON.match(text)
     action, start, end, payload = _read_action(text)
@@ -143,11 +145,11 @@ def strict_form(text: str) -> Action | None:
 
 
 def answer_in(text: str) -> str | None:
-    """Return the answer that is scored if this is the last turn: the last `<answer>..</answer>`,
-    without white space around it; None where there is none.
+    """Return the answer that is scored if this is the last turn; None if there is no answer.
 
-    Pairs are taken from the left, each from an opening tag to the first closing tag after it, as
-    published: so an opening tag inside an answer is part of the answer.
+    It is the last `<answer>..</answer>`, stripped of whitespace. As in the published code, pairs
+    are matched from the left, each from an opening tag to the first closing tag after it. An
+    opening tag inside an answer is therefore part of the answer.
     """
     found, begin = None, text.find("<answer>")
     while begin >= 0:
@@ -161,8 +163,10 @@ def answer_in(text: str) -> str | None:
 
 
 def asks_for_search(text: str) -> bool:
-    """Return whether a turn counts as one that searches, as published: it holds
-    `<search><img></search>`, or both tags of a text search, wherever they stand."""
+    """Return whether a turn counts as a search, by the published rule.
+
+    It does if it contains `<search><img></search>` or both tags of a text search, in any position.
+    """
     return any(
         all(tag in text for tag in _PUBLISHED_TAGS[action])
         for action in ("image_search", "text_search")
@@ -170,8 +174,12 @@ def asks_for_search(text: str) -> bool:
 
 
 def _read_action(text: str) -> tuple[Action | None, int, int, str]:
-    """Action that the engine carries out, where it begins and ends, and what its tags enclose; or
-    None, 0, 0, and why there is no action."""
+    """Find the action that the engine executes.
+
+    Returns:
+      The action, its start and end, and the text between its tags; or None, 0, 0 and the reason why
+      there is no action.
+    """
     close = _CLOSE.search(text)
     if close is None:
         return None, 0, 0, "no closing tag of an action"
@@ -189,7 +197,7 @@ def _read_action(text: str) -> tuple[Action | None, int, int, str]:
 
 
 def _problem(text: str, begin: re.Match | None, action: Action, start: int, end: int) -> str:
-    """What keeps a turn from the published form of its action, in words."""
+    """Describe how a turn violates the published format of its action."""
     if begin is None or begin.end() > start:
         return "does not begin with <reason>..</reason>"
     if text[end:].strip():

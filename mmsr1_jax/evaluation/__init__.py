@@ -1,2 +1,2 @@
-"""Evaluation: ways to answer a question (`workflows`), what is on disk of each episode (`lines`),
-figures (`figures`), pairs of them (`compare`), and the table of all (`table`)."""
+"""Evaluation: workflows (`workflows`), episodes on disk (`records`), metrics (`metrics`), paired
+comparisons (`compare`) and the results table (`table`)."""

@@ -1,9 +1,10 @@
-"""Asks a language model's server about many answers: each once, and none twice.
+"""Concurrent, resumable requests to a language-model server, deduplicated by digest.
 
-    asked, by digest ─► replies.jsonl, as they come ─► replies, by digest
+    requests, by digest ─► replies.jsonl, as they arrive ─► replies, by digest
 
-An interrupted asking goes on where it stopped. A server that is down is asked again after pauses,
-and no more. One that refuses all requests ends the asking; the replies so far are kept.
+An interrupted batch resumes where it stopped. If the server is down, requests are retried after
+each of a fixed list of pauses. If the server refuses all requests, the batch ends; the replies
+received so far are kept.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ from mmsr1_jax.tools.service import ServiceDownError
 from mmsr1_jax.tools.web import WebError
 from mmsr1_jax.utils import checked_json
 
-_AT_ONCE = 256  # that are with the server at a time
+_AT_ONCE = 256  # concurrent requests
 
 T = TypeVar("T")
 Reply = dict[str, Any]
@@ -30,7 +31,7 @@ _Line = Annotated[list, msgspec.Meta(min_length=2)]
 
 
 def digest_of(*asked: Any) -> str:
-    """By which it is known that the same is asked; of plain data."""
+    """Return a digest that identifies a request, given as JSON-serialisable data."""
     return hashlib.blake2b(json.dumps(asked).encode(), digest_size=16).hexdigest()
 
 
@@ -44,20 +45,23 @@ def replies_to(
     pauses: Sequence[float],
     what: str,
 ) -> dict[str, Reply]:
-    """The replies, by digest.
+    """Return the replies to all requests, by digest.
 
     Args:
-      asked: what is asked, by `digest_of` all that the reply depends on.
-      ask: the reply to one of them, plain data for JSON; or raises WebError.
-      failed: what stands in the place of a reply that there is none of; it is not kept.
-      path: keeps replies as they come; what it has of others is not looked at.
-      shape: type of a reply.
-      pauses: seconds, each before what could not be asked for is asked again.
-      what: is asked for, for the bar.
+      asked: Requests, each keyed by the `digest_of` everything that its reply depends on.
+      ask: Function that returns the reply to one request as plain data for JSON, or raises
+        WebError.
+      failed: Function that builds the placeholder for a missing reply. Placeholders are not written
+        to `path`.
+      path: File to which replies are appended as they arrive. Its replies are reused; those to
+        other requests are ignored.
+      shape: Type of a reply, against which the replies in `path` are checked.
+      pauses: Seconds to wait before each retry of the failed requests.
+      what: Name of the batch for the progress bar.
 
     Raises:
-      ServiceRefusedError: of `ask`.
-      FormatError: a line of `path` that is not what this function writes; names file and line.
+      ServiceRefusedError: Raised by `ask`.
+      FormatError: A line of `path` was not written by this function; names the file and the line.
     """
     found: dict[str, Reply] = {}
     errors: dict[str, WebError] = {}
@@ -69,7 +73,7 @@ def replies_to(
                 found[digest] = reply
 
     async def one(digest: str, file: TextIO) -> str | None:
-        """The digest, if it may be asked again."""
+        """Send one request. Return its digest if it may be retried, else None."""
         try:
             found[digest] = await ask(asked[digest])
             errors.pop(digest, None)
@@ -81,7 +85,7 @@ def replies_to(
         return None
 
     async def each(digests: Sequence[str], file: TextIO) -> list[str]:
-        """Those that may be asked again."""
+        """Send requests concurrently. Return the digests that may be retried."""
         again = []
         with tqdm(total=len(digests), desc=what, unit="answer") as bar:
             for begin in range(0, len(digests), _AT_ONCE):
@@ -92,7 +96,7 @@ def replies_to(
                         digest = await coming
                         again += [] if digest is None else [digest]
                         bar.update()
-                finally:  # a server that refuses one refuses the others
+                finally:  # a server that refuses one request refuses the others
                     for task in tasks:
                         task.cancel()
                     await asyncio.gather(*tasks, return_exceptions=True)

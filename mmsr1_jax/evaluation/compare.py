@@ -1,4 +1,4 @@
-"""Two workflows or two policies on the same questions, side by side."""
+"""Paired comparison of two workflows or two policies on the same questions."""
 
 import collections
 import itertools
@@ -16,11 +16,13 @@ from mmsr1_jax.evaluation.workflows import WORKFLOWS
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """The probability of pairs that differ as unevenly, or more, if neither is better: exact and
-    two-sided (McNemar 1947, by the binomial distribution with p = 1/2).
+    """Return the exact two-sided p-value of McNemar's test (McNemar 1947).
+
+    The null hypothesis is that neither side is better: discordant pairs follow a binomial
+    distribution with p = 1/2.
 
     Args:
-      only_a, only_b: questions that only the one, or only the other, has right.
+      only_a, only_b: Number of questions that only one side answers correctly.
     """
     n, fewer = only_a + only_b, min(only_a, only_b)
     tail = sum(math.comb(n, i) for i in range(fewer + 1))
@@ -28,21 +30,26 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 def compare(a: Sequence[Outcome], b: Sequence[Outcome], match: str) -> dict[str, Any]:
-    """Compares two sets of episodes, question by question.
+    """Compare two sets of episodes, question by question.
 
     Args:
-      a, b: each of one workflow. Questions are the same where source, id and text are.
-      match: one of `figures.MATCHES`.
+      a, b: Outcomes of one workflow each. Questions are paired by source, id and text.
+      match: One of `metrics.MATCHES`.
 
     Returns:
-      `questions`: in both, with a verdict; `left_out`: in one of them only, or without a verdict;
-      `accuracy`: [of a, of b]; `difference`: of a from b, with its `interval` over questions, see
-      `figures.interval`; `right`: questions by who has them right, `both`, `only_a`, `only_b`,
-      `neither`, and `p`, see `mcnemar`: both None where questions have several episodes, and by
-      `score`.
+      A dict with these keys:
+        `match`: The argument.
+        `questions`: Number of questions that both sides have, with a verdict.
+        `left_out`: Number of questions that only one side has, or without a verdict.
+        `accuracy`: [accuracy of a, accuracy of b].
+        `difference`: Accuracy of a minus accuracy of b.
+        `interval`: Confidence interval of the difference over questions, see `metrics.interval`.
+        `right`: Number of questions that `both`, `only_a`, `only_b` or `neither` answers correctly.
+        `p`: p-value, see `mcnemar`. `right` and `p` are None if any question has several episodes,
+          and for `match="score"`.
 
     Raises:
-      ValueError: no question is in both.
+      ValueError: The two sides have no question in common.
     """
     of_a, of_b = _rights(a, match), _rights(b, match)
     shared = [key for key in of_a if key in of_b and of_a[key] and of_b[key]]
@@ -72,7 +79,7 @@ def compare(a: Sequence[Outcome], b: Sequence[Outcome], match: str) -> dict[str,
 
 
 def pairs_of(by_workflow: Mapping[str, Sequence[Outcome]], match: str) -> list[dict[str, Any]]:
-    """Each two workflows compared, as far as they have questions in common."""
+    """Compare each pair of workflows that have questions in common."""
     found = []
     for a, b in itertools.combinations(by_workflow, 2):
         try:
@@ -83,7 +90,7 @@ def pairs_of(by_workflow: Mapping[str, Sequence[Outcome]], match: str) -> list[d
 
 
 def _rights(outcomes: Sequence[Outcome], match: str) -> dict[tuple, list[float]]:
-    """Whether the episodes of each question are right; one that comes twice is two questions."""
+    """Group the episodes' correctness by question. A duplicate row counts as its own question."""
     numbers: dict[tuple, dict[int, int]] = {}
     found: dict[tuple, list[float]] = {}
     for outcome in sorted(outcomes, key=lambda outcome: (outcome.number, outcome.sample)):
@@ -97,14 +104,15 @@ def _rights(outcomes: Sequence[Outcome], match: str) -> dict[tuple, list[float]]
 
 
 def compare_files(names: Sequence[str]) -> str:
-    """Two evaluations compared question by question, a line for each match that both have.
+    """Compare two evaluations question by question; return one line for each metric of both.
 
     Args:
-      names: two directories of results, each with `:workflow`, or neither: then each workflow is
-        compared that both have.
+      names: Two directories of results, each with `:workflow`. Without workflows, each workflow
+        that both evaluations have is compared.
 
     Raises:
-      ValueError: not two, no such workflow, or no question in common.
+      ValueError: The number of names is not two, a workflow does not exist, or the evaluations have
+        no question in common.
     """
     if len(names) != 2:
         raise ValueError(f"--compare: two directories are needed, not {len(names)}")
@@ -128,14 +136,14 @@ def compare_files(names: Sequence[str]) -> str:
 
 
 def _parted(name: str) -> tuple[str, str]:
-    """(DIR, workflow) of `DIR:workflow`, (DIR, "") of `DIR`, in which colons may be, too."""
+    """Split `DIR:workflow` into (DIR, workflow), and `DIR` into (DIR, ""). DIR may have colons."""
     folder, _, workflow = name.rpartition(":")
     known = workflow in (*WORKFLOWS, records.RECORDED)
     return (folder, workflow) if folder and known else (name, "")
 
 
 def _outcomes(folder: str, workflow: str) -> dict[str, list[Outcome]]:
-    """By workflow, those of a directory of results; of all workflows where `workflow` is empty."""
+    """Read the outcomes in a directory by workflow; an empty `workflow` selects all workflows."""
     path = pathlib.Path(folder)
     found: dict[str, list[Outcome]] = {}
     for _, _, line in records.scan(path / records.EPISODES if path.is_dir() else path):

@@ -1,14 +1,15 @@
-"""Questions about documents, after their episodes have been judged.
+"""Answer extraction for document benchmarks, run after the episodes have been judged.
 
-    answer ─► a language model, the judge's ─► its short form ─► score
+    answer ─► the judge's language model ─► short form ─► score
 
-MMLongBench-Doc scores the short form that a language model takes out of an answer
-(`data/benchmarks/scores.py`). A line that has been through this has
+MMLongBench-Doc scores the short form that a language model extracts from an answer
+(`data/benchmarks/scores.py`). Extraction adds this field to a line:
 
-    extracted    {answer, error, model}: the short form, null where the answer says nothing; or why
-                 there is none, which is asked for again: then the line's `score` is null
+    extracted    {answer, error, model}: the short form, null if the answer contains none; or the
+                 error if extraction failed, in which case the line's `score` is null and
+                 extraction is retried by the next call
 
-Without a judge, answers are scored as they are.
+Without a judge, answers are scored unchanged.
 """
 
 import json
@@ -31,30 +32,35 @@ from mmsr1_jax.tools.web import BodyError, WebError
 from mmsr1_jax.utils import outputs
 from mmsr1_jax.utils.checked_json import valid_text
 
-_EXTRACTIONS = "extractions.jsonl"  # until they are in the lines
+_EXTRACTIONS = "extractions.jsonl"  # temporary, until they are in the lines
 _FIELDS = {"answer", "error", "model"}
 
 
 def finish_documents(
     config: settings.Config, out: pathlib.Path, results: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Has the short forms of answers extracted, as far as `services.judge_model` has not, scores
-    those, and writes `episodes.jsonl` and `results.json` anew. Where no question of `out` is about
-    a document, nothing is done.
+    """Extract and score short forms, then rewrite `episodes.jsonl` and `results.json`.
+
+    Only answers that `services.judge_model` has not yet extracted are sent to it. If no question in
+    `out` is about a document, the results are returned unchanged.
 
     Args:
-      config: `services` has the judge.
-      out: directory, as `scoring.finish` leaves it.
-      results: that it returned.
+      config: Settings; `services` configures the judge.
+      out: Results directory, as written by `scoring.finish`.
+      results: Results returned by `scoring.finish`.
 
     Returns:
-      The results, and: `f1`, of what was scored; `scored`: what that was; `no_extraction`:
-      answers without score, as the language model failed; `pages_left_out`: how many `pages` of
-      how many `questions`, for want of tokens.
+      The results with these keys added:
+        `f1`: F1 of the scored answers, by workflow.
+        `scored`: Description of the scored texts: short forms, or unchanged answers.
+        `no_extraction`: Number of answers without a score because the language model failed.
+        `pages_left_out`: Number of `pages` dropped because they exceed the token budget, and of
+          `questions` affected.
 
     Raises:
-      DataError: a line whose `answer_format` or `extracted` cannot be.
-      ServiceRefusedError: the judge's server refuses all requests; short forms so far are kept.
+      DataError: A line has an invalid `answer_format` or `extracted`.
+      ServiceRefusedError: The judge's server refuses all requests; the short forms extracted so far
+        are kept.
     """
     path, model = out / EPISODES, config.services.judge_model
     asked: dict[str, tuple[str, str | None]] = {}
@@ -101,7 +107,7 @@ def finish_documents(
             pages[line["group"]] = line.get("pages_left_out", 0)
             outcomes.setdefault(line["workflow"], []).append(records.outcome_of(line))
             new.write(json.dumps(line, ensure_ascii=False) + "\n")
-        (out / RESULTS).unlink(missing_ok=True)  # of the episodes that are about to be replaced
+        (out / RESULTS).unlink(missing_ok=True)  # stale once the episodes are replaced
     (out / _EXTRACTIONS).unlink(missing_ok=True)
 
     made = {**results, **results_of(outcomes, results["made_with"])}
@@ -120,16 +126,17 @@ def finish_documents(
 def short_forms(
     asked: Mapping[str, tuple[str, str | None]], judge: Judge, model: str, path: pathlib.Path
 ) -> dict[str, dict[str, Any]]:
-    """What a language model takes out of answers: {"answer", "error", "model"}, see above.
+    """Extract short forms with a language model; return {"answer", "error", "model"} by digest.
 
     Args:
-      asked: question and answer, by digest.
-      judge: whose server, limits, store and pauses are used.
-      model: its name; goes into what is returned.
-      path: keeps short forms as they come; those that it has are not asked for again.
+      asked: Question and answer, by digest.
+      judge: Judge whose server, limits, cache and pauses are used.
+      model: Name of the judge's model, copied into the returned values.
+      path: File to which short forms are appended as they arrive. Those that it contains are not
+        requested again.
 
     Raises:
-      ServiceRefusedError: the server refuses all requests.
+      ServiceRefusedError: The server refuses all requests.
     """
 
     async def ask(one: tuple[str, str | None]) -> dict[str, Any]:
@@ -146,14 +153,17 @@ def short_forms(
 
 
 async def _short_form(judge: Judge, question: str, answer: str) -> str | None:
-    """Asks the judge's server, within its limits and through its store. Raises WebError, also for a
-    reply that is not in the form that was asked for."""
+    """Request one short form from the judge's server, within its limits and through its cache.
+
+    Raises:
+      WebError: The request failed, or the reply is not in the requested format.
+    """
     question, answer = (valid_text(text) for text in (question, answer))
 
     async def ask() -> str:
         reply = await judge.chat(extraction(question, answer))
         try:
-            return read_extraction(reply.text) or ""  # a store keeps no null
+            return read_extraction(reply.text) or ""  # the cache cannot hold None
         except ValueError as error:
             raise BodyError(str(error)) from None
 

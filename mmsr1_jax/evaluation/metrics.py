@@ -1,7 +1,8 @@
-"""Figures of episodes that have ended: how many answers are right, and what was searched for it.
+"""Metrics of completed episodes: accuracy and search behaviour.
 
-Accuracy is a mean over questions; with several episodes of a question, of their shares. Its
-interval is over questions too, see `interval`. A mean of no episodes is None, never 0 or NaN.
+Accuracy is a mean over questions; a question with several episodes contributes the mean over them.
+Its confidence interval is also over questions, see `interval`. The mean over no episodes is None,
+never 0 or NaN.
 """
 
 import dataclasses
@@ -12,29 +13,29 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-MATCHES = ("em", "subem", "judge", "score")  # the last: by the rules of a benchmark
+MATCHES = ("em", "subem", "judge", "score")  # "score": a benchmark's own rules
 KINDS = ("image_search", "text_search")
-_RESAMPLES, _AT_ONCE = 10_000, 500_000  # numbers drawn at a time
-_SAME = 1e-9  # values that differ by less do so by rounding
+_RESAMPLES, _AT_ONCE = 10_000, 500_000  # _AT_ONCE: numbers drawn at a time
+_SAME = 1e-9  # smaller differences are rounding errors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What the figures need of an episode.
+    """The result of one episode, from which metrics are computed.
 
     Attributes:
-      workflow: by which it came about.
-      number: of its question, the same in all workflows; sample: of the episode among those of the
-        question.
-      id, question, source, category: of the question.
-      right: by each of `MATCHES`, in [0, 1]; None: the judge said nothing, or there is no
-        benchmark.
-      reward, format: see `rewards.Reward`; 0 and False where the episode could not be run.
-      made, failed: searches of each of `KINDS`, and those of them that failed.
-      refused: searches that were asked for over a limit.
-      allowed: searches that it might have made.
-      turns, tokens, tokens_sampled: in all.
-      end: why it ended.
+      workflow: Workflow that produced the episode.
+      number: Number of the question, the same in all workflows.
+      sample: Index of the episode among those of its question.
+      id, question, source, category: Fields of the question.
+      right: Correctness by each of `MATCHES`, in [0, 1]; None without a verdict of the judge, or
+        without a benchmark.
+      reward, format: See `reward_function.Reward`; 0 and False if the episode could not be run.
+      made, failed: Number of searches of each of `KINDS`, and of failed ones among them.
+      refused: Number of searches refused because they exceeded a limit.
+      allowed: Number of searches that the episode was allowed to make.
+      turns, tokens, tokens_sampled: Totals over the episode.
+      end: Why the episode ended.
     """
 
     workflow: str
@@ -58,19 +59,27 @@ class Outcome:
 
     @property
     def searches(self) -> int:
-        """That were made."""
+        """Number of searches made."""
         return sum(self.made.values())
 
 
 def figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Figures of the episodes of one workflow, plain data for JSON; at least one episode.
+    """Compute the metrics of one workflow's episodes as plain data for JSON.
+
+    Args:
+      outcomes: At least one episode.
 
     Returns:
-      `questions`, `episodes`, `errors` (episodes that could not be run: they count as wrong, and
-      in nothing else); `accuracy`, see `accuracy`, by `em`, `subem`, and `judge` where there is
-      any verdict; `reward`, `format`: means; `searches`, see `searches`; `turns`, `tokens`,
-      `tokens_sampled`: means, None where no episode could be run; `end`: shares of the episodes by
-      how they ended; `by_category` and `by_source`: the same figures of a part.
+      A dict with these keys:
+        `questions`, `episodes`: Counts.
+        `errors`: Number of episodes that could not be run. They count as wrong, with reward 0, and
+          are excluded from the means of `searches`, `turns` and tokens.
+        `accuracy`: See `accuracy`, for each of `MATCHES` with at least one verdict.
+        `reward`, `format`: Means.
+        `searches`: See `searches`.
+        `turns`, `tokens`, `tokens_sampled`: Means, None if no episode could be run.
+        `end`: Share of the episodes for each way to end.
+        `by_category`, `by_source`: The same metrics for each category and source.
     """
     found = _figures(outcomes)
     for field in ("category", "source"):
@@ -104,13 +113,16 @@ def _figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def accuracy(outcomes: Sequence[Outcome], match: str) -> dict[str, Any]:
-    """How many answers are right by one of `MATCHES`.
+    """Compute the accuracy by one of `MATCHES`.
 
     Returns:
-      `mean`; `interval`: [low, high], 95 %, see `interval`; both None where there is no verdict;
-      `no_verdict`: episodes of which the judge said nothing, which are left out; `pass@k` by k,
-      where each question has several episodes, each right or wrong: for no k above the number that
-      all questions have, as it would be of some questions only.
+      A dict with these keys:
+        `mean`: Mean over questions, None without any verdict.
+        `interval`: 95 % confidence interval [low, high], see `interval`; None without any verdict.
+        `no_verdict`: Number of episodes without a verdict, which are left out.
+        `pass@k`: pass@k by k. Present if each question has several episodes and each is either
+          right or wrong. k is at most the smallest number of episodes of any question, since a
+          larger k would cover only some of the questions.
     """
     of_question: dict[int, list[float]] = {}
     for outcome in outcomes:
@@ -131,27 +143,29 @@ def accuracy(outcomes: Sequence[Outcome], match: str) -> dict[str, Any]:
 
 
 def pass_at(k: int, n: int, right: int) -> float:
-    """The share of sets of `k` of `n` episodes with a right one among them, of which `right` are:
-    1 - C(n - right, k) / C(n, k) (arXiv 2107.03374, equation 1)."""
+    """Return the unbiased pass@k estimate from `n` episodes of which `right` are correct.
+
+    1 - C(n - right, k) / C(n, k) (arXiv 2107.03374, equation 1).
+    """
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def interval(
     values: np.ndarray, seed: int = 0, *, bounds: tuple[float, float] = (0.0, 1.0)
 ) -> list[float] | None:
-    """Return a 95 % interval of the mean, [low, high], never of zero width; None: of no values.
+    """Return a 95 % confidence interval of the mean, [low, high], or None if `values` is empty.
 
-    Where values vary it is the percentile bootstrap's (Efron and Tibshirani 1993, section 13.3):
-    the 2.5th and the 97.5th percentile of the mean of as many values drawn with replacement, 10,000
-    times. If all values are equal, the bootstrap has no width. Instead, the share of unseen
-    questions that may differ is bounded by Wilson's upper limit for 0 of n, and their values by
-    `bounds`. For all-right and all-wrong samples this is
-    Wilson's interval (Wilson 1927); for pairs that all agree, its upper end to both sides.
+    For values that vary this is the percentile bootstrap (Efron and Tibshirani 1993, section 13.3):
+    the 2.5th and 97.5th percentiles of the mean over 10,000 resamples of size n. If all values are
+    equal, the bootstrap interval has zero width. Instead, the share of unseen questions that may
+    differ is bounded by Wilson's upper limit for 0 of n, and their values by `bounds`, so the
+    width is never zero. For all-right and all-wrong samples this is Wilson's interval (Wilson
+    1927); for pairs that all agree, it extends by Wilson's upper limit to both sides.
 
     Args:
-      values: float[n], one for each question.
-      seed: of the drawing; so the interval of the same values is always the same.
-      bounds: Least and greatest possible value; -1 and 1 for differences.
+      values: float[n], one value for each question.
+      seed: Seed of the resampling. The same values always give the same interval.
+      bounds: Smallest and largest possible value; -1 and 1 for differences.
     """
     rng, n = np.random.default_rng(seed), len(values)
     if not n:
@@ -167,20 +181,24 @@ def interval(
 
 
 def _most_others(n: int) -> float:
-    """Upper end of Wilson's 95 % interval of a share of which n draws show none."""
+    """Return the upper end of Wilson's 95 % interval for a proportion with 0 of n successes."""
     return float(stats.binomtest(0, n).proportion_ci(0.95, method="wilson").high)
 
 
 def searches(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """What was searched; `outcomes` may be empty.
+    """Compute search statistics; `outcomes` may be empty.
 
     Returns:
-      `made`, `allowed`: in all; `made_of_allowed`: the first by the second (one of the published
-      search ratios), None where none was allowed; `share`: of the episodes, that search at all (the
-      other one); `an_episode`: mean; `refused`: in all; `failed`: share of those made, 0 where none
-      was made; for each of `KINDS` `made`, `share` of the episodes that do, `failed`;
-      `only_image_search`, `only_text_search`, `both`, `none`: shares of the episodes. Shares of no
-      episodes are None.
+      A dict with these keys, in which shares of an empty `outcomes` are None:
+        `made`, `allowed`: Total number of searches made, and allowed.
+        `made_of_allowed`: `made` / `allowed`, one of the two published search ratios; None if no
+          search was allowed.
+        `share`: Share of the episodes with at least one search, the other published search ratio.
+        `an_episode`: Mean number of searches of an episode.
+        `refused`: Total number of refused searches.
+        `failed`: Share of the searches made that failed, 0 if none was made.
+        `image_search`, `text_search`: `made`, `share` and `failed` of this kind alone.
+        `only_image_search`, `only_text_search`, `both`, `none`: Shares of the episodes.
     """
     made = sum(outcome.searches for outcome in outcomes)
     allowed = sum(outcome.allowed for outcome in outcomes)
@@ -211,6 +229,6 @@ def searches(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def _mean(values) -> float | None:
-    """None where there are none."""
+    """Return the mean, or None if `values` is empty."""
     values = [float(value) for value in values]
     return math.fsum(values) / len(values) if values else None

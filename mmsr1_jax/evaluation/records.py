@@ -1,21 +1,22 @@
-"""Episodes of an evaluation on disk: a line of JSON each.
+"""Episodes of an evaluation on disk, one line of JSON each.
 
-A line is what `train` writes of an episode (`data/stories.line_of`, and `answers`, `category`,
-`source`, `reward`) and
+A line contains the fields that `train` writes for an episode (`training/sft_dataset.line_of`, with
+`answers`, `category`, `source` and `reward`) and
 
-    workflow, sample     by which it came about; which of the question's episodes it is
-    allowed              searches that it might have made
+    workflow, sample     the workflow, and the index of the episode among those of its question
+    allowed              number of searches that the episode was allowed to make
     tokens, tokens_sampled
-    em, subem            whether the answer is right, by match
-    judge                {correct, reason, by, model}: what the judge said; `correct` is null where
-                         it said nothing; null: it has not been asked
-    score, answer_format of a benchmark's with rules of its own: by them, in [0, 1]; null: no short
-                         form could be had, see `extraction`
+                         number of tokens in total, and of tokens sampled from the policy
+    em, subem            whether the answer is correct by exact match, and by SubEM
+    judge                {correct, reason, by, model}: the judge's verdict; `correct` is null if
+                         the judge gave none; null: the judge has not been asked
+    score, answer_format score in [0, 1] under a benchmark's own rules, null if no short form could
+                         be extracted (see `extraction`), and the gold answer's format
     extracted            see `extraction`
-    pages_left_out       of the question's document, for want of tokens
+    pages_left_out       number of document pages dropped because they exceed the token budget
 
-Lines of recorded answers, {question, ground_truth, candidate_answers, turns: [{response, action}]},
-are read as well: their turns are parsed by the engine's parser.
+Recorded answers, {question, ground_truth, candidate_answers, turns: [{response, action}]}, can be
+read as well. Their turns are parsed by the engine's parser.
 """
 
 import dataclasses
@@ -34,8 +35,8 @@ from mmsr1_jax.evaluation.metrics import KINDS, MATCHES, Outcome
 from mmsr1_jax.rewards import reward_function
 from mmsr1_jax.utils import checked_json
 
-EPISODES = "episodes.jsonl"  # the file's name, in the directory of results
-RECORDED = "recorded"  # the workflow of answers of which nothing but the text is known
+EPISODES = "episodes.jsonl"  # file name within the results directory
+RECORDED = "recorded"  # workflow of recorded answers, of which only the text is known
 
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -68,7 +69,7 @@ class _Reward(TypedDict):
 
 
 class _Line(TypedDict):
-    """Fields read from a line; see the top of this file. Other fields are ignored."""
+    """Fields read from a line (see the module docstring). Other fields are ignored."""
 
     workflow: str
     id: str
@@ -96,20 +97,20 @@ class _Line(TypedDict):
 
 
 class LineError(ValueError):
-    """A line that is no episode, with the reason."""
+    """A line that is not a valid episode; the message gives the reason."""
 
 
 class NotJsonError(LineError):
-    """A line that is no JSON, as one that was not written to its end."""
+    """A line that is not valid JSON, such as a truncated one."""
 
 
 def scan(path: pathlib.Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Yields (place in bytes, number from 1, line) of the lines of a file that are not blank.
+    """Yield (byte offset, line number from 1, parsed line) for each non-blank line of a file.
 
-    A last line that was not written to its end is left out, with a word on stderr.
+    A truncated last line is skipped with a message on stderr.
 
     Raises:
-      DataError: one that is no episode; the message has file and line.
+      DataError: A line is not a valid episode; the message names the file and the line.
     """
     place = 0
     with open(path, "rb") as file:
@@ -127,7 +128,7 @@ def scan(path: pathlib.Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
 
 
 def mend(path: pathlib.Path) -> None:
-    """Cuts off a last line that was not written to its end; no file is a file without lines."""
+    """Remove a truncated last line from a file. A missing file is ignored."""
     if path.is_file():
         with open(path, "rb+") as file:
             end = 0
@@ -137,9 +138,13 @@ def mend(path: pathlib.Path) -> None:
 
 
 def parse(text: bytes, number: int) -> dict[str, Any]:
-    """A line, which is the `number`th of its file. Raises LineError."""
+    """Parse line `number` (from 1) of a file.
+
+    Raises:
+      LineError: The line is not a valid episode.
+    """
     try:
-        # The log-probs of a run that diverged are NaN.
+        # Log-probs of a diverged run are NaN.
         line = checked_json.loads(text, surrogates=True, nan=True)
     except checked_json.NotJsonError as error:
         raise NotJsonError(str(error)) from None
@@ -158,10 +163,10 @@ def parse(text: bytes, number: int) -> dict[str, Any]:
 
 
 def outcome_of(line: Mapping[str, Any]) -> Outcome:
-    """What the figures need of a line. EM and SubEM are decided anew.
+    """Return the outcome of a line. EM and SubEM are recomputed.
 
     Raises:
-      KeyError, TypeError, AttributeError, ValueError: not a line of an evaluation.
+      KeyError, TypeError, AttributeError, ValueError: The line is not an evaluation episode.
     """
     calls = [call for call in line["calls"] if call["status"] != "refused"]
     verdict = (line.get("judge") or {}).get("correct")
@@ -192,7 +197,7 @@ def outcome_of(line: Mapping[str, Any]) -> Outcome:
 
 
 def matched(line: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Whether the answer of a line is right by exact match, and by SubEM."""
+    """Return whether the answer of a line is correct by exact match, and by SubEM."""
     answer, golds = line["answer"], line["answers"]
     return reward_function.exact_match(answer, golds), reward_function.sub_exact_match(
         answer, golds
@@ -200,7 +205,7 @@ def matched(line: Mapping[str, Any]) -> tuple[bool, bool]:
 
 
 def moved(line: dict[str, Any], source: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
-    """A line of a file in the folder `source`, for one in `folder`: the paths of its pictures."""
+    """Rewrite the image paths of a line from `source` so that they are relative to `folder`."""
     if not line.get("images") or source.resolve() == folder.resolve():
         return line
     paths = [os.path.relpath(source.resolve() / path, folder.resolve()) for path in line["images"]]
@@ -208,7 +213,11 @@ def moved(line: dict[str, Any], source: pathlib.Path, folder: pathlib.Path) -> d
 
 
 def _recorded(line: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """A recorded answer in our form. Raises LineError."""
+    """Convert a recorded answer to an evaluation line.
+
+    Raises:
+      LineError: The line is not a valid recorded answer.
+    """
     try:
         read = [turns.parse(turn["response"]) for turn in line["turns"]]
         golds = line.get("candidate_answers") or []
@@ -252,7 +261,7 @@ def _recorded(line: Mapping[str, Any], number: int) -> dict[str, Any]:
         "category": str(line.get("category") or ""),
         "source": str(line.get("data_source") or ""),
         "reward": dataclasses.asdict(reward),
-        "allowed": 2,  # as published, see `config.Turns`
+        "allowed": 2,  # as published, see `config.settings.Turns`
         "tokens": in_all,
         "tokens_sampled": sum(sampled),
     }

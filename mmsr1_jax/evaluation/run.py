@@ -1,9 +1,9 @@
-"""An evaluation: the questions answered by each workflow, as far as that has not been done.
+"""Resumable evaluation of a policy: each workflow answers all questions.
 
 for each workflow:
-    its rules            limits, prompts, what is forced
-    episodes             by the engine, each a line as it ends
-    verdicts, figures    see `scoring`, and of questions about documents `extraction`
+    rules                limits, prompts, forced actions
+    episodes             rolled out by the engine, each written as it ends
+    verdicts, metrics    see `scoring`, and `extraction` for questions about documents
 """
 
 import dataclasses
@@ -43,32 +43,36 @@ from mmsr1_jax.training import sft_dataset, train_utils
 from mmsr1_jax.training.checkpoint import Checkpoints
 from mmsr1_jax.utils import checked_json, outputs
 
-# Of `config.services`, what episodes depend on.
+# Fields of `config.services` that the episodes depend on.
 _SERVICES = (
     "serpapi_url", "serper_url", "searxng_url", "retrieval_url", "jina_url", "reader",
     "summariser_url", "summariser_model", "fvqa_cache", "allowed_hosts", "cache", "cache_mode",
 )  # fmt: skip
-_PROMPTS = "prompts."  # and a workflow: the digest of its texts
+_PROMPTS = "prompts."  # prefix of a workflow's name; the value is the digest of its prompts
 
 
 def evaluate(
     config: settings.Config, model_dir: str | os.PathLike, out: pathlib.Path,
     *, checkpoint: tuple[pathlib.Path, int] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Answers the questions of `config.eval` by each of its workflows, as far as that has not been
-    done in `out`; returns what it writes to `out/results.json`.
+    """Evaluate the policy on the questions of `config.eval` with each of its workflows.
+
+    Episodes that `out` already contains are not repeated. Return the results that are written to
+    `out/results.json`.
 
     Args:
-      config: settings; of `run`, `steps` is read, of `services` the judge.
+      config: Settings. Rewards are computed as at step `run.steps` of training; `services`
+        configures the judge.
       model_dir: HF directory of the policy.
-      out: directory, made if need be.
-      checkpoint: run and step whose parameters take the place of those of `model_dir`.
+      out: Results directory, created if necessary.
+      checkpoint: Run directory and step of a checkpoint whose parameters replace those of
+        `model_dir`.
 
     Raises:
-      ValueError, OSError: settings, data or policy that cannot be used, or an `out` in which
-        something else was begun.
-      ServiceRefusedError: a service refuses requests before the first episode, or the judge all of
-        them later; `out` keeps what is done.
+      ValueError, OSError: The settings, data or policy are invalid, or `out` contains a different
+        evaluation.
+      ServiceRefusedError: A service refuses requests before the first episode, or the judge refuses
+        all requests later; `out` keeps the episodes and verdicts so far.
     """
     out.mkdir(parents=True, exist_ok=True)
     images = make_processor(config, str(model_dir)).images
@@ -98,15 +102,23 @@ def evaluate(
 
 
 class Source:
-    """The questions of `config.eval`, to be gone over as often as one likes, in the same order.
+    """Re-iterable source of the questions of `config.eval`, always in the same order.
 
     Attributes:
-      count: of the questions, where it is known without reading them all, else None.
-      fingerprint: by which the same questions are known.
+      count: Number of questions, or None if it is unknown without reading them all.
+      fingerprint: Fingerprint that identifies the data.
     """
 
     def __init__(self, config: settings.Config, images: ImageProcessor):
-        """Args: settings; the policy's image processor. Raises DataError."""
+        """Open the data.
+
+        Args:
+          config: Settings.
+          images: The policy's image processor.
+
+        Raises:
+          DataError: The data cannot be read.
+        """
         self._benchmark, self._rows = config.eval.benchmark, config.eval.max_questions
         self._where = config.eval.data or config.data.validation
         self._bounds = {
@@ -118,7 +130,7 @@ class Source:
         if not self._where:
             raise DataError("config.eval.data: no file was named")
         if self._benchmark:
-            self._read()  # what cannot be used is said now
+            self._read()  # raises early if the files cannot be used
             files = benchmarks.files(self._benchmark, self._where)
             self.count, self.fingerprint = None, [[f.name, f.stat().st_size] for f in files]
         else:
@@ -138,7 +150,7 @@ def answer(
     engine: Engine | EnginePool, config: settings.Config, name: str, source: Source,
     out: pathlib.Path,
 ) -> None:  # fmt: skip
-    """Answers the questions by a workflow: appends the episodes that `out` lacks to its file."""
+    """Roll out the episodes of a workflow that `out` lacks and append them to its file."""
     samples, path = config.eval.num_samples, out / EPISODES
     records.mend(path)
     known = (line for _, _, line in records.scan(path)) if path.is_file() else ()
@@ -169,7 +181,7 @@ def answer(
         tqdm(episodes, desc=name, initial=len(done), total=total, unit="episode") as bar,
     ):
         for episode in bar:
-            if episode.number in done:  # others of its question were not
+            if episode.number in done:  # only other samples of its question were missing
                 continue
             question = asked[episode.group]
             if episode.end == "error":
@@ -187,7 +199,7 @@ def line_of(
     processor: Processor,
     out: pathlib.Path,
 ) -> dict[str, Any]:
-    """An episode as a line of `out/episodes.jsonl`, not judged yet; see `evaluation/records.py`."""
+    """Convert an episode to an unjudged line of `out/episodes.jsonl`, see `records`."""
     line = sft_dataset.line_of(episode, processor, out, out / "pictures")
     reward = reward_function.episode_reward(
         episode, question.answers, config.rewards, config.run.steps
@@ -213,7 +225,7 @@ def line_of(
 
 
 def parameters(config: settings.Config, model_dir: str, run: pathlib.Path, step: int) -> nnx.State:
-    """The parameters of a run's checkpoint, as the trainer has them."""
+    """Restore the parameters of a run's checkpoint, as the trainer holds them."""
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
     model = train_utils.load_policy(config, model_dir, mesh)
     learner = Learner(
@@ -232,7 +244,10 @@ def _made_with(
     config: settings.Config, source: Source, model_dir: str | os.PathLike,
     checkpoint: tuple[pathlib.Path, int] | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What episodes depend on, plain data for JSON. Neither lanes nor chunks are among it."""
+    """Return the settings and files that episodes depend on, as plain data for JSON.
+
+    `rollout` settings on which they do not depend, such as `lanes`, are left out.
+    """
     found: dict[str, Any] = {
         "model": str(model_dir),
         "model files": _stamps(sorted(pathlib.Path(model_dir).glob("*.safetensors"))),
@@ -260,17 +275,22 @@ def _made_with(
 
 
 def _stamps(files: Iterable[pathlib.Path]) -> list[list[Any]]:
-    """Name, size and time of change of those of the files that there are."""
+    """Return name, size in bytes and modification time in ns of the files that exist."""
     stats = [(file.name, file.stat()) for file in files if file.is_file()]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def _check_same(path: pathlib.Path, made_with: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes what an evaluation is made with, in `path`; returns it, with the prompts of workflows
-    of before. Raises ValueError where another was begun there."""
+    """Check `made_with` against `path` and write it there.
+
+    Return it together with the prompt digests of workflows evaluated earlier.
+
+    Raises:
+      ValueError: `path` belongs to an evaluation with other settings or files.
+    """
     known = checked_json.load(path, dict[str, Any]) if path.is_file() else {}
     both = {**known, **made_with}
-    # A workflow may be left for later.
+    # Workflows may be evaluated by separate commands, so only those of both are compared.
     compared = [n for n in both if not n.startswith(_PROMPTS) or (n in known and n in made_with)]
     odd = [name for name in compared if known and known.get(name) != made_with.get(name)]
     if odd:
@@ -285,8 +305,13 @@ def _check_same(path: pathlib.Path, made_with: Mapping[str, Any]) -> dict[str, A
 
 
 def _check_questions(path: pathlib.Path, source: Source) -> None:
-    """Raises DataError where a question has not the number any more that it has in the file: rows
-    that could not be used have no number, and they may be usable now."""
+    """Check that each question still has the number that it has in the file.
+
+    Unusable rows have no number, so numbers shift if such a row becomes usable, or the reverse.
+
+    Raises:
+      DataError: The number of a question has changed.
+    """
     records.mend(path)
     there: dict[int, tuple[str, str]] = {}
     for _, _, line in records.scan(path) if path.is_file() else ():

@@ -1,4 +1,4 @@
-"""From episodes on disk to results: verdicts of the judge, and figures."""
+"""Scoring of episodes on disk: verdicts of the judge, and metrics."""
 
 import itertools
 import json
@@ -22,8 +22,8 @@ from mmsr1_jax.tools.web import WebError
 from mmsr1_jax.utils import checked_json, fallbacks, outputs
 
 RESULTS = "results.json"
-MADE_WITH = "evaluation.json"  # what the episodes depend on
-_VERDICTS = "verdicts.jsonl"  # of the judge, until they are in the lines
+MADE_WITH = "evaluation.json"  # settings and files that the episodes depend on
+_VERDICTS = "verdicts.jsonl"  # temporary, until they are in the lines
 
 Key = tuple[str, int]  # workflow, number of the episode
 
@@ -31,16 +31,16 @@ Key = tuple[str, int]  # workflow, number of the episode
 def rescore(
     config: settings.Config, path: pathlib.Path, out: str | os.PathLike | None
 ) -> dict[str, Any]:
-    """Decides anew which answers of a file are right; returns the results, see `finish`.
+    """Rescore the answers in a file; return the results, see `finish`.
 
     Args:
-      config: `services` has the judge.
-      path: lines of an evaluation, or recorded answers.
-      out: directory for the file as it is then, and the results; None: that of `path`, where it is
-        a file of `evaluate`.
+      config: Settings; `services` configures the judge.
+      path: File of evaluation episodes, or of recorded answers.
+      out: Directory for the rescored file and the results. None selects the directory of `path`,
+        which must then be an `episodes.jsonl` written by `evaluate`.
 
     Raises:
-      ValueError: a line that is no episode, or no `out` where there must be one.
+      ValueError: A line is not a valid episode, or `out` is required but missing.
     """
     if out is None and path.name != EPISODES:
         raise ValueError(f"--out: needed, as {path} is no {EPISODES} of an evaluation")
@@ -62,29 +62,38 @@ def finish(
     path: pathlib.Path, out: pathlib.Path, judge: Judge | None, judge_model: str,
     made_with: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """Has the episodes of a file judged, as far as `judge_model` has given no verdict on them, and
-    writes `episodes.jsonl`, sorted and with the verdicts, and then `results.json`. A process killed
-    between the two leaves no `results.json`; the same command writes it.
+    """Judge the episodes of a file and compute the results.
+
+    Episodes without a verdict by `judge_model` are sent to the judge. `episodes.jsonl`, sorted and
+    with the verdicts, is written first, then `results.json`. A process killed between the two
+    leaves no `results.json`; running the same command again writes it.
 
     Args:
-      path: of the file; may be `out / EPISODES`.
-      out: directory.
-      judge: None: verdicts stay as they are.
-      judge_model: its name of the model.
-      made_with: goes into the results.
+      path: File of episodes; may be `out / EPISODES`.
+      out: Directory for the results.
+      judge: Judge, or None to keep the verdicts in the file.
+      judge_model: Name of the judge's model.
+      made_with: Settings that the episodes depend on, copied into the results.
 
     Returns:
-      The results: `made_with`; `workflows`: `figures.figures` by workflow; `comparisons`:
-      `compare.pairs_of` them by exact match, and by the judge and by a benchmark's score where
-      there are any; `no_verdict`: episodes that a judge could not be asked about, which are left
-      out of its accuracy; `unreadable`: those on which its reply held no verdict, which are wrong;
-      `partial_searches`: searches that found something, but left out or mended part of it;
-      `recorded`, of recorded answers: how many `episodes`, and `same_actions`: those whose actions
-      are read as recorded.
+      A dict with these keys:
+        `made_with`: The argument.
+        `workflows`: `metrics.figures` by workflow.
+        `comparisons`: `compare.pairs_of` the workflows by exact match, and, if available, by the
+          judge and by a benchmark's score.
+        `no_verdict`: Number of episodes for which the judge could not be reached. They are left out
+          of its accuracy.
+        `unreadable`: Number of episodes for which the judge's reply contained no verdict. They
+          count as wrong.
+        `partial_searches`: Number of successful searches whose results were partly dropped or
+          repaired.
+        `recorded`: Only for recorded answers: number of `episodes`, and of `same_actions`, the
+          episodes whose parsed actions equal the recorded ones.
 
     Raises:
-      DataError: a line that is no episode, none at all, or one that comes twice.
-      ServiceRefusedError: the judge refuses all requests; verdicts so far are kept.
+      DataError: A line is not a valid episode, an episode occurs twice, or the file has no
+        episodes.
+      ServiceRefusedError: The judge refuses all requests; the verdicts received so far are kept.
     """
     found: dict[Key, tuple[int, int]] = {}
     to_judge: dict[Key, tuple[str, Sequence[str], str | None]] = {}
@@ -94,7 +103,7 @@ def finish(
             raise DataError(f"{path}, line {number}: episode {key[1]} of {key[0]} comes twice")
         found[key] = place, number
         verdict = line.get("judge") or {}
-        unread = str(verdict.get("reason")).startswith(NO_VERDICT)  # the judge may be mended by now
+        unread = str(verdict.get("reason")).startswith(NO_VERDICT)  # the judge may work by now
         if verdict.get("correct") is None or unread or verdict.get("model") != judge_model:
             to_judge[key] = line["question"], line["answers"], line["answer"]
     if not found:
@@ -110,7 +119,7 @@ def finish(
     with (
         open(path, "rb") as old,
         outputs.new_file(out / EPISODES) as partial,
-        # Half of a surrogate pair, as JSON can hold, is written as JSON writes it: \udXXX.
+        # A lone surrogate, which JSON can hold, is written as its JSON escape: \udXXX.
         open(partial, "w", encoding="utf-8", errors="backslashreplace") as new,
     ):
         for key in sorted(found, key=lambda key: (names.index(key[0]), key[1])):
@@ -130,7 +139,7 @@ def finish(
                 read = [turn["action"] for turn in line["turns"]]
                 recorded.append(read == line["recorded_actions"])
             new.write(json.dumps(line, ensure_ascii=False) + "\n")
-        (out / RESULTS).unlink(missing_ok=True)  # of the episodes that are about to be replaced
+        (out / RESULTS).unlink(missing_ok=True)  # stale once the episodes are replaced
     (out / _VERDICTS).unlink(missing_ok=True)
 
     results = results_of(outcomes, made_with) | {
@@ -145,7 +154,7 @@ def finish(
 
 
 def write_results(out: pathlib.Path, results: Mapping[str, Any]) -> None:
-    """Writes `results.json`, whole or not at all."""
+    """Write `results.json` atomically."""
     text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
     with outputs.new_file(out / RESULTS) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -154,8 +163,7 @@ def write_results(out: pathlib.Path, results: Mapping[str, Any]) -> None:
 def results_of(
     outcomes: Mapping[str, Sequence[Outcome]], made_with: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The results of episodes by workflow, `made_with`, `workflows` and `comparisons`; see
-    `finish`."""
+    """Return the `made_with`, `workflows` and `comparisons` of the results, see `finish`."""
     everything = list(itertools.chain(*outcomes.values()))
     judged = any(outcome.right["judge"] is not None for outcome in everything)
     scored = any(outcome.right["score"] is not None for outcome in everything)
@@ -172,18 +180,19 @@ def judged(
     asked: Mapping[Key, tuple[str, Sequence[str], str | None]], judge: Judge, model: str,
     path: pathlib.Path,
 ) -> dict[Key, dict[str, Any]]:  # fmt: skip
-    """What the judge says of answers: {"correct", "reason", "by", "model"}; `correct` is None where
-    it could not be asked, after the last of `judge.pauses` neither.
+    """Return the judge's verdicts: {"correct", "reason", "by", "model"} by key.
+
+    `correct` is None if the judge could not be reached, even after the last of `judge.pauses`.
 
     Args:
-      asked: question, gold answers and answer.
-      judge: a service that was down is asked again after each of its pauses, and no more.
-      model: the judge's; goes into the verdicts.
-      path: keeps the verdicts as they come, each with a digest of what was asked: what it has is
-        not asked for again, and what it has of other answers is not looked at.
+      asked: Question, gold answers and answer.
+      judge: Judge. If its server is down, requests are retried after each of `judge.pauses`.
+      model: Name of the judge's model, copied into the verdicts.
+      path: File to which verdicts are appended as they arrive, each with a digest of its request.
+        Its verdicts are reused; those on other answers are ignored.
 
     Raises:
-      ServiceRefusedError: the judge refuses all requests.
+      ServiceRefusedError: The judge refuses all requests.
     """
     digests = {key: digest_of(model, *one) for key, one in asked.items()}
 

@@ -1,4 +1,4 @@
-"""Results as a table for the terminal."""
+"""Evaluation results as a text table for the terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,15 +7,15 @@ _NAMES = {"em": "EM", "subem": "SubEM", "judge": "judge", "score": "its score"}
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The workflows of an evaluation.
+    """Format the results of an evaluation.
 
     Args:
-      results: as `evaluate` writes them to `results.json`.
+      results: Results as written to `results.json` by `evaluate`.
 
     Returns:
-      Lines of text: a table with a line for each workflow; then, where questions have categories,
-      for each of them how many questions it has, their accuracy and the share of the episodes that
-      search; then how often the judge failed, what was scored of answers about documents, and
+      Lines of text: a table with one row for each workflow; if questions have categories, a table
+      with the accuracy, share of episodes that search and number of questions of each category;
+      then the number of failed verdicts, what was scored for answers about documents, and the
       comparisons.
     """
     workflows = results["workflows"]
@@ -62,7 +62,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def compared(pair: Mapping[str, Any]) -> str:
-    """A comparison (`compare.compare`, with the names `a` and `b`) in a line."""
+    """Format a comparison (`compare.compare`, with the names `a` and `b`) as one line."""
     low, high = pair["interval"]
     line = (
         f"{pair['a']} - {pair['b']}: {100 * pair['difference']:+.1f} "
@@ -78,8 +78,7 @@ def compared(pair: Mapping[str, Any]) -> str:
 
 
 def main_match(results: Mapping[str, Any]) -> str:
-    """What says whether an answer is right: a benchmark's own rules, the judge, exact match: the
-    first that there is."""
+    """Return the main metric: the first available of benchmark score, judge and exact match."""
     found = {match for one in results["workflows"].values() for match in one["accuracy"]}
     return next(match for match in ("score", "judge", "em") if match in found)
 
@@ -109,7 +108,7 @@ def _decimal(value: float | None, places: int) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width: the first to the left, the others to the right."""
+    """Align rows into columns: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(

@@ -1,13 +1,13 @@
-"""Ways to answer a question, all by the same engine.
+"""Evaluation workflows: ways to answer a question, all run by the same engine.
 
-    on_demand   the policy searches when it likes, as it was trained
-    rag         an image search, a text search for a query that the policy writes, an answer
-    direct      an answer, without a search
-    agent       as `on_demand`, by a prompt that asks for searches
+    on_demand   the policy decides when to search, as in training
+    rag         an image search, a text search with a query written by the policy, an answer
+    direct      an answer without a search
+    agent       like `on_demand`, with a prompt that asks for searches
 
-`rag` and `direct` do not depend on how well the policy obeys: what their turns do is forced
-(`rollout/forcing.py`). A question without a picture has no image search. Prompts of a workflow are
-in the directory of its name among the prompts (`episodes/prompts.py`).
+`rag` and `direct` do not depend on how well the policy follows instructions: the action of each
+turn is forced (`rollout/forcing.py`). A question without an image has no image search. The prompts
+of a workflow are in the prompt directory of the same name (`episodes/prompts.py`).
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Workflow:
-    """A way to answer.
+    """An evaluation workflow.
 
     Attributes:
-      forced: what the turns are made to do; empty: what the policy likes, within `config.turns`.
+      forced: Forced action of each turn. If empty, the policy chooses, within `config.turns`.
     """
 
     forced: Sequence[Action] = ()
@@ -40,8 +40,7 @@ WORKFLOWS: dict[str, Workflow] = {
 
 
 def limits_of(name: str, limits: "Turns") -> "Turns":
-    """`config.turns` as a workflow has them: where turns are forced, as many and as many searches
-    as that takes."""
+    """Return `config.turns` for a workflow. Forced actions determine the turn and search limits."""
     forced = WORKFLOWS[name].forced
     if not forced:
         return limits
@@ -56,10 +55,10 @@ def limits_of(name: str, limits: "Turns") -> "Turns":
 
 
 def allowed(limits: "Turns", pictures: bool) -> int:
-    """Searches that an episode may make.
+    """Return the number of searches that an episode may make.
 
     Args:
-      limits: of its workflow.
-      pictures: whether its question has any.
+      limits: Limits of its workflow, see `limits_of`.
+      pictures: Whether its question has images.
     """
     return min(limits.max_searches, limits.max_image_searches * pictures + limits.max_text_searches)

@@ -1,25 +1,25 @@
-"""One attention, several implementations behind it.
+"""Multi-head attention with several implementations behind one function.
 
-    q: [B, T, N, H]   k, v: [B, S, K, H]   ->   [B, T, N, H]      (G = N / K query heads a kv head)
+    q: [B, T, N, H]   k, v: [B, S, K, H]   ->   [B, T, N, H]    (G = N / K query heads per kv head)
 
-Who sees whom is said by segment ids, int32 [B, T] and [B, S]: a query sees the keys of its own
-segment, and with `causal=True` only those at or before its own index. Two conversations packed into
-one row of eight, padded with segment 0:
+Segment ids, int32[B, T] and int32[B, S], define the mask: a query attends to the keys of its own
+segment, and with `causal=True` only to those at or before its own index. Two conversations packed
+into one row of eight tokens, padded with segment 0:
 
-    segment ids   1 1 1 2 2 2 2 0          query 4 (segment 2) sees keys 3, 4
-                                           query 2 (segment 1) sees keys 0, 1, 2
+    segment ids   1 1 1 2 2 2 2 0          query 4 (segment 2) attends to keys 3, 4
+                                           query 2 (segment 1) attends to keys 0, 1, 2
 
-Queries of segment 0 are padding: their result is finite and means nothing.
+Queries of segment 0 are padding: their output is finite but undefined.
 
 | name        | where  | memory for scores | packing               |
 |-------------|--------|-------------------|-----------------------|
 | `xla`       | all    | [T, S]            | mask                  |
-| `blockwise` | all    | [T, block]        | mask, a block a time  |
-| `cudnn`     | GPU    | none              | only rows of a single segment, padded at the end |
+| `blockwise` | all    | [T, block]        | mask, block by block  |
+| `cudnn`     | GPU    | none              | single-segment rows only, padded at the end |
 | `triton`    | GPU    | none              | segment ids in the kernel |
 | `splash`    | TPU    | none              | segment ids in the kernel |
 
-`auto` picks per platform and shape: see `choose`.
+`auto` selects by platform and shape, see `choose`.
 """
 
 import functools
@@ -31,13 +31,13 @@ from jax.sharding import PartitionSpec
 from mmsr1_jax.config.choices import ATTENTION, Attention
 from mmsr1_jax.models import sharding
 
-# Up to this many keys the plain form is the fastest everywhere and its scores are small.
+# Up to this many keys, `xla` is the fastest on every platform and its scores are small.
 _PLAIN_KEYS = 1024
-CACHE_BLOCK = 256  # keys of one step of `cached_attention`: measured best on a CPU, 128 to 512
-_CPU_ROWS = 4  # rows of a cache that a CPU reads at a time
-_BLOCK = 512  # keys of one step of `blockwise`; also the block of the TPU kernel
-_MULTIPLE = {"triton": 64, "splash": 128}  # of which a row's length must be one
-_MASKED = -1e30  # finite: a row with no visible key gives a mean, not NaN
+CACHE_BLOCK = 256  # keys per step of `cached_attention`: the fastest on a CPU among 128 to 512
+_CPU_ROWS = 4  # rows that `cached_attention` computes at a time on a CPU
+_BLOCK = 512  # keys per step of `blockwise`; also the block size of the TPU kernel
+_MULTIPLE = {"triton": 64, "splash": 128}  # row lengths must be a multiple of this
+_MASKED = -1e30  # finite, so that a row with no visible key yields a mean, not NaN
 
 
 def attention(
@@ -50,26 +50,27 @@ def attention(
     single_segment: bool = False,
     implementation: Attention = "auto",
 ) -> jax.Array:
-    """Scaled dot-product attention with grouped queries over packed rows.
+    """Compute scaled dot-product attention with grouped queries over packed rows.
 
     Args:
       q: float[B, T, N, H].
       k: float[B, T, K, H], N a multiple of K.
       v: float[B, T, K, H].
       segment_ids: int32[B, T], 0 for padding.
-      causal: a query sees no key after it.
-      single_segment: a promise that each row holds one segment, padded at its end; lets cuDNN run.
-      implementation: see the table above. Softmax is in float32 in all of them.
+      causal: Whether to mask the keys after each query.
+      single_segment: Promise that each row holds one segment, padded at its end. Required by cuDNN.
+      implementation: Name from the table in the module's docstring. All compute the softmax in
+        float32.
 
     Returns:
       float[B, T, N, H] in the dtype of `q`.
 
     Raises:
-      ValueError: an unknown implementation, `cudnn` without `single_segment`, or rows of a length
-        that the named kernel cannot take.
+      ValueError: If the implementation is unknown, `cudnn` is used without `single_segment`, or
+        the named kernel does not support the row length.
     """
     k, v = _expand_kv(q, k, v)
-    segment_ids = jnp.asarray(segment_ids)  # the hand-written gradients refuse numpy constants
+    segment_ids = jnp.asarray(segment_ids)  # the custom gradients reject numpy constants
     name = choose(implementation, k.shape[1], q.dtype, single_segment)
     if name == "xla":
         return _xla(q, k, v, segment_ids, causal)
@@ -89,22 +90,23 @@ def cached_attention(
     start: jax.Array,
     count: jax.Array,
 ) -> jax.Array:
-    """Attention of new tokens over lanes of a KV cache that hold them already.
+    """Compute attention of new tokens over lanes of a KV cache that already contain them.
 
-    Keys are read a block at a time, as many blocks as the fullest row needs (the recurrence of
-    FlashAttention, arXiv 2205.14135, algorithm 1). A block in which a row sees nothing multiplies
-    its sums by 1 and adds 0: no bit of a row depends on how full the others are.
+    Keys are read one block at a time, up to the last block that the fullest row needs (the
+    recurrence of FlashAttention, arXiv 2205.14135, algorithm 1). A block without visible keys
+    multiplies a row's sums by 1 and adds 0, so a row's result is bit-identical however full the
+    other lanes are.
 
-    On a CPU four rows are computed at a time, so that short rows among long ones read less; it
-    helps if rows come in the order of their lengths.
+    On a CPU, four rows are computed at a time, so that short rows read fewer blocks. This works
+    best if rows are sorted by length.
 
     Args:
-      q: float[R, T, N, H], the tokens from index `start` on.
-      k, v: float[L, lanes, K, S, H]; what lies behind a query's own index is not seen.
-      layer: int32[].
-      lane: int32[R]: of each row; one that does not exist gives something that means nothing.
-      start: int32[R].
-      count: int32[R]: real tokens of each row.
+      q: float[R, T, N, H]. Queries of the tokens from index `start` on.
+      k, v: float[L, lanes, K, S, H]. Cache; keys after a query's own index are masked.
+      layer: int32[]. Layer of the cache to read.
+      lane: int32[R]. Lane of each row. Out-of-range lanes are padding; their output is undefined.
+      start: int32[R]. Index of each row's first new token in its lane.
+      count: int32[R]. Number of real tokens in each row.
 
     Returns:
       float[R, T, N, H].
@@ -157,7 +159,7 @@ def cached_attention(
 
 
 def choose(implementation: str, keys: int, dtype, single_segment: bool) -> str:
-    """The implementation that `attention` runs for these static facts on this platform."""
+    """Return the implementation that `attention` uses for these arguments on this platform."""
     if implementation not in ATTENTION:
         raise ValueError(f"attention: {implementation!r} is not one of {ATTENTION}")
     if implementation == "cudnn" and not single_segment:
@@ -183,7 +185,7 @@ def choose(implementation: str, keys: int, dtype, single_segment: bool) -> str:
 
 
 def _expand_kv(q, k, v):
-    """Repeats kv heads up to the tensor axis where that axis has more devices than there are."""
+    """Repeat kv heads if the tensor axis has more devices than there are kv heads."""
     ways, kv_heads = sharding.mesh_axis_size("kv_heads"), k.shape[2]
     if ways > kv_heads and ways % kv_heads == 0 and q.shape[2] % ways == 0:
         k, v = (jnp.repeat(x, ways // kv_heads, axis=2) for x in (k, v))
@@ -191,14 +193,17 @@ def _expand_kv(q, k, v):
 
 
 def _visible(q_ids, kv_ids, q_index, kv_index, causal: bool):
-    """bool[T, S] for ids [T] and [S]: which key a query may see."""
+    """Return the attention mask, bool[T, S], for segment ids [T] and [S]."""
     seen = q_ids[:, None] == kv_ids[None, :]
     return seen & (q_index[:, None] >= kv_index[None, :]) if causal else seen
 
 
 def _xla(q, k, v, segment_ids, causal: bool):
-    """The plain form. On a CPU large rows go one by one, whose scores are written to memory that is
-    in use already: measured, 1.2 times the speed forward and 1.4 times with the gradient."""
+    """Compute attention with the full score matrix.
+
+    On a CPU, large rows are computed one at a time, so that their scores reuse the same memory.
+    Measured: 1.2 times the speed in the forward pass, 1.4 times with the gradient.
+    """
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, N, T, H]
     B, N, T, _ = q.shape
@@ -212,7 +217,7 @@ def _xla(q, k, v, segment_ids, causal: bool):
 
 
 def _weights(q, k, segment_ids, causal: bool):
-    """float32[N, T, S]: the softmax of one row's scores."""
+    """Return the attention weights of one row, float32[N, T, S]."""
     index = jnp.arange(q.shape[1])
     visible = _visible(segment_ids, segment_ids, index, index, causal)
     scores = jnp.einsum("nth,nsh->nts", q, k, preferred_element_type=jnp.float32)
@@ -221,8 +226,11 @@ def _weights(q, k, segment_ids, causal: bool):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _one_row(q, k, v, segment_ids, causal: bool):
-    """q, k, v: [N, T, H] -> [N, T, H]. The gradient makes the scores again instead of keeping them
-    (FlashAttention, arXiv 2205.14135, appendix B.2)."""
+    """Compute attention of one row; q, k, v: [N, T, H] -> [N, T, H].
+
+    The backward pass recomputes the scores instead of storing them (FlashAttention, arXiv
+    2205.14135, appendix B.2).
+    """
     weights = _weights(q, k, segment_ids, causal)
     return jnp.einsum("nts,nsh->nth", weights.astype(v.dtype), v)
 
@@ -239,7 +247,7 @@ def _one_row_backward(causal, saved, g):
     weights, d_scores = weights.astype(v.dtype), d_scores.astype(q.dtype)
     scale = q.shape[-1] ** -0.5
     dq = jnp.einsum("nts,nsh->nth", d_scores, k) * scale
-    # Made transposed and turned after: XLA's CPU backend is twice as fast that way.
+    # Computed transposed, then swapped: twice as fast in XLA's CPU backend.
     dk = jnp.einsum("nts,nth->nhs", d_scores, q).swapaxes(1, 2) * scale
     dv = jnp.einsum("nts,nth->nhs", weights, g).swapaxes(1, 2)
     return dq, dk, dv, None
@@ -249,8 +257,11 @@ _one_row.defvjp(_one_row_forward, _one_row_backward)
 
 
 def _blockwise(q, k, v, segment_ids, causal: bool):
-    """FlashAttention (arXiv 2205.14135) written in XLA: a block of keys at a time, so that no array
-    of [T, T] lives, neither here nor in the gradient."""
+    """Compute FlashAttention (arXiv 2205.14135) in XLA.
+
+    Keys are processed one block at a time, so no [T, T] array is materialised, neither in the
+    forward nor in the backward pass.
+    """
     B, T, _, H = q.shape
     block = min(_BLOCK, T)
     pad = -T % block
@@ -267,12 +278,18 @@ def _blockwise(q, k, v, segment_ids, causal: bool):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _flash(q, k, v, q_ids, kv_ids, causal: bool):
-    """q: [B, N, T, H]; k, v: [blocks, B, K, block, H]; ids: [B, T], [blocks, B, block]."""
+    """Compute blockwise attention.
+
+    q: [B, N, T, H]; k, v: [blocks, B, K, block, H]; ids: [B, T], [blocks, B, block].
+    """
     return _flash_forward(q, k, v, q_ids, kv_ids, causal)[0]
 
 
 def _block_scores(q, k, q_ids, kv_ids, number, causal: bool):
-    """float32[B, N, T, block]: masked scores of all queries with one block of keys (of N heads)."""
+    """Return masked scores of all queries with one block of keys, float32[B, N, T, block].
+
+    The block of keys has N heads, already repeated for grouped queries.
+    """
     kv_index = number * k.shape[2] + jnp.arange(k.shape[2])
     visible = functools.partial(_visible, causal=causal)
     visible = jax.vmap(visible, (0, 0, None, None))(q_ids, kv_ids, jnp.arange(q.shape[2]), kv_index)
@@ -281,8 +298,11 @@ def _block_scores(q, k, q_ids, kv_ids, number, causal: bool):
 
 
 def _flash_forward(q, k, v, q_ids, kv_ids, causal):
-    """Algorithm 1. With m the largest score so far, total = sum exp(s - m) and o = sum of
-    exp(s - m) v, a new block with its own maximum rescales both by exp(m_old - m_new)."""
+    """Run algorithm 1 of FlashAttention.
+
+    With m the largest score so far, total = sum of exp(s - m) and o = sum of exp(s - m) v. Each
+    block updates the maximum and rescales both sums by exp(m_old - m_new).
+    """
     groups = q.shape[1] // k.shape[2]
 
     def step(carry, block):
@@ -305,7 +325,10 @@ def _flash_forward(q, k, v, q_ids, kv_ids, causal):
 
 
 def _flash_backward(causal, saved, g):
-    """Algorithm 4: the weights of a block come back from its scores and the saved log-sum."""
+    """Run algorithm 4 of FlashAttention.
+
+    The weights of a block are recomputed from its scores and the saved logsumexp.
+    """
     q, k, v, q_ids, kv_ids, out, logsumexp = saved
     B, K, size, H = k.shape[1:]
     groups = q.shape[1] // K
@@ -331,7 +354,7 @@ _flash.defvjp(_flash_forward, _flash_backward)
 
 
 def _cudnn(q, k, v, segment_ids, *, causal: bool):
-    # An empty row counts as one token: a softmax over nothing has no gradient.
+    # Give an empty row a length of one token: the gradient of an empty softmax is undefined.
     lengths = jnp.maximum((segment_ids != 0).sum(axis=1), 1).astype(jnp.int32)
     return jax.nn.dot_product_attention(
         q, k, v, is_causal=causal, query_seq_lengths=lengths, key_value_seq_lengths=lengths,
@@ -367,7 +390,7 @@ def _splash(q, k, v, segment_ids, *, causal: bool, interpret: bool = False):
         block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
     kernel = splash.make_splash_mqa_single_device(mask, block_sizes=sizes, interpret=interpret)
-    # The kernel wants heads of a multiple of 128 lanes; zeros change neither scores nor sums.
+    # The kernel needs a head dimension that is a multiple of 128. Zeros do not change the result.
     q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, -H % 128),)) for x in (q * H**-0.5, k, v))
     q = q.reshape(B, T, K, N // K, -1).transpose(0, 2, 3, 1, 4)
     k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
@@ -377,14 +400,14 @@ def _splash(q, k, v, segment_ids, *, causal: bool, interpret: bool = False):
 
 
 def _per_device(kernel, q, k, v, segment_ids):
-    """Runs a kernel that knows no mesh on each device's own rows and heads."""
+    """Run a single-device kernel on each device's own rows and heads."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return kernel(q, k, v, segment_ids)
     names = ("batch", None, "heads", None)
     kv_spec = sharding.partition_spec(("batch", None, "kv_heads", None), k.shape, mesh)
     spec = sharding.partition_spec(names, q.shape, mesh)
-    if kv_spec != spec:  # heads that cannot be split alike: every device computes all of them
+    if kv_spec != spec:  # q and kv heads split differently: every device computes all heads
         spec = kv_spec = PartitionSpec(spec[0])
     ids_spec = PartitionSpec(spec[0])
     return jax.shard_map(

@@ -1,9 +1,9 @@
-"""The mesh, and the one table that says which logical axis lies on which mesh axis.
+"""The device mesh and the table that maps logical axes to mesh axes.
 
 Mesh axes: `replica` (copies of the parameters; gradients are averaged over it), `fsdp` (parameters
 and batch are both split over it) and `tensor` (heads, feed-forward and vocabulary are split).
-A dimension that its mesh axes do not divide stays whole: two kv heads on a tensor axis of four are
-replicated, and a batch of one row is not split.
+A dimension whose size its mesh axes do not divide is not split: two kv heads on a tensor axis of
+four are replicated, and so is a batch of one row.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("replica", "fsdp", "tensor")
 
-# Logical axis -> mesh axes. Change the strategy here and nowhere else. Axes that are not listed
-# (layers, head_dim, patch, position ...) stay whole.
+# Logical axis -> mesh axes. This table alone defines the sharding strategy. Axes that are not
+# listed (layers, head_dim, patch, position ...) are not split.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("replica", "fsdp"),
     "vocab": ("tensor",),
@@ -28,10 +28,10 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(replica: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh over all devices (or `devices`); one size may be -1, "what is left".
+    """Return a mesh over all devices (or `devices`). One size may be -1 to use all remaining ones.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: If the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [replica, fsdp, tensor]
@@ -47,7 +47,7 @@ def make_mesh(replica: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -
 
 
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh) -> PartitionSpec:
-    """The mesh axes for an array whose dimensions are called `axes`.
+    """Return the partition spec of an array whose dimensions have the logical axes `axes`.
 
     Example, on a mesh of fsdp=2, tensor=4:
       `("embed", "kv_heads", "head_dim")` of shape `(512, 2, 64)` -> `P("fsdp", None, None)`.
@@ -61,7 +61,7 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh) -> Pa
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins the layout of an activation inside `jit`; without a mesh (`jax.set_mesh`), a no-op."""
+    """Constrain the sharding of an activation inside `jit`; a no-op without `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -69,7 +69,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def mesh_axis_size(name: str) -> int:
-    """Size of a logical axis's mesh axes in the current mesh (1 without a mesh)."""
+    """Return the size of a logical axis's mesh axes in the current mesh (1 without a mesh)."""
     mesh = jax.sharding.get_abstract_mesh()
     return int(np.prod([mesh.shape.get(a, 1) for a in RULES.get(name, ())]))
 
@@ -81,14 +81,18 @@ def param(
     init: jax.nn.initializers.Initializer,
     dtype,
 ) -> nnx.Param:
-    """Declares one parameter: shape, logical axes (one name a dimension), initialiser and dtype."""
+    """Create a parameter from its shape, logical axes (one per dimension), initialiser and dtype.
+
+    Raises:
+      ValueError: If the numbers of axes and dimensions differ.
+    """
     if len(shape) != len(axes):
         raise ValueError(f"{len(axes)} axis names {tuple(axes)} for shape {tuple(shape)}")
     return nnx.Param(init(rngs.params(), tuple(shape), dtype), axes=tuple(axes))
 
 
 def param_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
-    """The sharding of every parameter of `nnx.split(model)[1]`, arrays or abstract."""
+    """Return the sharding of every parameter of `nnx.split(model)[1]`, concrete or abstract."""
     return jax.tree.map(
         lambda p: p.replace(
             NamedSharding(mesh, partition_spec(p.get_metadata("axes"), p.get_value().shape, mesh))
@@ -99,7 +103,7 @@ def param_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
 
 
 def shard_batch(batch, mesh: Mesh):
-    """Puts host arrays on the mesh, rows (dimension 0) over the batch axes."""
+    """Put host arrays on the mesh, with rows (dimension 0) split over the batch axes."""
 
     def put(x):
         axes = ("batch",) + (None,) * (np.ndim(x) - 1)
@@ -109,5 +113,5 @@ def shard_batch(batch, mesh: Mesh):
 
 
 def batch_ways(mesh: Mesh) -> int:
-    """Into how many parts the mesh cuts a batch."""
+    """Return the number of parts into which the mesh splits a batch."""
     return int(np.prod([mesh.shape[a] for a in RULES["batch"]]))

@@ -1,4 +1,4 @@
-"""From messages and image files to model inputs: tokenizer, image processor, batches.
+"""Conversion of messages and image files to model inputs: tokenizer, image processor, batches.
 
-Used by whatever runs a model or prepares input for one.
+Shared by all code that runs a model or prepares inputs for one.
 """

@@ -1,8 +1,8 @@
-"""Conversations to rows of bucketed shapes.
+"""Batching of conversations into rows of bucketed shapes.
 
-The shape in which a conversation is computed depends on that conversation alone: its own length
-bucket and image bucket, and the number of rows that the table gives to that pair. So its result
-does not depend on what else is in the batch.
+The batch shape for a conversation depends on that conversation alone: its length bucket, its image
+bucket, and the number of rows that the table gives for that pair. Its result therefore does not
+depend on the rest of the batch.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from mmsr1_jax.processing.processor import Prompt
 
 
 class TooLongError(ValueError):
-    """A conversation that fits no bucket."""
+    """Error for a conversation that exceeds the largest bucket."""
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Bucket:
-    """A shape: rows x tokens, and rows x windows of patches (0: no images)."""
+    """Batch shape: rows x length tokens, and rows x windows of patches (0 windows: no images)."""
 
     length: int
     windows: int
@@ -30,20 +30,23 @@ class Bucket:
 
 
 def bucket_of(prompt: Prompt, config: ModelConfig, table: Buckets, row_multiple: int = 1) -> Bucket:
-    """The bucket of a conversation.
+    """Return the bucket of a conversation.
 
     Args:
-      prompt: the conversation.
-      config: for the size of a window.
-      table: the shapes.
-      row_multiple: rows are a multiple of this: devices along the mesh's batch axes.
+      prompt: Conversation.
+      config: Model configuration, which defines the size of a window.
+      table: Table of bucket sizes.
+      row_multiple: Divisor of the number of rows: the number of devices along the mesh's batch
+        axes.
 
     Raises:
-      TooLongError: longer, or with larger images, than the last bucket.
+      TooLongError: If the conversation's tokens or images exceed the largest bucket.
     """
     windows = sum(num_windows(grid, config.vision) for grid in prompt.grids)
-    length = smallest("tokens", len(prompt.tokens), table.lengths, "lengths")
-    windows = windows and smallest("image windows", windows, table.image_windows, "image_windows")
+    length = smallest("tokens", len(prompt.tokens), table.lengths, "buckets.lengths")
+    windows = windows and smallest(
+        "image windows", windows, table.image_windows, "buckets.image_windows"
+    )
     rows = table.batch_tokens // length
     if windows:
         rows = min(rows, table.batch_windows // windows)
@@ -54,19 +57,19 @@ def smallest(what: str, size: int, sizes: Sequence[int], field: str) -> int:
     for candidate in sizes:
         if size <= candidate:
             return candidate
-    raise TooLongError(f"{size} {what}, more than the largest of buckets.{field}, {sizes[-1]}")
+    raise TooLongError(f"{size} {what}, more than the largest of {field}, {sizes[-1]}")
 
 
 def make_rows(
     rows: Sequence[Sequence[Prompt]], bucket: Bucket, config: ModelConfig, image_token_id: int
 ) -> Rows:
-    """Packs conversations into rows: `rows[i]` one after the other in row i; the rest is padding.
+    """Pack the conversations `rows[i]` one after another into row i, padded to the bucket's shape.
 
     Returns:
       Rows of numpy arrays in the bucket's shape.
 
     Raises:
-      ValueError: a row's conversations do not fit.
+      ValueError: If the conversations of a row do not fit.
     """
     shape = (bucket.rows, bucket.length)
     tokens = np.zeros(shape, np.int32)

@@ -1,11 +1,11 @@
-"""Opening image files from outside: decoded in worker processes, within limits.
+"""Decoding of untrusted image files in worker processes, within resource limits.
 
-An image reaches the program as a path, as the bytes of a file, or as a `PIL.Image.Image`. The same
-image gives the same pixels by every door: upright (as its EXIF tag says), RGB, transparent parts
-laid over white. Whatever is not decoded yet is decoded in a worker (`utils/workers.py`); an image
-object that already holds its pixels is converted in place.
+An image source is a path, the bytes of a file, or a `PIL.Image.Image`. All three yield the same
+pixels for the same image: upright (according to its EXIF tag), RGB, transparent parts composited
+over white. Encoded images are decoded in a worker (`utils/workers.py`). An image object whose
+pixels are already loaded is converted in this process.
 
-Only the formats of `FORMATS` are opened. Pillow knows more, some of which start other programs
+Only the formats in `FORMATS` are opened. Pillow supports others, some of which start other programs
 (EPS) or decode before the size is known (ICO).
 """
 
@@ -25,34 +25,35 @@ import PIL.ImageOps
 from mmsr1_jax.utils import workers
 from mmsr1_jax.utils.files import FileRefusedError, read_regular
 
-ImageSource = PIL.Image.Image | bytes | str | pathlib.Path  # bytes: of a file; str: a path
+ImageSource = PIL.Image.Image | bytes | str | pathlib.Path  # bytes: contents of a file; str: a path
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG includes MPO
-DEFAULT_MAX_FILE_PIXELS = 100_000_000  # before resizing; a larger file is taken for a bomb
+DEFAULT_MAX_FILE_PIXELS = 100_000_000  # before resizing; more is taken for a decompression bomb
 MAX_FILE_BYTES = 512 * 2**20
-# Encoders write about 10 scans; decoding takes the time of the scans times the pixels.
+# Encoders write about 10 scans. Decoding time is proportional to scans times pixels.
 _MAX_JPEG_SCANS = 100
 _MAX_SCANNED_PIXELS = 2_000_000_000
 _READING = threading.Lock()
 _MAX_HOSTILE = 10_000
-_hostile: dict[tuple[bytes, int], str] = {}  # why files could not be decoded within the limits
-_STRIP = 256  # rows of a transparent image that are composited at a time
+_hostile: dict[tuple[bytes, int], str] = {}  # error of each file over a limit, by `_key`
+_STRIP = 256  # rows of a transparent image composited at a time
 
 
 class ImageError(ValueError):
-    """An image that cannot be used, with the reason."""
+    """Error for an unusable image. The message gives the reason."""
 
 
 def open_image(
     source: ImageSource, *, max_pixels: int = DEFAULT_MAX_FILE_PIXELS
 ) -> PIL.Image.Image:
-    """Return an image as upright RGB.
+    """Return an image in RGB, rotated according to its EXIF tag.
 
-    Turned as its EXIF tag says; transparent parts become white, as in the published processor.
+    Transparent parts become white, as in the published processor.
 
     Raises:
-      ImageError: No such file, not an image of `FORMATS`, damaged, more than `max_pixels` pixels
-        (checked on the header, before anything is decompressed), or decoding it exceeded a limit.
+      ImageError: If the file is missing, damaged or in none of `FORMATS`, has more than
+        `max_pixels` pixels (checked in the header, before decompression), or exceeds a limit of the
+        worker.
     """
     size, pixels = _in_worker(_pixels, source, max_pixels)
     return PIL.Image.frombytes("RGB", size, pixels)
@@ -64,13 +65,16 @@ def process_image(
     *,
     max_pixels: int = DEFAULT_MAX_FILE_PIXELS,
 ) -> Any:
-    """Return `processor(open_image(source))`, both computed in the worker.
+    """Return `processor(open_image(source))`, computed in the worker.
 
     Args:
-      processor: Picklable, such as an `images.ImageProcessor`; of a module without JAX.
+      source: Image to open.
+      processor: Picklable function, such as an `images.ImageProcessor`, from a module that does not
+        import JAX.
+      max_pixels: Maximum number of pixels, see `open_image`.
 
     Raises:
-      ImageError: See `open_image`; or raised by the processor.
+      ImageError: If the image cannot be opened, see `open_image`, or the processor raises it.
     """
     return _in_worker(processor, source, max_pixels)
 
@@ -81,7 +85,7 @@ async def process_image_async(
     *,
     max_pixels: int = DEFAULT_MAX_FILE_PIXELS,
 ) -> Any:
-    """Like `process_image`, from a coroutine. Cancelling it stops the worker."""
+    """Run `process_image` from a coroutine. Cancelling it stops the worker."""
     function, args = _task(processor, source, max_pixels)
     if function is None:
         return _held(processor, source, max_pixels)
@@ -95,20 +99,24 @@ async def process_image_async(
 def image_size(
     source: ImageSource, *, max_pixels: int = DEFAULT_MAX_FILE_PIXELS
 ) -> tuple[int, int]:
-    """Return (height, width) of an upright image that can be decoded. Raises as `open_image`."""
+    """Decode an image and return its upright (height, width).
+
+    Raises:
+      ImageError: If the image cannot be opened, see `open_image`.
+    """
     return _in_worker(_size, source, max_pixels)
 
 
 async def check_image(source: ImageSource, *, max_pixels: int) -> None:
-    """Decode an image and drop it. Raises ImageError, see `open_image`."""
+    """Raise ImageError if an image cannot be decoded, see `open_image`."""
     await process_image_async(source, _size, max_pixels=max_pixels)
 
 
 def read_header(data: bytes) -> tuple[str, int, int]:
-    """Return (format, width, height) of an image file as its header says; nothing is decompressed.
+    """Return (format, width, height) from the header of an image file, without decompressing it.
 
     Raises:
-      ImageError: Not an image of `FORMATS`.
+      ImageError: If the file is not an image in one of `FORMATS`.
     """
     try:
         return workers.run(_header, data)
@@ -119,23 +127,23 @@ def read_header(data: bytes) -> tuple[str, int, int]:
 async def public_jpeg(
     source: ImageSource, *, max_pixels: int = DEFAULT_MAX_FILE_PIXELS
 ) -> tuple[bytes, str]:
-    """Return an image as a JPEG file that holds its pixels and nothing else, and their digest.
+    """Return an image as a JPEG file without metadata, and the digest of its pixels.
 
-    No EXIF (place, device, owner), no profile, no comment, no bytes after the image. The digest
-    depends on the pixels alone, not on the file they came in nor on the version of an encoder.
+    The file has no EXIF (place, device, owner), profile, comment, or bytes after the image. The
+    digest depends on the pixels alone, not on the source file or the version of an encoder.
 
     Raises:
-      ImageError: See `open_image`.
+      ImageError: If the image cannot be opened, see `open_image`.
     """
     return await process_image_async(source, _as_jpeg, max_pixels=max_pixels)
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Return RGB, with transparency laid over white as the published processor does."""
+    """Return an image in RGB, composited over white as in the published processor."""
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
     out = PIL.Image.new("RGB", image.size)
-    for top in range(0, image.height, _STRIP):  # in strips: three copies of a large image are much
+    for top in range(0, image.height, _STRIP):  # strips bound the memory of the three copies
         bottom = min(top + _STRIP, image.height)
         strip = image.crop((0, top, image.width, bottom)).convert("RGBA")
         white = PIL.Image.new("RGBA", strip.size, (255, 255, 255, 255))
@@ -144,7 +152,7 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def upright_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Return `to_rgb` of an image, turned as its EXIF tag says."""
+    """Return `to_rgb` of an image, rotated according to its EXIF tag."""
     return to_rgb(PIL.ImageOps.exif_transpose(image))
 
 
@@ -161,14 +169,16 @@ def _in_worker(function: Callable, source: ImageSource, max_pixels: int) -> Any:
 
 
 def _refuse_again(file: bytes | str, max_pixels: int) -> None:
-    """Raise ImageError for a file whose decoding has exceeded a limit before: the rollouts of a
-    question all meet the same one."""
+    """Raise ImageError for a file that exceeded a limit before.
+
+    All rollouts of a question use the same image, so a bad file would cost its limit each time.
+    """
     if isinstance(file, bytes) and (reason := _hostile.get(_key(file, max_pixels))):
         raise ImageError(f"{_name(file)}: {reason}")
 
 
 def _refused(file: bytes | str, max_pixels: int, error: workers.WorkerError) -> ImageError:
-    """Return the error of a file that could not be decoded, and remember one over a limit."""
+    """Return the error for a file that could not be decoded. Remember files that hit a limit."""
     reason = f"decoding it {error}"
     if isinstance(file, bytes) and isinstance(error, workers.LimitError):
         with _READING:
@@ -185,7 +195,7 @@ def _key(file: bytes, max_pixels: int) -> tuple[bytes, int]:
 def _task(
     function: Callable, source: ImageSource, max_pixels: int
 ) -> tuple[Callable | None, tuple[Any, ...]]:
-    """Return the worker's task for an image, or (None, ()) for one that holds its pixels."""
+    """Return the worker's task for an image, or (None, ()) if its pixels are already loaded."""
     name, frame = _name(source), 0
     if isinstance(source, PIL.Image.Image):
         if not isinstance(source, PIL.ImageFile.ImageFile) or source._im is not None:
@@ -200,27 +210,27 @@ def _task(
 
 
 def _held(function: Callable, image: PIL.Image.Image, max_pixels: int) -> Any:
-    """Return `function` of an image that holds its pixels. Raises ImageError."""
+    """Return `function` of an image whose pixels are already loaded. Raises ImageError."""
     try:
         _check_size(_name(image), image, max_pixels)
         return function(upright_rgb(image))
     except ImageError:
         raise
-    except Exception as error:  # closed, or of an odd mode
+    except Exception as error:  # a closed image, or an unusual mode
         raise ImageError(
             f"{_name(image)}: cannot be used ({type(error).__name__}: {error})"
         ) from None
 
 
 def _file_of(image: PIL.ImageFile.ImageFile) -> bytes:
-    """Return the bytes of the file of an image that Pillow has opened and not decoded."""
+    """Return the file contents of an image that Pillow has opened but not decoded."""
     try:
-        with _READING:  # several threads may hold the same image
+        with _READING:  # several threads may share the image
             place = image.fp.tell()
             image.fp.seek(0)
             data = image.fp.read(MAX_FILE_BYTES + 1)
             image.fp.seek(place)
-    except Exception as error:  # closed
+    except Exception as error:  # a closed file
         raise ImageError(
             f"{_name(image)}: cannot be read ({type(error).__name__}: {error})"
         ) from None
@@ -229,7 +239,7 @@ def _file_of(image: PIL.ImageFile.ImageFile) -> bytes:
 
 
 def _limits(max_pixels: int) -> workers.Limits:
-    """Return limits under which any image of so many pixels can be decoded."""
+    """Return worker limits that suffice to decode any image of up to `max_pixels` pixels."""
     millions = max_pixels / 1e6
     return workers.Limits(
         cpu_seconds=1.5 + millions / 15,
@@ -258,7 +268,7 @@ def _check_size(name: str, image: PIL.Image.Image, max_pixels: int) -> None:
         )
 
 
-# What follows runs in the workers.
+# The functions below run in the workers.
 
 
 def _open(source: bytes | str, name: str, frame: int, max_pixels: int, function: Callable) -> Any:
@@ -289,18 +299,18 @@ def _open(source: bytes | str, name: str, frame: int, max_pixels: int, function:
         raise ImageError(f"{name}: {reason}") from None
     except PIL.Image.DecompressionBombError as error:
         raise ImageError(f"{name}: {error}") from None
-    except Exception as error:  # decoders raise what they like on hostile input
+    except Exception as error:  # decoders raise arbitrary errors on hostile input
         raise ImageError(f"{name}: cannot be decoded ({type(error).__name__}: {error})") from None
 
 
 def _header(data: bytes) -> tuple[str, int, int]:
-    # The header is all that is read: Pillow's own limit would hide the size.
+    # Only the header is read. Pillow's own pixel limit would raise before returning the size.
     limit, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                # An MPO is a JPEG with more images behind it.
+                # An MPO file is a JPEG followed by further images.
                 form = "JPEG" if image.format == "MPO" else image.format
                 return form, image.width, image.height
     except Exception as error:

@@ -1,7 +1,7 @@
-"""Settings of the image processor in an HF directory, read as `transformers` reads them.
+"""Loading of an HF directory's image processor settings, as `transformers` reads them.
 
-Every field has the effect that it has in Qwen2-VL's image processor (its PIL backend), or is
-refused by name.
+Every field either has the same effect as in Qwen2-VL's image processor (its PIL backend) or is
+rejected with an error that names it.
 """
 
 import dataclasses
@@ -14,25 +14,26 @@ import msgspec
 from mmsr1_jax.utils.checked_json import FormatError, load
 
 NESTED, FLAT = "processor_config.json", "preprocessor_config.json"
-MAX_MIN_PIXELS = 100_000_000  # a larger lower bound would make a bomb of every image
+MAX_MIN_PIXELS = 100_000_000  # a larger lower bound could exhaust memory on any image
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_FILTERS = range(6)  # of PIL.Image.Resampling
+_FILTERS = range(6)  # values of PIL.Image.Resampling
 _TYPES = {
     f"Qwen{version}VLImageProcessor{backend}"
     for version in ("2", "2_5_")
     for backend in ("", "Fast", "Pil")
 }
-# Fields without effect on a single image: names of classes, and arguments that Qwen2-VL's image
-# processor accepts and does not use.
+# Fields without effect on a single image: class names, and arguments that Qwen2-VL's image
+# processor accepts but does not use.
 _WITHOUT_EFFECT = {
     "processor_class", "_processor_class", "default_to_square", "crop_size", "do_pad", "pad_size",
     "data_format", "input_data_format", "return_tensors", "device", "disable_grouping",
     "image_seq_length",
 }  # fmt: skip
 
-# Nulls in these are not the defaults in `transformers`: they are false, or an error later.
+# In these fields, `transformers` does not replace null by the default: null counts as false, or
+# raises an error later.
 _NOT_NULL = (
     "do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
     "image_std", "patch_size", "temporal_patch_size", "merge_size",
@@ -44,7 +45,7 @@ _PerChannel = float | Annotated[list[float], msgspec.Meta(min_length=3, max_leng
 
 @dataclasses.dataclass(frozen=True)
 class _Fields:
-    """The fields that count; None is the default of the class."""
+    """Fields with an effect; None means the default of the class."""
 
     image_processor_type: str | None = None
     auto_map: dict[str, Any] | None = None
@@ -58,8 +59,8 @@ class _Fields:
     do_normalize: bool | None = None
     image_mean: _PerChannel | None = None
     image_std: _PerChannel | None = None
-    # Images are RGB before they come here. An image of other channels is an error in
-    # `transformers` where this is false.
+    # Ignored: images are already RGB here. In `transformers`, an image with other channels is an
+    # error if this is false.
     do_convert_rgb: bool | None = None
     do_center_crop: bool | None = None
     patch_size: _Size | None = None
@@ -68,13 +69,15 @@ class _Fields:
 
 
 def read(directory: str | pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
-    """Return the file whose settings count, and the arguments of `ImageProcessor` that it gives.
+    """Return the settings file in use and the `ImageProcessor` arguments that it defines.
 
-    `transformers` reads the section `image_processor` of `processor_config.json` if there is one,
-    else `preprocessor_config.json`. Where both are there, a line on stderr says which one counts.
+    Like `transformers`, this reads the section `image_processor` of `processor_config.json` if it
+    exists, else `preprocessor_config.json`. If both exist, a warning on stderr names the one in
+    use.
 
     Raises:
-      FormatError: neither is there, or one cannot be used; the message names file and field.
+      FormatError: If neither exists, or the settings cannot be used. The message names file and
+        field.
     """
     nested, flat = (pathlib.Path(directory) / name for name in (NESTED, FLAT))
     section = None
@@ -156,7 +159,7 @@ def _refuse_unsupported(fields: _Fields, raw: dict[str, Any]) -> None:
 
 
 def _limits(fields: _Fields) -> tuple[int, int]:
-    """`min_pixels` and `max_pixels` come before `size`, which comes before the class's defaults."""
+    """Return (min_pixels, max_pixels). These fields override `size`, which overrides defaults."""
     size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
     size = size if fields.size is None else dict(fields.size)
     for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):

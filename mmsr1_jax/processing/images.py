@@ -1,6 +1,7 @@
-"""Images to patches: resized, normalised and cut. `processing/image_files.py` opens their files.
+"""Image processor: resizes and normalises images and splits them into patches.
 
-The result equals the HF Qwen2-VL image processor's (its PIL backend): same grid, same patches.
+The result is identical to the HF Qwen2-VL image processor's (its PIL backend): same grid, same
+patches. `processing/image_files.py` opens image files.
 """
 
 import dataclasses
@@ -30,17 +31,17 @@ __all__ = [
     "write_picture",
 ]
 
-MAX_ASPECT_RATIO = 200  # the published processor refuses images that are longer than this
+MAX_ASPECT_RATIO = 200  # long side / short side; the published processor rejects more
 
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
-    """One image as the vision tower takes it.
+    """Patches of one image, the input of the vision tower.
 
     Attributes:
-      values: float32[t*h*w, C], C = channels x frames x patch x patch. Rows come frame by frame,
-        merge-block by merge-block, and inside a block row by row.
-      grid: (t, h, w) in patches: frames, rows, columns.
+      values: float32[t*h*w, C]. Patches, C = channels x frames x patch x patch, ordered by frame,
+        then merge block, then row by row within a block.
+      grid: Numbers of patches (t, h, w): frames, rows, columns.
     """
 
     values: np.ndarray
@@ -48,22 +49,23 @@ class Patches:
 
     @functools.cached_property
     def digest(self) -> str:
-        """By which equal images are known."""
+        """Digest of grid and values, equal for equal images."""
         return hashlib.blake2b(repr(self.grid).encode() + self.values.tobytes()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageProcessor:
-    """The settings of a `preprocessor_config.json`. Defaults are those of Qwen2.5-VL.
+    """Image processor with the settings of a `preprocessor_config.json`, by default Qwen2.5-VL's.
 
     Attributes:
-      min_pixels, max_pixels: bounds on the area after resizing, in pixels.
-      patch_size: side of a patch, in pixels.
-      temporal_patch_size: frames of a patch; a still image is repeated.
-      merge_size: patches on a side of a merged token.
-      resample: filter of the resize, one of `PIL.Image.Resampling`.
+      min_pixels, max_pixels: Bounds on the area after resizing, in pixels.
+      patch_size: Side of a patch, in pixels.
+      temporal_patch_size: Number of frames in a patch; a still image is repeated.
+      merge_size: Number of patches along each side of a merged token.
+      resample: Resampling filter, one of `PIL.Image.Resampling`.
       rescale_factor: Factor applied to uint8 pixel values.
-      mean, std: per colour channel, of rescaled values (CLIP's, on the scale 0 to 1).
+      mean, std: Mean and standard deviation per colour channel of rescaled values (CLIP's, on the
+        scale 0 to 1).
     """
 
     min_pixels: int = 56 * 56
@@ -78,11 +80,11 @@ class ImageProcessor:
 
     @classmethod
     def from_directory(cls, directory: str | pathlib.Path) -> "ImageProcessor":
-        """Return the settings of an HF directory, see `image_settings.read`.
+        """Return the image processor of an HF directory, see `image_settings.read`.
 
         Raises:
-          ImageError: no file of settings, or one that cannot be used (also because images could
-            not be recovered from patches to the bit); the message names file and field.
+          ImageError: If the settings are missing or unusable, or do not allow images to be
+            recovered bit for bit from patches. The message names file and field.
         """
         try:
             path, arguments = image_settings.read(directory)
@@ -101,14 +103,14 @@ class ImageProcessor:
         return processor
 
     def with_limits(self, min_pixels: int | None, max_pixels: int | None) -> "ImageProcessor":
-        """The same with other bounds on the area; None leaves one as it is."""
+        """Return a copy with new bounds on the area; None keeps a bound."""
         low, high = min_pixels or self.min_pixels, max_pixels or self.max_pixels
         if low > high:
             raise ImageError(f"min_pixels={low} is more than max_pixels={high}")
         return dataclasses.replace(self, min_pixels=low, max_pixels=high)
 
     def to_hf(self) -> dict[str, Any]:
-        """The contents of a `preprocessor_config.json`."""
+        """Return the contents of a `preprocessor_config.json`."""
         return {
             "image_processor_type": "Qwen2VLImageProcessor",
             "min_pixels": self.min_pixels,
@@ -123,13 +125,13 @@ class ImageProcessor:
         }
 
     def target_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width, in pixels, to which an image is resized.
+        """Return the (height, width) in pixels to which an image is resized.
 
-        Both become multiples of a merged token's side; the area is brought within the bounds while
-        the shape is kept as nearly as that allows (Qwen2-VL's rule, to the rounding).
+        Both are multiples of a merged token's side, the area is within the bounds, and the aspect
+        ratio is preserved as closely as possible (Qwen2-VL's rule, including its rounding).
 
         Raises:
-          ImageError: the image is longer than 200 times its other side.
+          ImageError: If the long side is more than 200 times the short side.
         """
         if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
             raise ImageError(
@@ -146,19 +148,19 @@ class ImageProcessor:
         return h, w
 
     def __call__(self, image: PIL.Image.Image) -> Patches:
-        """Resizes, normalises and patches an RGB image.
+        """Resize and normalise an RGB image and split it into patches.
 
         Raises:
-          ImageError: see `target_size`.
+          ImageError: If the image is too elongated, see `target_size`.
         """
         height, width = self.target_size(image.height, image.width)
         return self.cut(image.resize((width, height), self.resample))
 
     def cut(self, image: PIL.Image.Image) -> Patches:
-        """Normalises and patches an RGB image as large as it is.
+        """Normalise an RGB image and split it into patches, without resizing.
 
         Raises:
-          ImageError: its sides are no multiples of a merged token's.
+          ImageError: If the sides are not multiples of a merged token's side.
         """
         p, m = self.patch_size, self.merge_size
         height, width = image.height, image.width
@@ -167,16 +169,15 @@ class ImageProcessor:
         pixels = self._normalise(np.asarray(image))
         h, w = height // p, width // p
         blocks = pixels.reshape(h // m, m, p, w // m, m, p, -1)
-        blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # block row, column; in it; C, y, x
+        blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # block row, column; patch; C, y, x
         frames = np.repeat(blocks[:, :, :, :, :, None], self.temporal_patch_size, axis=5)
         return Patches(frames.reshape(h * w, -1), (1, h, w))
 
     def uncut(self, patches: Patches) -> PIL.Image.Image:
-        """The RGB image that a processor with the same settings cut: `cut` of it gives the same
-        patches, to the bit.
+        """Recover the RGB image from patches. Its `cut` yields the same patches, bit for bit.
 
         Raises:
-          ImageError: several frames, or patches of another size.
+          ImageError: If there are several frames, or the patches have another size.
         """
         p, m, c = self.patch_size, self.merge_size, len(self.mean)
         frames, h, w = patches.grid
@@ -188,12 +189,12 @@ class ImageProcessor:
         return PIL.Image.fromarray(self._restore(pixels))
 
     def _normalise(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8[..., C] to float32[..., C]."""
+        """Rescale and normalise pixels, uint8[..., C] -> float32[..., C]."""
         scaled = (pixels.astype(np.float64) * self.rescale_factor).astype(np.float32)
         return (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
 
     def _restore(self, values: np.ndarray) -> np.ndarray:
-        """The uint8[..., C] that `_normalise` made float32[..., C] of."""
+        """Invert `_normalise`, float32[..., C] -> uint8[..., C]."""
         scaled = values * np.array(self.std, np.float64) + np.array(self.mean, np.float64)
         return np.rint(scaled / self.rescale_factor).clip(0, 255).astype(np.uint8)
 
@@ -201,8 +202,11 @@ class ImageProcessor:
 def write_picture(
     patches: Patches, processor: ImageProcessor, directory: pathlib.Path
 ) -> pathlib.Path:
-    """Writes a picture as `directory/DIGEST.png`, once; returns its path. Raises ImageError, see
-    `uncut`."""
+    """Write an image as `directory/DIGEST.png` unless the file exists, and return its path.
+
+    Raises:
+      ImageError: If the image cannot be recovered from the patches, see `ImageProcessor.uncut`.
+    """
     path = directory / f"{patches.digest}.png"
     if not path.is_file():
         partial = outputs.partial_path(path)
@@ -217,10 +221,11 @@ def read_picture(
     *,
     max_pixels: int = DEFAULT_MAX_FILE_PIXELS,
 ) -> Patches:
-    """The patches that `write_picture` wrote, to the bit.
+    """Return the patches of an image written by `write_picture`, bit for bit.
 
     Raises:
-      ImageError: see `open_image`; or the file holds other patches than those it is named after.
+      ImageError: If the file cannot be opened, see `open_image`, or its patches do not match the
+        digest in its name.
     """
     image = open_image(path, max_pixels=max_pixels)
     try:

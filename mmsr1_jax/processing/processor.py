@@ -1,8 +1,8 @@
-"""Text and pictures to tokens, in Qwen's chat format: the one implementation, used by all commands.
+"""Conversion of text and images to tokens in Qwen's chat format, shared by all commands.
 
-A conversation is built as control tokens (by id) with text between them. Text is encoded by a
-tokenizer that knows no control tokens at all, so nothing in it can ever become one (law 6): a user
-who types `<|im_end|>` gets those ten characters.
+A conversation is built from control tokens (by id) with text between them. Text is encoded by a
+tokenizer without control tokens, so nothing in it can become one: if a user types `<|im_end|>`,
+those ten characters are encoded as ordinary text.
 """
 
 import dataclasses
@@ -34,16 +34,16 @@ CONTROL_TOKENS = (
 
 
 class ConversationError(ValueError):
-    """Messages that are not a conversation; the message says which one and why."""
+    """Error for invalid messages. The text says which message is invalid and why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A conversation as the policy reads it.
+    """Tokenised conversation, the input of the policy.
 
     Attributes:
-      tokens: int32[T], images expanded to one placeholder a merged token.
-      images: in order of appearance.
+      tokens: int32[T]. Token ids, with one placeholder per merged token of an image.
+      images: Images in order of appearance.
     """
 
     tokens: np.ndarray
@@ -58,15 +58,20 @@ class Processor:
     """Tokenizer and image processor of a checkpoint directory.
 
     Attributes:
-      control: id of every added token (control token), by name.
-      images: the image processor.
+      control: Ids of all added tokens (control tokens), by name.
+      images: Image processor.
     """
 
     def __init__(self, tokenizer_json: str, images: ImageProcessor):
-        """Args: the contents of a `tokenizer.json` (byte-level BPE), and the image processor.
+        """Create a processor.
+
+        Args:
+          tokenizer_json: Contents of a `tokenizer.json` (byte-level BPE).
+          images: Image processor.
 
         Raises:
-          TokenizerError: see `tokenizer_files.checked`; or a control token is missing.
+          TokenizerError: If the contents are unusable, see `tokenizer_files.checked`, or a control
+            token is missing.
         """
         raw = tokenizer_files.checked(tokenizer_json)
         self.control = {t["content"]: t["id"] for t in raw.get("added_tokens") or []}
@@ -78,7 +83,7 @@ class Processor:
             self._text = tokenizers.Tokenizer.from_str(
                 json.dumps(tokenizer_files.without_control(raw))
             )
-        except Exception as error:  # the library has no class of errors
+        except Exception as error:  # the library has no error class
             raise TokenizerError(f"tokenizer.json: {error}") from None
         for token, number in self.control.items():
             if self._all.token_to_id(token) != number:
@@ -90,11 +95,12 @@ class Processor:
 
     @classmethod
     def from_directory(cls, directory: str | pathlib.Path) -> "Processor":
-        """Return the processor of a directory, see `tokenizer_files.read` and
-        `ImageProcessor.from_directory`.
+        """Return the processor of a checkpoint directory.
+
+        See `tokenizer_files.read` and `ImageProcessor.from_directory`.
 
         Raises:
-          TokenizerError, ImageError: a file is missing or unusable; the message names it.
+          TokenizerError, ImageError: If a file is missing or unusable. The message names it.
         """
         try:
             text = tokenizer_files.read(directory)
@@ -104,7 +110,7 @@ class Processor:
             raise TokenizerError(f"{prefix}{error}") from None
 
     def check_fits(self, config: ModelConfig) -> None:
-        """Raises TokenizerError or ImageError where the directory's files do not fit together."""
+        """Raise TokenizerError or ImageError if the processor does not match a model config."""
         largest = max(self._all.get_vocab(with_added_tokens=True).values())
         if largest >= config.text.vocab_size:
             raise TokenizerError(
@@ -126,11 +132,11 @@ class Processor:
                 )
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of text; never a control token, whatever the text."""
+        """Return the token ids of text. They never include a control token."""
         return self._text.encode(text, add_special_tokens=False).ids
 
     def token_bytes(self) -> list[bytes]:
-        """The bytes that each token stands for, by id (byte-level BPE, as GPT-2's)."""
+        """Return the bytes of each token, by id (byte-level BPE, as in GPT-2)."""
         vocabulary = self._all.get_vocab(with_added_tokens=True)
         table = [b""] * (max(vocabulary.values()) + 1)
         byte_of = tokenizer_files.byte_alphabet()
@@ -142,7 +148,7 @@ class Processor:
         return table
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of tokens, control tokens written out."""
+        """Return the text of tokens, including control tokens."""
         return self._all.decode(list(tokens), skip_special_tokens=False)
 
     def conversation(
@@ -152,18 +158,20 @@ class Processor:
         generation_prompt: bool = False,
         max_file_pixels: int = DEFAULT_MAX_FILE_PIXELS,
     ) -> Prompt:
-        """A conversation in Qwen's chat format, with its default system message if it has none.
+        """Return a conversation in Qwen's chat format.
+
+        Conversations without a system message get Qwen's default one.
 
         Args:
-          messages: `{"role", "content"}`; the content is a string or a list of parts,
+          messages: Messages `{"role", "content"}`. The content is a string or a list of parts,
             `{"type": "text", "text": ..}` or `{"type": "image", "image": ..}` with a path, bytes
             or a PIL image.
-          generation_prompt: end with the opening of an assistant turn.
-          max_file_pixels: see `open_image`.
+          generation_prompt: Whether to end with the opening of an assistant turn.
+          max_file_pixels: Maximum number of pixels in an image file, see `open_image`.
 
         Raises:
-          ConversationError: not in that form.
-          ImageError: a picture that cannot be used.
+          ConversationError: If the messages do not have this form.
+          ImageError: If an image cannot be used.
         """
         if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
             raise ConversationError("messages must be a list that is not empty")
@@ -180,16 +188,16 @@ class Processor:
         return self._prompt(items + self._opening() if generation_prompt else items)
 
     def first_turn(self, parts: Sequence[str | Patches]) -> Prompt:
-        """A conversation of one user turn, and the opening of the policy's."""
+        """Return a conversation of one user turn and the opening of the assistant's."""
         items = self._turn("system", [DEFAULT_SYSTEM]) + self._turn("user", parts)
         return self._prompt(items + self._opening())
 
     def next_turn(self, parts: Sequence[str | Patches]) -> Prompt:
-        """A user turn that goes on a conversation, and the opening of the policy's next."""
+        """Return a user turn that continues a conversation and the opening of the assistant's."""
         return self._prompt(self._turn("user", parts) + self._opening())
 
     def closing(self) -> list[int]:
-        """The tokens that end a turn, `<|im_end|>` and a newline."""
+        """Return the tokens that end a turn, `<|im_end|>` and a newline."""
         return self._prompt([self.control["<|im_end|>"], "\n"]).tokens.tolist()
 
     def _opening(self) -> list[str | int | Patches]:
@@ -205,13 +213,13 @@ class Processor:
         return [start, f"{role}\n", *parts, end, "\n"]
 
     def _prompt(self, items: Iterable[str | int | Patches]) -> Prompt:
-        """Joins neighbouring texts, encodes them, and expands images."""
+        """Join adjacent texts, encode them and expand images."""
         tokens: list[int] = []
         images: list[Patches] = []
         text = ""
         for item in [*items, None]:
             if isinstance(item, str):
-                text += item  # tokens may span the border of two parts, as in the HF template
+                text += item  # tokens may span two adjacent parts, as in the HF template
                 continue
             if text:
                 tokens += self.encode_text(text)
@@ -228,7 +236,7 @@ class Processor:
 
 
 def _parse_message(message: Any) -> tuple[str, list[str | dict]]:
-    """Role, and the parts of the content: texts, and images as `{"image": ..}`."""
+    """Return the role and the parts of the content: texts, and images as `{"image": ..}`."""
     if not isinstance(message, dict):
         raise ConversationError("must be an object with 'role' and 'content'")
     role, content = message.get("role"), message.get("content")
@@ -254,7 +262,7 @@ def _parse_message(message: Any) -> tuple[str, list[str | dict]]:
 
 
 def _checked_text(text: str) -> str:
-    """`text`, unless it holds half of a surrogate pair, as JSON escapes can make."""
+    """Return `text`. Raise ConversationError for a lone surrogate, as JSON escapes can encode."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

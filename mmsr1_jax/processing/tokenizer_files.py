@@ -1,8 +1,9 @@
-"""Tokenizer files of an HF directory, read as `AutoTokenizer` reads them and checked.
+"""Loading of an HF directory's tokenizer files as `AutoTokenizer` reads them, with checks.
 
-A `tokenizer.json` also holds what a program last used it for: truncation, padding, and tokens that
-a post-processor adds. None of that acts here. What would give ordinary text other ids than
-`AutoTokenizer` gives, or let text become a control token, is refused by name.
+A `tokenizer.json` also stores state of the program that saved it: truncation, padding, and a
+post-processor that adds tokens. This state is ignored. Files that would encode ordinary text
+differently from `AutoTokenizer`, or let text become a control token, are rejected with an error
+that names the field or token.
 """
 
 import itertools
@@ -18,12 +19,13 @@ import msgspec
 from mmsr1_jax.utils.checked_json import FormatError, load, loads
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
-# Written by the policy or around results, as ordinary text.
+# Tags that the policy writes, or that enclose tool results, as ordinary text.
 TAG_NAMES = ("reason", "answer", "search", "text_search", "information", "img")
 _TAG = re.compile(rf"</?\s*(?:{'|'.join(TAG_NAMES)})\b", re.IGNORECASE)
 _MARKUP = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
 
-# What `Qwen2Tokenizer` of transformers 5 makes of vocabulary and merges, whatever the file says.
+# Pipeline that `Qwen2Tokenizer` of transformers 5 builds around vocabulary and merges, whatever the
+# file specifies.
 _QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -62,7 +64,7 @@ _QWEN_MODEL = {
 
 
 class TokenizerError(ValueError):
-    """A tokenizer that cannot be used; the message names file and token."""
+    """Error for an unusable tokenizer. The message names the file and the field or token."""
 
 
 _Id = Annotated[int, msgspec.Meta(ge=0, lt=2**24)]
@@ -100,12 +102,15 @@ class _Tokenizer(_RequiredTokenizer, total=False):
 
 
 def read(directory: str | pathlib.Path) -> str:
-    """Return the contents of a `tokenizer.json` that encodes text as `AutoTokenizer` would with the
-    files of a directory: its `tokenizer.json`, else what `transformers` makes of an older
-    `vocab.json` and `merges.txt`. Lines on stderr say where one file counts and another does not.
+    """Return the contents of a `tokenizer.json` that encodes text as `AutoTokenizer` would.
+
+    The source is the directory's `tokenizer.json`, else the conversion by `transformers` of an
+    older `vocab.json` and `merges.txt`. Warnings on stderr report files and fields that are
+    ignored.
 
     Raises:
-      TokenizerError: no tokenizer, or one that cannot be used; the message names file and field.
+      TokenizerError: If there is no tokenizer or it cannot be used. The message names file and
+        field.
     """
     directory = pathlib.Path(directory)
     path = directory / FILE
@@ -128,10 +133,10 @@ def read(directory: str | pathlib.Path) -> str:
 
 
 def checked(text: str) -> dict[str, Any]:
-    """Return the contents of a `tokenizer.json`, without its state, if they can be used.
+    """Return the contents of a `tokenizer.json` after checking them, without its state.
 
     Raises:
-      TokenizerError: something cannot be used; the message names the field or the token.
+      TokenizerError: If the contents cannot be used. The message names the field or the token.
     """
     try:
         raw = loads(text, dict[str, Any])
@@ -148,8 +153,11 @@ def checked(text: str) -> dict[str, Any]:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """Return the byte by the character that a byte-level vocabulary writes for it: the same where
-    that is printable in Latin-1, else the next free one from 256 on."""
+    """Return the characters of a byte-level vocabulary, each with the byte that it represents.
+
+    Bytes that are printable in Latin-1 represent themselves. The others are assigned consecutive
+    characters from 256 on.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     alphabet = {chr(byte): byte for byte in printable}
@@ -157,7 +165,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def without_control(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return `checked` contents without added tokens, those in the vocabulary included."""
+    """Return `checked` contents without added tokens, including those in the vocabulary."""
     control = {in_bytes(token["content"]) for token in raw.get("added_tokens") or []}
     model = raw["model"]
     vocabulary = {t: number for t, number in model["vocab"].items() if t not in control}
@@ -165,13 +173,13 @@ def without_control(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_bytes(text: str) -> str:
-    """Return text as a byte-level vocabulary writes it."""
+    """Return text in the characters of a byte-level vocabulary."""
     letters = {byte: character for character, byte in byte_alphabet().items()}
     return "".join(letters[byte] for byte in text.encode("utf-8", "replace"))
 
 
 def _check_pipeline(file: _Tokenizer) -> None:
-    """Text keeps its characters but for NFC, and tokens are bytes."""
+    """Check that the pipeline changes text only by NFC and that tokens are sequences of bytes."""
     for step in _steps(file.get("normalizer"), "normalizers"):
         if step.get("type") != "NFC":
             raise TokenizerError(f"normalizer: {step.get('type')!r} is not supported, only NFC")
@@ -190,7 +198,7 @@ def _check_pipeline(file: _Tokenizer) -> None:
 
 
 def _steps(part: dict[str, Any] | None, field: str) -> Iterator[dict[str, Any]]:
-    """The parts of a normalizer or pre-tokenizer, those of sequences one by one."""
+    """Yield the parts of a normalizer or pre-tokenizer, with sequences flattened."""
     if part is None:
         return
     if not isinstance(part, dict):
@@ -226,7 +234,7 @@ def _check_added(file: _Tokenizer) -> None:
     vocabulary = model["vocab"]
     ids = {number: token for token, number in vocabulary.items()}
     merges = model.get("merges") or []
-    # Ordinary text becomes a token only where merges make it, as a control token is not one byte.
+    # Ordinary text can become a control token only through merges, as no control token is one byte.
     products = {"".join(m) if isinstance(m, tuple) else m.replace(" ", "") for m in merges}
     seen: dict[str | int, str] = {}
     for token in added:
@@ -251,7 +259,7 @@ def _check_added(file: _Tokenizer) -> None:
 
 
 def _check_name(content: str) -> None:
-    """Raise TokenizerError for an added token that the policy, or ordinary text, needs as text."""
+    """Raise TokenizerError for an added token that must be encoded as ordinary text."""
     if _TAG.search(content):
         raise TokenizerError(
             f"added token {content!r} is a tag of a turn: the policy must write tags as ordinary "
@@ -265,7 +273,7 @@ def _check_name(content: str) -> None:
 
 
 def _check_declared(directory: pathlib.Path, settings: dict[str, Any], raw: dict[str, Any]) -> None:
-    """Tokens that `AutoTokenizer` adds to those of `tokenizer.json`, from other files."""
+    """Check the tokens that `AutoTokenizer` adds from files other than `tokenizer.json`."""
     added = raw.get("added_tokens") or []
     known = {t.get("content"): t.get("id") for t in added if isinstance(t, dict)}
     sources = [(SETTINGS, settings)]
@@ -286,7 +294,7 @@ def _check_declared(directory: pathlib.Path, settings: dict[str, Any], raw: dict
 
 
 def _declared(data: dict[str, Any], whole: bool) -> Iterator[tuple[str, int | None]]:
-    """Tokens and, where given, ids that a file of tokenizer settings declares."""
+    """Yield the tokens that a settings file declares, each with its id or None."""
     if whole:
         yield from ((content, number) for content, number in data.items())
         return
@@ -315,7 +323,10 @@ def _settings(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _class_of_model(directory: pathlib.Path) -> str | None:
-    """The class where `tokenizer_config.json` names none: by `config.json`, if there is one."""
+    """Return the class implied by `config.json`, or None if that file does not exist.
+
+    Used if `tokenizer_config.json` names no class.
+    """
     path = directory / "config.json"
     if not path.is_file():
         return None
@@ -326,7 +337,7 @@ def _as_qwen(path: pathlib.Path, raw: dict[str, Any]) -> dict[str, Any]:
     model = raw.get("model")
     if not isinstance(model, dict):
         raise TokenizerError(f"{path}: model: must be an object")
-    compared = _QWEN | {"decoder": {"type": "ByteLevel"}}  # its settings do nothing
+    compared = _QWEN | {"decoder": {"type": "ByteLevel"}}  # its other fields have no effect
     changed = [field for field in compared if not _same(raw.get(field), compared[field])]
     changed += [
         f"model.{f}" for f, x in _QWEN_MODEL.items() if (model.get(f) or None) != (x or None)
@@ -341,7 +352,7 @@ def _as_qwen(path: pathlib.Path, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _same(found: Any, wanted: Any) -> bool:
-    """Whether two parts of a tokenizer do the same; offsets are not used."""
+    """Return whether two parts of a tokenizer are equivalent, ignoring the unused offsets."""
     if isinstance(wanted, dict) and isinstance(found, dict):
         keys = wanted.keys() - {"trim_offsets"}
         return all(_same(found.get(key), wanted[key]) for key in keys)
@@ -359,12 +370,12 @@ def _compare_vocabulary(directory: pathlib.Path, raw: dict[str, Any]) -> None:
 
 
 def _convert_slow(directory: pathlib.Path) -> str:
-    """The `tokenizer.json` that `transformers` makes of an old vocab.json and merges.txt."""
+    """Return the `tokenizer.json` that `transformers` builds from `vocab.json` and `merges.txt`."""
     if not directory.is_dir():
         raise TokenizerError(f"{directory}: no such directory")
     if not (directory / "vocab.json").is_file():
         raise TokenizerError(f"{directory}: no {FILE}, nor vocab.json and merges.txt")
-    from transformers import AutoTokenizer  # slow to import, and only needed here
+    from transformers import AutoTokenizer  # slow to import and needed only here
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)

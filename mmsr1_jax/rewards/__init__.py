@@ -1,4 +1,4 @@
-"""Rewards of episodes: the rule-based reward function and the judge.
+"""Rewards of episodes: the rule-based reward function, which also takes a judge's verdicts.
 
 Used by training and evaluation.
 """

@@ -1,11 +1,11 @@
-"""What an episode is worth: r = (1 - a) * correct * penalty + a * format.
+"""Reward of an episode: r = (1 - a) * correct * penalty + a * format.
 
-    correct   the answer matches a gold one, or a judge says that it does (`tools/judge.py`)
-    penalty   1 - p if the answer is correct and anything was searched for, else 1
-    format    1 if every turn is well formed and the actions came in an allowed order, else 0
+    correct   1 if the answer matches a gold answer, or if the judge accepts it (`tools/judge.py`)
+    penalty   1 - p if the answer is correct and the episode used a search, else 1
+    format    1 if every turn is well formed and the actions follow an allowed sequence, else 0
 
-As in MMSearch-R1 (arXiv 2506.20670, section 3.3), with a = p = 0.1. Pure functions of turns as
-`episodes/turns.py` parses them; nothing here needs an accelerator or tokens.
+As in MMSearch-R1 (arXiv 2506.20670, section 3.3), with a = p = 0.1. All functions are pure
+functions of the turns that `episodes/turns.py` parses; they need neither an accelerator nor tokens.
 """
 
 import dataclasses
@@ -29,17 +29,17 @@ _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-    """What an episode is worth, and why.
+    """Reward of an episode and its components.
 
     Attributes:
-      reward: r.
-      correct: as it was judged, in [0, 1]; False where there is no answer.
-      format: whether the form is right.
-      searches: that were made.
-      penalty: the factor on `correct`; 1 where it does not apply.
-      judge: what a judge contributed; empty: none is configured. `match`: it did not have to be
-        asked; `verdict`: its verdict is `correct`; `unreadable`: its reply held no verdict, which
-        counts as wrong; `failed`: it could not be asked, so the reward means nothing.
+      reward: Total reward r.
+      correct: Correctness of the answer, in [0, 1]; False if there is no answer.
+      format: Whether the format is correct.
+      searches: Number of searches made.
+      penalty: Factor on `correct`; 1 if no penalty applies.
+      judge: Outcome of the judge; empty if none is configured. `match`: no request was needed;
+        `verdict`: `correct` is the judge's verdict; `unreadable`: the reply held no verdict, which
+        counts as wrong; `failed`: the request failed, so the reward is meaningless.
     """
 
     reward: float
@@ -51,24 +51,25 @@ class Reward:
 
     @property
     def known(self) -> bool:
-        """Whether the answer was judged or matched, so that the reward means something."""
+        """Whether the answer was judged or matched, so that the reward is meaningful."""
         return self.judge != "failed"
 
 
 def normalise(text: str) -> str:
-    """Lower case, without ASCII punctuation, without the words a, an and the, single spaces.
+    """Normalise a text for matching, as for SQuAD (Rajpurkar et al. 2016).
 
-    As for SQuAD (Rajpurkar et al. 2016), in this order: so `3.5` and `35` are the same.
+    The steps are, in this order: lower-case, remove ASCII punctuation, remove the words a, an and
+    the, collapse white space. As a consequence, `3.5` and `35` are equal.
     """
     text = text.lower().translate(_NO_PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", text).split())
 
 
 def exact_match(answer: str | None, golds: Sequence[str]) -> bool:
-    """Return whether the answer is one of the gold answers, after `normalise`.
+    """Return whether the answer equals one of the gold answers after `normalise`.
 
-    A blank answer is no answer, and a blank gold answer is none. Golds of which `normalise` leaves
-    nothing (`A`, `The The`, `+`) are right where nothing is left of the answer, as published.
+    Blank answers never match, and blank gold answers are ignored. As published, a gold answer that
+    normalises to nothing (`A`, `The The`, `+`) matches any answer that does so too.
     """
     golds = _texts(golds)
     if not answer or not answer.strip():
@@ -77,11 +78,11 @@ def exact_match(answer: str | None, golds: Sequence[str]) -> bool:
 
 
 def sub_exact_match(answer: str | None, golds: Sequence[str]) -> bool:
-    """Return whether a gold answer is a part of the answer, after `normalise`, letter by letter.
+    """Return whether a gold answer is a substring of the answer after `normalise`.
 
-    In the published program every answer matches a gold that normalises to nothing. Here it
-    counts where `exact_match` holds, or where it stands in the answer as it is, not inside a word,
-    in any letter case: gold `A` is in `It is A.` and in `Vitamin A`, and not in `Tagus`.
+    In the published code, every answer matches a gold answer that normalises to nothing. Here such
+    a gold answer matches if `exact_match` holds, or if it occurs verbatim in the answer outside of
+    a word, ignoring case: `A` is in `It is A.` and in `Vitamin A`, but not in `Tagus`.
     """
     golds = _texts(golds)
     if not answer:
@@ -97,8 +98,7 @@ def sub_exact_match(answer: str | None, golds: Sequence[str]) -> bool:
 
 
 def answer_of(turns: Sequence[Turn]) -> str | None:
-    """Return the answer, the last `<answer>..</answer>` of the last turn; None where there is none,
-    or a blank one."""
+    """Return the last `<answer>..</answer>` of the last turn, or None if it is missing or blank."""
     if not turns:
         return None
     last = turns[-1]
@@ -108,9 +108,9 @@ def answer_of(turns: Sequence[Turn]) -> str | None:
 
 
 def searches_in(turns: Sequence[Turn]) -> int:
-    """Return how many turns ask for a search, by `turns.asks_for_search`.
+    """Return the number of turns that ask for a search, by `turns.asks_for_search`.
 
-    A search beside the answer, in the last of several turns, is none, as published.
+    As published, a search next to the answer in the last of several turns does not count.
     """
     counted = [
         turn.action in ("image_search", "text_search")
@@ -126,11 +126,11 @@ def searches_in(turns: Sequence[Turn]) -> int:
 def format_right(
     turns: Sequence[Turn], allowed: Sequence[str] = SEQUENCES, *, strict: bool = False
 ) -> bool:
-    """Return whether each turn is well formed and the actions are one of the `allowed` sequences.
+    """Return whether each turn is well formed and the actions form an `allowed` sequence.
 
     Args:
-      turns: Parsed turns; the actions are those of their forms, which in texts from elsewhere may
-        be others than the engine would carry out.
+      turns: Parsed turns. Their actions are taken from their forms, which in texts from other
+        programs may differ from the actions that the engine would execute.
       allowed: See `Rewards.sequences`.
       strict: See `Rewards.strict_form`.
     """
@@ -139,7 +139,7 @@ def format_right(
 
 
 def penalty_at(settings: Rewards, step: int) -> float:
-    """The search penalty p_t at a step of training, counted from 0."""
+    """Return the search penalty p_t at a training step, counted from 0."""
     p, steps = settings.search_penalty, settings.penalty_warmup
     return -p + 2 * p * min(step / steps, 1.0) if steps else p
 
@@ -152,14 +152,18 @@ def score(
     *,
     searches: int | None = None,
 ) -> Reward:
-    """The reward of an episode whose answer was judged.
+    """Return the reward of an episode, given the correctness of its answer.
 
     Args:
-      turns: as `turns.parse` reads them.
-      correct: of the answer, in [0, 1]; taken as 0 where the last turn holds no answer.
-      step: of training, from 0; for the warm-up of the penalty.
-      searches: that were made. None: `searches_in`, which is all that can be known where there is
-        nothing but turns. The two differ where the engine refused one, see `episode_reward`.
+      turns: Turns parsed by `turns.parse`.
+      correct: Correctness of the answer, in [0, 1]; treated as 0 if the last turn has no answer.
+      settings: Settings of the rewards.
+      step: Training step, from 0, for the warm-up of the penalty.
+      searches: Number of searches made. None counts them with `searches_in`, which uses only the
+        turns; the two differ if the engine refused a search, see `episode_reward`.
+
+    Raises:
+      ValueError: `correct` is outside [0, 1].
     """
     if answer_of(turns) is None:
         correct = False
@@ -182,15 +186,17 @@ def episode_reward(
     step: int = 0,
     correct: bool | float | None = None,
 ) -> Reward:
-    """The reward of an episode of the engine.
+    """Return the reward of an episode that the engine generated.
 
-    A search that was refused, as it was over a limit, is none: no tool was called. One that failed,
-    or found nothing, is.
+    A search refused for exceeding a limit does not count, since no tool was called. A search that
+    failed or found nothing does count.
 
     Args:
-      answers: the gold ones, aliases and all.
-      step: see `score`.
-      correct: what a judge said; None: `settings.match` decides.
+      episode: Finished episode.
+      answers: Gold answers, including aliases.
+      settings: Settings of the rewards.
+      step: Training step, see `score`.
+      correct: Verdict of the judge; None matches the answer by `settings.match`.
     """
     if correct is None:
         correct = matches(answer_of(episode.turns), answers, settings)
@@ -199,7 +205,7 @@ def episode_reward(
 
 
 def matches(answer: str | None, golds: Sequence[str], settings: Rewards) -> bool:
-    """Whether an answer is right by `settings.match`."""
+    """Return whether an answer is correct under `settings.match`."""
     return (exact_match if settings.match == "EM" else sub_exact_match)(answer, golds)
 
 
@@ -208,7 +214,7 @@ def _spaced(text: str) -> str:
 
 
 def _stands_in(part: str, text: str) -> bool:
-    """Whether `part`, which does not begin or end with white space, is in `text`, not in a word."""
+    """Return whether `part`, without outer white space, occurs in `text` outside of a word."""
     text, begin = f" {text} ", -1
     while (begin := text.find(part, begin + 1)) >= 0:
         ends = (text[begin - 1], part[0]), (part[-1], text[begin + len(part)])
@@ -222,7 +228,7 @@ def _in_word(letter: str) -> bool:
 
 
 def _texts(golds: Sequence[str]) -> Sequence[str]:
-    """Its letters would be taken for gold answers, one each."""
+    """Return `golds`; reject a single text, whose letters would count as gold answers."""
     if isinstance(golds, str):
         raise TypeError("golds must be a list of texts, not one text")
     return golds

@@ -1,1 +1,1 @@
-"""Reinforcement learning: advantages, the loss, packed rows, and the update."""
+"""Reinforcement learning: advantages, loss, sequence packing and the policy update."""

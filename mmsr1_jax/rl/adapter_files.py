@@ -1,8 +1,8 @@
-"""The files of a LoRA adapter, as PEFT and other programs write them.
+"""Reading LoRA adapter files written by PEFT and other programs.
 
-`adapter_config.json` is read by an allow-list: a field that changes what PEFT computes is followed
-as PEFT follows it or refused by name. Tensors are known by the module that they belong to, under
-each of the names that programs give it.
+`adapter_config.json` is checked against an allow-list: a field that changes what PEFT computes is
+either interpreted as PEFT interprets it or rejected by name. Tensors are matched to modules under
+every naming scheme that programs use (`STYLES`).
 """
 
 import dataclasses
@@ -20,28 +20,29 @@ from mmsr1_jax.utils.checked_json import FormatError, load
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PEFT's wrapper
-# Names of the text decoder and of the vision tower, before the module's own.
+# Prefixes of module names in the text decoder and in the vision tower.
 STYLES = (
-    ("model.language_model.", "model.visual."),  # in memory, transformers since 4.52
-    ("model.", "visual."),  # before that, and text-only classes
-    ("language_model.", "visual."),  # the policy without its head
+    ("model.language_model.", "model.visual."),  # in memory, transformers 4.52 and later
+    ("model.", "visual."),  # older transformers, and text-only classes
+    ("language_model.", "visual."),  # the policy without its output head
     ("language_model.model.", "visual."),  # vLLM
-    ("", ""),  # one of the towers alone
+    ("", ""),  # a single tower
 )
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<letter>[AB])(?:\.default)?\.weight")
-_REGEX_SECONDS = 5.0  # patterns come from outside; one may take for ever
+_REGEX_SECONDS = 5.0  # patterns are untrusted input and may take exponential time
 
-# Fields that change nothing in a merged policy, whatever they hold.
+# Fields that do not affect a merged policy, whatever their values.
 _WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "lora_dropout",
     "megatron_core", "peft_version", "qalora_group_size", "revision", "task_type",
-    # PEFT sets it to false where the layers are `nn.Linear`, as here.
+    # PEFT sets it to false for `nn.Linear` layers, which all layers here are.
     "fan_in_fan_out",
 }  # fmt: skip
 # Initialisations that do not modify the base weights.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
-# A linear map: its path in the model and its layer (None: not stacked); and such by name.
+# A linear map, given by its path in the model and its layer (None if it is not stacked), and a
+# table of linear maps by name.
 Place = tuple[tuple[str, ...], int | None]
 Table = dict[str, Place]
 
@@ -49,14 +50,14 @@ _Rank = Annotated[int, msgspec.Meta(gt=0, le=2**16)]
 
 
 class AdapterError(ValueError):
-    """An adapter that cannot be read; the message names file and tensor."""
+    """Adapter that cannot be read; the message names the file and, if applicable, the tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """The fields of `adapter_config.json` that say which modules have an adapter, and its scale.
+    """Fields of `adapter_config.json` that select the adapted modules and their scales.
 
-    Attributes: as in PEFT's `LoraConfig`.
+    The attributes are those of PEFT's `LoraConfig`.
     """
 
     r: _Rank
@@ -73,14 +74,14 @@ class AdapterConfig:
     bias: str | None = None
 
     def adapts(self, name: str) -> bool:
-        """Return whether PEFT gives the linear map of that name in memory an adapter."""
+        """Return whether PEFT adds an adapter to the linear map with this in-memory name."""
         if self.exclude_modules and _listed(self.exclude_modules, name):
             return False
         if isinstance(self.target_modules, str):
             if self.target_modules.lower() == "all-linear":
-                return True  # of those that can have one; the head is none of them
+                return True  # all linear maps in the tables; the output head is not in them
             return _listed(self.target_modules, name)
-        if name in self.target_modules:  # PEFT asks nothing else of a full name
+        if name in self.target_modules:  # PEFT applies no layer filter to a full name
             return True
         return _listed(self.target_modules, name) and self._in_layers(name)
 
@@ -97,11 +98,11 @@ class AdapterConfig:
         return False
 
     def rank(self, name: str) -> int:
-        """Return the rank of the adapter of that module."""
+        """Return the rank of a module's adapter."""
         return _by_pattern(self.rank_pattern, name, self.r)
 
     def scale(self, name: str) -> float:
-        """Return the s of `W + s B A` for that module."""
+        """Return a module's scale s in `W + s B A`."""
         return self._scale(self.rank(name), _by_pattern(self.alpha_pattern, name, self.lora_alpha))
 
     def _scale(self, rank: int, alpha: float) -> float:
@@ -113,10 +114,10 @@ class AdapterConfig:
 
 
 def read_config(path: pathlib.Path) -> AdapterConfig:
-    """Return the settings of an adapter.
+    """Read the configuration of an adapter.
 
     Raises:
-      AdapterError: no LoRA, or a variant that is not plain LoRA; the message names the field.
+      AdapterError: The adapter is not LoRA, or not plain LoRA; the message names the field.
     """
     try:
         raw = load(path, dict[str, Any], large=True)
@@ -136,7 +137,7 @@ def read_config(path: pathlib.Path) -> AdapterConfig:
     for field, value in raw.items():
         if field == "bias":
             off = value in (None, "none")
-        else:  # what is not in use is null, false or empty in PEFT's files
+        else:  # PEFT writes unused fields as null, false or empty
             off = field in known or value is None or value is False or value in ("", [], {})
         if not off:
             raise AdapterError(f"{path}: {field}={value!r:.80}: only plain LoRA can be read")
@@ -152,19 +153,20 @@ def read_config(path: pathlib.Path) -> AdapterConfig:
 def modules_by_tensor(
     names: Iterable[str], tables: Sequence[Table], path: pathlib.Path
 ) -> tuple[Table, dict[Place, dict[str, str]]]:
-    """Return the modules of each tower that the file has tensors of, and the tensors by module.
+    """Return the modules of each tower with tensors in the file, and the tensors by module.
 
     Args:
-      names: tensors of the file.
-      tables: for each of `STYLES`, all modules that can have an adapter.
-      path: the file, named in errors.
+      names: Names of the file's tensors.
+      tables: All modules that can have an adapter, for each of `STYLES`.
+      path: Path of the file, for error messages.
 
     Returns:
-      The modules by the names that the file uses, and `{"A": tensor, "B": tensor}` for each of
-      them that it holds (one may be missing).
+      All modules of these towers, keyed by the file's naming scheme, and
+      `{"A": tensor, "B": tensor}` for each module with tensors in the file (one may be missing).
 
     Raises:
-      AdapterError: a tensor that is of no such module, or two of the same one.
+      AdapterError: A tensor belongs to no such module, two tensors have the same role in a module,
+        or the names within a tower follow different schemes.
     """
     found: dict[str, dict[str, str]] = {}
     for name in sorted(names):
@@ -179,7 +181,7 @@ def modules_by_tensor(
             raise AdapterError(f"{path}: tensors {other} and {name} are of the same module")
         found[module][factor["letter"]] = name
     names_of_file: Table = {}
-    for tower in ("text", "vision"):  # a program may have renamed one and not the other
+    for tower in ("text", "vision"):  # a program may rename modules in only one tower
         ours = {m for m in found if any(_tower(t[m]) == tower for t in tables if m in t)}
         for table in tables if ours else ():
             if ours <= table.keys():
@@ -198,14 +200,14 @@ def ranks_and_scales(
     tables: Sequence[Table],
     path: pathlib.Path,
 ) -> dict[Place, tuple[int, float]]:
-    """Return rank and scale of the adapter of each module that the file holds.
+    """Return the rank and scale of each adapter in the file.
 
-    The settings are PEFT's, whose names may be of another version than the tensors'. A tower
-    without any tensor may be one that the program which trained the adapter did not have.
+    Module names in the configuration may follow another naming scheme than the tensors. A tower
+    without tensors is ignored, since the program that trained the adapter may not have had it.
 
     Raises:
-      AdapterError: the settings name other modules than the file holds, or a pattern of theirs is
-        no regular expression or takes too long.
+      AdapterError: The configuration selects other modules than those in the file, or one of its
+        patterns is not a regular expression or takes too long to match.
     """
     try:
         names = _names_in_settings(config, present, names_of_file, tables, path)
@@ -246,7 +248,7 @@ def _tower(place: Place) -> str:
 
 
 def _warn_of_unused_patterns(config: AdapterConfig, names: Iterable[str], path) -> None:
-    """Say, as PEFT does, which patterns match no module."""
+    """Warn about patterns that match no module, as PEFT does."""
     names = list(names)
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field) or {}:

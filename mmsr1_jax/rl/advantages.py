@@ -1,33 +1,34 @@
-"""Rewards of a group to advantages, and what DAPO adds. Numpy, on the host.
+"""Group-relative advantages, and DAPO's overlong penalty and filtering. NumPy, on the host.
 
-A group holds the episodes of one prompt. Computed in float64, given back in float32.
+A group consists of the episodes of one prompt. Values are computed in float64 and returned in
+float32.
 """
 
 import numpy as np
 
 from mmsr1_jax.config.choices import ADVANTAGES
 
-_EPSILON = 1e-6  # what the published code adds to the standard deviation
-_NO_SPREAD = 1e-6  # rewards that differ by less do so by rounding
+_EPSILON = 1e-6  # added to the standard deviation, as in the published code
+_NO_SPREAD = 1e-6  # smaller differences between rewards are rounding errors
 
 
 def group_advantages(rewards: np.ndarray, kind: str = "grpo") -> np.ndarray:
-    """How much better each episode of a group did than the others.
+    """Return the advantage of each episode of a group.
 
-    A group without spread, as one of a single episode, says nothing: its advantages are 0.
+    Groups with identical rewards, including groups of one episode, get zero advantage.
 
     Args:
       rewards: float[G].
       kind: `grpo`: (r - mean) / (std + 1e-6), with the sample standard deviation (G - 1 in the
         denominator), as in the published training code; DeepSeekMath (arXiv 2402.03300), section
-        4.1.2, does not say which. `mean`: r - mean, Dr. GRPO (arXiv 2503.20783), section 3.2.
-        `rloo`: r - mean of the others' rewards (Kool et al. 2019; arXiv 2402.14740).
+        4.1.2, does not specify which. `mean`: r - mean, Dr. GRPO (arXiv 2503.20783), section 3.2.
+        `rloo`: r - mean of the other episodes' rewards (Kool et al. 2019; arXiv 2402.14740).
 
     Returns:
       float32[G].
 
     Raises:
-      ValueError: an unknown kind, rewards of another shape, or one that is not finite.
+      ValueError: The kind is unknown, or the rewards have another shape or are not all finite.
     """
     if kind not in ADVANTAGES:
         raise ValueError(f"advantages: {kind!r} is not one of {', '.join(ADVANTAGES)}")
@@ -43,32 +44,36 @@ def group_advantages(rewards: np.ndarray, kind: str = "grpo") -> np.ndarray:
 
 
 def has_spread(rewards: np.ndarray) -> bool:
-    """Whether a group teaches anything: dynamic sampling keeps only such groups and draws others
-    for the rest. DAPO (arXiv 2503.14476), eq. 11.
+    """Return whether the rewards of a group differ.
+
+    Dynamic sampling keeps only such groups and resamples the others. DAPO (arXiv 2503.14476),
+    eq. 11.
 
     Args:
       rewards: float[G].
 
     Raises:
-      ValueError: rewards of another shape, or one that is not finite.
+      ValueError: The rewards have another shape or are not all finite.
     """
     return bool(np.ptp(_checked(rewards)) > _NO_SPREAD)
 
 
 def overlong_penalty(length: np.ndarray | int, limit: int, buffer: int) -> np.ndarray:
-    """What is added to the reward of a long response: 0 up to `limit - buffer` tokens, from there
-    down a straight line to -1 at `limit`, and -1 beyond. DAPO, eq. 13.
+    """Return DAPO's soft overlong penalty (eq. 13), which is added to the reward.
+
+    The penalty is 0 up to `limit - buffer` tokens, decreases linearly to -1 at `limit`, and is -1
+    beyond.
 
     Args:
-      length: int[...], tokens that the policy wrote.
-      limit: tokens that it may write.
-      buffer: the last of them, over which the penalty grows.
+      length: int[...], length in tokens.
+      limit: Maximum length in tokens.
+      buffer: Number of tokens before the limit over which the penalty grows.
 
     Returns:
       float32[...].
 
     Raises:
-      ValueError: a buffer that is not within the limit.
+      ValueError: `buffer` is not in (0, limit].
     """
     if not 0 < buffer <= limit:
         raise ValueError(f"overlong penalty: buffer={buffer} must be over 0, at most limit={limit}")
@@ -77,15 +82,15 @@ def overlong_penalty(length: np.ndarray | int, limit: int, buffer: int) -> np.nd
 
 
 def overlong_mask(mask: np.ndarray, cut: bool) -> np.ndarray:
-    """The loss mask of an episode under overlong filtering: one that was cut for its length carries
-    no loss, as its reward says little about its reasoning. DAPO, section 3.4.
+    """Return the loss mask of an episode under overlong filtering (DAPO, section 3.4).
 
-    Its reward still counts in its group's mean. The weights (`loss.token_weights`) are those of
-    the lengths after filtering.
+    A truncated episode carries no loss, since its reward says little about its reasoning. Its
+    reward still counts in the mean of its group. Token weights (`loss.token_weights`) are computed
+    from the lengths after filtering.
 
     Args:
-      mask: bool[T], the tokens that were sampled.
-      cut: whether the episode ended because its tokens were used up.
+      mask: bool[T], True for sampled tokens.
+      cut: Whether the episode ended because its token budget was used up.
 
     Returns:
       bool[T].

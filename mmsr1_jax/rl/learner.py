@@ -1,11 +1,11 @@
-"""The update: gradients of micro-batches summed in float32, then a step of AdamW.
+"""Policy update: gradients of micro-batches are accumulated in float32, then applied with AdamW.
 
     for batch in micro-batches:   gradients += d/dp sum of the batch's weighted losses
     parameters -= rate * adamw(clipped gradients)
 
-The weights of all tokens are known before, so that the sum is the loss, however the episodes were
-packed and on however many devices. A step whose gradient is not finite changes nothing. With LoRA
-(`rl/lora.py`) adapters are all that is trained, and all that the optimiser has a state for.
+All token weights are computed beforehand, so the accumulated sum equals the loss regardless of
+packing and the number of devices. A step with a non-finite loss or gradient is skipped. With LoRA
+(`rl/lora.py`) only the adapters are trained, and only they have optimiser state.
 """
 
 import contextlib
@@ -25,27 +25,26 @@ from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
 from mmsr1_jax.rl import lora
 from mmsr1_jax.rl.packing import TrainBatch
 
-# From the log-probs and entropies of a batch's tokens, float32[B, C] each: the loss (a sum) and
-# sums by name, which are added up over micro-batches.
+# Maps the log-probs and entropies of a batch's tokens, float32[B, C] each, to the loss (a sum) and
+# named sums. All are accumulated over micro-batches.
 Loss = Callable[[jax.Array, jax.Array, TrainBatch], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 class Learner:
-    """Parameters, optimiser, and the programs that change them.
+    """Policy parameters, optimiser state, and the jitted functions that update them.
 
-    Args of the constructor:
-      model: the policy; its parameters are consumed by the first step. With LoRA it is given
-        adapters.
-      loss: see `Loss`.
-      config: `config.Update`.
-      mesh: on which the parameters are.
-      temperature: at which tokens were sampled.
-      seed: of fresh adapters.
+    Args:
+      model: Policy; the first step donates its parameters. With LoRA, adapters are attached to it.
+      loss: Loss function, see `Loss`.
+      config: Settings of the update.
+      mesh: Mesh of the parameters.
+      temperature: Sampling temperature of the tokens.
+      seed: Seed for initialising adapters.
 
     Attributes:
-      trained, frozen: the parameters; the vision tower's are frozen by setting. With LoRA the
-        adapters are trained and all else is frozen.
-      optimizer: the optimiser's state.
+      trained, frozen: Trained and frozen parameters; `config.freeze_vision` freezes the vision
+        tower. With LoRA the adapters are trained and everything else is frozen.
+      optimizer: Optimiser state.
     """
 
     def __init__(
@@ -115,22 +114,26 @@ class Learner:
 
     @property
     def params(self) -> nnx.State:
-        """All parameters of the policy, as `nnx.split(model)[1]`. With LoRA those of the policy
-        without adapters, into which the present ones are merged, each time it is asked for."""
+        """All parameters of the policy, as in `nnx.split(model)[1]`.
+
+        With LoRA, each access merges the current adapters into the base parameters.
+        """
         if self._merge is None:
             return nnx.merge_state(self.trained, self.frozen)
         return nnx.merge_state(self.frozen, self._merge(self.trained, self.frozen))
 
     def model(self) -> Qwen2_5_VL:
-        """The policy with `params`."""
+        """Return the policy with `params`."""
         return nnx.merge(self._plain_graph, self.params)
 
     def snapshot(self, memory: str | None = None) -> nnx.State:
-        """A copy of the trained parameters in the dtype of computation, for a reference policy.
-        Of fresh adapters, which add nothing, it makes the policy that training began with.
+        """Return a copy of the trained parameters in the compute dtype, for a reference policy.
+
+        With LoRA, newly initialised adapters contribute nothing, so their snapshot represents the
+        initial policy.
 
         Args:
-          memory: kind of memory that it is to lie in (`pinned_host`); None: the device's own.
+          memory: Memory kind of the copy, such as `pinned_host`; None for device memory.
         """
         copy = self._copy(self.trained)
         if memory is None:
@@ -138,15 +141,15 @@ class Learner:
         return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(memory)), copy)
 
     def put(self, batch: TrainBatch) -> TrainBatch:
-        """A micro-batch of host arrays, on the devices."""
+        """Return a micro-batch of host arrays as arrays sharded over the devices."""
         return sharding.shard_batch(batch, self.mesh)
 
     def score(self, batches: Sequence[TrainBatch], trained: nnx.State | None = None):
-        """Log-probs of the tokens with loss, float32[B, C] of numpy for each micro-batch.
+        """Return the log-probs of the loss tokens as one NumPy float32[B, C] per micro-batch.
 
         Args:
-          batches: of host arrays.
-          trained: a snapshot; None: the present parameters.
+          batches: Micro-batches of host arrays.
+          trained: Snapshot of the trained parameters; None for the current parameters.
         """
         trained = self.trained if trained is None else self._on_device(trained)
         with self._set_up():
@@ -154,15 +157,15 @@ class Learner:
         return [np.asarray(x) for x in found]
 
     def update(self, batches: Sequence[TrainBatch], rate: float) -> dict[str, float]:
-        """One step with the gradient of all micro-batches.
+        """Take one optimiser step with the gradient of all micro-batches.
 
         Args:
-          batches: of host arrays.
-          rate: of learning, for this step.
+          batches: Micro-batches of host arrays.
+          rate: Learning rate of this step.
 
         Returns:
-          The loss's sums over all batches, and `loss`, `gradient_norm` (before clipping) and
-          `finite`: 0 where the step was not taken.
+          The loss function's sums over all batches, `loss`, `gradient_norm` (before clipping), and
+          `finite`, which is 0 if the step was skipped.
         """
         with self._set_up():
             gradients, parts = self._zeros(self.trained), []
@@ -178,14 +181,14 @@ class Learner:
         return {name: float(x) for name, x in jax.device_get(total | found).items()}
 
     def lower(self, batch: TrainBatch):
-        """The program of gradients for such a batch, to be looked at."""
+        """Return the lowered gradient computation for such a batch, for inspection."""
         with self._set_up():
             return self._gradients.lower(
                 self.trained, self.frozen, self._zeros(self.trained), self.put(batch)
             )
 
     def _set_up(self):
-        """The mesh, and the precision of float32: see `score`."""
+        """Return a context that sets the mesh and, in float32, the highest matmul precision."""
         stack = contextlib.ExitStack()
         stack.enter_context(jax.set_mesh(self.mesh))
         stack.enter_context(jax.default_matmul_precision(self._precision))
@@ -197,7 +200,7 @@ class Learner:
 
         return jax.tree.map(put, trained, self.trained)
 
-    # The programs
+    # Functions compiled in `__init__`
 
     def _statistics(self, trained, frozen, batch: TrainBatch):
         model = nnx.merge(self._graph, trained, frozen)
@@ -227,7 +230,7 @@ class Learner:
 
 
 def _is_trained(freeze_vision: bool):
-    """A filter of NNX for the parameters that are trained."""
+    """Return an NNX filter that selects the trained parameters."""
 
     def chosen(path, value) -> bool:
         return not (freeze_vision and path[0] == "vision")

@@ -1,12 +1,13 @@
-"""LoRA (arXiv 2106.09685): adapters of low rank are trained, the policy's own parameters stay.
+"""LoRA (arXiv 2106.09685): low-rank adapters are trained while the base parameters stay fixed.
 
-    y = x W^T + s (x A^T) B^T       s = alpha / rank; A begins random, B zero, so y as it was
+    y = x W^T + s (x A^T) B^T       s = alpha / rank; initially A is random, B = 0
 
-What is trained is saved apart, in the format of the PEFT library, or merged: `W + s B A`.
+Adapters are saved separately, in the format of the PEFT library, or merged as `W + s B A`.
 """
 
-# Not qwix: its provider makes A and B on the module that meets a kernel, and leaves counters there.
-# Ours is one layer within a scan over stacked layers: they would have no layer axis, and be lost.
+# qwix is not used: its provider creates A, B and counters on the module that applies a kernel. Here
+# that module is one layer within a scan over stacked layers, so they would lack the layer axis and
+# be lost.
 
 import json
 import pathlib
@@ -30,34 +31,36 @@ from mmsr1_jax.rl import adapter_files
 from mmsr1_jax.rl.adapter_files import CONFIG, WEIGHTS, AdapterError
 from mmsr1_jax.utils import outputs
 
-# What an adapter's directory is made of. Anything else in one is somebody's, and is not replaced.
+# Files of an adapter directory. A directory with any other file is not replaced, since the file
+# may belong to the user.
 _OURS = (CONFIG, WEIGHTS, "README.md", ".gitattributes")
-_PREFIX = "base_model.model."  # PEFT's wrapper, before the names that modules have in memory
-# The linear maps that can have an adapter, by the names of `config.choices.LORA_TARGETS`.
+_PREFIX = "base_model.model."  # PEFT's wrapper, before the in-memory names of modules
+# Linear maps that can have an adapter, keyed by the names in `config.choices.LORA_TARGETS`.
 TARGETS: dict[str, tuple[str, ...]] = {
     **{name: ("text", "layers", "attention", name) for name in ("q", "k", "v", "out")},
     **{name: ("text", "layers", "mlp", name) for name in ("gate", "up", "down")},
     **{f"vision.{name}": ("vision", "blocks", "attention", name) for name in ("qkv", "out")},
     **{f"vision.{name}": ("vision", "blocks", "mlp", name) for name in ("gate", "up", "down")},
 }
-# Linear maps that only adapters of other programs have (PEFT's "all-linear"); not stacked.
+# Linear maps that only adapters from other programs cover (PEFT's "all-linear"); not stacked.
 _MERGER = (("vision", "merger", "fc1"), ("vision", "merger", "fc2"))
 
 
 def attach(
     model: Qwen2_5_VL, *, rank: int, alpha: float, targets: Sequence[str], mesh: Mesh, seed: int = 0
 ) -> None:
-    """Gives linear maps of the model fresh adapters, in float32 whatever its parameters are in.
+    """Attach newly initialised float32 adapters to linear maps of the model, in place.
 
-    The entries of A are drawn from a Gaussian of variance 1 / inputs, B is zero (section 4.1).
+    The entries of A are drawn from a Gaussian with variance 1 / inputs, and B is zero (section
+    4.1). Adapters are float32 whatever the dtype of the model's parameters.
 
     Args:
-      model: is changed.
-      rank: of the adapters.
-      alpha: see above.
-      targets: names out of `TARGETS`.
-      mesh: on which the model's parameters are.
-      seed: of the adapters' first values.
+      model: Policy to modify.
+      rank: Rank of the adapters.
+      alpha: Numerator of the scale, s = alpha / rank.
+      targets: Names from `TARGETS`.
+      mesh: Mesh of the model's parameters.
+      seed: Seed of the initial values.
     """
     for number, (name, path) in enumerate(TARGETS.items()):
         if name not in targets:
@@ -76,13 +79,14 @@ def attach(
 
 
 def merge(adapters: nnx.State, base: nnx.State, scale: float) -> nnx.State:
-    """The kernels that have adapters, with what these add; at their paths in `base`, in its dtype.
+    """Return the adapted kernels with adapters merged, at the paths and in the dtype of `base`.
+
     For use under `jit`.
 
     Args:
       adapters: A and B, `nnx.split(model, nnx.LoRAParam, ...)[1]`.
-      base: the parameters, those without adapters too.
-      scale: s.
+      base: Base parameters, including those without adapters.
+      scale: Scale s.
     """
     factors, params = dict(nnx.to_flat_state(adapters)), dict(nnx.to_flat_state(base))
     merged = []
@@ -94,8 +98,10 @@ def merge(adapters: nnx.State, base: nnx.State, scale: float) -> nnx.State:
 
 
 def merge_into(model: Qwen2_5_VL, adapters: nnx.State, scale: float) -> None:
-    """Changes a model without adapters by those of `load`, one kernel after the other, so that no
-    more than one is held twice."""
+    """Merge adapters from `load` into a model without adapters, in place.
+
+    Kernels are merged one at a time, so that at most one of them is in memory twice.
+    """
     mesh = model.text.embedding.get_value().sharding.mesh
     adapters = jax.device_put(adapters, param_shardings(adapters, mesh))
     factors = dict(nnx.to_flat_state(adapters))
@@ -112,19 +118,20 @@ def merge_into(model: Qwen2_5_VL, adapters: nnx.State, scale: float) -> None:
 
 
 def save(adapters: nnx.State, directory, config: ModelConfig, *, alpha: float, source: str) -> None:
-    """Writes a directory that the PEFT library loads, in the place of an adapter that is there
-    (`outputs.new_directory`).
+    """Write adapters to a directory that the PEFT library can load.
+
+    An existing adapter in the directory is replaced (`outputs.new_directory`).
 
     Args:
-      adapters: see `merge`.
-      directory: made if need be.
-      config: the policy's shape.
-      alpha: see above.
-      source: the HF directory that the adapters are for; it is named in the file.
+      adapters: A and B, see `merge`.
+      directory: Output directory, created if it does not exist.
+      config: Model configuration of the policy.
+      alpha: Numerator of the scale, s = alpha / rank.
+      source: HF directory of the base model, recorded in the file.
 
     Raises:
-      AdapterError: `directory` is there and holds other files too.
-      LockedError: another process is writing it.
+      AdapterError: `directory` exists and contains other files.
+      LockedError: Another process is writing `directory`.
     """
     target = pathlib.Path(directory)
     others = [p.name for p in target.iterdir()] if target.is_dir() else []
@@ -150,31 +157,32 @@ def save(adapters: nnx.State, directory, config: ModelConfig, *, alpha: float, s
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        # Whole names, since both towers have a `gate_proj`.
+        # Full names, since both towers have a `gate_proj`.
         "target_modules": "|".join(modules),
         "inference_mode": True,
     }
     with outputs.new_directory(target) as partial:
         safetensors.numpy.save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        (partial / WEIGHTS).chmod(0o644)  # the library makes files that only the owner can read
+        (partial / WEIGHTS).chmod(0o644)  # safetensors creates files that only the owner can read
         text = json.dumps(described, indent=2) + "\n"
         (partial / CONFIG).write_text(text, encoding="utf-8")
 
 
 def load(directory, config: ModelConfig) -> tuple[nnx.State, float]:
-    """Reads what `save`, the PEFT library or a program after its format wrote.
+    """Load an adapter written by `save`, the PEFT library, or a program that uses its format.
 
     Args:
-      directory: `adapter_config.json` and `adapter_model.safetensors`.
-      config: shape of the policy that the adapters are for.
+      directory: Directory with `adapter_config.json` and `adapter_model.safetensors`.
+      config: Model configuration of the policy.
 
     Returns:
-      A and B as numpy arrays in float32, and s. Where ranks differ between layers the lower ones
-      are padded with zeros, a layer without adapter is zero, and a scale other than s is in B.
+      A and B as float32 NumPy arrays, and the scale s. If ranks differ between layers, lower ranks
+      are padded with zeros; a layer without an adapter is zero; a scale other than s is folded
+      into B.
 
     Raises:
-      AdapterError: a file that is damaged or absent, tensors that the policy has no place for, a
-        missing one, or a kind of adapter other than plain LoRA.
+      AdapterError: A file is damaged or missing, the tensors do not match the policy's modules, a
+        tensor is missing, or the adapter is not plain LoRA.
     """
     directory = pathlib.Path(directory)
     settings = adapter_files.read_config(directory / CONFIG)
@@ -223,7 +231,7 @@ def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _modules(table: dict, layout: tuple[str, str]) -> adapter_files.Table:
-    """Path and layer of each linear map that can have an adapter, by its name in one style."""
+    """Return path and layer of each linear map that can have an adapter, keyed by name."""
     modules = {}
     for path in (*TARGETS.values(), *_MERGER):
         tensor = table[*path, "kernel"]
@@ -249,7 +257,7 @@ def _tensor(path: pathlib.Path, tensors: dict, factors: dict, letter: str, shape
 
 
 def _paths(factors: dict) -> list[tuple[str, ...]]:
-    """Of the linear maps that have adapters, from a flat state of these."""
+    """Return the paths of the linear maps with an adapter in a flat state of adapters."""
     return [path for path in TARGETS.values() if (*path, "adapter", "a") in factors]
 
 
@@ -262,8 +270,10 @@ def _linear(model: Qwen2_5_VL, path: Sequence[str]) -> Linear:
 def _abstract(
     model: Qwen2_5_VL, path: Sequence[str], rank: int
 ) -> tuple[nnx.LoRAParam, nnx.LoRAParam]:
-    """A, [L, rank, *inputs], and B, [L, *outputs, rank], with the logical axes of the kernel;
-    without L where the kernel is not stacked."""
+    """Return abstract A, [L, rank, *inputs], and B, [L, *outputs, rank].
+
+    They have the logical axes of the kernel, and no L if the kernel is not stacked.
+    """
     linear = _linear(model, path)
     shape, axes = linear.kernel.get_value().shape, linear.kernel.get_metadata("axes")
     start, cut = int(path not in _MERGER), len(shape) - linear.contracted
@@ -276,7 +286,10 @@ def _abstract(
 
 
 def _sum(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """W + s B A, computed in float32, a layer at a time: the product is as large as W."""
+    """Return W + s B A, computed in float32.
+
+    Layers are processed one at a time, since the product is as large as W.
+    """
 
     def of_layer(layer):
         w, a, b = (x.astype(jnp.float32) for x in layer)
@@ -286,5 +299,5 @@ def _sum(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Arr
 
 
 def _sum_one(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """`_sum` of a kernel that is not stacked."""
+    """Return `_sum` of a kernel that is not stacked."""
     return _sum(kernel[None], a[None], b[None], scale)[0]

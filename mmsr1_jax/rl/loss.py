@@ -1,12 +1,12 @@
-"""The policy's loss: clipped importance ratios, KL to a reference, entropy.
+"""Policy loss: clipped importance ratios, KL penalty to a reference, and entropy bonus.
 
     loss = sum over tokens of weight * (-objective + kl * KL - entropy * H)
 
-A token's weight is known on the host before (`token_weights`), from the lengths of all episodes of
-the update. So the loss is a plain sum: of tokens, rows, micro-batches and devices, and does not
-depend on how the episodes lie in them. Arrays are float32[B, T] unless said otherwise; T may
-be the tokens of a row or only those that carry loss. What masked places hold is not looked at: it
-reaches neither loss nor gradient, not even as NaN.
+Token weights are computed beforehand on the host (`token_weights`) from the lengths of all episodes
+of the update. The loss is therefore a plain sum over tokens, rows, micro-batches and devices, and
+does not depend on how episodes are distributed over them. Arrays are float32[B, T] unless stated
+otherwise, where T counts either all tokens of a row or only those that carry loss. Values at masked
+positions are ignored: they reach neither loss nor gradient, not even as NaN.
 """
 
 import dataclasses
@@ -17,23 +17,23 @@ import numpy as np
 
 from mmsr1_jax.config.choices import AVERAGES, KLS, RATIOS
 
-# Logarithms of ratios count as this where they are larger, so that exp stays finite; a sampled
-# token would have to be 5e8 times less likely under one model than under the other. A ratio beyond
-# has no gradient. Small ratios need no bound.
+# Upper bound on log-ratios, so that exp stays finite. To exceed it, a sampled token would have to
+# be 5e8 times less likely under one model than under the other. A ratio above the bound has no
+# gradient. Small ratios need no bound.
 MAX_LOG_RATIO = 20.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossOptions:
-    """Which loss. Defaults: the published ones.
+    """Options of the policy loss. The defaults are the published values.
 
     Attributes:
-      ratio: level of the importance ratio, see `importance_ratio`.
-      clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
-      kl: factor of the KL term; 0 for none.
-      kl_kind: estimator of the KL, see `kl_estimate`.
-      entropy: factor of the entropy bonus; 0 for none.
-      truncation: cap of `truncated_importance`; None for no correction.
+      ratio: Level of the importance ratio, see `importance_ratio`.
+      clip_low, clip_high: Bounds of the clip range [1 - clip_low, 1 + clip_high] of the ratio.
+      kl: Coefficient of the KL term; 0 disables it.
+      kl_kind: KL estimator, see `kl_estimate`.
+      entropy: Coefficient of the entropy bonus; 0 disables it.
+      truncation: Cap of `truncated_importance`; None disables the correction.
     """
 
     ratio: str = "token"
@@ -48,28 +48,29 @@ class LossOptions:
 def importance_ratio(
     new: jax.Array, old: jax.Array, mask: jax.Array, segment_ids: jax.Array, level: str
 ) -> jax.Array:
-    """How much likelier the sampled tokens are under the policy than under that which drew them.
+    """Return the importance ratio of each sampled token between the policy and the old policy.
 
-    Above token level all tokens of an episode have the same ratio, in the form of GSPO-token
-    (arXiv 2507.18071, eq. 14): its value is the episode's, its gradient with respect to a token's
-    log-prob is the ratio itself, as at token level. So at a ratio of 1 the gradient of the loss is
-    the plain policy gradient, whatever the level and the average. With one advantage an episode and
-    without correction of single tokens, `sequence` has the values and gradients of GSPO (eq. 5).
+    At the sequence and trajectory levels all tokens of an episode share one ratio, in the form of
+    GSPO-token (arXiv 2507.18071, eq. 14): the value is the episode's ratio, and its gradient with
+    respect to a token's log-prob is the ratio itself, as at token level. At a ratio of 1 the
+    gradient of the loss is therefore the plain policy gradient, whatever the level and the loss
+    aggregation. With one advantage per episode and no per-token correction, `sequence` has the
+    values and gradients of GSPO (eq. 5).
 
     Args:
-      new, old: log-probs under the policy, and under that of the ratio's denominator.
-      mask: bool[B, T], tokens that count.
-      segment_ids: int32[B, T], number of the episode in the row from 1, 0: padding. An episode is
-        whole in one row.
+      new, old: Log-probs under the policy and under the policy in the ratio's denominator.
+      mask: bool[B, T], True for tokens that count.
+      segment_ids: int32[B, T], index of the episode within its row, from 1; 0 for padding. An
+        episode never spans rows.
       level: `token`: exp(log-ratio), PPO. `sequence`: exp(mean of the episode's log-ratios), GSPO,
-        eq. 7. `trajectory`: exp(sum of the episode's log-ratios), the ratio of the probabilities
-        of all that the policy wrote in it.
+        eq. 7. `trajectory`: exp(sum of the episode's log-ratios), the probability ratio of all
+        tokens that the policy wrote in the episode.
 
     Returns:
-      float32[B, T], 1 where the mask is not set.
+      float32[B, T], 1 where the mask is False.
 
     Raises:
-      ValueError: an unknown level.
+      ValueError: The level is unknown.
     """
     if level not in RATIOS:
         raise ValueError(f"ratio: {level!r} is not one of {', '.join(RATIOS)}")
@@ -85,25 +86,25 @@ def importance_ratio(
 
 
 def clipped_objective(ratio: jax.Array, advantage: jax.Array, low: float, high: float) -> jax.Array:
-    """What is to be made large: min(ratio * A, clip(ratio, 1 - low, 1 + high) * A).
+    """Return the clipped surrogate objective min(ratio * A, clip(ratio, 1 - low, 1 + high) * A).
 
     PPO (arXiv 1707.06347), eq. 7; with high > low, DAPO's clip-higher (arXiv 2503.14476, eq. 10).
     """
-    # Of both bounds, only the one that the advantage pushes towards matters.
+    # Only the bound towards which the advantage pushes the ratio matters.
     bounded = jnp.where(advantage > 0, jnp.minimum(ratio, 1 + high), jnp.maximum(ratio, 1 - low))
     return bounded * advantage
 
 
 def kl_estimate(new: jax.Array, reference: jax.Array, kind: str) -> jax.Array:
-    """KL(policy || reference) from one sampled token, http://joschu.net/blog/kl-approx.html.
+    """Estimate KL(policy || reference) per sampled token, http://joschu.net/blog/kl-approx.html.
 
     With d = reference - new: `k1` = -d; `k2` = d^2 / 2; `k3` = exp(d) - 1 - d. The gradient is that
-    of the estimate: in expectation over the policy's tokens, nothing for `k1`, that of
-    KL(policy || reference) for `k2`, and that of KL(reference || policy) for `k3` (which near the
-    reference is the same). In `k3`, d counts as at most `MAX_LOG_RATIO`.
+    of the estimate. Its expectation over the policy's tokens is zero for `k1`, the gradient of
+    KL(policy || reference) for `k2`, and the gradient of KL(reference || policy) for `k3`, which is
+    the same close to the reference. In `k3`, d is clipped to at most `MAX_LOG_RATIO`.
 
     Raises:
-      ValueError: an unknown kind.
+      ValueError: The kind is unknown.
     """
     if kind not in KLS:
         raise ValueError(f"KL: {kind!r} is not one of {', '.join(KLS)}")
@@ -117,38 +118,42 @@ def kl_estimate(new: jax.Array, reference: jax.Array, kind: str) -> jax.Array:
 
 
 def truncated_importance(trainer: jax.Array, behaviour: jax.Array, cap: float) -> jax.Array:
-    """Weights that correct for the engine drawing from slightly other probabilities than the
-    trainer computes for the same parameters: min(trainer / behaviour, cap), without gradient.
+    """Return importance weights min(trainer / behaviour, cap), without gradient.
+
+    They correct for the mismatch between the engine's probabilities and those that the trainer
+    computes with the same parameters.
 
     Truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you
     off-policy RL training"); the cap is as in V-trace (arXiv 1802.01561, section 4.1).
 
     Args:
-      trainer: log-probs by the trainer, with the parameters that the tokens were drawn with.
-      behaviour: log-probs by the engine.
-      cap: above 0.
+      trainer: Log-probs from the trainer, with the parameters that the tokens were sampled with.
+      behaviour: Log-probs from the engine.
+      cap: Upper bound of the weights, greater than 0.
     """
     log_ratio = jax.lax.stop_gradient(trainer - behaviour)
     return jnp.minimum(jnp.exp(jnp.minimum(log_ratio, MAX_LOG_RATIO)), cap)
 
 
 def token_weights(lengths: np.ndarray, how: str, fixed_length: int | None = None) -> np.ndarray:
-    """The weight of each token in an average over all tokens of an update. Numpy, on the host.
+    """Return the weight of each episode's tokens in the loss aggregation. NumPy, on the host.
 
     Args:
-      lengths: int[N], tokens that carry loss in each episode of the update, over all
+      lengths: int[N], number of tokens that carry loss in each episode of the update, over all
         micro-batches and processes.
-      how: `token`: the mean over all tokens (DAPO, eq. 12). `sequence`: the mean over an episode's
-        tokens, then over the episodes that have any (GRPO, arXiv 2402.03300, eq. 3). `fixed`: the
-        sum over all tokens / (N * fixed_length), so that an episode's length does not change the
-        weight of its tokens (Dr. GRPO, arXiv 2503.20783).
-      fixed_length: tokens; for `fixed` only. Usually the tokens that an episode may have.
+      how: `token`: mean over all tokens (DAPO, eq. 12). `sequence`: mean over the tokens of each
+        episode, then over the episodes with such tokens (GRPO, arXiv 2402.03300, eq. 3). `fixed`:
+        sum over all tokens / (N * fixed_length), so that the length of an episode does not change
+        the weight of its tokens (Dr. GRPO, arXiv 2503.20783).
+      fixed_length: Constant length for `fixed`, in tokens; usually the maximum length of an
+        episode.
 
     Returns:
-      float32[N]: of each token of an episode; 0 for one without any.
+      float32[N], weight of every token of an episode; 0 for episodes without loss tokens.
 
     Raises:
-      ValueError: an unknown average, a negative length, or `fixed` without its length.
+      ValueError: The aggregation is unknown, a length is negative, or `fixed` lacks a positive
+        `fixed_length`.
     """
     lengths = np.asarray(lengths, np.int64)
     if how not in AVERAGES:
@@ -168,7 +173,7 @@ def token_weights(lengths: np.ndarray, how: str, fixed_length: int | None = None
 
 
 def weighted_sum(values: jax.Array, weights: jax.Array, mask: jax.Array) -> jax.Array:
-    """The sum of weight * value where the mask is set; values elsewhere get no gradient."""
+    """Return the sum of weight * value over the mask; values elsewhere get no gradient."""
     return jnp.sum(jnp.where(mask, weights, 0.0) * jnp.where(mask, values, 0.0))
 
 
@@ -185,33 +190,35 @@ def policy_loss(
     reference: jax.Array | None = None,
     entropies: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of a micro-batch, to be added up over micro-batches.
+    """Return the loss of a micro-batch and metrics, both to be summed over micro-batches.
 
     Args:
-      new: log-probs of the tokens under the policy; the gradient's way.
-      old: log-probs in the ratio's denominator, without gradient. The engine's; or the trainer's
-        own at the beginning of the step; or `new` itself for a step of one update. In the last two
-        cases the engine's are `behaviour`, and `options.truncation` corrects the rest.
-      advantages: of each token.
-      weights: of each token, from `token_weights`.
-      mask: bool[B, T], tokens that carry loss: sampled ones.
-      segment_ids: int32[B, T], number of the episode in the row from 1, 0: padding.
-      options: which loss; static.
-      behaviour: log-probs by the engine; None where `old` are these.
-      reference: log-probs under the reference policy; None for none.
-      entropies: of the policy's distribution at each token, with gradient; None where not computed.
+      new: Log-probs of the tokens under the policy, through which gradients flow.
+      old: Log-probs in the ratio's denominator, without gradient: the engine's, the trainer's own
+        at the beginning of the step, or `new` itself if the step has a single update. In the last
+        two cases the engine's log-probs are passed as `behaviour`, and `options.truncation`
+        corrects for the remaining mismatch.
+      advantages: Advantage of each token.
+      weights: Weight of each token, from `token_weights`.
+      mask: bool[B, T], True for sampled tokens, which carry loss.
+      segment_ids: int32[B, T], index of the episode within its row, from 1; 0 for padding.
+      options: Options of the loss; static.
+      behaviour: Log-probs from the engine; None if `old` already holds them.
+      reference: Log-probs under the reference policy, if any.
+      entropies: Entropy of the policy's distribution at each token, with gradient, if computed.
 
     Returns:
-      The loss, float32[], and sums over the tokens of the mask, float32[] each: `tokens`, how many;
-      `policy_loss`, weighted, so that it adds up to an average as the loss does; the rest to be
-      divided by `tokens`: `ratio`; `clipped_low` and `clipped_high`, tokens without gradient for
-      the ratio being too low or too high; `log_ratio_abs` and `log_ratio_squared`, of new - old
-      token by token; `kl` (with a reference); `entropy` (with entropies); with behaviour,
-      `engine_gap_abs` and `engine_gap_squared`, of old - behaviour; and with truncation
-      `correction`, its weights, and `corrections_capped`, tokens at the cap.
+      The loss, float32[], and sums over the masked-in tokens, float32[] each. `tokens` is their
+      number, and `policy_loss` is weighted, so that it sums to an average like the loss. The others
+      must be divided by `tokens`: `ratio`; `clipped_low` and `clipped_high`, numbers of tokens
+      without gradient because their ratio is too low or too high; `log_ratio_abs` and
+      `log_ratio_squared`, of new - old per token; `kl` (with a reference); `entropy` (with
+      entropies); with behaviour, `engine_gap_abs` and `engine_gap_squared`, of old - behaviour; and
+      with truncation, `correction`, the importance weights, and `corrections_capped`, the number of
+      tokens at the cap.
 
     Raises:
-      ValueError: a term is asked for without what it is computed from.
+      ValueError: A term is enabled without its input.
     """
     for name, wanted, source, given in (
         ("kl", options.kl, "reference", reference),
@@ -262,10 +269,14 @@ def policy_loss(
 
 
 def _episode_sums(values: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """At each place, the sum over its episode. No scatter, whose order of adding is left open on
-    GPUs; no bound on the episodes of a row; and never all pairs of places at a time.
+    """Return at each position the sum of the values over its episode.
 
-    values: float32[B, T]; segment_ids: int32[B, T].
+    A scatter is avoided because its summation order is nondeterministic on GPUs. The number of
+    episodes in a row is unbounded, and positions are compared in batches to limit memory.
+
+    Args:
+      values: float32[B, T].
+      segment_ids: int32[B, T].
     """
 
     def at(place):

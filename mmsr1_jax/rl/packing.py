@@ -1,11 +1,11 @@
-"""Episodes to rows: several in a row, one after the other, and rows to micro-batches.
+"""Sequence packing: episodes are concatenated into rows, and rows grouped into micro-batches.
 
     row 0   | episode 3 ........ | episode 0 ... | padding
     row 1   | episode 1 ........................ | padding
-            tokens and image windows are both bounded
+            both tokens and image windows of a row are bounded
 
-All micro-batches of an update have one shape, and there are few shapes in all, so that the programs
-over them are compiled once.
+All micro-batches of an update have the same shape, and few shapes exist in total, so that few
+programs are compiled.
 """
 
 import dataclasses
@@ -23,14 +23,15 @@ from mmsr1_jax.processing.processor import Prompt
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What an episode brings to an update.
+    """Training data of one episode.
 
     Attributes:
-      prompt: all of its tokens, and its pictures.
-      mask: bool[T]: the tokens that carry loss.
-      weights: float32[T]: factor of each token's loss; the loss is the sum over all samples.
-      advantages: float32[T].
-      behaviour: float32[T]: log-probs of what drew the tokens.
+      prompt: All tokens and images of the episode.
+      mask: bool[T], True for tokens that carry loss.
+      weights: float32[T], weight of each token's loss; the loss is the weighted sum over all
+        samples.
+      advantages: float32[T], advantage of each token.
+      behaviour: float32[T], log-probs of the tokens under the policy that sampled them.
     """
 
     prompt: Prompt
@@ -42,7 +43,13 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """Of a micro-batch: `rows` of `length` tokens and `windows` of 64 patches."""
+    """Shape of a micro-batch.
+
+    Attributes:
+      rows: Number of rows.
+      length: Number of tokens per row.
+      windows: Number of windows of 64 patches per row.
+    """
 
     rows: int
     length: int
@@ -51,18 +58,20 @@ class RowShape:
 
 @flax.struct.dataclass
 class TrainBatch:
-    """A micro-batch. The tokens that carry loss stand in C columns of their own, so that the output
-    head is computed for no others.
+    """Micro-batch of packed rows.
+
+    Tokens that carry loss are gathered into C columns, so that the output head is computed only for
+    them.
 
     Attributes:
-      rows: all tokens.
-      before: int32[B, C]: the column in `rows` of the token before, which predicts the token.
-      targets: int32[B, C]: the tokens.
-      mask: bool[B, C]: False: padding.
-      segment_ids: int32[B, C]: which of the row's episodes, from 1; 0: padding.
+      rows: All tokens and images.
+      before: int32[B, C], column in `rows` of the preceding token, which predicts the target.
+      targets: int32[B, C], tokens that carry loss.
+      mask: bool[B, C], False for padding.
+      segment_ids: int32[B, C], index of the episode within its row, from 1; 0 for padding.
       weights, advantages, behaviour: float32[B, C], see `Sample`.
-      old: float32[B, C]: log-probs that the ratio is taken against.
-      reference: float32[B, C]: log-probs under the reference policy.
+      old: float32[B, C], log-probs in the denominator of the importance ratio.
+      reference: float32[B, C], log-probs under the reference policy.
     """
 
     rows: Rows
@@ -78,12 +87,12 @@ class TrainBatch:
 
 
 def windows_of(prompt: Prompt, config: ModelConfig) -> int:
-    """Windows of patches that a conversation's pictures take."""
+    """Return the number of patch windows of a conversation's images."""
     return sum(num_windows(grid, config.vision) for grid in prompt.grids)
 
 
 def check_fits(prompt: Prompt, config: ModelConfig, shape: RowShape) -> None:
-    """Raises TooLongError where no row has room for an episode."""
+    """Raise TooLongError if an episode does not fit into a row."""
     for what, size, most, field in (
         ("tokens", len(prompt.tokens), shape.length, "pack_length"),
         ("image windows", windows_of(prompt, config), shape.windows, "pack_windows"),
@@ -93,14 +102,14 @@ def check_fits(prompt: Prompt, config: ModelConfig, shape: RowShape) -> None:
 
 
 def first_fit(sizes: Sequence[tuple[int, int]], length: int, windows: int) -> list[list[int]]:
-    """Rows of items, by first fit in decreasing order (Johnson, Near-optimal bin packing, 1973).
+    """Pack items into rows by first-fit decreasing (Johnson, Near-optimal bin packing, 1973).
 
     Args:
       sizes: (tokens, windows) of each item, none larger than a row.
-      length, windows: of a row.
+      length, windows: Capacity of a row.
 
     Returns:
-      The items of each row, by number.
+      The indices of the items in each row.
     """
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i][0], -sizes[i][1], i))
     room = np.tile(np.array([length, windows]), (len(sizes), 1))
@@ -115,16 +124,17 @@ def first_fit(sizes: Sequence[tuple[int, int]], length: int, windows: int) -> li
 
 
 def pack(samples: Sequence[Sample], config: ModelConfig, shape: RowShape) -> list[TrainBatch]:
-    """Micro-batches of numpy arrays that hold all samples; `old` and `reference` are zeros.
+    """Pack samples into micro-batches of NumPy arrays; `old` and `reference` are zeros.
 
     Args:
-      samples: each fits into a row (`check_fits`).
-      shape: of every micro-batch.
+      samples: Samples, each of which fits into a row (`check_fits`).
+      config: Model configuration of the policy.
+      shape: Shape of every micro-batch.
     """
     sizes = [(len(s.prompt.tokens), windows_of(s.prompt, config)) for s in samples]
     packed = first_fit(sizes, shape.length, shape.windows)
     most = max((sum(int(samples[i].mask[1:].sum()) for i in row) for row in packed), default=0)
-    loss = smallest("tokens with loss", most, _quarters(shape.length), "length")
+    loss = smallest("tokens with loss", most, _quarters(shape.length), "update.pack_length")
     if not any(windows for _, windows in sizes):
         shape = dataclasses.replace(shape, windows=0)
     return [
@@ -136,13 +146,13 @@ def pack(samples: Sequence[Sample], config: ModelConfig, shape: RowShape) -> lis
 
 
 def efficiency(batches: Sequence[TrainBatch]) -> float:
-    """Share of the places in the rows that hold tokens."""
+    """Return the fraction of row positions that hold tokens."""
     held = sum(int((batch.rows.segment_ids > 0).sum()) for batch in batches)
     return held / max(1, sum(batch.rows.tokens.size for batch in batches))
 
 
 def _quarters(length: int) -> list[int]:
-    """Columns for tokens with loss: few sizes, that there be few programs."""
+    """Return the allowed numbers of loss columns; few sizes mean few compiled programs."""
     return sorted({-(-length * n // 4) for n in (1, 2, 3, 4)})
 
 
@@ -152,7 +162,7 @@ def _batch(
     bucket = Bucket(shape.length, shape.windows, shape.rows)
     prompts = [[sample.prompt for sample in row] for row in packed]
     rows = make_rows(prompts, bucket, config, config.image_token_id)
-    # One program for all, however many a row happens to hold.
+    # The same program is used whether or not every row holds a single episode.
     rows = rows.replace(single_segment=False)
     size = (shape.rows, loss)
     floats = ("weights", "advantages", "behaviour")

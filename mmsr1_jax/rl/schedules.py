@@ -1,7 +1,7 @@
-"""The learning rate by step.
+"""Learning rate schedules.
 
-A schedule maps a step, counted from 0, to a rate; optax takes it as a learning rate. All rise
-along a straight line from 0 to the full rate over the warm-up steps.
+A schedule maps a step, counted from 0, to a learning rate, in the form that optax accepts. All
+schedules warm up linearly from 0 to the full rate.
 """
 
 from collections.abc import Callable
@@ -24,25 +24,26 @@ def make_schedule(
     centre: float = 45.0,
     width: float = 4.5,
 ) -> Schedule:
-    """A schedule.
+    """Return a schedule.
 
     Args:
-      kind: `constant`; `linear` and `cosine` (half a period, arXiv 1608.03983, eq. 5): from the
-        end of the warm-up down to `final` at `steps`, and `final` from there on; `sigmoid`, the
-        published decay of MMSearch-R1: final + (1 - final) / (1 + exp((step - centre) / width)),
-        published with `final` 0.05 and the defaults of `centre` and `width`.
-      rate: the full rate.
-      steps: of the run, for `linear` and `cosine`.
-      warmup_steps: for `sigmoid` a factor on top, which does not move `centre`.
-      final: share of the full rate at the end.
-      centre: step at which the sigmoid is half way down.
-      width: steps in which its odds change by a factor of e.
+      kind: `constant`; `linear` or `cosine` (half a period, arXiv 1608.03983, eq. 5), which decay
+        from the end of the warm-up to `final` at `steps` and stay there; `sigmoid`, the published
+        decay of MMSearch-R1: final + (1 - final) / (1 + exp((step - centre) / width)), published
+        with `final` 0.05 and the defaults of `centre` and `width`.
+      rate: Full learning rate.
+      steps: Total number of steps of the run, for `linear` and `cosine`.
+      warmup_steps: Number of warm-up steps. For `sigmoid` the warm-up is an additional factor,
+        which does not move `centre`.
+      final: Final rate as a fraction of the full rate.
+      centre: Step at which the sigmoid is halfway down.
+      width: Number of steps in which the odds of the sigmoid change by a factor of e.
 
     Returns:
-      From a step, int[...], to float32[...].
+      A function from a step, int[...], to a rate, float32[...].
 
     Raises:
-      ValueError: an unknown kind, or values that do not fit together.
+      ValueError: The kind is unknown or the values are inconsistent.
     """
     if kind not in SCHEDULES:
         raise ValueError(f"schedule: {kind!r} is not one of {', '.join(SCHEDULES)}")

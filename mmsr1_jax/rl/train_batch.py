@@ -1,4 +1,4 @@
-"""From the episodes of a step to what its updates need: rewards, advantages, packed samples."""
+"""Conversion of a step's episodes into training samples: shaped rewards, advantages, weights."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from mmsr1_jax.rl import advantages, packing
 from mmsr1_jax.rl.loss import LossOptions, policy_loss, token_weights
 from mmsr1_jax.rl.packing import RowShape, Sample, TrainBatch
 
-Group = Sequence[tuple[Episode, Reward]]  # the episodes of a question
+Group = Sequence[tuple[Episode, Reward]]  # episodes of one question, with rewards
 
 
 def loss_options(objective: settings.Objective) -> LossOptions:
@@ -30,11 +30,11 @@ def loss_options(objective: settings.Objective) -> LossOptions:
 
 
 def make_loss(objective: settings.Objective):
-    """The loss of the objective, as `update.Learner` wants it."""
+    """Return the loss function of the objective, for `learner.Learner`."""
     options = loss_options(objective)
 
     def loss(logprobs, entropies, batch: TrainBatch):
-        # With one update a step, the policy is still the one at the step's beginning.
+        # With one update per step, the policy is still the one at the beginning of the step.
         at_start = logprobs if objective.num_minibatches == 1 else batch.old
         engine = objective.old_logprobs == "engine"
         return policy_loss(
@@ -54,8 +54,13 @@ def make_loss(objective: settings.Objective):
 
 
 def shaped_rewards(group: Group, objective: settings.Objective, limit: int) -> np.ndarray:
-    """float[G]: the rewards, less what overlong episodes cost; `limit`: tokens of an episode, with
-    what it was shown: that is the room that is used up, and the policy chooses what to search for.
+    """Return the rewards of a group, float64[G], including the penalty for overlong episodes.
+
+    Args:
+      group: Episodes of one question and their rewards.
+      objective: Settings of the objective.
+      limit: Maximum length of an episode in tokens. Prompt and tool results count too, since they
+        consume the same token budget and the policy chooses what to search for.
     """
     rewards = np.array([reward.reward for _, reward in group], np.float64)
     if objective.overlong == "penalty":
@@ -65,7 +70,7 @@ def shaped_rewards(group: Group, objective: settings.Objective, limit: int) -> n
 
 
 def has_spread(group: Group, objective: settings.Objective, limit: int) -> bool:
-    """Whether a question teaches anything."""
+    """Return whether the shaped rewards of a group differ."""
     return len(group) > 1 and advantages.has_spread(shaped_rewards(group, objective, limit))
 
 
@@ -76,15 +81,17 @@ def samples_of(
     config: ModelConfig,
     shape: RowShape,
 ) -> tuple[list[Sample], list[str]]:
-    """What the episodes of an update bring to it.
+    """Return the training samples of an update.
 
     Args:
-      groups: of the update; their episodes' tokens together are what the loss is averaged over.
-      limit: tokens of an episode.
-      shape: of the rows.
+      groups: Groups of the update; the loss is averaged over the tokens of all their episodes.
+      objective: Settings of the objective.
+      limit: Maximum length of an episode in tokens.
+      config: Model configuration of the policy.
+      shape: Shape of the packed rows.
 
     Returns:
-      the samples, and why others were left out (they fit into no row).
+      The samples, and the reasons why other episodes were skipped (they do not fit into a row).
     """
     chosen, odd = [], []
     for group in groups:
@@ -115,13 +122,13 @@ def samples_of(
             behaviour=episode.logprobs,
         )
         for (episode, mask, value), weight in zip(chosen, weights, strict=True)
-        if not (idle and value == 0) and mask.any()  # else its gradient is nothing
+        if not (idle and value == 0) and mask.any()  # otherwise its gradient is zero
     ]
     return samples, odd
 
 
 def figures_of(sums: dict[str, float]) -> dict[str, float]:
-    """The sums of an update as means over its tokens."""
+    """Return the sums of an update as means over its tokens."""
     tokens = max(1.0, sums["tokens"])
     whole = ("loss", "policy_loss", "gradient_norm", "tokens", "finite")
     figures = {name: value for name, value in sums.items() if name in whole}

@@ -1,1 +1,1 @@
-"""Rollouts: decoding that pauses at search tags and goes on with what came back."""
+"""Rollouts: decoding that pauses at search tags and resumes with the search results."""

@@ -1,4 +1,4 @@
-"""Engines as the settings have them."""
+"""Construction of rollout engines from a config."""
 
 import jax
 from flax import nnx
@@ -19,14 +19,18 @@ _MAX_PIXELS = 2 * 672 * 672
 def make_engine(
     config: settings.Config, model_dir: str, *, engines: int | None = None
 ) -> Engine | EnginePool:
-    """The policy of a directory in an engine, with the tools of the settings: on one device, or on
-    `mesh.tensor` of them; and where this process has several such groups, in an engine on each.
+    """Load a policy from a checkpoint directory into a rollout engine with the configured tools.
+
+    An engine runs on one device, or on `mesh.tensor` devices. If this process has several such
+    groups of devices, return a pool with one engine on each.
 
     Args:
-      engines: at most so many; None: as many as there are groups.
+      config: All settings.
+      model_dir: Checkpoint directory of the policy and its processor.
+      engines: Maximum number of engines; None: one on each group of devices.
 
     Raises:
-      ValueError, OSError: something cannot be used; the message names it.
+      ValueError, OSError: A file or setting is unusable; the message names it.
     """
     meshes = _meshes(config.mesh)[:engines]
     tools = make_tools(config, loops=len(meshes))
@@ -45,7 +49,7 @@ def make_engine(
 
 
 def make_processor(config: settings.Config, model_dir: str) -> Processor:
-    """The processor of a directory, with limits on pictures that an engine can do with."""
+    """Load the processor of a directory, with image size limits that suit a rollout engine."""
     processor = Processor.from_directory(model_dir)
     limit = config.images.max_pixels or min(processor.images.max_pixels, _MAX_PIXELS)
     processor.images = processor.images.with_limits(config.images.min_pixels, limit)
@@ -53,15 +57,20 @@ def make_processor(config: settings.Config, model_dir: str) -> Processor:
 
 
 def copies(model: Qwen2_5_VL, meshes: list[Mesh]) -> list[Qwen2_5_VL]:
-    """The model on each mesh, from device to device; where it lies already it is not copied."""
+    """Return the model on each mesh, transferred from device to device.
+
+    Arrays that are already in place are shared, not copied.
+    """
     graph, params = nnx.split(model)
     layouts = [sharding.param_shardings(params, mesh) for mesh in meshes]
     return [nnx.merge(graph, place(params, layout)) for layout in layouts]
 
 
 def _meshes(mesh: settings.Mesh) -> list[Mesh]:
-    """A mesh for each engine: this process's devices, `mesh.tensor` at a time. What is left over
-    has no engine."""
+    """Return one mesh per engine: this process's devices in groups of `mesh.tensor`.
+
+    Devices left over after the last whole group stay unused.
+    """
     devices = jax.local_devices()
     tensor = mesh.tensor
     if tensor == -1:

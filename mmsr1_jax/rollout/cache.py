@@ -1,13 +1,13 @@
-"""The KV cache: dense lanes behind four verbs. Nobody else knows how it is laid out.
+"""The KV cache: dense lanes behind four operations. Its layout is private to this module.
 
-    allocate   lanes of a fixed capacity, all empty
-    extend     write tokens (and pictures in their places) into some lanes: a prompt, a tool's
-               result and a sampled token are the same operation
-    fork       copy the beginning of one lane onto others: a group's prompt is computed once
-    read       how much of each lane is filled
+    allocate   create empty lanes of a fixed capacity
+    extend     write tokens (and images at their placeholders) into some lanes; prompts, tool
+               results and sampled tokens are all written this way
+    fork       copy the prefix of one lane to others, so that a group's prompt is computed once
+    read       return the number of tokens in each lane
 
-A lane keeps what it holds until it is forked onto or cleared, so a conversation that pauses for a
-tool goes on where it was; nothing is computed twice.
+A lane keeps its contents until it is overwritten by a fork or cleared, so a conversation that
+pauses for a tool call resumes without recomputation.
 """
 
 import flax.struct
@@ -20,12 +20,13 @@ from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
 
 @flax.struct.dataclass
 class Lanes:
-    """The state of all lanes.
+    """State of all lanes.
 
     Attributes:
-      k, v: float[L, lanes, K, S, H]: rotated keys, and values.
-      length: int32[lanes]: tokens that a lane holds.
-      hidden: float[lanes, D]: of the last of them, after the final norm; the next is drawn from it.
+      k, v: Keys (after rotary embedding) and values, float[L, lanes, K, S, H].
+      length: Number of tokens in each lane, int32[lanes].
+      hidden: Hidden state of each lane's last token after the final norm, float[lanes, D]; the next
+        token is sampled from it.
     """
 
     k: jax.Array
@@ -35,21 +36,23 @@ class Lanes:
 
     @property
     def capacity(self) -> int:
-        """Tokens that a lane can hold, S."""
+        """Maximum number of tokens in a lane, S."""
         return self.k.shape[3]
 
 
 @flax.struct.dataclass
 class Extension:
-    """Tokens for some lanes, in a shape of the bucket table.
+    """A batch of tokens to write into some lanes, padded to a shape of the bucket table.
 
     Attributes:
-      lane: int32[R]: the lane of each row; a row that is padding names the lane "number of lanes",
-        which does not exist, and changes nothing. No two rows name the same lane.
-      tokens: int32[R, T], padded at the end.
-      count: int32[R]: how many of a row's tokens are real.
-      positions: int32[R, 3, T], from `mrope_positions`, counted on from what the lane holds.
-      image_index: int32[R, T]: which row of `image_tokens` stands at a placeholder; -1: text.
+      lane: Lane of each row, int32[R]. Padding rows have the out-of-range index "number of lanes",
+        and are dropped. No two rows have the same lane.
+      tokens: Token ids, int32[R, T], padded at the end.
+      count: Number of real tokens in each row, int32[R].
+      positions: M-RoPE positions from `mrope_positions`, int32[R, 3, T], continuing those of the
+        tokens already in the lane.
+      image_index: Row of `image_tokens` to insert at each image placeholder, int32[R, T]; -1 for
+        text.
     """
 
     lane: jax.Array
@@ -60,7 +63,7 @@ class Extension:
 
 
 def allocate(model: Qwen2_5_VL, lanes: int, capacity: int) -> Lanes:
-    """Empty lanes, in the dtype of the model's computation, of at least `capacity` tokens."""
+    """Return empty lanes of at least `capacity` tokens, in the model's compute dtype."""
     text = model.config.text
     capacity = -(-capacity // CACHE_BLOCK) * CACHE_BLOCK
     shape = (text.num_layers, lanes, text.num_kv_heads, capacity, text.head_dim)
@@ -80,10 +83,17 @@ def write(
     positions: jax.Array,
     count: jax.Array,
 ) -> tuple[jax.Array, Lanes]:
-    """Writes embedded tokens x, float[R, T, D], into lanes; the rest as in `Extension`.
+    """Write embedded tokens into lanes.
+
+    Args:
+      model: The policy.
+      lanes: The cache.
+      lane, positions, count: As in `Extension`.
+      x: Embedded tokens, float[R, T, D].
 
     Returns:
-      float[R, D]: the hidden state of each row's last token; and the lanes, `hidden` unchanged.
+      The hidden state of each row's last token, float[R, D], and the lanes, with `hidden`
+      unchanged.
     """
     start = jnp.take(lanes.length, lane, mode="fill", fill_value=0)
     hidden, k, v = model.text.cached(
@@ -97,15 +107,19 @@ def write(
 def extend(
     model: Qwen2_5_VL, lanes: Lanes, new: Extension, image_tokens: jax.Array | None = None
 ) -> tuple[jax.Array, Lanes]:
-    """Writes tokens into lanes.
+    """Write tokens into lanes.
 
-    The caller sees to it that they fit (`read` and `Lanes.capacity`): what does not is dropped.
+    The caller ensures that they fit (`read` and `Lanes.capacity`); tokens beyond the capacity are
+    dropped.
 
     Args:
-      image_tokens: float[M, D], from `encode_images`; None where no row has a picture.
+      model: The policy.
+      lanes: The cache.
+      new: Tokens to write.
+      image_tokens: Image embeddings from `encode_images`, float[M, D]; None if no row has an image.
 
     Returns:
-      float[R, D]: the hidden state of each row's last token; and the lanes.
+      The hidden state of each row's last token, float[R, D], and the lanes.
     """
     x = model.text.embed(new.tokens, model.dtype)
     if image_tokens is not None:
@@ -118,13 +132,14 @@ def extend(
 def fork(
     lanes: Lanes, source: jax.Array, targets: jax.Array, length: jax.Array, hidden: jax.Array
 ) -> Lanes:
-    """Makes lanes `targets` hold the first `length` tokens of lane `source`.
+    """Copy the first `length` tokens of lane `source` to the lanes `targets`.
 
     Args:
-      source: int32[]; it may be a target itself, and is then cut.
-      targets: int32[n]; one that does not exist ("number of lanes") is left out.
-      length: int32[].
-      hidden: float[D]: the hidden state of the last of these tokens, as `extend` returned it.
+      lanes: The cache.
+      source: Lane to copy from, int32[]. It may itself be a target, and is then truncated.
+      targets: Lanes to overwrite, int32[n]; the out-of-range index "number of lanes" is skipped.
+      length: Number of tokens to copy, int32[].
+      hidden: Hidden state of the last of these tokens, as returned by `extend`, float[D].
     """
 
     def copy(x):
@@ -140,7 +155,7 @@ def fork(
 
 
 def cut(lanes: Lanes, lane: jax.Array, length: jax.Array, hidden: jax.Array) -> Lanes:
-    """What `fork` does for a lane, int32[1], that begins with these tokens itself."""
+    """Truncate a lane, int32[1], to its first `length` tokens: `fork` without the copy."""
     return lanes.replace(
         length=lanes.length.at[lane].set(length, mode="drop"),
         hidden=lanes.hidden.at[lane].set(hidden, mode="drop"),
@@ -148,15 +163,15 @@ def cut(lanes: Lanes, lane: jax.Array, length: jax.Array, hidden: jax.Array) -> 
 
 
 def wipe(lanes: Lanes) -> Lanes:
-    """All lanes as new. (A NaN that an empty lane still held would count: 0 times it is NaN.)"""
+    """Zero all lanes. Stale values of empty lanes matter too, as 0 times NaN is NaN."""
     return jax.tree.map(jnp.zeros_like, lanes)
 
 
 def clear(lanes: Lanes, freed: jax.Array) -> Lanes:
-    """Empties lanes `freed`, int32[n]; what they held is never seen again."""
+    """Empty the lanes `freed`, int32[n]; their contents are never attended to again."""
     return lanes.replace(length=lanes.length.at[freed].set(0, mode="drop"))
 
 
 def read(lanes: Lanes) -> jax.Array:
-    """int32[lanes]: tokens that each lane holds."""
+    """Return the number of tokens in each lane, int32[lanes]."""
     return lanes.length

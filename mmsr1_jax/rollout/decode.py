@@ -1,14 +1,15 @@
-"""Decoding: a chunk of steps of some lanes in one program.
+"""Decoding: several steps for a batch of lanes in one program.
 
-A step, for every row that is active:
+Each step, for every active row:
 
     hidden ──► logits ──► token ──► state of the stop automaton ──► still running?
        ▲                    │
        └──── the cache ◄────┘
 
-A row stops at the token that completes a stop string, at an end token, or when its turn has no
-tokens left; that token is in the cache too, so the lane can go on from it. A program has a fixed
-number of rows, whatever the number of lanes: each row is a lane that can run, the others wait.
+A row stops at the token that completes a stop string, at an end token, or when the token budget of
+its turn is used up. That last token is written to the cache too, so the lane can resume from it.
+A program has a fixed number of rows, whatever the number of lanes. Each row decodes one lane that
+is ready to run, and the other lanes wait.
 """
 
 import functools
@@ -25,17 +26,17 @@ from mmsr1_jax.rollout.sampler import Sampling, sample, token_keys
 
 @flax.struct.dataclass
 class Rows:
-    """The turns that are drawn, and where each stands; one entry a row.
+    """State of the turns being decoded, one per row.
 
     Attributes:
-      lane: int32[R]; for a row that is padding, "number of lanes".
-      active: bool[R]: draws tokens.
-      stop_state: int32[R]: of the stop automaton; 0 at the beginning of a turn.
-      position: int32[R]: M-RoPE position of the next token.
-      episode: int32[R]: number of the episode, for its random numbers.
-      drawn: int32[R]: tokens that the episode has drawn so far, over all its turns.
-      left: int32[R]: tokens that the turn may still draw.
-      sampling: how each row draws.
+      lane: Lane of each row, int32[R]; "number of lanes" for padding rows.
+      active: Whether the row samples tokens, bool[R].
+      stop_state: State of the stop automaton, int32[R]; 0 at the start of a turn.
+      position: M-RoPE position of the next token, int32[R].
+      episode: Index of the episode, int32[R], which seeds its random numbers.
+      drawn: Number of tokens sampled so far in all turns of the episode, int32[R].
+      left: Remaining token budget of the turn, int32[R].
+      sampling: Sampling parameters of each row.
     """
 
     lane: jax.Array
@@ -50,15 +51,15 @@ class Rows:
 
 @flax.struct.dataclass
 class Drawn:
-    """What a chunk drew. A row's tokens are the first `count` of its row.
+    """Tokens sampled by one call of `decode`. Only the first `count` entries of a row are valid.
 
     Attributes:
-      tokens: int32[R, steps].
-      sampling_logprobs: float32[R, steps], under the distribution that was drawn from.
-      logprobs: float32[R, steps], under temperature alone.
-      count: int32[R].
-      stop_state: int32[R]: of the automaton, after them.
-      steps: int32[]: steps that were run.
+      tokens: Sampled token ids, int32[R, steps].
+      sampling_logprobs: Log-probs under the distribution sampled from, float32[R, steps].
+      logprobs: Log-probs with temperature scaling alone, float32[R, steps].
+      count: Number of tokens sampled in each row, int32[R].
+      stop_state: State of the stop automaton after these tokens, int32[R].
+      steps: Number of steps run, int32[].
     """
 
     tokens: jax.Array
@@ -81,18 +82,18 @@ def decode(
     steps: int,
     running: int,
 ) -> tuple[Drawn, Lanes]:
-    """Up to `steps` steps; fewer when only `leave_at` rows are still active.
+    """Run up to `steps` decoding steps; return early once at most `leave_at` rows are active.
 
     Args:
-      model: the policy.
-      lanes: the cache (to be donated).
-      rows: which lanes draw.
-      next_state: int16[states, V], of `stop.StopTable`.
-      allowed: bool[V]: tokens that may be drawn.
-      seed: int32[], of the run.
-      leave_at: int32[]: return when no more than this many rows are active; 0: when none is.
-      steps: static.
-      running: static, of `stop.StopTable`.
+      model: The policy.
+      lanes: The cache (to be donated).
+      rows: The turns to decode.
+      next_state: Transition table of `stop.StopTable`, int16[states, V].
+      allowed: Tokens that may be sampled, bool[V].
+      seed: Random seed of the rollout, int32[].
+      leave_at: Number of active rows at which to return, int32[]; 0: when no row is active.
+      steps: Maximum number of steps; static.
+      running: `stop.StopTable.running`; static.
     """
     R = len(rows.lane)
     zeros = functools.partial(jnp.zeros, (R, steps))
@@ -113,7 +114,7 @@ def decode(
         new_hidden, lanes = cache.write(model, lanes, rows.lane, x, positions, one)
         stop_state = jnp.where(on, next_state[rows.stop_state, token], rows.stop_state)
         left = rows.left - one
-        # A row draws from its first step of the chunk until it stops, so its tokens are in front.
+        # An active row samples from the first step until it stops, so its tokens are contiguous.
         tokens, sampling_logprobs, logprobs, count = out
         out = (
             tokens.at[:, number].set(token),

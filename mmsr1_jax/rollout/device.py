@@ -1,13 +1,13 @@
-"""The device side of the engine: a few programs over one parameter tree and the lanes.
+"""The device side of the engine: compiled programs over one parameter tree and the lanes.
 
-    encode    pictures -> image tokens, kept in a store for all episodes that show them
-    extend    tokens (and image tokens from the store) into some lanes
-    fork      a prompt that one lane holds, into others
-    decode    a chunk of steps of some lanes
-    load      the trainer's parameters, in the layout of the engine
+    encode    encode images into image tokens, kept in a store shared by all episodes
+    extend    write tokens (and image tokens from the store) into some lanes
+    fork      copy a prompt from one lane to others
+    decode    run several decoding steps for some lanes
+    load      convert the trainer's parameters to the engine's layout and dtype
 
-Shapes come from the tables of the settings. A program has a fixed number of rows for each length,
-so what a row holds is computed in a shape that depends on that row alone; the rest is padding.
+Shapes come from the bucket tables of the config. A program has a fixed number of rows for each
+length, so the shape in which a row is computed depends on that row alone; the rest is padding.
 """
 
 import dataclasses
@@ -33,13 +33,14 @@ from mmsr1_jax.rollout.stop import StopTable
 
 @dataclasses.dataclass
 class Counts:
-    """What the device has done since the engine was made.
+    """Counters of the device's work since the engine was created.
 
     Attributes:
-      extended: tokens written by `extend`; extended_padded: the same with padding.
-      decoded: tokens sampled.
-      decode_slots: rows times steps in which they were.
-      images: pictures that went through the vision tower.
+      extended: Tokens written by `extend`.
+      extended_padded: Tokens written by `extend`, padding included.
+      decoded: Tokens sampled.
+      decode_slots: Decoding capacity in tokens: rows times steps run.
+      images: Images encoded by the vision tower.
     """
 
     extended: int = 0
@@ -51,14 +52,14 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Tokens to be written into one lane.
+    """A chunk of tokens to write into one lane.
 
     Attributes:
-      lane: which.
-      tokens: int32[n], n at most the longest of `prefill_buckets`.
-      positions: int32[3, n].
-      images: whose tokens are among them, whole or in part.
-      image_index: int32[n]: which merged token of `images`, one after the other; -1 for text.
+      lane: Lane to write to.
+      tokens: Token ids, int32[n]; n is at most the longest of `prefill_buckets`.
+      positions: M-RoPE positions, int32[3, n].
+      images: Images with at least one token in the chunk.
+      image_index: Index into the concatenated merged tokens of `images`, int32[n]; -1 for text.
     """
 
     lane: int
@@ -69,14 +70,14 @@ class Piece:
 
 
 class Device:
-    """Parameters, lanes and the store of image tokens, with the programs over them.
+    """Parameters, lanes and the store of image tokens, with the programs that use them.
 
-    Args of the constructor:
-      model: the policy; its parameters are the first that are loaded.
-      config: `rollout` and `buckets` are read.
-      capacity: tokens of a lane.
-      stops: where turns end.
-      allowed: bool[V]: tokens that may be sampled.
+    Args:
+      model: The policy, with the initial parameters.
+      config: All settings; only `rollout` and `buckets` are used.
+      capacity: Maximum number of tokens in a lane.
+      stops: Stop strings and end tokens of a turn.
+      allowed: Tokens that may be sampled, bool[V].
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Device:
         self._layout = jax.tree.map(lambda x: x.sharding, params)
         self._dtype = model.dtype
 
-        # Without the arrays, which are not to be kept once others are loaded.
+        # An abstract model: the closure must not keep the arrays alive once others are loaded.
         like = nnx.merge(self._graph, jax.eval_shape(lambda: params))
 
         def empty():
@@ -110,9 +111,9 @@ class Device:
         self._place = _places(jax.eval_shape(empty)[0], jax.tree.leaves(self._layout)[0])
         everywhere = self._place.length
         self._compile()
-        # All of it is made in its place (another engine may fill the first device), and pinned to
-        # it, as what the programs return is: else each would be compiled twice. Where nothing has
-        # to be changed, the model's own arrays are used.
+        # Everything is created on its final devices, since another engine may fill the first one.
+        # It is committed to them like the outputs of the programs; otherwise each program would be
+        # compiled twice. The model's own arrays are used if layout and dtype already match.
         self._empty = jax.jit(empty, out_shardings=(self._place, everywhere))
         self.reset()
         self._allowed = jax.device_put(allowed, everywhere)
@@ -122,14 +123,13 @@ class Device:
             self.load(params)
 
     def reset(self) -> None:
-        """Empty lanes and an empty store, as at the beginning: a program that failed may have left
-        neither behind."""
-        self._lanes = self._store = None  # their memory is free before it is taken again
+        """Reallocate empty lanes and an empty image store, which a failed program may have lost."""
+        self._lanes = self._store = None  # free the memory before allocating it again
         self._lanes, self._store = self._empty()
         self._forget()
 
     def _compile(self) -> None:
-        """Makes the programs; each compiles when it first meets a shape."""
+        """Define the jitted programs; each is compiled on its first call with a shape."""
         graph, precision = self._graph, "highest" if self._dtype == jnp.float32 else None
 
         def program(function, *, donate=(), static=()):
@@ -146,7 +146,7 @@ class Device:
 
         def extend(model, lanes, new, store):
             hidden, lanes = cache.extend(model, lanes, new, store)
-            return tuple(hidden), lanes  # an array a row: none has to be cut out later
+            return tuple(hidden), lanes  # one array per row, so that none is sliced later
 
         self._encode_program = program(encode, donate=1)
         self._extend_program = program(extend, donate=1)
@@ -160,17 +160,23 @@ class Device:
         self._load_programs = {}
 
     def load(self, params: nnx.State) -> None:
-        """Takes parameters (the trainer's tree: any layout, any dtype) into the engine's own layout
-        and dtype, in one program. Encoded images are forgotten: they are of the old ones."""
+        """Load the trainer's parameters, converted to the engine's layout and dtype in one program.
+
+        Cached image tokens are discarded, since the old parameters produced them.
+
+        Args:
+          params: Parameter tree in any layout and dtype.
+        """
         self.take(self.prepare(params))
 
     def prepare(self, params: nnx.State) -> nnx.State:
-        """Parameters from which each engine like this one can `take` its own: in the engine's
-        dtype, cut as engines cut them. Never the arrays that were given, which the trainer gives
-        away.
+        """Convert parameters for `take` by this engine and others like it.
 
-        A trainer with more devices than the engine puts a whole on each group of them, by one
-        program: where an engine is on such a group, nothing remains to be copied.
+        The result has the engine's dtype and is sharded the way engines shard it. It never aliases
+        `params`, since the trainer donates its arrays.
+
+        If the trainer has more devices than the engine, one program places a full copy on each
+        tensor group of the trainer's mesh. An engine on such a group has nothing left to copy.
         """
         first, ours = jax.tree.leaves(params)[0], jax.tree.leaves(self._layout)[0].device_set
         theirs = first.sharding.device_set if isinstance(first, jax.Array) else set()
@@ -181,22 +187,25 @@ class Device:
         return self._relayout(None)(jax.device_put(params, self._layout))
 
     def take(self, prepared: nnx.State) -> None:
-        """The second half of `load`; memory is shared where the engine's devices have it all."""
+        """Install parameters from `prepare`; buffers already on the engine's devices are shared."""
         self._params = place(prepared, self._layout)
         self._lanes = self._wipe_program(self._lanes)
         self._forget()
 
     def _forget(self) -> None:
-        """All encoded images."""
+        """Discard all cached image tokens."""
         self._kept: OrderedDict[str, np.ndarray] = OrderedDict()
         self._free = list(range(self.config.image_cache_tokens))
 
     def _relayout(self, mesh: Mesh | None):
-        """The program that gives parameters the engine's dtype and layout: on a trainer's mesh, or
-        (None) on the engine's own devices."""
+        """Return the program that converts parameters to the engine's dtype and layout.
+
+        Args:
+          mesh: Mesh of the trainer; None: the engine's own devices.
+        """
 
         def cast(params):
-            # Copied even where nothing changes: the trainer gives its own away.
+            # Copy even if nothing changes, since the trainer donates its arrays.
             return jax.tree.map(lambda x: jnp.array(x, self._dtype, copy=True), params)
 
         if mesh not in self._load_programs:
@@ -205,7 +214,7 @@ class Device:
         return self._load_programs[mesh]
 
     def warm_up(self) -> None:
-        """Compiles every program of the tables, by running it on padding."""
+        """Compile the programs for all bucket shapes by running them on padding."""
         for length in self.config.prefill_buckets:
             self._extend(length, [])
         for windows in self._windows:
@@ -217,15 +226,17 @@ class Device:
         self.fork(self.config.lanes, self.config.lanes, 0, hidden)
         self.clear(self.config.lanes)
 
-    # Pictures
+    # Images
 
     def check_image(self, image: Patches) -> None:
-        """Raises TooLongError where the picture fits no program or not into the store."""
+        """Raise TooLongError if the image exceeds the largest bucket or the image store."""
         check_image(image, self.model_config, self.config, self._windows)
 
     def _slots_of(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
-        """Where in the store each piece's image tokens are, int32[M], one image after the other.
-        Images that are not there are encoded, each once."""
+        """Return the store slots of each piece's image tokens, int32[M], image after image.
+
+        Images that are not in the store are encoded first, each once.
+        """
         wanted = {image.digest: image for piece in pieces for image in piece.images}
         missing = [digest for digest in wanted if digest not in self._kept]
         for digest in wanted:
@@ -235,10 +246,10 @@ class Device:
         for digest in missing:
             image = wanted[digest]
             while len(self._free) < self._size(image):
-                self._free += self._kept.popitem(last=False)[1].tolist()  # the longest unused
+                self._free += self._kept.popitem(last=False)[1].tolist()  # evict the LRU image
             slots = np.array([self._free.pop() for _ in range(self._size(image))], np.int32)
             windows = num_windows(image.grid, self.model_config.vision)
-            windows = smallest("image windows", windows, self._windows, "image_windows")
+            windows = smallest("image windows", windows, self._windows, "buckets.image_windows")
             by_windows.setdefault(windows, []).append((image, slots))
         for windows, found in by_windows.items():
             rows = self._encode_rows(windows)
@@ -263,7 +274,7 @@ class Device:
         return max(1, self.config.encode_windows // windows)
 
     def _encode(self, windows: int, found: Sequence[tuple[Patches, np.ndarray]]) -> None:
-        """Images with as many windows, and where in the store their tokens go."""
+        """Encode images of one window bucket and write their tokens to the given store slots."""
         vision = self.model_config.vision
         pictures = [[(image.values, image.grid)] for image, _ in found]
         pictures += [[]] * (self._encode_rows(windows) - len(found))
@@ -277,8 +288,11 @@ class Device:
     # Lanes
 
     def piece_length(self, left: int) -> int:
-        """How many of `left` tokens are written at a time: all that are left where they fill most
-        of a program's length, else as many as fill a shorter one."""
+        """Return how many of the `left` remaining tokens to write in the next chunk.
+
+        Return all of them if they fill at least three quarters of the smallest bucket that holds
+        them, or if no bucket is smaller. Otherwise return the largest bucket below `left`.
+        """
         lengths = self.config.prefill_buckets
         for length in lengths:
             if left <= length:
@@ -287,11 +301,16 @@ class Device:
         return lengths[-1]
 
     def extend(self, pieces: Sequence[Piece]) -> list[jax.Array]:
-        """Writes pieces, at most one for each lane, and returns the hidden state of each one's last
-        token, float[D]."""
+        """Write pieces, at most one per lane.
+
+        Returns:
+          The hidden state of the last token of each piece, float[D].
+        """
         by_length: dict[int, list[int]] = {}
         for number, piece in enumerate(pieces):
-            length = smallest("tokens", len(piece.tokens), self.config.prefill_buckets, "extend")
+            length = smallest(
+                "tokens", len(piece.tokens), self.config.prefill_buckets, "rollout.prefill_buckets"
+            )
             by_length.setdefault(length, []).append(number)
         hidden: dict[int, jax.Array] = {}
         for length, numbers in by_length.items():
@@ -330,8 +349,14 @@ class Device:
         return hidden
 
     def fork(self, source: int, target: int, length: int, hidden: jax.Array) -> None:
-        """Makes lane `target` hold the first `length` tokens of lane `source`, which may be itself;
-        `hidden`: of the last of them."""
+        """Copy the first `length` tokens of lane `source` to lane `target`.
+
+        Args:
+          source: Lane to copy from.
+          target: Lane to overwrite; if it is `source`, the lane is truncated.
+          length: Number of tokens to keep.
+          hidden: Hidden state of the last of these tokens, float[D].
+        """
         where, length = np.array([target], np.int32), np.int32(length)
         if source == target:
             self._lanes = self._cut_program(self._lanes, where, length, hidden)
@@ -344,15 +369,15 @@ class Device:
     def decode(
         self, rows: Sequence[dict], sampling: Sampling, *, seed: int, leave_at: int
     ) -> decode.Drawn:
-        """Draws a chunk.
+        """Decode up to `decode_steps` tokens for each of some lanes.
 
         Args:
-          rows: for each lane that draws, the fields of `decode.Rows` but `active` and `sampling`.
-          sampling: how, for every row (numpy).
-          seed, leave_at: see `decode.decode`.
+          rows: Fields of `decode.Rows` for each lane, except `active` and `sampling`.
+          sampling: Sampling parameters of every row, as numpy arrays.
+          seed, leave_at: As in `decode.decode`.
 
         Returns:
-          numpy arrays, a row for each of `rows` and then padding.
+          Numpy arrays with one row for each of `rows`, followed by padding rows.
         """
         R = self.config.decode_batch_size
         fields = {
@@ -382,12 +407,20 @@ class Device:
 def check_image(
     image: Patches, model: ModelConfig, rollout: settings.Rollout, windows: Sequence[int]
 ) -> None:
-    """Raises TooLongError where an engine with these settings cannot show a picture; `windows`:
-    those of the buckets."""
-    smallest("image windows", num_windows(image.grid, model.vision), windows, "image_windows")
+    """Raise TooLongError if an engine with these settings cannot hold an image.
+
+    Args:
+      image: Patches of the image.
+      model: Model configuration.
+      rollout: Settings of the engine.
+      windows: Image window buckets, `buckets.image_windows`.
+    """
+    smallest(
+        "image windows", num_windows(image.grid, model.vision), windows, "buckets.image_windows"
+    )
     size = len(image.values) // model.vision.merge_size**2
     most = (rollout.image_cache_tokens - rollout.prefill_buckets[-1]) // 2
-    if size > most:  # a piece may hold the ends of two of them
+    if size > most:  # a piece may contain parts of two such images beside whole ones
         raise TooLongError(
             f"a picture of {size} tokens, "
             f"rollout.image_cache_tokens={rollout.image_cache_tokens} leaves room for {most}"
@@ -395,7 +428,7 @@ def check_image(
 
 
 def _places(lanes: cache.Lanes, of_params: Sharding) -> cache.Lanes:
-    """Where the arrays of the lanes lie: kv heads along the tensor axis, the rest everywhere."""
+    """Return the shardings of the lanes: kv heads over the tensor axis, the rest replicated."""
     if not isinstance(of_params, NamedSharding):
         return jax.tree.map(lambda _: of_params, lanes)
     mesh = of_params.mesh
@@ -407,8 +440,11 @@ def _places(lanes: cache.Lanes, of_params: Sharding) -> cache.Lanes:
 
 
 def _layout_on(mesh: Mesh, layout: nnx.State) -> nnx.State:
-    """An engine's layout on a trainer's mesh: cut along the tensor axis alone, or not at all if the
-    trainer's has not as many parts."""
+    """Return an engine's layout on a trainer's mesh.
+
+    Parameters are sharded over the tensor axis alone, or replicated if the two meshes have tensor
+    axes of different sizes.
+    """
 
     def ways(of: Mesh) -> int:
         return of.shape.get("tensor", 1)
@@ -421,8 +457,11 @@ def _layout_on(mesh: Mesh, layout: nnx.State) -> nnx.State:
 
 
 def place(arrays: nnx.State, layout: nnx.State) -> nnx.State:
-    """The same arrays in the layout of other devices, or of some of theirs, without the host. What
-    a device has already is not copied but shared; what it has not comes from one that has it."""
+    """Transfer arrays to a layout on other devices, or a subset of theirs, without the host.
+
+    Shards that a device already holds are shared, not copied. The others are copied from a device
+    that holds them.
+    """
     return jax.tree.map(_place_one, arrays, layout)
 
 
@@ -436,7 +475,7 @@ def _place_one(x: jax.Array, layout: Sharding) -> jax.Array:
     parts = []
     for device, index in layout.addressable_devices_indices_map(x.shape).items():
         found = held.get(key(index))
-        if found is None:  # cut in other places: from a whole copy, where there is one
+        if found is None:  # split differently: use a full copy if one exists
             whole = x.addressable_shards[0].data if x.is_fully_replicated else x
             return jax.device_put(whole, layout)
         same = found.get(device)

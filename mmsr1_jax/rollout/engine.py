@@ -1,7 +1,7 @@
-"""The rollout engine: many episodes at a time, none waiting for another (`loop`).
+"""The rollout engine: many concurrent episodes, none waiting for another (see `scheduler`).
 
-Same seed, same examples, same answers of tools: same episodes, whatever the number of lanes, the
-length of a chunk and the order in which tools answer.
+With the same seed, examples and tool responses, the episodes are identical, whatever the number of
+lanes, the number of steps per decoding call and the order in which tools respond.
 """
 
 import concurrent.futures
@@ -25,19 +25,23 @@ from mmsr1_jax.tools.tool_executor import Background
 
 
 class Engine:
-    """Rolls out episodes with one policy.
+    """Rollout engine for one policy.
 
-    Args of the constructor:
-      model: the policy.
-      processor: its tokenizer and image processor.
-      config: see `config.Config`.
-      tools: by action, `text_search` and `image_search`; a search without its tool fails in words.
+    Args:
+      model: The policy.
+      processor: Tokenizer and image processor of the policy.
+      config: All settings.
+      tools: Tools by action, `text_search` and `image_search`. If the tool of an action is missing,
+        the policy is shown that the search failed.
 
     Attributes:
-      device: its side of the engine.
-      stops: where turns end.
-      token_bytes: of each token, what it writes.
-      pool: threads that make prompts and results ready; background: that waits for tools.
+      device: Parameters, lanes and programs on the device.
+      stops: Stop strings and end tokens of a turn.
+      token_bytes: Bytes that each token decodes to, by token id.
+      image_token: Token id of the image placeholder.
+      merge_size: Number of patches along each side of a merged image token.
+      pool: Threads that prepare prompts and search results.
+      background: Executor of tool calls.
     """
 
     def __init__(
@@ -76,15 +80,14 @@ class Engine:
 
     @property
     def counts(self) -> Counts:
-        """What the device has done."""
+        """Counters of the device's work."""
         return self.device.counts
 
     def load(self, params: nnx.State) -> None:
-        """Takes the trainer's parameters, `nnx.split(model)[1]`; images are encoded anew from here
-        on.
+        """Load the trainer's parameters, `nnx.split(model)[1]`, and discard cached image tokens.
 
         Raises:
-          RuntimeError: while a rollout is under way.
+          RuntimeError: A rollout is in progress.
         """
         if self._busy:
             raise RuntimeError("Engine.load: a rollout is under way")
@@ -93,8 +96,10 @@ class Engine:
     def make_rules(
         self, limits: settings.Turns, texts: Mapping[str, str], forced: Sequence[turns.Action] = ()
     ) -> Rules:
-        """Rules for a `rollout` by others than those of the settings; see `Rules`. Tokens of an
-        episode are at most as many as in the settings."""
+        """Return rules for a `rollout` that differ from those of the config; see `Rules`.
+
+        `limits.max_episode_tokens` must not exceed the config's.
+        """
         return Rules(
             self.processor,
             limits,
@@ -106,7 +111,7 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Ends the threads of tools and preparation."""
+        """Shut down the threads that call tools and prepare prompts."""
         self.background.close()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
@@ -120,21 +125,22 @@ class Engine:
         rules: Rules | None = None,
         numbers: Iterable[int] | None = None,
     ) -> Iterator[Episode]:
-        """Yields episodes as they end, in any order; `group` and `number` tell which they are.
+        """Yield episodes as they end, in any order; `group` and `number` identify them.
 
         Args:
-          examples: the questions. One that cannot be used gives episodes with `end == "error"`.
-          rollouts: episodes of each question.
-          sampling: instead of `config.sampling`. Random numbers depend on its seed, on the number
-            of the episode in this call and on the token: another call wants another seed.
-          watch: see `Watch`.
-          rules: of `make_rules`; None: those of the settings.
-          numbers: of the examples, each another; None: 0, 1, .. They make the episodes' numbers, so
-            a part of a call can be done again.
+          examples: Questions. An unusable one yields episodes with `end == "error"`.
+          rollouts: Number of episodes per question.
+          sampling: Sampling settings; None: `config.sampling`. Random numbers depend on the seed,
+            the episode's number in this call and the token index, so different calls need different
+            seeds.
+          watch: Callback for the progress of episodes, see `Watch`.
+          rules: Rules from `make_rules`; None: those of the config.
+          numbers: Distinct indices of the examples; None: 0, 1, .. They determine the numbers of
+            the episodes, so that part of a call can be repeated exactly.
 
         Raises:
-          RuntimeError: another rollout of this engine is under way.
-          ValueError: settings of sampling that cannot be.
+          RuntimeError: Another rollout of this engine is in progress.
+          ValueError: The sampling settings are invalid.
         """
         numbered = zip(itertools.count() if numbers is None else numbers, examples, strict=False)
         yield from self.rollout_part(
@@ -156,13 +162,23 @@ class Engine:
         look_again: float | None = None,
         drawn: Drawn = lambda episode, tokens: None,
     ) -> Iterator[Episode]:
-        """`rollout` of those examples that `take` gives to this engine, with their numbers in the
-        whole. It is over when it has no episodes left and `take` gives none.
+        """Yield episodes of the examples that `take` hands to this engine.
+
+        The iterator ends once all episodes have ended and `take` returns no more examples.
 
         Args:
-          look_again: seconds after which an engine that only waits for tools asks `take` again;
-            None: it sleeps until a tool answers.
-          drawn: see `Drawn`.
+          take: Source of examples with their indices in the whole rollout, see `Take`.
+          rollouts: Number of episodes per example.
+          sampling: Sampling settings.
+          watch: Callback for the progress of episodes, see `Watch`.
+          rules: Rules from `make_rules`; None: those of the config.
+          look_again: Seconds after which an engine that only waits for tools calls `take` again;
+            None: it sleeps until a tool responds.
+          drawn: Callback for sampled tokens, see `Drawn`.
+
+        Raises:
+          RuntimeError: Another rollout of this engine is in progress.
+          ValueError: The sampling settings are invalid.
         """
         settings.validate_sampling(sampling)
         if self._busy:

@@ -1,15 +1,17 @@
-"""Turns that are made to do something: the forced searches and answers of other workflows.
+"""Forced actions: the searches and answers that some workflows prescribe for each turn.
 
-The policy writes its turn as it likes. Where the turn then does what it is to do, it stays as it
-is. Else it is cut off after its reasoning, the action's tag is put there, and the policy goes on:
+The policy first writes its turn freely. If the turn takes the prescribed action, it is kept.
+Otherwise it is truncated after the reasoning, the tag of the action is inserted, and the policy
+resumes from there. In this example the prescribed action is a text search, and `|` is the place
+where the turn is truncated or resumed:
 
-    <reason>..</reason>| <answer>Paris</answer>        asked to search for text
+    <reason>..</reason>| <answer>Paris</answer>        sampled
     <reason>..</reason> <text_search>|                 forced; the policy writes a query
     <reason>..</reason> <text_search>Eiffel Tower built</text_search>
 
-So it meets the tokens of its own turns in their usual order, and no instruction has to be followed.
-What was forced carries no loss, as other forced tokens. Where it writes no query, the question is
-the query, cut to some words.
+The policy thus sees its tokens in the usual order, and does not have to follow an instruction.
+Like other forced tokens, the inserted ones carry no loss. If the policy writes no query, the first
+words of the question are used as the query.
 """
 
 import re
@@ -22,15 +24,16 @@ _QUERY_WORDS = 32
 
 
 def opened(text: str, action: Action) -> tuple[int, str]:
-    """How a turn that was written is made to begin an action.
+    """Make a turn begin the prescribed action.
 
     Args:
-      text: of the turn, without its end token.
-      action: that it is to do.
+      text: Text of the turn, without its end token.
+      action: Prescribed action.
 
     Returns:
-      Characters that stay: the reasoning, else what comes before the first tag of an action. And
-      what is to follow them: the opening tag, for an image search all of it.
+      The number of characters to keep, which are the reasoning or, without one, the text before the
+      first tag of an action; and the text to append to them, which is the opening tag, or the
+      whole action for an image search.
     """
     end = text.find(_REASON_ENDS)
     if end >= 0:
@@ -45,12 +48,15 @@ def opened(text: str, action: Action) -> tuple[int, str]:
 
 
 def closed(text: str, action: Action, question: str) -> tuple[int, str]:
-    """The same for an action that was opened and not closed.
+    """Close an action whose opening tag was forced.
 
     Args:
-      text: that the policy wrote after the opening tag.
-      action: that it is to close.
-      question: of the episode.
+      text: Text that the policy wrote after the opening tag.
+      action: Action to close.
+      question: Question of the episode, used as the query if the policy wrote none.
+
+    Returns:
+      The number of characters to keep, and the text to append to them.
     """
     tag = _TAG.search(text)
     stay = tag.start() if tag else len(text)

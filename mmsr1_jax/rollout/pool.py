@@ -1,10 +1,10 @@
-"""Engines on all devices of a node, as one.
+"""Data-parallel rollout: engines on all devices of a node behind one interface.
 
-    examples ──► the engine that has least left to do ──► its lanes, in a thread of its own
-             ◄── episodes, as they end on any of them
+    examples ──► the least loaded engine ──► its lanes, in a thread of its own
+             ◄── episodes, as they end on any engine
 
-An episode is what it would be on a single engine: its number is that of its example's place in the
-whole call, and nothing else of it depends on who rolls it out.
+An episode is identical to one from a single engine: its number follows from the position of its
+example in the whole call, and nothing else in it depends on the engine.
 """
 
 import concurrent.futures
@@ -28,25 +28,25 @@ from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.scheduler import Watch
 from mmsr1_jax.tools import Tool
 
-# Seconds after which an engine that only waits for tools looks whether there is something else:
-# little beside the time of a search, and long beside the time that looking takes.
+# Seconds after which an engine that only waits for tools looks for other work: short compared with
+# a search, and long compared with the cost of looking.
 _LOOK_AGAIN = 0.02
 
 
 class EnginePool:
-    """Rolls out episodes on several engines, to be used like an `Engine`.
+    """Pool of rollout engines with the interface of `Engine`.
 
-    Each engine calls the tools in a loop of its own, so limits that a tool keeps for each asyncio
-    loop (`Service`: calls at a time and in a second, identical calls made once) count for each
-    engine; `make_engine` gives each its share of the settings'.
+    Each engine calls tools in its own asyncio loop. State that a tool keeps per loop (in `Service`:
+    concurrency, rate limit, merging of identical calls) therefore applies to each engine
+    separately; `make_engine` gives each engine its share of the configured limits.
 
-    Args of the constructor:
-      models: the same policy on disjoint groups of devices, one for each engine. The engines are
-        made in threads, so that they compile at the same time.
-      processor, config, tools: as of `Engine`; lanes and rows are of each engine.
+    Args:
+      models: The same policy on disjoint groups of devices, one for each engine. The engines are
+        created in threads, so that they compile concurrently.
+      processor, config, tools: As for `Engine`; the numbers of lanes and rows are per engine.
 
     Attributes:
-      engines: as the models.
+      engines: Engines, in the order of `models`.
     """
 
     def __init__(
@@ -65,16 +65,17 @@ class EnginePool:
 
     @property
     def counts(self) -> Counts:
-        """What all devices have done together."""
+        """Counters of the work of all engines, summed."""
         every = [dataclasses.asdict(engine.counts) for engine in self.engines]
         return Counts(**{name: sum(one[name] for one in every) for name in every[0]})
 
     def load(self, params: nnx.State) -> None:
-        """Takes the trainer's parameters, as `Engine.load`, by one program for all engines. Beside
-        the engines' old parameters each device holds one more copy meanwhile, in their dtype.
+        """Load the trainer's parameters, as `Engine.load` does, with one program for all engines.
+
+        While it runs, each device holds a second copy of the parameters in the engine's dtype.
 
         Raises:
-          RuntimeError: while a rollout is under way.
+          RuntimeError: A rollout is in progress.
         """
         if self._busy:
             raise RuntimeError("EnginePool.load: a rollout is under way")
@@ -85,11 +86,11 @@ class EnginePool:
     def make_rules(
         self, limits: settings.Turns, texts: Mapping[str, str], forced: Sequence[Action] = ()
     ) -> Rules:
-        """As `Engine.make_rules`."""
+        """Return rules for a `rollout`, as `Engine.make_rules` does."""
         return self.engines[0].make_rules(limits, texts, forced)
 
     def close(self) -> None:
-        """Ends the threads of tools and preparation."""
+        """Shut down the threads that call tools and prepare prompts."""
         for engine in self.engines:
             engine.close()
 
@@ -103,16 +104,16 @@ class EnginePool:
         rules: Rules | None = None,
         numbers: Iterable[int] | None = None,
     ) -> Iterator[Episode]:
-        """Yields episodes as they end, as `Engine.rollout` does.
+        """Yield episodes as they end, as `Engine.rollout` does.
 
-        `examples` is read, and `watch` called, in the engines' threads, one at a time. Engines do
-        not wait for who takes the episodes. Where one of them fails, or the iterator is closed
-        early, all stop after what their devices are just at.
+        The engines' threads read `examples` and call `watch`, one thread at a time. Engines do not
+        wait for the consumer of the episodes. If one fails, or the iterator is closed early, all
+        engines stop after their current round.
 
         Raises:
-          RuntimeError: another rollout of this pool is under way.
-          ValueError: settings of sampling that cannot be.
-          Whatever an engine, `examples` or `watch` raised.
+          RuntimeError: Another rollout of this pool is in progress.
+          ValueError: The sampling settings are invalid.
+          Exception: Any exception raised by an engine, `examples` or `watch`.
         """
         sampling = sampling or self.config.sampling
         settings.validate_sampling(sampling)
@@ -143,7 +144,7 @@ class EnginePool:
                 shared.found.put(None)
             except _Stopped:
                 pass
-            except BaseException as error:  # it belongs to who takes the episodes
+            except BaseException as error:  # re-raised in the consumer's thread
                 shared.found.put(_Failure(error))
 
         threads = [
@@ -171,26 +172,27 @@ class EnginePool:
 
 @dataclasses.dataclass(frozen=True)
 class _Failure:
-    """What ended an engine's thread."""
+    """Exception that ended an engine's thread."""
 
     error: BaseException
 
 
 class _Stopped(Exception):
-    """Ends the loop of an engine: nobody wants its episodes any more."""
+    """Signal that ends an engine's loop because its episodes are no longer needed."""
 
 
 class _Shared:
-    """What the engines of one rollout share: examples, handed out one by one, and episodes.
+    """State shared by the engines of one rollout: the examples to hand out and the ended episodes.
 
-    Args of the constructor:
-      examples, numbers: as of `EnginePool.rollout`.
-      engines: how many.
-      rollouts: episodes of each example.
-      lanes: of each engine.
+    Args:
+      examples, numbers: As in `EnginePool.rollout`.
+      engines: Number of engines.
+      rollouts: Number of episodes per example.
+      lanes: Number of lanes of each engine.
 
     Attributes:
-      found: episodes that have ended; None where an engine has done its part; or a `_Failure`.
+      found: Queue of ended episodes. It also holds None for each engine that has finished, and a
+        `_Failure` for each that failed.
     """
 
     def __init__(
@@ -205,13 +207,16 @@ class _Shared:
         numbers = itertools.count() if numbers is None else numbers
         self._numbered = zip(numbers, examples, strict=False)
         self._rollouts, self._lanes = rollouts, lanes
-        self._left = [0] * engines  # episodes that each has still to end
+        self._left = [0] * engines  # unfinished episodes of each engine
         self._lock = threading.Lock()
         self._stopped = False
 
     def take(self, engine: int, count: int) -> list[tuple[int, Example]]:
-        """A `Take`. An engine gets the next example while no other has less left to do, and up to
-        one more than its lanes hold; one that has nothing to do gets one if there is any."""
+        """Return the next examples for an engine, at most `count` (a `Take`).
+
+        An engine gets examples while no other has fewer unfinished episodes, up to one example more
+        than its lanes hold. An idle engine always gets an example if any remain.
+        """
         taken = []
         with self._lock:
             if self._stopped:
@@ -225,11 +230,11 @@ class _Shared:
         return taken
 
     def ended(self, engine: int) -> None:
-        """One episode of an engine."""
+        """Record that one episode of an engine has ended."""
         with self._lock:
             self._left[engine] -= 1
 
     def stop(self) -> None:
-        """Ends all loops at their next `take`."""
+        """End the loops of all engines at their next `take`."""
         with self._lock:
             self._stopped = True

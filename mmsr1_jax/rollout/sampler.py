@@ -1,6 +1,6 @@
-"""Choosing the next token of every lane, and what its log-prob was.
+"""Sampling of the next token of every lane, with its log-prob.
 
-All settings are per lane and traced, so that lanes of different kinds share one program.
+All settings are per lane and traced, so that lanes with different settings share one program.
 """
 
 import flax.struct
@@ -12,14 +12,14 @@ _NEVER = -jnp.inf
 
 @flax.struct.dataclass
 class Sampling:
-    """How each of B lanes samples.
+    """Sampling parameters of B lanes.
 
     Attributes:
-      temperature: float32[B], above 0; logits are divided by it.
-      top_k: int32[B]: only the k likeliest tokens; 0 for all.
-      top_p: float32[B]: of those, the smallest set of likeliest tokens whose probabilities, made to
-        sum to 1, reach p (nucleus sampling, arXiv 1904.09751); 1 for all.
-      greedy: bool[B]: the likeliest token; the rest is then ignored.
+      temperature: Divisor of the logits, float32[B], above 0.
+      top_k: Number of most likely tokens to sample from, int32[B]; 0 for all.
+      top_p: Cumulative probability of nucleus sampling (arXiv 1904.09751), float32[B]: the smallest
+        set of most likely tokens whose probabilities, renormalised after top-k, reach p; 1 for all.
+      greedy: Whether to choose the most likely token and ignore the other parameters, bool[B].
     """
 
     temperature: jax.Array
@@ -31,10 +31,10 @@ class Sampling:
     def uniform(
         cls, lanes: int, *, temperature=1.0, top_k=0, top_p=1.0, greedy=False
     ) -> "Sampling":
-        """The same for all lanes. A temperature of 0 means greedy.
+        """Return the same parameters for all lanes. A temperature of 0 means greedy.
 
         Raises:
-          ValueError: a temperature or top_k below 0, or a top_p outside (0, 1].
+          ValueError: `temperature` or `top_k` is negative, or `top_p` is outside (0, 1].
         """
         if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
             raise ValueError(
@@ -51,8 +51,15 @@ class Sampling:
 
 
 def token_keys(seed: jax.Array, episode: jax.Array, index: jax.Array) -> jax.Array:
-    """A random key a lane, from (seed, episode, token index) alone: what a lane draws depends
-    neither on its neighbours nor on when it runs. Arguments: int32[], int32[B], int32[B]."""
+    """Return one random key per lane, derived from (seed, episode, token index) alone.
+
+    The tokens of a lane thus depend neither on other lanes nor on when it runs.
+
+    Args:
+      seed: Seed of the rollout, int32[].
+      episode: Index of the episode in each lane, int32[B].
+      index: Index of the next sampled token in the episode, int32[B].
+    """
 
     def key(episode, index):
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), episode), index)
@@ -63,20 +70,20 @@ def token_keys(seed: jax.Array, episode: jax.Array, index: jax.Array) -> jax.Arr
 def sample(
     logits: jax.Array, keys: jax.Array, sampling: Sampling, allowed: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Draws one token a lane.
+    """Sample one token per lane.
 
     Args:
-      logits: float32[B, V].
-      keys: random keys [B], see `token_keys`.
-      sampling: how.
-      allowed: bool[V]: tokens that may be sampled at all (no control tokens of prompts, no ids
-        beyond the tokenizer's).
+      logits: Logits, float32[B, V].
+      keys: Random keys from `token_keys`, [B].
+      sampling: Sampling parameters.
+      allowed: Tokens that may be sampled at all, bool[V]. Excludes the control tokens of prompts
+        and ids beyond the tokenizer's.
 
     Returns:
-      tokens: int32[B].
-      sampling_logprobs: float32[B], under the distribution that was drawn from; 0 where greedy.
-      logprobs: float32[B], under softmax(logits / temperature) over the whole vocabulary: what the
-        trainer and `score` compute.
+      tokens: Sampled token ids, int32[B].
+      sampling_logprobs: Log-probs under the distribution sampled from, float32[B]; 0 if greedy.
+      logprobs: Log-probs under softmax(logits / temperature) over the whole vocabulary, float32[B],
+        as computed by the trainer and `score`.
     """
     scaled = logits / sampling.temperature[:, None]
     candidates = jnp.where(allowed, scaled, _NEVER)
@@ -95,7 +102,7 @@ def sample(
 
 
 def _keep_likeliest(candidates: jax.Array, sampling: Sampling) -> jax.Array:
-    """Top-k, then top-p of what is left. Tokens as likely as the last one kept are kept too."""
+    """Mask tokens by top-k, then top-p. Tokens tied with the least likely one kept are kept too."""
     V = candidates.shape[-1]
     likeliest = -jnp.sort(-candidates, axis=-1)
     k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, V), V)[:, None]

@@ -1,10 +1,11 @@
-"""The loop of a rollout over the lanes of an engine.
+"""The scheduler of a rollout: continuous batching of episodes over the lanes of an engine.
 
-while there is anything to do:
-    take the answers of tools                  what a lane waited for is now to be written
-    admit episodes into free lanes             a group's prompt once; its others are forked
-    extend the lanes that have something to be written
-    decode a chunk of the lanes that can run   a turn that ends: search, say, or free the lane
+while examples or active episodes remain:
+    collect tool responses              they become pending tokens of their lanes
+    admit episodes into free lanes      a group's prompt is written once and forked to the others
+    extend lanes with pending tokens
+    decode some steps of ready lanes    a turn that ends starts a search, gets a reply or frees
+                                        the lane
 """
 
 import collections
@@ -36,21 +37,21 @@ END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 _DRAWN = ("tokens", "logprobs", "sampling_logprobs")
 _NOTHING = np.zeros(0, np.int32)
 
-# Called as things happen, with the episode and "turn" (the policy's has ended), "reply" (the user
-# turn after it is there) or "end".
+# Callback for the progress of an episode. The event is "turn" (the policy's turn has ended),
+# "reply" (the user turn after it has been added) or "end".
 Watch = Callable[[Episode, str], None]
 
-# Called with an episode and tokens that it has just drawn: int32[n], the next of its turn, which
+# Callback for newly sampled tokens, int32[n]: the next tokens of the episode's current turn. They
 # become part of the episode when the turn ends.
 Drawn = Callable[[Episode, np.ndarray], None]
 
-# Gives the next examples with their numbers, at most so many, and perhaps none for now. It is asked
-# in each round of the loop, and may raise to end it.
+# Source of examples: returns up to the given number of next examples with their indices, possibly
+# none for now. It is called in each round of the loop, and may raise an exception to end it.
 Take = Callable[[int], list[tuple[int, Example]]]
 
 
 class Engine(Protocol):
-    """The parts of `rollout.engine.Engine` that the loop uses."""
+    """Interface of `rollout.engine.Engine` that the scheduler uses."""
 
     config: Config
     processor: Processor
@@ -69,11 +70,13 @@ class _Group:
     """An example and its rollouts.
 
     Attributes:
-      number: of the example.
-      waiting: numbers of the episodes that have no lane yet.
-      prompt: to be had from the pool.
-      lanes: those that begin with the prompt: it can be forked from any.
-      hidden: of the prompt's last token, once it is written; position: of the token after it.
+      number: Index of the example.
+      example: The example.
+      waiting: Numbers of the episodes that have no lane yet.
+      prompt: Future of the tokenized prompt, computed in the pool.
+      lanes: Lanes that begin with the prompt, any of which can be forked.
+      hidden: Final hidden state of the last prompt token, set after prefill.
+      position: M-RoPE position of the token after the prompt.
     """
 
     number: int
@@ -87,18 +90,22 @@ class _Group:
 
 @dataclasses.dataclass(eq=False)
 class _Live:
-    """An episode in a lane.
+    """An active episode and its lane.
 
     Attributes:
-      to_write: what is still to be written into the lane, as pieces, last first.
+      episode: Record of the episode so far.
+      group: Group of the episode.
+      lane: Lane of the episode.
+      to_write: Pieces still to be written into the lane, in reverse order.
       position: M-RoPE position of the next token.
-      length: tokens that the lane holds.
-      drawn: tokens sampled in all turns; left: that this turn may still have.
-      stop_state: of the automaton.
-      parts: what the turn's chunks drew, by the names of `_DRAWN`.
-      opened: tokens of the turn up to an opening tag that was forced; None: none was.
-      unwritten: tokens of the episode that were forced at its end, and are not in the lane yet.
-      waited: seconds spent on tools.
+      length: Number of tokens in the lane.
+      drawn: Number of tokens sampled in all turns.
+      left: Remaining token budget of the current turn.
+      stop_state: State of the stop automaton.
+      parts: Outputs of the decoding calls of the current turn, by the names in `_DRAWN`.
+      opened: Tokens of the current turn up to a forced opening tag; None if none was forced.
+      unwritten: Forced tokens at the end of the episode that are not in the lane yet.
+      waited: Seconds spent on tools.
     """
 
     episode: Episode
@@ -117,7 +124,7 @@ class _Live:
 
 
 class Run:
-    """One call of `Engine.rollout_part`: the state of its loop."""
+    """Scheduler of one call of `Engine.rollout_part`, with the state of its loop."""
 
     def __init__(
         self,
@@ -140,13 +147,13 @@ class Run:
         )
         self._take, self._look_again = take, look_again
         self._rollouts = rollouts
-        # Examples that are made ready: enough for all lanes, and one more.
+        # Number of examples to prepare in advance: enough for all lanes, and one more.
         self._ahead = math.ceil(engine.config.rollout.lanes / rollouts) + 1
         self._groups: collections.deque[_Group] = collections.deque()
         self._free = set(range(engine.config.rollout.lanes))
-        self._holder: dict[int, _Group] = {}  # whose prompt a lane begins with
+        self._holder: dict[int, _Group] = {}  # group whose prompt a lane begins with
         self._live: dict[int, _Live] = {}
-        # Lanes that draw, the longest idle first.
+        # Lanes ready to decode, the longest idle first.
         self._turn: collections.deque[int] = collections.deque()
         self._ended: list[Episode] = []
 
@@ -166,28 +173,27 @@ class Run:
     # Admission
 
     def _look_ahead(self) -> None:
-        """Has the prompts of the next examples made in the pool."""
+        """Start preparing the prompts of the next examples in the pool."""
         for number, example in self._take(self._ahead - len(self._groups)):
             numbers = range(number * self._rollouts, (number + 1) * self._rollouts)
             prompt = self._engine.pool.submit(self._rules.first, example)
             self._groups.append(_Group(number, example, collections.deque(numbers), prompt))
 
     def _must_wait_for_tools(self) -> bool:
-        """Whether nothing else can be done: all live episodes are with their tools, and no other
-        can begin."""
+        """Return whether all active episodes wait for tools and no other can be admitted."""
         waiting = len(self._engine.background)
         return waiting > 0 and waiting == len(self._live) and not (self._free and self._groups)
 
     def _admit(self) -> list[_Live]:
-        """Gives free lanes to episodes; returns those to be forked from their group's prompt."""
+        """Assign free lanes to episodes; return those to fork from their group's prompt."""
         forked = []
         while self._groups and self._free:
             group = self._groups[0]
             if not group.prompt.done() and (self._turn or self._unwritten()):
-                break  # there is other work meanwhile
+                break  # other lanes have work to do in the meantime
             try:
                 prompt = group.prompt.result()
-            except Exception as error:  # a picture or a question that cannot be used
+            except Exception as error:  # an unusable image or question
                 self._fail(self._groups.popleft(), error)
                 self._look_ahead()
                 continue
@@ -203,7 +209,7 @@ class Run:
         return forked
 
     def _place(self, group: _Group, prompt: Prompt) -> _Live:
-        """A lane for the group's next episode: one that begins with its prompt, if any is free."""
+        """Assign a free lane to the group's next episode, preferably one with its prompt."""
         lane = min(self._free & group.lanes or self._free)
         self._free.remove(lane)
         if lane in self._holder and self._holder[lane] is not group:
@@ -235,13 +241,13 @@ class Run:
     # Writing into lanes
 
     def _to_write(self, live: _Live, prompt: Prompt, position: int) -> int:
-        """Cuts tokens into pieces of the bucket table; returns the position after them."""
+        """Split tokens into pieces of the bucket table; return the M-RoPE position after them."""
         token, merge = self._engine.image_token, self._engine.merge_size
         positions, after = mrope_positions(
             prompt.tokens, prompt.grids, image_token_id=token, merge_size=merge, start=position
         )
         sizes = [len(image.values) // merge**2 for image in prompt.images]
-        owner = np.repeat(np.arange(len(sizes)), sizes)  # of each image token, its image
+        owner = np.repeat(np.arange(len(sizes)), sizes)  # image of each image token
         is_image = prompt.tokens == token
         begin, pieces = 0, []
         while begin < len(prompt.tokens):
@@ -267,7 +273,7 @@ class Run:
         return [live for live in self._live.values() if live.to_write]
 
     def _write(self) -> None:
-        """Writes all that is to be written; then these turns begin."""
+        """Write all pending tokens, and begin the turns of the lanes written to."""
         while todo := self._unwritten():
             hidden = self._device.extend([live.to_write.pop() for live in todo])
             for live, last in zip(todo, hidden, strict=True):
@@ -280,13 +286,13 @@ class Run:
     def _begin_turn(self, live: _Live) -> None:
         limits = self._rules.limits
         live.left = min(limits.max_new_tokens, limits.max_episode_tokens - len(live.episode))
-        if self._rules.forced(live.episode) is not None:  # room for a tag, and for what is in it
+        if self._rules.forced(live.episode) is not None:  # reserve tokens for a tag and its content
             live.left -= limits.min_turn_tokens // (2 if live.opened is None else 4)
         live.stop_state, live.length = 0, len(live.episode)
         live.parts = {name: [] for name in _DRAWN}
         self._turn.append(live.lane)
 
-    # Drawing
+    # Decoding
 
     def _decode(self) -> None:
         if not self._turn:
@@ -305,7 +311,8 @@ class Run:
             }
             for live in chosen
         ]
-        # An eighth of the rows stopped: others may take their place, and their tools may start.
+        # Return once an eighth of the rows have stopped, so that their tools can start and other
+        # lanes can take their place.
         drawn = self._device.decode(
             rows, self._sampling, seed=self._seed, leave_at=count - max(1, count // 8)
         )
@@ -325,7 +332,7 @@ class Run:
                 self._end_turn(live)
 
     def _end_turn(self, live: _Live) -> None:
-        """Reads what the policy wrote, and does what follows."""
+        """Parse the turn that the policy wrote, and take the next step of the episode."""
         values = {name: np.concatenate(parts) for name, parts in live.parts.items()}
         episode, processor = live.episode, self._engine.processor
         ended_by = self._engine.stops.reason(live.stop_state)
@@ -356,15 +363,21 @@ class Run:
     def _force(
         self, live: _Live, values: dict, tokens: np.ndarray, begun: np.ndarray | None, wanted
     ) -> turns.Turn | None:
-        """Makes a turn do what is wanted, see `forcing`; None: the policy is to go on with it.
+        """Make a turn take the prescribed action, see `forcing`.
 
         Args:
-          values: what was drawn, by the names of `_DRAWN`; tokens: that, without an end token.
-          begun: the turn's tokens before them, up to a tag that was forced.
+          live: The active episode.
+          values: Sampled tokens and log-probs, by the names in `_DRAWN`.
+          tokens: Sampled tokens, without an end token.
+          begun: Earlier tokens of the turn, up to a forced opening tag; None if none was forced.
+          wanted: Prescribed action.
+
+        Returns:
+          The turn, or None if the policy has to complete it first.
         """
         episode, processor = live.episode, self._engine.processor
         pieces = [self._engine.token_bytes[token] for token in tokens]
-        text = b"".join(pieces).decode("latin-1")  # a character a byte; tags are ASCII
+        text = b"".join(pieces).decode("latin-1")  # one character per byte; tags are ASCII
         if begun is None:
             stay, follows = forcing.opened(text, wanted)
         else:
@@ -404,7 +417,7 @@ class Run:
         return turns.parse(processor.decode(written))
 
     def _search(self, live: _Live, closing: list[int], room: int) -> None:
-        """Hands the search that the turn asks for to its tool."""
+        """Submit the search requested by the turn to its tool."""
         episode, turn, limits = live.episode, live.episode.turns[-1], self._settings.tools
         tool, number = self._engine.tools.get(turn.action), len(episode.turns) - 1
         example = episode.example
@@ -420,7 +433,7 @@ class Run:
             observed = functools.partial(self._rules.observed, query, example, number, room)
             try:
                 return closing, observed(observation, error, seconds)
-            except Exception as unforeseen:  # whatever a tool made its results of
+            except Exception as unforeseen:  # a tool may return objects that raise
                 return closing, observed(None, unforeseen, seconds)
 
         seconds = min(limits.timeout, limits.episode_timeout - live.waited)
@@ -443,7 +456,7 @@ class Run:
             self._reply(live, *answer)
 
     def _reply(self, live: _Live, closing: list[int], reply: Reply) -> None:
-        """Closes the policy's turn and goes on with a user turn, if there is room for it."""
+        """Close the policy's turn and append the user turn, or end the episode for lack of room."""
         episode = live.episode
         if reply.call is not None:
             episode.calls.append(reply.call)

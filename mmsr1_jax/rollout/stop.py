@@ -1,14 +1,14 @@
 """Stop strings on the device: an automaton over the bytes of every vocabulary token.
 
-Tags do not fall on token borders: a BPE merges `?</` and `>\n`. So the automaton reads bytes, and a
-table says for every state and token where that token's bytes lead. Decoding carries one small
-integer a lane and looks it up; no text is ever searched.
+Tags do not align with token boundaries: a BPE merges `?</` and `>\n`. The automaton therefore reads
+bytes, and a table maps every state and token to the state after that token's bytes. Decoding
+carries one small integer per lane and looks it up; no text is ever searched.
 
-    states      0 .. R-1                 running: how much of a stop string has been read
+    states      0 .. R-1                 running: matched prefix of a stop string
                 R .. R+n-1               stop string i is complete
                 R+n ..                   end token j was read
 
-A finished state stays what it is, whatever follows. Example, for the one stop string `</a>`, R = 4:
+Final states are absorbing. Example for the single stop string `</a>`, with R = 4:
 
     token          `x</`   `a`   `>\n`
     state      0      2     3      4        complete inside the token `>\n`
@@ -22,12 +22,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class StopTable:
-    """The automaton.
+    """Transition table of the stop automaton.
 
     Attributes:
-      next_state: int16[states, V]: the state after a token.
-      running: R; a state from R on means that the turn has ended.
-      reasons: why it has: for state R + i, `reasons[i]` is the stop string or the end token's name.
+      next_state: State after each token, int16[states, V].
+      running: Number of running states, R. The turn has ended in states from R on.
+      reasons: Stop string or name of the end token that leads to each state from R on.
     """
 
     next_state: np.ndarray
@@ -35,7 +35,7 @@ class StopTable:
     reasons: tuple[str, ...]
 
     def reason(self, state: int) -> str | None:
-        """What ended the turn, None while it runs."""
+        """Return the stop string or end token that ended the turn; None while it is running."""
         return self.reasons[state - self.running] if state >= self.running else None
 
 
@@ -45,16 +45,16 @@ def build(
     stops: Sequence[str],
     end_tokens: dict[str, int],
 ) -> StopTable:
-    """Builds the table (Aho and Corasick, CACM 18(6), 1975).
+    """Build the transition table (Aho and Corasick, CACM 18(6), 1975).
 
     Args:
-      token_bytes: the bytes of every token, by id.
-      vocab_size: columns of the table, V; ids that the tokenizer does not have change nothing.
-      stops: the strings at which a turn pauses. Where two end at the same byte, the longer counts.
-      end_tokens: tokens that end a turn by themselves, id by name.
+      token_bytes: Bytes of every token, by id.
+      vocab_size: Number of columns of the table, V. Ids unknown to the tokenizer keep the state.
+      stops: Strings at which a turn pauses. If two end at the same byte, the longer one counts.
+      end_tokens: Ids of the tokens that end a turn by themselves, by name.
 
     Raises:
-      ValueError: no stop string, or an empty one.
+      ValueError: There is no stop string, or one is empty.
     """
     if not stops or not all(stops):
         raise ValueError(f"stop strings must not be empty: {list(stops)}")
@@ -78,11 +78,11 @@ def build(
 
 
 def _byte_automaton(stops: Sequence[bytes]) -> np.ndarray:
-    """int16[R + n, 256]: the state after a byte; state R + i: `stops[i]` is complete."""
+    """Return the state after each byte, int16[R + n, 256]; R + i means `stops[i]` is complete."""
     prefixes = [b""]
     for stop in stops:
         prefixes += [stop[:i] for i in range(1, len(stop)) if stop[:i] not in prefixes]
-    # A prefix that already holds a whole stop string is never reached.
+    # A prefix that already contains a whole stop string is never reached.
     prefixes = [p for p in prefixes if not any(stop in p for stop in stops)]
     state = {prefix: i for i, prefix in enumerate(prefixes)}
     longest_first = sorted(range(len(stops)), key=lambda i: -len(stops[i]))
@@ -94,7 +94,7 @@ def _byte_automaton(stops: Sequence[bytes]) -> np.ndarray:
             if done is not None:
                 delta[number, byte] = len(prefixes) + done
                 continue
-            while read not in state:  # the longest suffix that is the beginning of a stop string
+            while read not in state:  # find the longest suffix that begins a stop string
                 read = read[1:]
             delta[number, byte] = state[read]
     for i in range(len(prefixes), len(delta)):

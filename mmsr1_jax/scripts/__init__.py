@@ -1,4 +1,4 @@
 """Small commands: the local index, merging adapters, the tiny world, the demo, the tool cache.
 
-Nothing imports them but other scripts and tests.
+Only other scripts and tests import them.
 """

@@ -1,11 +1,11 @@
-"""Looks into a store of search results, and hands it on.
+"""Inspect, export or import a cache of search results.
 
     python -m mmsr1_jax.scripts.cache info STORE
-    python -m mmsr1_jax.scripts.cache export STORE FILE      all of it as one file
-    python -m mmsr1_jax.scripts.cache import STORE FILE      takes what STORE has not yet
+    python -m mmsr1_jax.scripts.cache export STORE FILE      write all entries to one file
+    python -m mmsr1_jax.scripts.cache import STORE FILE      add the entries that STORE lacks
 
-A store is the file that `mmsr1_jax/tools/tool_cache.py` writes, or the address of a Redis server
-(`mmsr1_jax/tools/redis_cache.py`); FILE is such a file.
+STORE is a file written by `mmsr1_jax/tools/tool_cache.py`, or the URL of a Redis server
+(`mmsr1_jax/tools/redis_cache.py`). FILE is a cache file.
 """
 
 import pathlib

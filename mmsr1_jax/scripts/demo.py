@@ -1,12 +1,12 @@
-"""Shows what training changed: a table of workflows, and curves as a PNG.
+"""Compare a policy before and after training: a table of workflows, and curves as a PNG.
 
     python -m mmsr1_jax.scripts.demo --before=OUT --after=OUT[,OUT ..] \\
         --runs=RUN[,RUN ..] --png=FILE
 
-OUT is a directory of `evaluate`, of the policy before training and of those after it (runs that
-differ in their seed, say: figures are means over them). A line of the table is a workflow, a column
-a category of questions; each source of questions has a table of its own. A RUN is a directory of
-`train`.
+OUT is an output directory of `evaluate`, for the policy before training and for the trained
+policies. Metrics are averaged over several trained policies, such as runs with different seeds.
+Each source of questions has its own table, with a row for each workflow and a column for each
+category of questions. RUN is an output directory of `train`.
 """
 
 import itertools
@@ -26,8 +26,8 @@ from mmsr1_jax.evaluation.table import aligned
 from mmsr1_jax.training import metrics
 from mmsr1_jax.utils import outputs
 
-NEEDLESS = "free"  # the category of questions that need no search (`data/tiny_world/world.py`)
-_OF = "search_of/"  # of a category
+NEEDLESS = "free"  # category of questions that need no search (`data/tiny_world/world.py`)
+_OF = "search_of/"  # prefix of the metrics of a category
 _CURVES = {
     "reward and accuracy": ("reward", "accuracy"),
     "episodes that search": ("search/any", "search/text", "search/image", "search/both"),
@@ -44,24 +44,30 @@ def main(argv) -> None:
         if _RUNS.value and _PNG.value:
             draw([pathlib.Path(run) for run in _RUNS.value], pathlib.Path(_PNG.value))
             print(f"{_PNG.value}: the curves")
-    except (ValueError, OSError) as error:  # no such results, or others
+    except (ValueError, OSError) as error:  # missing or inconsistent results
         sys.exit(f"error: {error}")
 
 
 def outcomes(folder: pathlib.Path) -> list[Outcome]:
-    """What came of the episodes of an evaluation. Raises DataError, OSError."""
+    """Return the outcomes of the episodes of an evaluation.
+
+    Raises:
+      DataError, OSError: The results cannot be read.
+    """
     return [records.outcome_of(line) for _, _, line in records.scan(folder / records.EPISODES)]
 
 
 def table(before: Sequence[Outcome], after: Sequence[Sequence[Outcome]], source: str) -> str:
-    """Workflows by what they reach with the questions of a source, and what that says.
+    """Format a table of metrics by workflow for one source of questions, with a summary.
 
     Args:
-      before: of the policy before training.
-      after: of each trained policy.
+      before: Outcomes of the policy before training.
+      after: Outcomes of each trained policy.
+      source: Source of the questions.
 
     Raises:
-      ValueError: one of `after` has no episodes of a workflow, or of a category of `before`.
+      ValueError: `before` or one of `after` has no episodes of a workflow, or one of `after` has no
+        episodes of a category that `before` has.
     """
     rows = {
         "direct": [_of(one, source, "direct") for one in after],
@@ -110,10 +116,10 @@ def table(before: Sequence[Outcome], after: Sequence[Sequence[Outcome]], source:
 
 
 def draw(runs: Sequence[pathlib.Path], file: pathlib.Path) -> None:
-    """Draws the curves of some runs, one over the other, as a PNG."""
+    """Plot the training curves of several runs in the same panels, and save the figure."""
     import matplotlib
 
-    matplotlib.use("Agg")  # no window
+    matplotlib.use("Agg")  # no display needed
     from matplotlib import pyplot
 
     found = [metrics.read(run / "metrics.jsonl") for run in runs]
@@ -142,7 +148,7 @@ def _of(found: Sequence[Outcome], source: str, workflow: str) -> dict[str, Any]:
 
 
 def _gain(after: Sequence[Sequence[Outcome]], source: str) -> tuple[float, list[float]]:
-    """How much more is right on demand than by forced search, and its interval over questions."""
+    """Return the accuracy gain of on-demand over forced search, and its confidence interval."""
     chosen = [outcome for outcome in itertools.chain(*after) if outcome.source == source]
     workflows = ([o for o in chosen if o.workflow == name] for name in ("on_demand", "rag"))
     found = compare(*workflows, "em")
@@ -152,7 +158,7 @@ def _gain(after: Sequence[Sequence[Outcome]], source: str) -> tuple[float, list[
 def _searching(
     after: Sequence[Sequence[Outcome]], source: str, categories: Sequence[str]
 ) -> float | None:
-    """Share of the episodes on demand that search, of questions of some categories."""
+    """Return the fraction of on-demand episodes that search, for questions of some categories."""
     return _mean(
         outcome.searches > 0
         for outcome in itertools.chain(*after)
@@ -174,7 +180,7 @@ def _share(found: Sequence[dict[str, Any]]) -> float | None:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """None where there are none, or one of them is None: of a policy no episode could be run."""
+    """Return the mean, or None if there are no values or one is None (no episode could be run)."""
     values = list(values)
     return None if not values or None in values else statistics.fmean(values)
 

@@ -1,15 +1,17 @@
-"""Makes a local index of pages and pictures, for `--tools.index=DIR`.
+"""Build a local index of pages and images, for `--config.tools.index=DIR`.
 
     python -m mmsr1_jax.scripts.index --pages=PAGES.jsonl --images=IMAGES.jsonl --out=DIR \\
         [--model=DIR]
 
-PAGES, a line: {"url": .., "title": .., "snippet": .., "text": .. or "summary": ..}
-IMAGES, a line: {"image": PATH, "title": .. or "titles": [..], "link": ..}; a path is looked up
-beside the file, and leads to a file in that folder, or in one of `--image_roots=DIR,..`: the index
-will show it to others. Both flags may be given several times.
+Line of PAGES: {"url": .., "title": .., "snippet": .., "text": .. or "summary": ..}
+Line of IMAGES: {"image": PATH, "title": .. or "titles": [..], "link": ..}
 
-With `--model`, an HF directory, its vision tower embeds the pictures too, for a search with
-`--config.tools.image_model=DIR`. That may be another directory with the same tower.
+PATH is relative to the folder of IMAGES. It must lie in that folder or in one of
+`--image_roots=DIR,..`, because the index exposes the images to its users. The flags `--pages` and
+`--images` may be repeated.
+
+With `--model`, an HF directory, the images are also embedded by its vision tower, for searches with
+`--config.tools.image_model=DIR`. That DIR may be another directory with the same vision tower.
 """
 
 import sys
@@ -25,13 +27,13 @@ def main(argv) -> None:
     try:
         embed = None
         if _MODEL.value is not None:
-            from mmsr1_jax.tools.embedding import Embedder  # only then: it takes a second
+            from mmsr1_jax.tools.embedding import Embedder  # only if needed, as it takes a second
 
             embed = Embedder(_MODEL.value)
         pages, pictures = local.build(
             _OUT.value, _PAGES.value, _IMAGES.value, embed=embed, image_roots=_ROOTS.value
         )
-    except (ValueError, OSError) as error:  # model, pages or pictures: said in one line
+    except (ValueError, OSError) as error:  # invalid model, pages or images: a one-line error
         sys.exit(f"error: {error}")
     print(f"{pages} pages and {pictures} titles of pictures in {_OUT.value}")
 

@@ -1,9 +1,10 @@
-"""Merges an adapter into the policy that it was trained for.
+"""Merge a LoRA adapter into the policy that it was trained for.
 
     python -m mmsr1_jax.scripts.merge --model=BASE --adapter=RUN/adapter --out=DIR
 
-BASE is the HF directory that the run began with; RUN/adapter what `train` or `sft` left there with
-`--config.update.lora_rank`, or plain LoRA of the PEFT library. DIR becomes an HF directory.
+BASE is the HF directory of the run's initial policy. RUN/adapter is the adapter that `train` or
+`sft` writes with `--config.update.lora_rank`, or a plain LoRA adapter of the PEFT library. The
+merged policy is written to DIR as an HF directory.
 """
 
 import pathlib
@@ -20,21 +21,21 @@ def main(argv) -> None:
     del argv
     try:
         merge(_MODEL.value, _ADAPTER.value, _OUT.value)
-    except (ValueError, OSError) as error:  # policy, adapter or place: said in one line
+    except (ValueError, OSError) as error:  # invalid policy, adapter or output: a one-line error
         sys.exit(f"error: {error}")
     print(f"{_OUT.value}: {_MODEL.value} with {_ADAPTER.value}")
 
 
 def merge(model_dir: str, adapter_dir: str, out: str) -> None:
-    """Writes the policy of `model_dir` with the adapter to `out`.
+    """Write the policy of `model_dir`, merged with the adapter, to `out`.
 
     Raises:
-      ValueError, OSError: something cannot be used; the message names it. Nothing is written then.
+      ValueError, OSError: An argument is invalid; the message names it. Nothing is written.
     """
     if pathlib.Path(out).resolve() == pathlib.Path(model_dir).resolve():
         raise ValueError(f"--out={out}: is --model, which is not to be written over")
     config = qwen2_5_vl.ModelConfig.from_directory(model_dir)
-    adapters, scale = lora.load(adapter_dir, config)  # first: the policy takes longer
+    adapters, scale = lora.load(adapter_dir, config)  # first, as the policy takes longer
     model = qwen2_5_vl.load(model_dir, mesh=sharding.make_mesh())
     lora.merge_into(model, adapters, scale)
     qwen2_5_vl.save(model, out, source=model_dir)

@@ -1,4 +1,4 @@
-"""A small random policy with a small tokenizer, as an HF directory: for demos and tests.
+"""Write a small random policy with a small tokenizer as an HF directory, for demos and tests.
 
 python -m mmsr1_jax.scripts.random_policy --out=DIR [--tokenizer=HF_DIR]
 """
@@ -21,7 +21,7 @@ from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.processing.processor import CONTROL_TOKENS
 from mmsr1_jax.utils import outputs
 
-# What the small tokenizer learns its merges from: the words of the task.
+# Training corpus of the small tokenizer: the words of the task.
 _CORPUS = """
 You are a helpful assistant. system user assistant
 Look at the picture and answer the question. Think first between <reason> and </reason>.
@@ -34,7 +34,7 @@ in which year was it opened? How tall is the tower? Which river does it cross?
 
 CONFIG = qwen2_5_vl.ModelConfig(
     text=qwen2_5_vl.TextConfig(
-        vocab_size=512,  # a little more than the tokenizer has, as in the released models
+        vocab_size=512,  # slightly larger than the tokenizer's, as in the released models
         hidden_size=128,
         intermediate_size=256,
         num_layers=3,
@@ -57,12 +57,12 @@ CONFIG = qwen2_5_vl.ModelConfig(
     vision_end_token_id=4,
 )
 
-# 16 to 256 visual tokens: seconds on a CPU.
+# 16 to 256 visual tokens, which take seconds on a CPU.
 IMAGES = ImageProcessor(min_pixels=16 * 28 * 28, max_pixels=256 * 28 * 28)
 
 
 def make_tokenizer() -> tokenizers.Tokenizer:
-    """A byte-level BPE of under 512 tokens with Qwen's control tokens as its first ids."""
+    """Train a byte-level BPE of fewer than 512 tokens, the first of them Qwen's control tokens."""
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -77,7 +77,13 @@ def make_tokenizer() -> tokenizers.Tokenizer:
 
 
 def random_model(config: qwen2_5_vl.ModelConfig, seed: int, **keywords) -> qwen2_5_vl.Qwen2_5_VL:
-    """A model in which every parameter is random, biases and norms too (keywords: `Qwen2_5_VL`)."""
+    """Create a model in which every parameter is random, including biases and norms.
+
+    Args:
+      config: Architecture of the model.
+      seed: Random seed.
+      keywords: Other arguments of `Qwen2_5_VL`.
+    """
     model = qwen2_5_vl.Qwen2_5_VL(config, rngs=nnx.Rngs(seed), **keywords)
     state = nnx.state(model, nnx.Param)
     leaves, tree = jax.tree.flatten(state)
@@ -93,7 +99,7 @@ def _with_noise(x: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _spread(x: jax.Array) -> jax.Array:
-    """Noise of a tenth of a parameter's own size, or of 1 where it is constant (norms, biases)."""
+    """Return the standard deviation of a parameter, or 1 if it is constant (norms, biases)."""
     std = jnp.std(x.astype(jnp.float32)).astype(x.dtype)
     return jnp.where(std > 0, std, 1)
 
@@ -102,8 +108,10 @@ def write(
     directory, *, config=CONFIG, images=IMAGES, seed: int = 0, param_dtype=jnp.float32,
     tokenizer: tokenizers.Tokenizer | None = None,
 ):  # fmt: skip
-    """Writes a random policy, its tokenizer (the one above unless another is given) and its
-    processor settings as an HF directory."""
+    """Write a random policy, its tokenizer and its processor settings as an HF directory.
+
+    The tokenizer defaults to that of `make_tokenizer`.
+    """
     qwen2_5_vl.check_replaceable(directory)
     with outputs.new_directory(directory) as partial:
         qwen2_5_vl.save(random_model(config, seed, param_dtype=param_dtype), partial)
@@ -114,7 +122,10 @@ def write(
 
 
 def fitted(config: qwen2_5_vl.ModelConfig, tokenizer: tokenizers.Tokenizer):
-    """The shape with a tokenizer's vocabulary and ids of control tokens, and one unused id more."""
+    """Return `config` with a tokenizer's vocabulary size and control token ids.
+
+    The vocabulary has one additional, unused id.
+    """
     ids = tokenizer.get_vocab(with_added_tokens=True)
     unused = max(ids.values()) + 1
     return dataclasses.replace(

@@ -1,14 +1,16 @@
-"""Rewards of episodes that are given as texts.
+"""Compute rewards of episodes given as text.
 
     python -m mmsr1_jax.scripts.reward --episodes=IN.jsonl --out=OUT.jsonl \\
         [--match=EM|SubEM] [--search_penalty=0.1] [--per_search_penalty] [--format_penalty=0.1] \\
         [--strict_form]
 
-IN, a line: {"turns": [text, ..], "answers": [text, ..]}, the turns of the policy, without end
-tokens, and the gold answer with its aliases.
-OUT, a line, in the order of IN: {"reward": .., "correct": .., "format": .., "searches": ..}, or
-{"error": ..} for a line that cannot be scored; then the exit code is 1. Searches are counted as
-published (`rewards.searches_in`), as texts do not say which the engine refused.
+Each line of IN is {"turns": [text, ..], "answers": [text, ..]}: the turns of the policy, without
+end tokens, and the gold answer with its aliases.
+
+Each line of OUT, in the order of IN, is {"reward": .., "correct": .., "format": .., "searches": ..}
+or, if the line cannot be scored, {"error": ..}, in which case the exit code is 1. Searches are
+counted by the published rule (`reward_function.searches_in`), because the text does not show which
+searches the engine refused.
 """
 
 import json
@@ -27,7 +29,7 @@ from mmsr1_jax.utils import checked_json, outputs, shutdown
 
 
 class LineError(ValueError):
-    """A line that is no episode."""
+    """A line that is not a valid episode."""
 
 
 def main(argv) -> int:
@@ -51,11 +53,14 @@ def main(argv) -> int:
 
 
 def reward_file(settings: Rewards, source: pathlib.Path, out: pathlib.Path) -> int:
-    """Scores `source` into `out`, which appears when it is complete. Returns the bad lines.
+    """Score the episodes of `source` and write `out` atomically.
+
+    Returns:
+      Number of lines that could not be scored.
 
     Raises:
-      ValueError: `out` cannot be written, or is `source`.
-      OSError: of reading or writing.
+      ValueError: `out` is not a file path in an existing directory, or is `source`.
+      OSError: Reading or writing failed.
     """
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"--out={out}: must be a file in a directory that exists")
@@ -90,7 +95,7 @@ def reward_file(settings: Rewards, source: pathlib.Path, out: pathlib.Path) -> i
 
 
 def reward_line(number: int, text: bytes, settings: Rewards) -> dict[str, Any]:
-    """One line of IN -> one of OUT. Never raises."""
+    """Return the OUT line for one IN line. Never raises."""
     try:
         written, answers = parse_line(text)
         read = [turns.parse(turn) for turn in written]
@@ -98,7 +103,7 @@ def reward_line(number: int, text: bytes, settings: Rewards) -> dict[str, Any]:
         reward = reward_function.score(read, correct, settings)
     except LineError as error:
         return {"error": f"line {number}: {error}"}
-    except Exception as error:  # a line must never end the run, whatever is in it
+    except Exception as error:  # no line may end the run, whatever it contains
         return {"error": f"line {number}: {type(error).__name__}: {error}"}
     return {
         "reward": reward.reward,
@@ -109,7 +114,7 @@ def reward_line(number: int, text: bytes, settings: Rewards) -> dict[str, Any]:
 
 
 def parse_line(text: bytes) -> tuple[list[str], list[str]]:
-    """The turns and the answers of a line. Raises LineError where it has none."""
+    """Return the turns and answers of a line. Raise LineError if the line is invalid."""
     try:
         line = checked_json.loads(text, surrogates=True)
     except checked_json.FormatError as error:
@@ -135,12 +140,12 @@ def _kind(value) -> str:
 
 
 def read_lines(file) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, bytes) of the lines that are not blank; only a newline ends a line."""
+    """Yield (line number from 1, bytes) for each non-blank line. Only a newline ends a line."""
     yield from checked_json.lines(file)
 
 
 def _parse_flags(argv) -> list[str]:
-    """A mistake in flags ends the program with one line (as `config.run` does, which loads jax)."""
+    """Parse flags with a one-line error, like `cli.run`, but without importing JAX."""
     try:
         rest = flags.FLAGS(argv)
         if len(rest) > 1:

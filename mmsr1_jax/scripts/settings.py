@@ -19,11 +19,11 @@ class Setting:
     """One setting.
 
     Attributes:
-      name: As on the command line, without `--`.
-      type: As Python writes it.
-      default: Its value where nothing sets it.
-      allowed: Bounds or choices in words; empty for none.
-      meaning: From the docstring of its dataclass.
+      name: Name of its command-line flag, without `--`.
+      type: Python type, as a string.
+      default: Default value.
+      allowed: Description of the bounds or choices; empty if there are no restrictions.
+      meaning: Description from the docstring of its dataclass.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Setting:
 
 
 def all_settings() -> Iterator[Setting]:
-    """Yield the settings in the order of their declaration."""
+    """Yield all settings in declaration order."""
     for part in dataclasses.fields(Config):
         kind = typing.get_type_hints(Config)[part.name]
         hints, meanings = typing.get_type_hints(kind), meanings_of(kind)
@@ -56,7 +56,7 @@ def all_settings() -> Iterator[Setting]:
 
 
 def meanings_of(kind: type) -> dict[str, str]:
-    """Return what the `Attributes:` block of a dataclass says of each of its fields."""
+    """Return the description of each field in the `Attributes:` block of a dataclass."""
     _, _, block = inspect.getdoc(kind).partition("Attributes:\n")
     found: dict[str, str] = {}
     for entry in re.split(r"\n(?=  \S)", block):

@@ -1,14 +1,14 @@
-"""Writes the embedded task: a small made-up world, as files that the other commands read.
+"""Write the built-in toy task, a small synthetic world, as files that the other commands read.
 
 python -m mmsr1_jax.scripts.tiny_world [--out=DIR] [--seed=0] \\
     [--train=2400 --heldout=240 --unmet=120 ..]
 
-DIR/policy/         a random policy of a million parameters, with a tokenizer of its own
-DIR/index/          pages and pictures to be searched
-DIR/*.jsonl         what a warm start is taught: demonstrations, whose searches are drawn without
-                    regard to need; memories; and practice in reading, about other worlds
-DIR/*.parquet       questions: train, heldout (new photos, facts that were never asked), unmet
-                    (landmarks that were never met)
+DIR/policy/         random policy of a million parameters, with its own tokenizer
+DIR/index/          pages and images to search
+DIR/*.jsonl         warm-start data: demonstrations, whose searches are drawn regardless of need;
+                    memories; and reading practice about other worlds
+DIR/*.parquet       questions: train, heldout (new photos, facts not asked about in training), unmet
+                    (landmarks not seen in training)
 """
 
 import json
@@ -27,14 +27,14 @@ from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.utils import outputs
 
-_PRACTICE = 12  # small worlds in which reading is practised
+_PRACTICE = 12  # number of small worlds for reading practice
 
-# A photo of 84 x 84 pixels is 9 tokens, a thumbnail of 56 x 56 4.
+# A photo of 84 x 84 pixels has 9 tokens, a thumbnail of 56 x 56 pixels has 4.
 IMAGES = ImageProcessor(min_pixels=56 * 56, max_pixels=84 * 84)
 
 CONFIG = qwen2_5_vl.ModelConfig(
     text=qwen2_5_vl.TextConfig(
-        vocab_size=1152,  # a little more than the tokenizer has, as in the released models
+        vocab_size=1152,  # slightly larger than the tokenizer's, as in the released models
         hidden_size=128,
         intermediate_size=384,
         num_layers=4,
@@ -64,13 +64,13 @@ def main(argv) -> None:
     try:
         with outputs.lock(out):
             write(out)
-    except (ValueError, OSError) as error:  # of the place to be written: said in one line
+    except (ValueError, OSError) as error:  # invalid output directory: a one-line error
         sys.exit(f"error: {error}")
     print(f"wrote an index, questions and a random policy to {out}")
 
 
 def write(out: pathlib.Path) -> None:
-    """Writes the task that the flags ask for."""
+    """Write the task specified by the flags."""
     world = tiny_world.World.make(_SEED.value)
     random_policy.write(
         out / "policy", config=CONFIG, images=IMAGES, seed=_SEED.value,
@@ -84,8 +84,10 @@ def write(out: pathlib.Path) -> None:
 
 
 def write_stories(world: tiny_world.World, out: pathlib.Path, count: int) -> None:
-    """What a warm start is taught, `count` lines in each of three files, with their pictures in
-    `out/stories/` and the indices of other worlds in `out/practice/`."""
+    """Write the warm-start data, `count` lines in each of three files.
+
+    Their images are written to `out/stories/`, and the indexes of other worlds to `out/practice/`.
+    """
     practised = []
     for number in range(min(_PRACTICE, count)):
         other = tiny_world.World.make(
@@ -106,7 +108,7 @@ def _write(stories: Sequence[Mapping[str, Any]], out: pathlib.Path, name: str) -
     folder = pathlib.Path("stories", name)
     (out / folder).mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.jsonl"
-    path.unlink(missing_ok=True)  # first: no old line names a new picture
+    path.unlink(missing_ok=True)  # first, so that no old line refers to a new image
     with outputs.new_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
         for number, story in enumerate(stories):
             images = []

@@ -1,5 +1,6 @@
-"""Search tools: what one is (`tool`), how they run beside the engine (`background`), and those
-that there are: `local`, and `text_search` over web services (`services/`)."""
+"""Search tools: the tool interface (`tool`), the executor that runs tools alongside the engine
+(`tool_executor`), and the implementations: `local`, and `text_search` and `image_search` over web
+services (`services/`)."""
 
 from mmsr1_jax.tools.tool import (
     Observation,

@@ -1,4 +1,4 @@
-"""Addresses of the internet: which are public, which hosts the settings allow, name lookups."""
+"""Internet addresses: public address checks, host parsing and name resolution."""
 
 import asyncio
 import concurrent.futures
@@ -10,8 +10,8 @@ import urllib.parse
 
 import pebble
 
-# Of global unicast, what the IANA special-purpose address registries (RFC 6890) set aside, and what
-# providers use for their own metadata services.
+# Ranges that the IANA special-purpose address registries (RFC 6890) reserve, and addresses of cloud
+# providers' metadata services.
 _SPECIAL = tuple(map(ipaddress.ip_network, (
     "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12",
     "192.0.0.0/24", "192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24", "192.88.99.0/24",
@@ -22,17 +22,17 @@ _SPECIAL = tuple(map(ipaddress.ip_network, (
     "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20",
 )))  # fmt: skip
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: how an IPv6-only host reaches IPv4
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: IPv4 destinations of IPv6-only hosts
 _MAPPED = ipaddress.ip_network("::ffff:0:0/96")
-# RFC 5214: the interface identifier holds an IPv4 address; two of its bits may be set.
+# RFC 5214: the interface identifier embeds an IPv4 address; the mask ignores its u and g bits.
 _ISATAP, _ISATAP_BITS = 0x00005EFE, 0xFCFFFFFF
 
 
 def is_public(address: str) -> bool:
     """Return whether an IP address is global unicast and outside all special-purpose ranges.
 
-    An address that embeds an IPv4 address (mapped, NAT64) is as public as that one; 6to4, Teredo,
-    SIIT and ISATAP are not used on the web and never public.
+    An address that embeds an IPv4 address (mapped, NAT64) is public if the IPv4 address is. 6to4,
+    Teredo, SIIT and ISATAP addresses are not used on the web and are never public.
     """
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
@@ -49,11 +49,11 @@ def is_public(address: str) -> bool:
 def parse_host(text: str) -> tuple[str, int | None]:
     """Return (host, port or None) of `host`, `host:port` or a URL.
 
-    A URL without a port has its scheme's. Hosts are compared in this form: lower case, IDNA,
-    IPv6 addresses compressed and without brackets, no trailing dot.
+    A URL without a port has the default port of its scheme. The host is normalised for comparison:
+    lower case, IDNA, IPv6 addresses compressed and without brackets, no trailing dot.
 
     Raises:
-      ValueError: None of these.
+      ValueError: The text has none of these forms.
     """
     if text.count(":") > 1 and "[" not in text and "://" not in text:
         text = f"[{text}]"  # a bare IPv6 address
@@ -67,7 +67,7 @@ def parse_host(text: str) -> tuple[str, int | None]:
 
 
 def normal_host(host: str) -> str:
-    """Return a host in the form in which hosts are compared, see `parse_host`."""
+    """Return a host in the normal form that `parse_host` describes."""
     host = host.strip("[]").rstrip(".").lower()
     try:
         return ipaddress.ip_address(host).compressed
@@ -80,13 +80,13 @@ def normal_host(host: str) -> str:
 
 
 class _Lookups:
-    """Looks names up in threads of its own, a name in one thread however many ask for it.
+    """Name resolver with its own thread pool; concurrent lookups of a name share one thread.
 
-    `getaddrinfo` cannot be cancelled and takes as long as the name's servers like. The threads are
-    daemons: the interpreter does not wait for them.
+    `getaddrinfo` cannot be cancelled and takes as long as the name servers take. The threads are
+    daemons, so the interpreter does not wait for them at exit.
 
-    Args of the constructor:
-      threads: Names that are looked up at a time.
+    Args:
+      threads: Maximum number of concurrent lookups.
     """
 
     def __init__(self, threads: int):
@@ -106,7 +106,7 @@ class _Lookups:
                 call = functools.partial(_addresses, host, port)
                 future = self._running[key] = self._pool.schedule(call)
         future.add_done_callback(functools.partial(self._forget, key))
-        # Shielded, since others may wait for the same name.
+        # Shielded, since other callers may wait for the same lookup.
         return await asyncio.shield(asyncio.wrap_future(future))
 
     def _forget(self, key: tuple[str, int], future: concurrent.futures.Future) -> None:
@@ -120,6 +120,6 @@ def _addresses(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(entry[4][0] for entry in found))
 
 
-# One's own services do not wait behind names that anybody may have put into a page.
+# Separate pools, so that hosts that the settings allow never wait behind names from web pages.
 own_names = _Lookups(8)
 foreign_names = _Lookups(32)

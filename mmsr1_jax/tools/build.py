@@ -1,4 +1,4 @@
-"""The tools that the settings ask for, and whether their services answer."""
+"""Build the configured search tools and check that their services respond."""
 
 import asyncio
 import functools
@@ -43,7 +43,7 @@ SERVICES = (
     "serpapi", "serper", "searxng", "retrieval", "reader", "summariser", "judge", "thumbnails",
     "publisher",
 )  # fmt: skip
-# What configures each, of `config.services` and of the environment.
+# Fields of `config.services` and environment variables that configure each service.
 _SETTINGS = {
     "serpapi": ("serpapi_url", "SERPAPI_API_KEY"),
     "serper": ("serper_url", "SERPER_API_KEY"),
@@ -55,24 +55,25 @@ _SETTINGS = {
     "publisher": ("upload_url", "PUBLISHER_AUTHORIZATION", "PUBLISHER_QUERY"),
 }
 _PUBLISHING = ("upload_url", "public_url")
-_TEST_SECONDS = 60.0  # for the test request of a service, with its retries
-_JUDGE_PAUSE = 60.0  # seconds; longer than a `Service` that failed is left alone
+_TEST_SECONDS = 60.0  # time limit of a service's test request, including retries
+_JUDGE_PAUSE = 60.0  # seconds; longer than the pause of an open circuit breaker (`Service`)
 
 
 class ToolsError(ValueError):
-    """Settings of tools that do not fit together; the message names the field."""
+    """Inconsistent tool settings; the message names the field."""
 
 
 def make_tools(config: settings.Config, *, loops: int = 1) -> dict[str, Tool]:
-    """The search tools by action; one that is `none` is left out.
+    """Return the search tools by action, without those set to `none`.
 
     Args:
-      loops: asyncio loops that will use them, one for each engine. Limits count for each loop, so
-        each has a share of them.
+      config: Settings.
+      loops: Number of asyncio loops that will use the tools, one per engine. Limits are enforced
+        per loop, so each loop gets an equal share of them.
 
     Raises:
-      ToolsError, LocalIndexError, KeyMissingError, CacheError, StoreError: one cannot be made.
-      ConfigError, CheckpointError, ImageError: nor the model of `tools.image_model` be used.
+      ToolsError, LocalIndexError, KeyMissingError, CacheError, StoreError: A tool cannot be built.
+      ConfigError, CheckpointError, ImageError: The model in `tools.image_model` cannot be used.
     """
     tools, services = config.tools, config.services
     automatic = "none" if tools.index is None else "local"
@@ -95,7 +96,7 @@ def make_tools(config: settings.Config, *, loops: int = 1) -> dict[str, Tool]:
 
 
 def make_judge(config: settings.Config) -> Judge | None:
-    """What judges answers; None where they are matched. Raises StoreError."""
+    """Return the answer judge, or None if answers are matched. Raises StoreError."""
     services = config.services
     if services.judge_url is None:
         return None
@@ -105,21 +106,23 @@ def make_judge(config: settings.Config) -> Judge | None:
 def check_services(
     config: settings.Config, turns: Sequence[settings.Turns], *, judge: bool = True
 ) -> None:
-    """Ask every service that a command will use once, with something harmless.
+    """Send one harmless test request to every service that a command will use.
 
-    A search for `test`, the page example.com, a summary of one sentence, a verdict on one answer,
-    and a white pixel for the publisher. Hosts of pages and pictures are not asked, and in a replay
-    of a store nobody is. A failure that may pass is printed, and does not stop the command.
+    The requests are a search for `test`, the page example.com, a summary of one sentence, a verdict
+    on one answer, and the upload of a small white image. Hosts of pages and images are not
+    contacted, and in replay mode no service is. A transient failure is printed and does not stop
+    the command.
 
     Args:
       config: Settings.
-      turns: Rules of the episodes; services of searches that all of them forbid are skipped.
-      judge: Whether the command asks the judge.
+      turns: Turn limits of the episodes. Services of a search that all of them forbid are skipped.
+      judge: Whether the command uses the judge.
 
     Raises:
-      ServiceRefusedError: One or more services refuse requests (a status of 3xx or 4xx but for 408,
-        425 and 429) or are not there (connection refused, no such name, a bad certificate).
-      ToolsError, KeyMissingError: see `make_tools`.
+      ServiceRefusedError: One or more services refuse requests (a 3xx or 4xx status other than 408,
+        425 and 429) or are unreachable (connection refused, unknown host name, invalid
+        certificate).
+      ToolsError, KeyMissingError: See `make_tools`.
     """
     services = config.services
     if services.cache is not None and services.cache_mode == "replay":
@@ -135,7 +138,7 @@ def check_services(
 
 
 async def _refusals(tests: "Sequence[_Test]") -> list[str]:
-    """Return a line for each service that refuses its test; print one for each other failure."""
+    """Return one line per service that refuses its test, and print one per other failure."""
 
     async def one(service: Service, ask: Callable[[], Awaitable]) -> str | None:
         try:
@@ -170,7 +173,7 @@ def _embedder(config: settings.Config) -> Embed | None:
     directory = config.tools.image_model
     if directory is None:
         return None
-    from mmsr1_jax.tools.embedding import Embedder  # only here: tools need no model otherwise
+    from mmsr1_jax.tools.embedding import Embedder  # imported lazily: other tools need no model
 
     embed = Embedder(directory)
     if config.rollout.precompile:
@@ -186,7 +189,7 @@ class _Makers:
         self._tools, self._services, self._loops = tools, services, loops
         self._testing = testing
         self._store, self._stored = store, Stored(store)
-        # One's own services may be anywhere; what they find may not.
+        # Configured services may have private addresses; the URLs that they return may not.
         urls = (
             services.serpapi_url, services.serper_url, services.searxng_url, services.jina_url,
             services.retrieval_url, services.summariser_url, services.judge_url,
@@ -196,17 +199,21 @@ class _Makers:
         self._own = Web(allowed_hosts=own, seconds=services.timeout)
         self._web = Web(allowed_hosts=services.allowed_hosts, seconds=services.timeout)
         self._limits = dict(map(_limit, services.limits))
-        # What is there by then is made do with, so that the search itself is not too late.
+        # A search returns the results that are ready by then, so that it does not time out itself.
         self._seconds = 0.75 * tools.timeout
 
     def _service(self, name: str) -> Service:
-        """One's own, or one that is paid for."""
-        # The judge has figures of its own; a test is no part of a step.
+        """Return the client of a configured service, self-hosted or commercial."""
+        # The judge has its own metrics, and test requests do not belong to a step.
         counted = not self._testing and name != "judge"
         return self._limited(name, self._own, attempts=self._services.max_attempts, counted=counted)
 
     def _hosts(self, name: str) -> Service:
-        """Any host: one that fails says nothing of the others, and the next hit is the retry."""
+        """Return a client for arbitrary hosts.
+
+        It has no circuit breaker, since the failure of one host says nothing about the others, and
+        no retries, since the next hit is tried instead.
+        """
         return self._limited(name, self._web, attempts=1, failures=None, counted=False)
 
     def _limited(self, name: str, web: Web, **keywords) -> Service:
@@ -224,7 +231,7 @@ class _Makers:
         )  # fmt: skip
 
     def _client(self, name: str, service: Service | None = None) -> Any:
-        """Return the client of a web service, one of `_SETTINGS`; `service` makes its requests."""
+        """Return the client of a web service in `_SETTINGS`, which sends requests by `service`."""
         of, service = self._services, service or self._service(name)
         match name:
             case "serpapi":
@@ -250,10 +257,11 @@ class _Makers:
         raise ToolsError(f"there is no service {name!r}")
 
     def tests(self, text: bool, image: bool, judge: bool) -> "list[_Test]":
-        """Return the web services that are used, each with its test request.
+        """Return the web services in use, each with its test request.
 
         Args:
-          text, image: Whether text and pictures are searched for.
+          text: Whether text search is used.
+          image: Whether image search is used.
           judge: Whether answers are judged.
         """
         tools, of = self._tools, self._services
@@ -264,7 +272,7 @@ class _Makers:
             names.append(tools.text)
             names += ["reader"] * (of.reader == "jina")
             names += ["summariser"] * (of.summariser_url is not None and of.reader != "none")
-        if image and tools.image in _SETTINGS:  # one account and address for both kinds of search
+        if image and tools.image in _SETTINGS:  # both kinds of search share account and address
             names += [tools.image, "publisher"]
         names += ["judge"] * (judge and of.judge_url is not None)
         found = []
@@ -279,7 +287,7 @@ class _Makers:
         if name == "retrieval":
             url = services.retrieval_url
             return PassageSearch(finder, stored, url, results=self._tools.max_results)
-        # Key of this search service in the store.
+        # Identifies this search service in the keys of the store.
         where = f"{name} {services.searxng_url}" if name == "searxng" else name
         summariser = services.summariser_url and services.summariser_model
         results, chars = self._tools.max_results, self._tools.max_result_chars
@@ -329,7 +337,7 @@ async def _publish_test_image(publish: Publisher) -> None:
     await publish(jpeg)
 
 
-# A harmless request to each of the services, by its client.
+# Harmless test request of each service, given its client.
 _TESTS: dict[str, Callable[[Any], Awaitable]] = {
     **dict.fromkeys(("serpapi", "serper", "searxng"), lambda client: client.search("test", 1)),
     "retrieval": lambda client: client.passages("test", 1),
@@ -341,7 +349,7 @@ _TESTS: dict[str, Callable[[Any], Awaitable]] = {
 
 
 def _names_host(url: str) -> bool:
-    """Return whether an address names a host; one that does not is refused when it is asked."""
+    """Return whether a URL names a host. Requests to one that does not are refused later."""
     try:
         parse_host(url)
     except ValueError:
@@ -350,7 +358,7 @@ def _names_host(url: str) -> bool:
 
 
 def _origin(url: str) -> str:
-    """Return scheme, host and port of an address; the rest may hold secrets."""
+    """Return the scheme, host and port of a URL. The rest may contain secrets."""
     try:
         parts = urllib.parse.urlsplit(url)
         host = parts.hostname or ""
@@ -362,7 +370,7 @@ def _origin(url: str) -> str:
 
 
 def _limit(text: str) -> tuple[str, tuple[float, int]]:
-    """`NAME=PER_SECOND/AT_ONCE` as (name, (calls a second, calls at a time))."""
+    """Parse `NAME=PER_SECOND/AT_ONCE` into (name, (calls per second, concurrent calls))."""
     found = re.fullmatch(r"(\w+)=([0-9.]+)/([0-9]+)", text)
     try:
         name, limits = found[1], (float(found[2]), int(found[3]))

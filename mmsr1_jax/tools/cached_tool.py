@@ -1,14 +1,19 @@
-"""What services found, through the store: each of these does what the service it wraps does.
+"""Cached wrappers of services, each with the interface of the service that it wraps.
 
-    links     query -> hits                 page      address -> text
-    summary   page and question -> text     matches   picture -> pages with similar ones
-    picture   address -> file               published address at which a picture is
-    answer    query and question -> all of a text search
-    verdict   question, gold answers and answer -> right or not, and why
-    short form question and answer -> what of the answer is scored
+The kinds of cached values are:
 
-Failures are kept too, so that a replay fails where the record did. A store may come from anyone: a
-value that does not match `SHAPES` is treated as missing.
+    links        query -> hits
+    page         URL -> text
+    summary      page and question -> text
+    matches      image -> pages with similar images
+    picture      URL -> image file
+    published    public URL of an uploaded image
+    answer       query and question -> complete result of a text search
+    verdict      question, gold answers and answer -> whether the answer is correct, and the reason
+    short form   question and answer -> the part of the answer that is scored
+
+Failures are cached too, so that a replay fails where the recorded run did. A cache file may come
+from an untrusted source: a value that does not match `SHAPES` is treated as missing.
 """
 
 import asyncio
@@ -29,7 +34,7 @@ from mmsr1_jax.tools.web import WebError
 from mmsr1_jax.utils import checked_json, fallbacks
 
 _Hits = list[tuple[str, str, str]]
-# The type of each kind's values, as JSON has them; that of a failure is a text.
+# JSON type of each kind's values. A failure is always a string.
 SHAPES: dict[str, Any] = {
     "links": _Hits,  # link, title, snippet
     "page": str,
@@ -37,7 +42,7 @@ SHAPES: dict[str, Any] = {
     "matches": _Hits,  # link, title, thumbnail
     "picture": str,  # base64
     "published": Literal[True],
-    # Of an `Observation`: status, error, texts of each result.
+    # Fields of an `Observation`: status, error, and the texts of each result.
     "answer": tuple[Literal["ok", "empty"], str | None, list[list[str]]],
     "passages": list[tuple[str, str]],  # title, text
     "verdict": tuple[bool, str],
@@ -46,11 +51,11 @@ SHAPES: dict[str, Any] = {
 
 
 class NotStoredError(WebError):
-    """In a replay, something that was not recorded."""
+    """A value that a replay needs and that was not recorded."""
 
 
 class Stored:
-    """A store, with what is asked where it has nothing."""
+    """Read-through cache over a store."""
 
     def __init__(self, store: Store | RedisStore):
         self._store = store
@@ -59,14 +64,15 @@ class Stored:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether what is put is there to be replayed, failures and all."""
+        """Whether all values are recorded for a replay, including failures."""
         return self._store.mode == "record"
 
     async def get(self, kind: str, key: str, ask: Callable[[], Awaitable[Any]]) -> Any:
-        """The JSON value that the store has, else what `ask` brings, which it then keeps.
+        """Return the cached JSON value, or call `ask` and cache its result on a miss.
 
         Raises:
-          WebError: of `ask`, now or when it was recorded; NotStoredError.
+          WebError: Raised by `ask`, now or when the value was recorded.
+          NotStoredError: The value is missing and the store is in replay mode.
         """
         found = await self.look(kind, key)
         if found is not None:
@@ -82,12 +88,13 @@ class Stored:
         return value
 
     async def look(self, kind: str, key: str) -> Any:
-        """The JSON value that the store has, of the type in `SHAPES`, or None.
+        """Return the cached JSON value, of the type in `SHAPES`, or None on a miss.
 
         Raises:
-          WebError: it was recorded; NotStoredError: malformed, and this is a replay.
+          WebError: The cached entry is a failure.
+          NotStoredError: The value is malformed and the store is in replay mode.
         """
-        # A look into a file takes no longer than handing it to a thread would.
+        # Reading from a file is no slower than handing the call to a thread.
         found = await self._try(self._remote, self._store.get, kind, key)
         if found is None:
             return None
@@ -95,7 +102,7 @@ class Stored:
             value = checked_json.loads(found[0], str if found[1] else SHAPES[kind])
             if kind == "picture" and not found[1]:
                 base64.b64decode(value, validate=True)
-        except ValueError as error:  # damaged, or put there by another program
+        except ValueError as error:  # damaged, or written by another program
             fallbacks.note(
                 "store/damaged",
                 f"store: a malformed value of kind {kind!r} is treated as missing ({error})",
@@ -108,15 +115,15 @@ class Stored:
         return value
 
     async def put(self, kind: str, key: str, value: Any, *, failed: bool = False) -> None:
-        """Keeps a JSON value, or the words of a failure, where the store is to keep anything."""
+        """Store a JSON value, or the message of a failure, unless the mode is `off` or `replay`."""
         if self._store.mode in ("off", "replay"):
             return
         data = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
-        # In a thread: another process may hold the file for a moment.
+        # Runs in a thread, since another process may briefly hold the lock of the file.
         await self._try(True, self._store.put, kind, key, data, failed=failed)
 
     async def _try(self, in_thread: bool, act: Callable, *arguments, **keywords) -> Any:
-        """A store that cannot be used costs its use, and no search; that is said once."""
+        """Call the store, or return None if it fails: searches continue without it, logged once."""
         try:
             if not in_thread:
                 return act(*arguments, **keywords)
@@ -133,7 +140,7 @@ class Stored:
 
 
 class StoredFinder:
-    """`name`: of the service; others find other links."""
+    """Cached search for links. `name` identifies the service, as results differ by service."""
 
     def __init__(self, finder, stored: Stored, name: str):
         self._finder, self._stored, self._name = finder, stored, name
@@ -148,7 +155,7 @@ class StoredFinder:
 
 
 class StoredReader:
-    """`name`: of the service; others make another text of a page."""
+    """Cached page reader. `name` identifies the service, as the text differs by service."""
 
     def __init__(self, reader, stored: Stored, name: str):
         self._reader, self._stored, self._name = reader, stored, name
@@ -159,7 +166,7 @@ class StoredReader:
 
 
 class StoredSummariser:
-    """`name`: of the model."""
+    """Cached summariser. `name` identifies the model."""
 
     def __init__(self, summariser, stored: Stored, name: str):
         self._summariser, self._stored, self._name = summariser, stored, name
@@ -172,7 +179,7 @@ class StoredSummariser:
 
 
 class StoredPictures:
-    """`fetch`: brings the file at an address."""
+    """Cached image download. `fetch` returns the file at a URL."""
 
     def __init__(self, fetch: Callable[[str], Awaitable[bytes]], stored: Stored):
         self._fetch, self._stored = fetch, stored
@@ -185,12 +192,12 @@ class StoredPictures:
 
 
 class StoredSearch:
-    """A text search as a whole: one look into the store in place of one for every page.
+    """Cached text search, with a single lookup per search instead of one per page.
 
-    Args of the constructor:
-      tool: of which all results are text.
-      stored: what was found before.
-      name: of all that the results depend on, beside the query and its question.
+    Args:
+      tool: Tool to wrap, whose results consist of text only.
+      stored: Cache of results.
+      name: Identifies everything that the results depend on besides the query and its question.
     """
 
     def __init__(self, tool: Tool, stored: Stored, name: str):
@@ -210,7 +217,7 @@ class StoredSearch:
         if made.status == "failed":
             await self._stored.put("answer", key, made.error, failed=True)
         elif made.error is None or self._stored.keeps_all:
-            # Elsewhere, what is not whole is worth another try.
+            # Outside of `record`, an incomplete result is not cached, so that it is retried.
             texts = [[part.text for part in result] for result in made.results]
             await self._stored.put("answer", key, [made.status, made.error, texts])
         return made

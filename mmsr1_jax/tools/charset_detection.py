@@ -1,7 +1,7 @@
-"""The charset of a page that declares none, by the looks of its text.
+"""Charset detection from text, for pages that do not declare their charset.
 
-Text in Latin letters is told by languages: in the right charset, its letters beyond ASCII are those
-of one. Other scripts are left to charset_normalizer.
+Text in Latin script is identified by language: in the right charset, its non-ASCII letters all
+belong to the alphabet of one language. Other scripts are left to charset_normalizer.
 """
 
 import re
@@ -10,7 +10,7 @@ import charset_normalizer
 
 _EASTERN = ["gb18030", "big5hkscs", "cp932", "euc_jp", "cp949"]
 _ALPHABETS = ["cp1251", "cp1253", "cp1255", "cp1256", "cp874", "koi8_u", "iso8859_5", "iso8859_7"]
-# Letters beyond ASCII, a language each; of equally good charsets the first is taken.
+# Non-ASCII letters, one string per language. On a tie, the first charset wins.
 _LATIN = {
     "cp1252": (
         "àâæçèéêëîïôœùûüÿ", "äöüß", "áéíñóúü", "ãáâàçéêíóôõúü", "àèéìíîòóùú", "éèëïöüá", "åäöéàü",
@@ -34,16 +34,17 @@ _PUNCTUATION = re.compile(
 
 
 def detected(body: bytes) -> str:
-    """Return the codec of a page that is not in UTF-8, by a sample of the text between its tags."""
+    """Return the codec of a page that is not UTF-8, detected on a sample of its text."""
     sample = _sample(body)
-    # Letters with accents stand between letters of ASCII, hardly ever four in a row.
+    # In Latin script, accented letters occur among ASCII letters, hardly ever four in a row.
     if len(_LETTER.findall(sample)) > len(_OTHER.findall(sample)) and not _RUN.search(sample):
         return _latin(sample)
     names = [*_EASTERN, *_ALPHABETS]
-    if _CONTROL.search(sample):  # controls in ISO 8859, which no page has
+    if _CONTROL.search(sample):  # control characters in ISO 8859, which pages do not use
         names = [name for name in names if not name.startswith("iso8859")]
     found = charset_normalizer.from_bytes(sample, cp_isolation=names, threshold=0.5)
-    # Japanese makes as much sense as Thai; Russian makes some as half-width Japanese, but less.
+    # Japanese decoded as Thai is as coherent as Japanese, so ties go to East Asian codecs. Russian
+    # decoded as half-width Japanese is somewhat coherent, but less than Russian.
     best = min(
         found,
         key=lambda m: (round(m.chaos, 2), -round(m.coherence, 1), m.encoding not in _EASTERN),
@@ -53,11 +54,11 @@ def detected(body: bytes) -> str:
 
 
 def _latin(sample: bytes) -> str:
-    """Return the codec in which the fewest letters are foreign to some language."""
+    """Return the codec that leaves the fewest letters outside the alphabet of a single language."""
     best, fewest = "cp1252", len(sample)
     for codec, languages in _LATIN.items():
         if codec == "cp1250" and not _CONTROL.search(sample):
-            codec = "iso8859_2"  # Windows' charset hardly ever does without these bytes
+            codec = "iso8859_2"  # cp1250 text nearly always has these bytes
         letters = _PUNCTUATION.sub("", sample.decode(codec, "replace").lower())
         for language in languages:
             foreign = len(letters.translate(dict.fromkeys(map(ord, language))))
@@ -67,14 +68,14 @@ def _latin(sample: bytes) -> str:
 
 
 def _sample(body: bytes) -> bytes:
-    """Return text between tags that is not only ASCII, cut where no character is cut."""
+    """Return a sample of the non-ASCII text between tags, cut at character boundaries."""
     sample = bytearray()
     for match in _BETWEEN_TAGS.finditer(body):
         if match[0].isascii():
             continue
         text = match[0][:_SAMPLE]
         if len(match[0]) > _SAMPLE:
-            # No charset has bytes below 0x30 inside a character.
+            # No charset has bytes below 0x30 inside a multibyte character.
             text = text[: max(text.rfind(byte) for byte in (b" ", b"\n", b".")) + 1] or text
         sample += text + b"\n"
         if len(sample) >= _SAMPLE:

@@ -1,9 +1,9 @@
-"""Bytes of a page to text, whatever charset they are in.
+"""Decoding of pages in any charset.
 
-In this order, each only where the bytes bear it out:
+The sources of the charset, in order; each is used only if the bytes are consistent with it:
 
-    byte order mark, zeros of UTF-16, escapes of ISO-2022-JP
-    HTTP header ─► the page's own declaration ─► UTF-8 ─► detection on a sample
+    byte order mark, zero bytes of UTF-16, escape sequences of ISO-2022-JP
+    HTTP header ─► declaration in the page ─► UTF-8 ─► detection on a sample
 """
 
 import codecs
@@ -16,13 +16,13 @@ from mmsr1_jax.tools.charset_detection import detected
 
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark is a prefix of this one
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _MULTIBYTE = ("gb18030", "big5hkscs", "cp932", "euc_jp", "euc_jis_2004", "iso2022_jp_2", "cp949")
-_DECLARATIONS = 1000  # elements that are looked at for a declaration
+_DECLARATIONS = 1000  # maximum number of elements searched for a declaration
 _DECLARED = re.compile(rb"""charset\s{0,9}=[\s"']{0,9}([\w.:+-]{1,40})""", re.IGNORECASE)
 _XML_DECLARED = re.compile(rb"""<\?xml\b[^>]{0,200}?\bencoding\s{0,9}=\s{0,9}["']([\w.:-]{1,40})""")
 _ASCII = bytes(range(0x80))
@@ -32,9 +32,9 @@ def decode(body: bytes, charset: str | None = None, *, markup: bool = True) -> s
     """Return the text of a page.
 
     Args:
-      body: the bytes, decompressed; they may be cut off anywhere.
-      charset: label in the HTTP header.
-      markup: whether the page may declare a charset (HTML, XML).
+      body: Decompressed bytes of the page, which may be truncated anywhere.
+      charset: Charset label from the HTTP header.
+      markup: Whether the page may declare a charset (HTML, XML).
     """
     for mark, codec in _BOMS:
         if body.startswith(mark):
@@ -53,17 +53,18 @@ def decode(body: bytes, charset: str | None = None, *, markup: bool = True) -> s
 
 
 def _decoded_as(label: str, body: bytes) -> str | None:
-    """Return the body in the charset of a label, or None if it is none of the web's charsets or the
-    bytes are of another."""
+    """Return the body decoded in the labelled charset, or None if the label is not a charset of the
+    web or does not fit the bytes."""
     found = webencodings.lookup(label.strip())
     if found is None or found.name == "replacement":
         return None
     codec = {"gbk": "gb18030", "iso2022_jp": "iso2022_jp_2"}.get(found.codec_info.name)
     codec = codec or found.codec_info.name
-    # By chance, eight characters in a row are UTF-8 where two bytes make one; elsewhere, two are.
+    # Text in another charset can be valid UTF-8 by chance. This is likelier in multibyte charsets,
+    # which therefore require more non-ASCII characters as evidence of UTF-8.
     if codec != "utf-8" and _is_utf_8(body, 8 if codec in _MULTIBYTE else 2):
         return None
-    if codec == "x-user-defined":  # no codec of Python's
+    if codec == "x-user-defined":  # not a codec of Python
         return found.codec_info.decode(body, "replace")[0]
     for wider in (codec, "euc_jis_2004") if codec == "euc_jp" else (codec,):
         text = body.decode(wider, "replace")
@@ -73,7 +74,7 @@ def _decoded_as(label: str, body: bytes) -> str | None:
 
 
 def _is_mostly(text: str, body: bytes) -> bool:
-    """Whether hardly any of a body's other bytes than ASCII's are damage in its decoded text."""
+    """Return whether damaged characters number at most a tenth of the body's non-ASCII bytes."""
     other = len(body.translate(None, _ASCII))
     if not other and not text.count("\ufffd"):
         return True
@@ -81,12 +82,12 @@ def _is_mostly(text: str, body: bytes) -> bool:
     return bad <= other / 10
 
 
-# Bytes 0x80 to 0x9F in charsets that have no letters there.
+# Decoded bytes 0x80 to 0x9F, in charsets without letters in that range.
 _CONTROLS = [chr(code) for code in range(0x80, 0xA0) if code != 0x85]
 
 
 def _is_utf_8(body: bytes, characters: int) -> bool:
-    """Whether a body is UTF-8 with at least so many characters that are not ASCII."""
+    """Return whether a body is valid UTF-8 with at least `characters` non-ASCII characters."""
     if body.isascii() or b"\0" in body:
         return False
     text = codecs.getincrementaldecoder("utf-8")("strict")
@@ -98,7 +99,7 @@ def _is_utf_8(body: bytes, characters: int) -> bool:
 
 
 def _utf_16_codec(body: bytes) -> str | None:
-    """Return UTF-16 of either byte order if the zeros of its ASCII characters lie that way."""
+    """Return the UTF-16 codec whose byte order the positions of zero bytes indicate, if any."""
     sample = body[:4096]
     even, odd, many = sample[0::2].count(0), sample[1::2].count(0), len(sample) / 50
     if odd > many and even * 10 < odd:
@@ -109,12 +110,12 @@ def _utf_16_codec(body: bytes) -> str | None:
 
 
 def _escape_codec(body: bytes) -> str | None:
-    """Return ISO-2022-JP, all of whose bytes are ASCII, if its escapes occur."""
+    """Return the codec of ISO-2022-JP, an all-ASCII encoding, if its escape sequences occur."""
     return "iso2022_jp_2" if b"\x1b$B" in body or b"\x1b$@" in body else None
 
 
 def _declared(body: bytes) -> Iterator[str]:
-    """Yield labels that a page declares itself, wherever in it; not those in comments."""
+    """Yield the charset labels declared anywhere in a page, except in comments."""
     if xml := _XML_DECLARED.match(body.lstrip()[:300]):
         yield xml[1].decode("ascii", "ignore")
     lower, place = body.lower(), 0
@@ -132,6 +133,6 @@ def _declared(body: bytes) -> Iterator[str]:
         end = lower.find(b">", meta, meta + 1000)
         if found := _DECLARED.search(body, meta, end if end > 0 else meta + 1000):
             label = found[1].decode("ascii", "ignore")
-            # A declaration that could be read as ASCII is not in UTF-16.
+            # A declaration that is readable as ASCII is not in UTF-16.
             yield "utf-8" if label.lower().startswith("utf-16") else label
         meta = lower.find(b"<meta", meta + 5)

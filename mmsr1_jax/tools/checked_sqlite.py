@@ -1,29 +1,32 @@
-"""SQLite files from outside: ordinary tables only, and no statement without end.
+"""Safe access to untrusted SQLite files: ordinary tables only, bounded time per statement.
 
-A view in place of a table, a trigger or a generated column is code that runs when the table is
-used; pages that are linked many times make a small file a table without end.
+A view that replaces a table, a trigger or a generated column is code that runs when the table is
+used. Pages that are linked many times can turn a small file into an endless table.
 """
 
 import os
 import pathlib
 import sqlite3
 
-_STEPS = 100_000  # of SQLite's virtual machine, between two looks at the budget
-_LEAST_BUDGET = 20_000_000  # of such steps for a statement: about a second
-_STEPS_PER_BYTE = 10  # of the file; a row takes some 20 steps and a dozen bytes
+_STEPS = 100_000  # steps of SQLite's virtual machine between two checks of the budget
+_LEAST_BUDGET = 20_000_000  # steps per statement: about a second
+_STEPS_PER_BYTE = 10  # per byte of the file; a row takes about 20 steps and a dozen bytes
 
 
 class SchemaError(sqlite3.DatabaseError):
-    """A file whose tables are not ordinary ones; the message names the object."""
+    """File with a schema that is not allowed; the message names the object."""
 
 
 class Connection(sqlite3.Connection):
-    """A connection that trusts nothing in the schema; a statement that takes more steps than a file
-    of its size can need is interrupted (`sqlite3.OperationalError`: interrupted)."""
+    """Connection that does not trust the schema and bounds the steps of a statement.
+
+    A statement that takes more steps than a file of this size can need is interrupted with
+    `sqlite3.OperationalError` (interrupted).
+    """
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
-        # Text that is not UTF-8 must not raise in the middle of a search.
+        # Invalid UTF-8 must not raise in the middle of a search.
         self.text_factory = lambda text: text.decode("utf-8", "replace")
         self._left = self._budget = _LEAST_BUDGET
         super().execute("PRAGMA trusted_schema = OFF")
@@ -31,7 +34,7 @@ class Connection(sqlite3.Connection):
         self.set_progress_handler(self._progress, _STEPS)
 
     def allow_for(self, path: str | os.PathLike) -> None:
-        """Fit the budget of statements to the size of a file."""
+        """Set the step budget of statements according to the size of a file."""
         self._budget = self._left = _LEAST_BUDGET + _STEPS_PER_BYTE * os.stat(path).st_size
 
     def execute(self, *arguments):
@@ -48,13 +51,13 @@ class Connection(sqlite3.Connection):
 
 
 def connect(path: pathlib.Path, mode: str, **options) -> Connection:
-    """Open a file.
+    """Open an SQLite file.
 
     Args:
-      path: of the file.
-      mode: `ro`, `rw` or `rwc` of SQLite's URIs; `immutable`: nothing is written, not even beside
-        the file.
-      options: of `sqlite3.connect`.
+      path: Path of the file.
+      mode: `ro`, `rw` or `rwc`, as in SQLite's URIs, or `immutable`, which writes nothing, not even
+        files next to the database.
+      **options: Further arguments of `sqlite3.connect`.
     """
     suffix = "mode=ro&immutable=1" if mode == "immutable" else f"mode={mode}"
     uri = f"{path.resolve().as_uri()}?{suffix}"
@@ -65,8 +68,15 @@ def connect(path: pathlib.Path, mode: str, **options) -> Connection:
 
 
 def check_schema(connection: sqlite3.Connection, modules: tuple[str, ...] = ()) -> None:
-    """Raise SchemaError unless the file has nothing but ordinary tables with plain columns, their
-    indexes, and virtual tables of `modules`."""
+    """Check that a file contains only ordinary tables with plain columns and their indexes.
+
+    Args:
+      connection: Connection to the file.
+      modules: Names in lower case of the virtual table modules that are allowed as well.
+
+    Raises:
+      SchemaError: The file contains anything else, or more than 1000 tables and indexes.
+    """
     found = connection.execute(
         "SELECT type, name, tbl_name, coalesce(sql, '') FROM sqlite_master LIMIT 1001"
     ).fetchall()

@@ -1,7 +1,7 @@
-"""Open connections, kept for the next request to the same host.
+"""HTTP connection pool that looks up idle connections by host.
 
-In place of httpcore's own pool, which compares all its connections with one another for every
-request: with some hundred of them that takes longer than all the rest of a request.
+Replaces httpcore's own pool, which compares all of its connections with one another on every
+request. With a few hundred connections, that takes longer than the rest of the request.
 """
 
 import asyncio
@@ -15,13 +15,14 @@ _Host = tuple[bytes, bytes, int]
 
 
 class Connections:
-    """A pool for httpx's transport, of one asyncio loop.
+    """Connection pool for httpx's transport, bound to one asyncio loop.
 
-    Args of the constructor:
-      backend: makes connections.
-      ssl_context: of https.
-      limit: of connections in use, and of idle ones: what is beyond waits, or is closed.
-      idle_seconds: after which an idle connection is not used again.
+    Args:
+      backend: Network backend that opens connections.
+      ssl_context: TLS context for https.
+      limit: Maximum number of connections in use, and of idle connections. Requests beyond the
+        limit wait; idle connections beyond it are closed.
+      idle_seconds: Seconds after which an idle connection is no longer reused.
     """
 
     def __init__(
@@ -36,13 +37,13 @@ class Connections:
         self._limit, self._idle_seconds = limit, idle_seconds
         self._room = asyncio.Semaphore(limit)
         self._idle_count = 0
-        # The host that was asked last is the last one.
+        # Ordered by last use, most recent host last.
         self._idle: collections.OrderedDict[_Host, list[httpcore.AsyncHTTPConnection]] = (
             collections.OrderedDict()
         )
 
     async def handle_async_request(self, request: httpcore.Request) -> httpcore.Response:
-        """Raises what httpcore raises."""
+        """Send a request on a pooled or new connection. Raises the exceptions of httpcore."""
         origin = request.url.origin
         host = (origin.scheme, origin.host, origin.port)
         await self._room.acquire()
@@ -68,7 +69,7 @@ class Connections:
         )
 
     async def _take(self, host: _Host) -> httpcore.AsyncHTTPConnection | None:
-        """The idle connection to a host that was used last, if there is one."""
+        """Return the most recently used idle connection to a host, or None."""
         idle = self._idle.get(host, [])
         while idle:
             connection = idle.pop()
@@ -80,7 +81,7 @@ class Connections:
 
     async def _give_back(self, host: _Host, connection: httpcore.AsyncHTTPConnection) -> None:
         self._room.release()
-        if not connection.is_idle():  # it was closed in mid-answer
+        if not connection.is_idle():  # the body was closed before it was read to its end
             await connection.aclose()
             return
         self._idle.setdefault(host, []).append(connection)
@@ -103,7 +104,7 @@ class Connections:
 
 
 class _Body:
-    """A response's body, which says when it has been closed."""
+    """Response body that calls `closed` when it is closed."""
 
     def __init__(self, stream, closed):
         self._stream, self._closed = stream, closed

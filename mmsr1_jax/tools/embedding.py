@@ -1,11 +1,11 @@
-"""Pictures to vectors, by the vision tower of a policy, for the local index (`tools/local.py`).
+"""Image embeddings by a policy's vision tower, for the local index (`tools/local.py`).
 
-A picture's vector is the mean of its merged visual tokens, brought to length 1; pictures that look
-alike to the tower lie near each other. Only the tower is loaded. Parameters and arithmetic are
-float32, so that an index can be made on one kind of machine and searched on another.
+The embedding of an image is the mean of its merged visual tokens, normalised to length 1, so images
+that look alike to the tower lie close together. Only the tower is loaded. Parameters and arithmetic
+are float32, so that an index can be built on one kind of machine and searched on another.
 
-There is one program for each number of windows in a short table, and a picture has it to itself: so
-its vector does not depend on what else is embedded.
+One program is compiled for each number of windows in a short table. It embeds a single image at a
+time, so an embedding does not depend on other images.
 """
 
 import dataclasses
@@ -25,27 +25,27 @@ from mmsr1_jax.models.qwen2_5_vl.checkpoint import load_vision
 from mmsr1_jax.models.qwen2_5_vl.vision import ImageRows, VisionTower, num_windows, pack_images
 from mmsr1_jax.processing.images import ImageError, ImageProcessor
 
-# The most that the published script shows to the policy. The released settings would allow 14 times
-# as much, and a picture is not better known by more.
+# Largest image that the published script shows to the policy. The released settings would allow 14
+# times as many pixels, which does not make an image easier to recognise.
 MAX_PIXELS = 2 * 672 * 672
-# So many pixels take at most 125 windows of 112 x 112, whatever their shape (56 x 14,000 do).
+# An image of MAX_PIXELS takes at most 125 windows of 112 x 112, for any shape (56 x 14,000 does).
 WINDOWS = (16, 32, 64, 128)
 
 
 class Embedder:
-    """The vision tower of an HF directory, on one device. May be called in several threads.
+    """Vision tower of a Hugging Face model directory, on one device. Thread-safe.
 
-    Args of the constructor:
-      directory: `config.json`, `preprocessor_config.json` and safetensors. Pictures are resized and
-        normalised as it says, but to `MAX_PIXELS` at most.
+    Args:
+      directory: Directory with `config.json`, `preprocessor_config.json` and safetensors. Images
+        are resized and normalised as configured there, but to at most `MAX_PIXELS`.
 
     Attributes:
-      fingerprint: 32 hex digits that depend on the tower's parameters and shape, and on how
-        pictures are prepared; not on where the directory is, nor on its text decoder.
+      fingerprint: 32 hex digits that identify the tower's parameters and shape and the image
+        preprocessing. They do not depend on the path of the directory or on the text decoder.
     """
 
     def __init__(self, directory: str | pathlib.Path):
-        """Raises ConfigError, CheckpointError or ImageError where a file of it cannot be used."""
+        """Load the tower. Raises ConfigError, CheckpointError or ImageError for invalid files."""
         images = ImageProcessor.from_directory(directory)
         self._images = images.with_limits(None, min(images.max_pixels, MAX_PIXELS))
         self._mesh = sharding.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
@@ -64,7 +64,7 @@ class Embedder:
 
         @jax.jit
         def program(params: nnx.State, images: ImageRows) -> jax.Array:
-            with jax.default_matmul_precision("highest"):  # see `score`
+            with jax.default_matmul_precision("highest"):  # full float32
                 tokens = nnx.merge(graph, params)(images, jnp.float32)
             unit = self._config.merge_size**2
             return mean_direction(tokens[0], images.segment_ids[0, ::unit] > 0)
@@ -72,10 +72,10 @@ class Embedder:
         self._program = program
 
     def __call__(self, image: PIL.Image.Image) -> np.ndarray:
-        """The vector of an RGB picture, float32[D], of length 1.
+        """Return the embedding of an RGB image, float32[D], of length 1.
 
         Raises:
-          ImageError: the picture is too long, or its vector is not finite.
+          ImageError: The image takes too many windows, or its embedding is not finite.
         """
         patches = self._images(image)
         need = num_windows(patches.grid, self._config)
@@ -91,7 +91,7 @@ class Embedder:
         return vector
 
     def warm_up(self) -> None:
-        """Compiles every program, by running it on one black token."""
+        """Compile every program by running it on one black token."""
         side = self._config.merge_size
         black = np.zeros((side * side, self._config.patch_dim), np.float32)
         for windows in WINDOWS:
@@ -99,21 +99,29 @@ class Embedder:
 
     def _run(self, windows: int, patches: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
         images, _ = pack_images([[(patches, grid)]], windows, self._config)
-        # One at a time: a program is compiled once, and memory on the device is bounded. The mesh
-        # is named so that a caller's own is not part of what is compiled.
+        # The lock ensures that each program is compiled once, and bounds device memory. The mesh is
+        # set explicitly so that the caller's mesh does not enter the compiled program.
         with self._lock, jax.set_mesh(self._mesh):
             return np.asarray(self._program(self._params, images))
 
 
 def mean_direction(tokens: jax.Array, real: jax.Array) -> jax.Array:
-    """float[M, D] -> float[D]: the mean of the tokens that are `real`, bool[M], at length 1."""
+    """Return the mean of the real tokens, normalised to length 1.
+
+    Args:
+      tokens: float[M, D] visual tokens.
+      real: bool[M] mask of tokens that are not padding.
+
+    Returns:
+      float[D] unit vector.
+    """
     mean = jnp.where(real[:, None], tokens, 0).sum(axis=0) / real.sum()
     return mean / jnp.linalg.norm(mean)
 
 
 def _fingerprint(images: ImageProcessor, tower: VisionTower) -> str:
     settings = dataclasses.asdict(images)
-    for field in ("resample", "rescale_factor"):  # these came later; earlier indexes stay valid
+    for field in ("resample", "rescale_factor"):  # added later; keeps older indexes valid
         if settings[field] == getattr(ImageProcessor, field):
             del settings[field]
     shape = [settings, dataclasses.asdict(tower.config)]

@@ -1,4 +1,4 @@
-"""The first few that work: tried in parallel, each failure replaced by the next in line."""
+"""Parallel execution with fallbacks: each item that fails is replaced by the next one."""
 
 import asyncio
 import time
@@ -14,13 +14,20 @@ R = TypeVar("R")
 async def first_that_work(
     items: Sequence[T], count: int, work: Callable[[T], Awaitable[R]], *, until: float | None = None
 ) -> tuple[list[R], list[str]]:
-    """Results of the first `count` items whose `work` raises nothing, or of fewer.
+    """Return the results of up to `count` items for which `work` succeeds.
+
+    `count` items run in parallel. Each one that fails is replaced by the next item.
 
     Args:
-      until: on the monotonic clock: what is not there by then is left out; None: no limit.
+      items: Items in order of preference.
+      count: Number of results wanted.
+      work: Async function that processes an item.
+      until: Deadline on the monotonic clock, after which pending items are dropped. None means no
+        deadline.
 
     Returns:
-      the results in the order of the items, and why others failed, by their number from 1.
+      The results in the order of the items, and one message per failed or late item, which begins
+      with its number, counted from 1.
     """
     waiting = iter(enumerate(items))
     running: dict[asyncio.Task, int] = {}
@@ -46,7 +53,7 @@ async def first_that_work(
                 except WebError as error:
                     errors[number] = f"{number + 1}: {error}"
                     start(1)
-                except Exception as error:  # a page that nobody has thought of
+                except Exception as error:  # pages may break parsers in unforeseen ways
                     errors[number] = f"{number + 1}: {type(error).__name__}"
                     start(1)
     finally:

@@ -1,7 +1,8 @@
-"""Image search by an image's address: pages with similar pictures, their thumbnails and titles.
+"""Reverse image search: titles and thumbnails of pages with similar images.
 
-picture ──► its address ──► matches ──► thumbnail, thumbnail, ..   in parallel; one that cannot
-            published once               be fetched or opened gives way to the next match
+image ──► public URL ──► matches ──► thumbnail, thumbnail, ..   in parallel; if one cannot be
+          uploaded once                                         fetched or decoded, the next match
+                                                                replaces it
 """
 
 import json
@@ -18,7 +19,7 @@ from mmsr1_jax.tools.services import Match
 from mmsr1_jax.tools.tool import Observation, Query, Result, image_result
 from mmsr1_jax.tools.web import IMAGES, WebError
 
-_MAX_PIXELS = 20_000_000  # of a thumbnail's file
+_MAX_PIXELS = 20_000_000  # per thumbnail file
 
 
 class Lens(Protocol):
@@ -26,16 +27,17 @@ class Lens(Protocol):
 
 
 class Publisher:
-    """Puts pictures where a service can see them: HTTP PUT to an object store.
+    """Image uploader that gives images a public URL, by HTTP PUT to an object store.
 
-    What the store wants to know who asks comes from the environment: PUBLISHER_AUTHORIZATION, the
-    header of that name, and PUBLISHER_QUERY, what follows the `?` of the address that is put to.
+    Credentials come from the environment: PUBLISHER_AUTHORIZATION is the value of the
+    `Authorization` header, and PUBLISHER_QUERY is the query string of the upload URL.
 
-    Args of the constructor:
-      service: makes the requests.
-      stored: remembers what was put, for other runs too.
-      put_url: address to put to, `{name}` being the picture's; without it, the beginning of one.
-      public_url: address that the picture then has, in the same form.
+    Args:
+      service: HTTP client for the requests.
+      stored: Cache that records uploads, also for other runs.
+      put_url: Upload URL, in which `{name}` is replaced by the file name. Without `{name}`, the
+        file name is appended.
+      public_url: Public URL of an uploaded image, in the same form.
     """
 
     def __init__(self, service: Service, stored: Stored, *, put_url: str, public_url: str):
@@ -47,14 +49,14 @@ class Publisher:
         self._published: set[str] = set()
 
     async def __call__(self, jpeg: bytes) -> str:
-        """Return the public address of an image, which is uploaded once.
+        """Return the public URL of an image, uploading it the first time.
 
         Args:
-          jpeg: Of `image_files.public_jpeg`: never the user's file, which may say where it was
-            taken and hold other things behind the image.
+          jpeg: Output of `image_files.public_jpeg`, never the user's file, which may reveal where
+            the image was taken or contain other data after the image.
 
         Raises:
-          WebError: It could not be uploaded.
+          WebError: The upload failed.
         """
         name = f"{digest(jpeg)}.jpg"
         target = _named(self._put, name) + (f"?{self._query}" if self._query else "")
@@ -76,26 +78,29 @@ def _named(url: str, name: str) -> str:
 
 
 class Thumbnails:
-    """Fetches pictures: `max_bytes` of a file."""
+    """Image fetcher that accepts files of up to `max_bytes` bytes."""
 
     def __init__(self, service: Service, *, max_bytes: int = 5_000_000):
         self._service, self._max_bytes = service, max_bytes
 
     async def __call__(self, url: str) -> bytes:
-        """Raises WebError."""
+        """Return the bytes of an image file. Raises WebError."""
         answer = await self._service.call("GET", url, accept=IMAGES, max_bytes=self._max_bytes)
         return answer.body
 
 
 class ImageSearch:
-    """Args of the constructor:
-    lens: finds pages by an image's address.
-    publish: gives the question's picture an address.
-    fetch: brings thumbnails.
-    stored: what was found before, by the image's pixels.
-    name: of the service; others find other pages.
-    results: pages of an observation, at most.
-    seconds: after which it makes do with the pictures that are there; None: it waits for all.
+    """Image search tool.
+
+    Args:
+      lens: Client that finds pages by an image's URL.
+      publish: Function that uploads the question's image and returns its URL.
+      fetch: Function that fetches a thumbnail.
+      stored: Cache of matches, by the image's pixels.
+      name: Name of the search service, part of the cache key because services find different pages.
+      results: Maximum number of pages in an observation.
+      seconds: Time after which the search returns the thumbnails fetched so far. None waits for
+        all.
     """
 
     def __init__(
@@ -136,7 +141,7 @@ class ImageSearch:
         return Observation(results=results, error="; ".join(errors) or None)
 
     async def _result(self, match: Match) -> Result:
-        """Raises WebError where the thumbnail cannot be had or opened."""
+        """Return a match with its thumbnail. Raises WebError if it cannot be fetched or decoded."""
         data = await self._fetch(match.thumbnail)
         try:
             await check_image(data, max_pixels=_MAX_PIXELS)

@@ -1,15 +1,15 @@
-"""A language model that says whether an answer is right, by any OpenAI-compatible server.
+"""LLM judge of answers, on any OpenAI-compatible server.
 
-Another way to say `correct` than matching (`rewards/reward_function.py`): it knows that `NYC` is
-`New York`, and which details matter to the question. What it said is stored, by model, question,
-gold answers and answer.
+An alternative to matching for the value of `correct` (`rewards/reward_function.py`): a judge knows
+that `NYC` is `New York`, and which details matter to the question. Verdicts are cached by model,
+question, gold answers and answer.
 
-    reply with a verdict     right or wrong
-    reply without one        wrong: an answer cannot gain by breaking the judge's format
-    no reply (a fault)       no verdict; the episode is left out where verdicts are needed
-    refused for good         ServiceRefusedError: key, address or model are wrong
+    reply with a verdict       right or wrong
+    reply without a verdict    wrong: an answer must not gain from breaking the judge's format
+    no reply (an error)        no verdict; episodes that need one are dropped
+    permanent refusal          ServiceRefusedError: wrong key, address or model
 
-Matching never takes the place of a judge that is configured.
+A configured judge never falls back to matching.
 """
 
 import asyncio
@@ -31,18 +31,18 @@ from mmsr1_jax.utils.checked_json import valid_text
 
 KEY = "JUDGE_API_KEY"
 _MAX_REPLY = 20_000  # characters; a verdict takes a few hundred
-_MAX_OBJECTS = 16  # of a reply
-# An answer with one of these might be quoted by the judge, and the quotation read as its verdict.
+_MAX_OBJECTS = 16  # maximum number of JSON objects in a reply
+# If an answer contains one of these, a judge that quotes it may write what looks like a verdict.
 _QUOTABLE = ("{", "}", "<", "`", "\\", "%7b")
-_BRACES = ("{", "}", "%7b", "\\u007", "\\x7")  # the same for question and gold answers
-# What ends or begins thoughts, or is a part of it, without white space. A judge that quotes it may
-# make its quotation look like its verdict.
+_BRACES = ("{", "}", "%7b", "\\u007", "\\x7")  # likewise for question and gold answers
+# Markers that begin or end thoughts, or parts of them, without white space. A judge that quotes one
+# may make the quotation look like its verdict.
 _MARKERS = (
     "think>", "think]", "think»", "<think", "[think", "«think", "<|", "|>", "«|", "|»",
     "think%3e", "%7c%3e", "%3c%7c", "\\u003", "\\x3", "\\u007", "\\x7",
 )  # fmt: skip
-# The forms of a reply with thoughts in which what is quoted cannot be mistaken for the verdict,
-# provided that the thoughts hold no marker.
+# Forms of a reply with thoughts in which a quotation cannot be mistaken for the verdict, provided
+# that the thoughts contain no marker.
 _THINK_FRAME = re.compile(r"(?:<think>)?(?P<thoughts>.*?)</think>(?P<verdict>.*)", re.DOTALL)
 _HARMONY_FRAME = re.compile(
     r"(?:<\|start\|>assistant)?"
@@ -51,9 +51,9 @@ _HARMONY_FRAME = re.compile(
     r"(?P<verdict>.*?)(?:<\|return\|>|<\|end\|>)?",
     re.DOTALL,
 )
-NO_VERDICT = "no verdict in the reply: "  # begins the reason of an unreadable verdict
+NO_VERDICT = "no verdict in the reply: "  # prefix of the reason of an unreadable verdict
 _TEST = ("What is the capital of France?", ["Paris"], "The city of Paris")
-_CONFIRMATIONS, _PAUSE = 3, 1.0  # requests, and seconds between them
+_CONFIRMATIONS, _PAUSE = 3, 1.0  # number of requests, and seconds between them
 
 _SYSTEM = """\
 You check answers to questions about pictures, which you do not see. You get the question, the \
@@ -84,7 +84,7 @@ sentence"}}"""
 
 
 class NoVerdictError(BodyError):
-    """A reply of the judge that holds no verdict."""
+    """Reply of the judge without a verdict."""
 
     def __init__(self, reason: str):
         super().__init__(NO_VERDICT + reason)
@@ -92,13 +92,13 @@ class NoVerdictError(BodyError):
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Whether an answer is right.
+    """Verdict on an answer.
 
     Attributes:
-      correct: Whether it is; None: the judge could not be asked.
-      reason: Judge's reason, or why there is no verdict, or why the judge was not asked.
-      by: `judge`, or `match`: nothing had to be asked.
-      readable: Whether the judge's reply held a verdict; an answer is wrong if it did not.
+      correct: Whether the answer is correct. None if the judge could not be reached.
+      reason: Judge's reason, or why the verdict is missing, or why the judge was not queried.
+      by: Source of the verdict: `judge`, or `match` if the judge did not have to be queried.
+      readable: Whether the judge's reply contained a verdict. If not, the answer counts as wrong.
     """
 
     correct: bool | None
@@ -108,7 +108,7 @@ class Verdict:
 
     @property
     def outcome(self) -> str:
-        """`match`, `verdict`, `unreadable` or `failed`, as `rewards.Reward.judge` has it."""
+        """Outcome as in `rewards.Reward.judge`: `match`, `verdict`, `unreadable` or `failed`."""
         if self.by == "match":
             return "match"
         if self.correct is None:
@@ -117,17 +117,19 @@ class Verdict:
 
 
 class Judge:
-    """A judge.
+    """LLM judge of answers.
 
-    Args of the constructor:
-      model: the server's name of the model.
-      max_tokens: of what it replies.
-      pauses: seconds, each before what could not be asked for is asked again, where there is time
-        for that (`evaluation/batched_queries.py`).
+    Args:
+      service: HTTP client of the server.
+      stored: Cache of verdicts.
+      base_url: Address of the server.
+      model: Model name on the server.
+      max_tokens: Maximum number of tokens of a reply.
+      pauses: Seconds to wait before each further attempt at the queries that failed, used in
+        evaluation (`evaluation/batched_queries.py`).
 
     Attributes:
-      model, stored, pauses: as given.
-      service: makes its requests.
+      service, stored, model, pauses: Arguments of the constructor.
     """
 
     def __init__(
@@ -145,10 +147,10 @@ class Judge:
         self._chat = Chat(service, base_url=base_url, model=model, max_tokens=max_tokens, key=KEY)
 
     async def judge(self, question: str, golds: Sequence[str], answer: str | None) -> Verdict:
-        """Return `verdict`, with `correct` None if the judge could not be asked.
+        """Return the result of `verdict`, with `correct` None if the judge cannot be reached.
 
         Raises:
-          ServiceRefusedError: The judge refuses all requests; never WebError.
+          ServiceRefusedError: The judge refuses all requests. WebError is never raised.
         """
         try:
             return await self.verdict(question, golds, answer)
@@ -156,14 +158,15 @@ class Judge:
             return Verdict(None, f"not judged: {error}", "judge")
 
     async def verdict(self, question: str, golds: Sequence[str], answer: str | None) -> Verdict:
-        """Whether `answer` answers `question` as one of `golds` does.
+        """Return whether `answer` to `question` agrees with one of `golds`.
 
-        The judge is not asked where there is nothing to ask: no answer, no gold answer, or an
-        answer that is a gold one but for letter case, spaces and a full stop. Other punctuation
-        may matter (1.5 is not 15), so that is asked.
+        The judge is not queried if the answer is empty, no gold answer exists, or the answer equals
+        a gold answer up to letter case, spaces and a final period. Other punctuation may matter
+        (1.5 is not 15), so the judge is queried for it.
 
         Raises:
-          WebError: The judge could not be asked; ServiceRefusedError: it refuses all requests.
+          WebError: The judge cannot be reached.
+          ServiceRefusedError: The judge refuses all requests.
         """
         question = valid_text(question)
         golds = [valid_text(gold) for gold in golds if gold.strip()]
@@ -180,7 +183,7 @@ class Judge:
                 "verdict", key, lambda: self._ask(question, golds, answer)
             )
         except WebError as error:
-            # A store keeps such a reply as a failure: a replay repeats it, another run asks again.
+            # Such a reply is cached as a failure: a replay repeats it, and other modes query again.
             if not str(error).startswith(NO_VERDICT):
                 raise
             return Verdict(False, str(error), "judge", readable=False)
@@ -190,15 +193,16 @@ class Judge:
         raise WebError("the store's entry is not a verdict")
 
     async def _ask(self, question: str, golds: list[str], answer: str) -> tuple[bool, str]:
-        """Raises WebError, NoVerdictError for a reply without a verdict."""
+        """Query the judge. Raises WebError, and NoVerdictError for a reply without a verdict."""
         reply = await self.chat(messages(question, golds, answer))
         return verdict_of(reply, answer, question, *golds)
 
     async def chat(self, turns: Sequence[Mapping[str, str]]) -> Reply:
-        """Return what the model says next in a chat.
+        """Return the model's reply to a chat.
 
         Raises:
-          WebError: The request failed; ServiceRefusedError: so does a harmless one, for good.
+          WebError: The request failed.
+          ServiceRefusedError: The server refuses this request and harmless test requests as well.
         """
         try:
             return await self._chat(turns)
@@ -208,10 +212,10 @@ class Judge:
             raise
 
     async def _confirm(self) -> None:
-        """Raise ServiceRefusedError if the test question is refused again and again.
+        """Raise ServiceRefusedError if the test question is refused repeatedly.
 
-        A single refusal may be due to what was asked (a firewall that dislikes the answer, a text
-        that is too long), or to one bad server of several.
+        A single refusal may be caused by the content of the request (a firewall rule, a text that
+        is too long), or by one faulty server of several.
         """
         for number in range(_CONFIRMATIONS):
             if number:
@@ -226,16 +230,20 @@ class Judge:
         raise ServiceRefusedError(refused)
 
     async def test(self) -> None:
-        """Ask a question whose answer is known, past the store.
+        """Send a question with a known answer to the judge, bypassing the cache.
 
         Raises:
-          WebError: The judge could not be asked; NoVerdictError: its reply holds no verdict.
+          WebError: The judge cannot be reached.
+          NoVerdictError: The reply contains no verdict.
         """
         verdict_of(await self._chat(messages(*_TEST)), _TEST[2])
 
 
 def messages(question: str, golds: Sequence[str], answer: str) -> list[dict[str, str]]:
-    """The chat. The fence is made of the hash of all that it fences, which none of it can hold."""
+    """Return the chat messages of a query.
+
+    The fences are a hash of the fenced texts, so no text can contain its own fence.
+    """
     data = json.dumps([question, list(golds), answer])
     fence = "=" * 8 + hashlib.blake2b(data.encode(), digest_size=8).hexdigest()
     listed = "\n".join(f"- {' '.join(gold.split())}" for gold in golds)
@@ -251,16 +259,16 @@ def verdict_of(reply: Reply, answer: str, *others: str) -> tuple[bool, str]:
     """Return (correct, reason) of a judge's reply.
 
     Args:
-      reply: The reply. One that consists of thoughts alone counts if the thoughts are a verdict and
-        nothing else, as servers that mistake a reply for thoughts send it.
-      answer: Answer that was judged; if it holds something that could be quoted as a verdict, the
-        reply must be a verdict and nothing else, and must not be cut off.
-      others: Question and gold answers; the same applies to them. If one of all these texts holds a
-        marker of thoughts, thoughts are allowed only in the forms of `_THINK_FRAME` and
+      reply: Reply of the judge. A reply that consists of thoughts only is accepted if they are
+        exactly a verdict, since some servers mistake a reply for thoughts.
+      answer: Judged answer. If it contains text that could be quoted as a verdict, the reply must
+        be exactly a verdict, and not be truncated.
+      *others: Question and gold answers, to which the same applies. If any of these texts contains
+        a marker of thoughts, thoughts are allowed only in the forms of `_THINK_FRAME` and
         `_HARMONY_FRAME`.
 
     Raises:
-      NoVerdictError: The reply holds no verdict.
+      NoVerdictError: The reply contains no verdict.
     """
     text = reply.text or reply.thoughts
     if not text and not reply.raw:
@@ -284,10 +292,10 @@ def verdict_of(reply: Reply, answer: str, *others: str) -> tuple[bool, str]:
 
 
 def _unframed(reply: Reply) -> tuple[bool, str]:
-    """Return (whether there are thoughts, the rest) of a reply that may quote markers of thoughts.
+    """Return (has thoughts, text without thoughts) of a reply that may quote markers of thoughts.
 
     Raises:
-      NoVerdictError: The thoughts hold a marker, or cannot be told from the rest.
+      NoVerdictError: The thoughts contain a marker, or cannot be separated from the rest.
     """
     raw = reply.raw or reply.thoughts
     if raw.startswith(("{", "```")):
@@ -299,8 +307,11 @@ def _unframed(reply: Reply) -> tuple[bool, str]:
 
 
 def _folded(text: str) -> str:
-    """Return a text for `_holds`: decoded and without letter case, by Unicode's compatibility forms
-    and by what characters look like; white space is removed."""
+    """Return a text normalised for `_holds`: HTML entities decoded, lower case, no white space.
+
+    The result consists of two versions of the text, one by Unicode's compatibility forms (NFKC) and
+    one by the appearance of characters (`lookalikes.py`).
+    """
     text = html.unescape(html.unescape(text))
     forms = unicodedata.normalize("NFKC", text).casefold(), text.translate(LOOKS_LIKE).casefold()
     return "\n".join("".join(form.split()) for form in forms)
@@ -311,18 +322,18 @@ def _holds(folded: str, words: Sequence[str]) -> bool:
 
 
 def read_verdict(text: str, *, alone: bool = False) -> tuple[bool, str]:
-    """Return (correct, reason) of what a judge wrote: its JSON object, with words around it or not.
+    """Parse (correct, reason) from the JSON object in a judge's reply, ignoring text around it.
 
-    The object's `correct` must be true or false; `reason` may be missing, and other fields are
-    ignored. Several objects must agree. Objects that cannot be read make the whole text unreadable,
-    since what looks like an object may be a part of them. The time is linear in the text's length.
+    The object's `correct` must be true or false; `reason` is optional, and other fields are
+    ignored. Several objects must agree. A malformed object makes the whole text unreadable, since
+    apparent objects may be parts of it. The time is linear in the length of the text.
 
     Args:
       text: Reply without thoughts.
-      alone: Whether the object, with or without a code fence, must be all of the text.
+      alone: Whether the text must consist of the object only, with or without a code fence.
 
     Raises:
-      NoVerdictError: The text holds no verdict, or several that contradict one another.
+      NoVerdictError: The text contains no verdict, or contradictory ones.
     """
     if len(text) > _MAX_REPLY:
         raise NoVerdictError(f"more than {_MAX_REPLY} characters")
@@ -341,12 +352,12 @@ def read_verdict(text: str, *, alone: bool = False) -> tuple[bool, str]:
 
 
 def _objects(text: str) -> list[tuple[Any, int]]:
-    """Return (object, place of its end) of the JSON objects in a text, outermost ones alone."""
+    """Return (object, end index) of each outermost JSON object in a text."""
     found: list[tuple[Any, int]] = []
     place = text.find("{")
     while place >= 0:
         end = place + 1
-        # Another brace is a part of a sentence.
+        # Other braces are part of the prose.
         if text[end : end + 100].lstrip().startswith(('"', "}")):
             found.append(_decoded(text, place))
             end = found[-1][1]
@@ -357,7 +368,7 @@ def _objects(text: str) -> list[tuple[Any, int]]:
 
 
 def _decoded(text: str, place: int) -> tuple[Any, int]:
-    """Return (value, place of its end) of the JSON value at a place. Raises NoVerdictError."""
+    """Return (value, end index) of the JSON value at index `place`. Raises NoVerdictError."""
     try:
         return _DECODER.raw_decode(text, place)
     except (ValueError, RecursionError):
@@ -365,7 +376,7 @@ def _decoded(text: str, place: int) -> tuple[Any, int]:
 
 
 def _unfenced(text: str) -> str:
-    """Return what a code fence holds if the text is one."""
+    """Return the text without the code fence around it, if it has one."""
     text = text.strip()
     if text.startswith("```") and text.endswith("```") and len(text) >= 6:
         text = text[3:-3].lstrip()
@@ -374,13 +385,13 @@ def _unfenced(text: str) -> str:
 
 
 def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object. Raises ValueError for two values of `correct`."""
+    """Return a dict of the pairs. Raises ValueError for two different values of `correct`."""
     if len({repr(value) for name, value in pairs if name == "correct"}) > 1:
         raise ValueError("two values of 'correct'")
     return dict(pairs)
 
 
-# Models write line breaks into strings as they are, hence not strict.
+# Not strict, since models write unescaped line breaks in strings.
 _DECODER = json.JSONDecoder(strict=False, object_pairs_hook=_unambiguous)
 
 

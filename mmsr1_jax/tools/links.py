@@ -1,32 +1,33 @@
-"""Links and titles as they are shown: one line each, and a web address whose host can be seen."""
+"""Display forms of links and titles: one line each, and web addresses that show their real host."""
 
 import re
 import urllib.parse
 
 from mmsr1_jax.tools.lookalikes import LOOKS_LIKE, deceives
 
-_MAX_LINK = 1000  # characters; the host stands at the beginning
-# Whatever some program takes for the end of a line, and characters that are not seen at all.
+_MAX_LINK = 1000  # characters; the host is near the beginning
+# Characters that some program treats as a line break, and control characters.
 _BREAKS = r"\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029"
 _BREAK = re.compile(rf"[{_BREAKS}][{_BREAKS}\s]*")
 _WEB = re.compile(r"(https?):[/\\]+([^/?#]*)", re.IGNORECASE)
 _PORT = re.compile(r"(.*?)(:[0-9]*)?", re.DOTALL)
-_DOTS = re.compile("[\u3002\uff0e\uff61]")  # a host is cut at these as at a dot
-# In an address: white space, controls, brackets of tags, and marks that turn the direction of text.
+_DOTS = re.compile("[\u3002\uff0e\uff61]")  # label separators that are equivalent to a dot
+# In a URL: white space, control characters, angle brackets, and invisible or bidirectional marks.
 _UNSAFE = re.compile(r"[\s<>\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 
 
 def one_line(text: str) -> str:
-    """Return a text with each run of line breaks and control characters as one space."""
+    """Return a text with each run of line breaks and control characters replaced by a space."""
     return _BREAK.sub(" ", text)
 
 
 def shown_link(link: str) -> str:
-    """Return a link as one line of at most 1,000 characters.
+    """Return the first 1,000 characters of a link as one line.
 
-    Of a web address the user name before the host is left out, a host that only looks like another
-    one is written in its ASCII form (`xn--..`), and what must not be in an address is
-    percent-encoded. What is no web address, such as the title of a passage, stays as it is.
+    In a web address, the user name before the host is removed, host labels that imitate another
+    host are written in Punycode (`xn--..`), and unsafe characters are percent-encoded. Text that
+    only resembles a web address is percent-encoded. Other text, such as the title of a passage, is
+    only reduced to one line.
     """
     link = link[:_MAX_LINK]
     address = link.strip()
@@ -34,7 +35,7 @@ def shown_link(link: str) -> str:
     if web is None:
         if not _WEB.match(address[:20].translate(LOOKS_LIKE).lstrip()):
             return one_line(link)
-        return urllib.parse.quote(address, safe=":/?#@")  # only looks like an address
+        return urllib.parse.quote(address, safe=":/?#@")  # a lookalike of a web address
     host, port = _PORT.fullmatch(web[2].rpartition("@")[2]).groups(default="")
     host = ".".join(map(_shown_label, _DOTS.sub(".", host).split(".")))
     rest = _UNSAFE.sub(lambda found: urllib.parse.quote(found[0]), address[web.end() :])
@@ -43,7 +44,7 @@ def shown_link(link: str) -> str:
 
 
 def _shown_label(label: str) -> str:
-    """One label of a host name."""
+    """Return the display form of one label of a host name."""
     if not label.isascii():
         odd = [character for character in label if not character.isascii()]
         deceiving = [character for character in odd if deceives(character)]

@@ -1,9 +1,10 @@
-"""The local index: pages and pictures in one SQLite file, searched without a network.
+"""Local search index: pages and images in one SQLite file, searched without network access.
 
-Pages are ranked by BM25 (SQLite's FTS5), by words of every script (`words.py`). Pictures are found
-by a perceptual hash: for each of 16 x 16 places, whether the picture gets brighter to the right. It
-survives scaling, compression and a little cropping; the nearest hashes are the answer. Or, where
-the index was made with a model, by that model's embeddings (`tools/embedding.py`).
+Pages are ranked by BM25 (SQLite's FTS5) over words of any script (`words.py`). Images are found by
+their perceptual hash, which records for each cell of a 16 x 16 grid whether the image gets brighter
+to the right. It is robust to scaling, compression and slight cropping; a search returns the nearest
+hashes. If the index was built with a model, images can be found by that model's embeddings instead
+(`tools/embedding.py`).
 
     index.sqlite    page(url, title, snippet, text)    page_words: their search forms, by row
                     picture(hash, title, link, thumbnail, embedding)    embedded(model)
@@ -34,12 +35,13 @@ from mmsr1_jax.utils.checked_json import valid_text
 from mmsr1_jax.utils.files import check_regular, inside
 
 FILE = "index.sqlite"
-_SIDE = 16  # of the hash, in bits
+_SIDE = 16  # side length of the hash in bits
 _HASH_BYTES = _SIDE * _SIDE // 8
 _MAX_EMBEDDING = 1 << 17  # bytes
-# Bits that may differ. Unrelated pictures differ in 128 +- 8, ones cut by 5 % in up to 92.
+# Maximum Hamming distance of a match. Unrelated images differ in 128 +- 8 bits, and images cropped
+# by 5 % in up to 92.
 _MOST_BITS = 100
-_THUMBNAIL = 336  # pixels on its longer side
+_THUMBNAIL = 336  # pixels of the longer side
 _SCHEMA = f"""
 CREATE TABLE page (url TEXT, title TEXT, snippet TEXT, text TEXT);
 CREATE VIRTUAL TABLE page_words USING fts5(
@@ -48,24 +50,24 @@ CREATE VIRTUAL TABLE page_words USING fts5(
 CREATE TABLE picture (hash BLOB, title TEXT, link TEXT, thumbnail BLOB, embedding BLOB);
 CREATE TABLE embedded (model TEXT);
 """
-_EMBEDDING = np.dtype("<f2")  # in the file
+_EMBEDDING = np.dtype("<f2")  # as stored in the file
 
 
 class LocalIndexError(ValueError):
-    """An index, or something to be put into one, that cannot be used; the message names it."""
+    """Unusable index, or unusable input for an index; the message names it."""
 
 
 class Embed(Protocol):
-    """Pictures to vectors (`tools/embedding.py`); called in several threads.
+    """Image embedding function (`tools/embedding.py`), called from several threads.
 
     Attributes:
-      fingerprint: by which equal models are known.
+      fingerprint: String that identifies the model.
     """
 
     fingerprint: str
 
     def __call__(self, image: PIL.Image.Image) -> np.ndarray:
-        """float32[D] of length 1. Raises ImageError where the picture cannot be embedded."""
+        """Return float32[D] of length 1. Raises ImageError if the image cannot be embedded."""
 
 
 def build(
@@ -76,29 +78,29 @@ def build(
     embed: Embed | None = None,
     image_roots: Sequence[str] = (),
 ) -> tuple[int, int]:
-    """Writes `out/index.sqlite`, which appears when it is complete.
+    """Write `out/index.sqlite` atomically.
+
+    Invalid lines are reported and skipped.
 
     Args:
-      out: a directory; made if need be.
-      pages: JSONL files, {"url", "title", "snippet", "summary" or "text"} a line; all but one may
-        be missing.
-      pictures: JSONL files, {"image": PATH, "title" or "titles", "link"} a line; a path is looked
-        up beside the file, and leads to a file in that folder: an index shows what it holds to
-        others, and the lines may come from others.
-      embed: with it, pictures can be searched for by embeddings too.
-      image_roots: directories in which pictures may lie, beside the folders of `pictures`.
-
-    Lines that cannot be used are named and left out.
+      out: Output directory, which is created if missing.
+      pages: JSONL files with one {"url", "title", "snippet", "summary" or "text"} per line. One of
+        the fields other than "url" is required.
+      pictures: JSONL files with one {"image": PATH, "title" or "titles", "link"} per line. Paths
+        are relative to the folder of the JSONL file and must stay inside it, since an index exposes
+        its images to others and the lines may be untrusted.
+      embed: Embedding function. If given, images can also be searched by embeddings.
+      image_roots: Further directories in which images may lie.
 
     Returns:
-      The number of pages, and of titles of pictures.
+      Number of pages, and number of image titles.
 
     Raises:
-      LocalIndexError: a file that cannot be read, or nothing in any of them.
-      LockedError: another process writes to `out`.
+      LocalIndexError: A file cannot be read, or no file contains an entry.
+      LockedError: Another process is writing to `out`.
     """
     out = pathlib.Path(out)
-    out.mkdir(parents=True, exist_ok=True)  # stays, even if there is nothing to be written
+    out.mkdir(parents=True, exist_ok=True)  # kept even if nothing is written
     with (
         outputs.lock(out),
         outputs.new_file(out / FILE) as partial,
@@ -136,14 +138,16 @@ def _fill(
 
 
 class LocalIndex:
-    """Opened for searching; `text_search` and `image_search` are tools.
+    """Index opened for searching, whose methods `text_search` and `image_search` are tools.
 
-    Args of the constructor:
-      path: a directory with an `index.sqlite`; or with a `pages.jsonl` (or such a file itself),
-        which is then indexed in memory.
-      results: of a search, at most.
-      chars: of a page's text in a result: the paragraphs that are most about the question.
-      embed: of the model that the index was made with; pictures are then found by embeddings.
+    Args:
+      path: Directory with an `index.sqlite`, or a `pages.jsonl` file or a directory that contains
+        one, which is then indexed in memory.
+      results: Maximum number of results per search.
+      chars: Maximum number of characters of a page's text in a result, which consists of the
+        paragraphs most relevant to the question.
+      embed: Embedding function of the model that the index was built with. If given, images are
+        found by embeddings.
     """
 
     def __init__(
@@ -154,8 +158,12 @@ class LocalIndex:
         chars: int = 1500,
         embed: Embed | None = None,
     ):
-        """Raises LocalIndexError where there is nothing to be searched, and where the index has no
-        embeddings of `embed`'s model."""
+        """Open the index.
+
+        Raises:
+          LocalIndexError: The index is missing or malformed, no page can be indexed, or the index
+            has no embeddings of the model of `embed`.
+        """
         path = pathlib.Path(path)
         self._results, self._chars, self._embed = results, chars, embed
         self._lock = threading.Lock()
@@ -172,11 +180,11 @@ class LocalIndex:
             self._open(connection)
 
     def _open(self, connection: sqlite3.Connection) -> None:
-        """Reads the pictures' hashes and embeddings; a file may come from anyone.
+        """Read the hashes and embeddings of the images from a file that may be untrusted.
 
         Raises:
-          LocalIndexError: tables that an index does not have, or a row of pictures with values of
-            other types or sizes; names table and row.
+          LocalIndexError: The tables are not those of an index, or an image row has values of wrong
+            types or sizes. The message names table and row.
         """
         self._connection = connection
         try:
@@ -227,8 +235,8 @@ class LocalIndex:
                 f"{self._file}: its embeddings were made with another model ({made[0]}) than "
                 f"tools.image_model ({model}); name that one, or make the index anew: {how}"
             )
-        # The rows of a picture, one a title, share a vector: less memory, and no rounding by which
-        # equal ones could change places.
+        # The rows of an image, one per title, share one vector. This saves memory, and rounding
+        # errors cannot reorder rows of the same image.
         numbers: dict[bytes, int] = {}
         self._vector_of = np.zeros(len(self._ids), np.int64)
         rows = self._connection.execute(
@@ -249,13 +257,13 @@ class LocalIndex:
         self._vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     async def text_search(self, query: Query) -> Observation:
-        """Pages about the query."""
+        """Return pages that match the query."""
         words = words_of(query.text or "")
         found = await asyncio.to_thread(self._find_pages, words, query.question) if words else []
         return Observation(status="ok" if found else "empty", results=found)
 
     async def image_search(self, query: Query) -> Observation:
-        """Pictures like the first of the question's, with their titles."""
+        """Return images similar to the first image of the question, with their titles."""
         if not query.images:
             return Observation(status="failed", error="the question has no picture")
         try:
@@ -296,8 +304,11 @@ class LocalIndex:
         return nearest[distance[nearest] <= _MOST_BITS]
 
     def _by_embedding(self, image: PIL.Image.Image) -> np.ndarray:
-        """By cosine similarity. There is no least one: how near unrelated pictures are depends on
-        the model, and a search service shows its best matches too, however poor."""
+        """Return the row indices of the nearest images by cosine similarity.
+
+        No minimum similarity is required, since the similarity of unrelated images depends on the
+        model, and search services also return their best matches, however poor.
+        """
         if not self._ids:
             return np.zeros(0, np.int64)
         similarity = (self._vectors @ self._embed(image))[self._vector_of]
@@ -305,12 +316,12 @@ class LocalIndex:
 
 
 def hash_of(image: PIL.Image.Image) -> bytes:
-    """256 bits: the difference hash of a picture."""
+    """Return the 256-bit difference hash (dHash) of an image."""
     return np.packbits(imagehash.dhash(image, hash_size=_SIDE).hash).tobytes()
 
 
 def _read(path: str | pathlib.Path, parse) -> Iterator[tuple]:
-    """The rows of a JSONL, by `parse(object, folder)`; what that refuses is named."""
+    """Yield the rows that `parse(object, folder)` makes of a JSONL file; report invalid lines."""
     path = pathlib.Path(path)
     try:
         with open(path, "rb") as file:

@@ -1,8 +1,8 @@
-"""What a text looks like: its characters mapped to the ASCII characters that they resemble.
+"""Mapping of characters to the ASCII characters that they resemble.
 
     ＜/іnf\u200bоrmation＞  ->  </information>
 
-Only checks read the mapped text; what is shown to the policy stays as it is.
+Only checks read the mapped text; the policy sees the original.
 """
 
 import functools
@@ -11,11 +11,11 @@ import unicodedata
 
 from confusable_homoglyphs import confusables
 
-# Invisible, though Unicode calls them letters or symbols.
+# Invisible characters that Unicode classifies as letters or symbols.
 _INVISIBLE = frozenset("\u115f\u1160\u2800\u3164\uffa0\ufffc\U0001d159")
-# Beyond Unicode's list of confusables: Cyrillic and Greek letters that resemble Latin ones, and
-# signs that resemble `<`, `>` and `|`. « and » stand for all brackets that are rightly quotation
-# marks of some language, or mathematics.
+# Additions to Unicode's list of confusables: Cyrillic and Greek letters that resemble Latin ones,
+# and symbols that resemble `<`, `>` and `|`. « and » represent all brackets that are legitimate
+# quotation marks in some language, or mathematical symbols.
 _MORE = (
     ("кκ", "k"), ("пηԥ", "n"), ("гᴦ", "r"), ("тτ", "t"), ("м", "m"), ("вβ", "b"), ("ε", "e"),
     ("ѡω", "w"), ("ςѕ", "s"), ("υ", "u"), ("хχ", "x"), ("ɢ", "g"), ("ʜ", "h"), ("ꜰ", "f"),
@@ -31,7 +31,7 @@ _LATIN = re.compile(
 
 
 class _Table(dict):
-    """The mapping in the form that `str.translate` takes, filled as characters are met."""
+    """Lazily filled translation table for `str.translate`."""
 
     def __missing__(self, code: int) -> str:
         decomposed = unicodedata.normalize("NFKD", chr(code))
@@ -48,7 +48,7 @@ or a combining mark; a space or a newline for white space."""
 
 
 def deceives(character: str) -> bool:
-    """Return whether a character looks like an ASCII one or cannot be seen at all. Accented Latin
+    """Return whether a non-ASCII character is invisible or resembles an ASCII one. Accented Latin
     letters (ü, ß) do not count."""
     if character.isascii():
         return False
@@ -84,10 +84,10 @@ def _resembled(character: str) -> str:
 
 @functools.cache
 def _listed() -> dict[str, str]:
-    """Characters of Unicode's list of confusables (UTS 39) that resemble ASCII ones, and more."""
+    """Return the ASCII lookalikes in Unicode's list of confusables (UTS 39), plus `_MORE`."""
     found: dict[str, str] = {}
     for character, others in confusables.confusables_data.items():
-        character = character.strip("\u200e")  # around letters that are written from right to left
+        character = character.strip("\u200e")  # surrounds letters of right-to-left scripts
         for other in others:
             text = other["c"].strip("\u200e")
             if len(character) == 1 and not character.isascii() and text.isascii():

@@ -1,18 +1,18 @@
-"""Whether a page that was read says anything: valid pages with nothing inside are failures.
+"""Detection of pages without content: bot checks, error pages and consent banners.
 
-Short pages are looked at sentence by sentence. A page fails if hardly anything is left of it
-without the sentences of checks for humans, error pages, and requests for cookies or scripts.
+Short pages are checked sentence by sentence. A page fails if hardly any text remains after removing
+the sentences of bot checks, error pages, and requests for cookies or scripts.
 """
 
 import re
 
 import regex
 
-_SHORT = 4000  # characters; a longer page has text of its own
-# A page that says one of these has at least so many letters beside it, else it is only that.
+_SHORT = 4000  # characters; longer pages are assumed to have content
+# A page with such a sentence needs at least this many letters of other text.
 _REFUSAL_LETTERS = 120
 _NOTICE_LETTERS = 25
-_TITLE_LETTERS = 20  # beside a refusal that may be the title of a work
+_TITLE_LETTERS = 20  # for a refusal that may also be the title of a work
 
 _TITLE = regex.compile(
     r"^\W*(?:forbidden|page not found|not found|error|access denied|just a moment|un instant"
@@ -73,7 +73,7 @@ _NOTICE = regex.compile(
     r"|terms of (?:use|service)|^\W*before you continue|all rights reserved|^\W*loading\W*$"
     r"|^\W*please wait|^\W*redirecting|datenschutz|zustimmen|einwilligung|confidentialité"
     r""
-    # A pronoun or a verb of a banner, and cookies; its buttons; scripts.
+    # Other languages: a pronoun or a verb of a banner with "cookies", button labels, scripts.
     r"|\b(?:wir|unsere?|diese|durch|ihre?[mnr]?|nous|notre|nos|votre|vos|ce site|utilizamos|usamos"
     r"|este sitio|esta (?:web|p[aá]gina)|nuestr\w+|este site|nosso|utilizziamo|questo sito|мы"
     r"|наш\w*"
@@ -92,18 +92,18 @@ _NOTICE = regex.compile(
     r"|隐私政策|クッキー|쿠키|接受所有|файл\w* cookie",
     regex.IGNORECASE,
 )
-# A full stop inside a word ends no sentence.
+# A full stop inside a word does not end a sentence.
 _SENTENCE = re.compile(
     "[^\n.!?\u2026\u3002\uff01\uff1f]+(?:[.](?=\\w)[^\n.!?\u2026\u3002\uff01\uff1f]+)*"
 )
 _IMAGE = re.compile(r"!\[[^\]\n]{0,500}\]\([^)\s]{0,500}\)")
 _ADDRESS = re.compile(r"\]\([^)\s]{0,500}\)|https?://\S{1,500}|\bwww\.\S{1,300}")
-_LETTER = re.compile(r"[^\W_]")  # or digit
+_LETTER = re.compile(r"[^\W_]")  # or a digit
 _WIDE = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]")
 
 
 def nothing_said(page: str) -> str | None:
-    """Return why a page (plain text or markdown) says nothing, or None if it says something."""
+    """Return why a page (plain text or Markdown) has no content, or None if it has some."""
     if len(page) > _SHORT:
         return None if _LETTER.search(page) else "no text in it"
     text = _ADDRESS.sub(" ", _IMAGE.sub(" ", page))
@@ -127,5 +127,5 @@ def nothing_said(page: str) -> str | None:
 
 
 def _letters(text: str) -> int:
-    """Count letters and digits; letters of Chinese, Japanese and Korean say as much as four."""
+    """Count letters and digits; a Chinese, Japanese or Korean letter counts as four."""
     return len(_LETTER.findall(text)) + 3 * len(_WIDE.findall(text))

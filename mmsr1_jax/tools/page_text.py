@@ -1,7 +1,7 @@
-"""The main text of a page's bytes, taken out by trafilatura.
+"""Extraction of a page's main text with trafilatura.
 
-Pure functions that a worker process can run: nothing is fetched, nothing is unpacked, and the
-number of tags is bounded, as some of the time grows with its square.
+Pure functions for a worker process: nothing is fetched or decompressed, and the number of tags is
+bounded because parts of the extraction take quadratic time in it.
 """
 
 import re
@@ -22,28 +22,28 @@ _FILES = {
 _TAG = re.compile("<(/?)")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f\ufffe\uffff]")
 _BROKEN = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\ufffd]")
-# Python normalises rows of combining marks in quadratic time.
+# Python normalises long runs of combining marks in quadratic time.
 _MANY_MARKS = regex.compile(r"(\p{M}{16})\p{M}++")
 
 
 class PageError(ValueError):
-    """Bytes that are no page; the message says what they are."""
+    """Bytes that are not a page; the message says what they are."""
 
 
 def read_page(body: bytes, charset: str | None = None, media_type: str = "text/html") -> str:
-    """Return the text of a page: without menus, comments and scripts, if it is HTML.
+    """Return the text of a page; for HTML, without menus, comments and scripts.
 
     Args:
-      body: the bytes, decompressed; they may be cut off anywhere.
-      charset: label in the HTTP header.
-      media_type: in lower case, without parameters.
+      body: Decompressed bytes of the page, which may be truncated anywhere.
+      charset: Charset label from the HTTP header.
+      media_type: Media type in lower case, without parameters.
 
     Returns:
-      The text; empty if a page has none, or none can be told from its menus.
+      The text; empty if the page has none or its main text cannot be identified.
 
     Raises:
-      PageError: the bytes are compressed, of another kind of file, or not text.
-      MemoryError: the parser ran out of memory.
+      PageError: The bytes are compressed, another type of file, not text, or cannot be parsed.
+      MemoryError: The parser ran out of memory.
     """
     for beginning, kind in _FILES.items():
         if body.startswith(beginning):
@@ -65,7 +65,7 @@ def read_page(body: bytes, charset: str | None = None, media_type: str = "text/h
 
 
 def extract(html: bytes) -> str:
-    """Return the text of an HTML page as `read_page` does; empty where that raises PageError."""
+    """Return the text of an HTML page, or an empty text if `read_page` raises PageError."""
     try:
         return read_page(html)
     except PageError:
@@ -73,10 +73,10 @@ def extract(html: bytes) -> str:
 
 
 def _parsed(text: str) -> lxml.html.HtmlElement | None:
-    """Return a page's tree, or None if the text is no markup.
+    """Return a page's element tree, or None if the text is not markup.
 
-    trafilatura would unpack bytes, and repairs text by regular expressions that are not linear;
-    a tree is taken as it is.
+    trafilatura would decompress bytes, and repairs text with regular expressions that do not run in
+    linear time. A tree skips both steps.
     """
     text = _cut(_CONTROLS.sub("", text))
     is_html = "html" in text[:50].lower()
@@ -100,7 +100,7 @@ def _parsed(text: str) -> lxml.html.HtmlElement | None:
 
 
 def _cut(text: str) -> str:
-    """Return the text up to the tag that is one too many."""
+    """Return the text up to the first tag beyond the limits."""
     if text.count("<") <= _MAX_OPENING_TAGS:
         return text
     opening = 0

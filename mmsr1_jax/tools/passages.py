@@ -1,4 +1,4 @@
-"""What of a long page is about a question: its best paragraphs, by BM25."""
+"""Selection of the paragraphs of a long page that are most relevant to a question, by BM25."""
 
 import re
 import sqlite3
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from mmsr1_jax.tools.words import TOKENIZER, search_form, words_of
 
-# Ends of sentences; after a full stop of the West, white space follows.
+# Ends of sentences; Western punctuation counts only before a space.
 _SENTENCE_END = re.compile(
     "[.!?\u203d\u2026][\"')\\]\u00bb\u2019\u201d]*(?= )"
     "|[\u3002\uff01\uff1f\uff0e\uff61\u0589\u061f\u06d4\u0964\u0965\u104a\u104b\u1362\u17d4\u17d5]"
@@ -18,10 +18,11 @@ _OF_THREAD = threading.local()
 
 
 def best_passages(page: str, question: str, chars: int) -> str:
-    """Return the paragraphs that are most about the question, in the page's order.
+    """Return the paragraphs most relevant to the question, in the page's order.
 
-    A paragraph longer than `chars` is taken in pieces, which end with a sentence where they can.
-    The result is at most `chars` long; it is the page's beginning if nothing is about the question.
+    A paragraph longer than `chars` is split into pieces, at ends of sentences if possible. The
+    result has at most `chars` characters. It is the beginning of the page if nothing matches the
+    question.
     """
     paragraphs = [p for p in (" ".join(p.split()) for p in page.splitlines()) if p]
     if sum(map(len, paragraphs)) <= chars:
@@ -56,7 +57,7 @@ def _ranked(pieces: list[str], query: str) -> list[int]:
 
 
 def _table() -> sqlite3.Connection:
-    """Return this thread's empty table. Making one takes longer than ranking a page."""
+    """Return this thread's empty table, reused because creating one takes longer than ranking."""
     if not hasattr(_OF_THREAD, "table"):
         _OF_THREAD.table = sqlite3.connect(":memory:", isolation_level=None)
         _OF_THREAD.table.execute(
@@ -66,8 +67,8 @@ def _table() -> sqlite3.Connection:
 
 
 def _pieces(paragraph: str, chars: int) -> Iterator[str]:
-    """Yield a paragraph, in pieces if it is longer than `chars`."""
-    # Several pieces fit into a result: the sentences about a question may be far from each other.
+    """Yield a paragraph, split into pieces if it is longer than `chars`."""
+    # Several pieces fit into a result, since relevant sentences may be far apart.
     length = max(chars // 4, min(chars, 200)) if len(paragraph) > chars else chars
     begin = 0
     while len(paragraph) - begin > length:
@@ -78,8 +79,8 @@ def _pieces(paragraph: str, chars: int) -> Iterator[str]:
 
 
 def _end_of_piece(paragraph: str, begin: int, length: int, limit: int) -> int:
-    """Return where a piece ends: about `length` characters long, after a sentence, else at a space;
-    at `limit` if the paragraph has neither."""
+    """Return where a piece of about `length` characters ends: after a sentence, else at a space,
+    else at `limit`."""
     middle, end = begin + length // 2, begin + length
     sentences = list(_SENTENCE_END.finditer(paragraph, middle, end))
     if sentences:

@@ -1,18 +1,18 @@
-"""What tools found, and the services' rate limits, behind a Redis server that many hosts share.
+"""Cache of tool results and shared rate limits on a Redis server, for many hosts.
 
-A `RedisStore` has the modes and the methods of `store.Store`, and beside them `turn`: the calls of
-all processes to a service take turns. What it keeps lies in the one database that its address
-names:
+A `RedisStore` has the modes and methods of `tool_cache.Store`, and a method `turn` that enforces
+the rate limit of a service across all processes. Its data lies in the one database named by its
+address:
 
-    mmsr1:KIND:HASH OF KEY    a hash of the fields key, value, failed and made
-    mmsr1-rate:SERVICE        a hash of the fields next and now: when the next turn is
+    mmsr1:KIND:HASH OF KEY    hash with the fields key, value, failed and made
+    mmsr1-rate:SERVICE        hash with the fields next (time of the next turn) and now
 
-What `use` puts is freed by the server after `days`; what `record` puts and `take` brings stays
-until someone deletes it, as it is there to be replayed, and a `use` that writes it anew leaves that
-so. The size is bounded by the server's own settings: `maxmemory` with `maxmemory-policy
-volatile-lru` gives up the first kind and never the second.
+Entries written in mode `use` expire after `days`. Entries written by `record` or `take` never
+expire, since they exist to be replayed, and rewriting one in mode `use` does not change that. The
+size is bounded by the server's own settings: `maxmemory` with `maxmemory-policy volatile-lru`
+evicts entries of the first kind and never of the second.
 
-Redis 5 or newer, or what speaks as it does; one server, not a cluster.
+Requires Redis 5 or newer, or a compatible server. Clusters are not supported.
 """
 
 import asyncio
@@ -34,12 +34,12 @@ from typing import Any
 from mmsr1_jax.tools.tool_cache import MODES, Mode, Store, StoreError, entries_of, is_fresh
 from mmsr1_jax.utils import outputs
 
-_TIMEOUT = 2.0  # seconds for a connection, and for each wait for data
-_PAUSE = 30.0  # seconds for which a server that failed is not asked
-_THREADS = 16  # that may wait for the server at a time
+_TIMEOUT = 2.0  # seconds; limit on connecting, and on each wait for data
+_PAUSE = 30.0  # seconds for which a server that failed is not contacted
+_THREADS = 16  # threads that may wait for the server concurrently
 _FOREVER = 2**52  # milliseconds
 
-# Keeps an entry. What was to stay (PTTL -1: it is there and has no time limit) is to stay still.
+# Writes an entry. An existing entry that never expires (PTTL is -1) keeps that property.
 _PUT = """
 if ARGV[3] == '1' and ARGV[6] == 'use' and redis.call('HGET', KEYS[1], 'failed') == '0' then
   return 0
@@ -56,8 +56,9 @@ if redis.call('EXISTS', KEYS[1]) == 1
 """
     + _PUT
 )
-# Gives out turns, one an interval, in microseconds of the server's clock; returns how long it is
-# till this one. A clock that was set back begins anew, lest all wait for it to catch up.
+# Reserves the next turn, one per interval, and returns the time until then, in microseconds of the
+# server's clock. If the clock was set back, the schedule restarts, so that callers do not wait for
+# the clock to catch up.
 _TURN = """
 local time = redis.call('TIME')
 local now, interval = time[1] * 1000000 + time[2], tonumber(ARGV[1])
@@ -72,17 +73,19 @@ return math.floor(turn - now)
 
 
 def is_redis(where: str | os.PathLike) -> bool:
-    """Whether a store is the address of a server, and not a file."""
+    """Return whether `where` is the address of a Redis server rather than a file."""
     return re.match("rediss?://", str(where), re.IGNORECASE) is not None
 
 
 def open_store(
     where: str | None, mode: Mode = "use", *, days: float = 90.0, max_bytes: int = 20_000_000_000
 ) -> "Store | RedisStore":
-    """The store at `where`, a file or the address of a server, which has its own `max_bytes`.
+    """Open the store at `where`, a file or the address of a Redis server.
+
+    `max_bytes` applies to a file only, since a Redis server has its own memory limit.
 
     Raises:
-      StoreError: as the constructors.
+      StoreError: See the constructors.
     """
     if where is not None and is_redis(where):
         return RedisStore(where, mode, days=days)
@@ -90,26 +93,33 @@ def open_store(
 
 
 class RedisStore:
-    """May be used from any thread and any asyncio loop; its methods wait for the server, but for
-    `turn` they are to be called in a thread.
+    """Cache of tool results on a Redis server, usable from any thread and any asyncio loop.
 
-    A server that fails is not asked for a while, so that not every call waits for its time-out;
-    all raise StoreError meanwhile. In a replay it is always asked: nobody else can be.
+    All methods but `turn` block while they wait for the server, so call them in a thread.
 
-    Args of the constructor:
-    address: redis://[user:password@]host[:port][/database], rediss:// with TLS and `ssl_..` options
-      of redis-py after a `?`. User, password and options are in no message. Settings are written
-      to files and logs: the place for a password is STORE_PASSWORD in the environment.
-    mode: as of `Store`.
-    days: after which `use` asks again, and the server frees what it put.
+    After a failure the server is not contacted for a while, so that not every call waits for its
+    timeout; meanwhile all methods but `turn` raise StoreError. In `replay` the server is always
+    contacted, as no other source of values exists.
+
+    Args:
+      address: redis://[user:password@]host[:port][/database], or rediss:// for TLS, with `ssl_..`
+        options of redis-py after a `?`. Messages show neither user, password nor options. Settings
+        are written to files and logs, so pass a password in the environment variable
+        STORE_PASSWORD instead.
+      mode: Mode, as in `Store`.
+      days: Days after which an entry is stale in mode `use` and expires on the server.
 
     Attributes:
-      threads: in which the methods are to be called from an asyncio loop.
+      threads: Executor in which to call the methods from an asyncio loop.
     """
 
     def __init__(self, address: str, mode: Mode = "use", *, days: float = 90.0):
-        """Raises StoreError: a mode or an address that cannot be, no redis-py, or (but with `off`)
-        a server that cannot be used."""
+        """Connect to the server.
+
+        Raises:
+          StoreError: The mode or the address is invalid, redis-py is not installed, or the server
+            cannot be used (not checked in mode `off`).
+        """
         self._name = _without_secrets(address)
         if mode not in MODES:
             raise StoreError(f"{self._name}: there is no mode {mode!r}")
@@ -123,13 +133,13 @@ class RedisStore:
         self.threads = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="redis")
         self._redis, self._days = redis, days
         self._lock = threading.Lock()
-        self._down: str | None = None  # why the server is not asked
+        self._down: str | None = None  # why the server is not contacted
         self._asked_again = 0.0
         scheme, _, rest = address.partition("://")
         try:
             self._client = redis.Redis.from_url(
                 f"{scheme.lower()}://{rest}",
-                password=os.environ.get("STORE_PASSWORD") or None,  # one in the address goes first
+                password=os.environ.get("STORE_PASSWORD") or None,  # one in the address wins
                 protocol=2,
                 socket_timeout=_TIMEOUT,
                 socket_connect_timeout=_TIMEOUT,
@@ -139,11 +149,11 @@ class RedisStore:
             self._put, self._take, self._turn = map(self._client.register_script, scripts)
             if mode != "off":
                 self._guarded(self._client.ping)
-        except TypeError:  # an option that redis-py has not
+        except TypeError:  # an option unknown to redis-py
             raise StoreError(f"{self._name}: an ssl_ option that does not exist") from None
 
     def get(self, kind: str, key: str) -> tuple[bytes, bool] | None:
-        """As `Store.get`."""
+        """Return (value, failed) or None, as `Store.get` does."""
         if self.mode in ("off", "record"):
             return None
         name = _entry(kind, key)
@@ -157,7 +167,7 @@ class RedisStore:
         return value, failed
 
     def put(self, kind: str, key: str, value: bytes, *, failed: bool = False) -> None:
-        """Keeps a value; the server has it when this returns."""
+        """Store a value; the server has received it when this returns."""
         if self.mode in ("off", "replay"):
             return
         life = "stays"
@@ -167,21 +177,21 @@ class RedisStore:
         self._guarded(lambda: self._put([_entry(kind, key)], row))
 
     async def turn(self, service: str, per_second: float) -> None:
-        """Waits until it is this call's turn: no two of one service, by whatever process, have
-        theirs within 1 / `per_second` s. Where the server cannot be asked there is no waiting.
+        """Wait for this call's turn under the rate limit that all processes share.
 
-        A process that dies takes the turns that it waits for with it.
+        Turns of one service are at least 1 / `per_second` seconds apart. If the server cannot be
+        reached, return immediately. Turns reserved by a process that dies go unused.
         """
         ask = functools.partial(
             self._guarded,
             lambda: self._turn([f"mmsr1-rate:{service}"], [1e6 / per_second]),
         )
-        with contextlib.suppress(StoreError):  # the store's user meets the same, and says so
+        with contextlib.suppress(StoreError):  # the store's user gets it too, and reports it
             microseconds = await asyncio.get_running_loop().run_in_executor(self.threads, ask)
             await asyncio.sleep(microseconds / 1e6)
 
     def info(self) -> list[tuple[str, int, int]]:
-        """(kind, entries, bytes) of each kind."""
+        """Return (kind, number of entries, bytes of values) for each kind."""
 
         def count():
             of_kind: dict[str, tuple[int, int]] = {}
@@ -200,7 +210,7 @@ class RedisStore:
         return self._guarded(count)
 
     def export(self, target: str | pathlib.Path) -> None:
-        """Writes all of it as one file for `Store`, which appears when it is complete."""
+        """Write all entries to a new file for `Store`, atomically."""
         try:
             with outputs.new_file(target) as partial:
                 Store(partial).close()
@@ -211,11 +221,16 @@ class RedisStore:
             raise StoreError(f"{target}: {error}") from None
 
     def take(self, source: str | pathlib.Path) -> int:
-        """Takes what a file of `Store` has and this one has not, or only as a failure, to stay;
-        returns how much that was.
+        """Import the entries of a `Store` file that are missing or failures here.
+
+        A failure is imported only if the server has no entry for its key. Imported entries never
+        expire.
+
+        Returns:
+          Number of imported entries.
 
         Raises:
-          StoreError: no such store.
+          StoreError: `source` is missing, damaged or not a store, or the server cannot be used.
         """
         taken = 0
         for kind, key, value, failed, made in entries_of(source):
@@ -229,15 +244,15 @@ class RedisStore:
         self.threads.shutdown(wait=False)
 
     def _entries(self) -> list[bytes]:
-        """The names of all entries, each once."""
+        """Return the unique names of all entries."""
         return list(set(self._client.scan_iter(match="mmsr1:*", count=1000)))
 
     def _rows(self) -> Iterator[tuple]:
-        """All entries as rows of `Store`'s table."""
+        """Yield all entries as rows of `Store`'s table."""
         for name in self._entries():
             found = self._client.hmget(name, "key", "value", "failed", "made")
             key, value, failed, made = found
-            # Else it was freed meanwhile, or another program wrote it.
+            # Otherwise the entry has expired meanwhile, or another program wrote it.
             if key is not None and value is not None and failed in (b"0", b"1"):
                 kind = name.split(b":")[1].decode("utf-8", "replace")
                 at = _number(made)
@@ -245,20 +260,20 @@ class RedisStore:
                     yield kind, key.decode("utf-8", "replace"), value, int(failed), at
 
     def _guarded(self, act: Callable[[], Any]) -> Any:
-        """`act()`, where the server can be asked. Raises StoreError."""
+        """Return `act()`. Raises StoreError if it fails or the server is not contacted for now."""
         pause = 0.0 if self.mode == "replay" else _PAUSE
         with self._lock:
             if self._down is not None:
                 if time.monotonic() < self._asked_again:
                     raise StoreError(self._down)
-                # This call finds out how the server is; the others do not wait for that.
+                # This call probes the server; others keep failing fast in the meantime.
                 self._asked_again = time.monotonic() + pause
         down = None
         try:
             return act()
         except self._redis.RedisError as error:
             words = f"{self._name}: {self._cleaned(str(error))}"
-            # The server answered where it refused one command (no memory left, read only).
+            # A server that refuses one command (out of memory, read-only) is still up.
             if not isinstance(error, self._redis.ResponseError):
                 down = words
             raise StoreError(words) from None
@@ -267,7 +282,7 @@ class RedisStore:
                 self._down, self._asked_again = down, time.monotonic() + pause
 
     def _cleaned(self, words: str) -> str:
-        """What a server said, without secrets: some repeat what they were told, or part of it."""
+        """Remove secrets from a server's error message, as some servers echo their input."""
         words = words.partition(", with args beginning with")[0]
         told = self._client.connection_pool.connection_kwargs
         for secret in filter(None, map(told.get, ("password", "username", "ssl_password"))):
@@ -276,10 +291,11 @@ class RedisStore:
 
 
 def _without_secrets(address: str) -> str:
-    """The address of a server, without user, password and options.
+    """Return the address of a server without user, password and options.
 
     Raises:
-      StoreError: it is none. The message shows nothing of it, as any part may be of a password.
+      StoreError: The address is invalid. The message shows no part of it, as any part may belong to
+        a password.
     """
     try:
         parts = urllib.parse.urlsplit(address)
@@ -307,7 +323,7 @@ def _entry(kind: str, key: str) -> str:
 
 
 def _number(text: bytes | None) -> float | None:
-    """A finite number, or None."""
+    """Parse a finite number; return None for anything else."""
     try:
         number = float(text or b"")
     except ValueError:

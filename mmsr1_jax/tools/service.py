@@ -1,10 +1,12 @@
-"""A web service with its manners: retries, limits, and silence while it is down.
+"""HTTP client of a web service, with retries, rate limits and a circuit breaker.
 
-identical calls under way are one call
-at most so many at a time, and so many a second
-429, 5xx and timeouts are tried again, later each time, and as late as the server asks
-after a row of failures the service is not asked at all for a while, and that is said once
-requests that fail in the end and requests that are refused are counted (`utils/fallbacks.py`)
+- Identical concurrent calls share one request.
+- The number of concurrent requests and of requests per second is limited.
+- Status 429, 5xx, timeouts and connection failures are retried with exponential backoff, and no
+  earlier than the server asks.
+- After several consecutive failures the service is not contacted for a while, which is logged once.
+- Requests that fail after all retries and requests that are refused are counted
+  (`utils/fallbacks.py`).
 """
 
 import asyncio
@@ -26,36 +28,39 @@ from mmsr1_jax.utils import fallbacks
 
 _KEY_REFUSED = (401, 402, 403)
 _NO_LOOKUP = "its name cannot be looked up"
-_PASSING = (408, 425)  # of the client errors, those that another try may cure
+_PASSING = (408, 425)  # client errors that may be transient
 
 
 class ServiceDownError(WebError):
-    """A service that is not asked, as it failed too often just now; `__cause__` is the last
-    failure."""
+    """Call rejected by the open circuit breaker; `__cause__` is the last failure."""
 
 
 class ServiceRefusedError(ValueError):
-    """A service that refuses requests for good: a wrong key, address or model. The message is one
-    line that names the service, its address without secrets and its settings."""
+    """Service that refuses all requests, because of a wrong key, address or model.
+
+    The message is one line that names the service, its address without secrets and its settings.
+    """
 
 
 class Service:
-    """One service.
+    """HTTP client of one service.
 
-    Args of the constructor:
-      name: for messages.
-      web: makes the requests.
-      at_once: calls at a time.
-      per_second: calls begun in a second.
-      attempts: of one call.
-      longest_wait: seconds between two of them, at most; a server that asks for more is not waited
-        for.
-      failures: in a row, after which it is not asked; None: it always is (many hosts, say).
-      pause: seconds for which it is then not asked.
-      turn: awaited before each call: limits that are shared with other processes, which come beside
-        `per_second`. `at_once` is of one process always.
-      counted: whether its failures are figures (`utils/fallbacks.py`).
-      address, settings: for messages: where it is, without secrets, and what configures it.
+    Args:
+      name: Name of the service in messages.
+      web: HTTP client that sends the requests.
+      at_once: Maximum number of concurrent requests, per asyncio loop.
+      per_second: Maximum number of requests per second, per asyncio loop.
+      attempts: Maximum number of attempts per call.
+      longest_wait: Maximum wait between two attempts, in seconds. If the server asks for a longer
+        one, the call is not retried.
+      failures: Number of consecutive failures that opens the circuit breaker. None disables it, for
+        instance for requests to many hosts.
+      pause: Seconds for which an open circuit breaker rejects calls.
+      turn: Function awaited before each attempt, for a rate limit shared with other processes. It
+        applies in addition to `per_second`.
+      counted: Whether failures are counted as metrics (`utils/fallbacks.py`).
+      address: Address of the service without secrets, for messages.
+      settings: Names of the settings that configure the service, for messages.
     """
 
     def __init__(
@@ -95,18 +100,22 @@ class Service:
         even_if_down: bool = False,
         **request: Any,
     ) -> Any:
-        """`Web.request` with retries, rate limits and a circuit breaker.
+        """Send a request as `Web.request` does, with retries, rate limits and a circuit breaker.
 
         Args:
-          read: Reads the answer; a WebError that it raises is one of the request, which is tried
-            again if the error is transient. None: the answer is returned.
-          even_if_down: Ask although the service failed too often just now.
+          method: HTTP method.
+          url: URL of the request.
+          read: Function that parses the response. A WebError that it raises counts as a failure of
+            the request, which is retried if the error is transient. If None, return the response.
+          even_if_down: Whether to send the request even if the circuit breaker is open.
+          **request: Further arguments of `Web.request`.
 
         Returns:
-          What `read` returns, or the answer.
+          Result of `read`, or the response.
 
         Raises:
-          WebError: of the last attempt, or ServiceDownError.
+          WebError: The last attempt failed.
+          ServiceDownError: The circuit breaker is open.
         """
         loop = asyncio.get_running_loop()
         if loop not in self._of_loop:
@@ -127,7 +136,7 @@ class Service:
         finally:
             shared.waiting -= 1
             if not shared.waiting and not shared.task.done():
-                # Nobody wants it any more; one who asks from now on begins anew.
+                # No caller waits any more. A later identical call sends a new request.
                 del under_way[key]
                 shared.task.cancel()
 
@@ -136,7 +145,7 @@ class Service:
         if key in under_way and under_way[key].task is task:
             del under_way[key]
         if not task.cancelled():
-            task.exception()  # it has been looked at, also where nobody waited for it
+            task.exception()  # mark the exception as retrieved, even if no caller waits
 
     async def _counted(self, asked: Awaitable[Any]) -> Any:
         try:
@@ -184,7 +193,7 @@ class Service:
         return answer
 
     def refusal(self, error: WebError) -> str:
-        """Return the line that tells a user which service refuses requests, and why."""
+        """Return a one-line message that names the service and why it refuses requests."""
         reason = _connection_refusal(error) or str(error)
         settings = f" (settings: {self._settings})" if self._settings else ""
         return f"{self._where} refuses requests: {reason}{settings}"
@@ -216,16 +225,17 @@ class Service:
 
 
 def is_refusal(error: WebError, *, at_start: bool = False) -> bool:
-    """Whether the server refused a request for good, as far as one request can tell.
+    """Return whether an error looks like a permanent refusal, judging by a single request.
 
-    That is a status of 3xx or 4xx (but for 408, 425 and 429), an address that cannot be used,
-    a refused connection, a name that does not exist, or a bad certificate; and a service that is
-    not asked because it failed like that. A single request may also be refused for what it holds
-    (its length, a firewall): ask something harmless to find out.
+    Permanent refusals are a 3xx or 4xx status (other than 408, 425 and 429), an invalid address, a
+    refused connection, an unknown host name and an invalid certificate, and an open circuit breaker
+    whose last failure was one of these connection failures. A single request may also be refused
+    because of its content (its length, a firewall), so send a harmless request to find out.
 
     Args:
-      at_start: Whether nothing has worked yet; then a name that cannot be looked up for the moment
-        counts too.
+      error: Error of the request.
+      at_start: Whether no request has succeeded yet. A temporary failure of the name lookup then
+        counts as well.
     """
     if isinstance(error, StatusError):
         return not error.transient and error.status not in _PASSING
@@ -236,7 +246,7 @@ def is_refusal(error: WebError, *, at_start: bool = False) -> bool:
 
 
 def _connection_refusal(error: WebError) -> str | None:
-    """Return why no server can be reached at an address, None if there may be one."""
+    """Return why no server can be reached, or None if the error does not rule it out."""
     for cause in _causes(error):
         if isinstance(cause, ConnectionRefusedError):
             return "connection refused"
@@ -248,7 +258,7 @@ def _connection_refusal(error: WebError) -> str | None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and those that led to it, outermost first."""
+    """Yield an error and its causes, outermost first."""
     waiting, seen = [error], set()
     while waiting:
         error = waiting.pop(0)
@@ -267,11 +277,11 @@ def _key_is_refused(error: WebError) -> bool:
 
 
 class _Limits:
-    """What belongs to one asyncio loop."""
+    """Limits and pending calls of one asyncio loop."""
 
     def __init__(self, at_once: int, per_second: float):
         self.at_once = asyncio.Semaphore(at_once)
-        # A small bucket, lest calls come in bursts of a second's worth.
+        # A small bucket avoids bursts of a whole second's worth of calls.
         burst = max(1.0, per_second / 10)
         self.rate = aiolimiter.AsyncLimiter(burst, burst / per_second)
         self.under_way: dict[bytes, _Shared] = {}
@@ -279,14 +289,14 @@ class _Limits:
 
 @dataclasses.dataclass(eq=False)
 class _Shared:
-    """A call under way, and how many wait for it."""
+    """Pending request and the number of calls that wait for it."""
 
     task: asyncio.Task
     waiting: int = 0
 
 
 def _key(method: str, url: str, request: dict[str, Any]) -> bytes:
-    """By which identical calls are known; it holds neither keys nor pictures."""
+    """Return a hash that identifies a request without revealing API keys or images."""
     digest = hashlib.blake2b(repr((method, url)).encode("utf-8", "replace"), digest_size=16)
     for name, value in sorted(request.items()):
         content = value if isinstance(value, bytes) else repr(value).encode("utf-8", "replace")

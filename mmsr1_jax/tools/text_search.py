@@ -1,9 +1,9 @@
-"""Text search: find pages, read them, and put what they say for the question into a few sentences.
+"""Text search: find pages, read them, and summarise them for the question.
 
-query ──► hits ──► page, page, page, ..   in parallel; one that fails gives way to the next hit
+query ──► hits ──► page, page, page, ..   in parallel; if one fails, the next hit replaces it
                       │
-                      ├─ a summariser: at most five sentences
-                      └─ without one: the paragraphs that are most about the question
+                      ├─ with a summariser: at most five sentences
+                      └─ without one: the paragraphs most relevant to the question
 """
 
 import json
@@ -36,14 +36,16 @@ class PageSummariser(Protocol):
 
 
 class TextSearch:
-    """Args of the constructor:
-    finder: finds pages.
-    reader: reads them; None: their snippets have to do.
-    summariser: see above; None: paragraphs.
-    results: pages of an observation, at most.
-    spare: hits beyond those that are asked for, to take the place of pages that fail.
-    chars: of a page's paragraphs, where nothing summarises them.
-    seconds: after which it makes do with the pages that are there; None: it waits for all.
+    """Text search tool.
+
+    Args:
+      finder: Client that finds pages.
+      reader: Client that reads pages. None uses the snippets of the hits instead.
+      summariser: Client that summarises pages. None uses their most relevant paragraphs instead.
+      results: Maximum number of pages in an observation.
+      spare: Number of additional hits to request, as replacements for pages that fail.
+      chars: Maximum number of characters of a page's paragraphs, without a summariser.
+      seconds: Time after which the search returns the pages read so far. None waits for all.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class TextSearch:
         )
 
     async def _result(self, hit: Hit, question: str) -> Result:
-        """Raises WebError where the page cannot be read or summarised."""
+        """Return the result for a hit. Raises WebError if its page cannot be read or summarised."""
         if self._reader is None or not hit.link:
             text = hit.snippet if has_text(hit.snippet) else hit.title
             if not has_text(text):
@@ -100,7 +102,7 @@ class TextSearch:
 
 
 async def _passages(page: str, question: str, chars: int) -> str:
-    """Return `best_passages`, computed in a worker if that takes longer than handing it over.
+    """Return `best_passages`, computed in a worker if that takes longer than sending it the page.
 
     Raises:
       BodyError: The worker exceeded a limit.
@@ -114,13 +116,13 @@ async def _passages(page: str, question: str, chars: int) -> str:
 
 
 class PassageSearch:
-    """Search in an index that holds passages: nothing has to be read.
+    """Text search tool on an index of passages, which need no page reader.
 
-    Args of the constructor:
-      retrieval: finds (title, text) of passages.
-      stored: what was found before.
-      name: of the index; others find other passages.
-      results: passages of an observation, at most.
+    Args:
+      retrieval: Client that finds (title, text) of passages.
+      stored: Cache of search results.
+      name: Name of the index, part of the cache key because indexes hold different passages.
+      results: Maximum number of passages in an observation.
     """
 
     def __init__(self, retrieval: Retrieval, stored: Stored, name: str, *, results: int = 5):

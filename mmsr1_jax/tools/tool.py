@@ -1,17 +1,17 @@
-"""What a search tool is: an async function from a query to an observation.
+"""Interface of search tools: an async function from a query to an observation.
 
     async def search(query: Query) -> Observation: ...
 
-It may take its time, raise or never come back: the engine goes on without it, and the policy is
-told in words that the search failed. What it returns is data from outside, and is treated as such:
-its text cannot become a control token, imitate a tag or the border of a result
-(`episodes/escaping.py`), its pictures are opened with care and bounded in size
-(`episodes/rules.py`). So a tool gives its results by `text_result` and `image_result`: only these
-write labels (`link: `) that the policy may trust. A label in the text of a `Part` made by hand
-counts as an imitation.
+A tool may be slow, raise or never return: the policy then receives an error message, and other
+episodes are unaffected. Its output is untrusted: text cannot become a control token or imitate a
+tag or the border of a result (`episodes/escaping.py`), and images are opened safely and bounded in
+size (`episodes/rules.py`). Tools therefore build their results with `text_result` and
+`image_result`, the only functions that write labels (`link: `) that the policy may trust. A label
+in the text of a hand-made `Part` is escaped as an imitation.
 
-All tools run on one asyncio loop. One that blocks it for too long is left behind with it, and the
-others are called on a new loop; so a client that is bound to a loop is to be kept by loop.
+All tools run on one asyncio loop. A tool that blocks the loop for too long is abandoned together
+with it, and the other calls are restarted on a new loop. A client that is bound to a loop must
+therefore be kept per loop.
 """
 
 import dataclasses
@@ -23,20 +23,20 @@ import PIL.Image
 
 from mmsr1_jax.tools.links import one_line, shown_link
 
-Picture = PIL.Image.Image | bytes | str | pathlib.Path  # bytes: of a file; str: the path of one
+Picture = PIL.Image.Image | bytes | str | pathlib.Path  # bytes: contents of a file; str: its path
 Status = Literal["ok", "empty", "failed"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Query:
-    """What a tool is asked.
+    """Input of a search tool.
 
     Attributes:
-      action: `text_search` or `image_search`.
-      text: what to search for; None for an image search, which looks up the whole image.
-      question: the question that the policy works on.
-      images: the question's images.
-      example: id of the example, by which recorded answers are found.
+      action: Either `text_search` or `image_search`.
+      text: Search query; None for an image search, which looks up the whole image.
+      question: Question that the policy is answering.
+      images: Images of the question.
+      example: ID of the example, used to look up recorded answers.
     """
 
     action: str
@@ -48,14 +48,14 @@ class Query:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A piece of a result: text, or a picture; one of the two.
+    """Part of a result: either text or an image.
 
     Attributes:
-      text: what is shown, unless there are `fields`.
-      image: see `Picture`.
-      fields: of a text with labels: (label, value) in order, each shown on a line of its own as
-        `label: value`. Labels are the tool's own words; values come from outside, and all but a
-        `summary` are one line.
+      text: Text to show, unless `fields` is set.
+      image: Image, in one of the forms of `Picture`.
+      fields: Pairs (label, value) of a labelled text, in order, each shown on its own line as
+        `label: value`. Labels are written by the tool. Values are untrusted, and all except a
+        `summary` are single lines.
     """
 
     text: str | None = None
@@ -63,17 +63,19 @@ class Part:
     fields: tuple[tuple[str, str], ...] = ()
 
 
-Result = tuple[Part, ...]  # a page, or a picture with its title; shown as a whole or not at all
+Result = tuple[Part, ...]  # a page, or an image with its title; shown in full or not at all
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What a tool found.
+    """Output of a search tool.
 
     Attributes:
-      status: `ok`; `empty`: searched, and found nothing; `failed`: could not search.
-      results: best first.
-      error: why it failed, for the record; the policy does not see it, as it may hold addresses.
+      status: Outcome of the search: `ok`, `empty` (nothing was found) or `failed` (the search could
+        not be made).
+      results: Results, best first.
+      error: Reason of a failure, for the records. It is not shown to the policy, as it may contain
+        addresses.
     """
 
     status: Status = "ok"
@@ -85,14 +87,14 @@ Tool = Callable[[Query], Awaitable[Observation]]
 
 
 def text_result(link: str, summary: str) -> Result:
-    """A page: its link, and what it says (its summary for the question)."""
-    link, summary = shown_link(str(link)), str(summary)  # a store made elsewhere may hold anything
+    """Return a page as a result: its link, and its summary for the question."""
+    link, summary = shown_link(str(link)), str(summary)  # stores from elsewhere are untrusted
     fields = (("link", link), ("summary", summary))
     return (Part(text=f"link: {link}\nsummary: {summary}", fields=fields),)
 
 
 def image_result(image: Picture, title: str) -> Result:
-    """A page with a similar picture: the picture and the page's title."""
+    """Return a page with a similar image as a result: the image and the page's title."""
     title = one_line(str(title))
     return (
         Part(text="image: ", fields=(("image", ""),)),
@@ -102,8 +104,10 @@ def image_result(image: Picture, title: str) -> Result:
 
 
 def text_result_of(text: str) -> Result:
-    """The result of `text_result` from its text, as stores keep it. A text of another form becomes
-    a result without labels."""
+    """Rebuild a result of `text_result` from its stored text.
+
+    A text in another form becomes a result without labels.
+    """
     link, separator, summary = text.removeprefix("link: ").partition("\nsummary: ")
     if not text.startswith("link: ") or not separator or "\n" in link:
         return (Part(text=text),)

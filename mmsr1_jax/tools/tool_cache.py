@@ -1,13 +1,13 @@
-"""What tools found, kept on disk: an SQLite file that processes share and labs hand on.
+"""On-disk cache of tool results: an SQLite file shared by processes and exchanged between labs.
 
-    off       nothing is read or written
-    use       what is there, and not too old, is not asked for again; the rest is asked and kept
-    record    everything is asked, and kept: a fresh record
-    replay    only what is there; nothing is asked, whatever its age
+    off       Reads and writes nothing.
+    use       Returns cached values that are fresh enough; requests and caches the others.
+    record    Requests and caches everything, ignoring existing values.
+    replay    Returns cached values only, whatever their age; requests nothing.
 
-A value that was put is on disk when `put` returns, and survives the death of any process. A file
-may come from anyone: one whose tables are not those of a store is refused, and entries whose values
-have other types are treated as missing.
+A value is on disk when `put` returns, and survives the death of any process. A file may come from
+an untrusted source: one whose tables are not those of a store is refused, and entries whose values
+have the wrong types are treated as missing.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ from mmsr1_jax.utils.checked_json import valid_text
 
 Mode = Literal["off", "use", "record", "replay"]
 MODES: tuple[str, ...] = ("off", "use", "record", "replay")
-_AT_ONCE = 100  # entries that are taken in a transaction
-_WAIT = 60.0  # seconds for another process's write
+_AT_ONCE = 100  # entries imported per transaction
+_WAIT = 60.0  # seconds to wait for another process's write
 _TABLE = """CREATE TABLE entry (
   kind TEXT, key TEXT, value BLOB, failed INTEGER, made REAL, PRIMARY KEY (kind, key)
 )"""
@@ -44,19 +44,19 @@ _UPSERT = """
 INSERT INTO entry VALUES (?, ?, ?, ?, ?) ON CONFLICT (kind, key) DO UPDATE
 SET value = excluded.value, failed = excluded.failed, made = excluded.made
 """
-# A failure takes the place of a failure only.
+# A failure replaces only another failure.
 _UNLESS_WORSE = _UPSERT + "WHERE excluded.failed <= (entry.failed IS NOT 0)"
 _UNLESS_THERE = _UPSERT + "WHERE entry.failed IS NOT 0 AND NOT excluded.failed"
-# A longer value is not read: an entry of a file from outside may have any length.
+# Longer values are not read, since an entry of an untrusted file may have any length.
 _VALUE = f"CASE WHEN length(value) <= {checked_json.MAX_BYTES} THEN value END"
-# Bytes of an entry: its key is in the table and in the index of the table's primary key.
+# Bytes of an entry. Its key is stored twice: in the table and in the primary key's index.
 _SIZE = "length(value) + 2 * length(CAST(kind || key AS BLOB)) + 20"
-_MAX_AHEAD = 86400.0  # seconds that the clock of another machine may be ahead
+_MAX_AHEAD = 86400.0  # seconds by which another machine's clock may be ahead
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 class StoreError(ValueError):
-    """A store that cannot be used; the message names it."""
+    """Unusable store; the message names it."""
 
 
 def _busy(error: BaseException) -> bool:
@@ -73,11 +73,13 @@ _patiently = tenacity.Retrying(
 
 
 class Store:
-    """Args of the constructor:
-    path: the file; made if need be. None with mode `off`.
-    mode: see above.
-    days: after which `use` asks again.
-    max_bytes: of all keys and values; the oldest make room.
+    """Cache of tool results in an SQLite file.
+
+    Args:
+      path: Path of the file, which is created if missing. None if and only if `mode` is `off`.
+      mode: One of the modes listed in the module docstring.
+      days: Days after which an entry is stale in mode `use`.
+      max_bytes: Maximum total size of keys and values. The oldest entries are evicted.
     """
 
     def __init__(
@@ -88,17 +90,17 @@ class Store:
         days: float = 90.0,
         max_bytes: int = 20_000_000_000,
     ):
-        """Raises StoreError for a mode that does not exist, and for `replay` without a file."""
+        """Open the file. Raises StoreError for an unknown mode and for `replay` without a file."""
         if mode not in MODES or (path is None) != (mode == "off"):
             raise StoreError(f"store: mode {mode!r} with file {path!r}")
         self.mode = mode
         self._path = None if path is None else pathlib.Path(path)
         self._days, self._max_bytes = days, max_bytes
-        # Reading has a connection and a lock of its own: it never waits for another's writing.
+        # Reads have their own connection and lock, so that they never wait for writes.
         self._lock, self._reading = threading.Lock(), threading.Lock()
         self._connection: sqlite3.Connection | None = None
         self._reader: sqlite3.Connection | None = None
-        # The files that they are connections to: another process may set one aside.
+        # Identities of the open files, since another process may move a damaged file away.
         self._file = self._reader_file = (0, 0)
         self._since_sweep = 0
         if self._path is not None:
@@ -109,10 +111,10 @@ class Store:
                 self._guarded(lambda connection: None)
 
     def get(self, kind: str, key: str) -> tuple[bytes, bool] | None:
-        """Return (value, whether it is a failure) as `put`; None on a cache miss or if the entry
-        has values of other types.
+        """Return (value, failed) as passed to `put`, or None on a miss or a malformed entry.
 
-        Failures come back in `replay` only: else they are worth another try.
+        Failures are returned in `replay` only. In `use` they count as misses, so that they are
+        retried.
         """
         if self.mode in ("off", "record"):
             return None
@@ -129,8 +131,7 @@ class Store:
         return value, bool(failed)
 
     def put(self, kind: str, key: str, value: bytes, *, failed: bool = False) -> None:
-        """Keeps a value; it is on disk when this returns. In `use` a failure does not take the
-        place of what was found before."""
+        """Write a value to disk. In mode `use`, a failure never replaces a success."""
         if self.mode in ("off", "replay"):
             return
         row = (kind, valid_text(key), value, int(failed), time.time())
@@ -143,22 +144,26 @@ class Store:
                 self._guarded(self._sweep)
 
     def info(self) -> list[tuple[str, int, int]]:
-        """(kind, entries, bytes) of each kind."""
+        """Return (kind, number of entries, bytes of values) for each kind."""
         query = "SELECT kind, count(*), sum(length(value)) FROM entry GROUP BY kind ORDER BY kind"
         with self._lock:
             return self._guarded(lambda connection: connection.execute(query).fetchall())
 
     def export(self, target: str | pathlib.Path) -> None:
-        """Writes all of it as one file, which appears when it is complete."""
+        """Write the store to a new file, atomically."""
         with outputs.new_file(target) as partial, self._lock:
             self._guarded(lambda connection: connection.execute("VACUUM INTO ?", (str(partial),)))
 
     def take(self, source: str | pathlib.Path) -> int:
-        """Takes what another store has and this one has not, or only as a failure; returns how
-        much that was.
+        """Import the entries of another store that are missing or failures here.
+
+        A failure is imported only if this store has no entry for its key.
+
+        Returns:
+          Number of imported entries.
 
         Raises:
-          StoreError: no such store, or one that is damaged.
+          StoreError: `source` is missing, damaged or not a store.
         """
         rows, taken = entries_of(source), 0
 
@@ -174,14 +179,14 @@ class Store:
 
     def close(self) -> None:
         with self._lock, self._reading:
-            # The one that writes last: closing it ends the log beside the file.
+            # The writing connection is closed last, as closing it removes the write-ahead log.
             for connection in (self._reader, self._connection):
                 if connection is not None:
                     connection.close()
             self._connection = self._reader = None
 
     def _read(self, act):
-        """`act(connection)` on a connection that only reads; where that fails, as `_guarded`."""
+        """Call `act` with a read-only connection; in `replay` or on failure, use `_guarded`."""
         if self.mode != "replay":
             with contextlib.suppress(sqlite3.Error):
                 if self._reader is None or self._reader_file != self._place():
@@ -191,10 +196,10 @@ class Store:
             return self._guarded(act)
 
     def _guarded(self, act):
-        """`act(connection)`; where the file is damaged it is set aside, and a new one begun."""
+        """Call `act` with the connection. A damaged file is moved away and a new one created."""
         try:
-            # SQLite waits for another process's write by itself, but not while a file is made,
-            # recovered or closed by another: then it is busy at once.
+            # SQLite itself waits for another process's write, but fails with SQLITE_BUSY at once
+            # while another process creates, recovers or closes the file.
             return _patiently(lambda: act(self._connect()))
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGE:  # disk full, too large
@@ -205,7 +210,7 @@ class Store:
             return _patiently(lambda: act(self._connect()))
 
     def _place(self) -> tuple[int, int]:
-        """What tells the file from another of the same name."""
+        """Return (device, inode) of the file, or (0, 0) if it is missing."""
         try:
             found = os.stat(self._path)
         except FileNotFoundError:
@@ -240,12 +245,14 @@ class Store:
         self._connection, self._file = connection, self._place()
 
     def _open(self, mode: str) -> sqlite3.Connection:
-        """`mode`: of SQLite's URIs; `immutable`: nothing is written, not even beside the file."""
+        """Open the file in a mode of `checked_sqlite.connect`."""
         return _open(self._path, mode)
 
     def _set_aside(self, error: sqlite3.Error) -> None:
-        """Moves a damaged file away; one process does, and others that met the damage go on with
-        the new file."""
+        """Move a damaged file away and create a new one.
+
+        Only one process does so. Others that found the damage continue with the new file.
+        """
         if self._connection is not None:
             self._connection.close()
         self._connection = None
@@ -262,7 +269,7 @@ class Store:
               file=sys.stderr)  # fmt: skip
 
     def _sound(self) -> bool:
-        """Whether the file is a store in order."""
+        """Return whether the file is an intact store."""
         if not self._path.is_file():
             return False
         try:
@@ -272,8 +279,8 @@ class Store:
             return False
 
     def _sweep(self, connection: sqlite3.Connection) -> None:
-        """Deletes the oldest values until a tenth of the room is free."""
-        # An entry from outside may claim to be the latest for good.
+        """If `max_bytes` is exceeded, delete the oldest entries until a tenth of it is free."""
+        # An imported entry could otherwise claim a time in the future and never be evicted.
         connection.execute(
             "DELETE FROM entry WHERE typeof(made) NOT IN ('real', 'integer') OR made > ?",
             (time.time() + _MAX_AHEAD,),
@@ -290,18 +297,19 @@ class Store:
 
 
 def entries_of(source: str | pathlib.Path) -> Iterator[tuple[str, str, bytes, int, float]]:
-    """Yield (kind, key, value, failed, made) of the entries of a store's file. Malformed entries
-    are skipped, and their number is printed.
+    """Yield (kind, key, value, failed, made) of each entry in a store's file.
+
+    Malformed entries are skipped, and their number is printed.
 
     Raises:
-      StoreError: not a store, or a damaged one.
+      StoreError: The file is damaged or not a store.
     """
     source, skipped, now = pathlib.Path(source), 0, time.time()
     query = f"SELECT kind, key, {_VALUE}, failed, made FROM entry"
     try:
         with contextlib.closing(_open(source, "ro")) as connection:
             _check_table(connection)
-            # Pages that are linked many times would make a small file a table without end.
+            # Pages that are linked many times could turn a small file into an endless table.
             if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
                 raise StoreError(f"{source}: damaged")
             for kind, key, value, failed, made in connection.execute(query):
@@ -329,18 +337,21 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 def is_fresh(made: float, days: float) -> bool:
-    """Whether a value made at that time is at most so many days old, by this machine's clock."""
+    """Return whether a value made at time `made` is at most `days` old by the local clock."""
     return -_MAX_AHEAD <= time.time() - made <= days * 86400
 
 
 def _open(path: pathlib.Path, mode: str) -> sqlite3.Connection:
-    """`mode`: see `checked_sqlite.connect`. Raises sqlite3.Error, also for tables that are not
-    those of a store."""
+    """Open a store's file in a mode of `checked_sqlite.connect`.
+
+    Raises:
+      sqlite3.Error: The file cannot be opened, or its tables are not those of a store.
+    """
     connection = checked_sqlite.connect(
         path,
         mode,
         timeout=_WAIT,
-        isolation_level=None,  # every statement is its own transaction
+        isolation_level=None,  # autocommit
         check_same_thread=False,
     )
     try:
@@ -359,7 +370,7 @@ _OURS = [" ".join(sql.split()) for sql in (_TABLE, _INDEX)]
 
 
 def _check_table(connection: sqlite3.Connection) -> None:
-    """Raises sqlite3.Error where there is no table of entries."""
+    """Raise sqlite3.Error if the table of entries is missing."""
     connection.execute("SELECT kind, key, value, failed, made FROM entry LIMIT 1")
 
 

@@ -1,9 +1,10 @@
-"""Tools beside the engine: an asyncio loop in a thread of its own.
+"""Executor that runs tools alongside the engine, on an asyncio loop in its own thread.
 
-The engine hands calls in and takes answers out; it never waits unless nothing else can be done.
-Whatever a call does, an answer comes back. A call whose time is over is cancelled and not waited
-for. While a call blocks the loop (a `time.sleep` in a coroutine) the others' time stands still; if
-it does not stop, it is left behind with its thread, and the others are begun again on a new loop.
+The engine submits calls and collects answers, and blocks only if it has no other work. Every call
+gets an answer, whatever it does. A call that exceeds its time limit is cancelled without waiting
+for it. While a call blocks the loop (such as `time.sleep` in a coroutine), the time of the other
+calls does not count. If it keeps blocking, it is abandoned together with its thread, and the other
+calls are restarted on a new loop.
 """
 
 import asyncio
@@ -15,26 +16,26 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-_TICK = 0.1  # seconds in which a call's time is counted
-_GRACE = 1.0  # seconds that the loop may be blocked for beyond the time of the call that does it
-_MIN_FINISH = 0.5  # seconds that `finish` has where the call has used up all of its time
+_TICK = 0.1  # seconds; resolution of a call's time limit
+_GRACE = 1.0  # seconds that a call may block the loop beyond its time limit
+_MIN_FINISH = 0.5  # seconds; least time for `finish`, even if the call has used up its time
 
 
 @dataclasses.dataclass(eq=False)
 class Call:
-    """A call under way.
+    """A pending tool call.
 
     Attributes:
-      key: what the caller knows it by.
-      begin: makes the coroutine to be awaited.
-      finish: makes the answer, in a thread of a pool, from (result, None, seconds taken) or
-        (None, the exception, seconds taken); a call whose time is over ends with a TimeoutError.
-        What it raises itself is the answer. It is called a second time, with a TimeoutError, where
-        the first call does not return in time.
-      seconds: time limit of both together.
-      started: on the monotonic clock, of this attempt.
-      awaited: the coroutine is at its end, and only `finish` is to come.
-      task: of the coroutine.
+      key: Caller's identifier of the call.
+      begin: Function that returns the coroutine to await.
+      finish: Function that makes the answer, in a thread of the pool, from (result, None, elapsed
+        seconds) or (None, exception, elapsed seconds); the exception of a call that exceeds its
+        time limit is a TimeoutError. An exception that `finish` raises becomes the answer. If it
+        does not return in time, it is called a second time, with a TimeoutError.
+      seconds: Time limit of the coroutine and `finish` together.
+      started: Start time of this attempt, on the monotonic clock.
+      awaited: Whether the coroutine has ended, so that only `finish` remains.
+      task: Task that runs the coroutine.
     """
 
     key: Any
@@ -47,10 +48,10 @@ class Call:
 
 
 class Background:
-    """Runs calls and collects their answers, for one thread.
+    """Executor of tool calls, for use by a single thread.
 
-    Args of the constructor:
-      pool: where calls are finished.
+    Args:
+      pool: Thread pool that runs `Call.finish`.
     """
 
     def __init__(self, pool: concurrent.futures.Executor):
@@ -61,11 +62,11 @@ class Background:
         self._pulse: tuple[threading.Event, float] | None = None
 
     def __len__(self) -> int:
-        """Calls under way."""
+        """Return the number of pending calls."""
         return len(self._calls)
 
     def submit(self, call: Call) -> None:
-        """Starts a call; no other under way has its key."""
+        """Start a call. Its key must differ from those of all pending calls."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             threading.Thread(target=_serve, args=(self._loop,), name="tools", daemon=True).start()
@@ -90,7 +91,7 @@ class Background:
             self._give_up(call, "the results took too long to be prepared")
 
     def _give_up(self, call: Call, reason: str) -> None:
-        """Answer a call with a TimeoutError, whatever it still does."""
+        """Answer a call with a TimeoutError, whatever it is still doing."""
         seconds = time.monotonic() - call.started
         self._pool.submit(self._finish, call, None, TimeoutError(reason), seconds)
 
@@ -99,11 +100,14 @@ class Background:
             answer = call.finish(value, error, seconds)
         except Exception as raised:
             answer = raised
-        self._answers.put((call, answer))  # the first answer of a call counts, see `answers`
+        self._answers.put((call, answer))  # only the first answer of a call counts
 
     def answers(self, wait: bool) -> list[tuple[Any, Any]]:
-        """(key, answer) of the calls that have come to an end; `wait`: at least one of them, where
-        any call is under way."""
+        """Return (key, answer) of the calls that have ended.
+
+        Args:
+          wait: Whether to block until at least one call has ended, if any call is pending.
+        """
         found: list[tuple[Any, Any]] = []
         while True:
             block = wait and not found and bool(self._calls)
@@ -114,12 +118,12 @@ class Background:
                 if not block:
                     return found
                 continue
-            if self._calls.get(call.key) is call:  # else it was given up
+            if self._calls.get(call.key) is call:  # else answered, restarted or dropped
                 del self._calls[call.key]
                 found.append((call.key, answer))
 
     def _feel_pulse(self) -> None:
-        """Asks the loop for a sign of life, and leaves it behind if it gives none for too long."""
+        """Check that the loop responds, and abandon it if it has not for too long."""
         if self._loop is None or not self._calls:
             return
         if self._pulse is None or self._pulse[0].is_set():
@@ -147,23 +151,23 @@ class Background:
         self._loop = self._pulse = None
 
     def forget(self) -> None:
-        """Cancels all calls; what they still do is lost."""
+        """Cancel all calls and drop their answers."""
         for call in self._calls.values():
-            call.seconds = 0.0  # one that has not begun never will
+            call.seconds = 0.0  # a call that has not started never will
             if call.task is not None and self._loop is not None:
                 self._loop.call_soon_threadsafe(call.task.cancel)
         self._calls.clear()
 
     def close(self) -> None:
-        """The same, and ends the thread."""
+        """Cancel all calls and stop the thread."""
         self.forget()
         self._abandon()
 
 
 async def _wait(future: asyncio.Future, budget: float) -> float:
-    """Wait for a future, at most `budget` seconds; return the seconds that remain.
+    """Wait for a future for at most `budget` seconds and return the remaining seconds.
 
-    Time in which another call blocks the loop does not count: this one could not proceed.
+    Time during which another call blocks the loop does not count, as this call could not proceed.
     """
     while not future.done() and budget > 0:
         tick, before = min(budget, _TICK), time.monotonic()
@@ -173,7 +177,7 @@ async def _wait(future: asyncio.Future, budget: float) -> float:
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    """Runs a loop until it is stopped, and cancels what is then left on it."""
+    """Run a loop until it is stopped, then cancel the tasks that are left on it."""
     loop.run_forever()
     for task in asyncio.all_tasks(loop):
         task.cancel()
@@ -181,10 +185,10 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
 
 
 async def _outcome(begin: Callable[[], Awaitable[Any]]) -> tuple[Any, BaseException | None]:
-    """(result, None) or (None, what was raised); a tool may raise what it likes, SystemExit too."""
+    """Return (result, None) or (None, exception), even for exceptions such as SystemExit."""
     try:
         return await begin(), None
-    except GeneratorExit:  # the loop was left behind
+    except GeneratorExit:  # the loop was abandoned
         raise
     except BaseException as raised:
         return None, raised

@@ -1,8 +1,8 @@
-"""Fetching from the web with care: public addresses only, bounded bodies, no cookies.
+"""Safe HTTP client: public addresses only, bounded response bodies, no cookies.
 
-Every connection is checked where it is made: the host's addresses are looked up once, all of them
-must be public, and the connection goes to one of those very addresses. So a redirect, or a name
-that answers differently the second time, leads nowhere either.
+Every connection is checked when it is opened: the host name is resolved once, all of its addresses
+must be public, and the connection goes to one of those addresses. This also covers redirects and
+host names that resolve differently the second time (DNS rebinding).
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from mmsr1_jax.tools.addresses import foreign_names, is_public, normal_host, own
 from mmsr1_jax.tools.connection_pool import Connections
 from mmsr1_jax.utils import checked_json
 
-# At lower levels it writes requests into the log, keys in them too.
+# At lower levels it logs requests, including the API keys in them.
 logging.getLogger("httpcore").setLevel(logging.WARNING)
 
 JSON = ("application/json",)
@@ -37,17 +37,17 @@ _HOST = re.compile(r"[^\s/@\\%]+")
 
 
 class WebError(Exception):
-    """A request that brought nothing; the message holds no address and no key.
+    """Failed request. The message contains neither the address nor an API key.
 
     Attributes:
-      transient: trying again may help.
-      retry_after: seconds that the server asks to wait, if it does.
+      transient: Whether a retry may succeed.
+      retry_after: Seconds that the server asks to wait, or None.
     """
 
     transient = False
     retry_after: float | None = None
 
-    def __reduce__(self):  # by default an exception is made anew from its message alone
+    def __reduce__(self):  # by default, an exception is unpickled from its message alone
         return _rebuilt, (type(self), self.args, self.__dict__)
 
 
@@ -59,11 +59,11 @@ def _rebuilt(kind: type[WebError], args: tuple, state: dict[str, Any]) -> WebErr
 
 
 class RefusedError(WebError):
-    """An address that is not fetched from."""
+    """Request that this client refuses, for instance because its address is not public."""
 
 
 class BodyError(WebError):
-    """An answer that is too large, of the wrong type, or damaged."""
+    """Response that is too large, of the wrong type, or damaged."""
 
 
 class TimedOutError(WebError):
@@ -75,11 +75,11 @@ class UnreachableError(WebError):
 
 
 class StatusError(WebError):
-    """An answer with a status that is not success.
+    """Response with an HTTP status other than success.
 
     Attributes:
       status: HTTP status.
-      body: beginning of the answer, which may say more.
+      body: Beginning of the response body, which may describe the error.
     """
 
     def __init__(self, status: int, retry_after: float | None = None, body: bytes = b""):
@@ -91,13 +91,13 @@ class StatusError(WebError):
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a server answered.
+    """HTTP response.
 
     Attributes:
-      url: after redirects.
-      media_type: in lower case, without parameters.
-      charset: as the server says it, or None.
-      body: decompressed.
+      url: Final URL after redirects.
+      media_type: Media type in lower case, without parameters.
+      charset: Charset declared by the server, or None.
+      body: Decompressed body.
     """
 
     url: str
@@ -106,7 +106,7 @@ class Answer:
     body: bytes
 
     def json(self) -> Any:
-        """Raises BodyError where it is not JSON."""
+        """Return the body parsed as JSON. Raises BodyError if it is not JSON."""
         try:
             return checked_json.loads(self.body, surrogates=True)
         except checked_json.FormatError as error:
@@ -114,15 +114,17 @@ class Answer:
 
 
 class Web:
-    """A connection pool for each asyncio loop.
+    """HTTP client with one connection pool per asyncio loop.
 
-    Args of the constructor:
-      allowed_hosts: `host`, `host:port` or URLs of one's own services, which may be private.
-      seconds: time limit of connecting, and of each wait for data.
-      total_seconds: of a request in all, redirects and body included; None: three times `seconds`.
-      max_bytes: of a body, as it comes and decompressed.
-      connections: at a time.
-      backend: makes connections; for tests.
+    Args:
+      allowed_hosts: `host`, `host:port` or URLs of trusted services, whose addresses may be
+        private.
+      seconds: Time limit for connecting, and for each wait for data.
+      total_seconds: Time limit of a whole request, including redirects and body. None means three
+        times `seconds`.
+      max_bytes: Maximum size of a body, both as received and decompressed.
+      connections: Maximum number of concurrent connections per loop.
+      backend: Network backend that opens connections, replaced in tests.
     """
 
     def __init__(
@@ -162,14 +164,22 @@ class Web:
         headers: Mapping[str, str] | None = None,
         max_bytes: int | None = None,
     ) -> Answer:
-        """One request, redirects followed for GET (without headers, once the host is another).
+        """Send a request, following redirects of GET requests.
+
+        `headers` are dropped once a redirect leads to another origin.
 
         Args:
-          accept: beginnings of the media types that are taken; none: any.
-          max_bytes: instead of the limit of the constructor.
+          method: HTTP method.
+          url: URL of the request.
+          accept: Prefixes of the accepted media types. If empty, any type is accepted.
+          params: Query parameters.
+          json: Body to send as JSON.
+          content: Body to send as bytes.
+          headers: Additional headers.
+          max_bytes: Maximum size of the body; None means the limit of the constructor.
 
         Raises:
-          WebError: see its kinds.
+          WebError: The request failed; see the subclasses.
         """
         request = {"params": params, "json": json, "content": content}
         try:
@@ -184,17 +194,17 @@ class Web:
                 raise RefusedError("not a valid address") from None
             raise UnreachableError(f"the connection failed ({type(error).__name__})") from None
         except (httpx.InvalidURL, ValueError, KeyError) as error:
-            # What libraries raise on addresses and headers that make no sense to them.
+            # Raised by the libraries for malformed addresses and headers.
             raise RefusedError(f"not a valid address or answer ({type(error).__name__})") from None
 
     async def _follow(
         self, method: str, url: str, request: dict, headers: dict, accept: tuple[str, ...],
         max_bytes: int | None,
     ) -> Answer:  # fmt: skip
-        """The answer at the end of the redirects."""
+        """Return the response after following redirects."""
         timeout = {"timeout": httpx.Timeout(self._seconds).as_dict()}
         for _ in range(_MAX_REDIRECTS + 1):
-            # No httpx client: it would keep cookies, and log the addresses, keys in them too.
+            # httpx.Client is not used: it keeps cookies, and logs URLs with the API keys in them.
             made = httpx.Request(
                 method, url, headers=_HEADERS | headers, extensions=timeout, **request
             )
@@ -233,7 +243,7 @@ class Web:
         async for chunk in response.aiter_raw(_CHUNK):
             came += len(chunk)
             try:
-                # One byte more than allowed is enough to see that there are too many.
+                # One byte beyond the limit suffices to detect that it is exceeded.
                 body += inflate.decompress(chunk, limit - len(body) + 1) if inflate else chunk
             except zlib.error:
                 raise BodyError("damaged gzip") from None
@@ -245,7 +255,7 @@ class Web:
 
 
 class _Transport(httpx.AsyncHTTPTransport):
-    """httpx's own, but for where its connections come from."""
+    """httpx's transport with our own connection pool."""
 
     def __init__(self, backend: httpcore.AsyncNetworkBackend, connections: int):
         context = httpx.create_ssl_context(trust_env=False)
@@ -254,11 +264,11 @@ class _Transport(httpx.AsyncHTTPTransport):
 
 
 class CheckedBackend(httpcore.AsyncNetworkBackend):
-    """Connects to public addresses, and to hosts that are allowed by name.
+    """Network backend that connects only to public addresses and to explicitly allowed hosts.
 
-    Args of the constructor:
-      allowed: (host, port) of `addresses.parse_host`; None as a port: any.
-      inner: Makes the connections.
+    Args:
+      allowed: (host, port) pairs from `addresses.parse_host`. A port of None means any port.
+      inner: Network backend that opens the connections.
     """
 
     def __init__(
@@ -312,20 +322,23 @@ def _check(url: httpx.URL) -> None:
 
 
 async def _beginning(response: httpx.Response) -> bytes:
-    """Return the first bytes of an error's answer, at most `_ERROR_BYTES`."""
+    """Return at most the first `_ERROR_BYTES` of an error response."""
     unpack = response.headers.get("content-encoding", "").lower() == "gzip"
     inflate = zlib.decompressobj(wbits=31) if unpack else None
     try:
         async for chunk in response.aiter_raw(_ERROR_BYTES):
             part = inflate.decompress(chunk, _ERROR_BYTES) if inflate else chunk
             return part[:_ERROR_BYTES]
-    except (httpx.HTTPError, zlib.error):  # the status says enough
+    except (httpx.HTTPError, zlib.error):  # the status alone is enough
         pass
     return b""
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds, from either of the header's forms (RFC 9110, section 10.2.3)."""
+    """Parse a `Retry-After` header in either form (RFC 9110, section 10.2.3) into seconds.
+
+    Return None if the header is missing or malformed.
+    """
     text = response.headers.get("retry-after", "")
     if re.fullmatch(r"[0-9]{1,9}", text):
         return float(text)

@@ -1,14 +1,14 @@
-"""Words of every script, in the form in which SQLite's FTS5 indexes and finds them.
+"""Text normalisation and segmentation for full-text search in any script with SQLite's FTS5.
 
-FTS5's own tokenizer splits text at spaces and punctuation and stems English words. A text is
-rewritten first so that this is enough:
+FTS5's built-in tokenizer splits text at spaces and punctuation and stems English words. Other text
+is rewritten before indexing so that this tokenizer suffices:
 
-    compatibility forms    full-width letters, ligatures, decomposed letters take one form
-    diacritics             dropped where writers omit them: Latin, Cyrillic, Arabic, Hebrew
+    compatibility forms    full-width letters, ligatures and decomposed letters are unified
+    diacritics             removed where writers omit them: Latin, Cyrillic, Arabic, Hebrew
     no spaces              Chinese, Japanese, Korean: every pair of letters is a term;
-                           Thai, Lao, Khmer, Burmese and others: every three letters
+                           Thai, Lao, Khmer, Burmese and others: every three letters are a term
 
-English text stays as it is. The index and the query are rewritten by the same rules.
+English text is unchanged. Indexed text and queries are rewritten by the same rules.
 """
 
 import itertools
@@ -17,16 +17,16 @@ import unicodedata
 
 import regex
 
-# Vowels of Indian scripts are combining marks: they belong to their word.
+# Includes combining marks (M*), since vowels of Indian scripts are combining marks.
 TOKENIZER = "porter unicode61 categories 'L* M* N* Co'"
 
-# Korean has spaces, but writes particles and nouns as one word.
+# Korean uses spaces, but attaches particles to nouns.
 _PAIRS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Bopomofo}\p{Yi}\u30fc\u3099\u309a"
 _TRIPLES = (
     r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tai_Le}\p{New_Tai_Lue}\p{Tai_Tham}\p{Tai_Viet}"
     r"\p{Balinese}\p{Javanese}"
 )
-# U+200B to U+200D inside such a run only say where a line may break.
+# U+200B to U+200D inside such a run only mark where a line may break.
 _RUN = regex.compile(
     rf"([{_PAIRS}--\p{{P}}][{_PAIRS}\u200b-\u200d--\p{{P}}]*+)"
     rf"|([{_TRIPLES}--\p{{P}}][{_TRIPLES}\u200b-\u200d--\p{{P}}]*+)",
@@ -34,11 +34,11 @@ _RUN = regex.compile(
 )
 _ZERO_WIDTH = re.compile("[\u200b-\u200d]+")
 _WORD = regex.compile(r"\0?[\w\p{M}--[\u200c\u200d]]+", regex.VERSION1)
-# More marks in a row than any script has: Python would sort them in quadratic time.
+# Longer runs of marks than any script uses, which Python would sort in quadratic time.
 _MANY_MARKS = regex.compile(r"(\p{M}{16})\p{M}++")
-# Joiners shape letters of Indian scripts. Between Persian words the non-joiner stands for a space.
+# Joiners only shape letters in Indian scripts. In Persian, the non-joiner separates words.
 _INDIAN_JOINER = re.compile("(?<=[\u0900-\u0dff])[\u200c\u200d]")
-# Text that is not plain English, punctuation included, with the ASCII characters in between.
+# Text beyond plain English and its punctuation, with up to three ASCII characters in between.
 _FOREIGN = re.compile(
     "[^\x01-\x7f\xa0\xa1\xa7\xa9\xab\xae\xb0\xb1\xb6\xbb\xbf\u2010-\u2015\u2018-\u2022\u2026\u20ac]"
     "(?:[\x01-\x7f]{0,3}[^\x01-\x7f])*"
@@ -46,7 +46,7 @@ _FOREIGN = re.compile(
 
 
 def _ranges(*ends: tuple[int, int]) -> list[int]:
-    """Code points of ranges, both ends included."""
+    """Return the code points of ranges, both ends included."""
     return list(itertools.chain.from_iterable(range(low, high + 1) for low, high in ends))
 
 
@@ -66,9 +66,10 @@ _ZEROS = (
     0x0660, 0x06F0, 0x07C0, 0x0966, 0x09E6, 0x0A66, 0x0AE6, 0x0B66, 0x0BE6, 0x0C66, 0x0CE6, 0x0D66,
     0x0E50, 0x0ED0, 0x0F20, 0x1040, 0x17E0, 0x1810,
 )  # fmt: skip
-# Before decomposition, which would make letters of the two signs.
+# Applied before decomposition, which would turn the two signs into letters.
 _SIGNS = dict.fromkeys(_INVISIBLE) | dict.fromkeys(map(ord, "\0™℠"), " ")
-# After it. The pairs: Arabic yeh (three), kaf and heh (two); sharp s (two), Turkish i, final sigma.
+# Applied after decomposition: Arabic yeh (three), kaf and heh (two); sharp s (two), dotless i,
+# final sigma.
 _FOLDED = (
     dict.fromkeys([*_OPTIONAL_MARKS, 0x0640])
     | {zero + digit: str(digit) for zero in _ZEROS for digit in range(10)}
@@ -78,14 +79,14 @@ _FOLDED = (
 
 
 def search_form(text: str) -> str:
-    """Return a text whose words FTS5 finds with `TOKENIZER`; English text is returned as it is."""
+    """Return a text rewritten for indexing by FTS5 with `TOKENIZER`; English text is unchanged."""
     return text if text.isascii() else _RUN.sub(_terms, _FOREIGN.sub(_folded, text))
 
 
 def words_of(text: str) -> str:
     """Return an FTS5 query that matches any word of a text; empty if the text has no words.
 
-    Operators of the query language are words like others.
+    Operators of the query language are treated as ordinary words.
     """
     text = _RUN.sub(_wanted_terms, _FOREIGN.sub(_folded, text))
     words = dict.fromkeys(_WORD.findall(text))
@@ -93,26 +94,26 @@ def words_of(text: str) -> str:
 
 
 def _folded(match: re.Match[str]) -> str:
-    """Replace forms that readers take for the same letters by one of them."""
+    """Return the match with equivalent forms of letters unified."""
     text = _MANY_MARKS.sub(r"\1", match[0].translate(_SIGNS))
     decomposed = unicodedata.normalize("NFKD", text).translate(_FOLDED)
     return _INDIAN_JOINER.sub("", unicodedata.normalize("NFC", decomposed))
 
 
 def _run_of(match: regex.Match[str]) -> tuple[str, int]:
-    """Return the letters of a run, and how many of them make a term."""
+    """Return the letters of a run, and the number of letters per term."""
     return _ZERO_WIDTH.sub("", match[0]), 2 if match[1] else 3
 
 
 def _terms(match: regex.Match[str]) -> str:
-    """Return a run's terms for the index. One starts at every letter, so that a query of fewer
-    letters is found as the beginning of a term."""
+    """Return a run's terms for the index. A term starts at every letter, so that a query shorter
+    than a term matches as a prefix."""
     run, length = _run_of(match)
     return f" {' '.join(run[i : i + length] for i in range(len(run)))} "
 
 
 def _wanted_terms(match: regex.Match[str]) -> str:
-    """Return a run's terms for a query; a NUL marks the beginning of a term."""
+    """Return a run's terms for a query; a leading NUL marks a prefix query."""
     run, length = _run_of(match)
     if len(run) < length:
         return f" \0{run} "

@@ -1,4 +1,4 @@
-"""What `train` and `sft` share: run directories, checkpoints, metrics, SFT data.
+"""Code shared by `train` and `sft`: run directories, checkpoints, metrics, SFT data.
 
-Used by the commands, evaluation and the report.
+Also used by other commands, evaluation and the report.
 """

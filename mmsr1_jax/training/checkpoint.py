@@ -1,6 +1,6 @@
-"""A training run on disk: `DIR/STEP/` holds all that the next step depends on, or does not exist.
+"""Checkpoints of a training run: `DIR/STEP/` is either a complete training state or absent.
 
-Written by Orbax, in the background, while the next step is under way.
+Orbax writes them in the background while the next step runs.
 """
 
 import pathlib
@@ -13,12 +13,12 @@ _POLICIES = ocp.training.preservation_policies
 
 
 class Checkpoints:
-    """The checkpoints of a run.
+    """Checkpoints of a run.
 
-    Args of the constructor:
-      directory: made if need be.
-      keep: the latest that are kept; the best one is kept beside them. None: to read only, what
-        another process is just writing is left alone.
+    Args:
+      directory: Directory of the checkpoints, created if it does not exist.
+      keep: Number of latest checkpoints to keep, in addition to the best one. None is for
+        read-only use: unfinished checkpoints that another process is writing are left alone.
     """
 
     def __init__(self, directory: str | pathlib.Path, *, keep: int | None):
@@ -31,29 +31,29 @@ class Checkpoints:
             pathlib.Path(directory).resolve(),
             save_decision_policy=_Always(),
             preservation_policy=_POLICIES.AnyPreservationPolicy([_POLICIES.LatestN(keep), best]),
-            cleanup_tmp_directories=keep is not None,  # of a save that was killed
+            cleanup_tmp_directories=keep is not None,  # from a save that was killed
         )
 
     @property
     def latest(self) -> int | None:
-        """The last step that was saved, None where there is none."""
+        """Last saved step, or None if no checkpoint exists."""
         found = self._checkpointer.latest
         return None if found is None else found.step
 
     @property
     def best(self) -> int | None:
-        """The step with the best score; None where none has any."""
+        """Step with the best score, or None if no checkpoint has a score."""
         scored = [c for c in self._checkpointer.checkpoints if c.metrics]
         return max(scored, key=lambda c: (c.metrics["score"], c.step)).step if scored else None
 
     def save(self, step: int, state: Any, notes: dict, *, score: float | None) -> None:
-        """Begins to write a step; waits for the one before.
+        """Start saving a checkpoint in the background, once the previous save has finished.
 
         Args:
-          step: that has been done.
-          state: a tree of arrays, which may be donated when this returns.
-          notes: plain data, JSON.
-          score: by which the best is chosen.
+          step: Last completed step.
+          state: Tree of arrays, which may be donated when this method returns.
+          notes: JSON-serialisable metadata.
+          score: Score that determines the best checkpoint, if any.
         """
         self._checkpointer.save_async(
             step, _named(state), custom_metadata=notes,
@@ -61,14 +61,14 @@ class Checkpoints:
         )  # fmt: skip
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict]:
-        """(state, notes) of a step.
+        """Restore (state, notes) of a step.
 
         Args:
-          step: one of those that there are.
-          like: a tree of arrays with the shapes, dtypes and places of what was saved.
+          step: Step of an existing checkpoint.
+          like: Tree of arrays with the shapes, dtypes and shardings to restore.
 
         Raises:
-          ValueError: another tree was saved.
+          ValueError: The checkpoint has other array names or shapes.
         """
         names = _named(like)
         saved = self._checkpointer.metadata(step)
@@ -89,12 +89,12 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), leaves), saved.custom_metadata
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Wait for pending saves and close the checkpointer."""
         self._checkpointer.close()
 
 
 class _Always:
-    """When to save is decided by the training loop."""
+    """Save policy that always saves, since the training loop decides when to."""
 
     def should_save(self, step, previous_steps, *, context) -> bool:
         del step, previous_steps, context
@@ -102,7 +102,7 @@ class _Always:
 
 
 def _named(tree: Any) -> dict[str, jax.Array]:
-    """The tree's arrays by their paths, in its order."""
+    """Return the arrays of a tree, keyed by path, in tree order."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

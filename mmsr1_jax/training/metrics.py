@@ -1,4 +1,4 @@
-"""What is measured of a step, and where it is written."""
+"""Metrics of a training step, and the log that writes them."""
 
 import collections
 import json
@@ -23,25 +23,25 @@ class _Line(TypedDict):
 def of_episodes(
     episodes: Sequence[Episode], rewards: Sequence[Reward], categories: Sequence[str]
 ) -> dict[str, float]:
-    """Figures of finished episodes, those that could not be run left out but counted.
+    """Return metrics of finished episodes; episodes with errors are only counted.
 
     Args:
-      episodes, rewards: one for the other.
-      categories: of their questions; empty: none.
+      episodes, rewards: Episodes and their rewards, of equal length.
+      categories: Category of each episode's question; an empty string means no category.
 
     Returns:
-      `errors`: those that could not be run; where there are others, of these
-      `reward`, `accuracy`, `format`; `searches` an episode; `search/any`, `/text`, `/image`,
-      `/both`, `/none`: shares of the episodes; `accuracy_of/CATEGORY`, `search_of/CATEGORY`;
-      `turns`, `tokens` of an episode, `tokens_sampled`; `end/REASON`; `tool/calls`, `tool/failed`
-      (share of the calls), `tool/refused`, `tool/seconds` (mean of a call).
+      `errors`, the number of episodes that could not be run. If others exist, also their means
+      `reward`, `accuracy`, `format` and `searches`; the fractions of episodes `search/any`,
+      `/text`, `/image`, `/both` and `/none`; `accuracy_of/CATEGORY` and `search_of/CATEGORY`; the
+      means `turns`, `tokens` and `tokens_sampled`; the fractions `end/REASON`; and `tool/calls`,
+      `tool/failed` (fraction of the calls), `tool/refused` and `tool/seconds` (mean per call).
 
-      With a judge: `judge/asked`: answers that it was asked about; of these the shares
-      `judge/failed`: those that it could not be asked about, and `judge/unreadable`: those whose
-      reply held no verdict, which count as wrong. Episodes of `judge/failed` are left out of
-      `reward`, `accuracy` and `accuracy_of`. The first two are absent where the judge failed about
-      all answers (those that need no judge say little of the others), the last where no episode of
-      the category is left.
+      With a judge, also `judge/asked`, the number of answers sent to it, and two fractions of
+      these: `judge/failed`, whose requests failed, and `judge/unreadable`, whose replies held no
+      verdict, which counts as wrong. Episodes with failed requests are excluded from `reward`,
+      `accuracy` and `accuracy_of`. `reward` and `accuracy` are absent if all requests failed, since
+      answers that need no judge are not representative; `accuracy_of` is absent if no episode of
+      the category remains.
     """
     ran = [i for i, episode in enumerate(episodes) if episode.end != "error"]
     figures = {"errors": float(len(episodes) - len(ran))}
@@ -94,14 +94,14 @@ def of_episodes(
 
 
 def partial_searches(episodes: Sequence[Episode]) -> float:
-    """Return the share of made searches that found something, but left out or mended part of it."""
+    """Return the fraction of executed searches that succeeded with omitted or repaired results."""
     calls = [call for episode in episodes for call in episode.calls if call.status != "refused"]
     partial = [call.status == "ok" and bool(call.notes) for call in calls]
     return float(statistics.fmean(partial or [0.0]))
 
 
 def check(also: str) -> None:
-    """Raises ValueError where `Log` could not write to what the settings name."""
+    """Raise ValueError if the settings name wandb but it is not installed."""
     if "wandb" in _names(also):
         try:
             import wandb  # noqa: F401
@@ -114,13 +114,14 @@ def _names(also: str) -> set[str]:
 
 
 class Log:
-    """`metrics.jsonl`, a line a step, and what else the settings name.
+    """Metrics log: `metrics.jsonl`, one line per step, and the loggers that the settings name.
 
-    Args of the constructor:
-      directory: of the run.
-      also: `tensorboard` and `wandb`, separated by commas.
-      step: that the run goes on from; lines of later ones, which will be written anew, are dropped.
-      config: of the run, for wandb.
+    Args:
+      directory: Directory of the run.
+      also: Additional loggers, `tensorboard` and `wandb`, separated by commas.
+      step: Step from which the run resumes. Lines of later steps are dropped, since these steps
+        will be logged again.
+      config: Configuration of the run, for wandb.
     """
 
     def __init__(self, directory: pathlib.Path, also: str, *, step: int, config: Mapping):
@@ -139,7 +140,7 @@ class Log:
         if "wandb" in names:
             import wandb
 
-            path = directory / "wandb_id"  # by which a run that is gone on with is the same one
+            path = directory / "wandb_id"  # so that a resumed run has the same ID in wandb
             if not path.is_file():
                 path.write_text(uuid.uuid4().hex)
             self._wandb = wandb.init(
@@ -165,11 +166,13 @@ class Log:
 
 
 def read(path: pathlib.Path) -> list[dict]:
-    """Return the lines of a `metrics.jsonl`, without a last one that was cut off; none where the
-    file does not exist.
+    """Return the lines of a `metrics.jsonl`, without a truncated last line.
+
+    The list is empty if the file does not exist.
 
     Raises:
-      FormatError: a line that is not JSON, or not an object with a `step`; names file and line.
+      FormatError: A line is not JSON, or not an object with a `step`; the message names file and
+        line.
     """
     lines: list[dict] = []
     if not path.is_file():
@@ -178,7 +181,7 @@ def read(path: pathlib.Path) -> list[dict]:
         for number, text in checked_json.lines(file):
             name = f"{path}, line {number}"
             try:
-                # A figure of a run that diverged is NaN.
+                # Metrics of a diverged run may be NaN.
                 line = checked_json.loads(text, dict[str, Any], name=name, nan=True)
             except checked_json.NotJsonError:
                 if not text.endswith(b"\n"):

@@ -1,4 +1,4 @@
-"""The settings of a run as a file, so that its directory alone is enough to go on with it."""
+"""Settings file of a run, so that the run's directory alone is enough to resume it."""
 
 import dataclasses
 import json
@@ -19,23 +19,23 @@ class _File:
 
 
 def write(path: pathlib.Path, config: settings.Config, model: str) -> None:
-    """`path` holds the settings and the directory that the policy came from."""
+    """Write the settings, with secrets redacted, and the policy's source directory to `path`."""
     data = redaction.redact({"model": str(model), "config": dataclasses.asdict(config)})
     with outputs.new_file(path) as partial:
         partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def read(path: pathlib.Path) -> tuple[settings.Config, str]:
-    """Return the settings and the policy's directory that `write` wrote.
+    """Read the settings and the policy's directory from a file that `write` wrote.
 
     Raises:
-      ConfigError: the file cannot be read, or a field in it is missing, unknown or invalid; the
+      ConfigError: The file cannot be read, or a field in it is missing, unknown or invalid; the
         message names the file and the field.
     """
     try:
         data = checked_json.load(path, _File)
         config = bounds.made(settings.Config, data.config, "config")
-        if config.services.cache is not None:  # its password is not in the file
+        if config.services.cache is not None:  # the file does not contain its password
             config.services.cache = config.services.cache.replace(f"{redaction.HIDDEN}@", "")
         return settings.validate(config), data.model
     except checked_json.FormatError as error:
@@ -45,7 +45,7 @@ def read(path: pathlib.Path) -> tuple[settings.Config, str]:
 
 
 def override(config: settings.Config, given: settings.Config, argv: Sequence[str]) -> None:
-    """Puts into `config` what `given` has in the fields that a command line names."""
+    """Copy the fields that a command line names from `given` to `config`."""
     for argument in argv:
         name = argument.lstrip("-").partition("=")[0]
         if not argument.startswith("-") or not name.startswith("config."):

@@ -1,15 +1,16 @@
-"""What supervised training learns from: JSONL whose lines are either of two.
+"""SFT dataset: JSONL files with two kinds of lines.
 
-    a saved episode   of `RUN/episodes/*.jsonl`: its tokens and pictures are taken as they are
-    a row             {"question": text, "turns": [text, ..]}, where need be with "image": path or
-                      "images": [path, ..] (beside the file), and "id": the turns of the policy,
-                      without end tokens; the searches that they ask for are made by the tools,
-                      or, with "index": path of a local index, in that
+    saved episode     from `RUN/episodes/*.jsonl`: its tokens and images are used unchanged
+    row               {"question": text, "turns": [text, ..]}, optionally with "image": path or
+                      "images": [path, ..] (relative to the file) and "id". "turns" are the
+                      policy's turns without end tokens. Their searches are executed by the tools,
+                      or in a local index with "index": path
 
-Pictures and indexes lie in the folder of the file that names them (of a run's `episodes/`, also in
-`pictures/` beside it), or in one of `config.data.image_roots`.
+Images and indexes must lie in the folder of the file that names them (for a run's `episodes/`, also
+in `pictures/` next to it), or in one of `config.data.image_roots`.
 
-All is read, told and checked once, when a run begins, and lies in the run's directory from then on:
+At the start of a run the files are read, the turns replayed with their searches, and the episodes
+checked. The result is stored in the run's directory:
 
     files ──prepare──► RUN/stories.jsonl, RUN/pictures/ ──load──► lessons ──chosen──► a step
 """
@@ -46,7 +47,7 @@ from mmsr1_jax.tools.build import check_services, make_tools
 from mmsr1_jax.utils import checked_json, outputs
 from mmsr1_jax.utils.files import FileRefusedError, check_regular, inside
 
-_AT_ONCE = 64  # lines whose pictures are in memory at a time
+_AT_ONCE = 64  # number of lines whose images are in memory at a time
 
 
 class _Header(TypedDict):
@@ -54,17 +55,17 @@ class _Header(TypedDict):
 
 
 class LineError(ValueError):
-    """A line that nothing can be learned from, with the reason."""
+    """Line that cannot be used for training; the message gives the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Lesson:
-    """An episode to learn from; its pictures are read when it is its turn.
+    """Training example: an episode whose images are read on demand.
 
     Attributes:
-      tokens: int32[T].
-      mask: bool[T]: what the policy wrote, which alone carries loss.
-      pictures: files, in the order of their placeholders.
+      tokens: int32[T], tokens of the episode.
+      mask: bool[T], True for tokens that the policy wrote; only they carry loss.
+      pictures: Image files, in the order of their placeholders.
     """
 
     tokens: np.ndarray
@@ -72,18 +73,24 @@ class Lesson:
     pictures: tuple[pathlib.Path, ...]
 
     def prompt(self, processor: ImageProcessor) -> Prompt:
-        """All of it, as the policy reads it. Raises ImageError, see `read_picture`."""
+        """Return the whole episode as model input.
+
+        Raises:
+          ImageError: An image cannot be read, see `read_picture`.
+        """
         return Prompt(self.tokens, tuple(read_picture(path, processor) for path in self.pictures))
 
 
 def line_of(
     episode: Episode, processor: Processor, folder: pathlib.Path, pictures: pathlib.Path
 ) -> dict[str, Any]:
-    """An episode as a line of a JSONL file, its pictures written beside it.
+    """Write an episode's images, and return the episode as a line of a JSONL file.
 
     Args:
-      folder: of the file; "images" are paths from there.
-      pictures: the folder of pictures; made if need be.
+      episode: Episode to write.
+      processor: Processor of the policy.
+      folder: Folder of the JSONL file; paths in "images" are relative to it.
+      pictures: Folder of the images, created if it does not exist.
     """
     pictures.mkdir(parents=True, exist_ok=True)
     paths = [write_picture(image, processor.images, pictures) for image in episode.images]
@@ -91,13 +98,13 @@ def line_of(
 
 
 def chosen(step: int, count: int, size: int, seed: int) -> list[int]:
-    """The numbers, below `count`, of a step's lessons: all of them in an order drawn for each
-    epoch, epoch after epoch.
+    """Return the indices of a step's examples, from data that is reshuffled every epoch.
 
     Args:
-      step: from 1.
-      size: lessons of a step.
-      seed: not negative.
+      step: Step, counted from 1.
+      count: Number of examples in the dataset.
+      size: Number of examples per step.
+      seed: Seed of the order, not negative.
     """
 
     def at(epoch: int) -> np.ndarray:
@@ -116,12 +123,13 @@ def prepare(
     processor: Processor,
     model_config: ModelConfig,
 ) -> None:
-    """Writes the stories of `config.data.train` to `path`, which appears when it is complete, and
-    their pictures to `pictures/` beside it. Lines that cannot be used are named on stderr.
+    """Write the episodes of `config.data.train` to `path`, their images to `pictures/` beside it.
+
+    `path` appears once it is complete. Lines that cannot be used are reported on stderr.
 
     Raises:
-      DataError: no such files, no line that can be used, or too many that cannot.
-      ValueError, OSError: the tools cannot be made.
+      DataError: The files do not exist, no line can be used, or too many lines cannot be used.
+      ValueError, OSError: The tools cannot be created.
     """
     files, bad, written, told = _find(config.data.train), 0, 0, 0
     shape = RowShape(1, config.update.pack_length, config.update.pack_windows)
@@ -160,10 +168,10 @@ def prepare(
 
 
 def load(path: pathlib.Path, config: settings.Config) -> list[Lesson]:
-    """The lessons that `prepare` wrote.
+    """Load the examples that `prepare` wrote.
 
     Raises:
-      DataError: not a file of `prepare`, or one that was made with other settings.
+      DataError: The file was not written by `prepare`, or with other settings.
     """
     lessons = []
     with open(path, encoding="utf-8") as file:
@@ -189,7 +197,7 @@ def load(path: pathlib.Path, config: settings.Config) -> list[Lesson]:
 
 
 def make_rules(config: settings.Config, processor: Processor, model_config: ModelConfig) -> Rules:
-    """The rules by which an engine with these settings writes to the policy."""
+    """Return the rules by which an engine with these settings writes prompts and replies."""
     return Rules(
         processor,
         config.turns,
@@ -208,10 +216,10 @@ def _episodes(
     processor: Processor,
     model_config: ModelConfig,
 ) -> Iterator[tuple[str, Episode | Story | LineError, Episode | LineError]]:
-    """For each line, in order: where it is, what it holds, and the episode; not checked yet."""
+    """Yield the location, content and unchecked episode of each line, in order."""
     lines = ((file, number, text) for file in files for number, text in _lines(file))
     rules, roots = make_rules(config, processor, model_config), config.data.image_roots
-    tools_of = functools.cache(lambda index: _tools(config, index))  # saved episodes need none
+    tools_of = functools.cache(lambda index: _tools(config, index))  # saved episodes need no tools
     while batch := list(itertools.islice(lines, _AT_ONCE)):
         read = [_read(file, number, text, processor.images, roots) for file, number, text in batch]
         told: dict[pathlib.Path | None, Iterator[Episode]] = {}
@@ -224,7 +232,7 @@ def _episodes(
 
 
 def _made_with(config: settings.Config) -> dict[str, Any]:
-    """The settings that the stories depend on, as plain data for JSON."""
+    """Return the settings that the prepared episodes depend on, as JSON-serialisable data."""
     found: dict[str, Any] = {"data.train": config.data.train}
     for part in ("turns", "tools", "images"):
         for name, value in dataclasses.asdict(getattr(config, part)).items():
@@ -235,8 +243,13 @@ def _made_with(config: settings.Config) -> dict[str, Any]:
 
 
 def _tools(config: settings.Config, index: pathlib.Path | None) -> dict[str, Tool]:
-    """The tools, or those of a local index, each within its time; one that there is not fails in
-    words. Raises ServiceRefusedError: a service refuses requests."""
+    """Return the configured tools, or those of a local index, each with a timeout.
+
+    A tool that is not configured raises LookupError when called, so that its searches fail.
+
+    Raises:
+      ServiceRefusedError: A service refuses requests.
+    """
     if index is not None:
         local = dataclasses.replace(config.tools, text="local", image="local", index=str(index))
         config = dataclasses.replace(config, tools=local)
@@ -257,7 +270,7 @@ def _tools(config: settings.Config, index: pathlib.Path | None) -> dict[str, Too
 
 
 def _find(where: Sequence[str]) -> list[pathlib.Path]:
-    """JSONL files: single ones, those of directories or patterns (sorted by name); each once."""
+    """Return the distinct JSONL files of paths, directories and patterns, each sorted by name."""
     found: dict[pathlib.Path, None] = {}
     for item in where:
         path = pathlib.Path(item)
@@ -273,7 +286,7 @@ def _find(where: Sequence[str]) -> list[pathlib.Path]:
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, bytes) of the lines that are not blank; only a newline ends a line."""
+    """Yield (line number from 1, bytes) of the non-blank lines; only a newline ends a line."""
     with open(path, "rb") as file:
         yield from checked_json.lines(file)
 
@@ -288,7 +301,7 @@ def _read(
     images: ImageProcessor,
     roots: Sequence[str] = (),
 ) -> Episode | Story | LineError:
-    """What a line holds, or why it cannot be used. Never raises, whatever is in it."""
+    """Return the content of a line, or the reason why it cannot be used; never raise."""
     try:
         data = checked_json.loads(text, surrogates=True, nan=True)
         if not isinstance(data, dict):
@@ -307,20 +320,20 @@ def _read(
 def _saved(
     data: dict, folder: pathlib.Path, images: ImageProcessor, roots: Sequence[str]
 ) -> Episode:
-    """A saved episode with its pictures. Raises ValueError."""
+    """Return a saved episode with its images; raise ValueError if it cannot be used."""
     if data.get("end") == "error":
         raise LineError(f"an episode that could not be run: {data.get('error')}")
     if data.get("image_grids") and "images" not in data:
         raise LineError("an episode with pictures that does not say where they are: no 'images'")
     paths = _texts(data, "images") if data.get("images") else []
-    if folder.name == "episodes":  # of a run, whose pictures are beside it
+    if folder.name == "episodes":  # of a run, which keeps its images in a sibling folder
         roots = (*roots, folder.parent / "pictures")
     found = [_picture(path, folder, roots, "images") for path in paths]
     return Episode.from_json(data, [read_picture(path, images) for path in found])
 
 
 def _row(data: dict, file: pathlib.Path, number: int, roots: Sequence[str] = ()) -> Story:
-    """A question and its turns. Raises LineError."""
+    """Return a question with its scripted turns; raise LineError if the row is invalid."""
     for field in ("question", "turns"):
         if field not in data:
             raise LineError(f"has no {field!r} (nor the 'segments' of a saved episode)")
@@ -354,7 +367,7 @@ def _row(data: dict, file: pathlib.Path, number: int, roots: Sequence[str] = ())
 def _picture(
     name: str, folder: pathlib.Path, roots: Sequence[str | pathlib.Path], field: str
 ) -> pathlib.Path:
-    """The path of a picture that a line names. Raises LineError."""
+    """Return the path of an image that a line names; raise LineError if it is not allowed."""
     try:
         path = inside(name, folder, roots)
         check_regular(path)
@@ -364,7 +377,7 @@ def _picture(
 
 
 def _index(name: str, folder: pathlib.Path, roots: Sequence[str]) -> pathlib.Path:
-    """The path of a local index that a line names. Raises LineError."""
+    """Return the path of a local index that a line names; raise LineError if it is not allowed."""
     try:
         path = inside(name, folder, roots)
         for file in (local.FILE, "pages.jsonl"):
@@ -388,7 +401,7 @@ def _texts(data: dict, field: str) -> list[str]:
 
 
 def _check_told(episode: Episode, story: Story) -> None:
-    """Raises LineError where not all was told, or what was to be found was not."""
+    """Raise LineError if an episode was not replayed in full or lacks the results of a search."""
     if episode.end == "error":
         raise LineError(episode.error)
     for call in episode.calls:
@@ -408,7 +421,7 @@ def _check_told(episode: Episode, story: Story) -> None:
 
 
 def _check(episode: Episode, model_config: ModelConfig, shape: RowShape) -> None:
-    """Raises LineError where the policy cannot read an episode, or it fits into no row."""
+    """Raise LineError if the policy cannot read an episode or it does not fit into a row."""
     segments, tokens = episode.segments, episode.tokens
     if not segments or segments[0].kind != "prompt" or not len(segments[0].tokens):
         raise LineError("an episode must begin with a prompt")

@@ -1,4 +1,4 @@
-"""What the commands that train have in common: settings, policy, clock, the signal to stop."""
+"""Helpers of the training commands: settings, policy, step timing, SIGTERM handling."""
 
 import collections
 import contextlib
@@ -26,11 +26,10 @@ from mmsr1_jax.utils import outputs
 
 
 def workdir_of(given: str | None) -> pathlib.Path:
-    """The directory of the run: that of `--workdir`, else `build/` and the config file's name, with
-    its variant.
+    """Return the run's directory: `--workdir`, or `build/` plus the config file's name and variant.
 
     Raises:
-      ValueError: neither is given.
+      ValueError: The command line has neither `--workdir` nor `--config`.
     """
     if given is not None:
         return pathlib.Path(given)
@@ -43,16 +42,16 @@ def workdir_of(given: str | None) -> pathlib.Path:
 def settings_of(
     workdir: pathlib.Path, given: settings.Config, model: str | None
 ) -> tuple[settings.Config, str]:
-    """Settings and the policy's directory: those of the command, or of the run that is gone on
-    with.
+    """Return settings and the policy's directory, from the command or from the run that it resumes.
 
     Args:
-      workdir: of the run.
-      given: the value of `--config`.
-      model: of `--model`; None: `config.run.model`.
+      workdir: Directory of the run.
+      given: Value of `--config`.
+      model: Value of `--model`; None for the resumed run's policy, or `config.run.model` of a new
+        run.
 
     Raises:
-      ValueError: a run is to begin without a policy; or settings that cannot be.
+      ValueError: A new run has no policy, or a setting is invalid.
     """
     path = workdir / "config.json"
     if path.is_file() and _no_config():
@@ -65,7 +64,7 @@ def settings_of(
     return given, model
 
 
-# Settings on which what is learned depends, by part of the config; None: all of them.
+# Settings that affect the trained policy, by section of the config; None means the whole section.
 _LEARNED_BY: dict[str, tuple[str, ...] | None] = {
     **dict.fromkeys(("images", "turns", "tools", "sampling", "rewards", "objective", "update")),
     "data": ("train",),
@@ -74,8 +73,11 @@ _LEARNED_BY: dict[str, tuple[str, ...] | None] = {
 
 
 def check_begun(workdir: pathlib.Path, given: settings.Config, model: str) -> None:
-    """Raises ValueError where a command with a config file names the directory of a run that has
-    saved something and was begun otherwise."""
+    """Raise ValueError if the command's config file contradicts an existing run in `workdir`.
+
+    Only a run with a checkpoint counts, and only the policy and the settings in `_LEARNED_BY` are
+    compared.
+    """
     path = workdir / "config.json"
     if _no_config() or not path.is_file() or not any(workdir.glob("checkpoints/[0-9]*")):
         return
@@ -95,14 +97,16 @@ def check_begun(workdir: pathlib.Path, given: settings.Config, model: str) -> No
 
 
 def _no_config() -> bool:
-    """Whether the command names no config file."""
+    """Return whether the command line has no config file."""
     file = pathlib.Path(flags.FLAGS["config"].config_filename)
     return file.resolve() == pathlib.Path(settings.__file__).resolve()
 
 
 def load_policy(config: settings.Config, model_dir: str, mesh: Mesh) -> qwen2_5_vl.Qwen2_5_VL:
-    """The policy that is to be trained: parameters in float32; with LoRA, which does not change
-    them, in the dtype of computation."""
+    """Load the policy to train.
+
+    Its parameters are float32, or in the compute dtype with LoRA, which does not change them.
+    """
     return qwen2_5_vl.load(
         model_dir,
         mesh=mesh,
@@ -117,8 +121,10 @@ def load_policy(config: settings.Config, model_dir: str, mesh: Mesh) -> qwen2_5_
 def save_policy(
     learner: Learner, config: settings.Config, model_dir: str, workdir: pathlib.Path
 ) -> None:
-    """Writes what was trained: `policy/`, a HF directory, and with LoRA `adapter/`; unless that of
-    the last step is there."""
+    """Write `policy/`, an HF directory, and with LoRA also `adapter/`.
+
+    Nothing is written if `policy/` already holds the policy of the last step.
+    """
     update, done = config.update, workdir / "policy_step"
     there = done.is_file() and (workdir / "policy").is_dir()
     if there and done.read_text() == str(config.run.steps):
@@ -139,7 +145,7 @@ def save_policy(
 
 
 def learning_rate(config: settings.Config) -> Schedule:
-    """The schedule of a run, by step counted from 0."""
+    """Return the learning rate schedule of a run, by step counted from 0."""
     update = config.update
     return make_schedule(
         update.lr_schedule,
@@ -151,7 +157,7 @@ def learning_rate(config: settings.Config) -> Schedule:
 
 
 def row_shape(update: settings.Update, mesh: Mesh) -> RowShape:
-    """Of a micro-batch on the mesh."""
+    """Return the shape of a micro-batch on the mesh."""
     rows = update.micro_batch_rows * sharding.batch_ways(mesh)
     return RowShape(rows, update.pack_length, update.pack_windows)
 
@@ -159,7 +165,7 @@ def row_shape(update: settings.Update, mesh: Mesh) -> RowShape:
 def write_batch(
     workdir: pathlib.Path, number: int, updates: Sequence[Iterable[TrainBatch]]
 ) -> pathlib.Path:
-    """Writes the micro-batches of a step's updates for someone to look at; returns the file."""
+    """Write the micro-batches of a step's updates to a file for inspection, and return its path."""
     path = workdir / f"not_finite_{number:06d}.npz"
     arrays = {}
     for place, batch in enumerate(itertools.chain(*updates)):
@@ -170,7 +176,7 @@ def write_batch(
 
 
 class Clock:
-    """Seconds of the phases of a step."""
+    """Timer for the phases of a step, in seconds."""
 
     def __init__(self):
         self._begin = time.perf_counter()
@@ -185,14 +191,14 @@ class Clock:
             self._seconds[phase] += time.perf_counter() - begin
 
     def figures(self, tokens: int) -> dict[str, float]:
-        """`time/PHASE`, `time/step`, and `time/tokens_a_second` for so many tokens."""
+        """Return `time/PHASE`, `time/step`, and `time/tokens_a_second` for `tokens` tokens."""
         total = time.perf_counter() - self._begin
         found = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
         return found | {"time/step": total, "time/tokens_a_second": tokens / total}
 
 
 class StopSignal:
-    """Set once the run is asked to stop, by SIGTERM."""
+    """Flag that is set when the process receives SIGTERM."""
 
     def __init__(self):
         self._set = False

@@ -1,4 +1,4 @@
-"""Helpers without a subject of their own: validated files, output files, worker processes.
+"""General helpers: validated input files, output files, worker processes.
 
-Any room may use them; they use nothing else of the package.
+Any package of `mmsr1_jax` may import this one. It imports no other.
 """

@@ -1,9 +1,10 @@
-"""JSON from outside: bounded, valid and of the expected types, or one error that names the field.
+"""Validation of untrusted JSON: bounded, valid and of the expected types.
 
-Files and answers that another program wrote (settings, tokenizers, stores, episodes, answers of web
-services) are read here; the exception is a judge's reply, see `judge.read_verdict`. `json.loads`
-alone raises RecursionError on deep nesting, accepts NaN, and does not check types. If a key occurs
-twice, the last value is used, as by `json.loads`.
+Invalid input raises one error that names the field. All files and responses that another program
+wrote (settings, tokenizers, caches, episodes, responses of web services) are parsed here, except a
+judge's reply (see `judge.read_verdict`). `json.loads` alone raises RecursionError on deep nesting,
+accepts NaN, and does not check types. If a key occurs twice, the last value is used, as in
+`json.loads`.
 """
 
 import codecs
@@ -18,7 +19,7 @@ import msgspec
 
 from mmsr1_jax.utils import files
 
-MAX_DEPTH = 64  # lists and objects inside each other
+MAX_DEPTH = 64  # levels of nested lists and objects
 MAX_BYTES = 100_000_000
 _MAX_INT = 2**64
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -27,11 +28,11 @@ T = TypeVar("T")
 
 
 class FormatError(ValueError):
-    """JSON that cannot be used; the message names the source and the field."""
+    """Invalid JSON; the message names the source and the field."""
 
 
 class NotJsonError(FormatError):
-    """Text that is not JSON at all, such as a line that was cut off."""
+    """Text that is not JSON at all, such as a truncated line."""
 
 
 def loads(
@@ -44,25 +45,27 @@ def loads(
     nan: bool = False,
     large: bool = False,
 ) -> T:
-    """Return the value of a JSON text, checked against a type.
+    """Parse JSON and check the value against a type.
 
     Args:
-      data: UTF-8 bytes (a byte order mark is skipped) or text.
-      type: what `msgspec.convert` takes: built-in and typing types, dataclasses, TypedDicts,
-        `Annotated[int, msgspec.Meta(ge=0)]`. Fields of TypedDicts and dataclasses that the type
-        does not name are ignored. A float is no int, even where it is whole; an int is a float.
-      name: source named in errors, such as a path; empty: errors begin with the field.
-      number: Called with each number's source text, NaN and Infinity included; its result is the
-        value.
-      surrogates: whether texts may hold halves of surrogate pairs, which are not valid Unicode.
-      nan: whether numbers may be NaN or infinite, as Python writes them.
-      large: Whether integers may have more than 64 bits, as `transformers` writes them into its
-        files: `"model_max_length": 1000000000000000019884624838656`, for no limit.
+      data: UTF-8 bytes (a byte order mark is skipped) or a string.
+      type: Any type that `msgspec.convert` accepts: built-in and typing types, dataclasses,
+        TypedDicts, `Annotated[int, msgspec.Meta(ge=0)]`. Fields that a TypedDict or dataclass does
+        not declare are ignored. A float is not accepted for an int, even if it is integral; an int
+        is accepted for a float.
+      name: Source named in errors, such as a path. If empty, errors begin with the field.
+      number: Function that converts the source text of each number, including NaN and Infinity, to
+        its value.
+      surrogates: Whether strings may contain lone surrogates, which are not valid Unicode.
+      nan: Whether numbers may be NaN or infinite, as Python writes them.
+      large: Whether integers may have more than 64 bits. `transformers` writes such numbers, such
+        as `"model_max_length": 1000000000000000019884624838656` for no limit.
 
     Raises:
-      NotJsonError: not UTF-8, or not JSON.
-      FormatError: nested deeper than `MAX_DEPTH`, NaN, an infinity, a number of more than 64 bits,
-        half of a surrogate pair, or a field of another type; names the source and the field.
+      NotJsonError: The data is not UTF-8, or not JSON.
+      FormatError: The value is nested deeper than `MAX_DEPTH`, contains NaN, an infinity, an
+        integer of more than 64 bits or a lone surrogate, or has a field of the wrong type. The
+        message names the source and the field.
     """
     prefix = f"{name}: " if name else ""
     numbers = ("parse_int", "parse_float", "parse_constant")
@@ -71,7 +74,7 @@ def loads(
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
         value = json.loads(text, **kept)
         _check_values(value, nan, math.inf if large else _MAX_INT)
-        escaped = "\\ud" in text or "\\uD" in text  # much faster than an expression
+        escaped = "\\ud" in text or "\\uD" in text  # much faster than a regular expression
         if not surrogates and (escaped or (isinstance(data, str) and _SURROGATE.search(text))):
             _check_texts(value, "")
         return value if type is Any else convert(value, type)
@@ -86,10 +89,10 @@ def loads(
 
 
 def convert(value: Any, type: type[T], *, name: str = "") -> T:
-    """Return a value of `loads` as the type, see there.
+    """Convert a value returned by `loads` to a type (see `loads`).
 
     Raises:
-      FormatError: a field of another type.
+      FormatError: A field has the wrong type.
     """
     try:
         return msgspec.convert(value, type)
@@ -107,10 +110,11 @@ def load(
     nan: bool = False,
     large: bool = False,
 ) -> T:
-    """Return the value of a JSON file, see `loads`.
+    """Parse a JSON file (see `loads`).
 
     Raises:
-      FormatError: see `loads`; or the file is missing, unreadable or larger than `max_bytes`.
+      FormatError: The content is invalid (see `loads`), or the file is missing, unreadable or
+        larger than `max_bytes`.
     """
     path = pathlib.Path(path)
     try:
@@ -121,12 +125,12 @@ def load(
 
 
 def lines(file: BinaryIO, *, max_bytes: int = MAX_BYTES) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, bytes) of the lines of a JSONL file that are not blank.
+    """Yield (line number from 1, bytes) for each non-blank line of a JSONL file.
 
     Only a newline ends a line. A byte order mark at the beginning is skipped.
 
     Raises:
-      FormatError: a line of more than `max_bytes`.
+      FormatError: A line is longer than `max_bytes`.
     """
     number = 0
     while line := file.readline(max_bytes + 1):
@@ -142,10 +146,11 @@ def lines(file: BinaryIO, *, max_bytes: int = MAX_BYTES) -> Iterator[tuple[int, 
 def load_lines(
     path: str | pathlib.Path, type: type[T] = Any, *, surrogates: bool = False
 ) -> Iterator[tuple[int, T]]:
-    """Yield (line number from 1, value) of a JSONL file, see `loads` and `lines`.
+    """Yield (line number from 1, value) for each line of a JSONL file (see `loads` and `lines`).
 
     Raises:
-      FormatError: the file cannot be read, or a line cannot be used; names the file and the line.
+      FormatError: The file cannot be read, or a line is invalid. The message names the file and, if
+        a value is invalid, the line.
     """
     try:
         with open(path, "rb") as file:
@@ -157,12 +162,12 @@ def load_lines(
 
 
 def valid_text(text: str) -> str:
-    """Return a text with halves of surrogate pairs replaced by question marks."""
+    """Return a string with lone surrogates replaced by question marks."""
     return text.encode("utf-8", "replace").decode()
 
 
 def shown(value: Any) -> str:
-    """Return a value as errors show it, at most 100 characters."""
+    """Format a value for an error message, in at most 100 characters."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
 
@@ -172,18 +177,18 @@ def shown_error(error: Exception) -> str:
 
 
 def _with_field(message: str) -> str:
-    """What msgspec says, beginning with the field: `a.b[0]: expected int, got str`."""
+    """Rewrite a msgspec error to begin with the field: `a.b[0]: expected int, got str`."""
     said, where, field = message.rpartition(" - at `$")
     said = (said if where else message).replace("`", "")
-    said = said[:1].lower() + said[1:200]  # may hold a text that is not one of those allowed
+    said = said[:1].lower() + said[1:200]  # the message may quote an invalid string
     field = field.removeprefix(".").removesuffix("`") if where else ""
     return f"{field}: {said}" if field else said
 
 
 def _check_values(value: Any, nan: bool, limit: float) -> None:
-    """Raise FormatError for containers deeper than MAX_DEPTH, and for numbers out of range.
+    """Raise FormatError for nesting deeper than MAX_DEPTH, and for numbers out of range.
 
-    Integers must be between -limit and limit.
+    Integers must be strictly between -limit and limit.
     """
     level, depth = [[value]], 0
     while level:
@@ -205,7 +210,7 @@ def _check_values(value: Any, nan: bool, limit: float) -> None:
 
 
 def _name_number(value: Any, field: str, nan: bool, limit: float) -> None:
-    """Raise FormatError that names the first number out of range."""
+    """Raise a FormatError that names the first number out of range."""
     for child, path in _children(value, field):
         _name_number(child, path, nan, limit)
     prefix = f"{field}: " if field else ""
@@ -216,7 +221,7 @@ def _name_number(value: Any, field: str, nan: bool, limit: float) -> None:
 
 
 def _check_texts(value: Any, field: str) -> None:
-    """Raise FormatError for a key or text with half of a surrogate pair."""
+    """Raise FormatError for a key or string with a lone surrogate."""
     for child, path in _children(value, field):
         _check_texts(child, path)
     texts = value if isinstance(value, dict) else [value] if isinstance(value, str) else ()
@@ -226,7 +231,7 @@ def _check_texts(value: Any, field: str) -> None:
 
 
 def _children(value: Any, field: str) -> Iterator[tuple[Any, str]]:
-    """The values in a container, with their paths."""
+    """Yield the values in a container with their field paths."""
     if isinstance(value, dict):
         for key, child in value.items():
             yield child, valid_text(f"{field}.{key}" if field else key)

@@ -1,7 +1,8 @@
-"""Pickles from outside as plain data: every opcode is vetted before anything is built.
+"""Safe loading of untrusted pickles as plain data: all opcodes are vetted before unpickling.
 
-`pickle.Unpickler` alone allocates what a few bytes ask for (a memo index of 100 million, a claimed
-length of 4 GB) and hashes nested tuples until the process dies, whatever `find_class` refuses.
+Restricting `find_class` is not enough. `pickle.Unpickler` allocates memory that a few bytes request
+(a memo index of 100 million, a claimed length of 4 GB), and hashes nested tuples until the process
+dies.
 """
 
 import pickle
@@ -11,11 +12,11 @@ from typing import Any
 
 MAX_BYTES = 1_000_000_000
 _MAX_DEPTH = 64  # of nested containers, and of marks
-_MAX_ITEMS = 3_000_000  # opcodes that allocate more memory than they take in the file
+_MAX_ITEMS = 3_000_000  # opcodes that allocate more memory than their size in the file
 _MAX_INT = 2**63
 
-# What plain data and instances with a state are written with, by all protocols. Not among them:
-# extension codes, persistent ids, INST and OBJ of old-style classes, sets, out-of-band buffers.
+# Opcodes, of all protocols, that encode plain data and instances with a state. Extension codes,
+# persistent ids, INST and OBJ (old-style classes), sets and out-of-band buffers are not supported.
 _ATOMS = frozenset(
     ("NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "FLOAT",
      "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "BINUNICODE8",
@@ -29,24 +30,25 @@ _GETS = frozenset(("GET", "BINGET", "LONG_BINGET"))
 
 
 class PickleError(ValueError):
-    """A pickle that is damaged, or holds anything but plain data."""
+    """A pickle that is corrupt, or contains anything but plain data."""
 
 
 def loads(
     data: bytes, find: Callable[[str, str], Any] | None = None, *, max_bytes: int = MAX_BYTES
 ) -> Any:
-    """Unpickle plain data; no code runs except what `find` returns.
+    """Unpickle plain data. No code runs except the objects that `find` returns.
 
     Args:
-      data: the pickle.
-      find: returns the harmless object in place of the global `module`, `name`; None: globals are
-        refused.
-      max_bytes: size of the largest pickle that is read.
+      data: Pickled data.
+      find: Function of a global's module and name that returns a harmless object to use in its
+        place. With None, globals are rejected.
+      max_bytes: Maximum size of the pickle.
 
     Raises:
-      PickleError: larger than `max_bytes`; an opcode that plain data does not need; an invalid
-        length or memo index; containers or marks nested deeper than 64; integers of more than 64
-        bits; keys that are not plain values; more than 3 million containers; or damaged.
+      PickleError: The pickle is larger than `max_bytes`, is corrupt, or contains an opcode that
+        plain data does not need, an invalid length or memo index, containers or marks nested deeper
+        than 64 levels, an integer of more than 64 bits, a key that is not a plain value, or more
+        than 3 million containers.
     """
     if len(data) > max_bytes:
         raise PickleError(f"larger than {max_bytes} bytes")
@@ -55,12 +57,12 @@ def loads(
         return _Unpickler(data, find).load()
     except PickleError:
         raise
-    except Exception as error:  # a damaged pickle may raise anything
+    except Exception as error:  # a corrupt pickle may raise anything
         raise PickleError(f"damaged ({type(error).__name__}: {error})") from None
 
 
 class _Reader:
-    """A file of the bytes, without the copy that io.BytesIO makes of a part."""
+    """File interface to bytes, without the copy that io.BytesIO makes of a slice."""
 
     def __init__(self, data: bytes):
         self._data, self._place = data, 0
@@ -92,7 +94,7 @@ def _vet(data: bytes) -> None:
     """Raise PickleError unless the opcodes build plain data of about the size of the pickle."""
     stack = _Stack()
     items = 0
-    # A length that is claimed is compared with what is there before anything of it is read.
+    # genops rejects a claimed length that exceeds the remaining bytes, before unpickling starts.
     for count, (opcode, argument, place) in enumerate(pickletools.genops(_Reader(data))):
         name = opcode.name
         if name in _ATOMS:
@@ -100,7 +102,7 @@ def _vet(data: bytes) -> None:
                 raise PickleError(f"an integer of more than 64 bits at byte {place}")
             stack.push(0)
         elif name in _PUTS:
-            # Picklers count objects; each took an opcode.
+            # Picklers number memoised objects, each of which takes at least one opcode.
             index = len(stack.memo) if argument is None else argument
             if not 0 <= index <= count:
                 raise PickleError(f"memo index {index} at byte {place}")
@@ -125,7 +127,7 @@ def _vet(data: bytes) -> None:
 
 
 class _Stack:
-    """The unpickler's stack: of each value only how deep containers are nested in it."""
+    """Abstract stack of the unpickler, which holds only the nesting depth of each value."""
 
     def __init__(self):
         self.memo: dict[int, int] = {}
@@ -146,7 +148,7 @@ class _Stack:
             raise PickleError("damaged: values are left over at its end")
 
     def build(self, name: str) -> bool:
-        """Carry out an opcode that makes or fills a container; return False for any other."""
+        """Apply an opcode that creates or fills a container. Return False for any other opcode."""
         if name == "MARK":
             if len(self._marks) >= _MAX_DEPTH:
                 raise PickleError(f"nested deeper than {_MAX_DEPTH} levels")

@@ -1,4 +1,4 @@
-"""How many programs were compiled: after warm-up that number has to stay still (law 7)."""
+"""Count of compiled XLA programs, which must not grow after warm-up."""
 
 import threading
 
@@ -10,13 +10,13 @@ _lock = threading.Lock()
 
 
 def count() -> int:
-    """Programs that this process has compiled since this module was imported."""
+    """Return the number of programs compiled by this process since this module was imported."""
     return _count
 
 
 def _listen(event: str, duration: float, **_) -> None:
     global _count
-    with _lock:  # engines compile in threads of their own
+    with _lock:  # each engine compiles in its own thread
         _count += event == _EVENT
 
 

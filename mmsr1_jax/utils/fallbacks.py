@@ -1,9 +1,9 @@
 """Counters for degraded operation: every fallback is counted, and logged the first time.
 
     fallbacks.note("store/failed", "store: disk is full; searches continue without it")
-    fallbacks.take()    {"store/failed": 17}: figures of a step
+    fallbacks.take()    # {"store/failed": 17}: metrics of a step
 
-Counts are of this process. Any thread may call these functions.
+Counts are per process. All functions are thread-safe.
 """
 
 import collections
@@ -19,9 +19,9 @@ def note(name: str, words: str = "") -> None:
     """Count a fallback.
 
     Args:
-      name: Name of the figure, such as `service/serper/refused`.
-      words: Line for the log, printed the first time that this process counts the name; empty:
-        nothing is printed.
+      name: Name of the metric, such as `service/serper/refused`.
+      words: Log line, printed the first time that this process counts the name. If empty, nothing
+        is printed.
     """
     with _lock:
         _counts[name] += 1
@@ -30,7 +30,7 @@ def note(name: str, words: str = "") -> None:
 
 
 def say(name: str, words: str) -> None:
-    """Print a line the first time that this process calls this for the name; counts nothing."""
+    """Print a line the first time that this process calls this for a name, without counting it."""
     with _lock:
         first = name not in _logged
         _logged.add(name)
@@ -39,7 +39,7 @@ def say(name: str, words: str) -> None:
 
 
 def take() -> dict[str, float]:
-    """Return the counts since the last call by name; names that were not counted are left out."""
+    """Return the nonzero counts by name since the last call, and reset them."""
     with _lock:
         taken = {name: float(count) for name, count in sorted(_counts.items())}
         _counts.clear()

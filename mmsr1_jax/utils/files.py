@@ -1,4 +1,4 @@
-"""Files that a data set names: read only inside its folder, only if regular, only up to a size."""
+"""Safe access to files that a data set names: regular, of bounded size, in allowed folders."""
 
 import itertools
 import os
@@ -11,10 +11,10 @@ _PIECE = 1 << 20  # bytes
 
 
 class FileRefusedError(ValueError):
-    """A file that a data set may not name; the message says which file, and why.
+    """A file that a data set may not access; the message names the file and the reason.
 
     Attributes:
-      strerror: The reason alone.
+      strerror: Reason, without the file name.
     """
 
     def __init__(self, path: str | os.PathLike, reason: str):
@@ -32,14 +32,14 @@ def inside(
     """Return the resolved path of a file or directory that a data set in `folder` names.
 
     Args:
-      name: path from `folder`; absolute paths and `..` are resolved, then checked.
-      folder: directory of the file that holds the name.
-      roots: other directories in which the path may lie.
-      allow: setting or flag named in the error that allows more directories.
+      name: Path relative to `folder`. Absolute paths and `..` are resolved, then checked.
+      folder: Directory of the file that contains the name.
+      roots: Additional directories that may contain the path.
+      allow: Setting or flag that allows more directories, named in the error.
 
     Raises:
-      FileRefusedError: the path, after resolving symbolic links, lies in none of the directories,
-        nothing is there, or it is neither a regular file nor a directory.
+      FileRefusedError: After resolving symbolic links, the path is in none of the directories, does
+        not exist, or is neither a regular file nor a directory.
     """
     path = pathlib.Path(folder, name)
     try:
@@ -53,7 +53,7 @@ def inside(
         raise
     except FileNotFoundError:
         raise FileRefusedError(path, "no such file") from None
-    except (OSError, ValueError) as error:  # too long, a loop of links, a null character
+    except (OSError, ValueError) as error:  # too long, a loop of symbolic links, a NUL character
         raise FileRefusedError(path, getattr(error, "strerror", None) or str(error)) from None
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise FileRefusedError(path, "not a regular file")
@@ -69,12 +69,12 @@ def read_regular(path: str | os.PathLike, *, max_bytes: int = MAX_PICTURE_BYTES)
     """Return the bytes of a regular file.
 
     Raises:
-      FileRefusedError: not a regular file (a device, a pipe, a directory), larger than `max_bytes`,
-        or unreadable.
+      FileRefusedError: The file is not regular (such as a device, a pipe or a directory), larger
+        than `max_bytes`, or unreadable.
     """
     with open(_open_regular(path, max_bytes), "rb") as file:
-        # A file of /proc has the size 0, a growing one any; in pieces, as a read takes memory for
-        # all that it asks for.
+        # The size is not reliable: files in /proc report 0, and a file may grow. Reading in pieces
+        # bounds the memory, as a read allocates all of the bytes that it requests.
         pieces = iter(lambda: file.read(_PIECE), b"")
         data = b"".join(itertools.islice(pieces, max_bytes // _PIECE + 2))
     if len(data) > max_bytes:
@@ -84,7 +84,7 @@ def read_regular(path: str | os.PathLike, *, max_bytes: int = MAX_PICTURE_BYTES)
 
 def _open_regular(path: str | os.PathLike, max_bytes: int) -> int:
     try:
-        # Opening a pipe that nobody writes to would wait for ever.
+        # Without O_NONBLOCK, opening a pipe without a writer would block forever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         raise FileRefusedError(path, getattr(error, "strerror", None) or str(error)) from None

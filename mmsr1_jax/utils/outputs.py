@@ -1,13 +1,13 @@
-"""Output files and directories: one writer at a time, complete or absent at any moment.
+"""Atomic output files and directories, with one writer at a time.
 
     lock(DIR)             DIR/.mmsr1-lock       while a command works in DIR
-    new_file(PATH)        .NAME.mmsr1-partial   locked by itself, renamed to PATH when complete
-    new_directory(DIR)    .NAME.mmsr1-partial/  exchanged with DIR in one step, under the lock
+    new_file(PATH)        .NAME.mmsr1-partial   itself locked, renamed to PATH when complete
+    new_directory(DIR)    .NAME.mmsr1-partial/  exchanged with DIR atomically, under the lock
                                                 .NAME.mmsr1-lock
 
-Locks are `flock`s, which the kernel releases when their process ends in any way: none is ever
-stale. What a killed process leaves behind is removed by the next `lock` of the directory, which
-knows it by these names; no other name is ever removed or renamed.
+Locks are `flock`s, which the kernel releases when their process ends for any reason, so a lock is
+never stale. The next `lock` of a directory removes the leftovers of killed processes, recognised by
+these names. Files with other names are never removed or renamed.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ import socket
 import sys
 from collections.abc import Iterator
 
-# Nobody else names a file so: what has such a name may be removed.
+# No other program uses these names, so such files may be removed.
 _LEFT_OVER = re.compile(r"\.(.+)\.mmsr1-(?:partial(?:-journal|-wal|-shm)?|old|lock)")
-_HOLDER = re.compile(r"process \d+ on [\w.-]+")  # what a lock file says
-_FOLDERS = ("", "episodes", "pictures")  # of a locked directory, which are swept
+_HOLDER = re.compile(r"process \d+ on [\w.-]+")  # content of a lock file
+_FOLDERS = ("", "episodes", "pictures")  # subfolders of a locked directory to clean up
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -34,19 +34,19 @@ _held: list[pathlib.Path] = []
 
 
 class LockedError(OSError):
-    """Another process writes the same output; the message names it and that process."""
+    """Another process is writing the same output; the message names the output and the process."""
 
 
 @contextlib.contextmanager
 def lock(directory: str | os.PathLike) -> Iterator[None]:
-    """Hold a directory against other commands until the block or the process ends.
+    """Lock a directory against other commands until the block or the process ends.
 
-    Makes the directory if need be, and removes what killed processes have left in it. A
-    KeyboardInterrupt that leaves the block has the directory in its list `interrupted`.
+    The directory is created if it does not exist, and leftovers of killed processes are removed. A
+    KeyboardInterrupt that leaves the block lists the directory in its attribute `interrupted`.
 
     Raises:
-      LockedError: another process holds it.
-      OSError: the directory cannot be made or written.
+      LockedError: Another process holds the lock.
+      OSError: The directory cannot be created or written.
     """
     path = pathlib.Path(directory)
     made = not path.exists()
@@ -66,26 +66,26 @@ def lock(directory: str | os.PathLike) -> Iterator[None]:
     finally:
         if made:
             with contextlib.suppress(OSError):
-                path.rmdir()  # only if nothing was written
+                path.rmdir()  # succeeds only if nothing was written
 
 
 def held() -> list[pathlib.Path]:
-    """Return the directories that this process holds."""
+    """Return the directories that this process has locked."""
     return list(_held)
 
 
 def partial_path(path: str | os.PathLike) -> pathlib.Path:
-    """Return the name under which `path` is written until it is complete."""
+    """Return the temporary path of `path` while it is being written."""
     return _beside(pathlib.Path(path), "partial")
 
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yield an empty file beside `path` that takes its place when the block ends without error.
+    """Yield an empty file next to `path` that replaces it when the block ends without error.
 
     Raises:
-      LockedError: another process is writing `path`.
-      OSError: the file cannot be written.
+      LockedError: Another process is writing `path`.
+      OSError: The file cannot be written.
     """
     path = pathlib.Path(path)
     partial = partial_path(path)
@@ -104,17 +104,18 @@ def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def new_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yield an empty directory that takes the place of `directory` when the block ends without
-    error. Whatever was in `directory` goes away.
+    """Yield an empty directory that replaces `directory` when the block ends without error.
 
-    A reader finds the old directory or the new one at any moment. Only a filesystem that cannot
-    exchange two names (some NFS) has a moment with neither; a process killed then leaves the old
-    one as `.NAME.mmsr1-old`, and the next `lock` of the parent, or `new_directory`, brings it back.
+    The previous content of `directory` is deleted. At any time, readers see either the old
+    directory or the new one. The exception is a filesystem that cannot exchange two names (some
+    NFS), where both are missing for a moment. A process killed at that moment leaves the old
+    directory as `.NAME.mmsr1-old`, which the next `lock` of the parent or the next `new_directory`
+    restores.
 
     Raises:
-      LockedError: another process is writing `directory`.
-      NotADirectoryError: `directory` is a file; it stays as it is.
-      OSError: it cannot be written.
+      LockedError: Another process is writing `directory`.
+      NotADirectoryError: `directory` is a file, which is left unchanged.
+      OSError: The directory cannot be written.
     """
     target = pathlib.Path(os.path.realpath(directory))
     _check_no_file(target)
@@ -132,7 +133,7 @@ def new_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
                 _sync(folder)
             _exchange(partial, target)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)  # the old one, or what was not finished
+            shutil.rmtree(partial, ignore_errors=True)  # the old one, or an incomplete new one
 
 
 def _beside(target: pathlib.Path, kind: str) -> pathlib.Path:
@@ -145,7 +146,7 @@ def _check_no_file(target: pathlib.Path) -> None:
 
 
 def _exchange(partial: pathlib.Path, target: pathlib.Path) -> None:
-    _check_no_file(target)  # it may have come meanwhile
+    _check_no_file(target)  # a file may have appeared in the meantime
     if not target.exists():
         partial.rename(target)
     elif not _swap(partial, target):
@@ -160,7 +161,7 @@ def _exchange(partial: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def _swap(one: pathlib.Path, other: pathlib.Path) -> bool:
-    """Exchange two names in one step; False where system or filesystem cannot."""
+    """Exchange two names atomically. Return False if the system or filesystem cannot."""
     library = ctypes.CDLL(None, use_errno=True)
     arguments = os.fsencode(one), os.fsencode(other)
     if hasattr(library, "renameat2"):
@@ -177,7 +178,7 @@ def _swap(one: pathlib.Path, other: pathlib.Path) -> bool:
 
 
 def _recover(target: pathlib.Path) -> None:
-    """Finish an exchange in two steps, or undo it where only the first was made."""
+    """Complete an interrupted two-step exchange, or undo it if only the first step was made."""
     old = _beside(target, "old")
     if not old.is_dir():
         return
@@ -189,7 +190,7 @@ def _recover(target: pathlib.Path) -> None:
 
 
 def _sweep(folder: pathlib.Path) -> None:
-    """Remove what killed processes have left in a folder, and nothing that another one writes."""
+    """Remove leftovers of killed processes in a folder, but no files that a process is writing."""
     entries = list(os.scandir(folder)) if folder.is_dir() and not folder.is_symlink() else []
     for entry in entries:
         match = _LEFT_OVER.fullmatch(entry.name)
@@ -210,19 +211,19 @@ def _sweep(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _locked(path: pathlib.Path, what: pathlib.Path) -> Iterator[None]:
-    """Hold a lock file, which says who holds it."""
+    """Hold a lock file, which names the process that holds it."""
     descriptor = _acquire(path, what)
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: see `_acquire`
+        path.unlink(missing_ok=True)  # while the lock is held, see `_acquire`
         os.close(descriptor)
 
 
 def _acquire(path: pathlib.Path, what: pathlib.Path) -> int:
-    """Open and lock a file; return its descriptor. Raises LockedError, OSError."""
+    """Open and lock a file, and return its descriptor. Raise LockedError or OSError on failure."""
     while True:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         descriptor = os.open(path, flags, 0o644)
@@ -251,7 +252,7 @@ def _acquire(path: pathlib.Path, what: pathlib.Path) -> int:
 
 
 def _sync(path: str | os.PathLike) -> None:
-    """Bring a file or a directory's names to the disk."""
+    """Flush a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
-"""How a command ends: soon after Ctrl-C, and soon after its work, whatever its threads still do.
+"""Bounded shutdown of a command, after Ctrl-C or at normal exit, even if threads hang.
 
-A tool that hangs holds a thread that Python can neither stop nor leave: at exit the interpreter
-waits for the threads of every `ThreadPoolExecutor`. Here, and nowhere else, the process is ended
-with such threads in it. That is as safe as SIGKILL, which every command survives.
+A hanging tool occupies a thread that Python cannot stop, and at exit the interpreter waits for the
+threads of every `ThreadPoolExecutor`. Only this module ends the process while such threads are
+running. That is as safe as SIGKILL, after which every command can resume.
 """
 
 import atexit
@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from mmsr1_jax.utils import outputs
 
-INTERRUPTED = 128 + signal.SIGINT  # exit code, as shells have it
-_UNWIND = 2.0  # seconds after Ctrl-C until the process is ended by force
-_JOIN = 3.0  # seconds at exit for threads to end
+INTERRUPTED = 128 + signal.SIGINT  # exit code by the convention of shells
+_UNWIND = 2.0  # seconds after Ctrl-C until the process is forced to exit
+_JOIN = 3.0  # seconds that threads may take to end at exit
 
 
 def guard(
@@ -28,9 +28,9 @@ def guard(
 ) -> Callable[[Sequence[str]], int | None]:
     """Wrap a command's `main` to bound how long Ctrl-C and exit take.
 
-    Ctrl-C raises KeyboardInterrupt in `main`, which ends the process with one line and the exit
-    code `interrupted`; by force, if that takes more than 2 s, or at the second Ctrl-C. After `main`
-    threads have 3 s to end.
+    Ctrl-C raises KeyboardInterrupt in `main`, which ends the process with a one-line message and
+    the exit code `interrupted`. If that takes more than 2 s, or at a second Ctrl-C, the process is
+    forced to exit. After `main` returns, threads have 3 s to end.
     """
 
     def guarded(argv: Sequence[str]) -> int | None:
@@ -40,7 +40,7 @@ def guard(
                 code = main(argv)
                 return code
         except KeyboardInterrupt as interrupt:
-            # Not through the end of the interpreter, which native threads at work may crash.
+            # Skip the interpreter's finalisation, which running native threads may crash.
             _end(interrupted, getattr(interrupt, "interrupted", ()))
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -53,7 +53,7 @@ def guard(
 
 @contextlib.contextmanager
 def _watching(code: int) -> Iterator[None]:
-    """Within it, the process ends at most 2 s after Ctrl-C, even while the main thread computes."""
+    """End the process at most 2 s after Ctrl-C in the block, even if the main thread is busy."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
@@ -91,7 +91,7 @@ def _say_interrupted(left: Iterable[pathlib.Path]) -> None:
 
 
 def _end(code: int, left: Iterable[pathlib.Path] = ()) -> None:
-    """End the process; `left` are directories that the interrupted command has let go already."""
+    """End the process. `left` are directories whose locks the command has already released."""
     _say_interrupted(left)
     _leave(code)
 
@@ -107,8 +107,10 @@ def _leave(code: int) -> None:
 
 
 def _bound_exit(code: int) -> None:
-    """Let the interpreter wait for threads for 3 s at most. What is registered with `atexit` runs
-    after that wait, and takes the time it needs."""
+    """Bound the time that the interpreter waits for threads at exit to 3 s.
+
+    Functions registered with `atexit` run after that wait, without a time limit.
+    """
     joined = threading.Event()
     atexit.register(joined.set)
 

@@ -1,18 +1,18 @@
-"""Worker processes for CPU work on bytes from outside: decoding images, extracting page text.
+"""Worker processes for CPU work on untrusted bytes: decoding images, extracting page text.
 
-A thread cannot be stopped, so a hostile page or picture could occupy it for good and keep the
-process from exiting. Here such work runs in a small pool of processes, each task with limits of CPU
-time, wall time and memory. A task that exceeds a limit fails alone: its process is killed and
-replaced, other tasks are unaffected.
+A thread cannot be stopped, so a malicious page or image could occupy it forever and keep the
+process from exiting. Such work therefore runs in a small pool of processes, and each task has
+limits on CPU time, wall time and memory. If a task exceeds a limit, its process is killed and
+replaced, and other tasks are unaffected.
 
 Short tasks do not queue behind long ones. A task that has used 0.5 s of CPU time is stopped and run
-again, with its full limit, once no new task is waiting. So a few hundred hostile pages delay an
-honest one by about half a second each, not by their limit.
+again, with its full limit, once no new task is waiting. A few hundred malicious pages thus delay
+a benign one by about half a second each, not by their full limits.
 
 Workers are spawned by exec, never forked. They import neither JAX nor the program's main module.
-All environment variables outside `_ENVIRONMENT` are blank in them, so no API key is in their reach.
-They are killed when this process exits; if it is killed, an idle worker ends at once and a busy one
-at its CPU limit.
+All environment variables outside `_ENVIRONMENT` are blank in them, so they cannot read API keys.
+They are killed when this process exits. If this process is killed, an idle worker ends immediately
+and a busy one at its CPU limit.
 """
 
 import asyncio
@@ -42,18 +42,18 @@ _ENVIRONMENT = frozenset((
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 _FIRST_RUN = 0.5  # seconds of CPU time after which a task yields to tasks that have not run yet
 _START = 5.0  # seconds that starting or ending a worker may take
-_POLL = 0.2  # seconds between looks at whether the interpreter is shutting down
+_POLL = 0.2  # seconds between checks for interpreter shutdown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one task may use.
+    """Resource limits of one task.
 
     Attributes:
-      cpu_seconds: CPU time. This is the limit that acts on hostile input; it does not depend on how
-        busy the machine is.
+      cpu_seconds: CPU time. This is the main limit against malicious input, as it does not depend
+        on the load of the machine.
       wall_seconds: Time since a worker accepted the task.
-      memory_bytes: Address space beyond what the worker holds before the task.
+      memory_bytes: Address space in addition to that of the worker before the task.
     """
 
     cpu_seconds: float = 5.0
@@ -65,31 +65,31 @@ DEFAULT_LIMITS = Limits()
 
 
 class WorkerError(Exception):
-    """A task that exceeded a limit, or whose process died; the message says which."""
+    """A task that exceeded a limit, or whose process died; the message gives the reason."""
 
 
 class LimitError(WorkerError):
-    """A task that exceeded its CPU time or memory, as it will again."""
+    """A task that exceeded its CPU time or memory, and would again if retried."""
 
 
 def run(function: Callable[..., Any], *args: Any, limits: Limits = DEFAULT_LIMITS) -> Any:
-    """Return `function(*args)`, computed in a worker process. Blocks the calling thread.
+    """Run `function(*args)` in a worker process and return the result. Blocks the calling thread.
 
     Args:
-      function: A module-level function of a module that imports no JAX.
-      args: Picklable.
-      limits: Of this task; time in the queue does not count.
+      function: Module-level function of a module that does not import JAX.
+      args: Picklable arguments.
+      limits: Limits of this task. Time in the queue does not count.
 
     Raises:
-      WorkerError: A limit was exceeded, or the interpreter is shutting down.
-      Exception: Whatever the function raised.
+      WorkerError: A limit was exceeded, the process died, or the interpreter is shutting down.
+      Exception: The function's own exception.
     """
     future = _POOL.submit(function, args, limits)
     while True:
         try:
             return future.result(timeout=_POLL)
         except concurrent.futures.TimeoutError:
-            # Threads are joined when the interpreter shuts down: they must not wait for a worker.
+            # The interpreter joins threads at shutdown, so they must not wait for a worker.
             if not threading.main_thread().is_alive():
                 future.cancel()
                 raise WorkerError("the program is shutting down") from None
@@ -100,7 +100,7 @@ def run(function: Callable[..., Any], *args: Any, limits: Limits = DEFAULT_LIMIT
 async def run_async(
     function: Callable[..., Any], *args: Any, limits: Limits = DEFAULT_LIMITS
 ) -> Any:
-    """Like `run`, from a coroutine. Cancelling it stops the task."""
+    """Run a function in a worker process like `run`. Cancelling the coroutine stops the task."""
     return await asyncio.wrap_future(_POOL.submit(function, args, limits))
 
 
@@ -110,7 +110,7 @@ def count() -> int:
 
 
 def close() -> None:
-    """Kill the workers. Waiting tasks are cancelled; a later task starts new workers."""
+    """Kill the workers and cancel waiting tasks. A later task starts new workers."""
     _POOL.close()
 
 
@@ -120,8 +120,8 @@ class _Task:
     args: tuple
     limits: Limits
     future: concurrent.futures.Future
-    deadline: float = math.inf  # on the monotonic clock, beyond which it is given up
-    long: bool = False  # exceeded `_FIRST_RUN` and runs again with its full limit
+    deadline: float = math.inf  # on the monotonic clock, after which the task is abandoned
+    long: bool = False  # exceeded `_FIRST_RUN`, so it runs again with its full limit
 
     def limits_now(self) -> Limits:
         """Return the limits of the next run."""
@@ -130,13 +130,13 @@ class _Task:
 
 
 class _Pool:
-    """A queue of tasks in front of worker processes, each a pebble pool of its own.
+    """Task queue of several worker processes, each in its own pebble pool.
 
-    One pool of several workers would share a pipe among them, which a worker that is killed while
-    it writes would break for all. Tasks wait here and not in the pipe, from which a cancelled task
-    cannot be taken back.
+    The workers of a single pebble pool would share a pipe, and a worker killed while writing would
+    break it for all. Tasks wait in this queue and not in the pipe, because a cancelled task cannot
+    be removed from a pipe.
 
-    Args of the constructor:
+    Args:
       size: Number of workers.
     """
 
@@ -168,12 +168,12 @@ class _Pool:
         for task in running:
             _settle(task, WorkerError("the worker pool was closed"))
         for worker in (*idle, *running.values()):
-            worker.stop()  # all at once; then wait for them
+            worker.stop()  # stop all of them before waiting for any
         for worker in (*idle, *running.values()):
             _end(worker, wait=True)
 
     def _dispatch(self) -> None:
-        """Hand waiting tasks to idle workers."""
+        """Assign waiting tasks to idle workers."""
         with self._lock:
             while len(self._running) < self.size and (queue := self._waiting or self._long):
                 task = queue.popleft()
@@ -212,15 +212,15 @@ class _Pool:
             if again:
                 task.long = True
                 self._long.append(task)
-        if worker is not None:  # else the task was given up
-            if not sound:  # it was killed, and may have left half a message in its pipe
+        if worker is not None:  # otherwise the task was abandoned
+            if not sound:  # it was killed, perhaps in the middle of writing to its pipe
                 _end(worker)
             if not again:
                 _settle(task, *_outcome(task, inner))
         self._dispatch()
 
     def _watch(self) -> None:
-        """Give up tasks of which pebble says nothing, long after their time."""
+        """Abandon tasks long past their deadline that pebble has not reported."""
         while True:
             time.sleep(1.0)
             now = time.monotonic()
@@ -240,7 +240,7 @@ def _new_worker() -> pebble.ProcessPool:
 
 
 def _end(worker: pebble.ProcessPool, *, wait: bool = False) -> None:
-    """Kill a worker process; `wait`: until it has ended, 5 s at most."""
+    """Kill a worker process. With `wait`, wait at most 5 s until it has ended."""
 
     def join() -> None:
         with contextlib.suppress(Exception):
@@ -254,7 +254,7 @@ def _end(worker: pebble.ProcessPool, *, wait: bool = False) -> None:
 
 
 def _outcome(task: _Task, inner: concurrent.futures.Future) -> tuple[Any, BaseException | None]:
-    """Return (result, error) of a task from what pebble says."""
+    """Return (result, error) of a task from pebble's future."""
     try:
         result, error = inner.result()
         return (result, None) if error is None else (None, error)
@@ -269,7 +269,7 @@ def _outcome(task: _Task, inner: concurrent.futures.Future) -> tuple[Any, BaseEx
 
 
 def _settle(task: _Task, result: Any, error: BaseException | None = None) -> None:
-    """Hand a task's result or error to its future, unless that was cancelled."""
+    """Set a task's result or error on its future, unless the future was cancelled."""
     if isinstance(result, WorkerError):
         result, error = None, result
     with contextlib.suppress(concurrent.futures.InvalidStateError):  # cancelled
@@ -293,7 +293,7 @@ def _why_it_died(exit_code: int, limits: Limits) -> WorkerError:
 
 
 class _CleanContext(LokyContext):
-    """Starts processes by exec, without the main module and without the environment's secrets."""
+    """Context that starts processes by exec, without the main module and environment secrets."""
 
     def Process(self, *args, **keywords):
         process = super().Process(*args, **keywords)
@@ -302,23 +302,23 @@ class _CleanContext(LokyContext):
         return process
 
 
-# What follows runs in the workers.
+# The code below runs in the workers.
 
 
 def _initialize() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler in Python waits for C code
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a Python handler must wait for C code
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _limited(function: Callable[..., Any], args: tuple, limits: Limits) -> tuple[Any, Any]:
-    """Return (result, None) or (None, error) of a call within its limits."""
+    """Call a function within limits. Return (result, None) or (None, error)."""
     try:
         with _resource_limits(limits):
             return function(*args), None
     except MemoryError:
         return None, LimitError(f"used more than {limits.memory_bytes >> 20} MiB")
     except Exception as error:
-        try:  # an exception that cannot be read back would break the pool's pipe
+        try:  # an exception that cannot be unpickled would break the pool's pipe
             pickle.loads(pickle.dumps(error))
             return None, error
         except Exception:
@@ -329,10 +329,10 @@ def _limited(function: Callable[..., Any], args: tuple, limits: Limits) -> tuple
 
 @contextlib.contextmanager
 def _resource_limits(limits: Limits):
-    """Limit the CPU time and memory of this process, and lift the limits at the end.
+    """Limit the CPU time and memory of this process in the block.
 
-    They are lifted before the result is sent: a process that is killed while it writes into the
-    pool's pipe would break it for all.
+    The limits are lifted before the result is sent, because a process killed while writing to the
+    pool's pipe would break the pipe.
     """
     used = resource.getrusage(resource.RUSAGE_SELF)
     cpu = math.ceil(used.ru_utime + used.ru_stime + limits.cpu_seconds) + 1
@@ -341,7 +341,7 @@ def _resource_limits(limits: Limits):
         before[kind] = _, hard = resource.getrlimit(kind)
         with contextlib.suppress(ValueError, OSError):  # a system without this limit
             resource.setrlimit(kind, (soft, hard))
-    # RLIMIT_CPU counts whole seconds; the timer's signal ends the process, in C code too.
+    # RLIMIT_CPU counts whole seconds. The timer's signal ends the process even within C code.
     signal.setitimer(signal.ITIMER_PROF, limits.cpu_seconds)
     try:
         yield
@@ -353,11 +353,11 @@ def _resource_limits(limits: Limits):
 
 
 def _address_space(limits: Limits) -> int:
-    """Return the address space that the process may have, in bytes."""
+    """Return the limit on the address space of this process, in bytes."""
     try:
         with open("/proc/self/statm") as file:
             held = int(file.read().split()[0]) * resource.getpagesize()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return resource.RLIM_INFINITY
     return held + limits.memory_bytes
 

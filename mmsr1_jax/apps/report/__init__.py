@@ -1,1 +1,1 @@
-"""What a run or an evaluation did, as one page to look at: `python -m mmsr1_jax.report`."""
+"""HTML report of a training run or an evaluation: `python -m mmsr1_jax.report`."""

@@ -1,7 +1,8 @@
-"""The page: one HTML file with its style, its script, and what it shows as JSON.
+"""The report page: one HTML file with its style, its script, and its data as JSON.
 
-All text from outside is in blocks of JSON, in which no `<` is left, and the script puts it into the
-page as text only. A policy in the page's head allows this script, this style and no network.
+All untrusted text is in blocks of JSON in which every `<` is escaped, and the script inserts it
+into the page only as text. A Content-Security-Policy in the page's head allows this script, this
+style and no network.
 """
 
 import base64
@@ -17,22 +18,24 @@ from mmsr1_jax.utils import outputs
 
 _HERE = pathlib.Path(__file__).parent
 _SCRIPTS = ("dom.js", "charts.js", "overview.js", "turns.js", "episodes.js", "main.js")
-# What the list, the filters and the tiles need; the rest of an episode is read when it is shown.
+# Fields for the list, the filters and the tiles; the rest of an episode is parsed when shown.
 _ROW = ("question", "answer", "correct", "actions", "category", "source", "workflow", "step", "end")
 
 
 def write(out: pathlib.Path, found: Found) -> int:
-    """Writes the page, which appears when it is complete; returns its bytes. Pictures that are
-    missing are added to `found.skipped`."""
+    """Write the page atomically and return its size in bytes.
+
+    Missing images are added to `found.skipped`.
+    """
     text = page(found)
     with outputs.new_file(out) as partial:
-        # Half of a surrogate pair, as JSON can hold, is no text that a file can.
+        # A lone surrogate, which JSON can hold, cannot be encoded as UTF-8.
         partial.write_text(text, encoding="utf-8", errors="replace")
     return out.stat().st_size
 
 
 def page(found: Found) -> str:
-    """The page as text."""
+    """Return the page as HTML text. Missing images are added to `found.skipped`."""
     pictures, missing = found.pictures.encode()
     found.skipped.extend(missing)
     summary = {
@@ -70,9 +73,9 @@ def _row(episode: dict[str, Any]) -> dict[str, Any]:
 
 
 def _json(value: Any) -> str:
-    """On one line, and nothing in it can end a script or begin a comment.
+    """Encode a value as one line of JSON that cannot end a script or begin a comment.
 
-    A file of results may hold NaN, which JSON has not.
+    NaN, which a results file may contain but JSON does not allow, becomes null.
     """
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -83,5 +86,5 @@ def _json(value: Any) -> str:
 
 
 def _digest(text: str) -> str:
-    """As a Content-Security-Policy names an inline script or style."""
+    """Return the Content-Security-Policy hash of an inline script or style."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode()}"

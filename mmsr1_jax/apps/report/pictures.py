@@ -1,4 +1,4 @@
-"""Pictures for the page: made small, each held once, and all together of a bounded size."""
+"""Images for the page: downscaled, deduplicated, and bounded in total size."""
 
 import base64
 import hashlib
@@ -9,19 +9,17 @@ import pathlib
 from mmsr1_jax.processing.image_files import ImageError, open_image
 from mmsr1_jax.utils.files import read_regular
 
-QUESTION, RESULT = 320, 160  # pixels of the longer side
-_MOST = 24_000_000  # characters of all pictures of a page
-_LARGEST = 64_000_000  # bytes of a file
+QUESTION, RESULT = 320, 160  # longer side in pixels
+_MOST = 24_000_000  # total size of a page's images in characters
+_LARGEST = 64_000_000  # maximum size of a file in bytes
 
 
 class Pictures:
-    """Numbers for files while episodes are read; afterwards what the page holds of them.
+    """Registry that numbers image files while episodes are read, and then encodes them.
 
-    A picture is known by its number, from 0.
-
-    Args of the constructor:
-      folders: files are shown only if they lie in one of them. Lines may be written by others, and
-        a page is there to be passed on: it must not hold what its maker did not mean to show.
+    Args:
+      folders: Directories whose files may be shown. Episode files may come from other people and
+        the page may be shared, so it must not contain files that its author did not mean to show.
     """
 
     def __init__(self, *folders: pathlib.Path):
@@ -30,7 +28,7 @@ class Pictures:
         self._sides: list[int] = []
 
     def number(self, path: pathlib.Path, side: int) -> int:
-        """Of a file, which is to be shown with `side` pixels."""
+        """Return the number, from 0, of a file whose longer side is shown with `side` pixels."""
         number = self._numbers.setdefault(path, len(self._numbers))
         if number == len(self._sides):
             self._sides.append(side)
@@ -38,15 +36,15 @@ class Pictures:
         return number
 
     def encode(self) -> tuple[dict[str, list], list[str]]:
-        """The pictures, the questions' first until there is no more room, and what is missing.
+        """Encode the images within the size limit, those of questions first.
 
         Returns:
-          `{"data": [data URL, ..], "of": [place in "data" or None, ..]}`, "of" by number; and a
-          line for each file that is not shown, with the reason, and one for those that there is no
-          room for.
+          `{"data": [data URL, ..], "of": [index into "data" or None, ..]}`, with "of" by image
+          number; and a message for each file that cannot be shown, plus one for those over the size
+          limit.
         """
         data: list[str] = []
-        places: dict[tuple[str, int], int] = {}  # by digest of the file, and size
+        places: dict[tuple[str, int], int] = {}  # by file digest and side
         of: list[int | None] = [None] * len(self._sides)
         missing, room, without = [], _MOST, 0
         order = sorted(self._numbers.items(), key=lambda item: -self._sides[item[1]])
@@ -63,14 +61,18 @@ class Pictures:
                     places[key] = len(data)
                     data.append(url)
                 of[number] = places[key]
-            except (OSError, ValueError) as error:  # no such path can be, no file, no picture
+            except (OSError, ValueError) as error:  # an invalid path, a missing file, not an image
                 missing.append(f"{path}: {getattr(error, 'strerror', None) or error}")
         if without:
             missing.append(f"{without} pictures: the page would become too large")
         return {"data": data, "of": of}, missing
 
     def _read(self, path: pathlib.Path) -> bytes:
-        """Raises OSError, ValueError: no such file, or one that is not shown."""
+        """Read a file.
+
+        Raises:
+          OSError, ValueError: The file does not exist, or may not be shown.
+        """
         real = pathlib.Path(os.path.realpath(path))
         if not any(real.is_relative_to(folder) for folder in self._folders):
             raise ImageError("not in the directory that is read; --pictures=DIR allows another")
@@ -78,7 +80,7 @@ class Pictures:
 
 
 def _small(file: bytes, side: int) -> str:
-    """A data URL. Raises ImageError."""
+    """Return a downscaled image as a data URL. Raises ImageError if it cannot be read."""
     image = open_image(file)
     image.thumbnail((side, side))
     out = io.BytesIO()

@@ -1,9 +1,9 @@
-"""What a directory or a file holds, for the page. Lines that cannot be used are named, not fatal.
+"""Reading of a directory or a file for the page. Invalid lines are reported and skipped.
 
 WORKDIR/metrics.jsonl            curves
-WORKDIR/results.json             the table of workflows
+WORKDIR/results.json             table of workflows
 WORKDIR/episodes.jsonl           episodes of an evaluation
-WORKDIR/episodes/NNNNNN.jsonl    episodes of a step of training
+WORKDIR/episodes/NNNNNN.jsonl    episodes of a training step
 WORKDIR/evaluation/              results and episodes of an evaluation of the run
 """
 
@@ -20,23 +20,25 @@ from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.training import metrics
 from mmsr1_jax.utils import checked_json
 
-_MOST_POINTS = 500  # of a curve
-_MOST_NAMED = 100  # lines that are left out
+_MOST_POINTS = 500  # maximum number of points of a curve
+_MOST_NAMED = 100  # maximum number of skipped lines that are reported
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Found:
-    """What is shown.
+    """Contents of the page.
 
     Attributes:
-      name: of what was read.
-      curves: `{"steps": [..], "mean_of": steps a point, "figures": {name: [number or None, ..]}}`.
-      results: of an evaluation, as its file has them; None: there are none.
-      episodes: see `records.record`.
-      lines: of all files; looked_at: of these.
-      pictures: that the episodes name by number.
-      skipped: what was left out, and why.
-      token_texts: whether the episodes' tokens have their texts.
+      name: Name of the directory or file that was read.
+      curves: Metrics by step:
+        `{"steps": [..], "mean_of": steps per point, "figures": {name: [number or None, ..]}}`.
+      results: Results of an evaluation as in its file, or None without an evaluation.
+      episodes: Episodes, see `records.record`.
+      lines: Number of lines in all episode files.
+      looked_at: Number of these lines that were read.
+      pictures: Images that the episodes refer to by number.
+      skipped: Messages that say what was left out, and why.
+      token_texts: Whether the texts of single tokens are known.
     """
 
     name: str
@@ -53,16 +55,17 @@ class Found:
 def read(
     source: pathlib.Path, most: int, model: str | None = None, shown: pathlib.Path | None = None
 ) -> Found:
-    """Reads a directory of a run or of an evaluation, or one file of episodes.
+    """Read a run or evaluation directory, or one file of episodes.
 
     Args:
-      most: episodes; of more, evenly spaced ones are taken.
-      model: HF directory for the texts of tokens; None: the run's own, if it is found.
-      shown: directory whose pictures are shown, beside those in `source`.
+      source: Directory or file to read.
+      most: Maximum number of episodes. If there are more, evenly spaced ones are read.
+      model: HF directory whose tokenizer decodes tokens; None: that of the run, if it is found.
+      shown: Additional directory whose images may be shown, besides those in `source`.
 
     Raises:
-      ValueError: there is nothing in it, or `model` has no tokenizer.
-      OSError: of reading.
+      ValueError: `source` does not exist or contains nothing to show, or `model` has no tokenizer.
+      OSError: A file cannot be read.
     """
     if not source.exists():
         raise ValueError(f"{source}: no such file or directory")
@@ -116,10 +119,10 @@ def read(
 
 
 def curves_of(lines: Sequence[Any]) -> dict[str, Any]:
-    """The figures of `metrics.jsonl` as columns; `{}` where there are none.
+    """Convert the lines of `metrics.jsonl` to columns, or `{}` if there are none.
 
-    What is not a finite number is None. Of long runs a point is the mean of several steps, and
-    stands at the last of them.
+    Values that are not finite numbers become None. For long runs, a point is the mean of several
+    steps and is placed at the last of them.
     """
     lines = [line for line in lines if isinstance(line, dict) and _number(line.get("step"))]
     if not lines:
@@ -140,16 +143,16 @@ def curves_of(lines: Sequence[Any]) -> dict[str, Any]:
 
 
 def _folders(source: pathlib.Path) -> list[pathlib.Path]:
-    """Where the pictures of a directory, or of a file of episodes, lie."""
+    """Return the directories that contain the images of a directory or an episodes file."""
     if source.is_dir():
         return [source]
     folder = source.absolute().parent
-    # The file of a step of training: its pictures are beside the folder.
+    # The images of a training step's file are in a sibling of its directory.
     return [folder, *([folder.parent / "pictures"] if folder.name == "episodes" else [])]
 
 
 def _number(value: Any) -> bool:
-    """A number that JSON and curves can hold; NaN and infinity are none."""
+    """Return whether a value is a finite number, and not a bool."""
     return not isinstance(value, bool) and records.finite(value) is not None
 
 
@@ -169,7 +172,7 @@ def _results(source: pathlib.Path, skipped: list[str]) -> dict[str, Any] | None:
 
 
 def _object(text: bytes) -> dict[str, Any]:
-    """A JSON object. Raises LineError."""
+    """Parse a JSON object. Raises LineError if the text is not one."""
     try:
         data = checked_json.loads(text, surrogates=True, nan=True)
     except checked_json.FormatError as error:
@@ -180,13 +183,13 @@ def _object(text: bytes) -> dict[str, Any]:
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, bytes) of the lines that are not blank; only a newline ends a line."""
+    """Yield (line number from 1, bytes) of non-blank lines; only a newline ends a line."""
     with open(path, "rb") as file:
         yield from checked_json.lines(file)
 
 
 def _token_bytes(source: pathlib.Path, model: str | None, skipped: list[str]) -> list[bytes] | None:
-    """The bytes of each token, by a tokenizer that is given, or found beside the run."""
+    """Return the bytes of each token, from the tokenizer of `model` or one found with the run."""
     if model is not None:
         return Processor.from_directory(model).token_bytes()
     directory = source if source.is_dir() else source.parent

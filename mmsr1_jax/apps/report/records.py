@@ -1,4 +1,4 @@
-"""An episode's line as a record of the page: what is shown of it, and nothing else."""
+"""Conversion of an episode's JSON line to the record that the page shows."""
 
 import codecs
 import itertools
@@ -14,13 +14,13 @@ from mmsr1_jax.rewards.reward_function import NAMES
 
 _PICTURE = re.compile(r"<\|vision_start\|>((?:<\|image_pad\|>)++)<\|vision_end\|>")
 _PAD = len("<|image_pad|>")
-_MERGED = 4  # patches of a merged token
+_MERGED = 4  # patches merged into one token
 _USER = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")  # around a user turn
 _TEXTS = ("category", "source", "workflow")
 
 
 class LineError(ValueError):
-    """A line that is no episode, with the reason."""
+    """A line that is not a valid episode; the message gives the reason."""
 
 
 def record(
@@ -30,26 +30,28 @@ def record(
     token_bytes: Sequence[bytes] | None,
     step: int | None = None,
 ) -> dict[str, Any]:
-    """An episode, as plain data.
+    """Convert an episode to plain data for the page.
 
     Args:
-      data: a line of an episodes file; what a command adds to an episode may be missing.
-      folder: of the file, from which its pictures are named.
-      pictures: where they get their numbers.
-      token_bytes: of each token, by id; None: not known.
-      step: of training.
+      data: Parsed line of an episodes file. Fields that commands add to an episode may be missing.
+      folder: Directory of the file, to which image paths are relative.
+      pictures: Registry that numbers the images.
+      token_bytes: Bytes of each token by id, or None if unknown.
+      step: Training step.
 
     Returns:
-      `id`, `question`, `answers`, `answer`, `correct` (in [0, 1]; None: not judged), `verdicts`,
-      `actions` (names with commas), `category`, `source`, `workflow`, `step`, `reward` (its parts),
-      `end`, `error`, `pictures` (of the question), `prompt` (parts), `turns`. A part is a text or
-      the number of a picture, -1 where there is no file of it. A turn holds its reading, `pieces`
-      (sampled or forced), `calls` and `reply` (parts). A call holds its `results` as they were
-      recorded: `link`, `title`, `text`, and `pictures` by number; older lines have none, and are
-      shown by the text of the reply alone.
+      A dict with `id`, `question`, `answers`, `answer`, `correct` (in [0, 1], or None if not
+      judged), `verdicts`, `actions` (names separated by commas), `category`, `source`, `workflow`,
+      `step`, `reward` (its components), `end`, `error`, `pictures` (of the question), `prompt`
+      (parts) and `turns`.
+
+      A part is a text or the number of an image, -1 if its file is missing. A turn has its parsed
+      fields, `pieces` (sampled or forced), `calls` and `reply` (parts). A call has its recorded
+      `results`: `link`, `title`, `text`, and `pictures` by number. Older lines have no results;
+      the page shows only the text of their replies.
 
     Raises:
-      LineError: no episode; the message names the field.
+      LineError: The line is not a valid episode; the message names the field.
     """
     try:
         episode = Episode.from_json(data)
@@ -75,7 +77,7 @@ def record(
         else:
             turns[-1]["pieces"].append({"kind": segment.kind, "text": text})
     for number, (turn, read) in enumerate(itertools.zip_longest(turns, episode.turns)):
-        if turn is None:  # what was read, of a turn that there are no tokens of
+        if turn is None:  # a parsed turn without recorded tokens
             turn = {"pieces": [], "reply": None}
             turns.append(turn)
         for field in ("action", "payload", "reason", "problem"):
@@ -108,7 +110,7 @@ def record(
 
 
 class _Shown:
-    """Texts of segments to parts, the episode's pictures in their order."""
+    """Splitter of segment texts into parts; it consumes the episode's images in order."""
 
     def __init__(self, data: Mapping[str, Any], folder: pathlib.Path, pictures: Pictures):
         paths, grids = data.get("images"), data.get("image_grids")
@@ -118,7 +120,7 @@ class _Shown:
         self._folder, self._pictures = folder, pictures
 
     def parts(self, number: int, text: str, side: int) -> list[str | int]:
-        """The parts of a segment. Raises LineError."""
+        """Return the parts of a segment. Raises LineError if its image spans are invalid."""
         parts: list[str | int] = []
         done = 0
         segment = self._segments[number]
@@ -129,8 +131,11 @@ class _Shown:
         return [part for part in [*parts, text[done:]] if part != ""]
 
     def _guessed(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where the pictures are in a segment of older files, which do not say it. A page may write
-        a placeholder out: so only one of the next picture's length is it."""
+        """Find the spans of images in a segment of an older file, which does not record them.
+
+        Text from a web page may contain placeholders, so only one with the length of the next image
+        counts.
+        """
         for match in _PICTURE.finditer(text):
             if self._grids[:1] == [len(match[1]) // _PAD]:
                 del self._grids[0]
@@ -147,7 +152,7 @@ def _merged(grid: Any) -> int | None:
 
 
 def _spans(number: int, segment: Mapping[str, Any], text: str) -> list[list[int]]:
-    """Where pictures stand in a segment's text. Raises LineError."""
+    """Return the spans of images in a segment's text. Raises LineError if they are invalid."""
     spans = segment.get("pictures", [])
     whole = isinstance(spans, list) and all(
         isinstance(span, list) and len(span) == 2 and all(type(place) is int for place in span)
@@ -162,7 +167,7 @@ def _spans(number: int, segment: Mapping[str, Any], text: str) -> list[list[int]
 
 
 def _without_roles(parts: list[str | int]) -> list[str | int]:
-    """A user turn without what begins and ends it."""
+    """Remove the chat-template markers around a user turn."""
     begin, end = _USER
     inside = [part if isinstance(part, str) else "" for part in parts]
     if inside and inside[0].startswith(begin) and inside[-1].endswith(end):
@@ -172,7 +177,7 @@ def _without_roles(parts: list[str | int]) -> list[str | int]:
 
 
 def _results(call: ToolCall, reply: list[str | int] | None) -> list[dict[str, Any]]:
-    """What a call found as it was shown, its pictures by their numbers."""
+    """Return a call's results as shown to the policy, with their images by number."""
     numbers = [part for part in reply or () if isinstance(part, int)]
     return [
         {"link": result.link, "title": result.title, "text": result.text,
@@ -182,7 +187,7 @@ def _results(call: ToolCall, reply: list[str | int] | None) -> list[dict[str, An
 
 
 def _segment_texts(data: Mapping[str, Any]) -> list[str]:
-    """Raises LineError."""
+    """Return the text of each segment. Raises LineError if one is not a string."""
     texts = [segment.get("text") for segment in data["segments"]]
     for number, text in enumerate(texts):
         if not isinstance(text, str):
@@ -191,8 +196,12 @@ def _segment_texts(data: Mapping[str, Any]) -> list[str]:
 
 
 def _sampled(segment: Segment, text: str, token_bytes: Sequence[bytes] | None) -> dict[str, Any]:
-    """What was sampled: `tokens` (texts) where they are known to be right, else `text` and `ids`;
-    `logprobs`, and `drawn` where those of the sampler differ from them."""
+    """Convert a sampled segment.
+
+    Returns:
+      A dict with `tokens` (their texts) if these match the recorded text, else `text` and `ids`;
+      `logprobs`; and `drawn`, the sampler's log-probs, if they differ.
+    """
     ids = segment.tokens.tolist()
     pieces = None if token_bytes is None else _pieces(ids, token_bytes)
     known = pieces is not None and "".join(pieces) == text
@@ -209,8 +218,10 @@ def _sampled(segment: Segment, text: str, token_bytes: Sequence[bytes] | None) -
 
 
 def _pieces(ids: Sequence[int], token_bytes: Sequence[bytes]) -> list[str] | None:
-    """The text that each token adds: where a character is of several tokens, the last one has it.
-    None where a token is not known."""
+    """Return the text that each token adds, or None if a token is unknown.
+
+    A character that spans several tokens belongs to the last of them.
+    """
     if max(ids, default=0) >= len(token_bytes):
         return None
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -219,14 +230,16 @@ def _pieces(ids: Sequence[int], token_bytes: Sequence[bytes]) -> list[str] | Non
 
 
 def _judged(data: Mapping[str, Any], reward: Mapping[str, Any]) -> dict[str, Any]:
-    """`correct`: by a benchmark's own rules, by the judge, or as it was rewarded, the first that
-    there is; a judge that was asked and said nothing is there, and makes it None. And all that an
-    evaluation found, in words."""
+    """Return `correct`, and the `verdicts` of an evaluation as text.
+
+    `correct` is the first available of the benchmark's score, the judge's verdict and the reward's
+    `correct`. A judge that was asked but gave no verdict counts as available and makes it None.
+    """
     asked = isinstance(data.get("judge"), dict)
     judge = data["judge"] if asked else {}
     score, said = finite(data.get("score")), finite(judge.get("correct"))
     correct = said if asked else finite(reward.get("correct"))
-    if "score" in data and data["score"] is None:  # to be had from a server that failed
+    if "score" in data and data["score"] is None:  # extraction of the short form failed
         correct = None
     verdicts = [] if score is None else [["score", f"{score:.2f}"]]
     verdicts += [
@@ -244,8 +257,8 @@ def _text(value: Any) -> str | None:
 
 
 def finite(value: Any) -> float | None:
-    """A finite number, or None; true is 1."""
+    """Return a finite number as float, or None for any other value; True is 1.0."""
     try:
         return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-    except OverflowError:  # of a whole number
+    except OverflowError:  # an integer too large for a float
         return None

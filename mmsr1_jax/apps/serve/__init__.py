@@ -1,1 +1,1 @@
-"""A page on which one asks about a picture and watches the policy search and answer."""
+"""Demo page that answers questions about an image and streams the policy's turns."""

@@ -1,15 +1,15 @@
-"""The page's server: what it takes, and what it refuses.
+"""ASGI app of the demo page: routes, request validation and limits.
 
-    GET  /        the page, and its style and scripts
-    POST /ask     a question and a picture; the answer is a stream, a line of JSON for each event
-                  (`telling.py`)
+    GET  /        the page, its style and its scripts
+    POST /ask     a question and an image; the response is a stream of events, one line of JSON each
+                  (`events.py`)
 
-The body of /ask is the question as JSON on a line of its own, then the picture's file:
+The body of /ask is the question as one line of JSON, followed by the image file:
 
     (echo '{"question": "What is it?"}'; cat picture.jpg) |
         curl --no-buffer --data-binary @- http://127.0.0.1:8080/ask
 
-What is refused has a status and `{"error": ..}` in words.
+A refused request gets an HTTP error status and `{"error": ..}` with a message for the user.
 """
 
 import asyncio
@@ -40,12 +40,12 @@ from mmsr1_jax.utils import checked_json
 _HERE = pathlib.Path(__file__).parent
 _FILES = {
     "style.css": (_HERE / "style.css", "text/css"),
-    "dom.js": (_HERE.parent / "report" / "dom.js", "text/javascript"),  # the report's, as it is
+    "dom.js": (_HERE.parent / "report" / "dom.js", "text/javascript"),  # shared with the report
     "page.js": (_HERE / "page.js", "text/javascript"),
 }
-# What browsers show, and Pillow reads without other programs.
+# Formats that browsers show, and that Pillow reads without external programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-_BEAT = 5.0  # seconds after which something is sent, so that nobody takes the line for dead
+_BEAT = 5.0  # interval of keep-alive lines in seconds, so that the stream does not time out
 _HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src data: blob:; "
@@ -61,19 +61,19 @@ _HEADERS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one may ask.
+    """Limits on requests.
 
     Attributes:
-      picture_bytes: of a file.
-      picture_pixels: of a file, before it is made smaller.
-      question_chars: of a question.
-      waiting: questions that wait for a lane. Where there are more, the last one of the client with
-        most of them gives way to a client with fewer.
-      arriving: questions that are being sent. Where there are more, the upload with
-        the fewest bytes received is dropped.
-      seconds: in which a question has to be sent.
-      grace: seconds in which nothing has to arrive; then `bytes_per_second` on average.
-      bytes_per_second: see above.
+      picture_bytes: Maximum size of an image file in bytes.
+      picture_pixels: Maximum number of pixels of an image, before it is downscaled.
+      question_chars: Maximum length of a question in characters.
+      waiting: Maximum number of questions that wait for a lane. Beyond it, the last question of the
+        client with the most waiting ones is evicted in favour of a client with fewer.
+      arriving: Maximum number of concurrent uploads. Beyond it, the upload with the fewest bytes
+        received is dropped.
+      seconds: Maximum duration of an upload in seconds.
+      grace: Seconds before `bytes_per_second` is enforced.
+      bytes_per_second: Minimum average rate of an upload after `grace`.
     """
 
     picture_bytes: int = 10_000_000
@@ -87,7 +87,7 @@ class Limits:
 
 
 class Refused(Exception):
-    """A request that is refused: its status, and why, in words for who asked."""
+    """A refused request, with its HTTP status and a reason for the user."""
 
     def __init__(self, status: int, reason: str):
         super().__init__(reason)
@@ -102,15 +102,15 @@ def make_app(
     limits: Limits = Limits(),
     names: Collection[str] | None = None,
 ) -> ASGIApp:
-    """The ASGI app.
+    """Build the ASGI app.
 
     Args:
-      desk: where questions go.
-      processor: the policy's.
-      title: of the page, the policy's name.
-      limits: see `Limits`.
-      names: hosts by which the server may be asked for, in lower case; None: by any. With names no
-        foreign page can reach it by a name of its own that leads here.
+      desk: Queue that receives the questions.
+      processor: The policy's processor.
+      title: Title of the page: the policy's name.
+      limits: Limits on requests.
+      names: Accepted host names, in lower case, or None for any. Names protect against DNS
+        rebinding, where a foreign page reaches the server through a name of its own.
     """
     answers = _Answers(desk, processor, limits)
     page = string.Template((_HERE / "page.html").read_text(encoding="utf-8")).substitute(
@@ -140,7 +140,7 @@ async def _say(request: Request, refused: Refused) -> Response:
 
 
 class _Guard:
-    """Lets requests through that were meant for this server, and sets headers of safety."""
+    """Middleware that rejects foreign hosts and origins and sets security headers."""
 
     def __init__(self, app: ASGIApp, names: Collection[str] | None):
         self._app, self._names = app, names
@@ -162,7 +162,7 @@ class _Guard:
 
 
 def _name(host: str) -> str:
-    """Of a Host header, without the port."""
+    """Return the host name of a Host header, without the port."""
     try:
         return urllib.parse.urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -171,32 +171,32 @@ def _name(host: str) -> str:
 
 @dataclasses.dataclass(eq=False)
 class _Arriving:
-    """A question that is being sent.
+    """An upload in progress.
 
     Attributes:
-      body: What has arrived.
-      deadline: Ends the sending; it moves on as bytes arrive.
+      body: Bytes received so far.
+      deadline: Timeout of the upload, extended as bytes arrive.
     """
 
     body: bytearray
     deadline: asyncio.Timeout
 
     def move(self, when: float) -> None:
-        """Sets the deadline, unless it is over."""
+        """Set the deadline, unless it has expired."""
         if not self.deadline.expired():
             self.deadline.reschedule(when)
 
 
 class _Answers:
-    """Takes questions, and streams what happens to them."""
+    """Handler that accepts questions and streams their events."""
 
     def __init__(self, desk: Desk, processor: Processor, limits: Limits):
         self._desk, self._limits, self._processor = desk, limits, processor
         self._bytes = processor.token_bytes()
-        self._arriving: dict[_Arriving, None] = {}  # the first come first
+        self._arriving: dict[_Arriving, None] = {}  # in order of arrival
 
     async def ask(self, request: Request) -> Response:
-        """POST /ask."""
+        """Handle POST /ask."""
         limits = self._limits
         client = request.client.host if request.client else ""
         self._check_room(client)
@@ -207,20 +207,26 @@ class _Answers:
         except TimeoutError:
             raise Refused(408, "The picture arrived too slowly. Try again.") from None
         except ClientDisconnect:
-            return Response(status_code=400)  # nobody reads it
+            return Response(status_code=400)  # the client has disconnected
         self._check_room(client)
         question = Question(text, picture, client)
         self._desk.ask(question, self._limits.waiting)
         return _Stream(self._events(question), functools.partial(self._desk.leave, question))
 
     def _check_room(self, client: str) -> None:
-        """Raises Refused where a client's question could not wait."""
+        """Raise Refused if the queue cannot accept a question of the client."""
         if not self._desk.has_room(client, self._limits.waiting):
             reason = f"{self._limits.waiting} questions are waiting. Try again in a minute."
             raise Refused(503, reason)
 
     async def _body(self, request: Request) -> bytes:
-        """Raises Refused, ClientDisconnect, and TimeoutError where it comes too slowly."""
+        """Receive the body of a request.
+
+        Raises:
+          Refused: The body is too large.
+          ClientDisconnect: The client has disconnected.
+          TimeoutError: The body arrives too slowly.
+        """
         limits = self._limits
         most = limits.picture_bytes + _line_bytes(limits)
         declared = request.headers.get("content-length", "")
@@ -239,7 +245,7 @@ class _Answers:
                     one.body += piece
                     if len(one.body) > most:
                         raise _too_large(limits)
-                    if one in self._arriving:  # else it has given way
+                    if one in self._arriving:  # otherwise it has been dropped
                         earned = limits.grace + len(one.body) / limits.bytes_per_second
                         one.move(begin + min(limits.seconds, earned))
             return bytes(one.body)
@@ -269,12 +275,12 @@ class _Answers:
 
 
 class _Stream(StreamingResponse):
-    """Lines of JSON; `left` is called when it is over, or whoever reads it has left."""
+    """Stream of JSON lines; `left` is called when it ends or the client disconnects."""
 
     media_type = "application/x-ndjson"
 
     def __init__(self, lines: AsyncIterator[bytes], left):
-        super().__init__(lines, headers={"x-accel-buffering": "no"})  # of a proxy before us
+        super().__init__(lines, headers={"x-accel-buffering": "no"})  # no proxy buffering
         self._left = left
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -289,7 +295,11 @@ class _Head(TypedDict):
 
 
 def split(body: bytes, limits: Limits) -> tuple[str, bytes]:
-    """The question and the picture's file. Raises Refused."""
+    """Split the body of /ask into the question and the image file.
+
+    Raises:
+      Refused: The question is malformed, empty or too long.
+    """
     end = body.find(b"\n", 0, _line_bytes(limits))
     try:
         head = checked_json.loads(body[: max(end, 0)], _Head)
@@ -305,7 +315,12 @@ def split(body: bytes, limits: Limits) -> tuple[str, bytes]:
 
 
 def check_picture(file: bytes, limits: Limits) -> None:
-    """Looks at a file's header, before anything in it is decompressed. Raises Refused."""
+    """Check an image file by its header, before any of it is decompressed.
+
+    Raises:
+      Refused: The file is missing or too large, its format is not one of `FORMATS`, or it has too
+        many pixels.
+    """
     if not file:
         raise Refused(422, "Choose a picture.")
     if len(file) > limits.picture_bytes:
@@ -326,7 +341,7 @@ def _too_large(limits: Limits) -> Refused:
 
 
 def _line_bytes(limits: Limits) -> int:
-    """Room for a question as JSON, each of its characters as two escapes, and what is around it."""
+    """Return the maximum size of the JSON line, with two escapes for each character."""
     return 12 * limits.question_chars + 1000
 
 

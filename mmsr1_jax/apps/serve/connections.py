@@ -1,10 +1,10 @@
-"""Connections of the page's server: how long each may do nothing, and who gives way to whom.
+"""Connection limits of the page's server: idle timeouts and eviction.
 
-Uvicorn waits for a request's head as long as its client likes, and for a client to read its answer.
-Here a connection has no request under way for `idle` seconds at most: silent, with a part of a
-head, between two requests, or sending a body that nobody reads any more. Where there are too many,
-one without a request gives way, the longest without one first: of the client with most of them. A
-client that sends its request at once is never among those.
+Uvicorn sets no timeout on receiving a request's head, nor on a client that does not read its
+response. Here a connection without an active request is closed after `idle` seconds, whether it is
+silent, has sent part of a head, is between two requests, or sends a body that is no longer read. If
+there are too many connections, one without a request is evicted: the one idle for longest, of the
+client with the most idle connections. A client that sends its request immediately is never evicted.
 """
 
 import collections
@@ -15,13 +15,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConnectionLimits:
-    """What connections may take.
+    """Limits on connections.
 
     Attributes:
-      connections: Connections at a time, those without a request included.
-      share: Connections of one client address without a request.
-      idle: Seconds that a connection may be without a request.
-      unread: Seconds for which a client may leave what was sent unread.
+      connections: Maximum number of concurrent connections, including those without a request.
+      share: Maximum number of connections without a request for one client address.
+      idle: Seconds that a connection may stay without a request.
+      unread: Seconds that a client may leave sent data unread.
     """
 
     connections: int = 224
@@ -31,7 +31,7 @@ class ConnectionLimits:
 
 
 def make_protocol(limits: ConnectionLimits = ConnectionLimits()) -> type[H11Protocol]:
-    """Return an HTTP protocol for uvicorn's `http` that keeps the limits."""
+    """Return an HTTP protocol for uvicorn's `http` that enforces the limits."""
 
     class Protocol(H11Protocol):
         def connection_made(self, transport) -> None:
@@ -42,7 +42,7 @@ def make_protocol(limits: ConnectionLimits = ConnectionLimits()) -> type[H11Prot
 
         @property
         def working(self) -> bool:
-            """Whether a request is under way."""
+            """Whether a request is active."""
             return self.cycle is not None and not self.cycle.response_complete
 
         def handle_events(self) -> None:
@@ -51,7 +51,7 @@ def make_protocol(limits: ConnectionLimits = ConnectionLimits()) -> type[H11Prot
                 self._timer.cancel()
 
         def on_response_complete(self) -> None:
-            self._wait_for_request()  # first: the next request may be there already
+            self._wait_for_request()  # first, as the next request may have arrived
             super().on_response_complete()
 
         def pause_writing(self) -> None:
@@ -84,7 +84,7 @@ def make_protocol(limits: ConnectionLimits = ConnectionLimits()) -> type[H11Prot
 
 
 def _make_room(connections: set, new: H11Protocol, limits: ConnectionLimits) -> None:
-    """Close a connection without a request where there are too many."""
+    """Close a connection without a request if there are too many."""
     idle = collections.defaultdict(list)
     for one in connections:
         if one is not new and not one.working and not one.transport.is_closing():
@@ -96,7 +96,7 @@ def _make_room(connections: set, new: H11Protocol, limits: ConnectionLimits) -> 
         crowd = max(idle.values(), key=len)
     else:
         return
-    # Where all have requests under way uvicorn refuses the new one's (`limit_concurrency`).
+    # If all connections have active requests, uvicorn refuses the new one (`limit_concurrency`).
     if crowd:
         min(crowd, key=lambda one: one.since).transport.abort()
 

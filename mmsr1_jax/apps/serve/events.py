@@ -1,14 +1,14 @@
-"""What has happened to a question, as the page gets it: plain data, a line of JSON each.
+"""Events of a question as sent to the page: plain data, one line of JSON each.
 
     {"event": "waiting", "ahead": 2}
     {"event": "begun"}
-    {"event": "drawn", "text": ..}                            the next of the turn under way
+    {"event": "drawn", "text": ..}                            next text of the current turn
     {"event": "turn", "action": .., "payload": .., "reason": .., "problem": .., "text": ..}
     {"event": "reply", "call": {..} or null, "results": [..], "said": ..}
     {"event": "end", "end": .., "answer": .., "error": ..}    or {"event": "failed", "error": ..}
 
-Texts are as they came from outside: the page puts them into text nodes. Pictures are encoded anew.
-Notes of searches are left out, as they may hold addresses with keys.
+Texts are not escaped: the page puts them into text nodes. Images are re-encoded. Notes of searches
+are left out, as they may contain URLs with API keys.
 """
 
 import base64
@@ -24,15 +24,15 @@ from mmsr1_jax.episodes.turns import Turn
 from mmsr1_jax.processing.images import ImageError, Patches
 from mmsr1_jax.processing.processor import Processor
 
-_THUMBNAIL = 224  # pixels of the longer side
+_THUMBNAIL = 224  # longer side in pixels
 
 
 class Teller:
-    """Tells of one question.
+    """Serializer of the events of one question.
 
-    Args of the constructor:
-      processor: turns tokens into text.
-      token_bytes: of each token, by id (`Processor.token_bytes`, which takes its time).
+    Args:
+      processor: The policy's processor, which decodes tokens.
+      token_bytes: Bytes of each token by id, from `Processor.token_bytes`, which is slow.
     """
 
     def __init__(self, processor: Processor, token_bytes: Sequence[bytes]):
@@ -41,12 +41,12 @@ class Teller:
         self._begin()
 
     def _begin(self) -> None:
-        """A turn: its text comes in pieces that may end inside a character."""
+        """Start a turn, with an incremental decoder, as chunks may end inside a character."""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._text = ""
 
     def __call__(self, name: str, *what: Any) -> dict[str, Any]:
-        """The event of what is in `Question.happened`."""
+        """Convert an item of `Question.happened` to an event."""
         return {"event": name} | getattr(self, f"_{name}")(*what)
 
     def _begun(self) -> dict[str, Any]:
@@ -94,15 +94,19 @@ class Teller:
                          "server's log says why."}  # fmt: skip
 
     def _said(self, tokens: np.ndarray) -> str:
-        """The text of a user turn, without its role."""
+        """Return the text of a user turn, without its role."""
         control, ids = self._processor.control, tokens.tolist()
         turn = ids[ids.index(control["<|im_start|>"]) : ids.index(control["<|im_end|>"])]
         text = self._processor.decode(token for token in turn if token not in self._control)
         return text.removeprefix("user\n").strip()
 
     def _result(self, result: ShownResult, images: Sequence[Patches]) -> dict[str, Any]:
-        """A result as it was recorded; `images`: those of its user turn. The first of its pictures
-        is shown."""
+        """Convert a recorded result, with a thumbnail of its first image.
+
+        Args:
+          result: Result as the policy saw it.
+          images: Images of its user turn.
+        """
         known = [images[number] for number in result.images if 0 <= number < len(images)]
         return {
             "title": result.title,
@@ -112,7 +116,7 @@ class Teller:
         }
 
     def _thumbnail(self, picture: Patches) -> str | None:
-        """A data URL of what the policy saw."""
+        """Return a data URL of an image as the policy saw it, or None if that fails."""
         try:
             image = self._processor.images.uncut(picture)
         except ImageError:

@@ -1,10 +1,11 @@
-"""Where questions wait for the engines' lanes, and what happens to them is told to who asked.
+"""Request queue between the page's server and the engines.
 
-    the page's asyncio loop                 a thread for each engine
+    server's asyncio loop                   one thread for each engine
     ask ──► waiting questions ──► take ──► lanes
         ◄── happened (a queue each) ◄── watch, drawn
 
-An episode is what `infer` makes of the same question: its number is 0, whoever else asks meanwhile.
+An episode equals that of `infer` for the same question: its number is 0 regardless of concurrent
+requests.
 """
 
 import asyncio
@@ -23,22 +24,22 @@ from mmsr1_jax.episodes.episode import Episode, Example
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.pool import EnginePool
 
-# Seconds after which an engine that only waits for tools looks whether someone has asked.
+# Interval in seconds at which an engine that only waits for tools polls for new questions.
 _LOOK_AGAIN = 0.02
 
 
 @dataclasses.dataclass(eq=False)
 class Question:
-    """What one asks, once. To be made on the asyncio loop on which it is answered.
+    """One request. Create it on the asyncio loop that reads its events.
 
     Attributes:
-      text: of the question.
-      picture: a file's bytes.
-      client: who asks, by address.
-      happened: what has happened to it: `begun`; `drawn` (tokens); `turn` (a `Turn`); `reply`
-        (tokens of the user turn, all pictures so far, the `ToolCall` or None); and at last `end`
-        (the episode), `failed`, or `gave way` (see `Desk.ask`). Tuples, the name first.
-      gone: nobody listens any more.
+      text: Text of the question.
+      picture: Bytes of the image file.
+      client: Address of the client.
+      happened: Queue of events, tuples of a name and its data: `begun`; `drawn` (tokens); `turn` (a
+        `Turn`); `reply` (tokens of the user turn, all images so far, the `ToolCall` or None); and
+        finally `end` (the episode), `failed`, or `gave way` (see `Desk.ask`).
+      gone: Whether the client has disconnected.
     """
 
     text: str
@@ -49,25 +50,25 @@ class Question:
     _loop: asyncio.AbstractEventLoop = dataclasses.field(default_factory=asyncio.get_running_loop)
 
     def tell(self, *what: Any) -> None:
-        """Adds to `happened`, from any thread."""
+        """Add an event to `happened`; may be called from any thread."""
         if not self.gone:
-            with contextlib.suppress(RuntimeError):  # the loop is over, and so is the server
+            with contextlib.suppress(RuntimeError):  # the loop is closed, as the server has stopped
                 self._loop.call_soon_threadsafe(self.happened.put_nowait, what)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Asked(Example):
-    """An example that knows whose it is."""
+    """An example with a reference to its request."""
 
     by: Question
 
 
 class Desk:
-    """Hands questions to engines, the first come first, each to the engine with least to do.
+    """First-in first-out queue that gives each question to the least loaded engine.
 
-    Args of the constructor:
-      engine: nobody else may use it meanwhile.
-      sampling: of all episodes.
+    Args:
+      engine: Engine or pool, for the exclusive use of this object until `close`.
+      sampling: Sampling settings of all episodes.
     """
 
     def __init__(self, engine: Engine | EnginePool, sampling: settings.Sampling):
@@ -85,21 +86,22 @@ class Desk:
             thread.start()
 
     def __len__(self) -> int:
-        """Questions that wait for a lane."""
+        """Return the number of questions that wait for a lane."""
         return len(self._waiting)
 
     def has_room(self, client: str, most: int) -> bool:
-        """Whether a client's next question could wait, with at most so many that do."""
+        """Return whether the queue, with at most `most` questions, accepts one from a client."""
         with self._changed:
             return len(self._waiting) < most or self._to_give_way(client) is not None
 
     def ask(self, question: Question, most: int | None = None) -> None:
-        """Puts a question at the end of those that wait.
+        """Append a question to the queue.
 
         Args:
-          question: to be answered.
-          most: that may wait; None: any number. Where there are more, the last one of the client
-            with most of them gives way.
+          question: Question to answer.
+          most: Maximum number of waiting questions; None: no limit. If the queue is full, the last
+            question of the client with the most waiting questions is evicted. The new question
+            itself is rejected if its client would then have at least as many.
         """
         with self._changed:
             if most is not None and len(self._waiting) >= most:
@@ -112,8 +114,10 @@ class Desk:
             self._changed.notify_all()
 
     def _to_give_way(self, client: str) -> Question | None:
-        """The last question of the client with most that wait; None: this client would have as
-        many."""
+        """Return the question to evict: the last one of the client with the most waiting ones.
+
+        Return None if `client`, with one more question, would have at least as many.
+        """
         counts = collections.Counter(question.client for question in self._waiting)
         largest = max(counts, key=counts.__getitem__, default=client)
         if counts[client] + 1 >= counts[largest]:
@@ -121,19 +125,22 @@ class Desk:
         return next(q for q in reversed(self._waiting) if q.client == largest)
 
     def ahead(self, question: Question) -> int | None:
-        """How many wait before this one; None: it does not wait."""
+        """Return the number of questions ahead of this one, or None if it is not waiting."""
         with self._changed:
             return self._waiting.index(question) if question in self._waiting else None
 
     def leave(self, question: Question) -> None:
-        """Nobody listens any more: it is dropped if it waits; if it is under way it goes on to its
-        end, which is bounded, as a lane cannot be taken away."""
+        """Drop a question whose client has disconnected.
+
+        A waiting question is removed. One that has a lane runs to its end, which is bounded, since
+        a lane cannot be preempted.
+        """
         question.gone = True
         with self._changed, contextlib.suppress(ValueError):
             self._waiting.remove(question)
 
     def close(self) -> None:
-        """Ends the threads, after what the devices are just at."""
+        """Stop the threads, after the device programs that are running."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -141,7 +148,7 @@ class Desk:
             thread.join()
 
     def _work(self, number: int) -> None:
-        """An engine's thread: rolls out while there are questions, then waits for some."""
+        """Run an engine's thread: roll out while questions arrive, then wait for more."""
         while self._wait(number):
             episodes = self._engines[number].rollout_part(
                 functools.partial(self._take, number),
@@ -155,7 +162,7 @@ class Desk:
                 collections.deque(episodes, maxlen=0)
             except _Stopped:
                 return
-            except Exception:  # of the engine: it costs those who are in it, nobody after them
+            except Exception:  # an engine failure affects only the questions in its lanes
                 logging.exception("the engine failed; it goes on with those who wait")
                 with self._changed:
                     lost, self._under_way[number] = self._under_way[number], set()
@@ -164,7 +171,7 @@ class Desk:
                 self._engines[number].device.reset()
 
     def _wait(self, number: int) -> bool:
-        """Until there is a question for an engine; False: there will be none."""
+        """Block until an engine may take a question. Return False if the queue is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._may_take(number))
             return not self._stopped
@@ -174,7 +181,8 @@ class Desk:
         return bool(self._waiting) and loads[number] < self._lanes and loads[number] == min(loads)
 
     def _take(self, number: int, count: int) -> list[tuple[int, Example]]:
-        """A `Take`. Only what has a lane leaves those that wait, as long as one may leave them."""
+        """Take questions (a `Take`). A question stays in the queue, and can be withdrawn from it,
+        until a lane is free."""
         taken: list[tuple[int, Example]] = []
         with self._changed:
             if self._stopped:
@@ -188,7 +196,7 @@ class Desk:
         return taken
 
     def _watch(self, number: int, episode: Episode, event: str) -> None:
-        """A `Watch`."""
+        """Forward an episode's events to its question (a `Watch`)."""
         question = episode.example.by
         if event == "turn":
             question.tell("turn", episode.turns[-1])
@@ -199,12 +207,12 @@ class Desk:
         else:
             with self._changed:
                 self._under_way[number].discard(question)
-                self._changed.notify_all()  # another engine may have least to do now
+                self._changed.notify_all()  # another engine may be the least loaded one now
             question.tell("end", episode)
 
 
 class _Stopped(Exception):
-    """Ends the loop of an engine."""
+    """Raised to end the rollout loop of an engine."""
 
 
 def _drawn(episode: Episode, tokens: np.ndarray) -> None:

@@ -1,5 +1,6 @@
-"""Benchmarks: questions from their published files (`readers`), how many pages fit (`pages`), and
-how their answers are scored (`scores`)."""
+"""Benchmarks: readers of their published files (`readers`), fitting of document pages into a token
+budget (`pages`), and scoring of answers (`scores`).
+"""
 
 from mmsr1_jax.data.benchmarks.pages import Fit, fit_pages, page_processor
 from mmsr1_jax.data.benchmarks.readers import (

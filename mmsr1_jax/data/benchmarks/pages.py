@@ -1,4 +1,4 @@
-"""Documents as pictures of their pages, within a number of tokens."""
+"""Documents as page images that fit into a token budget."""
 
 import bisect
 import dataclasses
@@ -15,18 +15,19 @@ from mmsr1_jax.processing.pdf_files import LIMITS as PDF_LIMITS
 from mmsr1_jax.processing.pdf_files import page_sizes, render_pages, resized_png
 from mmsr1_jax.utils import workers
 
-POINTS_TO_PIXELS = 2.0  # 144 dots an inch, as MMLongBench-Doc renders; a point is 1/72 inch
-_LEAST_TOKENS = 4  # of a page: the lower bound of the released preprocessor_config.json
+POINTS_TO_PIXELS = 2.0  # 144 dpi, as in MMLongBench-Doc; a point is 1/72 inch
+_LEAST_TOKENS = 4  # per page: the lower bound of the released preprocessor_config.json
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """How pages fit into a number of tokens.
+    """Result of fitting pages into a token budget.
 
     Attributes:
-      pages: how many do, the first ones; all, unless they do not fit even at the least size.
-      max_pixels: bound on each picture's area, the largest with which they do.
-      sizes: (height, width) of each of these in pixels, after resizing.
+      pages: Number of leading pages that fit. All pages do, unless they exceed the budget even at
+        their minimum size.
+      max_pixels: Largest bound on the area of each image with which the pages fit.
+      sizes: (height, width) of each of these pages in pixels, after resizing.
     """
 
     pages: int
@@ -35,34 +36,36 @@ class Fit:
 
 
 def page_processor(processor: ImageProcessor) -> ImageProcessor:
-    """The processor by which pages are fitted and shown: a lower bound that is meant for
-    photographs would leave room for a few of them only, so theirs is that of Qwen2.5-VL as
-    released, four tokens."""
+    """Return the image processor with which pages are fitted and shown.
+
+    A lower bound meant for photographs would leave room for only a few pages, so the bound for
+    pages is at most that of the released Qwen2.5-VL, four tokens.
+    """
     side = processor.patch_size * processor.merge_size
     return processor.with_limits(min(processor.min_pixels, _LEAST_TOKENS * side**2), None)
 
 
 def fit_pages(sizes: Sequence[tuple[int, int]], tokens: int, processor: ImageProcessor) -> Fit:
-    """The largest bound on a page's pixels with which the pages take at most `tokens` tokens.
+    """Find the largest bound on a page's pixels with which pages take at most `tokens` tokens.
 
-    A token is a square of `patch_size * merge_size` pixels (28 in Qwen2.5-VL). One bound holds for
-    all pages, so small ones stay as they are. It is within the processor's own bounds, and so are
-    the sizes: the processor leaves a page as it is that has its size of these. The least size is
-    that at the processor's lower bound.
+    A token covers a square with sides of `patch_size * merge_size` pixels (28 in Qwen2.5-VL). One
+    bound applies to all pages, so small pages keep their size. The bound and the sizes lie within
+    the processor's own bounds, so the processor leaves a page that has its fitted size unchanged.
+    The minimum size of a page is its size at the processor's lower bound.
 
     Args:
       sizes: (height, width) of each page, in pixels.
-      tokens: for all pages together.
+      tokens: Token budget for all pages together.
 
     Raises:
-      DataError: not even the first page fits at the least size.
-      ImageError: a page is too long, see `ImageProcessor.target_size`.
+      DataError: The first page does not fit even at its minimum size.
+      ImageError: A page's aspect ratio is too extreme, see `ImageProcessor.target_size`.
     """
     side = processor.patch_size * processor.merge_size
 
     def target(height: int, width: int, bounded: ImageProcessor) -> tuple[int, int]:
         rows, columns = bounded.target_size(height, width)
-        while rows * columns < processor.min_pixels:  # rounded down, by which it got too small
+        while rows * columns < processor.min_pixels:  # rounding down made it too small
             if rows * width < columns * height:
                 rows += side
             else:
@@ -84,7 +87,7 @@ def fit_pages(sizes: Sequence[tuple[int, int]], tokens: int, processor: ImagePro
             f"{tokens} that are allowed for all pages"
         )
     low, high = processor.min_pixels, processor.max_pixels
-    while low < high:  # `low` fits
+    while low < high:  # invariant: `low` fits
         middle = (low + high + 1) // 2
         if sum(costs(targets(middle, pages))) <= tokens:
             low = middle
@@ -96,19 +99,22 @@ def fit_pages(sizes: Sequence[tuple[int, int]], tokens: int, processor: ImagePro
 def shrink_pictures(
     pictures: Sequence[bytes], tokens: int, processor: ImageProcessor, *, max_file_pixels: int
 ) -> tuple[tuple[bytes, ...], int]:
-    """Picture files of pages, made small enough for `tokens` tokens; and how many were left out.
+    """Shrink page images to fit into `tokens` tokens.
 
-    Files are handed through as they are where all fit without it.
+    Files are returned unchanged if they fit without resizing.
+
+    Returns:
+      The image files of the pages that fit, and the number of pages left out.
 
     Raises:
-      DataError: see `fit_pages`.
-      ImageError: one of them is no picture that can be used; it says which, counting from 1.
+      DataError: See `fit_pages`.
+      ImageError: An image is unusable; the message names its page, counting from 1.
     """
     sizes = []
     for number, picture in enumerate(pictures, 1):
         try:
             sizes.append(image_size(picture, max_pixels=max_file_pixels))
-            processor.target_size(*sizes[-1])  # refuses too long ones
+            processor.target_size(*sizes[-1])  # raises for extreme aspect ratios
         except ImageError as error:
             raise ImageError(f"page {number}: {error}") from None
     fit = fit_pages(sizes, tokens, processor)
@@ -127,12 +133,16 @@ def shrink_pictures(
 def render_pdf(
     path: pathlib.Path, tokens: int, processor: ImageProcessor
 ) -> tuple[tuple[bytes, ...], int]:
-    """The pages of a PDF as PNG files, small enough for `tokens` tokens; and how many were left
-    out. A page is as large as at 144 dots an inch where tokens and processor allow it.
+    """Render the pages of a PDF to fit into `tokens` tokens.
+
+    Pages are rendered at 144 dpi if the budget and the processor allow it, and smaller otherwise.
+
+    Returns:
+      The pages that fit as PNG files, and the number of pages left out.
 
     Raises:
-      DataError: see `fit_pages`; or `pypdfium2` is not installed.
-      ImageError: the file is no PDF that can be read, or has no page that can be shown.
+      DataError: See `fit_pages`; or `pypdfium2` is not installed.
+      ImageError: The file is not a readable PDF, has no pages or has a page without area.
     """
     load_pdfium()
     file = os.path.abspath(path)

@@ -1,16 +1,16 @@
-"""Questions of benchmarks, from the files in which they are published.
+"""Readers of benchmark questions from their published files.
 
 fvqa-test    HF lmms-lab/FVQA: veRL's schema, see `data/parquet.py`
-infoseek     veRL's schema too
+infoseek     also in veRL's schema
 mmsearch     HF CaraJ/MMSearch, end2end.parquet: sample_id, query, query_image, gt_answer,
-             alternative_gt_answers, area. Rows without a picture are none of its questions here
+             alternative_gt_answers, area. Rows without an image are skipped
 simplevqa    HF m-a-p/SimpleVQA, parquet: data_id, image (base64), language, question, answer,
-             vqa_category. The English ones
+             vqa_category. Only the English questions are read
 livevqa      HF ONE-Lab/LiveVQA-Research-Preview, qa.json: sample_id, query, query_image (a
              file beside it), gt_answer; or GitHub fumingyang2004/LIVEVQA, benchmark.json: id,
              level1_qa and level2_qa, each {question, img_path, Ground_Truth_List}
-okvqa        HF lmms-lab/OK-VQA, parquet: question_id, image, question, answers (of ten people),
-             question_type
+okvqa        HF lmms-lab/OK-VQA, parquet: question_id, image, question, answers (of ten
+             annotators), question_type
 slidevqa     HF NTT-hil-insight/SlideVQA, parquet: qa_id, question, answer, page_1 .. page_20,
              reasoning_type
 mmlongbench  HF yubo2333/MMLongBench-Doc, parquet, or its samples.json: doc_id, doc_type,
@@ -43,19 +43,21 @@ from mmsr1_jax.processing.image_files import DEFAULT_MAX_FILE_PIXELS, ImageError
 from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.utils.files import FileRefusedError, check_regular, inside, read_regular
 
-_PEOPLE = 10  # who answered a question of OK-VQA
+_PEOPLE = 10  # annotators of each OK-VQA question
 _PAGE = r"page_\d+"
-_DOCUMENT_BYTES = 500_000_000  # of a PDF
+_DOCUMENT_BYTES = 500_000_000  # maximum size of a PDF
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchmarkQuestion(Question):
-    """A question with what its score needs besides the answers.
+    """A question with the additional fields that scoring needs.
 
     Attributes:
-      references: the answers of all people who were asked, with repeats (OK-VQA); else empty.
-      answer_format: of the gold answer (MMLongBench-Doc), one of `scores.FORMATS`; else "".
-      pages_left_out: pages of its document that are not among the images, for want of tokens.
+      references: Answers of all annotators, with repeats (OK-VQA); empty for other benchmarks.
+      answer_format: Format of the gold answer (MMLongBench-Doc), one of `scores.FORMATS`; "" for
+        other benchmarks.
+      pages_left_out: Number of document pages that are not among the images because they exceed the
+        token budget.
     """
 
     references: tuple[str, ...] = ()
@@ -65,8 +67,11 @@ class BenchmarkQuestion(Question):
 
 @dataclasses.dataclass(frozen=True)
 class _Context:
-    """The settings of `read`, the file, and of the last document its name, its pages and how many
-    were left out: several questions in a row are about one."""
+    """The settings of `read`, the file, and a cache of the last document.
+
+    `document` maps the last document's name to its pages and the number of pages left out, because
+    several consecutive questions are about one document.
+    """
 
     path: pathlib.Path
     processor: ImageProcessor
@@ -78,12 +83,12 @@ class _Context:
 
 @dataclasses.dataclass(frozen=True)
 class _Benchmark:
-    """How a benchmark is published.
+    """Published format of a benchmark.
 
     Attributes:
-      files, needed, optional, expand: see `tables.find` and `tables.open_rows`.
-      question: makes a row's question: its fields, or why it is none of the benchmark's. Raises
-        BadFieldError, and ImageError for pages.
+      files, needed, optional, expand: Arguments of `tables.find` and `tables.open_rows`.
+      question: Function that returns the fields of a row's question, or the reason why the row is
+        not part of the benchmark. Raises BadFieldError, and ImageError for pages.
     """
 
     files: tuple[str, ...]
@@ -103,26 +108,26 @@ def read(
     max_bad_rows: int = 100,
     max_file_pixels: int = DEFAULT_MAX_FILE_PIXELS,
 ) -> Iterator[Question]:
-    """The questions of a benchmark, in the order of files and rows.
+    """Iterate over the questions of a benchmark, in the order of files and rows.
 
-    Files are looked at at once; rows are read as questions are asked for, few in memory at a time.
-    Rows that cannot be used are named on stderr and left out.
+    Files are checked immediately. Rows are read lazily, with few in memory at a time. Unusable rows
+    are reported on stderr and skipped.
 
     Args:
-      name: one of NAMES.
-      where: a directory as it was published, a file, a path with wildcards, or several of these.
-      processor: the policy's; None: Qwen2.5-VL's. The pages of a question are resized by
-        `page_processor` of it, which has to be the one by which they are shown.
-      page_tokens: of all pages of a question, see `pages.fit_pages`. The default leaves a quarter
-        of the 8,192 tokens of an episode for the rest.
-      image_roots: directories in which pictures and documents may lie to which symbolic links in
-        the data's folder lead.
-      max_bad_rows: with more bad rows than this, DataError is raised.
-      max_file_pixels: see `images.open_image`.
+      name: Name of the benchmark, one of NAMES.
+      where: Directory in its published layout, file, path with wildcards, or several of these.
+      processor: Image processor of the policy; None means Qwen2.5-VL's. Document pages are resized
+        with its `page_processor`, which must also be the one that shows them to the policy.
+      page_tokens: Token budget for all pages of a question, see `pages.fit_pages`. The default
+        leaves a quarter of the 8,192 tokens of an episode for the rest.
+      image_roots: Directories, besides the data's folder, in which images and documents may lie
+        that symbolic links in this folder point to.
+      max_bad_rows: Number of unusable rows above which DataError is raised.
+      max_file_pixels: Maximum size of an image in pixels, see `images.open_image`.
 
     Raises:
-      DataError: no such benchmark or file, one that cannot be read or lacks a column, no question
-        that can be used, or too many rows that cannot.
+      DataError: The benchmark or a file does not exist, a file cannot be read or lacks a column, no
+        question is usable, or too many rows are unusable.
     """
     paths = files(name, where)
     if name in _VERL:
@@ -136,7 +141,7 @@ def read(
         )
     benchmark = _BENCHMARKS[name]
     if benchmark.question is _mmlongbench:
-        load_pdfium()  # without it no row can be read
+        load_pdfium()  # no row can be read without it
     processor = processor or ImageProcessor()
     if name in OF_DOCUMENTS:
         processor = page_processor(processor)
@@ -153,8 +158,11 @@ def read(
 def files(
     name: str, where: str | pathlib.Path | Sequence[str | pathlib.Path]
 ) -> list[pathlib.Path]:
-    """The files that `read` reads the questions of; pictures and documents beside them not among
-    them. Raises DataError: no such benchmark or file."""
+    """Return the files that `read` reads questions from, without images and documents beside them.
+
+    Raises:
+      DataError: The benchmark or a file does not exist.
+    """
     _check(name)
     given = [where] if isinstance(where, (str, pathlib.Path)) else where
     patterns = _VERL[name] if name in _VERL else _BENCHMARKS[name].files
@@ -162,12 +170,13 @@ def files(
 
 
 def score(name: str) -> Callable[[str | None, Question], float] | None:
-    """How a benchmark scores an answer (None: there is none) to one of its questions, in [0, 1]:
-    OK-VQA, SlideVQA and MMLongBench-Doc by rules of their own (`scores.py`). None for the others:
-    their papers ask a judge.
+    """Return a benchmark's scoring function, or None if its paper uses a judge instead.
+
+    OK-VQA, SlideVQA and MMLongBench-Doc have rules of their own (`scores.py`). The function maps an
+    answer (None if the episode has none) and its question to a score in [0, 1].
 
     Raises:
-      DataError: no such benchmark.
+      DataError: The benchmark does not exist.
     """
     _check(name)
     return _SCORES.get(name)
@@ -214,12 +223,12 @@ def _check(name: str) -> None:
 
 
 def _sound(data: bytes | None, field: str, context: _Context) -> tuple[bytes, ...]:
-    """The one picture of a question, decoded once to see whether it can be."""
+    """Return a question's only image, after decoding it once for validation."""
     if data is None:
         raise BadFieldError(field, "no picture")
     try:
         size = image_size(data, max_pixels=context.max_file_pixels)
-        context.processor.target_size(*size)  # refuses too long ones
+        context.processor.target_size(*size)  # raises for extreme aspect ratios
     except ImageError as error:
         raise BadFieldError(field, str(error)) from None
     return (data,)
@@ -259,7 +268,7 @@ def _livevqa(row: Row, context: _Context) -> dict[str, Any]:
     if not answers:
         raise BadFieldError("gt_answer", "empty")
     name, folder = text(row, "query_image").lstrip("/"), context.path.parent
-    # As it is named, or in a folder of pictures beside the file.
+    # Try the path as given, then in each folder beside the file.
     places = [folder, *sorted(place for place in folder.iterdir() if place.is_dir())]
     path = next((place / name for place in places if (place / name).is_file()), None)
     if path is None or ".." in pathlib.PurePath(name).parts:
@@ -278,7 +287,7 @@ def _livevqa(row: Row, context: _Context) -> dict[str, Any]:
 
 
 def _levels(item: Row) -> Sequence[Row]:
-    """The two questions of an object of benchmark.json, in the form of qa.json; else itself."""
+    """Return a benchmark.json object's two questions in qa.json's form; others unchanged."""
     asked = {level: item.get(f"{level}_qa") for level in ("level1", "level2")}
     if not any(asked.values()):
         return [item]
@@ -337,7 +346,7 @@ def _mmlongbench(row: Row, context: _Context) -> dict[str, Any]:
     question = text(row, "question")
     digest = hashlib.blake2b(question.encode(), digest_size=4).hexdigest()
     fields = {
-        "id": f"{name}-{digest}",  # the data set has none
+        "id": f"{name}-{digest}",  # the data set has no question IDs
         "question": question,
         "answers": (text(row, "answer"),),
         "answer_format": answer_format,
@@ -425,7 +434,7 @@ _BENCHMARKS = {
     ),
 }
 NAMES = (*_VERL, *_BENCHMARKS)
-OF_DOCUMENTS = ("slidevqa", "mmlongbench")  # whose questions have pages for pictures
+OF_DOCUMENTS = ("slidevqa", "mmlongbench")  # benchmarks whose images are document pages
 _SCORES: dict[str, Callable[[str | None, Any], float]] = {
     "okvqa": lambda answer, q: scores.vqa_accuracy(answer, q.references),
     "slidevqa": lambda answer, q: scores.token_f1(answer, q.answers[0]),

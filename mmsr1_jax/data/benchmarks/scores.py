@@ -1,10 +1,10 @@
-"""How answers to benchmarks are scored: pure functions of texts, each by its source's rule.
+"""Scoring of benchmark answers: pure functions of text, each following its source's rule.
 
-vqa_accuracy      OK-VQA: how many of ten people answered the same
-token_f1          SlideVQA: words shared with the gold answer
-document_score    MMLongBench-Doc: by the form of the gold answer
-accuracy_and_f1   MMLongBench-Doc: over a set with questions that cannot be answered
-extraction, read_extraction   MMLongBench-Doc: a short answer out of a long reply, by a
+vqa_accuracy      OK-VQA: agreement with ten annotators
+token_f1          SlideVQA: word overlap with the gold answer
+document_score    MMLongBench-Doc: rule chosen by the format of the gold answer
+accuracy_and_f1   MMLongBench-Doc: metrics over a set that includes unanswerable questions
+extraction, read_extraction   MMLongBench-Doc: extraction of a short answer from a long reply by a
                   language model, before `document_score`
 """
 
@@ -20,7 +20,7 @@ from mmsr1_jax.rewards.reward_function import normalise
 from mmsr1_jax.utils import checked_json
 
 NOT_ANSWERABLE = "Not answerable"
-FORMATS = ("Str", "Int", "Float", "List", "None")  # of gold answers of MMLongBench-Doc
+FORMATS = ("Str", "Int", "Float", "List", "None")  # formats of MMLongBench-Doc's gold answers
 
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBERS = {
@@ -28,8 +28,8 @@ _NUMBERS = {
     "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10",
 }  # fmt: skip
 _ARTICLES = ("a", "an", "the")
-# Words in front of each ending of a contraction. Those that are other words without their
-# apostrophe (were, well, its) are not among them.
+# Words before each contraction ending. Contractions that are other words without their apostrophe
+# (were, well, its) are excluded.
 _ENDINGS = {
     "n't": "ai are ca could did does do had has have is might must need ought sha should was were "
     "wo would",
@@ -45,8 +45,8 @@ _CONTRACTIONS = {
     for word in words.split()
 } | {"oclock": "o'clock", "maam": "ma'am", "twas": "'twas", "yall": "y'all"}
 
-# Gold answers that are right only to the letter: addresses, files, pages, numbers and dates with
-# dashes, times of day, e-mail addresses.
+# Gold answers that require an exact match: URLs, files, pages, numbers and dates with dashes, times
+# of day, e-mail addresses.
 _EXACT = re.compile(
     r".*https://.*|.*\.py|.*ipynb|page.*|\d+([-\s]\d+)?|.*[ap]\.m\..*|\d{4}[-\s]\d{2}[-\s]\d{2}"
     r"|[\w.%+-]+@[a-z0-9.-]+\.[a-z]{2,}",
@@ -70,12 +70,14 @@ Answer format: Integer, Float, String or List"""
 
 
 def vqa_normalise(text: str) -> str:
-    """Text as VQA compares it: lower case, without articles and most punctuation, number words up
-    to ten as digits, contractions with their apostrophe.
+    """Normalise text as the evaluation of VQA does.
 
-    After the evaluation of the VQA challenge (arXiv 1505.00468), but for double contractions
-    (`shouldntve`). A mark beside a space, or any in a text with a comma between digits, vanishes;
-    another becomes a space.
+    The result is in lower case, without articles and most punctuation, with number words up to ten
+    as digits, and with apostrophes in contractions.
+
+    Follows the evaluation of the VQA challenge (arXiv 1505.00468), except for double contractions
+    (`shouldntve`). A punctuation mark that occurs next to a space is removed throughout the text,
+    and so is every mark if the text has a comma between digits. Other marks become spaces.
     """
     text = " ".join(text.split())
     joined = re.search(r"\d,\d", text) is not None
@@ -87,16 +89,16 @@ def vqa_normalise(text: str) -> str:
 
 
 def vqa_accuracy(answer: str | None, references: Sequence[str]) -> float:
-    """The soft accuracy of VQA (arXiv 1505.00468), which OK-VQA uses (arXiv 1906.00067).
+    """Return the soft accuracy of VQA (arXiv 1505.00468), which OK-VQA uses (arXiv 1906.00067).
 
-    min(1, matches / 3), averaged over the sets that leave out one reference: with ten of them, 0.3,
-    0.6, 0.9 and 1 for one, two, three and more matches. Both sides are normalised
-    always; the challenge's program does not where all references are the same.
+    It is min(1, matches / 3), averaged over the subsets that leave out one reference: with ten
+    references, 0.3, 0.6, 0.9 and 1 for one, two, three and more matches. Both sides are always
+    normalised, whereas the challenge's program skips this if all references are the same.
 
     Args:
-      answer: None or a blank one scores 0.
-      references: of all people who were asked, with repeats; at least two. Blank
-        references never match.
+      answer: Answer to score; None or a blank one scores 0.
+      references: Answers of all annotators, with repeats; at least two. Blank references never
+        match.
     """
     if len(references) < 2:
         raise ValueError(f"{len(references)} references; the soft accuracy needs at least two")
@@ -110,36 +112,37 @@ def vqa_accuracy(answer: str | None, references: Sequence[str]) -> float:
 
 
 def token_f1(answer: str | None, gold: str) -> float:
-    """Harmonic mean of precision and recall over words, after `rewards.normalise`.
+    """Return the harmonic mean of word precision and recall, after `reward_function.normalise`.
 
-    As for SQuAD (Rajpurkar et al. 2016), which SlideVQA's answer F1 follows (arXiv 2301.04883);
-    the latter's own program also rewrites some words of its answers, which is not done here.
+    As in SQuAD (Rajpurkar et al. 2016), which SlideVQA's answer F1 follows (arXiv 2301.04883).
+    SlideVQA's own program also rewrites some words of its answers, which this function omits.
     """
     said, wanted = normalise(answer or "").split(), normalise(gold).split()
-    if not said or not wanted:  # as SQuAD 2.0; but a blank answer is none
+    if not said or not wanted:  # as in SQuAD 2.0, except that a blank answer counts as missing
         return float(said == wanted and bool(answer and answer.strip()))
     shared = sum((collections.Counter(said) & collections.Counter(wanted)).values())
     return 2 * shared / (len(said) + len(wanted)) if shared else 0.0
 
 
 def document_score(answer: str | None, gold: str, answer_format: str) -> float:
-    """The score of a short answer, in [0, 1], by the rules of MMLongBench-Doc (arXiv 2407.01523).
+    """Return the score of a short answer, in [0, 1], by MMLongBench-Doc's rules (arXiv 2407.01523).
 
-    Int          the same number; what stands behind the point of the answer is cut off
-    Float        equal within 1 %, also as a share instead of a percentage or the other way round
-    Str, None    1 - edit distance / longer length, 0 where that is not above 0.5 (ANLS); equal or
-                 not where the gold is an address, a file, a page, a date, a time or the like
-    List         as many items, both sides sorted, the worst item's score; equal or not where the
-                 first gold item is a number or of the kinds above
+    Int          equal integers; the answer's decimals are cut off
+    Float        equal within 1 % or after rounding, also if one is a fraction and the other a
+                 percentage
+    Str, None    ANLS: 1 - edit distance / longer length, or 0 if this is not above 0.5; exact match
+                 if the gold is a URL, a file, a page, a date, a time or similar
+    List         minimum of the items' ANLS after sorting both sides, or 0 if the numbers of items
+                 differ; exact match if the first gold item is a number or of the kinds above
 
-    Texts are compared in lower case, without quotes around them, what is in brackets, `$` in front
-    and `%` behind. As in the published program, an Int gold that is no number cannot be matched.
+    Text is compared in lower case, without surrounding quotes, parenthesised parts, leading `$` and
+    trailing `%`. As in the published program, an Int gold that is not an integer never matches.
 
     Args:
-      answer: None scores 0.
-      gold: as published; lists as Python writes them.
-      answer_format: of the gold, one of FORMATS; None is the format of what cannot be answered,
-        with the gold `Not answerable`.
+      answer: Short answer; None scores 0.
+      gold: Gold answer as published; lists are in Python's syntax.
+      answer_format: Format of the gold, one of FORMATS. "None" is the format of unanswerable
+        questions, whose gold is `Not answerable`.
     """
     if answer_format not in FORMATS:
         raise ValueError(f"answer_format={answer_format!r} is not one of {', '.join(FORMATS)}")
@@ -163,16 +166,16 @@ def document_score(answer: str | None, gold: str, answer_format: str) -> float:
 
 
 def accuracy_and_f1(scored: Sequence[tuple[float | None, str, str | None]]) -> tuple[float, float]:
-    """Accuracy and F1 over questions of which some cannot be answered (arXiv 2407.01523).
+    """Return accuracy and F1 over questions of which some are unanswerable (arXiv 2407.01523).
 
-    Accuracy is the mean score. F1 is of the sum of scores over questions that can be answered:
-    by their number (recall), and by the number of answers that were not `Not answerable`
-    (precision). No answer at all counts as an answer, which is wrong. Letter case and a full stop
-    do not keep an answer from being `Not answerable`.
+    Accuracy is the mean score. F1 combines recall and precision: the sum of scores over answerable
+    questions, divided by their number (recall) or by the number of answers other than `Not
+    answerable` (precision). A missing answer counts as an answer, which is wrong. An answer of `Not
+    answerable` is recognised in any letter case, with or without a full stop.
 
     Args:
-      scored: of each question: its score, its gold answer, and the answer. One without a score
-        (None) is left out.
+      scored: Score, gold answer and answer of each question. Questions without a score (None) are
+        ignored.
     """
     scored = [one for one in scored if one[0] is not None]
     if not scored:
@@ -181,13 +184,16 @@ def accuracy_and_f1(scored: Sequence[tuple[float | None, str, str | None]]) -> t
     answerable = [score for score, gold, _ in scored if not _refusal(gold)]
     tried = sum(not _refusal(answer) for _, _, answer in scored)
     right = sum(answerable)
-    # 2 / (1 / precision + 1 / recall), where both are above 0.
+    # 2 / (1 / precision + 1 / recall), if both are above 0.
     return accuracy, 2 * right / (tried + len(answerable)) if right else 0.0
 
 
 def extraction(question: str, reply: str) -> list[dict[str, str]]:
-    """The chat by which a language model brings a long reply into the form that `document_score`
-    reads; after the rule of MMLongBench-Doc (arXiv 2407.01523), in our words."""
+    """Return the chat that asks a language model to reduce a reply to a short answer.
+
+    The short answer has the form that `document_score` expects. The prompt follows the rule of
+    MMLongBench-Doc (arXiv 2407.01523), in our own words.
+    """
     data = json.dumps([question, reply])
     fence = "=" * 8 + hashlib.blake2b(data.encode(), digest_size=8).hexdigest()
     parts = {"Question": question, "Reply": reply}
@@ -199,10 +205,10 @@ def extraction(question: str, reply: str) -> list[dict[str, str]]:
 
 
 def read_extraction(text: str) -> str | None:
-    """The short answer that a language model wrote for `extraction`; None: it failed to answer.
+    """Parse a language model's reply to `extraction`; return None for `Fail to answer`.
 
     Raises:
-      ValueError: the text is anything else; it is to be asked again, not to be scored.
+      ValueError: The text has any other form. Query the model again instead of scoring it.
     """
     begin, formats = _EXTRACTED.match(text), list(_FORMAT.finditer(text))
     answer = text[begin.end() : formats[-1].start()].strip() if begin and formats else ""
@@ -222,7 +228,7 @@ def _clean(value: object) -> str:
 
 
 def _without_brackets(text: str) -> str:
-    """Without what is in round brackets and the white space in front of them."""
+    """Remove parenthesised parts and the white space before them."""
     parts, begin = [], 0
     while (opening := text.find("(", begin)) >= 0 and (closing := text.find(")", opening)) >= 0:
         parts.append(text[begin:opening].rstrip())
@@ -247,7 +253,7 @@ def _close(gold: float | None, said: float | None) -> bool:
 
 
 def _same_rounded(value: float, said: float) -> bool:
-    """To as many decimals as both have, but at least two."""
+    """Compare after rounding to as many decimals as both have, but at least two."""
     decimals = [len(str(x).split(".")[1]) if "." in str(x) else 3 for x in (value, said)]
     places = max(min(decimals), 2)
     return round(value, places) == round(said, places)
@@ -258,18 +264,18 @@ def _text_score(gold: str, said: str) -> float:
 
 
 def _similarity(gold: str, said: str) -> float:
-    """ANLS with threshold 0.5 of two cleaned texts."""
+    """Return the ANLS of two cleaned texts, with a threshold of 0.5."""
     longer = max(len(gold), len(said))
     if not longer:
         return 1.0
-    if 2 * abs(len(gold) - len(said)) >= longer:  # they are at least that far apart
+    if 2 * abs(len(gold) - len(said)) >= longer:  # lower bound on the edit distance
         return 0.0
     value = 1.0 - _distance(gold, said) / longer
     return value if value > 0.5 else 0.0
 
 
 def _distance(a: str, b: str) -> int:
-    """Levenshtein's: inserted, deleted and replaced letters."""
+    """Return the Levenshtein distance: insertions, deletions and substitutions of letters."""
     row = list(range(len(b) + 1))
     for i, letter in enumerate(a, 1):
         above, row[0] = row[0], i
@@ -279,7 +285,7 @@ def _distance(a: str, b: str) -> int:
 
 
 def _items(text: str) -> list[object]:
-    """Of a list as Python or JSON writes it; another text is the only item."""
+    """Return the items of a list in Python's or JSON's syntax; any other text is the only item."""
     if text.strip().startswith("["):
         for parse in (ast.literal_eval, checked_json.loads):
             try:

@@ -1,4 +1,4 @@
-"""Rows of published files, parquet or JSON, and what their columns hold."""
+"""Rows of published parquet and JSON files, and access to the values in their columns."""
 
 import base64
 import glob
@@ -14,14 +14,14 @@ from mmsr1_jax.data import cells, parquet_sizes
 from mmsr1_jax.data.parquet import DataError
 from mmsr1_jax.utils import checked_json
 
-Row = dict[str, Any]  # column -> its value: an Arrow scalar, which is large, or what JSON has
+Row = dict[str, Any]  # column -> Arrow scalar, which may be large, or JSON value
 
-_MAX_JSON = 4_000_000_000  # bytes of a file
-_ROWS = 4  # that are in memory at a time: one of SlideVQA has twenty pictures
+_MAX_JSON = 4_000_000_000  # maximum size of a JSON file, in bytes
+_ROWS = 4  # rows in memory at a time; a row of SlideVQA has twenty images
 
 
 class BadFieldError(Exception):
-    """What is wrong with a row, and in which field."""
+    """Invalid field of a row."""
 
     def __init__(self, field: str, reason: str):
         super().__init__(reason)
@@ -29,11 +29,13 @@ class BadFieldError(Exception):
 
 
 def find(path: pathlib.Path, patterns: Sequence[str]) -> list[pathlib.Path]:
-    """The file itself, or those that a path with wildcards finds; of a directory, the files of the
-    first of the patterns that finds any. By name.
+    """Return the files that a path names, sorted by name.
+
+    They are the file itself, or the matches of a path with wildcards, or, for a directory, the
+    matches of the first pattern that has any.
 
     Raises:
-      DataError: there is none.
+      DataError: No file was found.
     """
     if path.is_dir():
         for pattern in patterns:
@@ -51,18 +53,19 @@ def open_rows(
     optional: Sequence[str] = (),
     expand: Callable[[Row], Sequence[Row]] | None = None,
 ) -> Iterator[tuple[int, Row]]:
-    """The rows of a parquet file, or the objects of a list in a JSON file, by number from 0.
+    """Iterate over the rows of a parquet file, or the objects of a JSON list, numbered from 0.
 
-    What is wrong with the file as a whole is said at once, not when the first row is asked for.
+    Problems with the file as a whole are raised immediately, not when the first row is requested.
 
     Args:
-      needed: columns that must be there and their kinds: `text`, `texts`, `picture`, `any`. JSON
-        has no types: that a field is there in some object is all that is asked of it.
-      optional: other columns that are read, as regular expressions.
-      expand: makes rows of an object of a JSON file, which then share its number.
+      needed: Required columns and their kinds: `text`, `texts`, `picture`, `any`. JSON has no
+        column types, so a field only has to occur in some object.
+      optional: Other columns to read, as regular expressions.
+      expand: Function that makes rows of an object of a JSON file, which then share its number.
 
     Raises:
-      DataError: the file cannot be read or lacks a column; later, too, where it is damaged inside.
+      DataError: The file cannot be read or lacks a column. Also raised during iteration, if the
+        file is damaged inside.
     """
     if path.suffix == ".json":
         return _json_rows(path, needed, expand)
@@ -88,10 +91,10 @@ def open_rows(
 
 
 def text(row: Row, field: str, *, needed: bool = True) -> str:
-    """Text or a number as `cells.text_of` it; "" for null where not `needed`.
+    """Return text or a number, converted by `cells.text_of`; "" for null unless `needed`.
 
     Raises:
-      BadFieldError: it is something else, or there is none and one is needed.
+      BadFieldError: The value has another type, or is empty although `needed`.
     """
     found = _plain(value(row, field), field)
     if needed and not found:
@@ -100,11 +103,12 @@ def text(row: Row, field: str, *, needed: bool = True) -> str:
 
 
 def texts(row: Row, field: str) -> tuple[str, ...]:
-    """Texts of a list, blank ones (of null and NaN, too) and repeats too; one text counts as a list
-    of it, null as none.
+    """Return the texts of a list, including repeats and blank ones (from null and NaN, too).
+
+    A single text counts as a list of one item, and null as an empty list.
 
     Raises:
-      BadFieldError: an item is no text.
+      BadFieldError: An item is neither text nor a number.
     """
     found = value(row, field)
     items = found if isinstance(found, list) else [] if found is None else [found]
@@ -112,13 +116,13 @@ def texts(row: Row, field: str) -> tuple[str, ...]:
 
 
 def picture(row: Row, field: str) -> bytes | None:
-    """The picture file that a column holds as bytes, {bytes} or base64, not decoded; None: null.
+    """Return the undecoded image file in a column of bytes, {bytes} or base64; None for null.
 
-    Base64 may be broken into lines, stand after `data:image/png;base64,`, lack the `=` at its end,
-    and be of either alphabet (RFC 4648, sections 4 and 5).
+    Base64 may be broken into lines, follow `data:image/png;base64,`, lack the `=` at its end, and
+    use either alphabet (RFC 4648, sections 4 and 5).
 
     Raises:
-      BadFieldError: text that is no base64.
+      BadFieldError: Text is not base64.
     """
     found = value(row, field)
     if isinstance(found, dict):
@@ -132,7 +136,7 @@ def picture(row: Row, field: str) -> bytes | None:
 
 
 def value(row: Row, field: str) -> Any:
-    """What a column holds, None where it is not there. Raises BadFieldError: no UTF-8."""
+    """Return a column's value, or None if missing. Raises BadFieldError if not UTF-8."""
     found = row.get(field)
     if not isinstance(found, pa.Scalar):
         return found
@@ -150,7 +154,7 @@ def _plain(found: Any, field: str) -> str:
 
 
 def _from_base64(text: str) -> bytes:
-    """Raises ValueError: it is none."""
+    """Decode base64. Raises ValueError if the text is not base64."""
     letters = "".join(text.rpartition(",")[2].split()).rstrip("=")
     letters = letters.replace("-", "+").replace("_", "/")
     return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)

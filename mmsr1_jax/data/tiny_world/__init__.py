@@ -1,12 +1,12 @@
-"""The embedded default task: a small made-up world, its questions, and where answers are found.
+"""Embedded default task: a small synthetic world, its questions and its search index.
 
-    world       landmarks with emblems and facts, and what a policy remembers of them
-    emblems     drawing them, and photos of them
-    pages       pages and pictures for the local index
-    questions   of four kinds, and demonstrations for the warm start
-    tokenizer   of the tiny policy, and its prompts
+    world       landmarks with emblems and facts, and what a warm-started policy remembers of them
+    emblems     drawings of the emblems, and photos of them
+    pages       pages and images for the local index
+    questions   questions of four categories, and demonstrations for the warm start
+    tokenizer   tokenizer and prompts of the tiny policy
 
-Everything is drawn from one seed.
+Everything is generated from one seed.
 """
 
 from mmsr1_jax.data.tiny_world.pages import pages, write_index

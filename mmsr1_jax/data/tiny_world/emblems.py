@@ -1,8 +1,8 @@
 """Emblems of the landmarks, and photos of them.
 
-An emblem is a few attributes, all of which can be read off a photo: to which side each piece of the
-field gets lighter, its two colours, and the charge in the middle with its tone. The field is what
-the difference hash of the local index sees best.
+An emblem has a few attributes, all of which are visible in a photo: the side towards which each
+piece of the field gets lighter, the field's two colours, and the charge in the middle with its
+tone. The field is what the difference hash of the local index distinguishes best.
 """
 
 import functools
@@ -14,27 +14,29 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 
-PHOTO = 84  # pixels a side: 9 merged tokens of 28 x 28
+PHOTO = 84  # side length in pixels: 9 merged tokens of 28 x 28
 FIELD_PIECES = 8
 
-_VIEW = 126  # of a drawing, pixels a side that a photo shows; larger, as it is looked at askew
-_MARGIN = 14  # around it, so that a turned photo shows no edge
+# Side length in pixels of the part of a drawing that a photo shows. It is larger than PHOTO because
+# photos are sampled at an angle.
+_VIEW = 126
+_MARGIN = 14  # pixels around the view, so that a rotated photo shows no edge
 _DARK = ("#14306e", "#7a1020", "#0c5a2c", "#54188a", "#603a10", "#0a5c66")
 _LIGHT = ("#ffe24a", "#9fdcff", "#ffb0d0", "#a8f5a0", "#ffb45a", "#f4f4f4")
-_TONES = ("#ffffff", "#101010")  # of a charge; its outline has the other
+_TONES = ("#ffffff", "#101010")  # fill of a charge; its outline has the other tone
 _CHARGES = 8
 _ROWS = FIELD_PIECES // 2
 
 
 class Emblem(NamedTuple):
-    """Attributes of an emblem.
+    """Visual attributes of an emblem.
 
     Attributes:
-      field: 8 bits, one for each of 4 rows x 2 halves: does it get lighter to the right, or to the
-        left.
-      dark, light: the colours of the field.
-      charge: the shape in the middle.
-      tone: of the charge.
+      field: Bit mask of the 4 rows x 2 halves of the field. A set bit means that the piece gets
+        lighter to the right, a clear one to the left.
+      dark, light: Indices of the field's two colours.
+      charge: Index of the shape in the middle.
+      tone: Index of the charge's tone.
     """
 
     field: int
@@ -44,13 +46,13 @@ class Emblem(NamedTuple):
     tone: int
 
 
-# How many values each attribute has.
+# Number of values of each attribute.
 SIZES = Emblem(2**FIELD_PIECES, len(_DARK), len(_LIGHT), _CHARGES, len(_TONES))
 
 
 @functools.lru_cache(maxsize=512)
 def _drawing(emblem: Emblem) -> PIL.Image.Image:
-    """What photos are taken of: RGB, with a margin around what they show."""
+    """Return the RGB image that photos are sampled from, with a margin around it."""
     side = _VIEW + 2 * _MARGIN
     at = np.clip((np.arange(side) + 0.5 - _MARGIN) / _VIEW, 0, 1 - 1e-6)  # 0 to 1 in the view
     bits = (emblem.field >> np.arange(FIELD_PIECES)).reshape(_ROWS, 2) & 1
@@ -65,7 +67,7 @@ def _drawing(emblem: Emblem) -> PIL.Image.Image:
 
 
 def plain(emblem: Emblem) -> PIL.Image.Image:
-    """The photo on which nothing is changed: RGB, `PHOTO` pixels a side."""
+    """Return the unaltered photo of an emblem: RGB, `PHOTO` pixels a side."""
     box = (_MARGIN, _MARGIN, _MARGIN + _VIEW, _MARGIN + _VIEW)
     return _drawing(emblem).resize((PHOTO, PHOTO), PIL.Image.Resampling.BOX, box)
 
@@ -108,9 +110,10 @@ def _draw_charge(pen: PIL.ImageDraw.ImageDraw, emblem: Emblem, centre: float) ->
 
 
 def photo(emblem: Emblem, rng: np.random.Generator) -> PIL.Image.Image:
-    """A photo of an emblem: RGB, `PHOTO` pixels a side; cropped, turned, lit and noised.
+    """Return a photo of an emblem, randomly cropped, rotated, lit and noised.
 
-    Turns are small since the difference hash of the local index compares neighbours in a row.
+    The photo is RGB, with `PHOTO` pixels a side. Rotations are small because the difference hash of
+    the local index compares neighbours in a row.
     """
     drawing = _drawing(emblem)
     turn = math.radians(rng.uniform(-4, 4))
@@ -135,7 +138,7 @@ def photo(emblem: Emblem, rng: np.random.Generator) -> PIL.Image.Image:
 
 
 def jpeg(image: PIL.Image.Image) -> bytes:
-    """A picture as the bytes of a JPEG file."""
+    """Return an image as the bytes of a JPEG file."""
     file = io.BytesIO()
     image.save(file, "jpeg", quality=92)
     return file.getvalue()

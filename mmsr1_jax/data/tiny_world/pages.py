@@ -1,4 +1,4 @@
-"""What can be found in the world: pages about landmarks, and pictures of them with their titles."""
+"""Search corpus of the world: pages about landmarks, and images of landmarks with titles."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ from mmsr1_jax.data.tiny_world.emblems import jpeg, photo
 from mmsr1_jax.data.tiny_world.world import CHANGING, LAST_YEAR, LASTING, THIS_YEAR, World
 from mmsr1_jax.tools import local
 
-# Of the pictures of each landmark, one photo a title.
+# Titles of each landmark's images, with one photo per title.
 TITLES = ("{name}, {city}", "{name} in {city}", "View of {name}, {city}", "{city}: {name}")
 ABOUT = (
     "{name} stands in the city of {city}. Its builder was {builder}, its stone is {stone}.",
@@ -24,12 +24,14 @@ LISTS = {
     "builder": "{value} was the builder of {names}.",
     "stone": "You find {value} in the walls of {names}.",
 }
-_LISTED = 4  # landmarks on a page that lists them, at most
+_LISTED = 4  # maximum number of landmarks on a list page
 
 
 def pages(world: World) -> list[dict[str, str]]:
-    """All pages, {"url", "title", "snippet", "text"}: of each landmark one with what lasts, one of
-    this year and one of the last, which is out of date; and lists of landmarks by what they share.
+    """Return all pages, each with the keys "url", "title", "snippet" and "text".
+
+    Each landmark has one page with its lasting facts, one for this year and an outdated one for
+    last year. Further pages list landmarks that share a fact.
     """
     rng = world.rng("pages")
     found = []
@@ -40,7 +42,7 @@ def pages(world: World) -> list[dict[str, str]]:
 
     for landmark in world.landmarks:
         add(landmark.name, rng.choice(ABOUT).format(**landmark.facts))
-        # The older page comes first, so that among equals it would be found first.
+        # The outdated page comes first, so that it would win ties in a search.
         for year, facts in ((LAST_YEAR, landmark.last_year), (THIS_YEAR, landmark.facts)):
             text = rng.choice(OF_A_YEAR).format(**{**landmark.facts, **facts}, year=year)
             add(f"{landmark.name} {year}", text)
@@ -56,16 +58,17 @@ def pages(world: World) -> list[dict[str, str]]:
 
 
 def query(name: str, fact: str) -> str:
-    """A sensible text search for a fact of this year."""
+    """Return a sensible text search query for a fact as of this year."""
     if fact == "name":
         return name
     return f"{name} {fact} {THIS_YEAR}" if fact in CHANGING else f"{name} {fact}"
 
 
 def write_index(world: World, out: str | pathlib.Path) -> tuple[int, int]:
-    """Writes `out/index.sqlite` with all pages, and some pictures of each landmark.
+    """Write `out/index.sqlite` with all pages and several images of each landmark.
 
-    Returns the number of pages and of pictures.
+    Returns:
+      The number of pages and the number of images.
     """
     rng = world.rng("pictures")
     with tempfile.TemporaryDirectory() as name:

@@ -1,15 +1,15 @@
 """Questions about photos of landmarks, and demonstrations for the warm start.
 
-    split     what is asked
-    train     of remembered and new landmarks, all facts but the held-out ones
-    heldout   the held-out facts of the same landmarks; new photos
-    unmet     all facts of landmarks that no training question, demonstration or guess is about
+    split     questions
+    train     about remembered and new landmarks, on all facts but the held-out ones
+    heldout   about the same landmarks, on the held-out facts, with new photos
+    unmet     on all facts of landmarks that occur in no training question, demonstration or guess
 
-What a question needs is its category (`world.category`); the warm start is shown nothing of it: it
-says whether it knows what it sees, "is" or "may be", and acts without regard to that. In the
-demonstrations a workflow is drawn at random for each question, whatever it needs, and what is
-then written is what follows: from memory, which is wrong for what has changed and a blind guess for
-what it does not hold; or from the results of a search.
+A question's category (`world.category`) names the searches that it needs. The warm start does not
+teach categories. It teaches the policy to say whether it knows what it sees ("is") or guesses ("may
+be"), but to act independently of that. Each demonstration draws a random workflow, whatever the
+question needs, and its turns follow from the workflow. Its answer comes from search results or from
+memory, which is outdated for facts that change and a blind guess for facts that it does not hold.
 """
 
 import dataclasses
@@ -46,18 +46,18 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     "ticket": ("What does a ticket for {it} cost in {year}?", "How much is {it} in {year}?"),
     "show": ("What is on show at {it} in {year}?", "What does {it} show in {year}?"),
 }  # fmt: skip
-_THIS = "this"  # a landmark in a photo
-# Of every turn: what it takes the landmark for by then, and whether it knows it.
+_THIS = "this"  # refers to the landmark in the photo
+# Reasoning of each turn, by whether the policy knows the landmark or guesses its name.
 REASONS = {True: "This is {name}.", False: "This may be {name}."}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked(Question):
-    """A question about a photo.
+    """A question about a photo of a landmark.
 
     Attributes:
-      landmark: name of what is in the photo.
-      fact: that is asked for.
+      landmark: Name of the landmark in the photo.
+      fact: Fact that the question asks for.
     """
 
     landmark: str
@@ -65,7 +65,7 @@ class Asked(Question):
 
 
 def pairs(world: World, split: Split) -> list[tuple[Landmark, str]]:
-    """All that a split asks: landmarks with facts of them."""
+    """Return all (landmark, fact) pairs that a split asks about."""
     asked = []
     for landmark, fact in itertools.product(world.landmarks, FACTS):
         if landmark.group == "unmet":
@@ -78,11 +78,11 @@ def pairs(world: World, split: Split) -> list[tuple[Landmark, str]]:
 
 
 def questions(world: World, split: Split, count: int, *, seed: int = 0) -> list[Asked]:
-    """Questions of a split, as many of each category that it has, each with a photo of its own.
+    """Generate questions of a split, balanced over its categories, each with its own photo.
 
     Args:
-      count: of questions. All pairs of a category are asked before one is asked again.
-      seed: of the order, the wordings and the photos.
+      count: Number of questions. A pair repeats only after all pairs of its category were asked.
+      seed: Seed of the order, the wordings and the photos.
     """
     rng = world.rng(f"questions {split}", seed)
     asked = []
@@ -103,15 +103,16 @@ def questions(world: World, split: Split, count: int, *, seed: int = 0) -> list[
 
 
 def demonstrations(world: World, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Episodes over training questions, whose searches are drawn without regard to need.
+    """Generate episodes over training questions, with searches drawn regardless of need.
 
-    A new landmark is taken for a remembered one, drawn anew each time, until its picture has been
-    looked up.
+    A new landmark is mistaken for a remembered one, drawn anew for each episode, until its image
+    has been looked up.
 
     Returns:
-      {"question", "image", "turns", "answers", "category", "workflow", "landmark", "fact"}: "image"
-      the bytes of a picture; "turns" the policy's, after each of which the search that it asks for
-      is to be made; "answers" the right ones, which the last turn need not give.
+      One {"question", "image", "turns", "answers", "category", "workflow", "landmark", "fact"} per
+      episode. "image" is an image file as bytes. "turns" are the policy's turns; the search that a
+      turn requests has to be executed after it. "answers" are the correct answers, which the last
+      turn may not give.
     """
     rng = world.rng("demonstrations", seed)
     known = world.of("remembered")
@@ -136,15 +137,17 @@ def demonstrations(world: World, count: int, *, seed: int = 0) -> list[dict[str,
 
 
 def memories(world: World, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Demonstrations of what the warm start remembers, answered without a search.
+    """Generate demonstrations of what the warm start remembers, answered without a search.
 
-    In turn: a photo of a remembered landmark and its name; a fact by the landmark's name, without
-    a photo, as it was last year; a photo of a stranger, taken for a landmark that is drawn anew
-    each time, and its name or another fact of it. The last keeps a policy from being sure of what
-    it has never seen, and makes its own words what a fact is remembered by.
+    Three kinds alternate. The first names a remembered landmark from its photo. The second states
+    a fact as of last year, given the landmark's name and no photo. The third shows a photo of a
+    stranger, mistaken for a landmark drawn anew each time, and asks for its name or another fact.
+    The third kind keeps a policy from being sure of what it has never seen, and makes it recall
+    facts from the name that it has written itself.
 
-    Returns: as `demonstrations`; "image" is None where there is none, "answers" is what memory
-      says, "category" is "memory", "landmark" is "" for a stranger.
+    Returns:
+      Dicts as in `demonstrations`. "image" is None for questions without a photo, "answers" holds
+      the remembered answer, "category" is "memory" and "landmark" is "" for a stranger.
     """
     rng = world.rng("memories", seed)
     known = world.of("remembered")
@@ -165,18 +168,20 @@ def memories(world: World, count: int, *, seed: int = 0) -> list[dict[str, Any]]
 
 
 def practice(world: World, memory: World, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Demonstrations of reading: about landmarks of another world, so that nothing but what is
-    found says the answer.
+    """Generate demonstrations of reading search results.
 
-    In turn: a fact by the landmark's name, without a photo, after a text search; a photo, taken for
-    a landmark that `memory` remembers until its picture has been looked up, and either what the
-    titles tell, or any fact after a text search.
+    They are about landmarks of another world, so that only search results give the answer. Two
+    kinds alternate. The first asks for a fact by the landmark's name, without a photo, and answers
+    after a text search. The second shows a photo, mistaken for a landmark that `memory` remembers
+    until its image has been looked up, and asks either for what the image titles state or, with an
+    additional text search, for any fact.
 
     Args:
-      world: whose pages and pictures are to be searched.
-      memory: whose remembered landmarks are the beliefs.
+      world: World whose pages and images are searched.
+      memory: World for whose remembered landmarks the photos are mistaken.
 
-    Returns: as `demonstrations`; "category" is "practice".
+    Returns:
+      Dicts as in `demonstrations`; "category" is "practice".
     """
     rng = world.rng("practice", seed)
     known, others = memory.of("remembered"), _cycle(world.landmarks, rng)
@@ -205,11 +210,13 @@ def practice(world: World, memory: World, count: int, *, seed: int = 0) -> list[
 def turns(
     landmark: Landmark, fact: str, workflow: Workflow, believed: Landmark, *, knows: bool
 ) -> list[str]:
-    """What a policy writes that is asked for a fact of `landmark`, takes it for `believed` until
-    its picture has been looked up, and searches as the workflow says.
+    """Return the turns of a policy that is asked for a fact of `landmark`.
+
+    The policy takes the landmark for `believed` until it has looked up its image, and searches as
+    the workflow prescribes.
 
     Args:
-      knows: whether it remembers what it sees, or guesses.
+      knows: Whether the policy remembers what it sees, rather than guessing.
     """
     looks = workflow.startswith("image")
     then, sure = (landmark, True) if looks else (believed, knows)
@@ -223,10 +230,11 @@ def turns(
 
 
 def answer_after(landmark: Landmark, fact: str, workflow: Workflow, believed: Landmark) -> str:
-    """The answer in the last of those turns.
+    """Return the answer in the last turn of `turns`.
 
-    After a text search it is what the page of this year says, after an image search what the title
-    says. Else it is what memory says; of a landmark that is not in it, what it says of `believed`.
+    After a text search, this is the value on this year's page; after an image search, the value in
+    the title. Otherwise it is the remembered value, taken from `believed` if the landmark is not in
+    memory.
     """
     sure = landmark if workflow.startswith("image") else believed
     if workflow.endswith("text") or (workflow == "image" and fact in TITLED):
@@ -235,7 +243,7 @@ def answer_after(landmark: Landmark, fact: str, workflow: Workflow, believed: La
 
 
 def _drawn(world: World, split: Split, count: int, rng) -> Iterator[tuple[Landmark, str]]:
-    """Pairs of a split, the categories taking turns in an order drawn anew each round."""
+    """Yield pairs of a split, cycling through its categories in a new random order each round."""
     of_kind: dict[str, list] = {kind: [] for kind in CATEGORIES}
     for landmark, fact in pairs(world, split):
         of_kind[category(landmark, fact)].append((landmark, fact))
@@ -249,7 +257,7 @@ def _drawn(world: World, split: Split, count: int, rng) -> Iterator[tuple[Landma
 
 
 def _cycle(items, rng: np.random.Generator) -> Iterator:
-    """All items in an order drawn by lot, then all again in another."""
+    """Yield all items in random order, over and over, reshuffled for each pass."""
     while len(items):
         for number in rng.permutation(len(items)):
             yield items[number]
@@ -264,7 +272,7 @@ def _wording(fact: str, it: str, rng: np.random.Generator) -> str:
 
 
 def _memory(believed: Landmark, fact: str, emblem: Emblem | None, name: str, rng) -> dict[str, Any]:
-    """A question about a photo of an emblem, or about a name, that is answered from memory."""
+    """Return a demonstration about a photo of an emblem or a name, answered from memory."""
     return {
         "question": _wording(fact, name if emblem is None else _THIS, rng),
         "image": None if emblem is None else jpeg(photo(emblem, rng)),
@@ -278,6 +286,9 @@ def _memory(believed: Landmark, fact: str, emblem: Emblem | None, name: str, rng
 
 
 def _turn(landmark: Landmark, sure: bool, action: str, payload: str) -> str:
-    """Texts begin with a space, as they do inside a sentence, so that they are the same tokens."""
+    """Format a turn.
+
+    Texts begin with a space, as they do inside a sentence, so that they have the same tokens.
+    """
     tag, reason = TAGS[action], REASONS[sure].format(name=landmark.name)
     return f"<reason> {reason}</reason> <{tag}>{payload}</{tag}>"

@@ -1,7 +1,7 @@
-"""The tokenizer of the tiny policy: a byte-level BPE over the words of the world, with Qwen's
-control tokens by name.
+"""Tokenizer of the tiny policy: a byte-level BPE over the words of the world.
 
-Each word of the world, with the space before it, becomes one token, and so does each tag of a turn.
+Control tokens have the same names as Qwen's. Each word of the world, with the space before it,
+becomes one token, and so does each tag of a turn.
 """
 
 import itertools
@@ -20,17 +20,20 @@ from mmsr1_jax.episodes.turns import TAGS, WHOLE_IMAGE
 from mmsr1_jax.processing.processor import CONTROL_TOKENS, DEFAULT_SYSTEM, ROLES
 from mmsr1_jax.tools.tool import image_result, text_result
 
-PROMPTS = pathlib.Path(__file__).parent / "prompts"  # short ones, for a policy that reads little
-POLICY = pathlib.Path(__file__).parent / "policy"  # what `make warm_start` makes
+PROMPTS = pathlib.Path(__file__).parent / "prompts"  # short, to suit the tiny policy
+POLICY = pathlib.Path(__file__).parent / "policy"  # output of `make warm_start`
 
-_VOCABULARY = 4096  # at most; all of the corpus is merged before that
-# A tag, a word or a number, each with the space before it, and whatever else there is.
+_VOCABULARY = 4096  # upper bound; the corpus is fully merged before it is reached
+# A tag, word or number with the space before it, or a run of any other characters.
 _PIECES = r" ?</?[a-z_]+>| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}<]+| ?<|\s+"
 
 
 def train_tokenizer() -> tokenizers.Tokenizer:
-    """The tokenizer, control tokens first. It does not depend on the world that was drawn, only on
-    the words that worlds are made of: so it has learnt no landmark's name."""
+    """Train and return the tokenizer, with the control tokens first.
+
+    It depends only on the words that worlds are made of, not on the world that was drawn, so it has
+    not learnt any landmark's name.
+    """
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -50,7 +53,7 @@ def train_tokenizer() -> tokenizers.Tokenizer:
 
 
 def _corpus() -> Iterator[str]:
-    """All texts that the policy meets, with all words that may stand in them."""
+    """Yield all texts that the policy may encounter, with all words that may occur in them."""
     yield from prompts.load().values()
     yield from prompts.load(PROMPTS).values()
     yield from (*ABOUT, *OF_A_YEAR, *LISTS.values(), *TITLES)

@@ -1,11 +1,11 @@
-"""The words of the world. No word has two meanings, so that an answer is either right or wrong."""
+"""Vocabulary of the world. No word has two meanings, so an answer is either right or wrong."""
 
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-# Names of landmarks: one of each.
+# A landmark's name is one word of each list.
 FIRST = _words(
     "Amber Autumn Bitter Candle Cedar Copper Crooked Dusty Ember Frozen Gentle Golden Hidden "
     "Hollow Ivory Lonely Lucky Mellow Misty Narrow Noble Patient Quiet Rustic Scarlet Silver "

@@ -1,12 +1,13 @@
-"""The world: landmarks, each with an emblem, a name and facts, and what a policy remembers of them.
+"""World of landmarks, each with an emblem, a name and facts, and what a policy remembers of them.
 
-    group        landmarks of which the warm start's memory has the name, the lasting facts and, of
-    remembered   those that change from year to year, last year's
-    new          ones that it does not know, and meets in training
-    unmet        ones that it does not know, and never meets in training
+    group        landmarks
+    remembered   known to the warm start: the name, the lasting facts, and last year's values of
+                 the facts that change from year to year
+    new          unknown to the warm start, encountered in training
+    unmet        unknown to the warm start, never encountered in training
 
-Groups are drawn by lot: nothing in a picture or in a name tells one from another. Beside the
-landmarks there are strangers, emblems of no landmark at all: what memory was never told of.
+Groups are assigned at random, so neither an image nor a name reveals a landmark's group. Besides
+landmarks there are strangers: emblems that belong to no landmark and that memory does not hold.
 """
 
 import dataclasses
@@ -36,25 +37,25 @@ CHANGING: dict[str, tuple[str, ...]] = {
 }
 FACTS = ("name", *LASTING, *CHANGING)
 CATEGORIES = ("free", "image-required", "text-required", "both")
-TITLED = ("name", "city")  # what the titles of pictures tell
+TITLED = ("name", "city")  # facts that image titles state
 
-_LEAST_BITS = 40  # in which the difference hashes of two landmarks differ, of 256
-_LEAST_TRAITS = 2  # in which two emblems differ, a piece of the field being one
-_TRIES = 60  # for an emblem that differs enough from all before
+_LEAST_BITS = 40  # minimum Hamming distance of two landmarks' difference hashes, of 256 bits
+_LEAST_TRAITS = 2  # minimum number of differing traits of two emblems; each field piece is one
+_TRIES = 60  # draws per emblem, on average, to find emblems that differ enough
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Landmark:
-    """A landmark.
+    """A landmark of the world.
 
     Attributes:
-      number: from 0.
-      name: two words.
-      emblem: what its photos show.
-      group: see above.
-      facts: value of each fact this year, by name of the fact.
-      last_year: value that each changing fact had last year.
-      held_out: facts that are never asked with a photo of it in training.
+      number: Index of the landmark, from 0.
+      name: Name of two words.
+      emblem: Emblem that its photos show.
+      group: Group of the landmark, as described in the module docstring.
+      facts: Value of each fact this year, keyed by the fact's name.
+      last_year: Last year's value of each changing fact.
+      held_out: Facts that training never asks for with a photo of the landmark.
     """
 
     number: int
@@ -66,7 +67,10 @@ class Landmark:
     held_out: frozenset[str]
 
     def memory(self, fact: str) -> str:
-        """What a memory of last year says; the warm start has one of remembered landmarks only."""
+        """Return a fact as of last year.
+
+        The warm start remembers only landmarks of the group "remembered".
+        """
         return self.last_year.get(fact, self.facts[fact])
 
 
@@ -88,16 +92,16 @@ class World:
         unmet: int = 60,
         strangers: int = 600,
     ) -> "World":
-        """Draws a world; the same one for the same arguments.
+        """Generate a world, deterministically for the given arguments.
 
         Args:
-          seed: of all that is drawn.
-          landmarks: how many there are.
-          remembered, unmet: how many of them are of these groups; the others are new.
-          strangers: emblems beside theirs.
+          seed: Seed of all random draws.
+          landmarks: Number of landmarks.
+          remembered, unmet: Number of landmarks in these groups; the others are new.
+          strangers: Number of emblems that belong to no landmark.
 
         Raises:
-          ValueError: numbers that do not fit together, or more emblems than can be told apart.
+          ValueError: The numbers are inconsistent, or ask for more emblems than can be told apart.
         """
         new = landmarks - remembered - unmet
         if min(remembered, unmet, new, strangers) < 1:
@@ -120,23 +124,26 @@ class World:
         return cls(seed=seed, landmarks=made, strangers=others)
 
     def of(self, group: Group) -> list[Landmark]:
-        """The landmarks of a group."""
+        """Return the landmarks of a group."""
         return [landmark for landmark in self.landmarks if landmark.group == group]
 
     def rng(self, purpose: str, seed: int = 0) -> np.random.Generator:
-        """Random numbers of this world for one purpose."""
+        """Return this world's random generator for one purpose."""
         return np.random.default_rng([self.seed, seed, *purpose.encode()])
 
 
 def category(landmark: Landmark, fact: str) -> str:
-    """Which searches a policy with the warm start's memory needs for a fact of this year."""
+    """Return the category of a question about this year's value of a fact.
+
+    It names the searches that a policy with the warm start's memory needs.
+    """
     if landmark.group == "remembered":
         return "text-required" if fact in CHANGING else "free"
     return "image-required" if fact in TITLED else "both"
 
 
 def _emblems(rng, landmarks: int, strangers: int) -> tuple[list[Emblem], tuple[Emblem, ...]]:
-    """Emblems that differ in some traits; those of landmarks look different to the hash too."""
+    """Draw emblems that differ in some traits; those of landmarks also differ in their hashes."""
     taken = np.zeros((landmarks + strangers, FIELD_PIECES + len(SIZES) - 1), np.int64)
     hashes = np.zeros((landmarks, 4), np.uint64)
     made: list[Emblem] = []
@@ -164,7 +171,7 @@ def _emblems(rng, landmarks: int, strangers: int) -> tuple[list[Emblem], tuple[E
 
 
 def _traits(emblem: np.ndarray) -> np.ndarray:
-    """An emblem's attributes, its field piece by piece."""
+    """Return an emblem's attributes as a vector, with one entry per piece of the field."""
     return np.concatenate([emblem[0] >> np.arange(FIELD_PIECES) & 1, emblem[1:]])
 
 
@@ -176,8 +183,8 @@ def _landmark(rng, number: int, name: str, emblem: Emblem, group: Group) -> Land
         before, now = rng.choice(values, 2, replace=False)
         last_year[fact], facts[fact] = str(before), str(now)
     held_out: list[str] = []
-    # One fact of each category that the landmark's questions have. The name of a remembered one is
-    # what its photos are known by, so it is always asked.
+    # One fact of each category of the landmark's questions. The name of a remembered landmark is
+    # how its photos are recognised, so it is never held out.
     if group == "remembered":
         held_out = [rng.choice(list(LASTING)), rng.choice(list(CHANGING))]
     elif group == "new":

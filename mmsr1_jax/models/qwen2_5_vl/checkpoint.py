@@ -1,6 +1,6 @@
-"""HF checkpoints in and out: safetensors straight onto the mesh, and back bit for bit.
+"""Loading and saving of HF checkpoints: safetensors directly onto the mesh and back, bit for bit.
 
-`tensors.tensor_table` is the one place that says which parameter here is which tensor there.
+`tensors.tensor_table` maps the parameters of the model to the tensors of a checkpoint.
 """
 
 import collections
@@ -41,29 +41,30 @@ DTYPES = {
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; the message names file and tensor."""
+    """Error for an unusable checkpoint. The message names the file and the tensor."""
 
 
 def abstract_model(config: ModelConfig, **keywords) -> Qwen2_5_VL:
-    """The model with shapes in the place of arrays; keywords as for `Qwen2_5_VL`."""
+    """Return a model with abstract parameters (shapes and dtypes); keywords as for `Qwen2_5_VL`."""
     return nnx.eval_shape(lambda: Qwen2_5_VL(config, rngs=nnx.Rngs(0), **keywords))
 
 
 def load(directory, *, mesh, param_dtype=None, **keywords) -> Qwen2_5_VL:
-    """Reads an HF directory onto a mesh; each device gets its slice, read from the file.
+    """Load an HF directory onto a mesh. Each device receives its slice, read from the file.
 
     The host holds one stacked tensor (or this host's part of it) at a time.
 
     Args:
-      directory: `config.json` and safetensors, single or sharded, in either name layout.
-      mesh: where to put the parameters (`sharding.make_mesh`).
-      param_dtype: dtype of the parameters; None for the one that most of the file has.
-      **keywords: of `Qwen2_5_VL` (dtype, attention, remat ...).
+      directory: Directory with `config.json` and safetensors, single or sharded, in either layout
+        of names.
+      mesh: Mesh for the parameters (`sharding.make_mesh`).
+      param_dtype: Dtype of the parameters. None selects the most common dtype of the checkpoint.
+      **keywords: Keywords of `Qwen2_5_VL` (dtype, attention, remat ...).
 
     Raises:
-      ConfigError: `config.json` cannot be used.
-      CheckpointError: a missing, unexpected or misshapen tensor, a damaged or absent file. Nothing
-        has been loaded then: names and shapes are all checked before the first tensor is read.
+      ConfigError: If `config.json` cannot be used.
+      CheckpointError: If a tensor is missing, unexpected or has the wrong shape, or a file is
+        damaged or missing. Names and shapes are all checked before the first tensor is loaded.
     """
     config = ModelConfig.from_directory(directory)
     files = _Files(pathlib.Path(directory), config)
@@ -72,8 +73,10 @@ def load(directory, *, mesh, param_dtype=None, **keywords) -> Qwen2_5_VL:
 
 
 def load_vision(directory, *, mesh, param_dtype) -> VisionTower:
-    """Reads the vision tower alone, as `load` does. What else is in the directory is checked by
-    name and shape, as there, but takes no memory."""
+    """Load only the vision tower, see `load`.
+
+    Names and shapes of the other tensors are checked too, but the tensors are not loaded.
+    """
     config = ModelConfig.from_directory(directory)
     files = _Files(pathlib.Path(directory), config)
     tower = nnx.eval_shape(
@@ -83,14 +86,14 @@ def load_vision(directory, *, mesh, param_dtype) -> VisionTower:
 
 
 def _read(files: "_Files", config: ModelConfig, abstract, within: tuple[str, ...], mesh):
-    """An abstract module, which lies at the path `within` in the model, with its arrays."""
+    """Return `abstract`, the submodule at path `within` of the model, with its arrays loaded."""
     graph, abstract = nnx.split(abstract)
     shardings = nnx.to_flat_state(param_shardings(abstract, mesh))
     table = tensor_table(config)
     arrays = []
     for (path, variable), (_, sharding) in zip(nnx.to_flat_state(abstract), shardings, strict=True):
         value = files.read(table[(*within, *path)], variable, sharding.get_value())
-        # Before the next is read, so that the host never holds two that are on their way.
+        # Wait for the transfer, so that the host never holds two tensors in flight.
         arrays.append((path, variable.replace(jax.block_until_ready(value))))
     return nnx.merge(graph, nnx.from_flat_state(arrays))
 
@@ -100,7 +103,7 @@ class _Index(TypedDict):
 
 
 class _Files:
-    """The safetensors files of a directory, checked against what the model needs."""
+    """Safetensors files of a directory, checked against the parameters of the model."""
 
     def __init__(self, directory: pathlib.Path, config: ModelConfig):
         self.directory = directory
@@ -110,7 +113,7 @@ class _Files:
         self._check(config)
 
     def _tensor_files(self) -> dict[str, str]:
-        """HF name -> file name."""
+        """Return the file name of each tensor, by HF name."""
         self._refuse_other_weights()
         index, single = self.directory / INDEX, self.directory / SINGLE
         if single.is_file() and index.is_file():
@@ -145,7 +148,7 @@ class _Files:
         return held
 
     def _refuse_other_weights(self) -> None:
-        """Where `transformers` would read more, or something else, than the usual files."""
+        """Raise CheckpointError if `transformers` would read other files than the usual ones."""
         adapter = self.directory / "adapter_config.json"
         if adapter.is_file():
             raise CheckpointError(
@@ -207,13 +210,13 @@ class _Files:
                 )
 
     def _check_tied(self) -> tuple[int, ...]:
-        """A tied model may come with its head written out too; it must be the embedding."""
+        """Check that the stored head of a tied model equals the embedding. Return its shape."""
         embedding = self.layout[0] + "embed_tokens.weight"
         path = self.directory / self.where["lm_head.weight"]
         if embedding not in self.where:
             raise CheckpointError(f"{self.directory}: tensor {embedding} is missing")
         head, table = self._slice("lm_head.weight"), self._slice(embedding)
-        size, step = head.get_shape()[0], 4096  # rows at a time: the whole table is a gigabyte
+        size, step = head.get_shape()[0], 4096  # rows per step: the whole table takes a gigabyte
         same = head.get_shape() == table.get_shape() and all(
             np.array_equal(head[i : min(i + step, size)], table[i : min(i + step, size)])
             for i in range(0, size, step)
@@ -226,7 +229,7 @@ class _Files:
         return tuple(head.get_shape())
 
     def common_dtype(self) -> np.dtype:
-        """The dtype of most tensors."""
+        """Return the most common dtype of the tensors."""
         counts = collections.Counter(self._slice(name).get_dtype() for name in self.where)
         return DTYPES[counts.most_common(1)[0][0]]
 
@@ -235,7 +238,7 @@ class _Files:
         parts: dict[tuple, np.ndarray] = {}
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
-            """One device's part; devices that hold the same share it."""
+            """Return one device's part. Devices with the same part share the array."""
             key = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
             if key not in parts:
                 parts[key] = self._read_part(tensor, shape, index, key, dtype)
@@ -267,9 +270,9 @@ def _find_layout(names) -> tuple[str, str]:
 def hf_tensors(
     model: Qwen2_5_VL, layout: tuple[str, str] = LAYOUTS[0]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the model under its HF name, one at a time, on the host.
+    """Yield the HF name and host array of each tensor of the model, one at a time.
 
-    On several hosts all must iterate together: a tensor that is spread over them is gathered.
+    With several hosts, all must iterate together: a tensor sharded across hosts is gathered.
     """
     table = tensor_table(model.config)
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
@@ -289,23 +292,23 @@ def save(
     dtype=None,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes an HF directory that `transformers` loads.
+    """Save a model as an HF directory that `transformers` can load.
 
-    Written under a temporary name beside `directory` and then exchanged with it in one step
-    (`outputs.new_directory`).
+    The files are written to a temporary directory beside `directory`, which then replaces it
+    atomically (`outputs.new_directory`).
 
     Args:
-      model: the policy.
-      directory: where to: a new directory, an empty one, or a checkpoint to be replaced.
-      source: the HF directory that it came from: names, dtypes, `config.json`, tokenizer and
-        processor files are carried over. None for a model made here (flat names, fresh config).
-      dtype: dtype of the tensors; None for the source's, tensor by tensor (without a source, the
-        parameters').
-      shard_bytes: a file holds at most this much, unless a single tensor is larger.
+      model: Policy model.
+      directory: Output directory: a new or empty one, or a checkpoint to replace.
+      source: HF directory from which the model was loaded. Names, dtypes, `config.json`, tokenizer
+        and processor files are taken from it. None writes flat names and a new config.
+      dtype: Dtype of the tensors. None keeps the dtype of each tensor in `source`, or of each
+        parameter without a source.
+      shard_bytes: Maximum size of a file in bytes, exceeded only by a single larger tensor.
 
     Raises:
-      CheckpointError: `directory` is there and is not a checkpoint, or holds other files too.
-      LockedError: another process is writing it.
+      CheckpointError: If `directory` exists and is not a checkpoint, or contains other files.
+      LockedError: If another process is writing `directory`.
     """
     target = pathlib.Path(os.path.abspath(directory))
     check_replaceable(target)
@@ -331,7 +334,7 @@ def save(
 
 
 class _Shards:
-    """Collects tensors into files of bounded size; a directory of None only counts."""
+    """Writer of tensors into files of bounded size. With a directory of None, it does nothing."""
 
     def __init__(self, directory: pathlib.Path | None, limit: int):
         self.directory, self.limit = directory, limit
@@ -351,12 +354,12 @@ class _Shards:
     def _flush(self) -> None:
         path = self.directory / f"part-{len(self.files)}"
         safetensors.numpy.save_file(self.pending, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # the library makes files that only the owner can read
+        path.chmod(0o644)  # the library creates files that only the owner can read
         self.files.append(list(self.pending))
         self.pending, self.pending_bytes = {}, 0
 
     def finish(self) -> None:
-        """Writes what is left, gives the files their final names and writes the index."""
+        """Write the remaining tensors, give the files their final names and write the index."""
         if self.directory is None:
             return
         self._flush()
@@ -390,12 +393,13 @@ def _write_side_files(model: Qwen2_5_VL, directory: pathlib.Path, source, dtype)
         config.write_text(json.dumps(raw, indent=2))
 
 
-# What a checkpoint directory is made of. Anything else in one is somebody's, and is not replaced.
+# Suffixes of the files of a checkpoint. Other files may be the user's, so a directory that contains
+# any is not replaced.
 _OURS = (".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".gitattributes")
 
 
 def check_replaceable(directory) -> None:
-    """Raises CheckpointError where `save` would not replace a directory: see there."""
+    """Raise CheckpointError if `save` would refuse to replace a directory."""
     target = pathlib.Path(os.path.abspath(directory))
     if not target.exists():
         return

@@ -1,7 +1,7 @@
-"""The shape of a Qwen2.5-VL: what a published `config.json` says, as frozen dataclasses.
+"""Configuration of Qwen2.5-VL: the contents of a `config.json` as frozen dataclasses.
 
-Both forms of the file are read: the flat one of the released models (text fields at the top level)
-and the nested one that `transformers` 5 writes (`text_config`, `rope_parameters`).
+Both forms of the file are supported: the flat one of the released models (text fields at the top
+level) and the nested one that `transformers` 5 writes (`text_config`, `rope_parameters`).
 """
 
 import dataclasses
@@ -15,25 +15,26 @@ MODEL_TYPE = "qwen2_5_vl"
 
 
 class ConfigError(ValueError):
-    """A `config.json` that cannot be used; the message names file and field."""
+    """Error for an unusable `config.json`. The message names the file and the field."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """The text decoder.
+    """Configuration of the text decoder.
 
     Attributes:
-      vocab_size: rows of the embedding table, V. More than the tokenizer has: the rest is padding.
-      hidden_size: width of the residual stream, D.
-      intermediate_size: width of the SwiGLU, F.
-      num_layers: decoder layers, L.
-      num_heads: query heads, N.
-      num_kv_heads: key and value heads, K; N must be a multiple of K.
-      rms_norm_eps: epsilon of every RMSNorm.
-      rope_theta: base of the rotary frequencies.
-      mrope_section: how many of the H/2 rotary frequencies turn with the temporal, the height and
-        the width position; sums to H/2 (Qwen2-VL, arXiv 2409.12191, section 2.1).
-      tie_embeddings: the output head is the embedding table.
+      vocab_size: Number of rows of the embedding table, V. Rows beyond the tokenizer's vocabulary
+        are padding.
+      hidden_size: Width of the residual stream, D.
+      intermediate_size: Width of the SwiGLU, F.
+      num_layers: Number of decoder layers, L.
+      num_heads: Number of query heads, N.
+      num_kv_heads: Number of key and value heads, K; N must be a multiple of K.
+      rms_norm_eps: Epsilon of every RMSNorm.
+      rope_theta: Base of the rotary frequencies.
+      mrope_section: Numbers of rotary frequencies, of H/2 in total, for the temporal, height and
+        width positions (Qwen2-VL, arXiv 2409.12191, section 2.1).
+      tie_embeddings: Whether the output head shares the embedding table.
     """
 
     vocab_size: int
@@ -71,23 +72,23 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """The vision tower.
+    """Configuration of the vision tower.
 
     Attributes:
-      num_layers: blocks, L.
-      hidden_size: width, D.
-      intermediate_size: width of the SwiGLU, F.
-      num_heads: attention heads, N.
-      out_hidden_size: width of the merged tokens: the text decoder's D.
-      full_attention_layers: blocks that attend over the whole image; the others attend inside a
-        window.
-      window_size: side of a window, in pixels.
-      patch_size: side of a patch, in pixels.
-      temporal_patch_size: frames in a patch (a still image is repeated).
-      merge_size: a square of merge_size x merge_size patches becomes one token of the text.
-      in_channels: colour channels.
-      norm_eps: epsilon of every RMSNorm (fixed in the published code).
-      rope_theta: base of the 2-D rotary frequencies (fixed in the published code).
+      num_layers: Number of blocks, L.
+      hidden_size: Width of the residual stream, D.
+      intermediate_size: Width of the SwiGLU, F.
+      num_heads: Number of attention heads, N.
+      out_hidden_size: Width of the merged tokens, equal to the text decoder's D.
+      full_attention_layers: Indices of the blocks that attend over the whole image; the others
+        attend within a window.
+      window_size: Side of a window, in pixels.
+      patch_size: Side of a patch, in pixels.
+      temporal_patch_size: Number of frames in a patch; a still image is repeated.
+      merge_size: Number of patches along each side of the square that becomes one text token.
+      in_channels: Number of colour channels.
+      norm_eps: Epsilon of every RMSNorm (fixed in the published code).
+      rope_theta: Base of the 2-D rotary frequencies (fixed in the published code).
     """
 
     num_layers: int
@@ -128,7 +129,7 @@ class VisionConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Numbers in one flattened patch, ordered (channel, frame, row, column)."""
+        """Number of values in a flattened patch, ordered (channel, frame, row, column)."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
@@ -138,13 +139,13 @@ class VisionConfig:
 
     @property
     def window_patches(self) -> int:
-        """Patches in a full window (64 in the released models)."""
+        """Number of patches in a full window (64 in the released models)."""
         return (self.window_side * self.merge_size) ** 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A whole Qwen2.5-VL. Token ids are those of the checkpoint's own `config.json`."""
+    """Configuration of a Qwen2.5-VL model, with the token ids of the checkpoint's `config.json`."""
 
     text: TextConfig
     vision: VisionConfig
@@ -162,14 +163,15 @@ class ModelConfig:
 
     @classmethod
     def from_directory(cls, directory: str | pathlib.Path) -> "ModelConfig":
-        """Reads `config.json` of a checkpoint directory.
+        """Read the `config.json` of a checkpoint directory.
 
         Raises:
-          ConfigError: no such file, not JSON, another `model_type`, a missing or unusable field.
+          ConfigError: If the file is missing or not JSON, has another `model_type`, or a field is
+            missing or unusable.
         """
         path = pathlib.Path(directory) / "config.json"
         try:
-            # Numbers out of range are refused by field below, or in fields that are not used.
+            # Out-of-range numbers are accepted here: the fields in use are checked below.
             raw = checked_json.load(path, nan=True, large=True)
         except checked_json.FormatError as error:
             raise ConfigError(str(error)) from None
@@ -180,7 +182,11 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> "ModelConfig":
-        """Builds a config from the dictionary of a `config.json`, flat or nested."""
+        """Build a config from the contents of a `config.json`, flat or nested.
+
+        Raises:
+          ConfigError: If a field is missing, unusable or unsupported.
+        """
         if not isinstance(raw, dict):
             raise ConfigError("must hold a JSON object")
         if raw.get("model_type") != MODEL_TYPE:
@@ -216,7 +222,7 @@ class ModelConfig:
         )
 
     def to_hf(self, dtype: str = "bfloat16") -> dict[str, Any]:
-        """The flat `config.json` of the released models, for a checkpoint made here."""
+        """Return the contents of a `config.json` in the flat form of the released models."""
         t, v = self.text, self.vision
         return {
             "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -256,8 +262,8 @@ class ModelConfig:
         }
 
 
-# `transformers` leaves out of a nested section what equals its class defaults, so a re-saved 7B
-# has no `depth`. These are those defaults; the flat text fields are always written out.
+# `transformers` omits the fields of a nested section that equal its class defaults, so a re-saved
+# 7B has no `depth`. These are those defaults. Flat text fields are always written.
 _NESTED_TEXT_DEFAULTS = {
     "vocab_size": 152064,
     "hidden_size": 8192,
@@ -283,7 +289,7 @@ _NESTED_VISION_DEFAULTS = {
 }
 
 
-# The released models stay below these by a factor of four at least.
+# Upper bounds, each at least four times the value in any released model.
 _MOST = {"num_hidden_layers": 1024, "depth": 1024, "patch_size": 256, "temporal_patch_size": 16}
 _MOST |= {"spatial_merge_size": 16, "in_channels": 16, "rms_norm_eps": 1.0}
 _MOST_INT = 2**22
@@ -291,7 +297,7 @@ _MOST_FLOAT = 1e15
 
 
 def _number(raw: dict, field: str, kind: type = int):
-    """A positive number of the kind; floats that are whole pass for integers."""
+    """Return a positive number of type `kind`. Integral floats are accepted as integers."""
     value = raw.get(field)
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
     most = _MOST.get(field, _MOST_INT if kind is int else _MOST_FLOAT)

@@ -1,7 +1,8 @@
-"""What both towers are made of: linear maps, RMSNorm, SwiGLU and rotation, all with stacked layers.
+"""Building blocks of both towers: linear maps, RMSNorm, SwiGLU, rotary embedding, layer scan.
 
-Parameters of all layers of a tower are stacked along a leading axis L and the tower is one scan, so
-a program's size and compile time do not grow with depth. `layers=None` makes a module without it.
+The parameters of all layers of a tower are stacked along a leading axis L and the tower is one
+scan, so program size and compile time do not grow with depth. With `layers=None`, a module has no
+layer axis.
 """
 
 import functools
@@ -15,24 +16,25 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mmsr1_jax.models.sharding import param
 
-_LINEAR = "linear"  # results of linear maps, by which `remat="dots"` knows what to keep
+_LINEAR = "linear"  # checkpoint name of the results that `remat="dots"` keeps
 
 
 def stacked(layers: int | None, shape: Sequence[int], axes: Sequence[str | None]):
-    """Shape and logical axes with the leading layer axis, if there is one."""
+    """Return shape and logical axes, with a leading layer axis unless `layers` is None."""
     if layers is None:
         return tuple(shape), tuple(axes)
     return (layers, *shape), ("layers", *axes)
 
 
 class Linear(nnx.Module):
-    """`y = x W + b` from the last `len(inputs)` dimensions of x to `outputs`.
+    """Linear map `y = x W + b` from the last `len(inputs)` dimensions of x to `outputs`.
 
     kernel: [L, *outputs, *inputs]; bias: [L, *outputs]. Dimensions are (size, logical axis) pairs.
-    Outputs come first, as in the checkpoints. An `adapter`, put there by `rl/lora.py`, adds to y.
+    Outputs come first, as in the checkpoints. `rl/lora.py` may set an `adapter`, whose output is
+    added to y.
     """
 
-    adapter = None  # of the class: NNX lets no attribute of a module become an array that was none
+    adapter = None  # a class attribute: NNX rejects arrays in an instance attribute that was None
 
     def __init__(
         self,
@@ -62,8 +64,9 @@ class Linear(nnx.Module):
 
 
 class Adapter(nnx.Module):
-    """`s (x A^T) B^T`, what LoRA adds to a linear map (arXiv 2106.09685, equation 3). A and B are
-    multiplied with x one after the other: a gradient never holds their product.
+    """LoRA update of a linear map, `s (x A^T) B^T` (arXiv 2106.09685, equation 3).
+
+    x is multiplied with A, then with B, so no pass materialises the product of A and B.
 
     a: [L, rank, *inputs]; b: [L, *outputs, rank]; scale: s.
     """
@@ -78,11 +81,12 @@ class Adapter(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _apply(x: jax.Array, kernel: jax.Array, n: int) -> jax.Array:
-    """Contracts the last n dimensions of x with the last n of the kernel.
+    """Contract the last n dimensions of x with the last n dimensions of the kernel.
 
-    The gradient is the usual one, but its product for the kernel turns the narrower of x and g: a
-    product over tokens has to turn one of them in memory, and XLA's CPU backend always takes the
-    left, with all that made it recomputed against the grain (a third of a training step).
+    The custom gradient puts the smaller of x and g on the left of the kernel's gradient. That
+    product contracts over tokens, so one operand is transposed in memory. XLA's CPU backend always
+    transposes the left one and recomputes its producers in the transposed order, which can take a
+    third of a training step.
     """
     last = (tuple(range(x.ndim - n, x.ndim)), tuple(range(kernel.ndim - n, kernel.ndim)))
     return jax.lax.dot_general(x, kernel, (last, ((), ())))
@@ -126,7 +130,7 @@ def _normed(x: jax.Array, eps: float) -> jax.Array:
 
 
 class SwiGLU(nnx.Module):
-    """`(silu(x Wg) * (x Wu)) Wd` (arXiv 2002.05202, equation 6)."""
+    """Gated feed-forward layer `(silu(x Wg) * (x Wu)) Wd` (arXiv 2002.05202, equation 6)."""
 
     def __init__(self, width: int, hidden: int, *, bias: bool, rngs, layers: int, dtype):
         wide, inner = [(width, "embed")], [(hidden, "ffn")]
@@ -141,17 +145,17 @@ class SwiGLU(nnx.Module):
 
 @jax.checkpoint
 def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """The backward pass keeps the two products only, not what silu is made of."""
+    """Return `silu(gate) * up`. The backward pass keeps only the inputs and recomputes silu."""
     return jax.nn.silu(gate) * up
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding (arXiv 2104.09864) in the half-split form.
+    """Apply a rotary embedding (arXiv 2104.09864) in the half-split form.
 
     Args:
       x: float[..., N, H].
-      cos: float32[..., H/2], the cosine of each position's angles.
-      sin: float32[..., H/2].
+      cos: float32[..., H/2]. Cosines of each position's angles.
+      sin: float32[..., H/2]. Sines of the same angles.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
@@ -160,15 +164,18 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def scan_layers(layer: nnx.Module, x: jax.Array, call, xs=None, remat: str = "none") -> jax.Array:
-    """Runs stacked layers one after the other: `x = call(layer_i, x, xs_i)` for each i.
+    """Run stacked layers in sequence: `x = call(layer_i, x, xs_i)` for each i.
 
     Args:
-      layer: a module whose parameters all carry a leading axis L.
-      x: what is handed from layer to layer.
-      call: `(layer without that axis, x, xs_i) -> x`.
-      xs: arrays of leading axis L, one slice a layer.
-      remat: what the backward pass keeps of a layer: `none` (keep everything), `dots` (keep the
-        results of matrix products with parameters), `full` (keep only x).
+      layer: Module whose parameters all have a leading axis L.
+      x: Input of the first layer.
+      call: Function `(layer without the leading axis, x, xs_i) -> x`.
+      xs: Arrays with a leading axis L, one slice per layer.
+      remat: Rematerialisation of a layer in the backward pass: `none` (keep everything), `dots`
+        (keep the results of matrix products with parameters) or `full` (keep only x).
+
+    Returns:
+      Output of the last layer.
     """
     graph, params = nnx.split(layer)
 

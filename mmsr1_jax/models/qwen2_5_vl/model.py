@@ -1,4 +1,4 @@
-"""The policy: pictures and tokens in, hidden states, logits or log-probs out."""
+"""The policy model: maps images and tokens to hidden states, logits or log-probs."""
 
 import flax.struct
 import jax
@@ -18,16 +18,18 @@ from mmsr1_jax.models.sharding import constrain
 
 @flax.struct.dataclass
 class Rows:
-    """Rows of packed conversations with their images; everything of a row is in that row.
+    """Rows of packed conversations with their images. Rows are independent of each other.
 
     Attributes:
-      tokens: int32[B, T].
-      positions: int32[B, 3, T], from `mrope_positions`, counted anew in each conversation.
-      segment_ids: int32[B, T]: which conversation of the row, from 1; 0 for padding.
-      image_index: int32[B, T]: for an image placeholder, which of the row's merged image tokens it
-        stands for (from `pack_images`); -1 for text.
-      images: the row's pictures, or None where no row has any.
-      single_segment: a promise that each row is one conversation, padded at the end.
+      tokens: int32[B, T]. Token ids.
+      positions: int32[B, 3, T]. Positions from `mrope_positions`, starting anew in each
+        conversation.
+      segment_ids: int32[B, T]. Number of each token's conversation in its row, from 1; 0 for
+        padding.
+      image_index: int32[B, T]. Index of the merged image token that replaces an image placeholder
+        (from `pack_images`); -1 for text.
+      images: Images of the rows, or None if no row has any.
+      single_segment: Promise that each row is one conversation, padded at the end.
     """
 
     tokens: jax.Array
@@ -41,14 +43,14 @@ class Rows:
 class Qwen2_5_VL(nnx.Module):
     """Qwen2.5-VL (arXiv 2502.13923).
 
-    Args of the constructor:
-      config: its shape.
-      rngs: random numbers for fresh parameters.
-      param_dtype: dtype in which parameters are held.
-      dtype: dtype of the computation; norms, rotations, softmax and log-probs are float32.
-      attention: an implementation of `models.attention`.
-      remat: what the backward pass keeps of a layer: `none`, `dots` or `full`.
-      logprob_chunk: tokens of each row whose logits are held at a time.
+    Args:
+      config: Model configuration.
+      rngs: Random number generators for the initial parameters.
+      param_dtype: Dtype of the parameters.
+      dtype: Dtype of the computation; norms, rotary embedding, softmax and log-probs use float32.
+      attention: Name of an implementation in `models.attention`.
+      remat: Rematerialisation of the layers: `none`, `dots` or `full`, see `scan_layers`.
+      logprob_chunk: Number of tokens per row whose logits are materialised at a time.
     """
 
     def __init__(
@@ -71,11 +73,11 @@ class Qwen2_5_VL(nnx.Module):
         self.logprob_chunk = logprob_chunk
 
     def encode_images(self, images: ImageRows) -> jax.Array:
-        """float[B, M, D]: the merged tokens of each row's images, in slot order."""
+        """Return the merged tokens of each row's images, float[B, M, D], in slot order."""
         return self.vision(images, self.dtype, implementation=self.attention, remat=self.remat)
 
     def embed(self, rows: Rows, image_tokens: jax.Array | None) -> jax.Array:
-        """float[B, T, D]: token embeddings, image tokens in the place of placeholders."""
+        """Return token embeddings, float[B, T, D], with image tokens in place of placeholders."""
         x = self.text.embed(rows.tokens, self.dtype)
         if image_tokens is None:
             return x
@@ -86,14 +88,15 @@ class Qwen2_5_VL(nnx.Module):
     def __call__(
         self, rows: Rows, image_tokens: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Hidden states of every token, before the output head.
+        """Compute the hidden states of all tokens, before the output head.
 
         Args:
-          rows: the tokens.
-          image_tokens: the result of `encode_images` where it is at hand; else it is computed.
+          rows: Input rows.
+          image_tokens: Result of `encode_images`; computed from `rows.images` if None.
 
         Returns:
-          float[B, T, D] after the final norm, and named intermediates (`image_tokens`).
+          Hidden states after the final norm, float[B, T, D], and a dictionary of named
+          intermediates (`image_tokens`).
         """
         if image_tokens is None and rows.images is not None:
             image_tokens = self.encode_images(rows.images)
@@ -108,14 +111,14 @@ class Qwen2_5_VL(nnx.Module):
         return hidden, {"image_tokens": image_tokens}
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """float32[B, T, V]. For a few tokens only: see `token_logprobs` for whole rows."""
+        """Return logits of a few tokens, float32[B, T, V]. Use `token_logprobs` for whole rows."""
         logits = head_logits(hidden, self.text.head_table)
         return constrain(logits, "batch", None, "vocab")
 
     def token_logprobs(self, rows: Rows, image_tokens: jax.Array | None = None) -> jax.Array:
-        """float32[B, T]: log p(token t | the tokens before it in its segment).
+        """Return log p(token t | preceding tokens of its segment), float32[B, T].
 
-        0 where there is none: at the first token of a segment and at padding.
+        The value is 0 at the first token of a segment and at padding.
         """
         hidden, _ = self(rows, image_tokens)
         ids = rows.segment_ids
@@ -135,17 +138,17 @@ class Qwen2_5_VL(nnx.Module):
         temperature: float = 1.0,
         image_tokens: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Log-probs of some tokens, and the entropies of what they were drawn from.
+        """Return log-probs of selected tokens and entropies of their predictive distributions.
 
         Args:
-          rows: all tokens.
-          before: int32[B, C]: columns of `rows`; what each predicts is asked for.
-          targets: int32[B, C]: the tokens whose log-probs are wanted.
-          temperature: of sampling, over 0.
-          image_tokens: see `__call__`.
+          rows: Input rows.
+          before: int32[B, C]. Columns of `rows` whose hidden states predict the targets.
+          targets: int32[B, C]. Ids of the tokens to score.
+          temperature: Sampling temperature, greater than 0.
+          image_tokens: Precomputed image tokens, see `__call__`.
 
         Returns:
-          float32[B, C] twice.
+          Log-probs, float32[B, C], and entropies in nats, float32[B, C].
         """
         hidden, _ = self(rows, image_tokens)
         hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)

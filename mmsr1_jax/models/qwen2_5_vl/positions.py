@@ -1,4 +1,4 @@
-"""M-RoPE positions: the one implementation, used by prompts, tool results, training and scoring."""
+"""M-RoPE positions, shared by prompts, tool results, training and scoring."""
 
 from collections.abc import Sequence
 
@@ -13,11 +13,12 @@ def mrope_positions(
     merge_size: int = 2,
     start: int = 0,
 ) -> tuple[np.ndarray, int]:
-    """Positions of tokens that may hold images (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    """Return M-RoPE positions of text and image tokens (Qwen2-VL, arXiv 2409.12191, section 2.1).
 
-    Text advances all three positions by one a token. An image that begins at position p has
-    temporal p for all its tokens, height p + row and width p + column, and what follows it goes on
-    at p + max(rows, columns). Example, an image of 2 x 3 merged tokens after two tokens of text:
+    Text advances all three positions by one per token. The tokens of an image that starts at
+    position p have temporal position p + frame, height p + row and width p + column. The token
+    after it has position p + max(rows, columns). Example: an image of 2 x 3 merged tokens after two
+    text tokens:
 
         tokens     a  b  I  I  I  I  I  I  c
         temporal   0  1  2  2  2  2  2  2  5
@@ -25,18 +26,19 @@ def mrope_positions(
         width      0  1  2  3  4  2  3  4  5
 
     Args:
-      tokens: int[T], with one `image_token_id` for each merged token of an image.
-      grids: (frames, rows, columns) in patches of each image, in order of appearance.
-      image_token_id: the placeholder's id.
-      merge_size: patches on a side of a merged token.
-      start: position of the first token: the second result of the call before, when a conversation
-        goes on.
+      tokens: int[T]. Token ids, with one `image_token_id` per merged token of an image.
+      grids: Size (frames, rows, columns) of each image in patches, in order of appearance.
+      image_token_id: Id of the image placeholder.
+      merge_size: Number of patches along each side of a merged token.
+      start: Position of the first token. To continue a conversation, pass the second result of the
+        previous call.
 
     Returns:
-      int32[3, T] (temporal, height, width) and the position that the next token would have.
+      Positions (temporal, height, width), int32[3, T], and the position of the next token.
 
     Raises:
-      ValueError: the placeholders do not match the grids; an image's tokens are cut or interrupted.
+      ValueError: If the placeholders do not match the grids, or the placeholders of an image are
+        not contiguous.
     """
     tokens = np.asarray(tokens)
     is_image = tokens == image_token_id

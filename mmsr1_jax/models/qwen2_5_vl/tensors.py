@@ -1,8 +1,8 @@
-"""Parameters of the model and the tensors of HF checkpoints: which is which.
+"""Mapping between the parameters of the model and the tensors of HF checkpoints.
 
-Each parameter here is a stack over layers of tensors there, in another shape: a `nn.Linear` weight
-is [out, in], ours has heads as an axis of their own. Reading, writing and the tests go through
-`tensor_table`.
+A parameter of a layer stacks the checkpoint's tensors of all layers and may have a different shape:
+a `nn.Linear` weight is [out, in], while our kernels have a separate axis for heads. Loading, saving
+and the tests use `tensor_table`.
 """
 
 import dataclasses
@@ -12,20 +12,20 @@ import numpy as np
 
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
 
-# Prefix of the text decoder and of the tower: as in the released files, and as named in memory by
-# `transformers` since 4.52. The head is `lm_head.weight` in both.
+# Prefixes of the text decoder and the vision tower: those of the released files, and those of the
+# modules of `transformers` since 4.52. The head is `lm_head.weight` in both.
 LAYOUTS = (("model.", "visual."), ("model.language_model.", "model.visual."))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """How one parameter lies in a checkpoint.
+    """Representation of a parameter in a checkpoint.
 
     Attributes:
       name: HF name without layout prefix; `{}` stands for the layer.
-      tower: "text", "vision" or "head".
-      shape: the HF shape of one layer.
-      layers: number of layers, None for a parameter that is not stacked.
+      tower: Part of the model: "text", "vision" or "head".
+      shape: HF shape of one layer.
+      layers: Number of layers, or None for a parameter that is not stacked.
     """
 
     name: str
@@ -38,11 +38,16 @@ class Tensor:
         return prefix + (self.name if layer is None else self.name.format(layer))
 
     def read(self, tensor, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-        """Reads `ours[index]` of one layer, of shape `shape`, from a safetensors slice.
+        """Read `parameter[index]` of one layer from a safetensors slice.
 
-        Where ours is cut along the first of its output dimensions (heads, feed-forward, vocabulary)
-        or the first of its input dimensions, only those rows and columns are read; other cuts are
-        made in memory.
+        Slices along the parameter's first output dimension (heads, feed-forward, vocabulary) and
+        first input dimension read only those rows and columns. Slices along other dimensions are
+        taken in memory.
+
+        Args:
+          tensor: Safetensors slice of the layer's tensor.
+          shape: Shape of one layer of our parameter.
+          index: Slices of our parameter, one per dimension.
         """
         outputs = next(n for n in range(1, len(shape) + 1) if math.prod(shape[:n]) == self.shape[0])
         bounds = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
@@ -59,7 +64,7 @@ class Tensor:
 
 
 def tensor_table(config: ModelConfig) -> dict[tuple[str, ...], Tensor]:
-    """Every parameter of the model, by its path in the module tree."""
+    """Return the checkpoint representation of every parameter, by its path in the module tree."""
     t, v = config.text, config.vision
     D, F, N, K, H = t.hidden_size, t.intermediate_size, t.num_heads, t.num_kv_heads, t.head_dim
     d, f = v.hidden_size, v.intermediate_size

@@ -1,4 +1,4 @@
-"""The text decoder: GQA with q/k/v bias, M-RoPE, SwiGLU, pre-norm."""
+"""Text decoder: GQA with q/k/v bias, M-RoPE, SwiGLU, pre-norm."""
 
 import functools
 
@@ -14,27 +14,28 @@ from mmsr1_jax.models.sharding import constrain, param
 
 
 def mrope_angles(positions: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of multimodal rotary positions (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    """Compute cosines and sines of M-RoPE (Qwen2-VL, arXiv 2409.12191, section 2.1).
 
-    The H/2 frequencies are those of plain RoPE; the first `mrope_section[0]` of them turn with the
-    temporal position, the next with the height, the last with the width.
+    The H/2 frequencies are those of standard RoPE. The first `mrope_section[0]` of them rotate with
+    the temporal position, the next `mrope_section[1]` with the height and the rest with the width.
 
     Args:
-      positions: int32[B, 3, T]: temporal, height, width.
+      positions: int32[B, 3, T]. Temporal, height and width positions.
+      config: Configuration of the text decoder.
 
     Returns:
-      Two float32[B, T, H/2].
+      Cosines and sines of the angles, float32[B, T, H/2] each.
     """
     half = config.head_dim // 2
     frequency = config.rope_theta ** -(np.arange(half, dtype=np.float32) / half)
-    section = np.repeat(np.arange(3), config.mrope_section)  # which of the three, by frequency
+    section = np.repeat(np.arange(3), config.mrope_section)  # position axis of each frequency
     per_frequency = positions.swapaxes(1, 2)[..., section].astype(jnp.float32)  # [B, T, H/2]
     angles = per_frequency * frequency.astype(np.float32)
     return jnp.cos(angles), jnp.sin(angles)
 
 
 class SelfAttention(nnx.Module):
-    """Kernels of all layers: q [L, N, H, D], k and v [L, K, H, D], out [L, D, N, H]."""
+    """Self-attention with stacked kernels: q [L, N, H, D], k, v [L, K, H, D], out [L, D, N, H]."""
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype):
         D, H = (config.hidden_size, "embed"), (config.head_dim, "head_dim")
@@ -84,11 +85,11 @@ class TextDecoder(nnx.Module):
 
     @property
     def head_table(self) -> jax.Array:
-        """[V, D]: row v is the direction of token v."""
+        """Output head, [V, D]; row v produces the logit of token v."""
         return (self.embedding if self.head is None else self.head).get_value()
 
     def embed(self, tokens: jax.Array, dtype) -> jax.Array:
-        """int32[B, T] -> [B, T, D]."""
+        """Return the embeddings of tokens, int32[B, T] -> [B, T, D]."""
         return jnp.take(self.embedding.get_value(), tokens, axis=0).astype(dtype)
 
     def __call__(
@@ -101,17 +102,17 @@ class TextDecoder(nnx.Module):
         implementation: str = "auto",
         remat: str = "none",
     ) -> jax.Array:
-        """Embedded tokens to normed hidden states.
+        """Compute hidden states from embedded tokens.
 
         Args:
-          x: float[B, T, D].
-          positions: int32[B, 3, T].
+          x: float[B, T, D]. Embedded tokens.
+          positions: int32[B, 3, T]. M-RoPE positions.
           segment_ids: int32[B, T], 0 for padding.
-          single_segment, implementation: see `models.attention`.
-          remat: see `scan_layers`.
+          single_segment, implementation: Arguments of `models.attention`.
+          remat: Rematerialisation of the layers, see `scan_layers`.
 
         Returns:
-          float[B, T, D].
+          Hidden states after the final norm, float[B, T, D].
         """
         cos, sin = mrope_angles(positions, self.config)
         attend = functools.partial(
@@ -133,25 +134,26 @@ class TextDecoder(nnx.Module):
         start: jax.Array,
         count: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Tokens that go on from what some lanes of a KV cache hold.
+        """Compute hidden states of tokens that extend lanes of a KV cache.
 
         The cache is carried through the scan, so that each layer writes its part in place.
 
         Args:
-          x: float[R, T, D], embedded tokens.
-          positions: int32[R, 3, T].
-          k, v: float[L, lanes, K, S, H].
-          lane: int32[R]; a row of a lane that does not exist is padding.
-          start: int32[R]: tokens that the row's lane holds already.
-          count: int32[R]: real tokens of a row; the rest is padding at its end.
+          x: float[R, T, D]. Embedded tokens.
+          positions: int32[R, 3, T]. M-RoPE positions.
+          k, v: float[L, lanes, K, S, H]. KV cache.
+          lane: int32[R]. Lane of each row. Out-of-range lanes are padding; their output is
+            undefined.
+          start: int32[R]. Number of tokens already in the row's lane.
+          count: int32[R]. Number of real tokens in each row, padded at the end.
 
         Returns:
-          float[R, T, D] after the final norm, and k and v with the new tokens.
+          Hidden states after the final norm, float[R, T, D], and k and v with the new tokens.
         """
         cos, sin = mrope_angles(positions, self.config)
         graph, params = nnx.split(self.layers)
         step = jnp.arange(x.shape[1])
-        # Padding is written to a slot that does not exist, which drops it.
+        # Padding gets an out-of-range slot, so that its writes are dropped.
         slot = jnp.where(step < count[:, None], start[:, None] + step, k.shape[3])
 
         def body(carry, xs):
@@ -173,7 +175,7 @@ class TextDecoder(nnx.Module):
 
 
 def head_logits(hidden: jax.Array, table: jax.Array) -> jax.Array:
-    """float32[B, T, V]: bfloat16 inputs too give logits that were never rounded to bfloat16."""
+    """Return logits, float32[B, T, V], which are not rounded to bfloat16 for bfloat16 inputs."""
     table = table.astype(hidden.dtype)
     return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
 
@@ -181,28 +183,28 @@ def head_logits(hidden: jax.Array, table: jax.Array) -> jax.Array:
 def token_logprobs(
     hidden: jax.Array, table: jax.Array, targets: jax.Array, *, chunk: int
 ) -> jax.Array:
-    """Log-probability of each target, float32[B, T]; see `token_statistics`."""
+    """Return the log-probability of each target, float32[B, T]; see `token_statistics`."""
     return _in_chunks(hidden, table, targets, chunk, 1.0, with_entropy=False)[0]
 
 
 def token_statistics(
     hidden: jax.Array, table: jax.Array, targets: jax.Array, *, chunk: int, temperature: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """What is known of each target under softmax(hidden table^T / temperature), in float32.
+    """Return log-probs of targets and entropies under softmax(hidden table^T / temperature).
 
-    Logits exist for `chunk` tokens of each row at a time, in the backward pass too (they are
-    computed again), so no array of [T, V] is ever held.
+    Logits are materialised for `chunk` tokens of each row at a time. The backward pass recomputes
+    them in the same chunks, so no [T, V] array is ever held.
 
     Args:
-      hidden: float[B, T, D].
-      table: float[V, D], the output head.
-      targets: int32[B, T].
-      chunk: tokens of a row.
-      temperature: over 0.
+      hidden: float[B, T, D]. Hidden states.
+      table: float[V, D]. Output head.
+      targets: int32[B, T]. Target tokens.
+      chunk: Number of tokens per row in a chunk.
+      temperature: Sampling temperature, greater than 0.
 
     Returns:
-      float32[B, T], the target's log-probability, and float32[B, T], the distribution's entropy in
-      nats.
+      Log-probabilities of the targets, float32[B, T], and entropies of the distributions in nats,
+      float32[B, T].
     """
     return _in_chunks(hidden, table, targets, chunk, temperature, with_entropy=True)
 

@@ -1,11 +1,11 @@
-"""The vision tower, and how images are laid out for it.
+"""Vision tower and the layout of its inputs.
 
-A row of `ImageRows` holds the patches of any number of images, window after window: a window is
-`window_patches` slots (64 in the released models), and a window at an image's edge that has fewer
-patches is padded. So window attention is a dense batch of windows, and attention over whole images
-tells them apart by segment id. An image of 10 x 6 patches with windows of 8 x 8, patches a window:
+A row of `ImageRows` holds the patches of any number of images, window by window. A window has
+`window_patches` slots (64 in the released models), and a window at the edge of an image that has
+fewer patches is padded. Window attention is thus a dense batch of windows, and full attention
+separates the images of a row by segment id. An image of 10 x 6 patches with windows of 8 x 8:
 
-    8x6 | 2x6      two windows, 48 and 12 slots taken; the rest of their 64 is padding (segment 0)
+    8x6 | 2x6      two windows of 48 and 12 patches; the rest of their 64 slots is padding
 """
 
 from collections.abc import Sequence
@@ -24,12 +24,14 @@ from mmsr1_jax.models.sharding import constrain
 
 @flax.struct.dataclass
 class ImageRows:
-    """Patches of images, a row for each row of text.
+    """Image patches, one row for each row of text.
 
     Attributes:
-      patches: float32[B, P, C], C = channels x frames x patch x patch; P whole windows.
-      positions: int32[B, P, 2]: row and column of a patch in its image.
-      segment_ids: int32[B, P]: which image (and frame) of the row a patch is of, from 1; 0 padding.
+      patches: float32[B, P, C]. Patches, C = channels x frames x patch x patch; P is a whole number
+        of windows.
+      positions: int32[B, P, 2]. Row and column of each patch in its image.
+      segment_ids: int32[B, P]. Number of each patch's image (and frame) in its row, from 1; 0 for
+        padding.
     """
 
     patches: jax.Array
@@ -38,13 +40,15 @@ class ImageRows:
 
 
 def window_order(grid: Sequence[int], config: VisionConfig) -> np.ndarray:
-    """Where the patches of one image go: int32[slots], patch index by slot, -1 for padding.
+    """Return the patch index of each slot of an image, int32[slots], -1 for padding.
 
-    Patches come in the processor's order: frame, then merge-blocks row by row, and in a block row
-    by row. Slots come frame, window by window, and in a window block by block.
+    Patches are in the processor's order: by frame, then merge block by merge block in row-major
+    order, then row-major within a block. Slots are ordered by frame, then window, then merge block.
 
     Args:
-      grid: (frames, rows, columns) of patches; rows and columns are multiples of `merge_size`.
+      grid: Numbers (frames, rows, columns) of patches; rows and columns are multiples of
+        `merge_size`.
+      config: Configuration of the vision tower.
     """
     t, h, w = grid
     unit, side = config.merge_size**2, config.window_side
@@ -62,14 +66,14 @@ def window_order(grid: Sequence[int], config: VisionConfig) -> np.ndarray:
 
 
 def num_windows(grid: Sequence[int], config: VisionConfig) -> int:
-    """Windows that an image of this grid takes up in a row."""
+    """Return the number of windows that an image with this grid occupies in a row."""
     t, h, w = grid
     side = config.window_side * config.merge_size
     return t * -(-h // side) * -(-w // side)
 
 
 def patch_positions(grid: Sequence[int], merge: int) -> np.ndarray:
-    """int32[t*h*w, 2]: row and column of each patch, in the processor's order."""
+    """Return row and column of each patch, int32[t*h*w, 2], in the processor's order."""
     t, h, w = grid
     rows, columns = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
     both = np.stack([rows, columns], axis=-1).reshape(h // merge, merge, w // merge, merge, 2)
@@ -80,18 +84,19 @@ def patch_positions(grid: Sequence[int], merge: int) -> np.ndarray:
 def pack_images(
     rows: Sequence[Sequence[tuple[np.ndarray, Sequence[int]]]], windows: int, config: VisionConfig
 ) -> tuple[ImageRows, list[np.ndarray]]:
-    """Lays the images of each row out for the tower.
+    """Pack the images of each row into windows for the tower.
 
     Args:
-      rows: for each row its images: (patches float32[t*h*w, C], grid (t, h, w)).
-      windows: windows a row can hold (from the bucket table).
+      rows: Images of each row: (patches float32[t*h*w, C], grid (t, h, w)).
+      windows: Number of windows per row (from the bucket table).
+      config: Configuration of the vision tower.
 
     Returns:
-      The rows (numpy), and for each row int32[M]: for its merged tokens in order of appearance,
-      the index into that row of the tower's output.
+      Packed rows of numpy arrays, and for each row int32[M], the indices of its merged tokens in
+      that row of the tower's output, in order of appearance.
 
     Raises:
-      ValueError: a row's images do not fit.
+      ValueError: If the images of a row do not fit.
     """
     size = config.window_patches
     patches = np.zeros((len(rows), windows * size, config.patch_dim), np.float32)
@@ -113,7 +118,7 @@ def pack_images(
             frame = source // (grid[1] * grid[2])
             segment_ids[row, start + taken] = segment + frame
             segment += grid[0]
-            # A merged token is `unit` neighbouring slots; order them as the processor does.
+            # A merged token covers `unit` adjacent slots; sort tokens into the processor's order.
             unit = config.merge_size**2
             merged = taken[np.argsort(source)][::unit] // unit
             index.append((start // unit + merged).astype(np.int32))
@@ -123,7 +128,7 @@ def pack_images(
 
 
 class VisionAttention(nnx.Module):
-    """Kernels of all layers: qkv [L, 3, N, H, D], out [L, D, N, H]."""
+    """Self-attention with stacked kernels: qkv [L, 3, N, H, D], out [L, D, N, H]."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype):
         D, H = (config.hidden_size, "embed"), (config.head_dim, "head_dim")
@@ -133,7 +138,10 @@ class VisionAttention(nnx.Module):
         self.out = Linear([N, H], [D], **keywords)
 
     def __call__(self, x, cos, sin, segment_ids, whole_image, window: int, implementation: str):
-        """x: [B, P, D]; whole_image: bool[], attend over the image instead of the window."""
+        """Compute attention over each image if `whole_image` (bool[]), else over each window.
+
+        x: [B, P, D] -> [B, P, D].
+        """
         q, k, v = jnp.moveaxis(self.qkv(x), 2, 0)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
 
@@ -165,7 +173,7 @@ class VisionBlock(nnx.Module):
 
 
 class Merger(nnx.Module):
-    """A square of patches to one token of the text decoder: norm, concatenate, two-layer MLP."""
+    """Patch merger: norm, concatenation of a square of patches, two-layer MLP to one text token."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype):
         wide = config.hidden_size * config.merge_size**2
@@ -194,16 +202,16 @@ class VisionTower(nnx.Module):
     def __call__(
         self, images: ImageRows, dtype, *, implementation: str = "auto", remat: str = "none"
     ) -> jax.Array:
-        """Patches to merged tokens: [B, P / merge^2, D of the text], in slot order."""
+        """Return merged tokens, [B, P / merge^2, D of the text decoder], in slot order."""
         config = self.config
-        # 2-D rotary positions: half of the frequencies turn with the row, half with the column.
+        # 2-D rotary embedding: half of the frequencies rotate with the row, half with the column.
         quarter = config.head_dim // 4
         frequency = config.rope_theta ** -(np.arange(quarter, dtype=np.float32) / quarter)
         angles = images.positions[..., None].astype(jnp.float32) * frequency.astype(np.float32)
         angles = angles.reshape(*angles.shape[:2], 2 * quarter)
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         whole_image = np.isin(np.arange(config.num_layers), config.full_attention_layers)
-        if implementation == "cudnn":  # it cannot tell the images of a row apart
+        if implementation == "cudnn":  # it cannot separate the images of a row
             implementation = "auto"
         x = self.patch_embed(images.patches.astype(dtype))
 

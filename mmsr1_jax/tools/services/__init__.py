@@ -1,8 +1,8 @@
-"""Web APIs that search and read, one file each: what is asked, and how the answer is read.
+"""Clients of web APIs for search and page reading, one per file.
 
-Answers are data from outside: a field that is missing or of another type leaves that entry out, and
-only an answer that is no such answer at all is an error (`BodyError`). Keys come from the
-environment, and are in no message.
+Answers are untrusted: an entry with a missing field or a field of the wrong type is skipped, and
+only an answer without the expected structure or without usable entries raises an error
+(`WebError`). API keys come from the environment and never appear in messages.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from mmsr1_jax.tools.web import JSON, BodyError, StatusError, UnreachableError
 from mmsr1_jax.utils.checked_json import valid_text
 
 T = TypeVar("T")
-# Limits that pass by themselves, whatever else is said of them.
+# Phrases of temporary limits, which take precedence over `_REFUSALS`.
 _PASSING = re.compile(r"hour|minute|second|rate limit|too many|try again", re.IGNORECASE)
-# What services say of refusals that asking again does not change, by the status that means it.
+# Phrases of permanent refusals, which a retry does not change, by the status that they stand for.
 _REFUSALS = {
     402: re.compile(
         r"run out of|not enough credit|(?:out of|no|insufficient) (?:credit|searches|balance|funds"
@@ -39,17 +39,17 @@ _REFUSALS = {
 }
 
 
-_MAX_BYTES = 2_000_000  # of an answer, which is parsed on the event loop
+_MAX_BYTES = 2_000_000  # per answer, because answers are parsed on the event loop
 
 
 class KeyMissingError(ValueError):
-    """A service that needs a key, which is not in the environment."""
+    """A required API key that is not set in the environment."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Hit:
-    """A page that a text search found; without a link, an answer that the search engine gave
-    itself, whose text is the snippet."""
+    """A page found by a text search, or, without a link, an answer of the search engine itself in
+    `snippet`."""
 
     link: str
     title: str
@@ -58,7 +58,13 @@ class Hit:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """A page with a similar picture. `thumbnail`: address of the picture."""
+    """A page with a similar image.
+
+    Attributes:
+      link: URL of the page.
+      title: Title of the page.
+      thumbnail: URL of the image.
+    """
 
     link: str
     title: str
@@ -66,7 +72,7 @@ class Match:
 
 
 def key_of(variable: str, *, needed: bool = True) -> str:
-    """A key from the environment. Raises KeyMissingError where it is needed and not there."""
+    """Return a key from the environment. Raises KeyMissingError if it is needed but missing."""
     key = os.environ.get(variable, "").strip()
     if needed and not key:
         raise KeyMissingError(f"the environment variable {variable} is not set")
@@ -74,18 +80,20 @@ def key_of(variable: str, *, needed: bool = True) -> str:
 
 
 def text_of(entry: dict, name: str) -> str:
-    """A text field, valid Unicode; empty where there is none."""
+    """Return a text field as valid Unicode, or an empty text if the entry has none."""
     value = entry.get(name)
     return valid_text(value) if isinstance(value, str) else ""
 
 
 async def ask(service: Service, method: str, url: str, **request: Any) -> dict:
-    """Return the JSON object that a service answers with.
+    """Return the JSON object with which a service answers.
 
     Raises:
-      StatusError: a status other than success; 401, 402 or 403 where the answer says that the key,
-        the credit or the account is refused, whatever its status.
-      WebError: see `Service.call`; BodyError: no JSON object.
+      StatusError: The status is not success. The error has status 401, 402 or 403 if the answer
+        has one of 400, 401, 402, 403 and 429 and says that the key, the credit or the account is
+        refused.
+      BodyError: The answer is not a JSON object.
+      WebError: The request failed, see `Service.call`.
     """
     try:
         answer = await service.call(method, url, accept=JSON, max_bytes=_MAX_BYTES, **request)
@@ -108,20 +116,21 @@ def found_in(
     instead: Sequence[T] = (),
     none_found: bool = False,
 ) -> list[T]:
-    """Return what a search found.
+    """Return the results of a search.
 
     Args:
-      data: the answer.
-      name: field of the list of results.
-      read: an entry's value; None for an entry that cannot be used, which is left out.
-      instead: returned if the list has nothing.
-      none_found: the answer says elsewhere that nothing was found.
+      data: Answer of the service.
+      name: Field that contains the list of results.
+      read: Function that parses an entry. It returns None for an unusable entry, which is skipped.
+      instead: Results to return if the list has no usable entry.
+      none_found: Whether another part of the answer says that there are no results.
 
     Returns:
-      The values; none only if the service says so: by an empty list, or by `none_found`.
+      The parsed results. They are empty only if the service says so, by an empty list or by
+      `none_found`.
 
     Raises:
-      WebError: the answer is an error, holds no such list, or no entry of it can be used.
+      WebError: The answer is an error, has no such list, or has no usable entry.
     """
     listed = data.get(name)
     entries = listed if isinstance(listed, list) else []
@@ -139,11 +148,11 @@ def found_in(
 
 
 def raise_failure(data: dict) -> None:
-    """Raise what an answer with status 200 says of its own failure, if it does.
+    """Raise the error that an answer with status 200 reports, if any.
 
     Raises:
-      StatusError: a status in the answer, or a refusal in words.
-      UnreachableError: another error.
+      StatusError: The answer contains an error status or the phrase of a refusal.
+      UnreachableError: The answer reports another error.
     """
     error = data.get("error")
     inner = error if isinstance(error, dict) else {}
@@ -162,12 +171,12 @@ def raise_failure(data: dict) -> None:
 
 
 def snippet_hit(title: str, text: str) -> Hit | None:
-    """Return an answer of the search engine's own as a hit; None if it has no text."""
+    """Return an answer of the search engine itself as a hit, or None if it has no text."""
     return Hit("", title or "answer of the search engine", text) if has_text(text) else None
 
 
 def has_text(text: str) -> bool:
-    """Whether there is a letter or a digit in a text."""
+    """Return whether a text contains a letter or a digit."""
     return re.search(r"[^\W_]", text) is not None
 
 

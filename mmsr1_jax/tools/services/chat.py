@@ -1,16 +1,17 @@
-"""Chat completions of OpenAI-compatible servers: one request, and every form of its reply.
+"""Client for chat completions of OpenAI-compatible servers, and the parser of their replies.
 
     Reply            {"choices": [{"message": {"content": TEXT}, "finish_reason": "stop"}]}
-    TEXT             a string, or a list of parts of which those of type `text` count
-    thoughts         up to the last `</think>`, a harmony channel other than `final`, or a field of
-                     their own, `reasoning_content` or `reasoning`; they are no part of the reply.
-                     Text that begins with JSON or a code fence has no thoughts, and only text that
-                     begins with `<|channel|>` or `<|start|>` has channels
-    EmptyReplyError  a fault of the server: not JSON, no message, an error with status 200, or
-                     a message with nothing in it although the model ended by itself
+    TEXT             a string, or a list of parts of which only text parts count
+    thoughts         the model's reasoning, which is not part of the reply: text up to the last
+                     `</think>`, a harmony channel other than `final`, or a separate field,
+                     `reasoning_content` or `reasoning`. Text that begins with JSON or a code fence
+                     has no thoughts, and only text that begins with `<|channel|>` or `<|start|>`
+                     has channels
+    EmptyReplyError  a server fault: not JSON, no message, an error with status 200, or an empty
+                     message although the model ended by itself
 
-Where the model wrote something, however useless, there is a reply: what a prompt makes a model
-write must not pass for a fault of the server.
+Any output of the model counts as a reply, however useless: output that a prompt provokes must not
+be mistaken for a server fault.
 """
 
 import dataclasses
@@ -24,24 +25,24 @@ from mmsr1_jax.tools.web import Answer, WebError
 from mmsr1_jax.utils import checked_json
 
 _ENDED = (None, "", "stop")
-_OPENINGS = ("{", "```")  # of a reply that has no thoughts before it
+_OPENINGS = ("{", "```")  # prefixes of a reply without thoughts
 _CUT_OFF = ("length", "max_tokens", "content_filter")
 
 
 class EmptyReplyError(WebError):
-    """An answer of the server that holds no reply of the model; asking again may help."""
+    """A server answer without a reply of the model; a retry may succeed."""
 
     transient = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What a model wrote.
+    """Reply of a model.
 
     Attributes:
-      text: Reply without the model's thoughts; empty if the model wrote nothing but thoughts.
-      thoughts: Contents of the field for thoughts; empty if the server sends no such field.
-      whole: Whether the model ended the reply by itself, as far as the server says.
+      text: Reply without the model's thoughts; empty if the model wrote only thoughts.
+      thoughts: Content of the separate reasoning field; empty if the server sends no such field.
+      whole: Whether the model ended the reply by itself, as far as the server reports.
       raw: Content of the message before thoughts are removed. `text` is unreliable where the model
         may quote the markers that end thoughts.
     """
@@ -53,14 +54,14 @@ class Reply:
 
 
 class Chat:
-    """One model of an OpenAI-compatible server.
+    """Client for one model of an OpenAI-compatible server.
 
-    Args of the constructor:
-      service: HTTP client that makes the requests.
-      base_url: Address of the server, with or without `/v1` and a slash at its end.
-      model: Server's name of the model.
-      max_tokens: Most tokens of a reply.
-      key: Environment variable that may hold the API key.
+    Args:
+      service: HTTP client for the requests.
+      base_url: Base URL of the server, with or without `/v1` and a trailing slash.
+      model: Name of the model on the server.
+      max_tokens: Maximum number of tokens in a reply.
+      key: Environment variable that may contain the API key.
     """
 
     def __init__(self, service: Service, *, base_url: str, model: str, max_tokens: int, key: str):
@@ -75,18 +76,20 @@ class Chat:
         """Return the model's reply.
 
         Args:
-          messages: The chat.
-          even_if_down: see `Service.call`.
+          messages: Messages of the chat.
+          even_if_down: Whether to send the request even if the circuit breaker is open, see
+            `Service.call`.
 
         Raises:
-          WebError: The request failed; EmptyReplyError: the answer holds no reply.
+          EmptyReplyError: The answer contains no reply.
+          WebError: The request failed.
         """
         body = {
             "model": self.model,
             "messages": messages,
             "temperature": 0,
             "max_tokens": self._max_tokens,
-            # Qwen3 thinks unless told not to; other models ignore this.
+            # Disables Qwen3's default thinking mode; other models ignore this.
             "chat_template_kwargs": {"enable_thinking": False},
         }
         # Some servers label their JSON as text, so the content type is not checked.
@@ -97,7 +100,7 @@ class Chat:
 
 
 def completions_url(base_url: str) -> str:
-    """Return the address of chat completions for a server's base address."""
+    """Return the URL of chat completions for a server's base URL."""
     parts = urllib.parse.urlsplit(base_url)
     path = parts.path.rstrip("/")
     if not path.endswith("/chat/completions"):
@@ -106,7 +109,7 @@ def completions_url(base_url: str) -> str:
 
 
 def read_reply(answer: Answer) -> Reply:
-    """Return the reply in a server's answer. Raises EmptyReplyError, see the top of this file."""
+    """Return the reply in a server's answer. Raises EmptyReplyError, see the module docstring."""
     try:
         data = checked_json.loads(answer.body)
     except checked_json.FormatError as error:
@@ -138,13 +141,13 @@ def _joined(content: Any) -> str:
 
 
 def _without_thoughts(text: str) -> str:
-    """Return what follows a model's thoughts; nothing if it was cut off in them."""
+    """Return the text after a model's thoughts; empty if the thoughts were cut off."""
     if text.lstrip().startswith(("<|channel|>", "<|start|>")):
         head, _, rest = text.rpartition("<|message|>")
         channel = head.rpartition("<|channel|>")[2].strip()
         final = channel.startswith("final") or "<|channel|>" not in head
         text = rest.partition("<|return|>")[0].partition("<|end|>")[0] if final else ""
-    if text.lstrip().startswith(_OPENINGS):  # no thoughts; it may quote their markers
+    if text.lstrip().startswith(_OPENINGS):  # no thoughts, but it may quote their markers
         return text
     rest = text.rpartition("</think>")[2]
     return "" if "<think>" in rest else rest

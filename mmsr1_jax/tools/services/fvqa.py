@@ -1,7 +1,7 @@
-"""The published cache of image searches for FVQA: results by the example's id, from a file.
+"""Published cache of image search results for FVQA, by example id.
 
-Two forms: the pickle as released, which is read as data (no code in it is run: whatever asks for a
-class or a function gets a lifeless object), and JSON, {id: [{"title", "thumbnail_url"}, ..]}.
+Two formats are read: the released pickle, which is loaded without running code in it (classes and
+functions are replaced by inert objects), and JSON, {id: [{"title", "thumbnail_url"}, ..]}.
 """
 
 import itertools
@@ -18,29 +18,29 @@ from mmsr1_jax.tools.first_completed import first_that_work
 from mmsr1_jax.tools.tool import Observation, Picture, Query, Result, image_result
 from mmsr1_jax.utils import checked_json, checked_pickle, workers
 
-# The released file is read in seconds.
+# Generous limits: reading the released file takes seconds.
 _LIMITS = workers.Limits(cpu_seconds=1200.0, wall_seconds=7200.0, memory_bytes=64 << 30)
 _MAX_PIXELS = 20_000_000
-_MAX_BYTES = 8_000_000_000  # of a pickle, which may hold pictures as raw pixels
+_MAX_BYTES = 8_000_000_000  # per pickle, which may hold images as raw pixels
 _MAX_JSON = 1_000_000_000
-_MAX_OF_EXAMPLE = 100  # results; more are ignored
+_MAX_OF_EXAMPLE = 100  # results; further ones are ignored
 _MAX_RESULTS = 2_000_000
-# Bits of a pixel, as Pillow writes the modes that a picture of the web may have.
+# Bits per pixel in Pillow's raw encoding, for the modes that web images may have.
 _BITS = {"1": 1, "L": 8, "P": 8, "LA": 16, "PA": 16, "I;16": 16, "RGB": 24, "YCbCr": 24}
 _BITS |= {"LAB": 24, "HSV": 24, "RGBA": 32, "RGBX": 32, "CMYK": 32, "I": 32, "F": 32}
 
 
 class CacheError(ValueError):
-    """A file that is no such cache; the message names it."""
+    """A file that is not a valid cache; the message names it."""
 
 
 class FvqaCache:
-    """A tool: image search by `Query.example`.
+    """Image search tool that looks up cached results by `Query.example`.
 
-    Args of the constructor:
-      path: `.pkl` or `.json`.
-      fetch: brings a thumbnail that is known by its address.
-      results: at most.
+    Args:
+      path: Path of the cache, a pickle or a `.json` file.
+      fetch: Function that fetches a thumbnail from its URL.
+      results: Maximum number of results in an observation.
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class FvqaCache:
         *,
         results: int = 5,
     ):
-        """Raises CacheError."""
+        """Load the cache. Raises CacheError."""
         self._fetch, self._results = fetch, results
-        try:  # in a worker, as all that is done with the bytes of others
+        try:  # in a worker, like all processing of untrusted bytes
             self._entries = workers.run(read, os.path.abspath(path), limits=_LIMITS)
         except workers.WorkerError as error:
             raise CacheError(f"{path}: reading it {error}") from None
@@ -76,11 +76,11 @@ class FvqaCache:
 
 
 def read(path: str | pathlib.Path) -> dict[str, list[tuple[str, Picture]]]:
-    """Return (title, picture or its address) of each example's results, at most 100 of each.
+    """Return (title, image or its URL) of up to 100 results per example.
 
     Raises:
-      CacheError: the file cannot be read, is not such a cache, or claims more results or pixels
-        than it has room for.
+      CacheError: The file cannot be read, is not a valid cache, has too many results, or has images
+        with more bytes than the file.
     """
     path = pathlib.Path(path)
     try:
@@ -106,7 +106,7 @@ def read(path: str | pathlib.Path) -> dict[str, list[tuple[str, Picture]]]:
 
 
 class _Object:
-    """Instance of a class that a pickle names: only its state."""
+    """Stand-in for an instance of a class in a pickle, which keeps only its state."""
 
     def __init__(self, *arguments):
         self.state = arguments
@@ -118,8 +118,8 @@ class _Object:
 class _Lifeless:
     """Inert stand-ins for the classes and functions that a pickle names.
 
-    Args of the constructor:
-      room: bytes that strings encoded anew may have together.
+    Args:
+      room: Maximum total number of characters that the pickle may encode as bytes.
     """
 
     def __init__(self, room: int):
@@ -129,7 +129,7 @@ class _Lifeless:
         return self._encode if (module, name) == ("_codecs", "encode") else _Object
 
     def _encode(self, text: str, encoding: str) -> bytes:
-        """Bytes, as pickles of protocol 2 and older write them."""
+        """Return the bytes that pickles of protocol 2 and older write as text."""
         self._room -= len(text)
         if self._room < 0:
             raise checked_pickle.PickleError("encodes more text than the file holds")
@@ -137,10 +137,10 @@ class _Lifeless:
 
 
 class _Entries:
-    """Results by example; each object in a pickle is converted once, however often it is named.
+    """Converter from raw entries to results, which converts each object of a pickle only once.
 
-    Args of the constructor:
-      room: bytes that the pixels of all pictures may have together.
+    Args:
+      room: Maximum total number of bytes of pixels in all images.
     """
 
     def __init__(self, room: int):
@@ -151,7 +151,7 @@ class _Entries:
         return {str(key): self._entries(value) for key, value in data.items()}
 
     def _entries(self, value: Any) -> list[tuple[str, Picture]]:
-        """Of one example, in either form; what cannot be used is left out."""
+        """Return the results of one example, in either format; unusable entries are skipped."""
         if isinstance(value, dict):
             titles = value.get("tool_returned_web_title_list")
             pictures = value.get("tool_returned_images_urls")
@@ -175,7 +175,7 @@ class _Entries:
         return found
 
     def _picture(self, value: Any) -> Picture | None:
-        """An address, or the picture whose state Pillow had put into the pickle."""
+        """Return a URL, or the image decoded from its pickled Pillow state, or None if invalid."""
         if isinstance(value, str):
             return value
         if id(value) not in self._pictures:
@@ -188,8 +188,10 @@ class _Entries:
 
 
 def _state(value: Any) -> tuple[str, tuple[int, int], Any, bytes, dict[str, Any]] | None:
-    """(mode, size, palette, pixels, information) of a pickled picture; None where they do not fit
-    together: a few bytes may claim to be a picture of any size."""
+    """Return (mode, size, palette, pixels, info) of a pickled image, or None if inconsistent.
+
+    The check is needed because a few bytes may claim to be an image of any size.
+    """
     state = value.state if isinstance(value, _Object) else None
     if not isinstance(state, (list, tuple)) or len(state) < 5:
         return None
@@ -209,7 +211,7 @@ def _state(value: Any) -> tuple[str, tuple[int, int], Any, bytes, dict[str, Any]
 def _decoded(
     mode: str, size: tuple[int, int], palette: Any, pixels: bytes, about: dict[str, Any]
 ) -> PIL.Image.Image | None:
-    """Return what the picture's file would show: turned, and laid over white."""
+    """Return the image as upright RGB on a white background, or None if it is damaged."""
     try:
         image = PIL.Image.frombytes(mode, size, pixels)
         if palette and mode in ("P", "PA"):

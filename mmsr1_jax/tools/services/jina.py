@@ -1,4 +1,4 @@
-"""Jina Reader: a page as markdown. Works without a key, more slowly."""
+"""Client of Jina Reader, which returns pages as Markdown. It also works without a key, slower."""
 
 import re
 from typing import Any
@@ -12,7 +12,7 @@ from mmsr1_jax.utils import workers
 
 BASE_URL = "https://r.jina.ai"
 KEY = "JINA_API_KEY"
-# Lines above the page.
+# Header lines above the page.
 _FIELD = re.compile(
     r"(Title|URL Source|Published Time|Number of Pages|Warning|Description|Image|Language):(.*)"
 )
@@ -28,10 +28,10 @@ class Jina:
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     async def read(self, url: str) -> str:
-        """Return markdown, with the header of title and address that Jina puts above it.
+        """Return a page as Markdown, below the header (title, URL) that Jina adds.
 
         Raises:
-          WebError: also for a header without a page, and a page that says nothing.
+          WebError: The request failed, or the page is missing, an error page or without content.
         """
         answer = await self._service.call(
             "GET", f"{self._base}/{url}", headers=self._headers, accept=("text/", *JSON),
@@ -44,7 +44,7 @@ class Jina:
 
 
 def _page(answer: Answer) -> str:
-    """Return the markdown of an answer; runs in a worker. Raises WebError, see `Jina.read`."""
+    """Return the Markdown of an answer; runs in a worker. Raises WebError, see `Jina.read`."""
     text = _markdown(answer)
     _check(text)
     return text
@@ -72,7 +72,7 @@ def _markdown(answer: Answer) -> str:
 
 
 def _check(text: str) -> None:
-    """Raise BodyError where there is no page below the header, or the page is an error."""
+    """Raise BodyError if no page with content follows the header, or the page is an error."""
     title, place = "", 0
     while place < len(text):
         end = text.find("\n", place)

@@ -1,4 +1,4 @@
-"""Reading a page without a service: fetched with care, its text extracted in a worker process."""
+"""Page reader without an external service; the text is extracted in a worker process."""
 
 from mmsr1_jax.tools.page_checks import nothing_said
 from mmsr1_jax.tools.page_text import PLAIN, PageError, extract, read_page
@@ -13,13 +13,19 @@ LIMITS = workers.Limits(cpu_seconds=4.0, wall_seconds=60.0, memory_bytes=1 << 30
 
 
 class Reader:
-    """`max_bytes`: of a page, decompressed; `max_html`: of what its text is taken out of."""
+    """Page reader that fetches pages itself.
+
+    Args:
+      service: HTTP client for the requests.
+      max_bytes: Maximum size of a page in bytes, decompressed.
+      max_html: Number of bytes of an HTML page from which text is extracted; the rest is ignored.
+    """
 
     def __init__(self, service: Service, *, max_bytes: int = 5_000_000, max_html: int = 1_000_000):
         self._service, self._max_bytes, self._max_html = service, max_bytes, max_html
 
     async def read(self, url: str) -> str:
-        """Return a page's text. Raises WebError, also for a page that says nothing."""
+        """Return the text of a page. Raises WebError, also if the page has no content."""
         answer = await self._service.call("GET", url, accept=PAGES, max_bytes=self._max_bytes)
         body = answer.body if answer.media_type in PLAIN else answer.body[: self._max_html]
         try:

@@ -1,5 +1,5 @@
-"""The retrieval server of Search-R1 (arXiv 2503.09516), and others of its kind: passages from a
-local index."""
+"""Client of the Search-R1 retrieval server (arXiv 2503.09516) and compatible servers, which
+return passages from a local index."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ class Retrieval:
         """Return (title, text) of passages, best first.
 
         Raises:
-          WebError: no such answer, or documents without text.
+          WebError: The request failed, or the answer has no list of documents or no text in them.
         """
         body = {"queries": [query], "topk": count, "return_scores": True}
         documents = _documents(await ask(self._service, "POST", self._url, json=body))
@@ -27,14 +27,14 @@ class Retrieval:
 
 
 def _documents(data: dict) -> list:
-    """Return what was found for the query: one list for each of the queries, or a flat one."""
+    """Return the documents for the query, from one list per query or from a flat list."""
     for name in ("result", "results"):
         found = data.get(name)
         if not isinstance(found, list):
             continue
         if len(found) == 1 and isinstance(found[0], list):
             return found[0]
-        # An empty list of lists has no list for the query.
+        # An empty `result` lacks the list for the query; an empty `results` is a flat list.
         if not any(isinstance(entry, list) for entry in found) and (found or name == "results"):
             return found
     raise_failure(data)
@@ -42,8 +42,8 @@ def _documents(data: dict) -> list:
 
 
 def _passage(entry: Any) -> tuple[str, str] | None:
-    """Return (title, text) of a document; None if it has no text."""
-    # Without scores the document comes bare.
+    """Return (title, text) of a document, or None if it has no text."""
+    # Without scores, the document is not nested in an entry.
     document = entry.get("document", entry) if isinstance(entry, dict) else entry
     if isinstance(document, str):
         document = {"contents": document}

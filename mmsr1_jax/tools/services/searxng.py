@@ -1,4 +1,4 @@
-"""SearXNG: text search on a server of one's own (its settings must allow `format: json`)."""
+"""Client of a self-hosted SearXNG for text search (its settings must allow `format: json`)."""
 
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.services import Hit, ask, found_in, snippet_hit, text_of
@@ -10,7 +10,7 @@ class SearXNG:
         self._service, self._url = service, f"{base_url}/search"
 
     async def search(self, query: str, count: int) -> list[Hit]:
-        """Raises WebError."""
+        """Return up to `count` hits. Raises WebError."""
         params = {"q": query, "format": "json"}
         data = await ask(self._service, "GET", self._url, params=params)
         hits = found_in(data, "results", _hit, instead=_boxes(data))
@@ -25,7 +25,7 @@ def _hit(entry: dict) -> Hit | None:
 
 
 def _boxes(data: dict) -> list[Hit]:
-    """Return what the search engines answer themselves."""
+    """Return the answers of the search engines themselves as hits."""
     made = []
     for name, title, text in (("answers", "", "answer"), ("infoboxes", "infobox", "content")):
         boxes = data.get(name)

@@ -1,4 +1,4 @@
-"""SerpApi: Google's text search, and Lens by an image's address."""
+"""Client of SerpApi for Google text search and for Google Lens by image URL."""
 
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.services import Hit, Match, ask, found_in, key_of, snippet_hit, text_of
@@ -15,7 +15,7 @@ class SerpApi:
         self._service, self._url, self._key = service, f"{base_url}/search.json", key_of(KEY)
 
     async def search(self, query: str, count: int) -> list[Hit]:
-        """Raises WebError."""
+        """Return the hits of a text search. Raises WebError."""
         data = await self._get(engine="google", q=query, num=str(count))
         information = data.get("search_information")
         state = text_of(information, "organic_results_state") if _is(information) else ""
@@ -28,7 +28,7 @@ class SerpApi:
         )
 
     async def lens(self, url: str) -> list[Match]:
-        """Raises WebError."""
+        """Return the pages with images similar to the one at a URL. Raises WebError."""
         data = await self._get(engine="google_lens", url=url)
         return found_in(data, "visual_matches", _match, none_found=_none_found(data))
 
@@ -55,7 +55,7 @@ def _match(entry: dict) -> Match | None:
 
 
 def _boxes(data: dict) -> list[Hit]:
-    """Return what Google answers above its results."""
+    """Return the answers that Google shows above its results, as hits."""
     made = []
     for name in ("answer_box", "knowledge_graph"):
         box = data.get(name)

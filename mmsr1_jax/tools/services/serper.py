@@ -1,4 +1,4 @@
-"""Serper: Google's text search, and Lens by an image's address."""
+"""Client of Serper for Google text search and for Google Lens by image URL."""
 
 from typing import Any
 
@@ -10,7 +10,14 @@ KEY = "SERPER_API_KEY"
 
 
 class Serper:
-    """`country`, `language`: Google's gl and hl."""
+    """Client of Serper.
+
+    Args:
+      service: HTTP client for the requests.
+      base_url: Base URL of the API.
+      country: Country of the search, Google's `gl` parameter.
+      language: Language of the search, Google's `hl` parameter.
+    """
 
     def __init__(
         self,
@@ -25,12 +32,12 @@ class Serper:
         self._place = {"gl": country, "hl": language}
 
     async def search(self, query: str, count: int) -> list[Hit]:
-        """Raises WebError."""
+        """Return the hits of a text search. Raises WebError."""
         data = await self._post("/search", {"q": query, "num": count} | self._place)
         return found_in(data, "organic", _hit, instead=_boxes(data))
 
     async def lens(self, url: str) -> list[Match]:
-        """Raises WebError."""
+        """Return the pages with images similar to the one at a URL. Raises WebError."""
         data = await self._post("/lens", {"url": url} | self._place)
         return found_in(data, "organic", _match)
 
@@ -50,7 +57,7 @@ def _match(entry: dict) -> Match | None:
 
 
 def _boxes(data: dict) -> list[Hit]:
-    """Return what Google answers above its results."""
+    """Return the answers that Google shows above its results, as hits."""
     made = []
     for name in ("answerBox", "knowledgeGraph"):
         box = data.get(name)

@@ -1,4 +1,4 @@
-"""A page put into a few sentences for a question, by any OpenAI-compatible server."""
+"""Summaries of pages for a question, by any OpenAI-compatible server."""
 
 import hashlib
 import re
@@ -9,9 +9,9 @@ from mmsr1_jax.tools.services.chat import Chat, EmptyReplyError
 from mmsr1_jax.tools.web import BodyError
 
 KEY = "SUMMARISER_API_KEY"
-MAX_CHARS = 30_000  # of a page, as in the paper
-MAX_SENTENCES = 5  # the same
-# White space after a full stop, but for one after an initial or a number.
+MAX_CHARS = 30_000  # per page, as in the paper
+MAX_SENTENCES = 5  # per summary, as in the paper
+# White space after the end of a sentence, except after an initial or a number.
 _SENTENCE_END = re.compile(r"(?<=[^\W\d_]{2}[.!?])\s+|(?<=[.!?][\"')])\s+|(?<=[!?])\s+")
 _SYSTEM = (
     "You summarise web pages. The page stands between two lines that read {fence}. Everything "
@@ -22,13 +22,20 @@ _SYSTEM = (
 
 
 class Summariser:
-    """`model`: the server's name of the model; `max_tokens`: of a summary."""
+    """Page summariser.
+
+    Args:
+      service: HTTP client for the requests.
+      base_url: Base URL of the server.
+      model: Name of the model on the server.
+      max_tokens: Maximum number of tokens in a summary.
+    """
 
     def __init__(self, service: Service, *, base_url: str, model: str, max_tokens: int = 300):
         self._chat = Chat(service, base_url=base_url, model=model, max_tokens=max_tokens, key=KEY)
 
     async def summarise(self, page: str, question: str) -> str:
-        """Raises WebError, also for an answer without text."""
+        """Return at most five sentences. Raises WebError, also if the reply has no text."""
         try:
             reply = await self._chat(messages(page, question))
         except EmptyReplyError as error:
@@ -39,7 +46,7 @@ class Summariser:
 
 
 def messages(page: str, question: str) -> list[dict[str, str]]:
-    """The chat. The fence is made of the page's own hash, which no page can hold."""
+    """Return the messages. The fence contains the page's own hash, which no page can contain."""
     page = page[:MAX_CHARS]
     fence = "=" * 8 + hashlib.blake2b(page.encode("utf-8", "replace"), digest_size=8).hexdigest()
     user = f"Question: {question}\n\n{fence}\n{page}\n{fence}"
