@@ -92,10 +92,11 @@ def _train(
         made_with = {"seed": run.seed, "questions": run.prompts_per_step}
         if notes["made_with"] != made_with:
             raise ValueError(
-                f"{workdir}: was begun with {notes['made_with']} of config.run, not {made_with}"
+                f"{workdir}: already contains a run with {notes['made_with']} of config.run; this "
+                f"command sets {made_with}. Use another --workdir"
             )
         bad = notes["bad"]
-        print(f"{workdir}: goes on after step {begin}", file=sys.stderr)
+        print(f"{workdir}: resuming after step {begin}", file=sys.stderr)
     run_config.write(workdir / "config.json", config, model_dir)
     log = metrics.Log(workdir, run.log_to, step=begin, config=dataclasses.asdict(config))
     resources.callback(log.close)
@@ -152,7 +153,7 @@ def _train(
             if last and number < run.steps:
                 bar.close()
                 print(f"{workdir}: stopped after step {number}, which is saved; the same command "
-                      "goes on", file=sys.stderr)  # fmt: skip
+                      "resumes the run", file=sys.stderr)  # fmt: skip
                 return 0
 
     resources.close()  # waits for the last checkpoint

@@ -130,7 +130,7 @@ def _train(
         learner.trained, learner.optimizer = state["trained"], state["optimizer"]
         questions.restore(notes["questions"])
         bad = notes["bad"]
-        print(f"{workdir}: goes on after step {begin}", file=sys.stderr)
+        print(f"{workdir}: resuming after step {begin}", file=sys.stderr)
     engine.load(learner.params)
     run_config.write(workdir / "config.json", config, model_dir)
     log = metrics.Log(workdir, run.log_to, step=begin, config=dataclasses.asdict(config))
@@ -241,7 +241,7 @@ def _train(
             if refused is not None:
                 raise ServiceRefusedError(f"{refused}; {_resumable(workdir, number)}")
             print(f"{workdir}: stopped after step {number}, which is saved; the same command "
-                  "goes on", file=sys.stderr)  # fmt: skip
+                  "resumes the run", file=sys.stderr)  # fmt: skip
             return 0
 
     resources.close()  # waits for the last checkpoint

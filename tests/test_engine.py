@@ -350,3 +350,9 @@ def test_examples_that_cannot_be_used_hurt_nobody(engine):
     assert {e.number for e in mixed if e.end != "error"} == {0, 5, 6}
     found = by_number(e for e in mixed if e.example.id == "0")
     assert found[0] == expected[0]
+
+
+def test_rules_beyond_the_lanes_of_an_engine_are_refused(engine):
+    limits = dataclasses.replace(LIMITS, max_episode_tokens=LIMITS.max_episode_tokens + 1)
+    with pytest.raises(ValueError, match="max_episode_tokens=1025 .* more than the engine's 1024"):
+        engine.make_rules(limits, {})

@@ -340,13 +340,13 @@ def test_a_judge_that_is_not_there_ends_the_evaluation(shared, tmp_path):
         rescore(config, shared / "data" / "transcripts.jsonl", tmp_path)
 
 
-# What an evaluation was begun with
+# The settings of an evaluation that already exists
 
 
 @pytest.fixture
 def begun(shared, tiny_dir, tmp_path):
-    """Settings, a policy without parameters, so that nothing is answered, and a directory in which
-    an evaluation was begun."""
+    """Settings, a policy without parameters, so that nothing is answered, and a directory for an
+    evaluation."""
     policy, out = tmp_path / "policy", tmp_path / "out"
     policy.mkdir()
     for name in ("tokenizer.json", "preprocessor_config.json"):
@@ -391,7 +391,7 @@ def test_so_are_prompts_and_what_is_searched(begun, tmp_path):
     ):
         data, times = path.read_bytes(), path.stat()
         path.write_bytes(data + b"\n{} ")
-        with pytest.raises(ValueError, match=f"an evaluation was begun there with {name}="):
+        with pytest.raises(ValueError, match=f"already contains an evaluation with {name}="):
             evaluate(config, policy, out)
         path.write_bytes(data)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -402,7 +402,7 @@ def test_so_are_prompts_and_what_is_searched(begun, tmp_path):
     (tmp_path / "prompts" / "direct").mkdir()
     (tmp_path / "prompts" / "direct" / "question.txt").write_text("{images} {question}?")
     config.eval.workflows = ("direct",)
-    with pytest.raises(ValueError, match="an evaluation was begun there with prompts.direct="):
+    with pytest.raises(ValueError, match="already contains an evaluation with prompts.direct="):
         evaluate(config, policy, out)
 
 
@@ -521,7 +521,7 @@ def test_killed_and_gone_on_with(shared, material, tmp_path, judge, rows):
         [*again, "--config.eval.temperature=0.5"],
         cwd=ROOT, env=environment(), capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 1 and "eval.temperature=0.0, not 0.5" in done.stderr
+    assert done.returncode == 1 and "with eval.temperature=0.0; this command" in done.stderr
 
 
 def test_a_run_is_measured_by_its_own_settings(shared, material, tmp_path):

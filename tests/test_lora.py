@@ -297,7 +297,7 @@ def test_a_run_gone_on_with(tmp_path, questions):  # noqa: F811
     done = run(begin(workdir, questions, *flags, "--config.run.steps=1"))
     assert done.returncode == 0, done.stderr[-3000:]
     done = run(command(workdir, "--config.run.steps=2"))
-    assert done.returncode == 0 and "goes on after step 1" in done.stderr, done.stderr[-3000:]
+    assert done.returncode == 0 and "resuming after step 1" in done.stderr, done.stderr[-3000:]
     first, second = metrics.read(workdir / "metrics.jsonl")
     for line in (first, second):  # the engine has the adapters merged, the trainer has not
         assert line["update/engine_gap_abs"] < 1e-4 and line["update/gradient_norm"] > 0

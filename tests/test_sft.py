@@ -512,7 +512,7 @@ def test_killed_in_a_save_then_asked_to_stop_and_gone_on_with(unbroken, material
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0 and "which is saved" in said, said[-3000:]
-    assert "goes on after step" in said and before < metrics.read(log)[-1]["step"] < 56
+    assert "resuming after step" in said and before < metrics.read(log)[-1]["step"] < 56
 
     done = run(command(workdir))
     assert done.returncode == 0, done.stderr[-3000:]

@@ -66,6 +66,17 @@ def test_the_oldest_make_room(path):
     assert store.get("page", "299") and store.get("page", "0") is None
 
 
+def test_an_import_stays_within_the_size_of_the_store(path, tmp_path):
+    other = Store(tmp_path / "other.sqlite")
+    for number in range(300):
+        other.put("page", str(number), b"x" * 1000)
+    other.close()
+    store = Store(path, max_bytes=100_000)
+    assert store.take(tmp_path / "other.sqlite") == 300
+    ((_, _, size),) = store.info()
+    assert size <= 110_000
+
+
 def test_a_damaged_store_is_set_aside(path, capsys):
     path.write_bytes(b"this is no database at all" * 1000)
     with pytest.raises(StoreError, match="damaged"):

@@ -396,5 +396,5 @@ def _images(cell: pa.Scalar, folder: pathlib.Path, image_roots: Sequence[str]) -
             raise _BadFieldError(field, "neither bytes nor path")
         images.append(data)
     if not images:
-        raise _BadFieldError("images", "there is none")
+        raise _BadFieldError("images", "has no image")
     return tuple(images)

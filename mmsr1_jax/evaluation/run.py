@@ -295,8 +295,9 @@ def _check_same(path: pathlib.Path, made_with: Mapping[str, Any]) -> dict[str, A
     odd = [name for name in compared if known and known.get(name) != made_with.get(name)]
     if odd:
         raise ValueError(
-            f"{path.parent}: an evaluation was begun there with {odd[0]}={known.get(odd[0])}, not "
-            f"{made_with.get(odd[0])}; give another --out, or the same settings"
+            f"{path.parent}: already contains an evaluation with {odd[0]}={known.get(odd[0])}; "
+            f"this command has {odd[0]}={made_with.get(odd[0])}. Use another --out, or the same "
+            "settings"
         )
     if both != known:
         with outputs.new_file(path) as partial:

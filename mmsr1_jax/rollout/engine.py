@@ -98,8 +98,14 @@ class Engine:
     ) -> Rules:
         """Return rules for a `rollout` that differ from those of the config; see `Rules`.
 
-        `limits.max_episode_tokens` must not exceed the config's.
+        Raises:
+          ValueError: `limits.max_episode_tokens` exceeds the config's, for which lanes are made.
         """
+        if limits.max_episode_tokens > self.config.turns.max_episode_tokens:
+            raise ValueError(
+                f"turns.max_episode_tokens={limits.max_episode_tokens} of these rules is more than "
+                f"the engine's {self.config.turns.max_episode_tokens}"
+            )
         return Rules(
             self.processor,
             limits,

@@ -138,10 +138,7 @@ class Store:
         command = _UPSERT if self.mode == "record" else _UNLESS_WORSE
         with self._lock:
             self._guarded(lambda connection: connection.execute(command, row))
-            self._since_sweep += len(value) + 2 * len(key)
-            if self._since_sweep > self._max_bytes / 20:
-                self._since_sweep = 0
-                self._guarded(self._sweep)
+            self._sweep_after(len(value) + 2 * len(key))
 
     def info(self) -> list[tuple[str, int, int]]:
         """Return (kind, number of entries, bytes of values) for each kind."""
@@ -174,8 +171,15 @@ class Store:
         with self._lock:
             while some := list(itertools.islice(rows, _AT_ONCE)):
                 taken += self._guarded(insert)
-                self._since_sweep += sum(len(row[2]) + 2 * len(row[1]) for row in some)
+                self._sweep_after(sum(len(row[2]) + 2 * len(row[1]) for row in some))
         return taken
+
+    def _sweep_after(self, size: int) -> None:
+        """Delete old entries if a twentieth of `max_bytes` was written since the last time."""
+        self._since_sweep += size
+        if self._since_sweep > self._max_bytes / 20:
+            self._since_sweep = 0
+            self._guarded(self._sweep)
 
     def close(self) -> None:
         with self._lock, self._reading:

@@ -90,9 +90,9 @@ def check_begun(workdir: pathlib.Path, given: settings.Config, model: str) -> No
     for name, then, now in found:
         if then != now:
             raise ValueError(
-                f"{workdir}: has a run that was begun with {name}={then}, not {now}; give another "
-                f"--workdir, or go on with it, changed, by --workdir={workdir} --{name}=.. and no "
-                "--config"
+                f"{workdir}: already contains a run with {name}={then}; this command sets "
+                f"{name}={now}. Use another --workdir, or resume the run with --workdir={workdir} "
+                f"alone (--{name}=.. changes it)"
             )
 
 
@@ -206,7 +206,7 @@ class StopSignal:
 
     def _stop(self, *_) -> None:
         self._set = True
-        print("asked to stop: this step is finished and saved", file=sys.stderr)
+        print("SIGTERM: finishing and saving this step, then exiting", file=sys.stderr)
 
     def is_set(self) -> bool:
         return self._set

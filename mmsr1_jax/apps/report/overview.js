@@ -62,7 +62,7 @@ function workflowsOf(results) {
 
 const afterFirst = (column) => column > 0;
 
-// What an object holds of objects; nothing where there is none.
+// What an object holds of objects; nothing if it holds none.
 function entries(value) {
   const is = (one) => one !== null && typeof one === "object" && !Array.isArray(one);
   return is(value) ? Object.entries(value).filter(([, one]) => is(one)) : [];

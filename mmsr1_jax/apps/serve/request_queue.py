@@ -163,7 +163,7 @@ class Desk:
             except _Stopped:
                 return
             except Exception:  # an engine failure affects only the questions in its lanes
-                logging.exception("the engine failed; it goes on with those who wait")
+                logging.exception("the engine failed; waiting requests are not affected")
                 with self._changed:
                     lost, self._under_way[number] = self._under_way[number], set()
                 for question in lost:
