@@ -4,7 +4,7 @@ RUN = $(VENV)/bin/python
 DEMO = build/demo
 WARM_START = mmsr1_jax/data/tiny_world/policy
 
-.PHONY: demo warm_start test proofs bench lint format clean
+.PHONY: demo warm_start test proofs bench docs lint format clean
 
 # Each stamp is made once, so that a second run needs no network.
 $(VENV)/.runtime: requirements.txt
@@ -59,6 +59,14 @@ bench: $(VENV)/.tests
 	$(RUN) -m tests.bench.tools
 	$(RUN) -m tests.bench.update
 	$(RUN) -m tests.bench.tools --reader=jina
+
+# The pages under docs/ as a site, in docs/_build; warnings are errors.
+$(VENV)/.docs: docs/requirements.txt $(VENV)/.runtime
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	touch $@
+
+docs: $(VENV)/.docs
+	$(RUN) -m sphinx -W --keep-going -b html docs docs/_build
 
 clean:
 	rm -rf $(VENV) build
