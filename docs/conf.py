@@ -36,8 +36,8 @@ def write_settings(app) -> None:
                 "| setting | default | allowed | meaning |",
                 "|---|---|---|---|",
             ]
-        cells = (f"`{part}.{setting.name.split('.')[2]}`<br>{setting.type}", f"`{setting.default!r}`",
-                 setting.allowed, setting.meaning)  # fmt: skip
+        name = f"`{setting.name.removeprefix('config.')}`<br>{setting.type}"
+        cells = (name, f"`{setting.default!r}`", setting.allowed, setting.meaning)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     pathlib.Path(app.srcdir, "settings.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

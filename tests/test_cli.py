@@ -63,7 +63,7 @@ def test_every_setting_has_a_meaning():
 
 def test_settings_are_printed_by_prefix(capsys):
     assert settings.main(["settings", "config.run.group"]) == 0
-    assert capsys.readouterr().out.startswith("config.run.group_size: int = 8  [>= 1, <= 65536]\n")
+    assert capsys.readouterr().out.startswith("config.run.group_size: int = 8  [>= 1, <= 65,536]\n")
     assert settings.main(["settings", "nothing"]) == 1
 
 

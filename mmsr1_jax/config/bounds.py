@@ -49,7 +49,7 @@ class _Allowed:
         if self.one_of is not None:
             return f"one of {', '.join(self.one_of)}"
         bounds = [
-            f"{sign} {bound:g}"
+            f"{sign} {int(bound):,}" if float(bound).is_integer() else f"{sign} {bound:g}"
             for sign, bound in (
                 (">=", self.at_least), (">", self.over), ("<=", self.at_most), ("<", self.below)
             )
