@@ -331,6 +331,7 @@ def expected(episodes):
     return found
 
 
+@pytest.mark.proof
 def test_what_is_left_behind(world, unbroken):
     out, said = unbroken
     episodes = read(out / "episodes.jsonl")
@@ -364,6 +365,7 @@ def test_what_is_left_behind(world, unbroken):
         assert all(episode["category"] == names[number] for episode in own)
 
 
+@pytest.mark.proof
 def test_sft_reads_it(world, unbroken, tmp_path):
     out, _ = unbroken
     config = runpy.run_path(str(ROOT / "tests" / "small_config.py"))["get_config"]()

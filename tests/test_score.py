@@ -188,6 +188,7 @@ def test_results_do_not_depend_on_the_company(scored, tiny_dir, inputs):
         assert line == together[line["id"]]
 
 
+@pytest.mark.proof
 def test_eight_devices_and_bfloat16(scored, tiny_dir, inputs):
     exact = {line["id"]: line for line in read(scored[1])}
     out = inputs / "half.jsonl"
