@@ -375,10 +375,11 @@ def begun(shared, tiny_dir, tmp_path):
         ("cache_mode", "record"), ("fvqa_cache", "cache.json"), ("searxng_url", "http://127.0.0.1:2"),
     ],
 )  # fmt: skip
-def test_services_are_part_of_what_an_evaluation_was_begun_with(begun, field, value):
+def test_an_evaluation_depends_on_its_services(begun, field, value):
     config, policy, out = begun
     setattr(config.services, field, value)
-    with pytest.raises(ValueError, match=f"begun there with services.{field}=.*not {value}"):
+    message = f"an evaluation with services.{field}=.*services.{field}={value}"
+    with pytest.raises(ValueError, match=message):
         evaluate(config, policy, out)
 
 
@@ -395,7 +396,7 @@ def test_so_are_prompts_and_what_is_searched(begun, tmp_path):
             evaluate(config, policy, out)
         path.write_bytes(data)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    for workflows in (("direct",), ("rag", "on_demand")):  # others may follow, each as it was begun
+    for workflows in (("direct",), ("rag", "on_demand")):  # other workflows may follow
         config.eval.workflows = workflows
         with pytest.raises(ValueError, match=f"{policy}.*config.json"):
             evaluate(config, policy, out)
