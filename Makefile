@@ -69,4 +69,4 @@ docs: $(VENV)/.docs
 	$(RUN) -m sphinx -W --keep-going -b html docs docs/_build
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) build docs/_build docs/settings.md

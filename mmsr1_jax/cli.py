@@ -63,7 +63,7 @@ def _help() -> str:
 def config_file(name: str) -> str:
     """Resolve `--config`, a path or a name in `configs/`, to a file with its variant."""
     stem, colon, variant = name.partition(":")
-    if not pathlib.Path(stem).is_file() and pathlib.Path(stem).name == stem.removesuffix(".py"):
+    if stem.isidentifier() and not pathlib.Path(stem).is_file():
         for folder in _CONFIG_FOLDERS:
             if (folder / f"{stem}.py").is_file():
                 return f"{folder / stem}.py{colon}{variant}"

@@ -19,13 +19,14 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
+from mmsr1_jax import cli
 from mmsr1_jax.config.choices import MATCHES
 from mmsr1_jax.config.rewards import Rewards, RewardsError, check
 from mmsr1_jax.episodes import turns
 from mmsr1_jax.rewards import reward_function
-from mmsr1_jax.utils import checked_json, outputs, shutdown
+from mmsr1_jax.utils import checked_json, outputs
 
 
 class LineError(ValueError):
@@ -144,17 +145,6 @@ def read_lines(file) -> Iterator[tuple[int, bytes]]:
     yield from checked_json.lines(file)
 
 
-def _parse_flags(argv) -> list[str]:
-    """Parse flags with a one-line error, like `cli.run`, but without importing JAX."""
-    try:
-        rest = flags.FLAGS(argv)
-        if len(rest) > 1:
-            raise flags.Error(f"unexpected argument {rest[1]!r}")
-    except flags.Error as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    return rest
-
-
 if __name__ == "__main__":
     default = Rewards()
     _IN = flags.DEFINE_string("episodes", None, "JSONL to read", required=True)
@@ -174,4 +164,4 @@ if __name__ == "__main__":
         default.strict_form,
         "no words between the reasoning of a turn and its action",
     )
-    app.run(shutdown.guard(main), flags_parser=_parse_flags)
+    cli.run(main)

@@ -7,7 +7,8 @@ replaced, and other tasks are unaffected.
 
 Short tasks do not queue behind long ones. A task that has used 0.5 s of CPU time is stopped and run
 again, with its full limit, once no new task is waiting. A few hundred malicious pages thus delay
-a benign one by about half a second each, not by their full limits.
+a benign one by about half a second each, not by their full limits. A task that is already in its
+second run is not interrupted, and its wall time starts anew.
 
 Workers are spawned by exec, never forked. They import neither JAX nor the program's main module.
 All environment variables outside `_ENVIRONMENT` are blank in them, so they cannot read API keys.
@@ -42,6 +43,7 @@ _ENVIRONMENT = frozenset((
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 _FIRST_RUN = 0.5  # seconds of CPU time after which a task yields to tasks that have not run yet
 _START = 5.0  # seconds that starting or ending a worker may take
+_CPU_TIME_CODES = (-signal.SIGPROF, -signal.SIGXCPU)  # exit codes of a process out of CPU time
 _POLL = 0.2  # seconds between checks for interpreter shutdown
 
 
@@ -282,12 +284,11 @@ def _settle(task: _Task, result: Any, error: BaseException | None = None) -> Non
 def _out_of_cpu_time(done: concurrent.futures.Future) -> bool:
     """Return whether a run ended because its process exceeded its CPU time."""
     error = None if done.cancelled() else done.exception()
-    expired = (-signal.SIGPROF, -signal.SIGXCPU)
-    return isinstance(error, pebble.ProcessExpired) and error.exitcode in expired
+    return isinstance(error, pebble.ProcessExpired) and error.exitcode in _CPU_TIME_CODES
 
 
 def _why_it_died(exit_code: int, limits: Limits) -> WorkerError:
-    if exit_code in (-signal.SIGPROF, -signal.SIGXCPU):
+    if exit_code in _CPU_TIME_CODES:
         return LimitError(f"used more than {limits.cpu_seconds:g} s of CPU time")
     return WorkerError(f"its process died (exit code {exit_code})")
 

@@ -142,8 +142,8 @@ def memories(world: World, count: int, *, seed: int = 0) -> list[dict[str, Any]]
     Three kinds alternate. The first names a remembered landmark from its photo. The second states
     a fact as of last year, given the landmark's name and no photo. The third shows a photo of a
     stranger, mistaken for a landmark drawn anew each time, and asks for its name or another fact.
-    The third kind keeps a policy from being sure of what it has never seen, and makes it recall
-    facts from the name that it has written itself.
+    The third kind discourages confident answers about unseen landmarks and teaches the policy to
+    recall facts from the name that it wrote itself.
 
     Returns:
       Dicts as in `demonstrations`. "image" is None for questions without a photo, "answers" holds
