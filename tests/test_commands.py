@@ -24,4 +24,6 @@ def test_all_commands_are_known():
 def test_importing_a_command_defines_no_flags(name):
     """Flags of the same name belong to several commands, and a program may import more than one."""
     importlib.import_module(name)
-    assert name not in flags.FLAGS.flags_by_module_dict()
+    # `--config` counts as defined by `mmsr1_jax.cli`.
+    ours = [m for m in flags.FLAGS.flags_by_module_dict() if m.startswith("mmsr1_jax")]
+    assert ours == []
