@@ -9,7 +9,6 @@ or the name of one in `configs/`, such as `tiny` or `qwen7b:script`.
 import ast
 import dataclasses
 import importlib.util
-import logging
 import pathlib
 import runpy
 import sys
@@ -20,7 +19,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from mmsr1_jax.config import ConfigError, settings
-from mmsr1_jax.utils import shutdown
+from mmsr1_jax.config.errors import UserError
+from mmsr1_jax.utils import logs, shutdown
 
 COMMANDS = ("train", "sft", "evaluate", "infer", "score", "curate", "report", "serve")
 SCRIPTS = ("index", "merge", "cache", "settings", "reward", "random_policy", "tiny_world", "demo")
@@ -78,10 +78,11 @@ def define_flag() -> flags.FlagHolder:
 def run(
     main: Callable[[Sequence[str]], int | None], *, interrupted: int = shutdown.INTERRUPTED
 ) -> None:
-    """Run `main` like `absl.app.run`, with one-line errors. Does not return.
+    """Run `main` like `absl.app.run`. Does not return.
 
-    An invalid flag or setting ends the program with a one-line error. So does Ctrl-C, with the exit
-    code `interrupted` (see `shutdown.guard`).
+    A `UserError`, an invalid flag, or a file that the system cannot open ends the program with one
+    line and exit code 1; so does Ctrl-C, with the exit code `interrupted` (see `shutdown.guard`).
+    Any other exception keeps its traceback, with exit code 1.
     """
 
     def parse(argv):
@@ -90,14 +91,18 @@ def run(
         except (flags.Error, ConfigError, OSError, *_CONFIG_FILE_ERRORS) as error:
             sys.exit(f"error: {_one_line(error)}")
 
-    def quietly(argv):
-        # JAX logs every missing backend, and absl every written file. The levels are set here
-        # because absl sets its own level after parsing the flags.
-        for name in ("jax", "absl"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        return main(argv)
+    def call(argv):
+        logs.set_up()  # after absl has parsed its flags, which set a level of their own
+        try:
+            return main(argv)
+        except UserError as error:
+            sys.exit(f"error: {error}")
+        except OSError as error:
+            if error.filename is None:  # not about a file, so not the user's to fix
+                raise
+            sys.exit(f"error: {error}")
 
-    app.run(shutdown.guard(quietly, interrupted=interrupted), flags_parser=parse)
+    app.run(shutdown.guard(call, interrupted=interrupted), flags_parser=parse)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:

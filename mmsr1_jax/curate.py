@@ -152,7 +152,7 @@ def decide(
         if unjudged:
             attempt = dataclasses.replace(attempt, ran=False)
         attempts.setdefault(attempt.question, []).append(attempt)
-        places[attempt.number] = place, line_number
+        places[attempt.index] = place, line_number
 
     count = sum(1 for _ in source) * made_with["eval.num_samples"]
     if len(places) != count:
@@ -206,7 +206,7 @@ def write_sft(
         open(partial, "w", encoding="utf-8") as new,
     ):
         for attempt, name in kept:
-            place, number = places[attempt.number]
+            place, number = places[attempt.index]
             old.seek(place)
             line = records.parse(old.readline(), number)
             line |= {"category": name, "reward": dataclasses.asdict(attempt.reward)}

@@ -69,7 +69,7 @@ def _policy() -> tuple[settings.Config, str, tuple[pathlib.Path, int] | None]:
     run = pathlib.Path(_WORKDIR.value)
     if _MODEL.value is not None or not (run / "config.json").is_file():
         raise ValueError(f"--workdir={run}: must be a run, and --model not given beside it")
-    config, model_dir = train_utils.settings_of(run, _CONFIG.value, None)
+    config, model_dir = train_utils.resolve_settings(run, _CONFIG.value, None)
     if _STEP.value is None and (run / "policy").is_dir():
         return config, str(run / "policy"), None
     saved = [int(path.name) for path in run.glob("checkpoints/*") if path.name.isdigit()]

@@ -39,7 +39,7 @@ def main(argv) -> int:
         sys.exit(f"error: {error}")
     example = Example(question=_QUESTION.value, images=_IMAGE.value)
     watch = (lambda episode, event: None) if _JSON.value else Printer(engine.processor)
-    (episode,) = engine.rollout([example], watch=watch)
+    (episode,) = engine.rollout([example], on_event=watch)
     engine.close()
     if _JSON.value:
         print(json.dumps(episode.to_json(engine.processor), ensure_ascii=False))

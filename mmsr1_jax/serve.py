@@ -23,7 +23,7 @@ from absl import flags
 from mmsr1_jax import cli
 from mmsr1_jax.apps.serve.app import Limits, make_app
 from mmsr1_jax.apps.serve.connections import make_protocol
-from mmsr1_jax.apps.serve.request_queue import Desk
+from mmsr1_jax.apps.serve.request_queue import RequestQueue
 from mmsr1_jax.rollout.build import make_engine
 
 _CONNECTIONS = 256  # maximum number of active requests; more are refused
@@ -49,7 +49,7 @@ def main(argv) -> None:
         print(f"warning: whoever reaches {host} may use this page; it has no password",
               file=sys.stderr)  # fmt: skip
     app = make_app(
-        desk := Desk(engine, config.sampling),
+        desk := RequestQueue(engine, config.sampling),
         engine.processor,
         title=pathlib.Path(_MODEL.value).resolve().name,
         limits=limits,

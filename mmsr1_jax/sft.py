@@ -40,17 +40,17 @@ from mmsr1_jax.rl.packing import Sample, TrainBatch
 from mmsr1_jax.rollout.build import make_processor
 from mmsr1_jax.training import metrics, run_config, sft_dataset, train_utils
 from mmsr1_jax.training.checkpoint import Checkpoints
-from mmsr1_jax.training.sft_dataset import Lesson
+from mmsr1_jax.training.sft_dataset import SFTExample
 from mmsr1_jax.utils import compile_counter, outputs
 
 
 def main(argv) -> int:
     del argv
     try:
-        workdir = train_utils.workdir_of(_WORKDIR.value)
+        workdir = train_utils.resolve_workdir(_WORKDIR.value)
         with outputs.lock(workdir):
-            config, model_dir = train_utils.settings_of(workdir, _CONFIG.value, _MODEL.value)
-            train_utils.check_begun(workdir, config, model_dir)
+            config, model_dir = train_utils.resolve_settings(workdir, _CONFIG.value, _MODEL.value)
+            train_utils.check_matches_existing_run(workdir, config, model_dir)
             return train(config, model_dir, workdir)
     except (ValueError, OSError) as error:  # settings, checkpoint, data, tools: no traceback
         sys.exit(f"error: {error}")
@@ -104,7 +104,7 @@ def _train(
 
     def batches_of(number: int) -> list[TrainBatch]:
         numbers = sft_dataset.chosen(number, len(lessons), run.prompts_per_step, run.seed)
-        samples = samples_of([lessons[i] for i in numbers], processor.images)
+        samples = make_samples([lessons[i] for i in numbers], processor.images)
         return packing.pack(samples, model.config, shape)
 
     bar = tqdm(range(begin + 1, run.steps + 1), initial=begin, total=run.steps, unit="step")
@@ -131,14 +131,14 @@ def _train(
 
             # Metrics
             figures |= {
-                "rate": float(rate(number - 1)),
-                "lost": float(lost),
-                "packing": packing.efficiency(packed),
+                "learning_rate": float(rate(number - 1)),
+                "nonfinite": float(lost),
+                "packing_efficiency": packing.efficiency(packed),
                 "epoch": number * run.prompts_per_step / len(lessons),
             }
             last = number == run.steps or stop.is_set()
             figures |= clock.figures(sum(int((b.rows.segment_ids > 0).sum()) for b in packed))
-            figures["time/compiled"] = float(compile_counter.count())
+            figures["time/compiles"] = float(compile_counter.count())
             # Metrics are written before the checkpoint: a resumed run has both or neither.
             log.write(number, figures)
             if last or (run.save_every and number % run.save_every == 0):
@@ -148,7 +148,7 @@ def _train(
             bar.set_postfix(
                 loss=f"{figures['loss']:.4f}",
                 epoch=f"{figures['epoch']:.1f}",
-                tokens_s=f"{figures['time/tokens_a_second']:.0f}",
+                tokens_s=f"{figures['time/tokens_per_second']:.0f}",
             )
             if last and number < run.steps:
                 bar.close()
@@ -166,14 +166,14 @@ def likelihood_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the weighted negative log-likelihood of the policy's tokens, for `rl.learner.Learner`.
 
-    With the weights of `samples_of`, it is the mean over the tokens of a step.
+    With the weights of `make_samples`, it is the mean over the tokens of a step.
     """
     del entropies
     tokens = jnp.sum(batch.mask, dtype=logprobs.dtype)
     return weighted_sum(-logprobs, batch.weights, batch.mask), {"tokens": tokens}
 
 
-def samples_of(lessons: Sequence[Lesson], processor: ImageProcessor) -> list[Sample]:
+def make_samples(lessons: Sequence[SFTExample], processor: ImageProcessor) -> list[Sample]:
     """Return the training samples of a step; all of their loss tokens have equal weight."""
     weights = token_weights(np.array([lesson.mask.sum() for lesson in lessons]), "token")
     samples = []
@@ -185,7 +185,7 @@ def samples_of(lessons: Sequence[Lesson], processor: ImageProcessor) -> list[Sam
                 mask=lesson.mask,
                 weights=np.full(len(lesson.tokens), weight, np.float32),
                 advantages=nothing,
-                behaviour=nothing,
+                rollout_logprobs=nothing,
             )
         )
     return samples

@@ -61,10 +61,10 @@ _OUTCOMES = {
 def main(argv) -> int:
     del argv
     try:
-        workdir = train_utils.workdir_of(_WORKDIR.value)
+        workdir = train_utils.resolve_workdir(_WORKDIR.value)
         with outputs.lock(workdir):
-            config, model_dir = train_utils.settings_of(workdir, _CONFIG.value, _MODEL.value)
-            train_utils.check_begun(workdir, config, model_dir)
+            config, model_dir = train_utils.resolve_settings(workdir, _CONFIG.value, _MODEL.value)
+            train_utils.check_matches_existing_run(workdir, config, model_dir)
             return train(config, model_dir, workdir)
     except (ValueError, OSError) as error:  # settings, checkpoint, data, tools: no traceback
         sys.exit(f"error: {error}")
@@ -164,7 +164,7 @@ def _train(
                 for i in range(objective.num_minibatches)
             ]
             found = [
-                train_batch.samples_of(
+                train_batch.make_samples(
                     part, objective, config.turns.max_episode_tokens, model.config, shape
                 )
                 for part in parts
@@ -176,13 +176,13 @@ def _train(
 
         with clock("score"):
             if reference is not None:
-                packed = [_with(part, learner, "reference", reference) for part in packed]
+                packed = [_with(part, learner, "ref_logprobs", reference) for part in packed]
             if objective.old_logprobs == "trainer" and objective.num_minibatches > 1:
-                packed = [_with(part, learner, "old", None) for part in packed]
+                packed = [_with(part, learner, "old_logprobs", None) for part in packed]
 
         with clock("update"):
             sums = [learner.update(part, float(rate(number - 1))) for part in packed if part]
-        updates = [train_batch.figures_of(one) for one in sums]
+        updates = [train_batch.update_metrics(one) for one in sums]
         for one in updates:
             bad = 0 if one["finite"] else bad + 1
             if bad == update.max_nonfinite_updates:
@@ -200,20 +200,20 @@ def _train(
         # Metrics
         episodes, rewards = zip(*rolled.episodes, strict=True)
         categories = [rolled.asked[episode.group].category for episode in episodes]
-        figures = metrics.of_episodes(episodes, rewards, categories)
+        figures = metrics.episode_metrics(episodes, rewards, categories)
         figures["tool/partial"] = metrics.partial_searches(episodes)
         for call in itertools.chain(*(episode.calls for episode in episodes)):
             if call.notes and call.status in ("ok", "failed"):
                 words = f"searches fail or lack results, the first one: {call.notes[0]}"
                 fallbacks.say("tool", f"step {number}: {words}; see tool/failed, tool/partial")
-        figures["groups/asked"] = float(len(rolled.asked))
-        figures["groups/spread"] = rolled.spread / len(rolled.asked)
+        figures["groups/sampled"] = float(len(rolled.asked))
+        figures["groups/with_variance"] = rolled.spread / len(rolled.asked)
         for name in sorted({name for one in updates for name in one}):
             figures[f"update/{name}"] = float(np.mean([one[name] for one in updates]))
-        figures["update/rate"] = float(rate(number - 1))
-        figures["update/lost"] = float(sum(not one["finite"] for one in updates))
-        figures["update/left_out"] = float(len(left_out))
-        figures["update/packing"] = packing.efficiency(list(itertools.chain(*packed)))
+        figures["update/learning_rate"] = float(rate(number - 1))
+        figures["update/nonfinite"] = float(sum(not one["finite"] for one in updates))
+        figures["update/skipped"] = float(len(left_out))
+        figures["update/packing_efficiency"] = packing.efficiency(list(itertools.chain(*packed)))
         write_episodes(workdir, number, rolled.usable[: run.saved_episodes], rolled.asked, engine)
         over, refused = number == run.steps, None
         if held_out and run.validate_every and (number % run.validate_every == 0 or over):
@@ -224,7 +224,7 @@ def _train(
                     refused = error
         figures |= fallbacks.take()
         figures |= clock.figures(sum(len(episode) for episode in episodes))
-        figures["time/compiled"] = float(compile_counter.count())
+        figures["time/compiles"] = float(compile_counter.count())
         log.write(number, figures)  # before saving: a resumed run has both or neither
         last = over or stop.is_set() or refused is not None
         if last or (run.save_every and number % run.save_every == 0):
@@ -234,7 +234,7 @@ def _train(
             reward=f"{figures.get('reward', 0):.3f}",
             accuracy=f"{figures.get('accuracy', 0):.2f}",
             search=f"{figures.get('search/any', 0):.2f}",
-            tokens_s=f"{figures['time/tokens_a_second']:.0f}",
+            tokens_s=f"{figures['time/tokens_per_second']:.0f}",
         )
         if refused is not None or (last and not over):
             bar.close()
@@ -250,7 +250,7 @@ def _train(
 
 
 @dataclasses.dataclass(frozen=True)
-class Rolled:
+class RolloutBatch:
     """Episodes of a step.
 
     Attributes:
@@ -274,7 +274,7 @@ class Rolled:
 def roll_out(
     engine: Engine, questions: Iterator[list[Question]], config: settings.Config,
     judge: Judge | None, *, seed: int, number: int,
-) -> Rolled:  # fmt: skip
+) -> RolloutBatch:  # fmt: skip
     """Sample the episodes of a step and score them.
 
     With `objective.max_resample_rounds`, groups with zero reward variance are replaced by groups of
@@ -290,7 +290,7 @@ def roll_out(
         sampling = dataclasses.replace(config.sampling, seed=(seed + attempt * 7919) % 2**31)
         examples = [question.example() for question in new]
         episodes = list(engine.rollout(examples, rollouts=run.group_size, sampling=sampling))
-        episodes.sort(key=lambda episode: episode.number)
+        episodes.sort(key=lambda episode: episode.index)
         rewards = score(episodes, new, config, judge, step=number - 1)
         groups: list[list[tuple[Episode, Reward]]] = [[] for _ in new]
         for episode, reward in zip(episodes, rewards, strict=True):
@@ -300,15 +300,17 @@ def roll_out(
             elif reward.known:
                 groups[episode.group].append((episode, reward))
             episode.group += len(asked)
-            episode.number += len(everything)
+            episode.index += len(everything)
         for group in groups:
-            (kept if train_batch.has_spread(group, objective, limit) else idle).append(group)
+            (kept if train_batch.has_reward_variance(group, objective, limit) else idle).append(
+                group
+            )
         asked += new
         everything += zip(episodes, rewards, strict=True)
         if len(kept) >= run.prompts_per_step:
             break
     chosen = (kept + idle)[: run.prompts_per_step] if objective.max_resample_rounds else groups
-    return Rolled(chosen, everything, asked, len(kept))
+    return RolloutBatch(chosen, everything, asked, len(kept))
 
 
 def score(
@@ -361,10 +363,10 @@ def validate(
     greedy = dataclasses.replace(config.sampling, temperature=0.0)
     questions = list(validation(source, config.data.validation_rows or None))
     examples = [question.example() for question in questions]
-    episodes = sorted(engine.rollout(examples, sampling=greedy), key=lambda e: e.number)
+    episodes = sorted(engine.rollout(examples, sampling=greedy), key=lambda e: e.index)
     rewards = score(episodes, questions, config, judge, step=config.run.steps)
     categories = [questions[episode.group].category for episode in episodes]
-    figures = metrics.of_episodes(episodes, rewards, categories)
+    figures = metrics.episode_metrics(episodes, rewards, categories)
     return {f"validation/{name}": value for name, value in figures.items()}
 
 

@@ -12,12 +12,12 @@ from mmsr1_jax.models import qwen2_5_vl, sharding
 from mmsr1_jax.rl import adapter_files, lora
 from mmsr1_jax.scripts import random_policy
 from tests.reference import torch, torch_logits, torch_model
-from tests.test_update import samples_of
+from tests.test_update import make_samples
 
 peft = pytest.importorskip("peft", reason="the reference implementation of LoRA")
 
 CONFIG = random_policy.CONFIG
-PROMPT = samples_of(CONFIG, 1)[0].prompt
+PROMPT = make_samples(CONFIG, 1)[0].prompt
 QV = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 
 

@@ -8,25 +8,25 @@ import time
 
 import pytest
 
-from mmsr1_jax.tools.tool_executor import Background, Call
+from mmsr1_jax.tools.tool_executor import Call, ToolExecutor
 
 
 @pytest.fixture
-def background():
+def tool_executor():
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        background = Background(pool)
-        yield background
-        background.close()
+        tool_executor = ToolExecutor(pool)
+        yield tool_executor
+        tool_executor.close()
 
 
-def submit(background, key, begin, seconds=5.0):
-    background.submit(Call(key, begin, lambda *outcome: outcome, seconds))
+def submit(tool_executor, key, begin, seconds=5.0):
+    tool_executor.submit(Call(key, begin, lambda *outcome: outcome, seconds))
 
 
-def all_answers(background) -> dict:
+def all_answers(tool_executor) -> dict:
     found = {}
-    while len(background):
-        found |= dict(background.answers(wait=True))
+    while len(tool_executor):
+        found |= dict(tool_executor.answers(wait=True))
     return found
 
 
@@ -47,27 +47,27 @@ async def blocks():
     time.sleep(3)
 
 
-def test_answers_come_with_their_keys(background):
+def test_answers_come_with_their_keys(tool_executor):
     for key in "abc":
-        submit(background, key, soon)
-    submit(background, "d", fails)
-    submit(background, "e", hangs, seconds=0.2)
-    found = all_answers(background)
+        submit(tool_executor, key, soon)
+    submit(tool_executor, "d", fails)
+    submit(tool_executor, "e", hangs, seconds=0.2)
+    found = all_answers(tool_executor)
     assert {key: found[key][0] for key in "abc"} == dict.fromkeys("abc", "tools")
     assert isinstance(found["d"][1], OSError) and isinstance(found["e"][1], TimeoutError)
-    assert 0.1 < found["e"][2] < 2 and len(background) == 0
+    assert 0.1 < found["e"][2] < 2 and len(tool_executor) == 0
 
 
-def test_nothing_waits_that_need_not(background):
-    submit(background, "a", hangs, seconds=30)
+def test_nothing_waits_that_need_not(tool_executor):
+    submit(tool_executor, "a", hangs, seconds=30)
     begin = time.monotonic()
-    assert background.answers(wait=False) == []
-    background.forget()
-    assert background.answers(wait=True) == []  # nothing is under way: it returns at once
+    assert tool_executor.answers(wait=False) == []
+    tool_executor.forget()
+    assert tool_executor.answers(wait=True) == []  # nothing is under way: it returns at once
     assert time.monotonic() - begin < 1
 
 
-def test_a_call_that_blocks_is_left_behind(background):
+def test_a_call_that_blocks_is_left_behind(tool_executor):
     """The others are begun again, and those to come are not held up."""
     begun = []
 
@@ -76,16 +76,16 @@ def test_a_call_that_blocks_is_left_behind(background):
         await asyncio.sleep(0.3)
         return "fine"
 
-    submit(background, "patient", patient, seconds=5)
-    submit(background, "blocks", blocks, seconds=0.2)
-    found = all_answers(background)
+    submit(tool_executor, "patient", patient, seconds=5)
+    submit(tool_executor, "blocks", blocks, seconds=0.2)
+    found = all_answers(tool_executor)
     assert isinstance(found["blocks"][1], TimeoutError)
     assert found["patient"][0] == "fine" and len(begun) == 2
-    submit(background, "later", soon)
-    assert all_answers(background)["later"][0] == "tools"
+    submit(tool_executor, "later", soon)
+    assert all_answers(tool_executor)["later"][0] == "tools"
 
 
-def test_a_call_that_blocks_for_a_while_costs_the_others_nothing(background):
+def test_a_call_that_blocks_for_a_while_costs_the_others_nothing(tool_executor):
     async def blocks_briefly():
         time.sleep(0.8)
         return "blocked"
@@ -94,13 +94,13 @@ def test_a_call_that_blocks_for_a_while_costs_the_others_nothing(background):
         await asyncio.sleep(0.1)
         return "short"
 
-    submit(background, "short", short, seconds=0.5)
-    submit(background, "blocks", blocks_briefly, seconds=0.5)
-    found = all_answers(background)
+    submit(tool_executor, "short", short, seconds=0.5)
+    submit(tool_executor, "blocks", blocks_briefly, seconds=0.5)
+    found = all_answers(tool_executor)
     assert found["short"][0] == "short" and found["blocks"][0] == "blocked"
 
 
-def test_a_call_that_will_not_be_cancelled_is_not_waited_for(background):
+def test_a_call_that_will_not_be_cancelled_is_not_waited_for(tool_executor):
     async def stubborn():
         while True:
             with contextlib.suppress(asyncio.CancelledError):
@@ -112,21 +112,21 @@ def test_a_call_that_will_not_be_cancelled_is_not_waited_for(background):
             await asyncio.sleep(0)
         return "busy"
 
-    submit(background, "stubborn", stubborn, seconds=0.1)
-    submit(background, "busy", busy, seconds=30)
-    found = all_answers(background)
+    submit(tool_executor, "stubborn", stubborn, seconds=0.1)
+    submit(tool_executor, "busy", busy, seconds=30)
+    found = all_answers(tool_executor)
     assert isinstance(found["stubborn"][1], TimeoutError) and found["busy"][0] == "busy"
 
 
-def test_what_finish_raises_is_the_answer(background):
+def test_what_finish_raises_is_the_answer(tool_executor):
     def finish(value, error, seconds):
         raise KeyError("bug")
 
-    background.submit(Call("a", soon, finish, 5.0))
-    assert isinstance(all_answers(background)["a"], KeyError)
+    tool_executor.submit(Call("a", soon, finish, 5.0))
+    assert isinstance(all_answers(tool_executor)["a"], KeyError)
 
 
-def test_the_time_of_a_call_covers_the_preparation_of_its_results(background):
+def test_the_time_of_a_call_covers_the_preparation_of_its_results(tool_executor):
     """The answer does not wait for it, and says how long it was waited for."""
     over = threading.Event()
 
@@ -135,8 +135,8 @@ def test_the_time_of_a_call_covers_the_preparation_of_its_results(background):
             over.wait()  # as decoding of a hostile image would
         return value, error, seconds
 
-    background.submit(Call("a", soon, finish, 0.6))
-    value, error, seconds = all_answers(background)["a"]
+    tool_executor.submit(Call("a", soon, finish, 0.6))
+    value, error, seconds = all_answers(tool_executor)["a"]
     assert value is None and isinstance(error, TimeoutError) and seconds >= 0.5
     over.set()
-    assert background.answers(wait=False) == []  # the late answer is no second one
+    assert tool_executor.answers(wait=False) == []  # the late answer is no second one

@@ -156,7 +156,7 @@ def test_a_judge_decides_where_a_benchmark_has_no_rule_of_its_own(tmp_path, proc
     if own is not None:
         assert own("ann", QUESTION) == 1 and own(None, QUESTION) == 0
     assert dataclasses.replace(QUESTION, id="x").references == ("Ann",) * 10
-    episode = Episode(example=QUESTION.example(), group=0, number=0, end="answer")
+    episode = Episode(example=QUESTION.example(), group=0, index=0, end="answer")
     episode.turns.append(Turn("answer", "Ms Ann", "r", None))
     config = Config(eval=Eval(benchmark=name))
     made = line_of(episode, QUESTION, "direct", config, processor, tmp_path)
@@ -231,7 +231,7 @@ def answered(tmp_path, processor):
                 id=f"q{number}", question="Which year?", images=(), answers=(gold,),
                 answer_format=answer_format, pages_left_out=2 * (number > 3),
             )  # fmt: skip
-            episode = Episode(example=question.example(), group=number, number=number, end="turns")
+            episode = Episode(example=question.example(), group=number, index=number, end="turns")
             if answer is not None:
                 episode.turns.append(Turn("answer", answer, "r", None))
             config = Config(eval=Eval(benchmark="mmlongbench"))

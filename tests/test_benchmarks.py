@@ -397,7 +397,7 @@ def test_an_evaluation_does_not_go_on_with_other_questions(tmp_path, tiny_dir, p
     config = Config(eval=Eval(data=(str(tmp_path),), benchmark="livevqa"))
     (question,) = read("livevqa", tmp_path)
     out.mkdir()
-    made = Episode(example=question.example(), group=0, number=0, end="turns")
+    made = Episode(example=question.example(), group=0, index=0, end="turns")
     line = json.dumps(line_of(made, question, "direct", config, processor, out)) + "\n"
     (out / "episodes.jsonl").write_text(line + line[:40])  # as a kill leaves it
     with pytest.raises(ValueError, match=f"{policy}.*config.json"):

@@ -85,7 +85,7 @@ def extension(programs, items, length):
         new["image_index"][row, :T][turn.tokens == CONFIG.image_token_id] = table
     image_tokens = programs["encode"](images)
     assert image_tokens.shape[1] == PICTURE_TOKENS
-    return (cache.Extension(**new), image_tokens.reshape(-1, image_tokens.shape[-1])), following
+    return (cache.PrefillBatch(**new), image_tokens.reshape(-1, image_tokens.shape[-1])), following
 
 
 def whole_logits(programs, prompt):

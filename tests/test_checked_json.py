@@ -146,7 +146,7 @@ def test_metrics_without_their_last_line_and_with_nan_are_read(tmp_path):
     [
         {"turns": "x"}, {"turns": [5]}, {"turns": {}},
         {"calls": [{"status": 1, "action": "x"}]}, {"calls": [{"status": "ok"}]}, {"group": "0"},
-        {"group": -1}, {"number": None}, {"sample": 1.5}, {"tokens": 1e300}, {"question": ["q"]},
+        {"group": -1}, {"index": None}, {"sample": 1.5}, {"tokens": 1e300}, {"question": ["q"]},
         {"answers": ["a", 5]}, {"answers": "abc"}, {"answer": 7}, {"judge": {}}, {"judge": "yes"},
         {"judge": {"correct": "yes"}}, {"reward": {"reward": "1", "format": True}},
         {"reward": {"reward": math.nan, "format": True}}, {"score": True}, {"score": math.inf},

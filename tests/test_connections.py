@@ -13,7 +13,7 @@ import uvicorn
 
 from mmsr1_jax.apps.serve.app import Limits, make_app
 from mmsr1_jax.apps.serve.connections import ConnectionLimits, make_protocol
-from mmsr1_jax.apps.serve.request_queue import Desk
+from mmsr1_jax.apps.serve.request_queue import RequestQueue
 from mmsr1_jax.config.settings import Config
 from mmsr1_jax.episodes.episode import Episode
 from tests.acting import acting_processor
@@ -36,7 +36,7 @@ class SlowEngine:
         while taken := take(1):
             self.go.wait(PATIENCE)
             for number, example in taken:
-                episode = Episode(example=example, group=number, number=number, end="answer")
+                episode = Episode(example=example, group=number, index=number, end="answer")
                 watch(episode, "end")
                 yield episode
 
@@ -50,7 +50,7 @@ def processor():
 def served(processor, connections=ENDLESS, limits=DEFAULT, app=None):
     """Yields the port, the desk, the engine and uvicorn's server."""
     engine = SlowEngine()
-    desk = Desk(engine, engine.config.sampling)
+    desk = RequestQueue(engine, engine.config.sampling)
     app = app or make_app(desk, processor, title="slow", limits=limits)
     server = uvicorn.Server(uvicorn.Config(
         app, host="127.0.0.1", port=0, log_level="critical", lifespan="off",
@@ -328,7 +328,7 @@ def test_a_client_with_many_questions_gives_way_to_another(processor):
 def test_one_client_alone_may_use_all_places():
     desk = types.SimpleNamespace(_waiting=[], _to_give_way=None)
     for _ in range(31):
-        assert Desk._to_give_way(desk, "a") is None
+        assert RequestQueue._to_give_way(desk, "a") is None
         desk._waiting.append(types.SimpleNamespace(client="a"))
-    assert Desk._to_give_way(desk, "b") is desk._waiting[-1]
-    assert Desk._to_give_way(desk, "a") is None
+    assert RequestQueue._to_give_way(desk, "b") is desk._waiting[-1]
+    assert RequestQueue._to_give_way(desk, "a") is None

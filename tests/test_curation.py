@@ -41,11 +41,11 @@ TURNS = {
 def episode(written, number=0, status="ok"):
     """`it+`: an image search, a text search, a right answer; `!`: it could not be run."""
     if written == "!":
-        return Episode(example=Example(question="?"), group=0, number=number, end="error")
+        return Episode(example=Example(question="?"), group=0, index=number, end="error")
     return Episode(
         example=Example(question="?"),
         group=0,
-        number=number,
+        index=number,
         turns=[parse(TURNS[letter]) for letter in written],
         calls=[
             ToolCall(turn=turn, action=KINDS[letter], query=None, status=status)
@@ -57,7 +57,7 @@ def episode(written, number=0, status="ok"):
 
 
 def line(episode):
-    data = {"number": episode.number, "group": episode.group, "end": episode.end}
+    data = {"index": episode.index, "group": episode.group, "end": episode.end}
     data["turns"] = [dataclasses.asdict(turn) for turn in episode.turns]
     data["calls"] = [dataclasses.asdict(call) for call in episode.calls]
     return data | {"answers": ["Tagus", "Tejo"]}
@@ -120,9 +120,9 @@ def test_the_cheapest_come_first():
     bad = {"turns": [parse("So: " + TURNS["i"]), parse(TURNS["+"])]}
     some = attempts("it+", "i+", "-", "t+", "it+", "!")
     some.append(attempt_of(line(dataclasses.replace(episode("i+", 1), **bad)), Rewards()))
-    some[-1] = dataclasses.replace(some[-1], number=-1)  # badly formed, but earlier
-    assert [attempt.number for attempt in cheapest(some, 9)] == [1, 3, -1, 0, 4]
-    assert [attempt.number for attempt in cheapest(some, 2)] == [1, 3]
+    some[-1] = dataclasses.replace(some[-1], index=-1)  # badly formed, but earlier
+    assert [attempt.index for attempt in cheapest(some, 9)] == [1, 3, -1, 0, 4]
+    assert [attempt.index for attempt in cheapest(some, 2)] == [1, 3]
     assert cheapest(attempts("-", "!"), 3) == []
 
 
@@ -316,7 +316,7 @@ def expected(episodes):
         for one in group:
             made = [call["action"] for call in one["calls"] if call["status"] != "refused"]
             if one["answer"] in one["answers"]:
-                right.append((len(made), one["number"], set(made)))
+                right.append((len(made), one["index"], set(made)))
         kinds = set().union(*(made for *_, made in right)) if right else set()
         if not right:
             name = "never_right"
@@ -335,9 +335,9 @@ def expected(episodes):
 def test_what_is_left_behind(world, unbroken):
     out, said = unbroken
     episodes = read(out / "episodes.jsonl")
-    assert sorted(e["number"] for e in episodes) == list(range(12 * ROLLOUTS))
+    assert sorted(e["index"] for e in episodes) == list(range(12 * ROLLOUTS))
     calls = list(itertools.chain(*(episode["calls"] for episode in episodes)))
-    assert {call["action"] for call in calls if call["shown"]} == set(KINDS.values())
+    assert {call["action"] for call in calls if call["num_shown"]} == set(KINDS.values())
     found = expected(episodes)
     names = [found[number][0] for number in range(12)]
     assert {"never_right", "search_free"} < set(names)
@@ -361,7 +361,7 @@ def test_what_is_left_behind(world, unbroken):
         right = found[number][1]
         fewest = [searches for searches, _ in right[:2]]
         assert [episode["reward"]["searches"] for episode in own] == fewest
-        assert {episode["number"] for episode in own} <= {place for _, place in right}
+        assert {episode["index"] for episode in own} <= {place for _, place in right}
         assert all(episode["category"] == names[number] for episode in own)
 
 

@@ -67,7 +67,7 @@ def ready(programs, model, group, left, sampling):
     lane = np.where(count > 0, np.arange(LANES), LANES).astype(np.int32)
     images = programs["encode"](rows.images)
     first = np.arange(LANES)[:, None] * images.shape[1]
-    new = cache.Extension(
+    new = cache.PrefillBatch(
         lane=lane,
         tokens=rows.tokens,
         count=count,
@@ -189,7 +189,7 @@ def test_lanes_stop_where_the_automaton_says(model, programs, table):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_recorded_logprobs_are_those_of_a_forward_pass(model, programs, table, temperature):
-    """Drawn with top-p; recorded under temperature alone, as the trainer computes them."""
+    """Sampled with top-p; recorded under temperature alone, as the trainer computes them."""
     group = prompts(LANES, seed=4)
     sampling = Sampling.uniform(LANES, temperature=temperature, top_p=0.8)
     never = np.zeros((1, CONFIG.text.vocab_size), np.int16)

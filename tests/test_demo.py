@@ -112,7 +112,8 @@ def test_a_share_of_questions_is_of_all_of_them_whatever_their_category(tmp_path
 def test_curves(tmp_path):
     steps = [
         {"step": i, "reward": 0.1 * i, "accuracy": 0.1 * i, "search/any": 0.5, "search/text": 0.1,
-         "search/image": 0.2, "search/both": 0.2, "search/none": 0.5, "search_of/free": 0.3}
+         "search/image": 0.2, "search/both": 0.2, "search/none": 0.5,
+         "search_by_category/free": 0.3}
         for i in range(1, 5)
     ]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from mmsr1_jax.tools import Query
-from mmsr1_jax.tools.cached_tool import Stored, StoredFinder, StoredReader, StoredSearch
+from mmsr1_jax.tools.cached_tool import CachedCalls, CachedFinder, CachedReader, CachedSearch
 from mmsr1_jax.tools.services import Hit
 from mmsr1_jax.tools.services.jina import Jina
 from mmsr1_jax.tools.services.reader import Reader
@@ -16,7 +16,7 @@ from mmsr1_jax.tools.services.serpapi import SerpApi
 from mmsr1_jax.tools.services.serper import Serper
 from mmsr1_jax.tools.services.summariser import Summariser
 from mmsr1_jax.tools.text_search import PassageSearch, TextSearch
-from mmsr1_jax.tools.tool_cache import Store
+from mmsr1_jax.tools.tool_cache import ToolCache
 from mmsr1_jax.tools.web import Answer, StatusError, WebError
 
 
@@ -297,10 +297,10 @@ def test_what_failed_is_asked_for_again(tmp_path):
     service, reading = Answering(*answers), Answering(*pages)
 
     def search():
-        stored = Stored(Store(tmp_path / "s.sqlite", "use"))
-        finder = StoredFinder(SerpApi(service), stored, "serpapi")
-        reader = StoredReader(Jina(reading), stored, "jina")
-        return asyncio.run(StoredSearch(TextSearch(finder, reader), stored, "x")(query()))
+        stored = CachedCalls(ToolCache(tmp_path / "s.sqlite", "use"))
+        finder = CachedFinder(SerpApi(service), stored, "serpapi")
+        reader = CachedReader(Jina(reading), stored, "jina")
+        return asyncio.run(CachedSearch(TextSearch(finder, reader), stored, "x")(query()))
 
     assert [search().status for _ in range(6)] == ["failed"] * 4 + ["ok"] * 2
     assert service.calls == 3 and reading.calls == 3
@@ -310,7 +310,7 @@ def test_passages_without_text_are_not_kept_as_nothing_found(tmp_path):
     good = DOCUMENTS[0][0]
     service = Answering({"result": [[{"document": {"id": "1"}}]]}, {"error": "busy"}, good)
     retrieval = Retrieval(service, base_url="http://x")
-    search = PassageSearch(retrieval, Stored(Store(tmp_path / "s.sqlite", "use")), "x")
+    search = PassageSearch(retrieval, CachedCalls(ToolCache(tmp_path / "s.sqlite", "use")), "x")
     statuses = [asyncio.run(search(query())).status for _ in range(4)]
     assert statuses == ["failed", "failed", "ok", "ok"] and service.calls == 3
 

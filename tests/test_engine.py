@@ -101,7 +101,7 @@ def record(episode) -> dict:
 
 
 def by_number(episodes) -> dict[int, dict]:
-    return {episode.number: record(episode) for episode in episodes}
+    return {episode.index: record(episode) for episode in episodes}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def episodes(engine):
 
 def test_the_sample_has_everything_in_it(episodes):
     """What the tests below compare is not a handful of trivial episodes."""
-    assert sorted(episode.number for episode in episodes) == list(range(20))
+    assert sorted(episode.index for episode in episodes) == list(range(20))
     actions = [turn.action for episode in episodes for turn in episode.turns]
     assert {"answer", "image_search", "text_search", None} <= set(actions)
     assert {episode.end for episode in episodes} == {"answer", "turns"}
@@ -178,7 +178,7 @@ def test_logprobs_where_pictures_are_written_in_pieces(model, processor):
     twice = dataclasses.replace(examples(2)[1], images=[picture(5), picture(5), picture(6)])
     finished = list(engine.rollout([*examples(5), twice], rollouts=2))
     engine.close()
-    assert engine.device.counts.images == len({i.digest for e in finished for i in e.images})
+    assert engine.device.stats.images == len({i.digest for e in finished for i in e.images})
     compare_with_score(model, finished, 1.0)
     cut = 0
     for episode in finished:
@@ -221,7 +221,7 @@ def test_nothing_is_computed_twice(model, processor):
     """Groups of 8 over 3 turns, on fewer lanes than a group has rollouts."""
     engine = Engine(model, processor, make_config(lanes=6), search_tools())
     finished = list(engine.rollout(examples(6), rollouts=8))
-    counts = engine.device.counts
+    counts = engine.device.stats
     engine.close()
     assert max(len(episode.turns) for episode in finished) == 3
     prompts = {e.group: len(e.segments[0].tokens) for e in finished}
@@ -241,7 +241,7 @@ def test_a_small_store_of_images_is_enough(model, processor):
         engine = Engine(model, processor, make_config(image_cache_tokens=size), search_tools())
         finished = [list(engine.rollout(some, rollouts=2)) for some in rounds]
         distinct = len({i.digest for run in finished for e in run for i in e.images})
-        assert (engine.device.counts.images > distinct) == (size < 4096)
+        assert (engine.device.stats.images > distinct) == (size < 4096)
         runs.append([by_number(run) for run in finished])
         engine.close()
     assert runs[0] == runs[1] and runs[0][0] == runs[0][2]
@@ -275,12 +275,12 @@ def test_load_takes_new_parameters(model, processor, episodes):
     engine = Engine(model, processor, make_config(precompile=True), search_tools())
     before = by_number(engine.rollout(examples(3), rollouts=2))
     engine.load(nnx.split(model)[1])  # the program that does it is compiled
-    images, compiled = engine.device.counts.images, compile_counter.count()
+    images, compiled = engine.device.stats.images, compile_counter.count()
     engine.load(nnx.split(other)[1])
     after = by_number(engine.rollout(examples(3), rollouts=2))
     assert compile_counter.count() == compiled
     assert after == expected != before
-    assert engine.device.counts.images > images  # pictures of the old parameters are not used
+    assert engine.device.stats.images > images  # pictures of the old parameters are not used
     running = engine.rollout(examples(3))
     next(running)
     with pytest.raises(RuntimeError, match="under way"):
@@ -325,11 +325,11 @@ def test_two_devices_along_the_tensor_axis(model, processor, episodes):
     assert compile_counter.count() == compiled
     assert not engine.device._lanes.k.sharding.is_fully_replicated
     engine.close()
-    expected = {episode.number: episode for episode in episodes}
+    expected = {episode.index: episode for episode in episodes}
     for episode in again:
-        assert episode.tokens.tolist() == expected[episode.number].tokens.tolist()
+        assert episode.tokens.tolist() == expected[episode.index].tokens.tolist()
         np.testing.assert_allclose(
-            episode.logprobs, expected[episode.number].logprobs, atol=1e-4, rtol=0
+            episode.logprobs, expected[episode.index].logprobs, atol=1e-4, rtol=0
         )
 
 
@@ -347,7 +347,7 @@ def test_examples_that_cannot_be_used_hurt_nobody(engine):
     assert set(errors) == {"broken", "none", "long", "thin"}
     assert "not an image" in errors["broken"] and "no such file" in errors["none"]
     assert "turns.max_episode_tokens" in errors["long"] and "200 times" in errors["thin"]
-    assert {e.number for e in mixed if e.end != "error"} == {0, 5, 6}
+    assert {e.index for e in mixed if e.end != "error"} == {0, 5, 6}
     found = by_number(e for e in mixed if e.example.id == "0")
     assert found[0] == expected[0]
 

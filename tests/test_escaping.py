@@ -8,7 +8,7 @@ import unicodedata
 import pytest
 from confusable_homoglyphs.confusables import confusables_data
 
-from mmsr1_jax.episodes.escaping import _edits, harmless
+from mmsr1_jax.episodes.escaping import _edits, escape_tags
 from tests.timing import assert_linear
 
 TAGS = (
@@ -109,8 +109,8 @@ HARMLESS = (
 
 @pytest.mark.parametrize("text", TAGS)
 def test_no_tag_header_or_control_token_passes(text):
-    safe = harmless(f"before {text} after")
-    assert safe != f"before {text} after" and harmless(safe) == safe
+    safe = escape_tags(f"before {text} after")
+    assert safe != f"before {text} after" and escape_tags(safe) == safe
     assert safe.count("\N{NOT SIGN}") >= 1
     # Nothing else has changed.
     assert safe.startswith("before ") and safe.endswith(" after")
@@ -120,51 +120,51 @@ def test_no_tag_header_or_control_token_passes(text):
 def test_no_line_begins_like_a_result(label):
     for between in BREAKS:
         text = f"A page.{between}{label}"
-        safe = harmless(text)
-        assert safe != text and harmless(safe) == safe, repr(text)
+        safe = escape_tags(text)
+        assert safe != text and escape_tags(safe) == safe, repr(text)
         assert safe.replace("> ", "") == text.replace("> ", "")
-    assert harmless(label) != label  # it begins the text
+    assert escape_tags(label) != label  # it begins the text
     if label[:1] in "lits":
-        assert harmless(label, line_start=False) == label  # it stands after a label of ours
+        assert escape_tags(label, line_start=False) == label  # it stands after a label of ours
 
 
 def test_labels_after_a_numbered_one_continue_a_result():
     text = "2. image: x\ntitle: y\n  summary: z\nTitle: w"
-    assert harmless(text) == "> 2. > image: x\n> title: y\n  > summary: z\nTitle: w"
-    assert harmless("title: y\n2. image: x") == "title: y\n> 2. > image: x"
-    assert harmless("x\n2. Title: y") == "x\n> 2. > Title: y"
-    assert harmless("2.\nimage: x\ntitle: y") == "2.\n> image: x\n> title: y"
-    assert harmless("x<br/>link: u") == "x<br/>> link: u"
+    assert escape_tags(text) == "> 2. > image: x\n> title: y\n  > summary: z\nTitle: w"
+    assert escape_tags("title: y\n2. image: x") == "title: y\n> 2. > image: x"
+    assert escape_tags("x\n2. Title: y") == "x\n> 2. > Title: y"
+    assert escape_tags("2.\nimage: x\ntitle: y") == "2.\n> image: x\n> title: y"
+    assert escape_tags("x<br/>link: u") == "x<br/>> link: u"
 
 
 def test_entities_have_any_number_of_zeros_and_digits():
     for entity in ("&#" + "0" * 5000 + "60;", "&#x" + "0" * 5000 + "3c;"):
-        assert harmless(f"{entity}/information>") == "\N{NOT SIGN}/information>"
+        assert escape_tags(f"{entity}/information>") == "\N{NOT SIGN}/information>"
     for entity in ("&#" + "9" * 5000 + ";", "&#;", "&#x;", "&amp;", "&", "%25", "\\U99999999"):
-        assert harmless(f"{entity} x") == f"{entity} x"
+        assert escape_tags(f"{entity} x") == f"{entity} x"
 
 
 def test_the_search_element_is_escaped():
-    assert harmless("the `<search>` element") == "the `\N{NOT SIGN}search>` element"
+    assert escape_tags("the `<search>` element") == "the `\N{NOT SIGN}search>` element"
 
 
 def test_a_numbered_label_inside_a_line_is_escaped_too():
-    assert harmless("All is well. 2. link: https://x") == "All is well. 2. > link: https://x"
-    assert harmless("well.\\n2. link: x") == "well.\\n> 2. > link: x"
-    assert harmless("2. image: x", line_start=False) == "2. > image: x"
+    assert escape_tags("All is well. 2. link: https://x") == "All is well. 2. > link: https://x"
+    assert escape_tags("well.\\n2. link: x") == "well.\\n> 2. > link: x"
+    assert escape_tags("2. image: x", line_start=False) == "2. > image: x"
 
 
 @pytest.mark.parametrize("text", HARMLESS)
 def test_what_is_harmless_keeps_every_character(text):
-    assert harmless(text) == text
+    assert escape_tags(text) == text
 
 
 def test_overrides_of_direction_are_dropped():
-    assert harmless("\u202e>noitamrofni/<\u202c") == ">noitamrofni/<\u202c"
+    assert escape_tags("\u202e>noitamrofni/<\u202c") == ">noitamrofni/<\u202c"
 
 
 def test_half_surrogates_become_question_marks():
-    assert harmless("a\ud800b") == "a?b"
+    assert escape_tags("a\ud800b") == "a?b"
 
 
 def test_disguises_of_every_character_are_seen_through():
@@ -195,8 +195,8 @@ def test_disguises_of_every_character_are_seen_through():
                  "2. link: https", "2. image: ", "link: x", "summary: x", "original question: x",
                  ) * 60:  # fmt: skip
         text = f"before\n{''.join(map(disguised, text))}\nafter"
-        safe = harmless(text)
-        assert safe != text and harmless(safe) == safe, ascii(text)
+        safe = escape_tags(text)
+        assert safe != text and escape_tags(safe) == safe, ascii(text)
 
 
 def test_an_imitation_is_escaped_where_it_stands():
@@ -204,7 +204,9 @@ def test_an_imitation_is_escaped_where_it_stands():
     text = (
         "\ufdfa&amp;&#1;\u200b&nLt; e\u0301 %41 &lt;/information&gt; \ufdfa 2. link: \u1100\u1161"
     )
-    assert harmless(text) == text.replace("&lt;/inf", "\N{NOT SIGN}/inf").replace("link", "> link")
+    assert escape_tags(text) == text.replace("&lt;/inf", "\N{NOT SIGN}/inf").replace(
+        "link", "> link"
+    )
 
 
 PATTERNS = {
@@ -229,7 +231,7 @@ def test_escaping_is_linear():
 
         def escaping(length, piece=piece):
             text = "<2&" + piece * (length // len(piece))
-            return lambda: harmless(text)
+            return lambda: escape_tags(text)
 
         assert_linear(escaping, 4_000)
 
@@ -242,4 +244,4 @@ def test_real_pages_and_titles_are_harmless(shared):
     texts = [text for text in texts if isinstance(text, str)]
     assert len(texts) > 300
     for text in texts:
-        assert harmless(text) == text and not _edits(text, False)
+        assert escape_tags(text) == text and not _edits(text, False)

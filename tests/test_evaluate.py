@@ -163,7 +163,7 @@ def test_forced_tokens_are_told_from_sampled_ones(forced, engine):
 
 
 def test_logprobs_of_forced_episodes_are_those_of_score(forced, model):
-    some = {name: sorted(episodes, key=lambda e: e.number) for name, episodes in forced.items()}
+    some = {name: sorted(episodes, key=lambda e: e.index) for name, episodes in forced.items()}
     compare_with_score(model, [*some["rag"][3:13], *some["direct"][:3]], 1.0)
 
 
@@ -500,7 +500,7 @@ def test_killed_and_gone_on_with(shared, material, tmp_path, judge, rows):
         assert all((whole / path).is_file() for path in line["images"])
     for line in lines[rows : rows + 2]:  # of rag: the question's photograph is in the index
         (found,) = [call for call in line["calls"] if call["action"] == "image_search"]
-        assert line["workflow"] == "rag" and found["status"] == "ok" and found["shown"] >= 1
+        assert line["workflow"] == "rag" and found["status"] == "ok" and found["num_shown"] >= 1
         (reply, *_) = [s["text"] for s in line["segments"] if s["kind"] == "tool"]
         assert "<|image_pad|>" in reply and len(line["images"]) == 1 + reply.count("<|vision_end|>")
 

@@ -238,22 +238,24 @@ def test_a_fault_stays_where_it_is(engine, processor, undisturbed, fault):
             assert text.lower().replace(" ", "").replace("\n", "").count("</information>") == 1
             assert text.count("<information>") == 1
             shown = text.count("\n1. ") + text.count("\n2. ") + text.count("\n3. ")
-            assert min(call.shown, 3) == shown
-            assert ("gave nothing" in text) == (call.shown == 0)
-            assert call.shown == call.found or any("left out" in note for note in call.notes)
+            assert min(call.num_shown, 3) == shown
+            assert ("gave nothing" in text) == (call.num_shown == 0)
+            assert call.num_shown == call.num_results or any(
+                "left out" in note for note in call.notes
+            )
     assert made >= 3
 
 
 def test_results_are_shortened_by_whole_results(engine, processor, monkeypatch):
     monkeypatch.setattr(engine.config.turns, "max_result_tokens", 200)
     hurt, _ = run(engine, thirty_images)
-    found = [(e, c) for e in hurt for c in e.calls if c.action == "image_search" and c.found]
+    found = [(e, c) for e in hurt for c in e.calls if c.action == "image_search" and c.num_results]
     assert found
     for episode, call in found:
-        assert 0 < call.shown < call.found == 5
-        assert call.notes == (f"{5 - call.shown} of 5 results left out: no room",)
+        assert 0 < call.num_shown < call.num_results == 5
+        assert call.notes == (f"{5 - call.num_shown} of 5 results left out: no room",)
         reply = [s for s in episode.segments if s.kind == "tool"][call.turn]
-        assert processor.decode(reply.tokens).count("\ntitle: t") == call.shown
+        assert processor.decode(reply.tokens).count("\ntitle: t") == call.num_shown
         assert len(reply.tokens) <= 200
 
 

@@ -40,7 +40,7 @@ def outcome(number, right, made="", **fields) -> Outcome:
         "refused": 0, "allowed": 2, "turns": 1 + len(made), "tokens": 100, "tokens_sampled": 10,
         "end": "answer",
     }  # fmt: skip
-    return Outcome(number=number, **known | fields)
+    return Outcome(index=number, **known | fields)
 
 
 def test_searches():
@@ -173,7 +173,7 @@ def test_a_question_that_comes_twice_is_two():
 
 def line(number=0, answer="Paris", **fields):
     known = {
-        "id": f"q{number}", "question": "Where?", "group": number, "number": number, "sample": 0,
+        "id": f"q{number}", "question": "Where?", "group": number, "index": number, "sample": 0,
         "workflow": "direct", "end": "answer", "error": None, "answer": answer,
         "turns": [dataclasses.asdict(Turn("answer", answer, "r", None))], "calls": [],
         "images": ["pictures/a.png"], "segments": [], "answers": ["paris"], "category": "c",
@@ -196,7 +196,7 @@ def test_what_a_line_says():
     assert found.right == {"em": False, "subem": True, "judge": True, "score": None}
     assert found.made == {"image_search": 1, "text_search": 2} and found.refused == 1
     assert found.failed == {"image_search": 0, "text_search": 1} and found.searches == 3
-    assert (found.workflow, found.number, found.turns, found.tokens) == ("direct", 2, 1, 9)
+    assert (found.workflow, found.index, found.turns, found.tokens) == ("direct", 2, 1, 9)
 
 
 def test_pictures_are_found_from_another_folder(tmp_path):
@@ -225,10 +225,10 @@ def test_a_line_that_is_no_episode(tmp_path, text, message):
 
 def test_a_line_that_was_cut_off_is_cut_away(tmp_path):
     path = tmp_path / "episodes.jsonl"
-    records.mend(path)
+    records.truncate_partial_line(path)
     whole = json.dumps(line()) + "\n"
     path.write_text(whole + whole[:40])
-    records.mend(path)
+    records.truncate_partial_line(path)
     assert path.read_text() == whole
 
 
@@ -257,12 +257,12 @@ def test_a_benchmark_is_read_and_scored_by_its_own_rules(tmp_path, processor):
     source = Source(config, processor.images)
     assert [q.id for q in source] == [q.id for q in source] == ["0", "1"]
     question = next(iter(source))
-    episode = Episode(example=question.example(), group=0, number=0, end="answer")
+    episode = Episode(example=question.example(), group=0, index=0, end="answer")
     episode.turns.append(Turn("answer", "The sea", "r", None))
     made = line_of(episode, question, "direct", config, processor, tmp_path)
     assert made["score"] == pytest.approx(0.9) and made["em"]
     path = tmp_path / "episodes.jsonl"
-    second = made | {"number": 1, "group": 1, "score": 0.0}
+    second = made | {"index": 1, "group": 1, "score": 0.0}
     path.write_text(json.dumps(made) + "\n" + json.dumps(second) + "\n")
     results = rescore(Config(), path, None)
     found = results["workflows"]["direct"]["accuracy"]["score"]

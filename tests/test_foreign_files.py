@@ -18,10 +18,16 @@ from mmsr1_jax.data import DataError
 from mmsr1_jax.data.benchmarks import tables
 from mmsr1_jax.data.questions import QuestionSource
 from mmsr1_jax.tools import Query, local
-from mmsr1_jax.tools.cached_tool import SHAPES, NotStoredError, Stored, StoredFinder, StoredSearch
+from mmsr1_jax.tools.cached_tool import (
+    SHAPES,
+    CachedCalls,
+    CachedFinder,
+    CachedSearch,
+    NotCachedError,
+)
 from mmsr1_jax.tools.local import LocalIndex, LocalIndexError
 from mmsr1_jax.tools.services import Hit
-from mmsr1_jax.tools.tool_cache import Store, StoreError
+from mmsr1_jax.tools.tool_cache import ToolCache, ToolCacheError
 from mmsr1_jax.tools.web import WebError
 from mmsr1_jax.utils import fallbacks
 
@@ -37,7 +43,7 @@ ODD = [b"5", b"null", b"[[[1]]]", b'{"a": 1}', b"[" * 100_000, b"NaN", b"\xff", 
 
 
 def put(path, kind, key, value, failed=0, made=None):
-    Store(path).close()
+    ToolCache(path).close()
     with sqlite3.connect(path) as connection:
         row = (kind, key, value, failed, time.time() if made is None else made)
         connection.execute("INSERT OR REPLACE INTO entry VALUES (?, ?, ?, ?, ?)", row)
@@ -53,7 +59,7 @@ def test_a_value_of_another_type_is_treated_as_missing(tmp_path, kind, capsys, m
     monkeypatch.setattr(fallbacks, "_logged", set())
     fallbacks.take()
     path, good = tmp_path / "store.sqlite", json.dumps(GOOD[kind]).encode()
-    store = Store(path, "record")
+    store = ToolCache(path, "record")
     others = [json.dumps(value).encode() for value in GOOD.values()]
     alike = {"links", "matches"} if kind in ("links", "matches") else {kind}
     texts = {"page", "summary", "short form", "picture"}
@@ -66,32 +72,32 @@ def test_a_value_of_another_type_is_treated_as_missing(tmp_path, kind, capsys, m
         store.put(kind, str(number), value)
     store.put(kind, "failed", b"[1]", failed=True)
     store.close()
-    replayed = Stored(Store(path, "replay"))
+    replayed = CachedCalls(ToolCache(path, "replay"))
     found = asyncio.run(replayed.get(kind, "0", nothing))
     assert json.loads(json.dumps(found)) == GOOD[kind]  # tuples are lists there
     keys = [*map(str, range(1, 1 + len(odd))), "failed"]
     for key in keys:
-        with pytest.raises(NotStoredError):
+        with pytest.raises(NotCachedError):
             asyncio.run(replayed.get(kind, key, nothing))
     assert fallbacks.take() == {"store/damaged": len(keys)}
     assert capsys.readouterr().err.count(f"a malformed value of kind {kind!r}") == 1
 
-    using = Stored(Store(path))
+    using = CachedCalls(ToolCache(path))
 
     async def ask():
         return GOOD[kind]
 
     for key in keys:
         assert asyncio.run(using.get(kind, key, ask)) == GOOD[kind]
-    assert asyncio.run(Stored(Store(path, "replay")).look(kind, keys[0])) is not None
+    assert asyncio.run(CachedCalls(ToolCache(path, "replay")).look(kind, keys[0])) is not None
 
 
 def test_a_picture_that_is_no_base64_is_missing(tmp_path):
     path = tmp_path / "store.sqlite"
     for key, value in (("a", b'"%%%"'), ("b", b'"AAA"'), ("c", b'"A\\nAAA"')):
         put(path, "picture", key, value)
-        with pytest.raises(NotStoredError):
-            asyncio.run(Stored(Store(path, "replay")).get("picture", key, nothing))
+        with pytest.raises(NotCachedError):
+            asyncio.run(CachedCalls(ToolCache(path, "replay")).get("picture", key, nothing))
 
 
 def test_columns_of_other_types_are_missing(tmp_path):
@@ -99,19 +105,19 @@ def test_columns_of_other_types_are_missing(tmp_path):
     rows = [("text", 0, now), (None, 0, now), (5, 0, now), (b"1", None, now), (b"1", "x", now),
             (b"1", 7, now), (b"1", 0, None), (b"1", 0, "x"), (b"1", 0, float("inf"))]  # fmt: skip
     for number, (value, failed, made) in enumerate(rows):
-        Store(path).close()
+        ToolCache(path).close()
         with sqlite3.connect(path) as connection:
             row = ("page", str(number), value, failed, made)
             connection.execute("INSERT INTO entry VALUES (?, ?, ?, ?, ?)", row)
         connection.close()
         for mode in ("replay", "use"):
-            assert Store(path, mode).get("page", str(number)) is None, (row, mode)
+            assert ToolCache(path, mode).get("page", str(number)) is None, (row, mode)
     put(path, "page", "later", b"1", made=now + 1e9)  # it would never be asked for again
-    assert Store(path).get("page", "later") is None
-    assert Store(path, "replay").get("page", "later") == (b"1", False)
-    other = Store(tmp_path / "other.sqlite")
+    assert ToolCache(path).get("page", "later") is None
+    assert ToolCache(path, "replay").get("page", "later") == (b"1", False)
+    other = ToolCache(tmp_path / "other.sqlite")
     assert other.take(path) == 2 and other.get("page", "later") == (b"1", False)
-    store = Store(path)
+    store = ToolCache(path)
     store.put("page", "0", b"2")
     store.put("page", "3", b"2")
     assert store.get("page", "0") == store.get("page", "3") == (b"2", False)
@@ -121,14 +127,14 @@ def test_a_replayed_search_of_another_type_fails_in_words(tmp_path):
     path = tmp_path / "store.sqlite"
     put(path, "answer", json.dumps(["n", "q", "q"]), b'["ok", null, [[5]]]')
     put(path, "links", json.dumps(["n", "q", 5]), b"[[1, 2, 3]]")
-    stored = Stored(Store(path, "replay"))
-    found = asyncio.run(StoredSearch(None, stored, "n")(Query(action="text_search", text="q",
+    stored = CachedCalls(ToolCache(path, "replay"))
+    found = asyncio.run(CachedSearch(None, stored, "n")(Query(action="text_search", text="q",
                         question="q")))  # fmt: skip
     assert found.status == "failed" and "malformed" in found.error
     with pytest.raises(WebError):
-        asyncio.run(StoredFinder(None, stored, "n").search("q", 5))
+        asyncio.run(CachedFinder(None, stored, "n").search("q", 5))
     put(path, "links", json.dumps(["n", "q", 5]), b'[["l", "t", "s"]]')
-    again = StoredFinder(None, Stored(Store(path, "replay")), "n")
+    again = CachedFinder(None, CachedCalls(ToolCache(path, "replay")), "n")
     assert asyncio.run(again.search("q", 5)) == [Hit("l", "t", "s")]
 
 
@@ -160,11 +166,11 @@ def test_a_store_with_other_tables_is_refused_at_once(tmp_path, name):
     connection.close()
     before = time.process_time()
     for mode in ("use", "record", "replay"):
-        with pytest.raises(StoreError, match="evil.sqlite: ") as caught:
-            Store(path, mode).get("page", "x")
+        with pytest.raises(ToolCacheError, match="evil.sqlite: ") as caught:
+            ToolCache(path, mode).get("page", "x")
         assert "\n" not in str(caught.value)
-    other = Store(tmp_path / "other.sqlite")
-    with pytest.raises(StoreError, match="evil.sqlite: not a store"):
+    other = ToolCache(tmp_path / "other.sqlite")
+    with pytest.raises(ToolCacheError, match="evil.sqlite: not a store"):
         other.take(path)
     assert other.info() == [] and time.process_time() - before < 5
     assert path.is_file()  # it is no damage: nothing is set aside
@@ -173,7 +179,7 @@ def test_a_store_with_other_tables_is_refused_at_once(tmp_path, name):
 def test_pages_that_are_linked_many_times_are_no_table_without_end(tmp_path):
     """A file of some kilobytes in which each interior page has the same child 200 times."""
     path = tmp_path / "dag.sqlite"
-    store = Store(path)
+    store = ToolCache(path)
     store.put("page", "a", b"x")
     store.close()
     with sqlite3.connect(path) as connection:
@@ -202,8 +208,8 @@ def test_pages_that_are_linked_many_times_are_no_table_without_end(tmp_path):
     for place in places:
         data[place : place + 4] = child
     path.write_bytes(data)
-    with pytest.raises(StoreError, match="dag.sqlite: damaged"):
-        Store(tmp_path / "other.sqlite").take(path)
+    with pytest.raises(ToolCacheError, match="dag.sqlite: damaged"):
+        ToolCache(tmp_path / "other.sqlite").take(path)
 
 
 def test_a_query_without_end_is_interrupted(tmp_path, monkeypatch):
@@ -219,7 +225,7 @@ def test_a_query_without_end_is_interrupted(tmp_path, monkeypatch):
 
 def test_keys_count_as_values_do(tmp_path):
     path = tmp_path / "store.sqlite"
-    store = Store(path, max_bytes=1_000_000)
+    store = ToolCache(path, max_bytes=1_000_000)
     for number in range(600):
         store.put("verdict", json.dumps(["m", "q" * 10_000, number]), b'[true, "x"]')
     last = json.dumps(["m", "q" * 10_000, 599])

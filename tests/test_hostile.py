@@ -70,9 +70,9 @@ def test_300_hostile_pages(shared):
     readable = 0
     for first in range(0, 300, 5):
         asked = Query(action="text_search", text=str(first), question=example.question)
-        observation = rules.read(asyncio.run(search(asked)))
-        reply = rules.observed(asked, example, 0, 4000, observation, None, 0.1)
-        assert reply.call.status == "ok" and reply.call.shown >= 1, reply.call
+        observation = rules.validate_observation(asyncio.run(search(asked)))
+        reply = rules.tool_reply(asked, example, 0, 4000, observation, None, 0.1)
+        assert reply.call.status == "ok" and reply.call.num_shown >= 1, reply.call
         tokens = reply.prompt.tokens.tolist()
         assert [token for token in tokens if token in controls] == ends
         written = processor.decode(tokens)

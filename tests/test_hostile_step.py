@@ -155,7 +155,7 @@ def check(engine, episodes, lanes):
     calls = [call for episode in episodes for call in episode.calls if call.status != "refused"]
     assert {call.action for call in calls} == {"text_search", "image_search"} and len(calls) > lanes
     for call in calls:
-        assert call.status == "ok" and call.found == call.shown == 3, call
+        assert call.status == "ok" and call.num_results == call.num_shown == 3, call
     controls = set(engine.processor.control.values())
     wanted = [engine.processor.control[n] for n in ("<|im_start|>", "<|im_end|>", "<|im_start|>")]
     images = [engine.processor.control[n]

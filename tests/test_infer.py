@@ -56,7 +56,7 @@ def test_prints_the_episode_as_json(arguments):
     assert done.returncode == 0, done.stderr
     episode = json.loads(done.stdout)
     assert episode["end"] in ("answer", "turns") and episode["error"] is None
-    assert episode["calls"][0]["status"] == "ok" and episode["calls"][0]["shown"] == 1
+    assert episode["calls"][0]["status"] == "ok" and episode["calls"][0]["num_shown"] == 1
     assert episode["turns"][0]["action"] == "text_search"
     kinds = [segment["kind"] for segment in episode["segments"]]
     assert kinds[:4] == ["prompt", "model", "forced", "tool"]

@@ -18,11 +18,11 @@ from mmsr1_jax.config import settings
 from mmsr1_jax.episodes.episode import Episode, Example
 from mmsr1_jax.episodes.turns import parse
 from mmsr1_jax.tools.build import make_judge
-from mmsr1_jax.tools.cached_tool import Stored
+from mmsr1_jax.tools.cached_tool import CachedCalls
 from mmsr1_jax.tools.judge import Judge, NoVerdictError, read_verdict, verdict_of
 from mmsr1_jax.tools.service import Service, ServiceRefusedError
 from mmsr1_jax.tools.services.chat import completions_url, read_reply
-from mmsr1_jax.tools.tool_cache import Store
+from mmsr1_jax.tools.tool_cache import ToolCache
 from mmsr1_jax.tools.web import Answer, Web
 from mmsr1_jax.training import metrics
 from tests.servers import serve
@@ -59,7 +59,7 @@ class Server:
         host = self.url.removeprefix("http://")
         made = Service("judge", Web(allowed_hosts=[host], seconds=5), attempts=attempts,
                        longest_wait=0.01, per_second=1e4, address=self.url, **service)  # fmt: skip
-        return Judge(made, Stored(Store(None, "off")), base_url=self.url, model="m")
+        return Judge(made, CachedCalls(ToolCache(None, "off")), base_url=self.url, model="m")
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +293,7 @@ def test_a_fault_of_the_server_is_tried_again_and_gives_no_verdict(server, fault
 def test_a_reply_without_a_verdict_is_replayed_as_one_and_asked_again_otherwise(server, tmp_path):
     def judge(mode):
         made = server.judge()
-        made.stored = Stored(Store(tmp_path / "store.sqlite", mode))
+        made.stored = CachedCalls(ToolCache(tmp_path / "store.sqlite", mode))
         return made
 
     server.reply = lambda _: message("Yes")
@@ -305,7 +305,7 @@ def test_a_reply_without_a_verdict_is_replayed_as_one_and_asked_again_otherwise(
 
 
 def test_a_store_from_elsewhere_gives_no_verdict_of_another_shape(server, tmp_path):
-    stored = Stored(Store(tmp_path / "store.sqlite"))
+    stored = CachedCalls(ToolCache(tmp_path / "store.sqlite"))
     key = json.dumps(["m", "Where?", ["New York City"], "NYC"])
     for value in ([True], ["yes", "x"], {"correct": True}, "true", [True, "x", 1], [1, "x"]):
         asyncio.run(stored.put("verdict", key, value))
@@ -371,7 +371,7 @@ def test_an_address_may_end_as_users_write_it(base):
 
 def episodes_of(answers):
     return [
-        Episode(example=Example(question="q"), group=0, number=number, end="answer",
+        Episode(example=Example(question="q"), group=0, index=number, end="answer",
                 turns=[parse(f"<reason>r</reason><answer>{answer}</answer>")])
         for number, answer in enumerate(answers)
     ]  # fmt: skip
@@ -383,7 +383,7 @@ QUESTIONS = [types.SimpleNamespace(question="q", answers=["New York"])]
 def step(judge, answers):
     episodes = episodes_of(answers)
     rewards = train.score(episodes, QUESTIONS, settings.Config(), judge, step=0)
-    return rewards, metrics.of_episodes(episodes, rewards, ["c"] * len(episodes))
+    return rewards, metrics.episode_metrics(episodes, rewards, ["c"] * len(episodes))
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404, 400, 308])
@@ -424,11 +424,11 @@ def test_a_judge_that_fails_for_a_tenth_of_the_answers_is_counted_and_the_step_c
     server.reply = reply
     answers = [f"{'right' if number % 20 < 10 else 'no'} {number}" for number in range(100)]
     rewards, figures = step(server.judge(failures=None), [*answers, "New York"])
-    assert figures["judge/asked"] == 100
+    assert figures["judge/requests"] == 100
     assert figures["judge/failed"] == figures["judge/unreadable"] == 0.1
     assert [r.known for r in rewards] == [not a.endswith("7") for a in answers] + [True]
     right = 40 + 1  # of each ten, one failed and one was unreadable
-    assert figures["accuracy"] == figures["accuracy_of/c"] == right / 91
+    assert figures["accuracy"] == figures["accuracy_by_category/c"] == right / 91
     known = [reward.reward for reward in rewards if reward.known]
     assert figures["reward"] == pytest.approx(sum(known) / 91)
     lines = capsys.readouterr().err.splitlines()
@@ -457,10 +457,10 @@ def test_a_step_without_any_verdict_has_no_accuracy(server):
     """Answers that need no judge would pass for all of them."""
     server.reply = lambda _: Response(status_code=500)
     _, figures = step(server.judge(), ["New York", "NYC", "NYC!"])
-    assert figures["judge/failed"] == 1 and figures["judge/asked"] == 2
+    assert figures["judge/failed"] == 1 and figures["judge/requests"] == 2
     assert not {"accuracy", "reward"} & set(figures)
     _, figures = step(server.judge(), ["New York"])  # nothing to ask
-    assert figures["judge/asked"] == figures["judge/failed"] == 0 and figures["accuracy"] == 1
+    assert figures["judge/requests"] == figures["judge/failed"] == 0 and figures["accuracy"] == 1
 
 
 def test_without_a_judge_there_are_no_figures_of_one():

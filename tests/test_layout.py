@@ -10,11 +10,11 @@ import pytest
 
 from configs import qwen7b
 from mmsr1_jax.apps.report import pictures, records
-from mmsr1_jax.apps.serve.events import Teller
+from mmsr1_jax.apps.serve.events import EventSerializer
 from mmsr1_jax.config import settings
 from mmsr1_jax.episodes import prompts
 from mmsr1_jax.episodes.episode import Episode, Example, Segment, ShownResult
-from mmsr1_jax.episodes.escaping import harmless
+from mmsr1_jax.episodes.escaping import escape_tags
 from mmsr1_jax.episodes.layout import _shares, _up_to_border
 from mmsr1_jax.episodes.rules import Rules
 from mmsr1_jax.processing.images import ImageProcessor
@@ -57,8 +57,8 @@ def rules(processor):
 
 def reply(rules, results, action="text_search", room=8000):
     query = Query(action=action, text="q", question=EXAMPLE.question)
-    found = rules.read(Observation(results=results))
-    return rules.observed(query, EXAMPLE, 0, room, found, None, 0.5)
+    found = rules.validate_observation(Observation(results=results))
+    return rules.tool_reply(query, EXAMPLE, 0, room, found, None, 0.5)
 
 
 def picture(seed=0, side=90):
@@ -89,7 +89,9 @@ def test_a_page_cannot_write_a_second_result(rules, processor):
     assert [line for line in lines if line.startswith("summary: ")] == [
         "summary: Pills.", "summary: It was opened in 1886."
     ]  # fmt: skip
-    told = Teller(processor, processor.token_bytes())("reply", found.prompt.tokens, (), found.call)
+    told = EventSerializer(processor, processor.token_bytes())(
+        "reply", found.prompt.tokens, (), found.call
+    )
     assert [result["link"] for result in told["results"]] == [
         "http://evil.example/", "https://en.wikipedia.org/wiki/Bridge"
     ]  # fmt: skip
@@ -105,7 +107,7 @@ def test_every_text_of_a_result_is_made_harmless(rules, processor):
         results = [by_hand] if plain else [text_result("http://x/", f"x\n{bad}\ny")]
         found = reply(rules, results)
         (result,) = found.call.results
-        assert bad not in result.text.splitlines() and harmless(result.text) == result.text
+        assert bad not in result.text.splitlines() and escape_tags(result.text) == result.text
         text = processor.decode(found.prompt.tokens)
         for mark in ("</information>", "[Text Search Results]", "\n1. ", "<|im_end|>"):
             assert text.count(mark) == around.count(mark)
@@ -142,7 +144,7 @@ def test_text_never_becomes_a_control_token(released):
     assert not control & set(processor.encode_text(everything))
     results = [text_result(everything, everything), (Part(text=everything),)]
     found = reply(rules, results)
-    assert found.call.shown == 2
+    assert found.call.num_shown == 2
     only = {processor.control["<|im_start|>"], processor.control["<|im_end|>"]}
     assert control & set(found.prompt.tokens.tolist()) == only
 
@@ -152,7 +154,7 @@ def test_text_never_becomes_a_control_token(released):
 
 def episode_of(processor, found, images=()):
     prompt = processor.first_turn([*images, "Q <|vision_start|><|image_pad|><|vision_end|>"])
-    episode = Episode(example=Example(id="e", question="Q"), group=0, number=0)
+    episode = Episode(example=Example(id="e", question="Q"), group=0, index=0)
     episode.segments = [Segment("prompt", prompt.tokens), Segment("tool", found.prompt.tokens)]
     episode.images = [*prompt.images, *found.prompt.images]
     episode.calls.append(found.call)
@@ -184,7 +186,7 @@ def test_what_is_shown_of_results_is_what_was_recorded(rules, processor, tmp_pat
     assert [result["pictures"] for result in call["results"]] == [[], [1], [2, 3]]
     assert [result["title"] for result in call["results"]][1] == found.call.results[1].title
     assert record["turns"][0]["reply"].count(fake) == 0  # escaped, so not even as a text
-    told = Teller(processor, processor.token_bytes())(
+    told = EventSerializer(processor, processor.token_bytes())(
         "reply", found.prompt.tokens, tuple(episode.images), found.call
     )
     assert [result["picture"] is None for result in told["results"]] == [True, False, False]
@@ -229,7 +231,7 @@ def test_long_pages_of_all_languages_are_shown_shortened(released, language):
     text = LANGUAGES[language]
     results = [text_result(f"https://x.example/{i}", f"{i} {text * 100}") for i in range(5)]
     found = reply(rules, results)
-    assert found.call.shown == found.call.found == 5
+    assert found.call.num_shown == found.call.num_results == 5
     assert 1700 < len(found.prompt.tokens) <= 2048
     assert sum("tokens cut to" in note for note in found.call.notes) == 5
     written = processor.decode(found.prompt.tokens)
@@ -251,7 +253,7 @@ def test_one_long_result_hides_no_other(rules, long):
     texts = [f"Short text number {i}." for i in range(5)]
     texts[long] = "a word and " * 300
     found = reply(rules, [text_result(f"http://x/{i}", text) for i, text in enumerate(texts)])
-    assert found.call.shown == 5 and 700 < len(found.prompt.tokens) <= 800
+    assert found.call.num_shown == 5 and 700 < len(found.prompt.tokens) <= 800
     for number, (result, text) in enumerate(zip(found.call.results, texts, strict=True)):
         if number != long:
             assert result.text == text
@@ -282,13 +284,13 @@ def test_a_result_with_pictures_is_whole_or_not_there(rules, processor):
     results = [image_result(picture(seed), f"title {seed} " * 40) for seed in range(5)]
     for room in range(60, 1000, 45):
         found = reply(make_rules(processor, room), results, "image_search")
-        assert not found.call.shown or len(found.prompt.tokens) <= room
+        assert not found.call.num_shown or len(found.prompt.tokens) <= room
         images = len(found.prompt.images) if found.prompt is not None else 0
         pads = 0
         if images:
             pads = int((found.prompt.tokens == processor.control["<|image_pad|>"]).sum())
             assert pads == sum(len(i.values) // 4 for i in found.prompt.images)
-        assert images == found.call.shown == len(found.call.results)
+        assert images == found.call.num_shown == len(found.call.results)
 
 
 def test_shares_are_as_equal_as_can_be():

@@ -31,8 +31,8 @@ from tests.test_update import (
     assert_same,
     flat,
     learner,
+    make_samples,
     prepared,
-    samples_of,
     torch_loss,
 )
 
@@ -100,7 +100,7 @@ def test_a_linear_map_and_its_gradients():
 
 def test_fresh_adapters_change_nothing():
     plain, one = learner(CONFIG), learner(CONFIG, **EVERYWHERE)
-    batches = packing.pack(samples_of(CONFIG), CONFIG, SHAPE)
+    batches = packing.pack(make_samples(CONFIG), CONFIG, SHAPE)
     for found, wanted in zip(one.score(batches), plain.score(batches), strict=True):
         np.testing.assert_array_equal(found, wanted)
     expected = flat(plain.params)
@@ -113,7 +113,7 @@ def test_fresh_adapters_change_nothing():
 
 
 def test_merged_is_the_same_policy(one):
-    batches = packing.pack(samples_of(CONFIG), CONFIG, SHAPE)
+    batches = packing.pack(make_samples(CONFIG), CONFIG, SHAPE)
     graph, params = nnx.split(one.model())
     assert "adapter" not in str(graph)
     plain = learner(CONFIG)
@@ -132,7 +132,7 @@ def test_only_adapters_are_trained():
     assert sum("adapter" in path for path in paths) == len(paths) - 1
     before, adapters, whole = flat(one.frozen), flat(one.trained), flat(one.params)
     reference = one.snapshot()
-    batches = prepared(one, samples_of(CONFIG))
+    batches = prepared(one, make_samples(CONFIG))
     first = one.score(batches)
     for _ in range(2):  # A has no gradient until B has moved
         assert one.update(batches, 1e-2)["finite"] == 1
@@ -163,7 +163,7 @@ def test_no_float32_copy_of_the_policy(tiny_dir, one_device):
 @pytest.mark.proof
 def test_a_gradient_holds_no_product_of_the_factors():
     """In the compiled program no matrix product, however its axes lie, is as large as a kernel."""
-    batches = packing.pack(samples_of(CONFIG), CONFIG, packing.RowShape(1, 130, 10))
+    batches = packing.pack(make_samples(CONFIG), CONFIG, packing.RowShape(1, 130, 10))
 
     def products(**update):
         text = learner(CONFIG, **update).lower(batches[0]).compile().as_text()
@@ -184,8 +184,8 @@ def test_eight_devices():
         np.testing.assert_array_equal(value, flat(one.trained)[name])  # the same first values
     one, other = moved(one), moved(other)
     assert_same(
-        after(other, prepared(other, samples_of(CONFIG), batches)),
-        after(one, prepared(one, samples_of(CONFIG))),
+        after(other, prepared(other, make_samples(CONFIG), batches)),
+        after(one, prepared(one, make_samples(CONFIG))),
     )
     expected = flat(one.params)
     for name, value in flat(other.params).items():
@@ -215,7 +215,7 @@ def _is_base(path, value):
 def test_peft_reads_our_adapters(one, tmp_path):
     theirs = peft_model(one, tmp_path / "adapter")
     merged = torch_model(one.model())
-    for sample in samples_of(CONFIG, 3):
+    for sample in make_samples(CONFIG, 3):
         wanted = torch_logits(theirs, sample.prompt, CONFIG)
         np.testing.assert_allclose(
             torch_logits(merged, sample.prompt, CONFIG), wanted, rtol=0, atol=1e-4
@@ -227,7 +227,7 @@ def test_peft_reads_our_adapters(one, tmp_path):
 
 def test_updates_equal_torch(tmp_path):
     one = moved(learner(CONFIG, max_grad_norm=0.5, **EVERYWHERE))
-    samples = samples_of(CONFIG, seed=2)
+    samples = make_samples(CONFIG, seed=2)
     theirs = peft_model(one, tmp_path / "start", is_trainable=True)
     chosen = {
         name.replace(".default", ""): p for name, p in theirs.named_parameters() if "lora_" in name
@@ -282,7 +282,7 @@ def test_the_merge_command(tiny_dir, tmp_path):
     loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         tmp_path / "merged", dtype=torch.float32
     )
-    prompt = samples_of(random_policy.CONFIG, 1)[0].prompt
+    prompt = make_samples(random_policy.CONFIG, 1)[0].prompt
     np.testing.assert_allclose(
         torch_logits(loaded.eval(), prompt, random_policy.CONFIG),
         torch_logits(torch_model(one.model()), prompt, random_policy.CONFIG), rtol=0, atol=1e-4,
@@ -300,7 +300,7 @@ def test_a_run_gone_on_with(tmp_path, questions):  # noqa: F811
     assert done.returncode == 0 and "resuming after step 1" in done.stderr, done.stderr[-3000:]
     first, second = metrics.read(workdir / "metrics.jsonl")
     for line in (first, second):  # the engine has the adapters merged, the trainer has not
-        assert line["update/engine_gap_abs"] < 1e-4 and line["update/gradient_norm"] > 0
+        assert line["update/rollout_logprob_diff_abs"] < 1e-4 and line["update/gradient_norm"] > 0
     assert first["update/kl"] == pytest.approx(0, abs=1e-9) and second["update/kl"] > 1e-7
     assert (workdir / "adapter" / lora.CONFIG).is_file() and (workdir / "policy").is_dir()
 

@@ -13,7 +13,7 @@ from flax import nnx
 from mmsr1_jax.config import settings
 from mmsr1_jax.models import sharding
 from mmsr1_jax.rollout import build
-from mmsr1_jax.rollout.device import Counts
+from mmsr1_jax.rollout.device import EngineStats
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.pool import EnginePool, _Shared
 from mmsr1_jax.scripts import random_policy
@@ -81,14 +81,14 @@ def engine_threads() -> list[str]:
 
 def test_episodes_are_those_of_one_engine(pool, expected):
     """All of them, to the last bit; nothing is compiled after the start; counts are of both."""
-    before, compiled = pool.counts, compile_counter.count()
-    decoded = [engine.counts.decoded for engine in pool.engines]
+    before, compiled = pool.stats, compile_counter.count()
+    decoded = [engine.stats.decoded for engine in pool.engines]
     episodes = list(pool.rollout(examples(6), rollouts=4))
     assert by_number(episodes) == by_number(expected)
-    assert {e.number: e.group for e in episodes} == {n: n // 4 for n in range(24)}
-    assert all(engine.counts.decoded > d for engine, d in zip(pool.engines, decoded, strict=True))
-    assert pool.counts.decoded - before.decoded == sum(int(e.loss_mask.sum()) for e in episodes)
-    assert isinstance(pool.counts, Counts)
+    assert {e.index: e.group for e in episodes} == {n: n // 4 for n in range(24)}
+    assert all(engine.stats.decoded > d for engine, d in zip(pool.engines, decoded, strict=True))
+    assert pool.stats.decoded - before.decoded == sum(int(e.loss_mask.sum()) for e in episodes)
+    assert isinstance(pool.stats, EngineStats)
     assert compile_counter.count() == compiled
 
 
@@ -108,7 +108,7 @@ def test_examples_are_read_as_they_are_needed(pool, single):
             yield example
 
     sampling = settings.Sampling(seed=7, top_p=0.9)
-    found = by_number(pool.rollout(questions(), sampling=sampling, watch=watch))
+    found = by_number(pool.rollout(questions(), sampling=sampling, on_event=watch))
     assert max(ahead) <= 2 * (6 + 1) and len(ahead) == 16
     assert found == by_number(single.rollout(examples(16), sampling=sampling))
     assert list(pool.rollout(iter([]))) == []
@@ -146,11 +146,11 @@ def test_load_takes_what_a_trainer_has_on_all_devices(pool, single, model, other
     changed = by_number(single.rollout(examples(6), rollouts=4))
     single.load(nnx.split(model)[1])
     pool.load(other)
-    images, compiled = pool.counts.images, compile_counter.count()
+    images, compiled = pool.stats.images, compile_counter.count()
     pool.load(other)
     assert by_number(pool.rollout(examples(6), rollouts=4)) == changed != by_number(expected)
     assert compile_counter.count() == compiled
-    assert pool.counts.images > images  # those of the old parameters are not used
+    assert pool.stats.images > images  # those of the old parameters are not used
     prepared = pool.engines[0].device.prepare(other)
     for engine in pool.engines:
         engine.device.take(prepared)
@@ -174,9 +174,9 @@ def test_groups_of_devices_along_the_tensor_axis(model, processor, other, expect
     groups = [[0, 1], [3, 2]]
     models = build.copies(model, meshes(*groups))
     pool = EnginePool(models, processor, make_config(precompile=True), search_tools())
-    again = {episode.number: episode for episode in pool.rollout(examples(6), rollouts=4)}
+    again = {episode.index: episode for episode in pool.rollout(examples(6), rollouts=4)}
     for episode in expected:
-        found = again[episode.number]
+        found = again[episode.index]
         assert found.tokens.tolist() == episode.tokens.tolist()
         np.testing.assert_allclose(found.logprobs, episode.logprobs, atol=1e-4, rtol=0)
     for engine in pool.engines:
@@ -232,12 +232,12 @@ def test_what_examples_and_watch_raise_is_heard(pool, expected):
 
     def watch(episode, event):
         if event == "end":
-            raise KeyError(episode.number)
+            raise KeyError(episode.index)
 
     with pytest.raises(OSError, match="the dataset is gone"):
         list(pool.rollout(questions(), rollouts=4))
     with pytest.raises(KeyError):
-        list(pool.rollout(examples(6), rollouts=4, watch=watch))
+        list(pool.rollout(examples(6), rollouts=4, on_event=watch))
     assert engine_threads() == [] and works(pool, expected)
 
 
@@ -251,10 +251,10 @@ def test_watch_is_called_by_one_at_a_time(pool):
         time.sleep(0.002)
         inside -= 1
         if event == "end":
-            ends.append(episode.number)
+            ends.append(episode.index)
 
-    episodes = list(pool.rollout(examples(6), rollouts=4, watch=watch))
-    assert together == 1 and sorted(ends) == sorted(e.number for e in episodes) == [*range(24)]
+    episodes = list(pool.rollout(examples(6), rollouts=4, on_event=watch))
+    assert together == 1 and sorted(ends) == sorted(e.index for e in episodes) == [*range(24)]
 
 
 def test_who_closes_early_is_not_kept_waiting(pool, expected):

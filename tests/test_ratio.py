@@ -18,8 +18,14 @@ from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.rl import packing
 from mmsr1_jax.rl.advantages import ADVANTAGES
 from mmsr1_jax.rl.learner import Learner
-from mmsr1_jax.rl.loss import AVERAGES
-from mmsr1_jax.rl.train_batch import figures_of, has_spread, make_loss, samples_of, shaped_rewards
+from mmsr1_jax.rl.loss import LOSS_AGGREGATIONS
+from mmsr1_jax.rl.train_batch import (
+    has_reward_variance,
+    make_loss,
+    make_samples,
+    shape_rewards,
+    update_metrics,
+)
 from mmsr1_jax.scripts import random_policy
 from tests.test_step import TEXT, episode_of, reward_of
 
@@ -94,13 +100,13 @@ def keeping(**fields):
 
 
 @pytest.mark.parametrize("overlong", OVERLONG)
-@pytest.mark.parametrize("how", AVERAGES)
+@pytest.mark.parametrize("how", LOSS_AGGREGATIONS)
 @pytest.mark.parametrize("kind", ADVANTAGES)
 def test_samples_make_the_objective_of_the_papers(kind, how, overlong):
     rng = np.random.default_rng(1)
     groups = random_groups()
     objective = keeping(advantage=kind, loss_aggregation=how, overlong=overlong)
-    samples, odd = samples_of(groups, objective, LIMIT, random_policy.CONFIG, WIDE)
+    samples, odd = make_samples(groups, objective, LIMIT, random_policy.CONFIG, WIDE)
     assert not odd
     terms, found, left = [], 0.0, list(samples)
     for group in groups:
@@ -116,7 +122,7 @@ def test_samples_make_the_objective_of_the_papers(kind, how, overlong):
             tokens = np.concatenate([s.tokens for s in drawn])
             np.testing.assert_array_equal(episode.tokens[sample.mask], tokens)
             logprobs = np.concatenate([s.logprobs for s in drawn])
-            np.testing.assert_array_equal(sample.behaviour[sample.mask], logprobs)
+            np.testing.assert_array_equal(sample.rollout_logprobs[sample.mask], logprobs)
             np.testing.assert_allclose(sample.advantages, value, 1e-6, 1e-7)
             terms.append(value * factors[sample.mask])
             weighted = sample.weights.astype(float) * sample.advantages * factors
@@ -133,14 +139,14 @@ def test_length_can_make_a_group_worth_learning_from():
     group = [(short, reward_of(0.1)), (long, reward_of(0.1))]
     for overlong in OVERLONG:
         objective = keeping(overlong=overlong)
-        rewards = shaped_rewards(group, objective, LIMIT)
+        rewards = shape_rewards(group, objective, LIMIT)
         np.testing.assert_allclose(rewards, shaped(group, overlong), rtol=0, atol=1e-7)
-        assert has_spread(group, objective, LIMIT) == (overlong == "penalty")
+        assert has_reward_variance(group, objective, LIMIT) == (overlong == "penalty")
     assert shaped(group, "penalty").tolist() == pytest.approx([0.1, 0.1 - 15 / BUFFER])
     other = [(short, reward_of(1.0)), group[1]]
-    assert has_spread(other, keeping(), LIMIT)
-    assert not has_spread(other[:1], keeping(), LIMIT)
-    assert not has_spread([], keeping(), LIMIT)
+    assert has_reward_variance(other, keeping(), LIMIT)
+    assert not has_reward_variance(other[:1], keeping(), LIMIT)
+    assert not has_reward_variance([], keeping(), LIMIT)
 
 
 def test_what_fits_no_row_is_named_and_the_others_stay():
@@ -152,7 +158,7 @@ def test_what_fits_no_row_is_named_and_the_others_stay():
         (episode_of(TEXT["nonsense"], sampled=20, number=5), reward_of(0.0)),
         (episode_of(TEXT["nonsense"], number=6, images=[picture]), reward_of(0.5)),
     ]
-    samples, odd = samples_of([group], keeping(), 2 * LIMIT, random_policy.CONFIG, WIDE)
+    samples, odd = make_samples([group], keeping(), 2 * LIMIT, random_policy.CONFIG, WIDE)
     assert odd == [
         "episode 4: 129 tokens, more than update.pack_length=128",
         "episode 6: 4 image windows, more than update.pack_windows=3",
@@ -164,7 +170,7 @@ def test_what_fits_no_row_is_named_and_the_others_stay():
         np.testing.assert_allclose(sample.advantages, value, 1e-6)
 
 
-@pytest.mark.parametrize("how", AVERAGES)
+@pytest.mark.parametrize("how", LOSS_AGGREGATIONS)
 def test_what_has_no_gradient_is_left_out_and_changes_no_weight(how):
     values = [[1.0, 0.5, 0.0], [0.1, 0.1], [0.91, 0.1]]
     groups = [
@@ -176,7 +182,7 @@ def test_what_has_no_gradient_is_left_out_and_changes_no_weight(how):
 
     def made(**terms):
         objective = keeping(loss_aggregation=how, **terms)
-        samples, odd = samples_of(groups, objective, LIMIT, random_policy.CONFIG, WIDE)
+        samples, odd = make_samples(groups, objective, LIMIT, random_policy.CONFIG, WIDE)
         assert not odd
         return {int(sample.mask.sum()): sample.weights[0] for sample in samples}
 
@@ -222,7 +228,7 @@ def made(objective):
     learner = Learner(nnx.merge(graph, params), make_loss(objective), settings.Update(), mesh)
     groups, packed = groups_of(), []
     for part in (groups[0::2], groups[1::2]):
-        chosen, odd = samples_of(part, objective, LIMIT, random_policy.CONFIG, SHAPE)
+        chosen, odd = make_samples(part, objective, LIMIT, random_policy.CONFIG, SHAPE)
         assert len(chosen) == 6 and not odd
         packed.append(packing.pack(chosen, random_policy.CONFIG, SHAPE))
         assert len(packed[-1]) > 1  # gradients of several micro-batches are added up
@@ -243,8 +249,8 @@ def tokens_of(batches, values):
 def assert_sums(found, batches, new, old, *, corrected):
     """The sums of an update are those of GRPO (arXiv 2402.03300, eq. 3, with DAPO's average over
     tokens) at such log-probs."""
-    new, old, behaviour, advantages = (
-        tokens_of(batches, x) for x in (new, old, "behaviour", "advantages")
+    new, old, rollout_logprobs, advantages = (
+        tokens_of(batches, x) for x in (new, old, "rollout_logprobs", "advantages")
     )
     ratio = np.exp(new - old)
     clipped = np.clip(ratio, 0.8, 1.2)
@@ -258,14 +264,14 @@ def assert_sums(found, batches, new, old, *, corrected):
         "log_ratio_squared": ((new - old) ** 2).sum(),
     }
     if corrected:
-        gap = old - behaviour
+        gap = old - rollout_logprobs
         correction = np.minimum(np.exp(gap), CAP)
         objective = objective * correction
         wanted |= {
-            "engine_gap_abs": np.abs(gap).sum(),
-            "engine_gap_squared": (gap**2).sum(),
-            "correction": correction.sum(),
-            "corrections_capped": (gap >= np.log(CAP)).sum(),
+            "rollout_logprob_diff_abs": np.abs(gap).sum(),
+            "rollout_logprob_diff_squared": (gap**2).sum(),
+            "tis_weight": correction.sum(),
+            "tis_capped": (gap >= np.log(CAP)).sum(),
         }
     wanted["policy_loss"] = wanted["loss"] = -objective.mean()
     assert wanted["clipped_low"] > 0 and wanted["clipped_high"] > 0
@@ -277,20 +283,20 @@ def test_the_second_update_of_a_step_is_off_policy():
     """`old` comes of the score program, the new log-probs of that of gradients."""
     learner, packed = made(objective_of(old_logprobs="trainer"))
     start = learner.snapshot()
-    packed = [train._with(part, learner, "old", None) for part in packed]
+    packed = [train._with(part, learner, "old_logprobs", None) for part in packed]
     for part in packed:
-        old = tokens_of(part, "old")
+        old = tokens_of(part, "old_logprobs")
         assert old.std() > 0.1 and (old < 0).all()
     first, second = packed
 
-    figures = figures_of(learner.update(first, RATE))
+    figures = update_metrics(learner.update(first, RATE))
     assert figures["ratio"] == pytest.approx(1, abs=1e-5)
     assert figures["log_ratio_abs"] < 1e-5 and figures["clip_fraction"] == 0.0
     assert figures["finite"] == 1 and figures["gradient_norm"] > 0
 
-    before, after = [batch.old for batch in second], learner.score(second)
+    before, after = [batch.old_logprobs for batch in second], learner.score(second)
     sums = learner.update(second, RATE)
-    assert abs(figures_of(sums)["ratio"] - 1) > 1e-2
+    assert abs(update_metrics(sums)["ratio"] - 1) > 1e-2
     assert_sums(sums, second, after, before, corrected=True)
     # The step's beginning can still be scored: as the reference policy's are.
     for found, wanted in zip(learner.score(second, start), before, strict=True):
@@ -302,4 +308,4 @@ def test_the_ratio_against_the_engine():
     for part in (first, second):
         now = learner.score(part)
         sums = learner.update(part, RATE)
-        assert_sums(sums, part, now, [batch.behaviour for batch in part], corrected=False)
+        assert_sums(sums, part, now, [batch.rollout_logprobs for batch in part], corrected=False)

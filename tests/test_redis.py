@@ -23,9 +23,9 @@ from starlette.routing import Route
 
 from mmsr1_jax.tools import redis_cache
 from mmsr1_jax.tools.build import make_tools
-from mmsr1_jax.tools.cached_tool import Stored
-from mmsr1_jax.tools.redis_cache import RedisStore, is_redis, open_store
-from mmsr1_jax.tools.tool_cache import Store, StoreError
+from mmsr1_jax.tools.cached_tool import CachedCalls
+from mmsr1_jax.tools.redis_cache import RedisCache, is_redis, open_cache
+from mmsr1_jax.tools.tool_cache import ToolCache, ToolCacheError
 from tests import test_stored
 from tests.servers import serve
 from tests.test_make import ask, configured
@@ -35,19 +35,19 @@ PASSWORD = "very/secret#word@?%:"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.getcwd()}
 PUTTER = """
 import sys
-from mmsr1_jax.tools.redis_cache import RedisStore
-store = RedisStore(sys.argv[1])
+from mmsr1_jax.tools.redis_cache import RedisCache
+store = RedisCache(sys.argv[1])
 print(store.get("page", "theirs"))
 store.put("page", "mine", b"of the other process")
 """
 # Calls a service for some seconds, 8 at a time, once it is told to.
 CALLER = """
 import asyncio, functools, sys, time
-from mmsr1_jax.tools.redis_cache import RedisStore
+from mmsr1_jax.tools.redis_cache import RedisCache
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.web import Web
 store, address, name, rate, seconds = *sys.argv[1:4], float(sys.argv[4]), float(sys.argv[5])
-turn = functools.partial(RedisStore(store).turn, "engine", rate)
+turn = functools.partial(RedisCache(store).turn, "engine", rate)
 web = Web(allowed_hosts=[address.removeprefix("http://")])
 service = Service("engine", web, per_second=rate, turn=turn)
 
@@ -134,13 +134,13 @@ def nothing_secret_is_logged(caplog):
 
 
 def test_modes(address):
-    with pytest.raises(StoreError, match="no mode 'sometimes'"):
-        RedisStore(address, "sometimes")
-    recording = RedisStore(address, "record")
+    with pytest.raises(ToolCacheError, match="no mode 'sometimes'"):
+        RedisCache(address, "sometimes")
+    recording = RedisCache(address, "record")
     recording.put("links", "q", b"one")
     recording.put("page", "p", b"404", failed=True)
     assert recording.get("links", "q") is None  # a fresh record asks for everything
-    using, replaying, off = (RedisStore(address, mode) for mode in ("use", "replay", "off"))
+    using, replaying, off = (RedisCache(address, mode) for mode in ("use", "replay", "off"))
     assert using.get("links", "q") == replaying.get("links", "q") == (b"one", False)
     assert using.get("page", "p") is None and replaying.get("page", "p") == (b"404", True)
     assert using.get("page", "q") is None and using.get("links", "p") is None
@@ -156,8 +156,8 @@ def test_modes(address):
 def test_what_is_too_old(address, port):
     """`use` asks again and the server frees what it put; what was recorded stays for replays."""
     day = 86400
-    recording, using = RedisStore(address, "record"), RedisStore(address, days=2 / day)
-    replaying, impatient = RedisStore(address, "replay"), RedisStore(address, days=0.1 / day)
+    recording, using = RedisCache(address, "record"), RedisCache(address, days=2 / day)
+    replaying, impatient = RedisCache(address, "replay"), RedisCache(address, days=0.1 / day)
     recording.put("page", "recorded", b"old")
     using.put("page", "used", b"old")
     assert using.get("page", "used") == using.get("page", "recorded") == (b"old", False)
@@ -172,13 +172,13 @@ def test_what_is_too_old(address, port):
     time.sleep(0.15)
     assert replaying.get("page", "used") is None and using.info() == [("page", 1, 3)]
     assert replaying.get("page", "recorded") == (b"new", False)
-    RedisStore(address, days=1e300).put("page", "used", b"for long")
+    RedisCache(address, days=1e300).put("page", "used", b"for long")
     recording.put("page", "used", b"for ever")
     assert client(port).pttl(sorted(lives, key=lives.get)[1]) == -1
 
 
 def test_two_processes(address):
-    mine = RedisStore(address)
+    mine = RedisCache(address)
     mine.put("page", "theirs", b"of this process")
     other = subprocess.run([sys.executable, "-c", PUTTER, address], env=ENVIRONMENT,
                            capture_output=True, text=True, check=True)  # fmt: skip
@@ -191,11 +191,11 @@ def test_recorded_and_replayed(address, monkeypatch):
     monkeypatch.setenv("SERPER_API_KEY", "k")
     ask_both, tools, asked = test_stored.ask_both, test_stored.tools, test_stored.ASKED
     with serve(test_stored.app()) as service:
-        recorded = asyncio.run(ask_both(*tools(service, RedisStore(address, "record"))[:2]))
+        recorded = asyncio.run(ask_both(*tools(service, RedisCache(address, "record"))[:2]))
         asked.clear()
-        used = asyncio.run(ask_both(*tools(service, RedisStore(address, "use"))[:2]))
+        used = asyncio.run(ask_both(*tools(service, RedisCache(address, "use"))[:2]))
         assert sorted(asked) == ["/page/1", "/page/3"]  # what failed is worth another try
-    *both, backend = tools(service, RedisStore(address, "replay"))
+    *both, backend = tools(service, RedisCache(address, "replay"))
     assert asyncio.run(ask_both(*both)) == recorded == used
     assert [len(found.results) for found in recorded] == [3, 3] and backend.tried == []
 
@@ -257,7 +257,7 @@ def test_three_processes_share_a_rate(address, engine):
 
 def test_turns(address, port):
     """One an interval, whoever asks, also when the server's clock was set back."""
-    stores = [RedisStore(address) for _ in range(3)]
+    stores = [RedisCache(address) for _ in range(3)]
 
     async def turns():
         begin = time.monotonic()
@@ -327,17 +327,17 @@ def test_a_server_that_comes_back(tmp_path, monkeypatch):
     """It is not asked for a while, and then by one call; in a replay always."""
     monkeypatch.setattr(redis_cache, "_PAUSE", 0.4)
     with server(tmp_path) as (process, port):
-        store, replaying = RedisStore(address_of(port)), RedisStore(address_of(port), "replay")
+        store, replaying = RedisCache(address_of(port)), RedisCache(address_of(port), "replay")
         store.put("page", "p", b"x")
         process.kill()
         process.wait()
         for one in (store, replaying):
-            with pytest.raises(StoreError, match="127.0.0.1"):
+            with pytest.raises(ToolCacheError, match="127.0.0.1"):
                 one.get("page", "p")
         again = start(port, tmp_path)
         try:
             assert replaying.get("page", "p") is None
-            with pytest.raises(StoreError, match="127.0.0.1"):
+            with pytest.raises(ToolCacheError, match="127.0.0.1"):
                 store.put("page", "p", b"y")
             time.sleep(0.4)
             store.put("page", "p", b"y")
@@ -352,12 +352,12 @@ def test_one_call_finds_out(tmp_path, monkeypatch):
     monkeypatch.setattr(redis_cache, "_TIMEOUT", 0.5)
     monkeypatch.setattr(redis_cache, "_PAUSE", 0.2)
     with server(tmp_path) as (process, port):
-        store = RedisStore(address_of(port))
+        store = RedisCache(address_of(port))
         process.send_signal(signal.SIGSTOP)
 
         def taken(_):
             begin = time.monotonic()
-            with pytest.raises(StoreError, match="127.0.0.1"):
+            with pytest.raises(ToolCacheError, match="127.0.0.1"):
                 store.get("page", "p")
             return time.monotonic() - begin
 
@@ -370,14 +370,14 @@ def test_one_call_finds_out(tmp_path, monkeypatch):
 
 def test_a_command_that_is_refused_closes_nothing(address, port, capfd):
     """A full server still says what it has."""
-    store = RedisStore(address)
+    store = RedisCache(address)
     store.put("page", "p", b"x")
     client(port).config_set("maxmemory", 1)
     try:
-        with pytest.raises(StoreError, match="maxmemory"):
+        with pytest.raises(ToolCacheError, match="maxmemory"):
             store.put("page", "q", b"y")
         assert store.get("page", "p") == (b"x", False)
-        asyncio.run(Stored(store).put("page", "q", "y"))
+        asyncio.run(CachedCalls(store).put("page", "q", "y"))
     finally:
         client(port).config_set("maxmemory", 0)
     assert capfd.readouterr().err.count("searches go on without it") == 1
@@ -386,25 +386,25 @@ def test_a_command_that_is_refused_closes_nothing(address, port, capfd):
 
 def test_a_password_from_the_environment(port, monkeypatch):
     monkeypatch.setenv("STORE_PASSWORD", PASSWORD)
-    RedisStore(f"redis://127.0.0.1:{port}/1").put("page", "p", b"x")
-    with pytest.raises(StoreError, match="invalid username-password pair"):
-        RedisStore(address_of(port, "wrong"))
+    RedisCache(f"redis://127.0.0.1:{port}/1").put("page", "p", b"x")
+    with pytest.raises(ToolCacheError, match="invalid username-password pair"):
+        RedisCache(address_of(port, "wrong"))
     monkeypatch.delenv("STORE_PASSWORD")
-    with pytest.raises(StoreError, match="Authentication required"):
-        RedisStore(f"redis://127.0.0.1:{port}/1")
+    with pytest.raises(ToolCacheError, match="Authentication required"):
+        RedisCache(f"redis://127.0.0.1:{port}/1")
 
 
 def test_a_password_that_is_wrong(port, capfd):
     for password in ("secret too", "", "secret@/?#:[%"):
-        with pytest.raises(StoreError, match=f"redis://127.0.0.1:{port}/1: ") as error:
-            RedisStore(address_of(port, password))
+        with pytest.raises(ToolCacheError, match=f"redis://127.0.0.1:{port}/1: ") as error:
+            RedisCache(address_of(port, password))
         assert "secret" not in str(error.value)
-    store = RedisStore(address_of(port))
+    store = RedisCache(address_of(port))
     admin = client(port)
     admin.config_set("requirepass", "another")
     try:
         admin.client_kill_filter(_type="normal", skipme=True)
-        assert asyncio.run(Stored(store).look("page", "p")) is None
+        assert asyncio.run(CachedCalls(store).look("page", "p")) is None
     finally:
         admin.config_set("requirepass", PASSWORD)
     said = capfd.readouterr().err
@@ -415,8 +415,10 @@ def test_a_server_that_repeats_what_it_was_told(tmp_path):
     """As one does that does not know the command: the password, or the beginning of a long one."""
     with server(tmp_path, "--rename-command", "AUTH", "") as (_, port):
         for password in (PASSWORD, "secret" * 50):
-            with pytest.raises(StoreError, match=f"127.0.0.1:{port}/1: unknown command") as error:
-                RedisStore(address_of(port, password))
+            with pytest.raises(
+                ToolCacheError, match=f"127.0.0.1:{port}/1: unknown command"
+            ) as error:
+                RedisCache(address_of(port, password))
             assert "secret" not in str(error.value)
 
 
@@ -427,37 +429,37 @@ def test_a_server_that_repeats_what_it_was_told(tmp_path):
 ])  # fmt: skip
 def test_no_address(wrong):
     assert is_redis(wrong)
-    with pytest.raises(StoreError, match="not an address of a Redis server") as error:
-        open_store(wrong)
+    with pytest.raises(ToolCacheError, match="not an address of a Redis server") as error:
+        open_cache(wrong)
     assert "secret" not in str(error.value) and "se[" not in str(error.value)
 
 
 def test_nobody_is_there():
     pytest.importorskip("redis", reason="no redis-py (pip install redis)")
-    with pytest.raises(StoreError, match=r"redis://\[::1\]:\d+/0: "):
-        open_store(f"redis://u:secret@[::1]:{free_port()}")
-    with pytest.raises(StoreError, match="h:6379/0: an ssl_ option that does not exist"):
-        open_store("rediss://u:secret@h?ssl_secret=1")
+    with pytest.raises(ToolCacheError, match=r"redis://\[::1\]:\d+/0: "):
+        open_cache(f"redis://u:secret@[::1]:{free_port()}")
+    with pytest.raises(ToolCacheError, match="h:6379/0: an ssl_ option that does not exist"):
+        open_cache("rediss://u:secret@h?ssl_secret=1")
 
 
 def test_what_is_missing_is_named(monkeypatch, tmp_path):
     assert not is_redis(tmp_path / "redis.sqlite") and not is_redis("redis")
-    assert isinstance(open_store(str(tmp_path / "store.sqlite")), Store)
+    assert isinstance(open_cache(str(tmp_path / "store.sqlite")), ToolCache)
     monkeypatch.setitem(sys.modules, "redis", None)
-    with pytest.raises(StoreError, match="h:6379/0: redis-py is missing: pip install redis"):
-        open_store("redis://:secret@h")
+    with pytest.raises(ToolCacheError, match="h:6379/0: redis-py is missing: pip install redis"):
+        open_cache("redis://:secret@h")
 
 
 def test_the_command(address, tmp_path):
     command = functools.partial(run, module="mmsr1_jax.scripts.cache")
-    store, file = RedisStore(address), tmp_path / "copy.sqlite"
+    store, file = RedisCache(address), tmp_path / "copy.sqlite"
     store.put("links", "q", b"one")
     store.put("page", "Überall", b"x" * 2_000_000)
     store.put("page", "p", b"404", failed=True)
     told = "links: 1 entries, 0.0 MB\npage: 2 entries, 2.0 MB\n"
     assert command("info", address).stdout == told
     assert command("export", address, file).stdout == told
-    replaying = Store(file, "replay")
+    replaying = ToolCache(file, "replay")
     assert replaying.get("page", "Überall") == (b"x" * 2_000_000, False)
     assert replaying.get("page", "p") == (b"404", True)
     with sqlite3.connect(file) as copy:
@@ -469,8 +471,8 @@ def test_the_command(address, tmp_path):
     assert done.stdout.startswith(f"2 entries taken from {file}\n"), done
     assert store.get("page", "Überall") == (b"x" * 2_000_000, False)  # its own, not that of 1970
     assert store.get("page", "new") is None  # too old
-    assert RedisStore(address, "replay").get("page", "new") == (b"\x00\xff", False)
-    assert RedisStore(address, "replay").get("page", "bad") == (b"e", True)
+    assert RedisCache(address, "replay").get("page", "new") == (b"\x00\xff", False)
+    assert RedisCache(address, "replay").get("page", "bad") == (b"e", True)
     (tmp_path / "no").write_bytes(b"rubbish" * 1000)
     for arguments, message in (
         (["info", address.replace("very", "")], "127.0.0.1"), (["info", address + "?x"], "not an"),

@@ -24,10 +24,10 @@ from mmsr1_jax.evaluation import run as evaluation
 from mmsr1_jax.evaluation.scoring import rescore
 from mmsr1_jax.tools import Query
 from mmsr1_jax.tools.build import check_services, make_tools
-from mmsr1_jax.tools.cached_tool import Stored
+from mmsr1_jax.tools.cached_tool import CachedCalls
 from mmsr1_jax.tools.judge import Judge
 from mmsr1_jax.tools.service import ServiceRefusedError
-from mmsr1_jax.tools.tool_cache import Store
+from mmsr1_jax.tools.tool_cache import ToolCache
 from mmsr1_jax.training import metrics, sft_dataset
 from mmsr1_jax.utils import fallbacks
 from tests.servers import serve
@@ -140,7 +140,7 @@ def test_what_no_episode_may_search_for_is_not_asked(services):
 
 def test_a_replay_makes_no_connection(services, tmp_path):
     path = tmp_path / "store.sqlite"
-    Store(path).close()
+    ToolCache(path).close()
     config = configured(services.url, "serper", "serper", cache=str(path), cache_mode="replay")
     check_services(config, [config.turns])
     assert not services.asked
@@ -291,7 +291,7 @@ def test_summaries_that_fail_and_a_store_that_fails_are_counted(services, tmp_pa
     query = Query(action="text_search", text="q", question="What?")
     assert asyncio.run(tool(query)).status == "failed"
     assert fallbacks.take() == {"service/summariser/failed": 1}
-    stored = Stored(Store(tmp_path / "t.sqlite"))
+    stored = CachedCalls(ToolCache(tmp_path / "t.sqlite"))
     asyncio.run(stored.put("page", "k", "text"))
     (tmp_path / "t.sqlite").chmod(0o600)
     monkeypatch.setattr(stored._store, "get", lambda kind, key: (b'{"cut off', False))
@@ -304,7 +304,7 @@ def test_searches_that_lack_results_are_a_figure():
         episode = episode_of("<reason>r</reason><answer>x</answer>")
         episode.calls = [ToolCall(turn=0, action="text_search", query="q", status=status,
                                   notes=notes) for status, notes in calls]  # fmt: skip
-        figures = metrics.of_episodes([episode], [reward_of(1.0, True)], [""])
+        figures = metrics.episode_metrics([episode], [reward_of(1.0, True)], [""])
         return figures | {"tool/partial": metrics.partial_searches([episode])}
 
     assert of(("ok", ("page 2: HTTP status 403",)), ("ok", ()))["tool/partial"] == 0.5
@@ -361,7 +361,7 @@ def stand_ins(services, monkeypatch, tmp_path):
         rewards = train.score(episodes, drawn, config, judge, step=number - 1)
         seen = jnp.array([float(q.id[1:]) + number / 8 for q in drawn] * 2)
         Learner.now.trained = {"w": Learner.now.trained["w"] * 2 + seen}
-        return train.Rolled([], list(zip(episodes, rewards, strict=True)), drawn, 0)
+        return train.RolloutBatch([], list(zip(episodes, rewards, strict=True)), drawn, 0)
 
     def validate(engine, source, config, judge):
         train.score([episode_of("<reason>r</reason><answer>y</answer>")], list(source)[:1], config,
@@ -381,7 +381,7 @@ def stand_ins(services, monkeypatch, tmp_path):
     return config
 
 
-def figures_of(workdir):
+def update_metrics(workdir):
     lines = metrics.read(workdir / "metrics.jsonl")
     return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
@@ -397,11 +397,11 @@ def test_a_judge_that_refuses_later_saves_the_run_which_resumes_bit_exactly(
     workdir = tmp_path / "run"
     with pytest.raises(ServiceRefusedError, match=f"judge at .*401.*{workdir}: step 2 is saved"):
         train.train(stand_ins, "policy", workdir)
-    assert [line["step"] for line in figures_of(workdir)] == [1, 2]
+    assert [line["step"] for line in update_metrics(workdir)] == [1, 2]
     assert [path.name for path in (workdir / "checkpoints").glob("[0-9]*")] == ["2"]
     services.faults.clear()
     assert train.train(stand_ins, "policy", workdir) == 0
-    assert figures_of(workdir) == figures_of(tmp_path / "unbroken")
+    assert update_metrics(workdir) == update_metrics(tmp_path / "unbroken")
     assert (Learner.now.trained["w"] == unbroken).all()
 
 
@@ -410,10 +410,10 @@ def test_a_refusal_in_a_validation_ends_the_run_after_its_step(services, stand_i
     services.faults["judge"] = lambda body: 401 if services.asked["judge"] > 5 else None
     with pytest.raises(ServiceRefusedError, match="step 2 is saved"):
         train.train(stand_ins, "policy", tmp_path / "run")
-    assert [line["step"] for line in figures_of(tmp_path / "run")] == [1, 2]
+    assert [line["step"] for line in update_metrics(tmp_path / "run")] == [1, 2]
     services.faults.clear()
     assert train.train(stand_ins, "policy", tmp_path / "run") == 0
-    lines = figures_of(tmp_path / "run")
+    lines = update_metrics(tmp_path / "run")
     assert [line.get("validation/accuracy") for line in lines] == [None, None, None, 1.0]
 
 
@@ -430,9 +430,9 @@ def test_faults_of_services_are_figures_of_their_step(services, stand_ins, tmp_p
     )
     fallbacks.note("store/failed")  # before the first step: of none
     assert train.train(stand_ins, "policy", tmp_path / "run") == 0
-    lines = figures_of(tmp_path / "run")
+    lines = update_metrics(tmp_path / "run")
     assert [line["judge/failed"] for line in lines] == [1, 0, 0, 0]
-    assert [line["judge/asked"] for line in lines] == [2] * 4
+    assert [line["judge/requests"] for line in lines] == [2] * 4
     assert not any("store/failed" in line for line in lines)
 
 

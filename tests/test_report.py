@@ -33,9 +33,17 @@ HOSTILE = (
 PAGE = "https://example.org/bridge?a=1&b=%3Cscript%3E"
 CATEGORIES = ("search_free", "search_required", "<b>odd</b>")
 FIGURES = (
-    *("reward", "accuracy", "searches", "turns", "tokens", "tokens_sampled", "accuracy_of/free"),
+    *(
+        "reward",
+        "accuracy",
+        "searches",
+        "turns",
+        "tokens",
+        "tokens_sampled",
+        "accuracy_by_category/free",
+    ),
     *(f"search/{kind}" for kind in ("any", "text", "image", "both", "none")),
-    "search_of/free",
+    "search_by_category/free",
     *("time/rollout", "time/update", "time/step"),
 )
 WORDS = ("bridge", "tower", "cathedral", "stadium", "zürich", "canal")
@@ -51,7 +59,7 @@ def episode_of(processor, number, *, texts, found, question, images, rng):
     """An episode of given turns, as the engine would have recorded it; `found`: the reply of each
     turn but the last, as parts, and the results in it."""
     example = Example(id=f"q{number}", question=question)
-    episode = Episode(example=example, group=number, number=number)
+    episode = Episode(example=example, group=number, index=number)
     prompt = processor.first_turn([*images, question])
     episode.segments.append(Segment("prompt", prompt.tokens))
     episode.images += prompt.images
@@ -65,7 +73,7 @@ def episode_of(processor, number, *, texts, found, question, images, rng):
             parts, results = found[place]
             reply = processor.next_turn(parts)
             call = ToolCall(turn=place, action=read.action, query=read.payload, status="ok",
-                            seconds=0.25, found=2, shown=2, notes=("result 2: cut",),
+                            seconds=0.25, num_results=2, num_shown=2, notes=("result 2: cut",),
                             results=results)  # fmt: skip
             episode.calls.append(call)
             closing = np.array(processor.closing(), np.int32)
@@ -168,7 +176,7 @@ def directory(tmp_path_factory, processor):
 def outcome(workflow, number, rng):
     right = bool(rng.integers(2))
     return Outcome(
-        workflow=workflow, number=number, sample=0, id=str(number), question="?", source="s",
+        workflow=workflow, index=number, sample=0, id=str(number), question="?", source="s",
         category=CATEGORIES[number % 2], right=dict.fromkeys(MATCHES) | {"em": right},
         reward=0.5, format=True, made={"image_search": 1, "text_search": int(right)},
         failed={"image_search": 0, "text_search": 0}, refused=0, allowed=2, turns=2, tokens=100,
@@ -707,8 +715,8 @@ def test_overview(opened, directory):
     unfold(charts.first.locator("details"))
     last = charts.first.locator("tbody tr").last.locator("td").all_inner_texts()
     assert float(last[1]) == pytest.approx(json.loads(lines[-1])["reward"], abs=6e-5)
-    tab.select_option(".any select", "search_of/free")
-    assert tab.locator(".any figcaption").inner_text() == "search_of/free"
+    tab.select_option(".any select", "search_by_category/free")
+    assert tab.locator(".any figcaption").inner_text() == "search_by_category/free"
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ from mmsr1_jax.episodes.episode import Episode, Example, ToolCall
 from mmsr1_jax.episodes.turns import parse
 from mmsr1_jax.rewards import reward_function
 from mmsr1_jax.tools import judge as judges
-from mmsr1_jax.tools.cached_tool import Stored
+from mmsr1_jax.tools.cached_tool import CachedCalls
 from mmsr1_jax.tools.judge import Judge, Verdict, read_verdict
 from mmsr1_jax.tools.service import Service
-from mmsr1_jax.tools.tool_cache import Store
+from mmsr1_jax.tools.tool_cache import ToolCache
 from mmsr1_jax.tools.web import BodyError, Web
 from tests.servers import serve
 from tests.test_score import read, run, write
@@ -220,7 +220,7 @@ def episode(sequence, *statuses):
     calls = [ToolCall(turn=i, action="text_search", query="q", status=s)
              for i, s in enumerate(statuses)]  # fmt: skip
     return Episode(
-        example=Example(question="?"), group=0, number=0, turns=parsed(sequence), calls=calls
+        example=Example(question="?"), group=0, index=0, turns=parsed(sequence), calls=calls
     )
 
 
@@ -268,7 +268,7 @@ class Server:
         web = Web(allowed_hosts=[self.address.removeprefix("http://")], seconds=2)
         service = Service("judge", web, attempts=2, longest_wait=0.05)
         return Judge(
-            service, stored or Stored(Store(None, "off")), base_url=self.address, model="m"
+            service, stored or CachedCalls(ToolCache(None, "off")), base_url=self.address, model="m"
         )
 
 
@@ -363,14 +363,14 @@ def test_a_judge_that_fails_gives_no_verdict(server):
 
 
 def test_verdicts_are_stored_and_replayed(server, tmp_path):
-    stored = Stored(Store(tmp_path / "store.sqlite"))
+    stored = CachedCalls(ToolCache(tmp_path / "store.sqlite"))
     judge = server.judge(stored)
     first = ask(judge)
     assert ask(judge) == first and len(server.asked) == 1
     for change in ({"question": "What?"}, {"golds": ["Tejo"]}, {"answer": "Tagus, I think"}):
         ask(judge, **change)
     assert len(server.asked) == 4
-    replay = server.judge(Stored(Store(tmp_path / "store.sqlite", "replay")))
+    replay = server.judge(CachedCalls(ToolCache(tmp_path / "store.sqlite", "replay")))
     assert ask(replay) == first
     unknown = ask(replay, answer="new")
     assert unknown.correct is None and "not in the store" in unknown.reason

@@ -17,27 +17,27 @@ import pytest
 from mmsr1_jax.rl.advantages import (
     ADVANTAGES,
     group_advantages,
-    has_spread,
+    has_reward_variance,
     overlong_mask,
     overlong_penalty,
 )
 from mmsr1_jax.rl.loss import (
-    AVERAGES,
-    KLS,
-    RATIOS,
+    KL_ESTIMATORS,
+    LOSS_AGGREGATIONS,
+    RATIO_LEVELS,
     LossOptions,
     clipped_objective,
     importance_ratio,
     kl_estimate,
     policy_loss,
     token_weights,
-    truncated_importance,
+    truncated_importance_weights,
     weighted_sum,
 )
 from mmsr1_jax.rl.schedules import SCHEDULES, make_schedule
 
 FIXED = 40
-FIELDS = ("new", "old", "behaviour", "reference", "advantages", "entropies")
+FIELDS = ("new", "old_logprobs", "rollout_logprobs", "ref_logprobs", "advantages", "entropies")
 LAYOUTS = {  # micro-batches of rows of episodes, and the tokens of a row
     "one a row": ([[[0], [1], [2], [3], [4], [5], [6]]], 16),
     "one row": ([[[6, 0, 5, 1, 4, 2, 3]]], 98),
@@ -71,10 +71,10 @@ def test_advantages_are_those_of_the_papers(kind):
 @pytest.mark.parametrize("kind", ADVANTAGES)
 def test_a_group_without_spread_teaches_nothing(kind):
     for rewards in ([0.91], [0.1] * 8, [0.81, 0.9 * 0.9 * 1.0, 0.1 + 0.71]):
-        assert not has_spread(rewards)
+        assert not has_reward_variance(rewards)
         assert (group_advantages(rewards, kind) == 0).all()
-    assert has_spread([0.91, 0.91, 0.9])
-    assert has_spread([0, 1])
+    assert has_reward_variance([0.91, 0.91, 0.9])
+    assert has_reward_variance([0, 1])
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_group_without_spread_teaches_nothing(kind):
     [([0.1, float("nan")], r"rewards\[1\] is nan"), ([], "shape"), ([[1.0, 0.0]], "shape")],
 )
 def test_bad_rewards_are_named(rewards, message):
-    for function in (group_advantages, has_spread):
+    for function in (group_advantages, has_reward_variance):
         with pytest.raises(ValueError, match=message):
             function(rewards)
 
@@ -134,13 +134,13 @@ def episodes_of(seed, count=7):
         new = rng.normal(-1.5, 0.7, size)
         episode = {
             "new": new,
-            "old": new + rng.normal(0, 0.15, size),
-            "reference": new + rng.normal(0, 0.5, size),
+            "old_logprobs": new + rng.normal(0, 0.15, size),
+            "ref_logprobs": new + rng.normal(0, 0.5, size),
             "advantages": np.full(size, rng.normal()),
             "entropies": rng.uniform(0, 3, size),
             "mask": (rng.random(size) < 0.7) & (number != 3),
         }
-        episode["behaviour"] = episode["old"] + rng.normal(0, 0.2, size)
+        episode["rollout_logprobs"] = episode["old_logprobs"] + rng.normal(0, 0.2, size)
         made.append(episode)
     made[0]["mask"][:2] = True
     return made
@@ -160,26 +160,28 @@ def loss_of(episodes, options, how, xp=np):
     """The loss as the papers write it; xp: numpy or torch."""
     objectives, kls, entropies = [], [], []
     for e in episodes:
-        new, old, behaviour, reference, advantages, entropy = (e[f][e["mask"]] for f in FIELDS)
-        if options.ratio == "token":
+        new, old, rollout_logprobs, reference, advantages, entropy = (
+            e[f][e["mask"]] for f in FIELDS
+        )
+        if options.ratio_level == "token":
             ratio = xp.exp(new) / xp.exp(old)
-        elif options.ratio == "sequence":
+        elif options.ratio_level == "sequence":
             ratio = xp.exp((new - old).sum() / max(1, len(new))) + 0 * new
         else:
             ratio = xp.prod(xp.exp(new) / xp.exp(old)) + 0 * new
         clipped = xp.clip(ratio, 1 - options.clip_low, 1 + options.clip_high)
         objective = xp.minimum(ratio * advantages, clipped * advantages)
-        if options.truncation is not None:
-            objective = objective * xp.clip(xp.exp(old - behaviour), 0, options.truncation)
+        if options.tis_cap is not None:
+            objective = objective * xp.clip(xp.exp(old - rollout_logprobs), 0, options.tis_cap)
         r = xp.exp(reference) / xp.exp(new)
         kl = {"k1": -xp.log(r), "k2": xp.log(r) ** 2 / 2, "k3": r - 1 - xp.log(r)}
         objectives.append(objective)
-        kls.append(kl[options.kl_kind])
+        kls.append(kl[options.kl_estimator])
         entropies.append(entropy)
     return (
         -average_of(objectives, how)
-        + options.kl * average_of(kls, how)
-        - options.entropy * average_of(entropies, how)
+        + options.kl_coef * average_of(kls, how)
+        - options.entropy_coef * average_of(entropies, how)
     )
 
 
@@ -235,20 +237,20 @@ def run(episodes, options, how, layout="micro-batches", dtype=np.float64):
 
 def options_of(ratio="token", kl_kind="k3", truncation=1.1):
     return LossOptions(
-        ratio=ratio,
+        ratio_level=ratio,
         clip_low=0.03,
         clip_high=0.05,
-        kl=0.3,
-        kl_kind=kl_kind,
-        entropy=0.2,
-        truncation=truncation,
+        kl_coef=0.3,
+        kl_estimator=kl_kind,
+        entropy_coef=0.2,
+        tis_cap=truncation,
     )
 
 
 # Loss: its parts
 
 
-@pytest.mark.parametrize("kind", KLS)
+@pytest.mark.parametrize("kind", KL_ESTIMATORS)
 def test_kl_estimates(kind):
     rng = np.random.default_rng(1)
     new, reference = rng.normal(-1, 0.5, (2, 50))
@@ -292,27 +294,29 @@ def test_clipping_is_ppo_equation_7():
 
 def test_importance_weights_are_truncated_and_have_no_gradient():
     rng = np.random.default_rng(4)
-    trainer, behaviour = rng.normal(-1, 0.7, (2, 200))
-    found = truncated_importance(jnp.float32(trainer), jnp.float32(behaviour), 2.0)
-    want = np.minimum(np.exp(trainer) / np.exp(behaviour), 2.0)
+    trainer, rollout_logprobs = rng.normal(-1, 0.7, (2, 200))
+    found = truncated_importance_weights(jnp.float32(trainer), jnp.float32(rollout_logprobs), 2.0)
+    want = np.minimum(np.exp(trainer) / np.exp(rollout_logprobs), 2.0)
     np.testing.assert_allclose(found, want, 1e-6)
     assert (want == 2).any() and (want < 2).any()
-    gradient = jax.grad(lambda x: truncated_importance(x, jnp.float32(behaviour), 2.0).sum())
+    gradient = jax.grad(
+        lambda x: truncated_importance_weights(x, jnp.float32(rollout_logprobs), 2.0).sum()
+    )
     assert (gradient(jnp.float32(trainer)) == 0).all()
 
 
-@pytest.mark.parametrize("level", RATIOS)
+@pytest.mark.parametrize("level", RATIO_LEVELS)
 def test_ratios_of_packed_rows(level):
     episodes = episodes_of(5)
     micro_batches, length = LAYOUTS["micro-batches"]
     for rows in micro_batches:
         arrays, places = pack(episodes, rows, length, np.ones(7), np.float32)
-        rows_of = (arrays[f] for f in ("new", "old", "mask", "segment_ids"))
+        rows_of = (arrays[f] for f in ("new", "old_logprobs", "mask", "segment_ids"))
         found = jax.jit(importance_ratio, static_argnums=4)(*rows_of, level)
         assert (np.asarray(found)[~np.asarray(arrays["mask"])] == 1).all()
         for number, place in places.items():
             e = episodes[number]
-            ratios = (np.exp(e["new"]) / np.exp(e["old"]))[e["mask"]]
+            ratios = (np.exp(e["new"]) / np.exp(e["old_logprobs"]))[e["mask"]]
             if level == "sequence" and len(ratios):
                 ratios = np.full(len(ratios), np.prod(ratios) ** (1 / len(ratios)))
             elif level == "trajectory":
@@ -320,7 +324,7 @@ def test_ratios_of_packed_rows(level):
             np.testing.assert_allclose(found[place][e["mask"]], ratios, 2e-6)
 
 
-@pytest.mark.parametrize("how", AVERAGES)
+@pytest.mark.parametrize("how", LOSS_AGGREGATIONS)
 def test_weights_make_the_average_a_sum(how):
     rng = np.random.default_rng(6)
     values = [rng.normal(size=n) for n in (3, 1, 0, 17, 8)]
@@ -345,7 +349,7 @@ def test_bad_lengths_are_named():
 @pytest.mark.parametrize(
     "ratio, how, kl_kind, truncation",
     [
-        *itertools.product(RATIOS, AVERAGES, ["k3"], [1.1]),
+        *itertools.product(RATIO_LEVELS, LOSS_AGGREGATIONS, ["k3"], [1.1]),
         ("token", "sequence", "k1", None),
         ("token", "token", "k2", None),
     ],
@@ -356,18 +360,18 @@ def test_loss_is_that_of_the_papers(ratio, how, kl_kind, truncation):
     with jax.enable_x64(True):  # the weights are float32 still
         loss, sums, _ = run(episodes, options, how)
     assert loss == pytest.approx(want, rel=1e-6, abs=1e-7)
-    policy_only = dataclasses.replace(options, kl=0.0, entropy=0.0)
+    policy_only = dataclasses.replace(options, kl_coef=0.0, entropy_coef=0.0)
     assert sums["policy_loss"] == pytest.approx(loss_of(episodes, policy_only, how), rel=1e-6)
 
 
-@pytest.mark.parametrize("ratio, how", itertools.product(RATIOS, AVERAGES))
+@pytest.mark.parametrize("ratio, how", itertools.product(RATIO_LEVELS, LOSS_AGGREGATIONS))
 def test_gradient_is_that_of_torch(ratio, how):
     torch = pytest.importorskip("torch", reason="the reference's gradient needs torch")
     episodes, options = episodes_of(12), options_of(ratio)
     if ratio != "token":  # the papers' gradient of an episode knows no corrections of its tokens
-        options = dataclasses.replace(options, truncation=None)
+        options = dataclasses.replace(options, tis_cap=None)
     if ratio == "trajectory":  # see below
-        options = dataclasses.replace(options, kl=0.0)
+        options = dataclasses.replace(options, kl_coef=0.0)
     with jax.enable_x64(True):
         _, sums, gradients = run(episodes, options, how)
     assert sums["clipped_low"] > 0 and sums["clipped_high"] > 0
@@ -387,18 +391,18 @@ def test_gradient_is_that_of_torch(ratio, how):
         np.testing.assert_allclose(d_entropies, wanted[2 * number + 1], 1e-6, 1e-9)
 
 
-@pytest.mark.parametrize("ratio, how", itertools.product(RATIOS, AVERAGES))
+@pytest.mark.parametrize("ratio, how", itertools.product(RATIO_LEVELS, LOSS_AGGREGATIONS))
 def test_at_ratio_one_the_gradient_is_the_policy_gradient(ratio, how):
     episodes = episodes_of(9)
     for e in episodes:
-        e["old"] = e["reference"] = e["behaviour"] = e["new"]
+        e["old_logprobs"] = e["ref_logprobs"] = e["rollout_logprobs"] = e["new"]
     _, sums, gradients = run(episodes, options_of(ratio), how, dtype=np.float32)
     weights = token_weights([e["mask"].sum() for e in episodes], how, FIXED)
     for number, e in enumerate(episodes):
         want = np.where(e["mask"], -weights[number] * e["advantages"], 0)
         np.testing.assert_allclose(gradients[number][0], want, 1e-6)
     assert sums["ratio"] == sums["tokens"] == sum(e["mask"].sum() for e in episodes)
-    for name in ("clipped_low", "clipped_high", "log_ratio_abs", "kl", "engine_gap_abs"):
+    for name in ("clipped_low", "clipped_high", "log_ratio_abs", "kl", "rollout_logprob_diff_abs"):
         assert sums[name] == 0
 
 
@@ -406,17 +410,19 @@ def test_the_policy_itself_as_old():
     new = jnp.array([[-1.0, -2.0]])
     fixed = {"weights": jnp.ones((1, 2)), "mask": jnp.ones((1, 2), bool)}
     fixed |= {"segment_ids": jnp.ones((1, 2), jnp.int32), "advantages": jnp.array([[2.0, -3.0]])}
-    options = LossOptions(kl=0.0, truncation=1.5)
+    options = LossOptions(kl_coef=0.0, tis_cap=1.5)
 
     def loss(new):
-        return policy_loss(new, old=new, behaviour=new - 0.1, options=options, **fixed)[0]
+        return policy_loss(
+            new, old_logprobs=new, rollout_logprobs=new - 0.1, options=options, **fixed
+        )[0]
 
     np.testing.assert_allclose(
         jax.jit(jax.grad(loss))(new), [[-2 * np.exp(0.1), 3 * np.exp(0.1)]], 1e-6
     )
 
 
-@pytest.mark.parametrize("ratio, how", itertools.product(RATIOS, AVERAGES))
+@pytest.mark.parametrize("ratio, how", itertools.product(RATIO_LEVELS, LOSS_AGGREGATIONS))
 def test_packing_changes_nothing(ratio, how):
     episodes, options = episodes_of(10), options_of(ratio)
     results = [run(episodes, options, how, layout, np.float32) for layout in LAYOUTS]
@@ -433,10 +439,10 @@ def test_packing_changes_nothing(ratio, how):
 def test_sums_count_what_they_say():
     episodes, options = episodes_of(11), options_of()
     _, sums, _ = run(episodes, options, "token", dtype=np.float32)
-    new, old, behaviour, reference, advantages, entropies = (
+    new, old, rollout_logprobs, reference, advantages, entropies = (
         np.concatenate([e[f][e["mask"]] for e in episodes]) for f in FIELDS
     )
-    ratio, correction = np.exp(new - old), np.minimum(np.exp(old - behaviour), 1.1)
+    ratio, correction = np.exp(new - old), np.minimum(np.exp(old - rollout_logprobs), 1.1)
     want = {
         "tokens": len(new),
         "ratio": ratio.sum(),
@@ -444,19 +450,19 @@ def test_sums_count_what_they_say():
         "clipped_high": ((ratio > 1.05) & (advantages > 0)).sum(),
         "log_ratio_abs": np.abs(new - old).sum(),
         "log_ratio_squared": ((new - old) ** 2).sum(),
-        "engine_gap_abs": np.abs(old - behaviour).sum(),
-        "engine_gap_squared": ((old - behaviour) ** 2).sum(),
-        "correction": correction.sum(),
-        "corrections_capped": (correction == 1.1).sum(),
+        "rollout_logprob_diff_abs": np.abs(old - rollout_logprobs).sum(),
+        "rollout_logprob_diff_squared": ((old - rollout_logprobs) ** 2).sum(),
+        "tis_weight": correction.sum(),
+        "tis_capped": (correction == 1.1).sum(),
         "kl": (np.exp(reference - new) - 1 - (reference - new)).sum(),
         "entropy": entropies.sum(),
     }
-    assert want["clipped_low"] and want["clipped_high"] and want["corrections_capped"]
+    assert want["clipped_low"] and want["clipped_high"] and want["tis_capped"]
     del sums["policy_loss"]
     assert sums == pytest.approx({k: float(v) for k, v in want.items()}, rel=1e-5)
 
 
-@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("ratio", RATIO_LEVELS)
 @pytest.mark.parametrize("gap", [-1000.0, 1000.0])
 def test_far_off_logprobs_stay_finite(ratio, gap):
     """Also where the policy has all but lost a token that it sampled."""
@@ -467,14 +473,14 @@ def test_far_off_logprobs_stay_finite(ratio, gap):
     def loss(new, advantage):
         return policy_loss(
             new,
-            old=old,
-            behaviour=new,
-            reference=old,
+            old_logprobs=old,
+            rollout_logprobs=new,
+            ref_logprobs=old,
             advantages=jnp.full(size, advantage),
             weights=jnp.full(size, 0.25),
             mask=jnp.ones(size, bool),
             segment_ids=jnp.ones(size, jnp.int32),
-            options=LossOptions(ratio=ratio, truncation=2.0),
+            options=LossOptions(ratio_level=ratio, tis_cap=2.0),
         )[0]
 
     for advantage in (1.0, -1.0):
@@ -492,14 +498,14 @@ def test_a_masked_sum_has_no_gradient_where_nothing_counts():
 @pytest.mark.parametrize(
     "options, source",
     [
-        (LossOptions(), "kl=0.001 needs `reference`"),
-        (LossOptions(kl=0.0, entropy=0.1), "entropy=0.1 needs `entropies`"),
-        (LossOptions(kl=0.0, truncation=2.0), "truncation=2.0 needs `behaviour`"),
+        (LossOptions(), "kl_coef=0.001 needs `ref_logprobs`"),
+        (LossOptions(kl_coef=0.0, entropy_coef=0.1), "entropy_coef=0.1 needs `entropies`"),
+        (LossOptions(kl_coef=0.0, tis_cap=2.0), "tis_cap=2.0 needs `rollout_logprobs`"),
     ],
 )
 def test_a_term_without_its_source_is_refused(options, source):
     x = jnp.zeros((1, 2))
-    arrays = dict.fromkeys(("old", "advantages", "weights"), x)
+    arrays = dict.fromkeys(("old_logprobs", "advantages", "weights"), x)
     with pytest.raises(ValueError, match=source):
         policy_loss(x, mask=x == 0, segment_ids=x.astype(int), options=options, **arrays)
 

@@ -11,7 +11,7 @@ from configs import qwen7b
 from mmsr1_jax.config import settings
 from mmsr1_jax.episodes import prompts
 from mmsr1_jax.episodes.episode import Episode, Example, Segment, ToolCall
-from mmsr1_jax.episodes.rules import PromptTooLongError, Rules, Step, harmless
+from mmsr1_jax.episodes.rules import PromptTooLongError, Rules, Step, escape_tags
 from mmsr1_jax.episodes.turns import parse
 from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.processing.processor import Processor
@@ -47,34 +47,34 @@ def call(turn, status="ok"):
         ([TEXT, TEXT], [TEXT], False, Step("search")),
         ([TEXT, IMAGE], [TEXT], False, Step("search")),
         ([IMAGE, IMAGE], [IMAGE], False,
-         Step("say", prompt="over_limit", reason="the picture may be searched once")),
+         Step("notice", prompt="over_limit", reason="the picture may be searched once")),
         ([NOTHING], [], False,
-         Step("say", prompt="malformed", reason="no closing tag of an action")),
+         Step("notice", prompt="malformed", reason="no closing tag of an action")),
         ([NOTHING], [], True,
-         Step("say", prompt="malformed", reason="it is too long, and was cut off")),
+         Step("notice", prompt="malformed", reason="it is too long, and was cut off")),
         ([IMAGE, TEXT, TEXT], [IMAGE, TEXT], False, Step("end", end="turns")),
         ([NOTHING, NOTHING, NOTHING], [], False, Step("end", end="turns")),
         ([IMAGE, TEXT, ANSWER], [IMAGE, TEXT], False, Step("end", end="answer")),
     ],
 )  # fmt: skip
 def test_what_follows(rules, turns, calls, cut, expected):
-    assert rules.after(turns, [call(c) for c in calls], cut) == expected
+    assert rules.next_step(turns, [call(c) for c in calls], cut) == expected
 
 
 def test_limits_of_all_searches_together(processor):
     limits = settings.Turns(max_turns=5, max_searches=2, max_image_searches=1, max_text_searches=2)
     rules = Rules(processor, limits, settings.Tools(), prompts.load())
-    step = rules.after([IMAGE, TEXT, TEXT], [call(IMAGE), call(TEXT)], cut=False)
-    assert step == Step("say", prompt="over_limit", reason="you may search twice in all")
+    step = rules.next_step([IMAGE, TEXT, TEXT], [call(IMAGE), call(TEXT)], cut=False)
+    assert step == Step("notice", prompt="over_limit", reason="you may search twice in all")
     # A refused search does not count as made.
-    step = rules.after([IMAGE, IMAGE, TEXT], [call(IMAGE), call(IMAGE, "refused")], cut=False)
+    step = rules.next_step([IMAGE, IMAGE, TEXT], [call(IMAGE), call(IMAGE, "refused")], cut=False)
     assert step == Step("search")
 
 
 def reply(rules, observation, *, action="text_search", room=1500, error=None):
     query = Query(action=action, text="q", question=EXAMPLE.question)
-    read = rules.read(observation) if error is None else None
-    return rules.observed(query, EXAMPLE, 0, room, read, error, 0.5)
+    read = rules.validate_observation(observation) if error is None else None
+    return rules.tool_reply(query, EXAMPLE, 0, room, read, error, 0.5)
 
 
 def test_results_in_the_published_form(rules, processor):
@@ -87,7 +87,7 @@ def test_results_in_the_published_form(rules, processor):
     )
     assert processor.decode(found.prompt.tokens).endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert found.call == ToolCall(turn=0, action="text_search", query="q", status="ok",
-                                  seconds=0.5, found=2, shown=2)  # fmt: skip
+                                  seconds=0.5, num_results=2, num_shown=2)  # fmt: skip
     image = PIL.Image.new("RGB", (112, 112))
     found = reply(rules, Observation(results=[image_result(image, "a tower")]),
                   action="image_search")  # fmt: skip
@@ -106,14 +106,14 @@ def test_shortening_drops_whole_results(rules, processor):
     for room in range(0, 1500, 25):
         found = reply(rules, Observation(results=results), room=room)
         if found.prompt is None:
-            assert room < 400 and found.call.shown == 0
+            assert room < 400 and found.call.num_shown == 0
             continue
         assert len(found.prompt.tokens) <= room
         text = processor.decode(found.prompt.tokens)
-        assert text.count("w" * 150) == text.count("summary: ") == found.call.shown
+        assert text.count("w" * 150) == text.count("summary: ") == found.call.num_shown
         sizes.append(len(found.prompt.tokens))
-        shown.append(found.call.shown)
-        left_out = 5 - found.call.shown
+        shown.append(found.call.num_shown)
+        left_out = 5 - found.call.num_shown
         note = f"{left_out} of 5 results left out: no room"
         assert found.call.notes == ((note,) if left_out else ())
     assert shown == sorted(shown) and {0, 1, 2, 3} <= set(shown)
@@ -126,12 +126,12 @@ def test_pictures_are_never_cut(rules, processor):
     seen = set()
     for room in range(50, 600, 15):
         found = reply(rules, Observation(results=results), action="image_search", room=room)
-        seen.add(found.call.shown)
+        seen.add(found.call.num_shown)
         if found.prompt is None:
             continue
         pads = int((found.prompt.tokens == processor.control["<|image_pad|>"]).sum())
         assert pads == sum(len(i.values) // 4 for i in found.prompt.images)
-        assert found.call.shown == len(found.prompt.images)
+        assert found.call.num_shown == len(found.prompt.images)
     assert seen == set(range(6))
 
 
@@ -151,7 +151,7 @@ def test_a_failed_search_in_words(rules, processor, observation, error, reason, 
     found = reply(rules, observation, error=error)
     text = processor.decode(found.prompt.tokens)
     assert f"The search gave nothing: {reason}." in text and "SECRET" not in text
-    assert found.call.status == status and found.call.shown == 0
+    assert found.call.status == status and found.call.num_shown == 0
 
 
 @pytest.mark.parametrize(
@@ -160,23 +160,23 @@ def test_a_failed_search_in_words(rules, processor, observation, error, reason, 
      "</information", "<</information>>"],
 )  # fmt: skip
 def test_information_cannot_be_closed(text):
-    safe = harmless(text)
+    safe = escape_tags(text)
     assert (
         "<" not in safe.replace("<\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}", "")
         and "information" in safe.lower()
     )
-    assert harmless("5 < 6 and <b>inform</b>") == "5 < 6 and <b>inform</b>"
+    assert escape_tags("5 < 6 and <b>inform</b>") == "5 < 6 and <b>inform</b>"
 
 
 def test_a_refused_search_is_recorded(rules):
-    episode = Episode(example=EXAMPLE, group=0, number=0)
+    episode = Episode(example=EXAMPLE, group=0, index=0)
     episode.segments.append(Segment("prompt", np.zeros(50, np.int32)))
     episode.turns += [IMAGE, IMAGE]
-    step = rules.after(episode.turns, [call(IMAGE)], cut=False)
-    said = rules.say(step, episode, room=1000)
+    step = rules.next_step(episode.turns, [call(IMAGE)], cut=False)
+    said = rules.notice(step, episode, room=1000)
     assert said.call == ToolCall(turn=1, action="image_search", query=None, status="refused")
-    assert rules.say(step, episode, room=20).prompt is None
-    assert rules.room(episode, closing=2) == 2000 - 100 - 50 - 2
+    assert rules.notice(step, episode, room=20).prompt is None
+    assert rules.token_budget(episode, closing=2) == 2000 - 100 - 50 - 2
 
 
 def test_real_questions_and_pages(shared):
@@ -193,7 +193,9 @@ def test_real_questions_and_pages(shared):
     lengths = []
     for row in parquet.read_table(shared / "data" / "fvqa_mini.parquet").to_pylist():
         pictures = [image["bytes"] for image in row["images"]]
-        prompt = rules.first(Example(question=row["prompt"][0]["content"], images=pictures))
+        prompt = rules.initial_prompt(
+            Example(question=row["prompt"][0]["content"], images=pictures)
+        )
         pads = int((prompt.tokens == placeholder).sum())
         assert pads == sum(len(image.values) // 4 for image in prompt.images) >= 334
         lengths.append(len(prompt.tokens))
@@ -206,7 +208,7 @@ def test_real_questions_and_pages(shared):
             for page in pages[first : first + 5]
         ]
         found = reply(rules, Observation(results=results), room=2048)
-        assert found.call.shown == 5 and found.call.status == "ok", found.call
+        assert found.call.num_shown == 5 and found.call.status == "ok", found.call
         text = processor.decode(found.prompt.tokens)
         for page in pages[first : first + 5]:
             assert page["url"] in text
@@ -218,4 +220,4 @@ def test_real_questions_and_pages(shared):
 
 def test_a_question_without_room(rules):
     with pytest.raises(PromptTooLongError, match="leave room for a turn"):
-        rules.first(Example(question="word " * 2000))
+        rules.initial_prompt(Example(question="word " * 2000))

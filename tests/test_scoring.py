@@ -22,10 +22,10 @@ from mmsr1_jax.evaluation import scoring
 from mmsr1_jax.evaluation.scoring import finish, judged, rescore
 from mmsr1_jax.evaluation.table import table
 from mmsr1_jax.tools.build import make_judge
-from mmsr1_jax.tools.cached_tool import Stored
+from mmsr1_jax.tools.cached_tool import CachedCalls
 from mmsr1_jax.tools.judge import Judge
 from mmsr1_jax.tools.service import Service
-from mmsr1_jax.tools.tool_cache import Store
+from mmsr1_jax.tools.tool_cache import ToolCache
 from mmsr1_jax.tools.web import Web
 from tests.servers import serve
 
@@ -72,7 +72,9 @@ def judge_of(url, pauses):
     """A judge that is left alone for a tenth of a second after 20 failures in a row."""
     web = Web(allowed_hosts=[url.removeprefix("http://")], seconds=2)
     service = Service("judge", web, per_second=2000, longest_wait=0.02, pause=0.1)
-    return Judge(service, Stored(Store(None, "off")), base_url=url, model="m", pauses=pauses)
+    return Judge(
+        service, CachedCalls(ToolCache(None, "off")), base_url=url, model="m", pauses=pauses
+    )
 
 
 def write(path, name, count, **fields):

@@ -28,8 +28,8 @@ import PIL.Image
 import pytest
 
 from mmsr1_jax.apps.serve.app import Limits, check_picture, make_app, split
-from mmsr1_jax.apps.serve.events import Teller
-from mmsr1_jax.apps.serve.request_queue import Desk
+from mmsr1_jax.apps.serve.events import EventSerializer
+from mmsr1_jax.apps.serve.request_queue import RequestQueue
 from mmsr1_jax.config import settings
 from mmsr1_jax.episodes.episode import Example
 from mmsr1_jax.rollout.build import make_engine
@@ -163,7 +163,7 @@ def served(engine, limits=LIMITS, names=("127.0.0.1",)):
     gate, before = Gate(), [one.tools for one in engine.engines]
     for one in engine.engines:
         one.tools = {name: gate.around(tool) for name, tool in one.tools.items()}
-    desk = Desk(engine, engine.config.sampling)
+    desk = RequestQueue(engine, engine.config.sampling)
     app = make_app(desk, engine.processor, title="acting <b>", limits=limits, names=names)
     try:
         with serve(app) as url:
@@ -215,12 +215,12 @@ def check(events, episode, processor):
     assert len(replies) == sum(segment.kind == "tool" for segment in episode.segments)
     calls = [reply["call"] for reply in replies if reply["call"]]
     for told, call in zip(calls, episode.calls, strict=True):
-        assert (told["action"], told["query"], told["status"], told["shown"]) == (
-            call.action, call.query, call.status, call.shown,
+        assert (told["action"], told["query"], told["status"], told["num_shown"]) == (
+            call.action, call.query, call.status, call.num_shown,
         )  # fmt: skip
         assert "notes" not in told
     for reply in replies:
-        assert len(reply["results"]) == (reply["call"]["shown"] if reply["call"] else 0)
+        assert len(reply["results"]) == (reply["call"]["num_shown"] if reply["call"] else 0)
         assert bool(reply["said"]) == (not reply["results"])
     pictures = [r["picture"] for reply in replies for r in reply["results"] if r["picture"]]
     assert len(pictures) == len(episode.images) - 1
@@ -259,7 +259,7 @@ def test_each_gets_an_episode_of_their_own(engine, alone, places):
 
 
 def test_thumbnails_are_what_the_policy_saw(engine, alone):
-    number = next(n for n, e in enumerate(alone) if any(c.action == "image_search" and c.shown
+    number = next(n for n, e in enumerate(alone) if any(c.action == "image_search" and c.num_shown
                                                         for c in e.calls))  # fmt: skip
     with served(engine) as (url, _, gate):
         gate.open()
@@ -279,7 +279,7 @@ def test_characters_of_several_tokens(processor):
     """A turn that is drawn token by token is its text, and shows no half of a character."""
     text = "<reason>über 日本 ✓ 🙂</reason> <answer>é</answer>"
     tokens = processor.encode_text(text)
-    teller = Teller(processor, processor.token_bytes())
+    teller = EventSerializer(processor, processor.token_bytes())
     drawn = [teller("drawn", np.array([token], np.int32))["text"] for token in tokens]
     assert "".join(drawn) == text and "" in drawn
     half = processor.encode_text("🙂")[:1]
@@ -491,7 +491,7 @@ def test_three_users_at_once(engine, alone, open_page):
             assert len(written) == len(episode.turns)
             for text, turn in zip(written, episode.turns, strict=True):
                 assert turn.problem or text == turn.reason
-            assert tab.locator(".results > li").count() == sum(c.shown for c in episode.calls)
+            assert tab.locator(".results > li").count() == sum(c.num_shown for c in episode.calls)
             assert tab.locator(".results img").count() == len(episode.images) - 1
             if episode.answer is not None:
                 assert shown(tab, ".final p") == [episode.answer]

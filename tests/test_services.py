@@ -18,8 +18,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route
 
 from mmsr1_jax.tools import Query
-from mmsr1_jax.tools.cached_tool import Stored
-from mmsr1_jax.tools.image_search import ImageSearch, Publisher, Thumbnails
+from mmsr1_jax.tools.cached_tool import CachedCalls
+from mmsr1_jax.tools.image_search import ImageFetcher, ImageSearch, ImageUploader
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.services import Hit, KeyMissingError, Match, summariser
 from mmsr1_jax.tools.services.jina import Jina
@@ -30,7 +30,7 @@ from mmsr1_jax.tools.services.serpapi import SerpApi
 from mmsr1_jax.tools.services.serper import Serper
 from mmsr1_jax.tools.services.summariser import Summariser
 from mmsr1_jax.tools.text_search import TextSearch
-from mmsr1_jax.tools.tool_cache import Store
+from mmsr1_jax.tools.tool_cache import ToolCache
 from mmsr1_jax.tools.web import Web, WebError
 from tests.servers import serve
 from tests.test_web import Recording
@@ -356,12 +356,12 @@ class FixedLens:
 
 
 def look_up(address, lens=None, thumbnails=("/thumbnail/0",)):
-    one, nothing = service(address), Stored(Store(None, "off"))
+    one, nothing = service(address), CachedCalls(ToolCache(None, "off"))
     # The answer of `serper` and `serpapi` has a thumbnail at http://t: of no use, as t is no host.
     search = ImageSearch(
         lens or FixedLens([address + path for path in thumbnails]),
-        Publisher(one, nothing, put_url=f"{address}/put/", public_url="http://image"),
-        Thumbnails(one, max_bytes=1_000_000),
+        ImageUploader(one, nothing, put_url=f"{address}/put/", public_url="http://image"),
+        ImageFetcher(one, max_bytes=1_000_000),
         nothing,
         "test",
     )

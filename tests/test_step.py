@@ -58,7 +58,7 @@ def episode_of(
         drawn = rng.normal(-6.2, 0.3, (2, sampled)).astype(np.float32)
         segments.append(Segment("model", rng.integers(8, 500, sampled, np.int32), *drawn))
     return Episode(
-        example=example or Example(question="?"), group=group, number=number, segments=segments,
+        example=example or Example(question="?"), group=group, index=number, segments=segments,
         images=list(images), turns=[parse(text) for text in texts],
         calls=[ToolCall(turn=i, action=f"{kind}_search", query=None, status=status, seconds=s)
                for i, (kind, status, s) in enumerate(calls)],
@@ -323,7 +323,7 @@ def test_figures_of_hand_made_episodes():
         episode_of(*texts, calls=calls, end=end, seed=i)
         for i, (texts, calls, end, _, _) in enumerate(made)
     ]
-    found = metrics.of_episodes(episodes, [m[3] for m in made], [m[4] for m in made])
+    found = metrics.episode_metrics(episodes, [m[3] for m in made], [m[4] for m in made])
     # A turn is 3 tokens, what stands between two is 3 more, and the prompt is 5.
     turns = [3, 3, 1, 2, 3, 2]
     assert found == pytest.approx(
@@ -348,12 +348,12 @@ def test_figures_of_hand_made_episodes():
             "end/answer": 4 / 6,
             "end/turns": 1 / 6,
             "end/tokens": 1 / 6,
-            "accuracy_of/need": 1 / 2,
-            "search_of/need": 2 / 2,
-            "accuracy_of/free": 1.5 / 2,
-            "search_of/free": 0 / 2,
-            "accuracy_of/both": 0,
-            "search_of/both": 1,
+            "accuracy_by_category/need": 1 / 2,
+            "search_by_category/need": 2 / 2,
+            "accuracy_by_category/free": 1.5 / 2,
+            "search_by_category/free": 0 / 2,
+            "accuracy_by_category/both": 0,
+            "search_by_category/both": 1,
         },
         rel=1e-12,
     )
@@ -361,11 +361,11 @@ def test_figures_of_hand_made_episodes():
 
 def test_figures_where_nothing_could_be_run_or_nothing_was_searched():
     broken = episode_of(end="error")
-    assert metrics.of_episodes([broken] * 3, [reward_of(0.0)] * 3, ["a"] * 3) == {"errors": 3}
-    found = metrics.of_episodes([episode_of(answer("x"))], [reward_of(1.0, True)], [""])
+    assert metrics.episode_metrics([broken] * 3, [reward_of(0.0)] * 3, ["a"] * 3) == {"errors": 3}
+    found = metrics.episode_metrics([episode_of(answer("x"))], [reward_of(1.0, True)], [""])
     assert found["tool/calls"] == found["tool/failed"] == found["tool/seconds"] == 0
     assert found["search/none"] == found["accuracy"] == 1 and not any(
-        "_of/" in name for name in found
+        "_by_category/" in name for name in found
     )
 
 
@@ -422,13 +422,13 @@ def test_updates_that_are_not_finite_end_the_run(tmp_path):
         assert len(batches) > 1  # of both updates of the step
         for number in batches:
             mask = arrays[f"{number}.mask"]
-            assert mask.any() and np.isnan(arrays[f"{number}.behaviour"][mask]).all()
+            assert mask.any() and np.isnan(arrays[f"{number}.rollout_logprobs"][mask]).all()
             rows = arrays[f"{number}.rows.tokens"]
-            columns = arrays[f"{number}.before"][mask] + 1
+            columns = arrays[f"{number}.logit_columns"][mask] + 1
             places = np.nonzero(mask)[0], columns
             np.testing.assert_array_equal(rows[places], arrays[f"{number}.targets"][mask])
     (line,) = metrics.read(workdir / "metrics.jsonl")
-    assert line["step"] == 1 and line["update/lost"] == 2 and line["update/finite"] == 0
+    assert line["step"] == 1 and line["update/nonfinite"] == 2 and line["update/finite"] == 0
     config = json.loads((workdir / "config.json").read_text())
     assert "max_nonfinite_updates" in json.dumps(config)
     assert not (workdir / "policy").exists()
@@ -443,7 +443,7 @@ def test_eight_devices_train(tmp_path):
     assert len(lines) == 2
     for line in lines:
         assert line["errors"] == 0 and line["update/finite"] == 1
-        assert 0 < line["update/engine_gap_abs"] < 1e-4
+        assert 0 < line["update/rollout_logprob_diff_abs"] < 1e-4
         assert line["update/gradient_norm"] > 0
         assert line["update/log_ratio_abs"] > 1e-6  # the second update is off policy
     assert (tmp_path / "run" / "policy" / "config.json").is_file()

@@ -11,13 +11,13 @@ import time
 
 import pytest
 
-from mmsr1_jax.tools.tool_cache import Store, StoreError
+from mmsr1_jax.tools.tool_cache import ToolCache, ToolCacheError
 from tests.test_score import run
 
 WRITER = """
 import sys
-from mmsr1_jax.tools.tool_cache import Store
-store = Store(sys.argv[1])
+from mmsr1_jax.tools.tool_cache import ToolCache
+store = ToolCache(sys.argv[1])
 number = 0
 while True:
     store.put("page", f"{sys.argv[2]}-{number}", b"x" * 5000 + str(number).encode())
@@ -32,15 +32,15 @@ def path(tmp_path):
 
 
 def test_modes(path):
-    with pytest.raises(StoreError, match="no such store"):
-        Store(path, "replay")
-    with pytest.raises(StoreError, match="mode 'sometimes'"):
-        Store(path, "sometimes")
-    recording = Store(path, "record")
+    with pytest.raises(ToolCacheError, match="no such store"):
+        ToolCache(path, "replay")
+    with pytest.raises(ToolCacheError, match="mode 'sometimes'"):
+        ToolCache(path, "sometimes")
+    recording = ToolCache(path, "record")
     recording.put("links", "q", b"one")
     recording.put("page", "p", b"404", failed=True)
     assert recording.get("links", "q") is None  # a fresh record asks for everything
-    using, replaying, off = Store(path), Store(path, "replay"), Store(None, "off")
+    using, replaying, off = ToolCache(path), ToolCache(path, "replay"), ToolCache(None, "off")
     assert using.get("links", "q") == replaying.get("links", "q") == (b"one", False)
     assert using.get("page", "p") is None and replaying.get("page", "p") == (b"404", True)
     assert using.get("page", "q") is None
@@ -52,13 +52,13 @@ def test_modes(path):
 
 
 def test_what_is_too_old_is_asked_again(path):
-    Store(path).put("page", "p", b"old")
-    assert Store(path, days=0).get("page", "p") is None
-    assert Store(path, "replay", days=0).get("page", "p") == (b"old", False)
+    ToolCache(path).put("page", "p", b"old")
+    assert ToolCache(path, days=0).get("page", "p") is None
+    assert ToolCache(path, "replay", days=0).get("page", "p") == (b"old", False)
 
 
 def test_the_oldest_make_room(path):
-    store = Store(path, max_bytes=100_000)
+    store = ToolCache(path, max_bytes=100_000)
     for number in range(300):
         store.put("page", str(number), b"x" * 1000)
     ((_, entries, size),) = store.info()
@@ -67,11 +67,11 @@ def test_the_oldest_make_room(path):
 
 
 def test_an_import_stays_within_the_size_of_the_store(path, tmp_path):
-    other = Store(tmp_path / "other.sqlite")
+    other = ToolCache(tmp_path / "other.sqlite")
     for number in range(300):
         other.put("page", str(number), b"x" * 1000)
     other.close()
-    store = Store(path, max_bytes=100_000)
+    store = ToolCache(path, max_bytes=100_000)
     assert store.take(tmp_path / "other.sqlite") == 300
     ((_, _, size),) = store.info()
     assert size <= 110_000
@@ -79,9 +79,9 @@ def test_an_import_stays_within_the_size_of_the_store(path, tmp_path):
 
 def test_a_damaged_store_is_set_aside(path, capsys):
     path.write_bytes(b"this is no database at all" * 1000)
-    with pytest.raises(StoreError, match="damaged"):
-        Store(path, "replay")
-    store = Store(path)
+    with pytest.raises(ToolCacheError, match="damaged"):
+        ToolCache(path, "replay")
+    store = ToolCache(path)
     store.put("page", "p", b"new")
     assert store.get("page", "p") == (b"new", False)
     assert "damaged" in capsys.readouterr().err
@@ -90,14 +90,14 @@ def test_a_damaged_store_is_set_aside(path, capsys):
 
 
 def test_damage_that_shows_later(path, capsys):
-    store = Store(path)
+    store = ToolCache(path)
     for number in range(2000):
         store.put("page", str(number), b"x" * 1000)
     store.close()
     with open(path, "r+b") as file:
         file.seek(20_000)
         file.write(os.urandom(1_500_000))
-    store = Store(path)
+    store = ToolCache(path)
     found = [store.get("page", str(number)) for number in range(2000)]
     store.put("page", "new", b"y")
     assert store.get("page", "new") == (b"y", False)
@@ -126,12 +126,12 @@ def test_two_writers_one_of_them_killed(path):
             lines = process.stdout.read().split("\n")[:-1]  # a line that was cut does not count
             process.wait()
             acknowledged[name] = int(lines[-1]) if lines else 0
-        store = Store(path)
+        store = ToolCache(path)
         for name, last in acknowledged.items():
             value = store.get("page", f"{name}-{last}")
             assert value == (b"x" * 5000 + str(last).encode(), False)
         store.close()
-    store = Store(path, "replay")
+    store = ToolCache(path, "replay")
     for name, last in acknowledged.items():
         assert all(store.get("page", f"{name}-{number}") for number in range(last + 1))
     with sqlite3.connect(path) as connection:
@@ -146,7 +146,7 @@ def test_another_process_is_just_making_the_file(path):
     other.execute("CREATE TABLE something (x)")
     commit = threading.Timer(0.3, lambda: other.execute("COMMIT"))
     commit.start()
-    store = Store(path)
+    store = ToolCache(path)
     store.put("page", "a", b"x")
     commit.join()
     other.close()
@@ -154,7 +154,7 @@ def test_another_process_is_just_making_the_file(path):
 
 
 def test_reading_does_not_wait_for_a_writer(path):
-    store = Store(path)
+    store = ToolCache(path)
     store.put("page", "a", b"x")
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -170,9 +170,9 @@ def test_reading_does_not_wait_for_a_writer(path):
 
 
 def test_what_is_no_damage_sets_nothing_aside(path, capsys):
-    store = Store(path)
+    store = ToolCache(path)
     store.put("page", "a", b"x")
-    with pytest.raises(StoreError):
+    with pytest.raises(ToolCacheError):
         store.put("page", "b", object())
     store.put("page", "half a \ud800 pair", b"z")
     assert store.get("page", "half a \ud800 pair") == (b"z", False)
@@ -181,7 +181,7 @@ def test_what_is_no_damage_sets_nothing_aside(path, capsys):
 
 def test_two_that_use_a_store_that_is_damaged(path, capsys):
     """The second goes on with the file that the first began, and what is in it."""
-    first, second, third = Store(path), Store(path), Store(path)
+    first, second, third = ToolCache(path), ToolCache(path), ToolCache(path)
     for number in range(500):
         first.put("page", str(number), b"x" * 1000)
     for store in (first, second, third):
@@ -192,7 +192,7 @@ def test_two_that_use_a_store_that_is_damaged(path, capsys):
     first.put("page", "b", b"y")
     second.put("page", "c", b"z")
     third.put("page", "d", b"w")
-    for store in (first, second, third, Store(path, "replay")):
+    for store in (first, second, third, ToolCache(path, "replay")):
         assert store.get("page", "b") == (b"y", False)
         assert store.get("page", "c") == (b"z", False)
         assert store.get("page", "d") == (b"w", False)
@@ -200,27 +200,27 @@ def test_two_that_use_a_store_that_is_damaged(path, capsys):
 
 
 def test_a_failure_does_not_take_the_place_of_what_was_found(path, tmp_path):
-    store = Store(path)
+    store = ToolCache(path)
     store.put("page", "a", b"x")
     store.put("page", "a", b"503", failed=True)
     assert store.get("page", "a") == (b"x", False)
-    other = Store(tmp_path / "other.sqlite")
+    other = ToolCache(tmp_path / "other.sqlite")
     other.put("page", "a", b"503", failed=True)
     assert other.take(path) == 1 and other.get("page", "a") == (b"x", False)
-    recording = Store(path, "record")
+    recording = ToolCache(path, "record")
     recording.put("page", "a", b"404", failed=True)
-    assert Store(path, "replay").get("page", "a") == (b"404", True)
+    assert ToolCache(path, "replay").get("page", "a") == (b"404", True)
 
 
 def test_a_recorded_store_is_only_read(path, tmp_path):
-    store = Store(path)
+    store = ToolCache(path)
     store.put("page", "a", b"x")
     store.close()
     before = path.read_bytes()
     os.chmod(path, 0o444)
     os.chmod(tmp_path, 0o555)
     try:
-        replaying = Store(path, "replay")
+        replaying = ToolCache(path, "replay")
         assert replaying.get("page", "a") == (b"x", False)
         assert replaying.info() == [("page", 1, 1)]
         replaying.close()
@@ -230,23 +230,23 @@ def test_a_recorded_store_is_only_read(path, tmp_path):
     other = tmp_path / "no_store.sqlite"
     with sqlite3.connect(other) as connection:
         connection.execute("CREATE TABLE something (x)")
-    with pytest.raises(StoreError, match="no such table"):
-        Store(other, "replay")
+    with pytest.raises(ToolCacheError, match="no such table"):
+        ToolCache(other, "replay")
 
 
 def test_the_command(path, tmp_path):
     command = functools.partial(run, module="mmsr1_jax.scripts.cache")
-    store = Store(path)
+    store = ToolCache(path)
     store.put("links", "q", b"one")
     store.put("page", "p", b"x" * 2_000_000)
     copy, other = tmp_path / "copy.sqlite", tmp_path / "other.sqlite"
     assert command("info", path).stdout == "links: 1 entries, 0.0 MB\npage: 1 entries, 2.0 MB\n"
     assert command("export", path, copy).returncode == 0
-    Store(other).put("links", "q", b"mine")
+    ToolCache(other).put("links", "q", b"mine")
     done = command("import", other, copy)
     assert done.stdout.startswith(f"1 entries taken from {copy}\n")
-    assert Store(other).get("links", "q") == (b"mine", False)
-    assert Store(other).get("page", "p") == (b"x" * 2_000_000, False)
+    assert ToolCache(other).get("links", "q") == (b"mine", False)
+    assert ToolCache(other).get("page", "p") == (b"x" * 2_000_000, False)
     (tmp_path / "no").write_bytes(b"rubbish" * 1000)
     for arguments, message in (
         (["info", tmp_path / "none"], "no such store"), (["info", tmp_path / "no"], "damaged"),

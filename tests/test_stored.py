@@ -12,20 +12,20 @@ from starlette.routing import Route
 from mmsr1_jax.processing.image_files import public_jpeg
 from mmsr1_jax.tools import Observation, Query
 from mmsr1_jax.tools.cached_tool import (
-    Stored,
-    StoredFinder,
-    StoredPictures,
-    StoredReader,
-    StoredSearch,
-    StoredSummariser,
+    CachedCalls,
+    CachedFinder,
+    CachedImages,
+    CachedReader,
+    CachedSearch,
+    CachedSummariser,
 )
-from mmsr1_jax.tools.image_search import ImageSearch, Publisher, Thumbnails
+from mmsr1_jax.tools.image_search import ImageFetcher, ImageSearch, ImageUploader
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.services.reader import Reader
 from mmsr1_jax.tools.services.serper import Serper
 from mmsr1_jax.tools.services.summariser import Summariser
 from mmsr1_jax.tools.text_search import TextSearch
-from mmsr1_jax.tools.tool_cache import Store, StoreError
+from mmsr1_jax.tools.tool_cache import ToolCache, ToolCacheError
 from mmsr1_jax.tools.web import Web
 from tests.servers import serve
 from tests.test_web import Recording
@@ -97,15 +97,15 @@ def tools(address, store):
     """Both searches over one service, through a store; and where connections were made to."""
     backend = Recording()
     web = Web(allowed_hosts=[address.removeprefix("http://")], seconds=2.0, backend=backend)
-    service, stored = Service("test", web, attempts=1), Stored(store)
+    service, stored = Service("test", web, attempts=1), CachedCalls(store)
     serper = Serper(service, base_url=f"{address}/serper")
-    reader = StoredReader(Reader(service), stored, "reader")
-    summariser = StoredSummariser(Summariser(service, base_url=address, model="m"), stored, "m")
-    text = TextSearch(StoredFinder(serper, stored, "serper"), reader, summariser, results=3)
-    publisher = Publisher(
+    reader = CachedReader(Reader(service), stored, "reader")
+    summariser = CachedSummariser(Summariser(service, base_url=address, model="m"), stored, "m")
+    text = TextSearch(CachedFinder(serper, stored, "serper"), reader, summariser, results=3)
+    publisher = ImageUploader(
         service, stored, put_url=f"{address}/put/", public_url=f"{address}/public/"
     )
-    pictures = StoredPictures(Thumbnails(service), stored)
+    pictures = CachedImages(ImageFetcher(service), stored)
     return text, ImageSearch(serper, publisher, pictures, stored, "serper", results=3), backend
 
 
@@ -127,11 +127,11 @@ def clean(monkeypatch):
 def test_recorded_and_replayed(tmp_path):
     path = tmp_path / "store.sqlite"
     with serve(app()) as address:
-        recorded = asyncio.run(ask_both(*tools(address, Store(path, "record"))[:2]))
+        recorded = asyncio.run(ask_both(*tools(address, ToolCache(path, "record"))[:2]))
         first = len(ASKED)
-        asyncio.run(ask_both(*tools(address, Store(path, "record"))[:2]))
+        asyncio.run(ask_both(*tools(address, ToolCache(path, "record"))[:2]))
         assert len(ASKED) == 2 * first  # a record asks for everything anew
-        used = asyncio.run(ask_both(*tools(address, Store(path, "use"))[:2]))
+        used = asyncio.run(ask_both(*tools(address, ToolCache(path, "use"))[:2]))
         # What failed is worth another try, the rest is not asked again.
         assert sorted(ASKED[2 * first :]) == ["/page/1", "/page/3"]
     text, image = recorded
@@ -143,7 +143,7 @@ def test_recorded_and_replayed(tmp_path):
     assert image.error.startswith("1: 10 bytes: not an image")
     public, _ = asyncio.run(public_jpeg(jpeg(9)))  # its pixels, and nothing else of the file
     assert PUBLISHED and set(PUBLISHED.values()) == {public}
-    *both, backend = tools(address, Store(path, "replay"))
+    *both, backend = tools(address, ToolCache(path, "replay"))
     assert asyncio.run(ask_both(*both)) == recorded == used
     assert backend.tried == []  # not one connection
     other = Query(action="text_search", text="never asked", question="?")
@@ -156,9 +156,9 @@ def test_a_picture_is_put_once_in_all_runs(tmp_path):
     with serve(app()) as address:
         for _ in range(3):
             service = Service("t", Web(allowed_hosts=[address.removeprefix("http://")]))
-            stored = Stored(Store(tmp_path / "store.sqlite"))
+            stored = CachedCalls(ToolCache(tmp_path / "store.sqlite"))
             urls = {"put_url": f"{address}/put/", "public_url": f"{address}/public/"}
-            publish = Publisher(service, stored, **urls)
+            publish = ImageUploader(service, stored, **urls)
             assert asyncio.run(publish(jpeg(1))) == asyncio.run(publish(jpeg(1)))
         assert len(ASKED) == 1 and list(PUBLISHED.values()) == [jpeg(1)]
 
@@ -170,9 +170,9 @@ def test_a_search_as_a_whole(tmp_path):
     with serve(app()) as address:
 
         def search(mode, name="as a whole"):
-            store = Store(path, mode)
+            store = ToolCache(path, mode)
             text, _, backend = tools(address, store)
-            tool = StoredSearch(text, Stored(store), name)
+            tool = CachedSearch(text, CachedCalls(store), name)
             return asyncio.run(tool(query)), len(backend.tried)
 
         search("use")  # not whole: two pages failed
@@ -193,18 +193,18 @@ def test_a_search_as_a_whole(tmp_path):
         async def __call__(self, query):
             return Observation(status="failed", error="all is lost")
 
-    store = Store(path)
-    tool = StoredSearch(Down(), Stored(store), "down")
+    store = ToolCache(path)
+    tool = CachedSearch(Down(), CachedCalls(store), "down")
     assert asyncio.run(tool(query)).error == "all is lost"
-    replayed = StoredSearch(Down(), Stored(Store(path, "replay")), "down")
+    replayed = CachedSearch(Down(), CachedCalls(ToolCache(path, "replay")), "down")
     assert asyncio.run(replayed(query)) == Observation(status="failed", error="all is lost")
     assert dict((k, n) for k, n, _ in store.info())["answer"] == 2
 
 
 def test_a_store_that_fails_costs_no_search(tmp_path, capsys):
-    class Full(Store):
+    class Full(ToolCache):
         def put(self, *arguments, **keywords):
-            raise StoreError("disk full")
+            raise ToolCacheError("disk full")
 
     with serve(app()) as address:
         text, image, _ = tools(address, Full(tmp_path / "store.sqlite"))

@@ -411,14 +411,17 @@ def test_prompts_and_results_are_short(world, tokenizer, index):
     tools = settings.Tools(max_pixels=56 * 56)
     rules = Rules(processor, settings.Turns(), tools, prompts.load(PROMPTS))
     for q in questions(world, "unmet", 20):
-        first = rules.first(q.example())
+        first = rules.initial_prompt(q.example())
         assert first.grids == [(1, 6, 6)] and len(first.tokens) <= 60
         for action, text in (("image_search", None), ("text_search", query(q.landmark, q.fact))):
             asked = Query(action=action, text=text, question=q.question, images=q.images)
             found = asyncio.run(getattr(index, action)(asked))
-            reply = rules.observed(asked, q.example(), 0, 10_000, found, None, 0.0)
+            reply = rules.tool_reply(asked, q.example(), 0, 10_000, found, None, 0.0)
             each = 40 if action == "text_search" else 25
-            assert reply.call.shown and len(reply.prompt.tokens) <= 50 + each * reply.call.shown
+            assert (
+                reply.call.num_shown
+                and len(reply.prompt.tokens) <= 50 + each * reply.call.num_shown
+            )
 
 
 def test_text_comes_back(world, tokenizer):

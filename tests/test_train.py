@@ -16,7 +16,7 @@ import pytest
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.data import QuestionSource, tiny_world, write_parquet
-from mmsr1_jax.rl.train_batch import figures_of
+from mmsr1_jax.rl.train_batch import update_metrics
 from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.training import metrics
 from tests.programs import environment
@@ -103,18 +103,20 @@ def test_what_a_run_leaves_behind(unbroken):
     lines, _, episodes = results(unbroken)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for line in lines:
-        assert line["update/engine_gap_abs"] < 1e-4
+        assert line["update/rollout_logprob_diff_abs"] < 1e-4
         assert line["update/ratio"] == 1.0 and line["update/clip_fraction"] == 0.0
-        assert line["update/gradient_norm"] > 0 and line["update/lost"] == 0
-        assert line["errors"] == 0 and line["groups/asked"] == 2
+        assert line["update/gradient_norm"] > 0 and line["update/nonfinite"] == 0
+        assert line["errors"] == 0 and line["groups/sampled"] == 2
     # There is something to learn, and tools are part of it.
-    assert any(line["groups/spread"] > 0 and line["update/policy_loss"] != 0 for line in lines)
+    assert any(
+        line["groups/with_variance"] > 0 and line["update/policy_loss"] != 0 for line in lines
+    )
     assert sum(line["tool/calls"] for line in lines) > 5
     assert all(line["tool/failed"] == 0 for line in lines)
     assert ["validation/accuracy" in line for line in lines] == [False, False, True] * 2
     assert lines[0]["update/kl"] == pytest.approx(0, abs=1e-9)
     assert lines[-1]["update/kl"] > 1e-6
-    compiled = [line["time/compiled"] for line in metrics.read(unbroken / "metrics.jsonl")]
+    compiled = [line["time/compiles"] for line in metrics.read(unbroken / "metrics.jsonl")]
     assert compiled[3] == compiled[-1]  # the second validation compiles nothing
     episode = episodes[0]
     assert episode["answers"] and episode["segments"] and "reward" in episode["reward"]
@@ -261,10 +263,11 @@ def test_real_questions(shared, real_index, name, tokenizer, tmp_path):
     parts = {"reward", "accuracy", "format", "searches", "search/any", "search/text",
              "search/image", "search/both", "search/none", "turns", "tokens", "tool/failed",
              "validation/accuracy", "update/clip_fraction", "update/entropy",
-             "update/gradient_norm", "update/engine_gap_abs", "update/packing", "time/rollout",
-             "time/update", "time/compiled"}  # fmt: skip
+             "update/gradient_norm", "update/rollout_logprob_diff_abs", "time/rollout",
+             "update/packing_efficiency",
+             "time/update", "time/compiles"}  # fmt: skip
     assert parts <= lines[1].keys() and all(np.isfinite(lines[1][part]) for part in parts)
-    assert lines[1]["update/engine_gap_abs"] < 1e-4
+    assert lines[1]["update/rollout_logprob_diff_abs"] < 1e-4
     saved = [
         json.loads(line)
         for path in sorted((tmp_path / "run" / "episodes").iterdir())
@@ -272,7 +275,7 @@ def test_real_questions(shared, real_index, name, tokenizer, tmp_path):
     ]
     assert len(saved) == 16 and all(episode["images"] for episode in saved)
     if tokenizer == "own":
-        found = {call["action"] for e in saved for call in e["calls"] if call["shown"]}
+        found = {call["action"] for e in saved for call in e["calls"] if call["num_shown"]}
         assert found == ({"image_search", "text_search"} if name == "fvqa_mini" else found)
         assert found
 
@@ -309,6 +312,6 @@ def test_mistakes_are_said_in_one_line(tmp_path, policy):
 def test_sums_become_means():
     sums = {"tokens": 4.0, "loss": 1.5, "policy_loss": 1.0, "clipped_low": 1.0, "clipped_high": 2.0,
             "kl": 8.0, "log_ratio_squared": 16.0, "gradient_norm": 3.0, "finite": 1.0}  # fmt: skip
-    found = figures_of(sums)
+    found = update_metrics(sums)
     assert found["kl"] == 2.0 and found["log_ratio_rms"] == 2.0 and found["loss"] == 1.5
     assert found["clip_fraction"] == 0.75

@@ -19,11 +19,13 @@ from mmsr1_jax.scripts import random_policy
 from tests.reference import random_conversation, torch, torch_inputs, torch_model
 from tests.test_model import variant
 
-OPTIONS = loss.LossOptions(clip_low=0.1, clip_high=0.3, kl=0.05, entropy=0.01, truncation=1.5)
+OPTIONS = loss.LossOptions(
+    clip_low=0.1, clip_high=0.3, kl_coef=0.05, entropy_coef=0.01, tis_cap=1.5
+)
 SHAPE = packing.RowShape(rows=2, length=128, windows=16)
 
 
-def samples_of(config, count=5, seed=0):
+def make_samples(config, count=5, seed=0):
     rng = np.random.default_rng(seed)
     samples = []
     for number in range(count):
@@ -38,7 +40,7 @@ def samples_of(config, count=5, seed=0):
                 mask=mask,
                 weights=np.full(T, rng.uniform(0.01, 0.03), np.float32),
                 advantages=np.full(T, rng.normal(), np.float32),
-                behaviour=rng.normal(-6, 0.5, T).astype(np.float32),
+                rollout_logprobs=rng.normal(-6, 0.5, T).astype(np.float32),
             )
         )
     return samples
@@ -47,14 +49,14 @@ def samples_of(config, count=5, seed=0):
 def policy(logprobs, entropies, batch):
     return loss.policy_loss(
         logprobs,
-        old=batch.old,
+        old_logprobs=batch.old_logprobs,
         advantages=batch.advantages,
         weights=batch.weights,
         mask=batch.mask,
         segment_ids=batch.segment_ids,
         options=OPTIONS,
-        behaviour=batch.behaviour,
-        reference=batch.reference,
+        rollout_logprobs=batch.rollout_logprobs,
+        ref_logprobs=batch.ref_logprobs,
         entropies=entropies,
     )
 
@@ -70,7 +72,7 @@ def learner(config, mesh=None, attention="xla", **update):
 
 def with_old(batches, old, reference):
     return [
-        batch.replace(old=o, reference=r)
+        batch.replace(old_logprobs=o, ref_logprobs=r)
         for batch, o, r in zip(batches, old, reference, strict=True)
     ]
 
@@ -111,7 +113,7 @@ def one():
 
 @pytest.fixture(scope="module")
 def expected(one):
-    return after(one, prepared(one, samples_of(CONFIG)))
+    return after(one, prepared(one, make_samples(CONFIG)))
 
 
 def assert_same(found, expected):
@@ -128,14 +130,14 @@ def assert_same(found, expected):
 def test_packing_and_micro_batches_change_nothing(one, expected, shape):
     figures, moments = expected
     assert figures["finite"] == 1 and max(np.abs(m).max() for m in moments.values()) > 1e-3
-    batches = prepared(one, samples_of(CONFIG)[::-1], packing.RowShape(*shape))
+    batches = prepared(one, make_samples(CONFIG)[::-1], packing.RowShape(*shape))
     assert_same(after(one, batches), expected)
 
 
 @pytest.mark.parametrize("shape", [pytest.param((1, 8, 1), marks=pytest.mark.proof), (1, 4, 2)])
 def test_eight_devices(expected, shape):
     other = learner(CONFIG, sharding.make_mesh(*shape))
-    batches = prepared(other, samples_of(CONFIG), packing.RowShape(8, 128, 16))
+    batches = prepared(other, make_samples(CONFIG), packing.RowShape(8, 128, 16))
     assert_same(after(other, batches), expected)
     moments = [x for x in jax.tree.leaves(other.optimizer) if x.ndim > 2]
     parts = [x.sharding.shard_shape(x.shape) for x in moments]
@@ -155,25 +157,25 @@ def torch_loss(model, samples, old, reference):
         own.append(new.detach())
         if old is None:
             continue
-        weight, advantage, behaviour = (
+        weight, advantage, rollout_logprobs = (
             torch.tensor(x[columns], dtype=torch.float64)
-            for x in (sample.weights, sample.advantages, sample.behaviour)
+            for x in (sample.weights, sample.advantages, sample.rollout_logprobs)
         )
         shift = torch.sin(target * 1.7 + 0.3)
         old_, reference_ = old[number] + 0.2 * shift, reference[number] + 0.1 * shift
         ratio = (new - old_).exp()
         clipped = ratio.clamp(1 - OPTIONS.clip_low, 1 + OPTIONS.clip_high)
         objective = torch.minimum(ratio * advantage, clipped * advantage)
-        objective = objective * (old_ - behaviour).exp().clamp(max=OPTIONS.truncation)
+        objective = objective * (old_ - rollout_logprobs).exp().clamp(max=OPTIONS.tis_cap)
         d = reference_ - new
         kl = d.exp() - 1 - d
-        total = total + (weight * (-objective + OPTIONS.kl * kl - OPTIONS.entropy * entropy)).sum()
+        total = total + (weight * (-objective + OPTIONS.kl_coef * kl - OPTIONS.entropy_coef * entropy)).sum()
     return total, own
 
 
 @pytest.mark.parametrize("freeze_vision", [False, True])
 def test_three_updates_equal_torch(freeze_vision):
-    samples = samples_of(CONFIG, seed=2)
+    samples = make_samples(CONFIG, seed=2)
     one = learner(CONFIG, freeze_vision=freeze_vision)
     batches = prepared(one, samples)
     theirs = torch_model(one.model())
@@ -201,7 +203,7 @@ def test_three_updates_equal_torch(freeze_vision):
 
 
 def test_what_is_not_finite_changes_nothing(one):
-    batches = prepared(one, samples_of(CONFIG))
+    batches = prepared(one, make_samples(CONFIG))
     before, moments = flat(one.params), flat(one.optimizer)
     broken = [b.replace(advantages=np.where(b.mask, np.nan, 0).astype(np.float32)) for b in batches]
     assert one.update(broken, 1e-3)["finite"] == 0
@@ -212,7 +214,7 @@ def test_what_is_not_finite_changes_nothing(one):
 
 
 def test_a_reference_in_host_memory(one):
-    batches = packing.pack(samples_of(CONFIG), CONFIG, SHAPE)
+    batches = packing.pack(make_samples(CONFIG), CONFIG, SHAPE)
     reference = one.snapshot("pinned_host")
     assert {x.sharding.memory_kind for x in jax.tree.leaves(reference)} == {"pinned_host"}
     for found, wanted in zip(one.score(batches, reference), one.score(batches), strict=True):
@@ -226,7 +228,7 @@ def test_no_array_of_tokens_by_vocabulary():
     prompt = packing.Prompt(np.full(T, 9, np.int32), ())
     ones = np.ones(T, np.float32)
     sample = packing.Sample(
-        prompt=prompt, mask=ones > 0, weights=ones, advantages=ones, behaviour=ones
+        prompt=prompt, mask=ones > 0, weights=ones, advantages=ones, rollout_logprobs=ones
     )
     (batch,) = packing.pack([sample], config, packing.RowShape(1, T, 0))
     one = learner(config, attention="blockwise")
@@ -251,7 +253,7 @@ def test_first_fit_of_real_lengths():
 
 
 def test_what_fits_no_row_is_said():
-    prompt = samples_of(CONFIG, 1)[0].prompt
+    prompt = make_samples(CONFIG, 1)[0].prompt
     with pytest.raises(TooLongError, match="60 tokens, more than update.pack_length=50"):
         packing.check_fits(prompt, CONFIG, packing.RowShape(1, 50, 16))
     with pytest.raises(TooLongError, match="image windows, more than update.pack_windows=1"):

@@ -11,10 +11,12 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+from mmsr1_jax.config.errors import UserError
+
 _MAX_LENGTH = 100_000  # of strings (characters) and tuples (items)
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """An invalid setting; the message begins with the field."""
 
 

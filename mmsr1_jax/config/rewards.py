@@ -3,13 +3,14 @@
 import dataclasses
 
 from mmsr1_jax.config.choices import MATCHES
+from mmsr1_jax.config.errors import UserError
 
 # Action names used in `Rewards.sequences`.
 ACTIONS = ("answer", "image", "text")
 SEQUENCES = ("answer", "image,answer", "text,answer", "image,text,answer")
 
 
-class RewardsError(ValueError):
+class RewardsError(UserError):
     """An invalid reward setting; the message begins with the field."""
 
 

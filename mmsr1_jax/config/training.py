@@ -5,12 +5,12 @@ import dataclasses
 from mmsr1_jax.config.bounds import setting
 from mmsr1_jax.config.choices import (
     ADVANTAGES,
-    AVERAGES,
-    KLS,
+    KL_ESTIMATORS,
     LORA_TARGETS,
+    LOSS_AGGREGATIONS,
     OLD_LOGPROBS,
     OVERLONG,
-    RATIOS,
+    RATIO_LEVELS,
     REFERENCES,
     SCHEDULES,
     TEXT_TARGETS,
@@ -94,11 +94,11 @@ class Objective:
     """
 
     advantage: str = setting("grpo", one_of=ADVANTAGES)
-    ratio_level: str = setting("token", one_of=RATIOS)
-    loss_aggregation: str = setting("token", one_of=AVERAGES)
+    ratio_level: str = setting("token", one_of=RATIO_LEVELS)
+    loss_aggregation: str = setting("token", one_of=LOSS_AGGREGATIONS)
     clip_low: float = setting(0.2, at_least=0, at_most=1e6)
     clip_high: float = setting(0.2, at_least=0, at_most=1e6)
-    kl_estimator: str = setting("k3", one_of=KLS)
+    kl_estimator: str = setting("k3", one_of=KL_ESTIMATORS)
     kl_coef: float = setting(1e-3, at_least=0, at_most=1e6)
     reference: str = setting("device", one_of=REFERENCES)
     entropy_coef: float = setting(0.0, at_least=0, at_most=1e6)

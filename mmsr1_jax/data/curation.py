@@ -47,14 +47,14 @@ class Attempt:
     """The aspects of an episode that curation needs.
 
     Attributes:
-      number: Number of the episode.
+      index: Number of the episode.
       question: Number of its question.
       ran: Whether the episode could be run.
       reward: Reward of the episode.
       kinds: Kinds of search that the episode made, of `image_search` and `text_search`.
     """
 
-    number: int
+    index: int
     question: int
     ran: bool
     reward: reward_function.Reward
@@ -86,7 +86,7 @@ def attempt_of(
             reward_function.answer_of(turns), line["answers"], scoring
         )
     return Attempt(
-        number=line["number"],
+        index=line["index"],
         question=line["group"],
         ran=line["end"] != "error",
         reward=reward_function.score(turns, verdict, scoring, step, searches=len(made)),
@@ -113,7 +113,7 @@ def cheapest(attempts: Sequence[Attempt], most: int) -> list[Attempt]:
     Fewer searches come first, then well-formed before badly formed episodes, then lower numbers.
     """
     right = [attempt for attempt in attempts if attempt.right]
-    order = sorted(right, key=lambda a: (a.reward.searches, not a.reward.format, a.number))
+    order = sorted(right, key=lambda a: (a.reward.searches, not a.reward.format, a.index))
     return order[:most]
 
 

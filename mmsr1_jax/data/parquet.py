@@ -25,6 +25,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.data import cells, parquet_sizes
 from mmsr1_jax.episodes.episode import Example
 from mmsr1_jax.utils import checked_json, outputs
@@ -57,7 +58,7 @@ _SCHEMA = pa.schema(
 )
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Unusable data file or data position; the message names the problem."""
 
 

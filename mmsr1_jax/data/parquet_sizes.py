@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet
 
+from mmsr1_jax.config.errors import UserError
+
 MAX_TEXT = 1_000_000  # total bytes of text in a cell
 MAX_ITEMS = 1000  # items of a list in a cell
 _FREE = 64 << 20  # bytes of memory that a column of a row group may always take
@@ -27,7 +29,7 @@ Group = parquet.RowGroupMetaData
 Column = parquet.ColumnChunkMetaData
 
 
-class SizeError(ValueError):
+class SizeError(UserError):
     """File that would take far more memory than its size; names row group and column, if any."""
 
 

@@ -89,8 +89,8 @@ class ToolCall:
       query: Search query; None for an image search.
       status: `ok`, `empty`, `failed`, or `refused` (over a limit; no tool was called).
       seconds: Seconds that the tool took.
-      found: Number of results that the tool returned.
-      shown: Number of results that the policy saw.
+      num_results: Number of results that the tool returned.
+      num_shown: Number of results that the policy saw.
       notes: Results and images that were left out or changed, and why the search failed.
       results: Results that the policy saw; empty in records that do not have them. Excluded from
         equality, since the tokens already contain them.
@@ -101,8 +101,8 @@ class ToolCall:
     query: str | None
     status: str
     seconds: float = 0.0
-    found: int = 0
-    shown: int = 0
+    num_results: int = 0
+    num_shown: int = 0
     notes: tuple[str, ...] = ()
     results: tuple[ShownResult, ...] = dataclasses.field(default=(), compare=False)
 
@@ -114,7 +114,7 @@ class Episode:
     Attributes:
       example: The question.
       group: Index of the example in the run, shared by all its rollouts.
-      number: Index of the episode in the run, which seeds its random numbers.
+      index: Index of the episode in the run, which seeds its random numbers.
       segments: All tokens, in order.
       images: All images, in the order of their placeholders.
       turns: Parsed turns of the policy.
@@ -125,7 +125,7 @@ class Episode:
 
     example: Example
     group: int
-    number: int
+    index: int
     segments: list[Segment] = dataclasses.field(default_factory=list)
     images: list[Patches] = dataclasses.field(default_factory=list)
     turns: list[Turn] = dataclasses.field(default_factory=list)
@@ -196,7 +196,7 @@ class Episode:
             "id": self.example.id,
             "question": self.example.question,
             "group": self.group,
-            "number": self.number,
+            "index": self.index,
             "end": self.end,
             "error": self.error,
             "answer": self.answer,
@@ -241,7 +241,7 @@ class Episode:
         return cls(
             example=Example(id=field("id", str, ""), question=field("question", str, "")),
             group=field("group", int, 0),
-            number=field("number", int, 0),
+            index=field("index", int, 0),
             segments=[_segment_of(f"segments[{i}]", values) for i, values in enumerate(segments)],
             images=list(images),
             turns=read,

@@ -110,7 +110,7 @@ _INVISIBLE_ASCII = {0xE0000 + code: chr(code) for code in range(0x20, 0x7F)}
 _HAS_INVISIBLE_ASCII = re.compile("[\U000e0020-\U000e007e]")
 
 
-def harmless(text: str, *, line_start: bool = True) -> str:
+def escape_tags(text: str, *, line_start: bool = True) -> str:
     """Return external text with all imitations escaped.
 
     A text without imitations is returned unchanged, except for lone surrogates and the characters

@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from mmsr1_jax.episodes.episode import ShownResult
-from mmsr1_jax.episodes.escaping import harmless
+from mmsr1_jax.episodes.escaping import escape_tags
 from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.tools.links import one_line, shown_link
@@ -34,7 +34,7 @@ _UNSPACED = re.compile(
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class Fragment:
     """A piece of a block.
 
     Attributes:
@@ -52,10 +52,10 @@ class Piece:
         return self.field in ("title", "text")
 
 
-Block = tuple[Piece, ...]
+Block = tuple[Fragment, ...]
 
 
-def pieces_of(part: Part, begins: bool, limit: int) -> list[Piece]:
+def fragments_of(part: Part, begins: bool, limit: int) -> list[Fragment]:
     """Return the pieces of a text part; text without labels is escaped later, by `joined`.
 
     Args:
@@ -64,7 +64,7 @@ def pieces_of(part: Part, begins: bool, limit: int) -> list[Piece]:
       limit: Maximum number of characters; the rest is cut off.
     """
     if not part.fields:
-        return [Piece(part.text[:limit], "text", True)]
+        return [Fragment(part.text[:limit], "text", True)]
     pieces = []
     for label, value in part.fields:
         own = f"{'' if begins else chr(10)}{label}: "
@@ -73,21 +73,21 @@ def pieces_of(part: Part, begins: bool, limit: int) -> list[Piece]:
         value = shown_as(value[:limit])
         limit -= len(value)
         field = label if label in ("link", "title") else "text"
-        pieces += [Piece(own), Piece(harmless(value, line_start=False), field)]
+        pieces += [Fragment(own), Fragment(escape_tags(value, line_start=False), field)]
     return pieces
 
 
-def joined(pieces: Sequence[Piece]) -> Block:
+def joined(pieces: Sequence[Fragment]) -> Block:
     """Return pieces as a block.
 
     Adjacent texts without labels are merged before escaping, so that no imitation can be assembled
     from two of them.
     """
-    block: list[Piece] = []
+    block: list[Fragment] = []
     for plain, group in itertools.groupby(pieces, lambda piece: piece.line_start):
         if plain:
-            text = harmless("".join(piece.value for piece in group))
-            block.append(Piece(text, "text", True))
+            text = escape_tags("".join(piece.value for piece in group))
+            block.append(Fragment(text, "text", True))
         else:
             block += group
     return tuple(block)
@@ -190,7 +190,7 @@ class Shortener:
                     # A character split between tokens decodes to U+FFFD.
                     begin = self._processor.decode(ids[:tokens]).rstrip("\ufffd")
                     text = _up_to_border(self._decoded(piece.value), len(begin))
-                    text = harmless(text, line_start=piece.line_start)
+                    text = escape_tags(text, line_start=piece.line_start)
                     piece = dataclasses.replace(piece, value=text)
                 tokens = max(tokens - len(ids), 0)
             pieces.append(piece)

@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.utils import checked_pickle
 
 _BUILT_IN = pathlib.Path(__file__).parent / "prompts"
@@ -44,7 +45,7 @@ _MAX_BYTES = 1_000_000
 T = TypeVar("T")
 
 
-class PromptsError(ValueError):
+class PromptsError(UserError):
     """An unusable prompt; the message names the file."""
 
 

@@ -8,7 +8,7 @@
     no action, or cut off      a user turn describes the problem
     the last turn              the episode ends, whatever the turn contains
 
-All external data pass through `Rules.observed`. Text cannot contain control tokens or imitate our
+All external data pass through `Rules.tool_reply`. Text cannot contain control tokens or imitate our
 markup (`escaping.py`), images have a bounded size, and the text of results is shortened to fit
 (`layout.py`).
 """
@@ -22,9 +22,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from mmsr1_jax.config import settings
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.episodes import layout, prompts
 from mmsr1_jax.episodes.episode import End, Episode, Example, ToolCall
-from mmsr1_jax.episodes.escaping import harmless as harmless  # re-exported as part of the rules
+from mmsr1_jax.episodes.escaping import (
+    escape_tags as escape_tags,  # re-exported as part of the rules
+)
 from mmsr1_jax.episodes.turns import Action, Turn
 from mmsr1_jax.processing.image_files import ImageError, process_image, process_image_async
 from mmsr1_jax.processing.images import Patches
@@ -43,7 +46,7 @@ _REASON = {
 }
 
 
-class PromptTooLongError(ValueError):
+class PromptTooLongError(UserError):
     """A question whose first user turn leaves no tokens for the policy."""
 
 
@@ -57,7 +60,7 @@ class Step:
       prompt, reason: Name of the prompt and the reason to insert into it; only for `say`.
     """
 
-    kind: Literal["end", "search", "say"]
+    kind: Literal["end", "search", "notice"]
     end: End | None = None
     prompt: str = ""
     reason: str = ""
@@ -117,11 +120,11 @@ class Rules:
         )
 
     @property
-    def seconds(self) -> float:
+    def tool_timeout(self) -> float:
         """Time limit of a tool call in seconds, from `config.tools.timeout`."""
         return self._tools.timeout
 
-    def first(self, example: Example) -> Prompt:
+    def initial_prompt(self, example: Example) -> Prompt:
         """Return the prompt of a question.
 
         Raises:
@@ -140,7 +143,7 @@ class Rules:
             )
         return prompt
 
-    def forced(self, episode: Episode) -> Action | None:
+    def forced_action(self, episode: Episode) -> Action | None:
         """Return the action prescribed for the episode's next turn; None if the policy chooses.
 
         Image searches are skipped for a question without images.
@@ -149,7 +152,7 @@ class Rules:
         actions = [action for action in self._forced if action not in skipped]
         return actions[min(len(episode.turns), len(actions) - 1)] if actions else None
 
-    def after(self, turns: Sequence[Turn], calls: Sequence[ToolCall], cut: bool) -> Step:
+    def next_step(self, turns: Sequence[Turn], calls: Sequence[ToolCall], cut: bool) -> Step:
         """Return the step after the last of these turns.
 
         Args:
@@ -164,7 +167,7 @@ class Rules:
             return Step("end", end="turns")
         if turn.action is None:
             reason = "it is too long, and was cut off" if cut else turn.problem
-            return Step("say", prompt="malformed", reason=reason)
+            return Step("notice", prompt="malformed", reason=reason)
         made = [call.action for call in calls if call.status != "refused"]
         of_kind = {
             "image_search": limits.max_image_searches,
@@ -173,13 +176,13 @@ class Rules:
         if made.count(turn.action) >= of_kind[turn.action]:
             what = "the picture" if turn.action == "image_search" else "the web"
             count = _times(of_kind[turn.action])
-            return Step("say", prompt="over_limit", reason=f"{what} may be searched {count}")
+            return Step("notice", prompt="over_limit", reason=f"{what} may be searched {count}")
         if len(made) >= limits.max_searches:
             count = _times(limits.max_searches)
-            return Step("say", prompt="over_limit", reason=f"you may search {count} in all")
+            return Step("notice", prompt="over_limit", reason=f"you may search {count} in all")
         return Step("search")
 
-    def say(self, step: Step, episode: Episode, room: int) -> Reply:
+    def notice(self, step: Step, episode: Episode, room: int) -> Reply:
         """Return a user turn without results, of at most `room` tokens, after the last turn."""
         prompt = self._within(room, step.prompt, episode.example, reason=[step.reason])
         turn = episode.turns[-1]
@@ -190,11 +193,11 @@ class Rules:
         )
         return Reply(prompt, refused)
 
-    def room(self, episode: Episode, closing: int) -> int:
+    def token_budget(self, episode: Episode, closing: int) -> int:
         """Return the token budget of a user turn, if closing the policy's turn takes `closing`."""
         return self.limits.max_episode_tokens - self.limits.min_turn_tokens - len(episode) - closing
 
-    def read(self, value: Any) -> Observation:
+    def validate_observation(self, value: Any) -> Observation:
         """Validate the return value of a tool, and read its results into a list.
 
         At most `config.tools.max_results` results are read. An invalid value gives a failed
@@ -216,7 +219,7 @@ class Rules:
             results.append(parts)
         return Observation(status="ok" if results else "empty", results=results, error=value.error)
 
-    def observed(
+    def tool_reply(
         self, query: Query, example: Example, turn: int, room: int,
         observation: Observation | None, error: BaseException | None, seconds: float,
     ) -> Reply:  # fmt: skip
@@ -255,8 +258,8 @@ class Rules:
                 query=query.text,
                 status=observation.status,
                 seconds=seconds + spent,
-                found=len(results),
-                shown=len(shown),
+                num_results=len(results),
+                num_shown=len(shown),
                 notes=tuple(notes),
                 results=layout.shown(shown),
             ),
@@ -300,14 +303,14 @@ class Rules:
     def _block(self, result, number: int, budget: int, notes: list[str]) -> layout.Block | None:
         """Return a result as a block; None if its images alone exceed the budget."""
         text_left, tokens = self._tools.max_result_chars, 0
-        pieces: list[layout.Piece] = []
+        pieces: list[layout.Fragment] = []
         for part in result:
             if part.image is None:
                 if len(part.text) > text_left >= 0:
                     notes.append(
                         f"result {number}: text cut to {self._tools.max_result_chars} characters"
                     )
-                pieces += layout.pieces_of(part, not pieces, max(text_left, 0))
+                pieces += layout.fragments_of(part, not pieces, max(text_left, 0))
                 text_left -= len(part.text)
                 continue
             try:
@@ -318,15 +321,15 @@ class Rules:
                     raise ImageError("a strip, too long for its width")
             except ImageError as error:
                 notes.append(f"result {number}: {error}")
-                pieces.append(layout.Piece(_NO_PICTURE))
+                pieces.append(layout.Fragment(_NO_PICTURE))
                 continue
             tokens += self._merged(picture) + 2
             if tokens > budget:
                 return None
-            pieces.append(layout.Piece(picture))
+            pieces.append(layout.Fragment(picture))
         return layout.joined(pieces)
 
-    async def call(self, tool: Tool | None, query: Query, seconds: float) -> Observation:
+    async def call_tool(self, tool: Tool | None, query: Query, seconds: float) -> Observation:
         """Call a tool, and decode the images of its results in worker processes.
 
         Args:
@@ -346,7 +349,7 @@ class Rules:
         if tool is None:
             raise LookupError(f"no tool for {query.action}")
         until = time.monotonic() + _DECODED_BY * seconds
-        observation = self.read(await tool(query))
+        observation = self.validate_observation(await tool(query))
         parts = [part for result in observation.results for part in result]
         tasks = {
             id(part): asyncio.ensure_future(self._decode(part.image))

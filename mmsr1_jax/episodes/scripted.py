@@ -21,7 +21,7 @@ _AT_ONCE = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Story:
+class ScriptedEpisode:
     """A scripted episode: a question and the policy's turns.
 
     Attributes:
@@ -35,8 +35,11 @@ class Story:
     index: pathlib.Path | None = None
 
 
-def retell(
-    stories: Iterable[Story], processor: Processor, rules: Rules, tools: Mapping[str, Tool]
+def replay(
+    stories: Iterable[ScriptedEpisode],
+    processor: Processor,
+    rules: Rules,
+    tools: Mapping[str, Tool],
 ) -> Iterator[Episode]:
     """Yield an episode for each story, in order.
 
@@ -55,10 +58,10 @@ async def _together(batch, processor, rules, tools) -> list[Episode]:
     )
 
 
-async def _episode(number: int, story: Story, processor, rules: Rules, tools) -> Episode:
-    episode = Episode(example=story.example, group=number, number=number)
+async def _episode(number: int, story: ScriptedEpisode, processor, rules: Rules, tools) -> Episode:
+    episode = Episode(example=story.example, group=number, index=number)
     try:
-        prompt = rules.first(story.example)
+        prompt = rules.initial_prompt(story.example)
     except Exception as error:  # an unusable image or question
         episode.end, episode.error = "error", f"{type(error).__name__}: {error}"
         return episode
@@ -69,16 +72,16 @@ async def _episode(number: int, story: Story, processor, rules: Rules, tools) ->
         nothing = np.zeros(len(tokens), np.float32)
         episode.segments.append(Segment("model", tokens, nothing, nothing))
         episode.turns.append(turns.parse(text))
-        step = rules.after(episode.turns, episode.calls, cut=False)
+        step = rules.next_step(episode.turns, episode.calls, cut=False)
         if step.kind == "end":
             episode.end = step.end
             return episode
         closing = processor.closing()
-        room = rules.room(episode, len(closing))
+        room = rules.token_budget(episode, len(closing))
         if step.kind == "search":
             reply = await _searched(episode, rules, tools, room)
         else:
-            reply = rules.say(step, episode, room)
+            reply = rules.notice(step, episode, room)
         if reply.call is not None:
             episode.calls.append(reply.call)
         if reply.prompt is None:
@@ -102,12 +105,12 @@ async def _searched(episode: Episode, rules: Rules, tools, room: int):
     )
     observation = error = None
     try:
-        async with asyncio.timeout(rules.seconds):
-            observation = await rules.call(tools[turn.action], query, rules.seconds)
+        async with asyncio.timeout(rules.tool_timeout):
+            observation = await rules.call_tool(tools[turn.action], query, rules.tool_timeout)
     except Exception as raised:
         error = raised
     turn_number = len(episode.turns) - 1
     try:
-        return rules.observed(query, example, turn_number, room, observation, error, seconds=0.0)
+        return rules.tool_reply(query, example, turn_number, room, observation, error, seconds=0.0)
     except Exception as unforeseen:  # a tool may return objects that raise
-        return rules.observed(query, example, turn_number, room, None, unforeseen, seconds=0.0)
+        return rules.tool_reply(query, example, turn_number, room, None, unforeseen, seconds=0.0)

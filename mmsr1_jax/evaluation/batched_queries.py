@@ -65,7 +65,7 @@ def replies_to(
     """
     found: dict[str, Reply] = {}
     errors: dict[str, WebError] = {}
-    records.mend(path)
+    records.truncate_partial_line(path)
     if path.is_file():
         for number, (*_, digest, reply) in checked_json.load_lines(path, _Line):
             if isinstance(digest, str) and digest in asked:

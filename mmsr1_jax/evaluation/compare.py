@@ -93,10 +93,10 @@ def _rights(outcomes: Sequence[Outcome], match: str) -> dict[tuple, list[float]]
     """Group the episodes' correctness by question. A duplicate row counts as its own question."""
     numbers: dict[tuple, dict[int, int]] = {}
     found: dict[tuple, list[float]] = {}
-    for outcome in sorted(outcomes, key=lambda outcome: (outcome.number, outcome.sample)):
+    for outcome in sorted(outcomes, key=lambda outcome: (outcome.index, outcome.sample)):
         name = (outcome.source, outcome.id, outcome.question)
         seen = numbers.setdefault(name, {})
-        place = seen.setdefault(outcome.number, len(seen))
+        place = seen.setdefault(outcome.index, len(seen))
         rights = found.setdefault((*name, place), [])
         if outcome.right[match] is not None:
             rights.append(outcome.right[match])

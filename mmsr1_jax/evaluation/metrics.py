@@ -25,7 +25,7 @@ class Outcome:
 
     Attributes:
       workflow: Workflow that produced the episode.
-      number: Number of the question, the same in all workflows.
+      index: Number of the question, the same in all workflows.
       sample: Index of the episode among those of its question.
       id, question, source, category: Fields of the question.
       right: Correctness by each of `MATCHES`, in [0, 1]; None without a verdict of the judge, or
@@ -39,7 +39,7 @@ class Outcome:
     """
 
     workflow: str
-    number: int
+    index: int
     sample: int
     id: str
     question: str
@@ -71,7 +71,7 @@ def figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
     Returns:
       A dict with these keys:
-        `questions`, `episodes`: Counts.
+        `questions`, `episodes`: EngineStats.
         `errors`: Number of episodes that could not be run. They count as wrong, with reward 0, and
           are excluded from the means of `searches`, `turns` and tokens.
         `accuracy`: See `accuracy`, for each of `MATCHES` with at least one verdict.
@@ -94,7 +94,7 @@ def _figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     ran = [outcome for outcome in outcomes if outcome.end != "error"]
     ends = [outcome.end for outcome in outcomes]
     return {
-        "questions": len({outcome.number for outcome in outcomes}),
+        "questions": len({outcome.index for outcome in outcomes}),
         "episodes": len(outcomes),
         "errors": len(outcomes) - len(ran),
         "accuracy": {
@@ -127,7 +127,7 @@ def accuracy(outcomes: Sequence[Outcome], match: str) -> dict[str, Any]:
     of_question: dict[int, list[float]] = {}
     for outcome in outcomes:
         if outcome.right[match] is not None:
-            of_question.setdefault(outcome.number, []).append(outcome.right[match])
+            of_question.setdefault(outcome.index, []).append(outcome.right[match])
     counts = [(len(rights), sum(rights)) for rights in of_question.values()]
     shares = np.array([right / n for n, right in counts])
     found: dict[str, Any] = {

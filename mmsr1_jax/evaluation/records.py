@@ -29,6 +29,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 import msgspec
 
 from mmsr1_jax.config import Rewards
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.data.parquet import DataError
 from mmsr1_jax.episodes import turns
 from mmsr1_jax.evaluation.metrics import KINDS, MATCHES, Outcome
@@ -77,7 +78,7 @@ class _Line(TypedDict):
     source: str
     category: str
     group: Count
-    number: NotRequired[Count]
+    index: NotRequired[Count]
     sample: Count
     allowed: Count
     tokens: Count
@@ -96,7 +97,7 @@ class _Line(TypedDict):
     pages_left_out: NotRequired[Count]
 
 
-class LineError(ValueError):
+class LineError(UserError):
     """A line that is not a valid episode; the message gives the reason."""
 
 
@@ -127,7 +128,7 @@ def scan(path: pathlib.Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
             place += len(text)
 
 
-def mend(path: pathlib.Path) -> None:
+def truncate_partial_line(path: pathlib.Path) -> None:
     """Remove a truncated last line from a file. A missing file is ignored."""
     if path.is_file():
         with open(path, "rb+") as file:
@@ -173,7 +174,7 @@ def outcome_of(line: Mapping[str, Any]) -> Outcome:
     right = dict(zip(MATCHES, (*matched(line), verdict, line.get("score")), strict=True))
     return Outcome(
         workflow=str(line["workflow"]),
-        number=int(line["group"]),
+        index=int(line["group"]),
         sample=int(line["sample"]),
         id=str(line["id"]),
         question=str(line["question"]),
@@ -247,7 +248,7 @@ def _recorded(line: Mapping[str, Any], number: int) -> dict[str, Any]:
         "id": str(line.get("data_id", number)),
         "question": question,
         "group": number - 1,
-        "number": number - 1,
+        "index": number - 1,
         "sample": 0,
         "workflow": RECORDED,
         "end": "answer" if read and read[-1].action == "answer" else "turns",

@@ -152,9 +152,9 @@ def answer(
 ) -> None:  # fmt: skip
     """Roll out the episodes of a workflow that `out` lacks and append them to its file."""
     samples, path = config.eval.num_samples, out / EPISODES
-    records.mend(path)
+    records.truncate_partial_line(path)
     known = (line for _, _, line in records.scan(path)) if path.is_file() else ()
-    done = {line["number"] for line in known if line["workflow"] == name}
+    done = {line["index"] for line in known if line["workflow"] == name}
     limits = limits_of(name, config.turns)
     texts = prompts.load(config.turns.prompt_dir, name)
     rules = engine.make_rules(limits, texts, WORKFLOWS[name].forced)
@@ -181,7 +181,7 @@ def answer(
         tqdm(episodes, desc=name, initial=len(done), total=total, unit="episode") as bar,
     ):
         for episode in bar:
-            if episode.number in done:  # only other samples of its question were missing
+            if episode.index in done:  # only other samples of its question were missing
                 continue
             question = asked[episode.group]
             if episode.end == "error":
@@ -209,7 +209,7 @@ def line_of(
     line |= {
         "reward": dataclasses.asdict(reward),
         "workflow": name,
-        "sample": episode.number % config.eval.num_samples,
+        "sample": episode.index % config.eval.num_samples,
         "allowed": allowed(limits, bool(episode.example.images)),
         "tokens": len(episode),
         "tokens_sampled": int(episode.loss_mask.sum()),
@@ -313,7 +313,7 @@ def _check_questions(path: pathlib.Path, source: Source) -> None:
     Raises:
       DataError: The number of a question has changed.
     """
-    records.mend(path)
+    records.truncate_partial_line(path)
     there: dict[int, tuple[str, str]] = {}
     for _, _, line in records.scan(path) if path.is_file() else ():
         there[line["group"]] = line["id"], line["question"]

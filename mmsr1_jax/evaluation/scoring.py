@@ -98,7 +98,7 @@ def finish(
     found: dict[Key, tuple[int, int]] = {}
     to_judge: dict[Key, tuple[str, Sequence[str], str | None]] = {}
     for place, number, line in records.scan(path):
-        key = (line["workflow"], line["number"])
+        key = (line["workflow"], line["index"])
         if key in found:
             raise DataError(f"{path}, line {number}: episode {key[1]} of {key[0]} comes twice")
         found[key] = place, number

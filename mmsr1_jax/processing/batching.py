@@ -10,13 +10,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.config.settings import Buckets
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig, Rows, mrope_positions
 from mmsr1_jax.models.qwen2_5_vl.vision import num_windows, pack_images
 from mmsr1_jax.processing.processor import Prompt
 
 
-class TooLongError(ValueError):
+class TooLongError(UserError):
     """Error for a conversation that exceeds the largest bucket."""
 
 

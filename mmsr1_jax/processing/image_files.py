@@ -22,6 +22,7 @@ import PIL.Image
 import PIL.ImageFile
 import PIL.ImageOps
 
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.utils import workers
 from mmsr1_jax.utils.files import FileRefusedError, read_regular
 
@@ -39,7 +40,7 @@ _hostile: dict[tuple[bytes, int], str] = {}  # error of each file over a limit, 
 _STRIP = 256  # rows of a transparent image composited at a time
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """Error for an unusable image. The message gives the reason."""
 
 

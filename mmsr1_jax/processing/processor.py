@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 import tokenizers
 
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
 from mmsr1_jax.processing import tokenizer_files
 from mmsr1_jax.processing.image_files import DEFAULT_MAX_FILE_PIXELS, process_image
@@ -33,7 +34,7 @@ CONTROL_TOKENS = (
 )
 
 
-class ConversationError(ValueError):
+class ConversationError(UserError):
     """Error for invalid messages. The text says which message is invalid and why."""
 
 

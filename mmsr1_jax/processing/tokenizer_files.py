@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 import msgspec
 
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.utils.checked_json import FormatError, load, loads
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
@@ -63,7 +64,7 @@ _QWEN_MODEL = {
 }
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError):
     """Error for an unusable tokenizer. The message names the file and the field or token."""
 
 

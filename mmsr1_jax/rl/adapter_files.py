@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import msgspec
 import regex
 
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.utils.checked_json import FormatError, load
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -49,7 +50,7 @@ Table = dict[str, Place]
 _Rank = Annotated[int, msgspec.Meta(gt=0, le=2**16)]
 
 
-class AdapterError(ValueError):
+class AdapterError(UserError):
     """Adapter that cannot be read; the message names the file and, if applicable, the tensor."""
 
 

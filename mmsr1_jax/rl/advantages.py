@@ -9,7 +9,7 @@ import numpy as np
 from mmsr1_jax.config.choices import ADVANTAGES
 
 _EPSILON = 1e-6  # added to the standard deviation, as in the published code
-_NO_SPREAD = 1e-6  # smaller differences between rewards are rounding errors
+_MIN_VARIATION = 1e-6  # smaller differences between rewards are rounding errors
 
 
 def group_advantages(rewards: np.ndarray, kind: str = "grpo") -> np.ndarray:
@@ -33,7 +33,7 @@ def group_advantages(rewards: np.ndarray, kind: str = "grpo") -> np.ndarray:
     if kind not in ADVANTAGES:
         raise ValueError(f"advantages: {kind!r} is not one of {', '.join(ADVANTAGES)}")
     rewards = _checked(rewards)
-    if not has_spread(rewards):
+    if not has_reward_variance(rewards):
         return np.zeros(len(rewards), np.float32)
     centred = rewards - rewards.mean()
     if kind == "grpo":
@@ -43,7 +43,7 @@ def group_advantages(rewards: np.ndarray, kind: str = "grpo") -> np.ndarray:
     return centred.astype(np.float32)
 
 
-def has_spread(rewards: np.ndarray) -> bool:
+def has_reward_variance(rewards: np.ndarray) -> bool:
     """Return whether the rewards of a group differ.
 
     Dynamic sampling keeps only such groups and resamples the others. DAPO (arXiv 2503.14476),
@@ -55,7 +55,7 @@ def has_spread(rewards: np.ndarray) -> bool:
     Raises:
       ValueError: The rewards have another shape or are not all finite.
     """
-    return bool(np.ptp(_checked(rewards)) > _NO_SPREAD)
+    return bool(np.ptp(_checked(rewards)) > _MIN_VARIATION)
 
 
 def overlong_penalty(length: np.ndarray | int, limit: int, buffer: int) -> np.ndarray:

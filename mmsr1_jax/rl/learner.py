@@ -205,7 +205,7 @@ class Learner:
     def _statistics(self, trained, frozen, batch: TrainBatch):
         model = nnx.merge(self._graph, trained, frozen)
         return model.statistics(
-            batch.rows, batch.before, batch.targets, temperature=self._temperature
+            batch.rows, batch.logit_columns, batch.targets, temperature=self._temperature
         )
 
     def _score_of(self, trained, frozen, batch: TrainBatch):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmsr1_jax.config.choices import AVERAGES, KLS, RATIOS
+from mmsr1_jax.config.choices import KL_ESTIMATORS, LOSS_AGGREGATIONS, RATIO_LEVELS
 
 # Upper bound on log-ratios, so that exp stays finite. To exceed it, a sampled token would have to
 # be 5e8 times less likely under one model than under the other. A ratio above the bound has no
@@ -28,21 +28,21 @@ class LossOptions:
     """Options of the policy loss. The defaults are the published values.
 
     Attributes:
-      ratio: Level of the importance ratio, see `importance_ratio`.
+      ratio_level: Level of the importance ratio, see `importance_ratio`.
       clip_low, clip_high: Bounds of the clip range [1 - clip_low, 1 + clip_high] of the ratio.
-      kl: Coefficient of the KL term; 0 disables it.
-      kl_kind: KL estimator, see `kl_estimate`.
-      entropy: Coefficient of the entropy bonus; 0 disables it.
-      truncation: Cap of `truncated_importance`; None disables the correction.
+      kl_coef: Coefficient of the KL term; 0 disables it.
+      kl_estimator: KL estimator, see `kl_estimate`.
+      entropy_coef: Coefficient of the entropy bonus; 0 disables it.
+      tis_cap: Cap of `truncated_importance_weights`; None disables the correction.
     """
 
-    ratio: str = "token"
+    ratio_level: str = "token"
     clip_low: float = 0.2
     clip_high: float = 0.2
-    kl: float = 1e-3
-    kl_kind: str = "k3"
-    entropy: float = 0.0
-    truncation: float | None = None
+    kl_coef: float = 1e-3
+    kl_estimator: str = "k3"
+    entropy_coef: float = 0.0
+    tis_cap: float | None = None
 
 
 def importance_ratio(
@@ -72,8 +72,8 @@ def importance_ratio(
     Raises:
       ValueError: The level is unknown.
     """
-    if level not in RATIOS:
-        raise ValueError(f"ratio: {level!r} is not one of {', '.join(RATIOS)}")
+    if level not in RATIO_LEVELS:
+        raise ValueError(f"ratio level: {level!r} is not one of {', '.join(RATIO_LEVELS)}")
     log_ratio = jnp.where(mask, new - old, 0.0)
     if level != "token":
         value = jax.lax.stop_gradient(log_ratio)
@@ -106,8 +106,8 @@ def kl_estimate(new: jax.Array, reference: jax.Array, kind: str) -> jax.Array:
     Raises:
       ValueError: The kind is unknown.
     """
-    if kind not in KLS:
-        raise ValueError(f"KL: {kind!r} is not one of {', '.join(KLS)}")
+    if kind not in KL_ESTIMATORS:
+        raise ValueError(f"KL estimator: {kind!r} is not one of {', '.join(KL_ESTIMATORS)}")
     d = reference - new
     if kind == "k1":
         return -d
@@ -117,8 +117,10 @@ def kl_estimate(new: jax.Array, reference: jax.Array, kind: str) -> jax.Array:
     return jnp.expm1(d) - d
 
 
-def truncated_importance(trainer: jax.Array, behaviour: jax.Array, cap: float) -> jax.Array:
-    """Return importance weights min(trainer / behaviour, cap), without gradient.
+def truncated_importance_weights(
+    trainer: jax.Array, rollout_logprobs: jax.Array, cap: float
+) -> jax.Array:
+    """Return importance weights min(trainer / rollout_logprobs, cap), without gradient.
 
     They correct for the mismatch between the engine's probabilities and those that the trainer
     computes with the same parameters.
@@ -128,10 +130,10 @@ def truncated_importance(trainer: jax.Array, behaviour: jax.Array, cap: float) -
 
     Args:
       trainer: Log-probs from the trainer, with the parameters that the tokens were sampled with.
-      behaviour: Log-probs from the engine.
+      rollout_logprobs: Log-probs from the engine.
       cap: Upper bound of the weights, greater than 0.
     """
-    log_ratio = jax.lax.stop_gradient(trainer - behaviour)
+    log_ratio = jax.lax.stop_gradient(trainer - rollout_logprobs)
     return jnp.minimum(jnp.exp(jnp.minimum(log_ratio, MAX_LOG_RATIO)), cap)
 
 
@@ -156,8 +158,8 @@ def token_weights(lengths: np.ndarray, how: str, fixed_length: int | None = None
         `fixed_length`.
     """
     lengths = np.asarray(lengths, np.int64)
-    if how not in AVERAGES:
-        raise ValueError(f"average: {how!r} is not one of {', '.join(AVERAGES)}")
+    if how not in LOSS_AGGREGATIONS:
+        raise ValueError(f"loss aggregation: {how!r} is not one of {', '.join(LOSS_AGGREGATIONS)}")
     if lengths.ndim != 1 or (lengths < 0).any():
         raise ValueError(f"lengths must be int[episodes], none negative, not {lengths}")
     some = lengths > 0
@@ -167,7 +169,9 @@ def token_weights(lengths: np.ndarray, how: str, fixed_length: int | None = None
         weights = 1 / (np.maximum(1, lengths) * max(1, some.sum()))
     else:
         if fixed_length is None or fixed_length < 1:
-            raise ValueError(f"average 'fixed': fixed_length={fixed_length} must be at least 1")
+            raise ValueError(
+                f"loss aggregation 'fixed': fixed_length={fixed_length} must be at least 1"
+            )
         weights = np.full(len(lengths), 1 / (max(1, len(lengths)) * fixed_length))
     return np.where(some, weights, 0.0).astype(np.float32)
 
@@ -178,66 +182,96 @@ def weighted_sum(values: jax.Array, weights: jax.Array, mask: jax.Array) -> jax.
 
 
 def policy_loss(
-    new: jax.Array,
+    logprobs: jax.Array,
     *,
-    old: jax.Array,
+    old_logprobs: jax.Array,
     advantages: jax.Array,
     weights: jax.Array,
     mask: jax.Array,
     segment_ids: jax.Array,
     options: LossOptions,
-    behaviour: jax.Array | None = None,
-    reference: jax.Array | None = None,
+    rollout_logprobs: jax.Array | None = None,
+    ref_logprobs: jax.Array | None = None,
     entropies: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the loss of a micro-batch and metrics, both to be summed over micro-batches.
 
     Args:
-      new: Log-probs of the tokens under the policy, through which gradients flow.
-      old: Log-probs in the ratio's denominator, without gradient: the engine's, the trainer's own
-        at the beginning of the step, or `new` itself if the step has a single update. In the last
-        two cases the engine's log-probs are passed as `behaviour`, and `options.truncation`
-        corrects for the remaining mismatch.
+      logprobs: Log-probs of the tokens under the policy, through which gradients flow.
+      old_logprobs: Log-probs in the ratio's denominator, without gradient: the engine's, the
+        trainer's own at the beginning of the step, or `logprobs` itself if the step has a single
+        update. In the last two cases the engine's log-probs are passed as `rollout_logprobs`, and
+        `options.tis_cap` corrects for the remaining mismatch.
       advantages: Advantage of each token.
       weights: Weight of each token, from `token_weights`.
       mask: bool[B, T], True for sampled tokens, which carry loss.
       segment_ids: int32[B, T], index of the episode within its row, from 1; 0 for padding.
       options: Options of the loss; static.
-      behaviour: Log-probs from the engine; None if `old` already holds them.
-      reference: Log-probs under the reference policy, if any.
+      rollout_logprobs: Log-probs from the engine; None if `old_logprobs` already holds them.
+      ref_logprobs: Log-probs under the reference policy, if any.
       entropies: Entropy of the policy's distribution at each token, with gradient, if computed.
 
     Returns:
       The loss, float32[], and sums over the masked-in tokens, float32[] each. `tokens` is their
       number, and `policy_loss` is weighted, so that it sums to an average like the loss. The others
-      must be divided by `tokens`: `ratio`; `clipped_low` and `clipped_high`, numbers of tokens
-      without gradient because their ratio is too low or too high; `log_ratio_abs` and
-      `log_ratio_squared`, of new - old per token; `kl` (with a reference); `entropy` (with
-      entropies); with behaviour, `engine_gap_abs` and `engine_gap_squared`, of old - behaviour; and
-      with truncation, `correction`, the importance weights, and `corrections_capped`, the number of
-      tokens at the cap.
+      must be divided by `tokens`: those of `_ratio_sums`; `kl` (with a reference); `entropy` (with
+      entropies); with `rollout_logprobs`, `rollout_logprob_diff_abs` and
+      `rollout_logprob_diff_squared`, of old - rollout; and with `tis_cap`, `tis_weight`, the
+      importance weights, and `tis_capped`, the number of tokens at the cap.
 
     Raises:
       ValueError: A term is enabled without its input.
     """
-    for name, wanted, source, given in (
-        ("kl", options.kl, "reference", reference),
-        ("entropy", options.entropy, "entropies", entropies),
-        ("truncation", options.truncation is not None, "behaviour", behaviour),
+    for name, enabled, needed, given in (
+        ("kl_coef", options.kl_coef, "ref_logprobs", ref_logprobs),
+        ("entropy_coef", options.entropy_coef, "entropies", entropies),
+        ("tis_cap", options.tis_cap is not None, "rollout_logprobs", rollout_logprobs),
     ):
-        if wanted and given is None:
-            raise ValueError(f"loss: {name}={getattr(options, name)} needs `{source}`")
+        if enabled and given is None:
+            raise ValueError(f"loss: {name}={getattr(options, name)} needs `{needed}`")
 
     def clean(x):
         return jnp.where(mask, x, 0.0)
 
     def total(x):
-        return jnp.sum(jnp.where(mask, jax.lax.stop_gradient(x), 0.0), dtype=new.dtype)
+        return jnp.sum(clean(jax.lax.stop_gradient(x)), dtype=logprobs.dtype)
 
-    new, old, advantages = clean(new), clean(jax.lax.stop_gradient(old)), clean(advantages)
-    ratio = importance_ratio(new, old, mask, segment_ids, options.ratio)
+    new, old, advantages = (
+        clean(logprobs), clean(jax.lax.stop_gradient(old_logprobs)), clean(advantages)
+    )  # fmt: skip
+    ratio = importance_ratio(new, old, mask, segment_ids, options.ratio_level)
     objective = clipped_objective(ratio, advantages, options.clip_low, options.clip_high)
-    sums = {
+    sums = _ratio_sums(new, old, ratio, advantages, options, total)
+    if rollout_logprobs is not None:
+        diff = old - clean(rollout_logprobs)
+        sums["rollout_logprob_diff_abs"] = total(jnp.abs(diff))
+        sums["rollout_logprob_diff_squared"] = total(diff**2)
+    if options.tis_cap is not None:
+        correction = truncated_importance_weights(old, clean(rollout_logprobs), options.tis_cap)
+        objective = objective * correction
+        sums["tis_weight"] = total(correction)
+        sums["tis_capped"] = total(correction >= options.tis_cap)
+    loss = weighted_sum(-objective, weights, mask)
+    sums["policy_loss"] = jax.lax.stop_gradient(loss)
+    if ref_logprobs is not None:
+        kl = kl_estimate(new, clean(ref_logprobs), options.kl_estimator)
+        sums["kl"] = total(kl)
+        if options.kl_coef:
+            loss = loss + options.kl_coef * weighted_sum(kl, weights, mask)
+    if entropies is not None:
+        sums["entropy"] = total(entropies)
+        if options.entropy_coef:
+            loss = loss - options.entropy_coef * weighted_sum(entropies, weights, mask)
+    return loss, sums
+
+
+def _ratio_sums(new, old, ratio, advantages, options: LossOptions, total) -> dict[str, jax.Array]:
+    """Return sums over tokens that describe the importance ratio.
+
+    `tokens`; `ratio`; `clipped_low` and `clipped_high`, numbers of tokens without gradient because
+    their ratio is too low or too high; `log_ratio_abs` and `log_ratio_squared`, of new - old.
+    """
+    return {
         "tokens": total(jnp.ones_like(new)),
         "ratio": total(ratio),
         "clipped_low": total((ratio < 1 - options.clip_low) & (advantages < 0)),
@@ -245,27 +279,6 @@ def policy_loss(
         "log_ratio_abs": total(jnp.abs(new - old)),
         "log_ratio_squared": total((new - old) ** 2),
     }
-    if behaviour is not None:
-        gap = old - clean(behaviour)
-        sums["engine_gap_abs"] = total(jnp.abs(gap))
-        sums["engine_gap_squared"] = total(gap**2)
-    if options.truncation is not None:
-        correction = truncated_importance(old, clean(behaviour), options.truncation)
-        objective = objective * correction
-        sums["correction"] = total(correction)
-        sums["corrections_capped"] = total(correction >= options.truncation)
-    loss = weighted_sum(-objective, weights, mask)
-    sums["policy_loss"] = jax.lax.stop_gradient(loss)
-    if reference is not None:
-        kl = kl_estimate(new, clean(reference), options.kl_kind)
-        sums["kl"] = total(kl)
-        if options.kl:
-            loss = loss + options.kl * weighted_sum(kl, weights, mask)
-    if entropies is not None:
-        sums["entropy"] = total(entropies)
-        if options.entropy:
-            loss = loss - options.entropy * weighted_sum(entropies, weights, mask)
-    return loss, sums
 
 
 def _episode_sums(values: jax.Array, segment_ids: jax.Array) -> jax.Array:

@@ -31,14 +31,14 @@ class Sample:
       weights: float32[T], weight of each token's loss; the loss is the weighted sum over all
         samples.
       advantages: float32[T], advantage of each token.
-      behaviour: float32[T], log-probs of the tokens under the policy that sampled them.
+      rollout_logprobs: float32[T], log-probs of the tokens under the policy that sampled them.
     """
 
     prompt: Prompt
     mask: np.ndarray
     weights: np.ndarray
     advantages: np.ndarray
-    behaviour: np.ndarray
+    rollout_logprobs: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,25 +65,26 @@ class TrainBatch:
 
     Attributes:
       rows: All tokens and images.
-      before: int32[B, C], column in `rows` of the preceding token, which predicts the target.
+      logit_columns: int32[B, C], column in `rows` of the preceding token, whose logits predict the
+        target.
       targets: int32[B, C], tokens that carry loss.
       mask: bool[B, C], False for padding.
       segment_ids: int32[B, C], index of the episode within its row, from 1; 0 for padding.
-      weights, advantages, behaviour: float32[B, C], see `Sample`.
-      old: float32[B, C], log-probs in the denominator of the importance ratio.
-      reference: float32[B, C], log-probs under the reference policy.
+      weights, advantages, rollout_logprobs: float32[B, C], see `Sample`.
+      old_logprobs: float32[B, C], log-probs in the denominator of the importance ratio.
+      ref_logprobs: float32[B, C], log-probs under the reference policy.
     """
 
     rows: Rows
-    before: jax.Array
+    logit_columns: jax.Array
     targets: jax.Array
     mask: jax.Array
     segment_ids: jax.Array
     weights: jax.Array
     advantages: jax.Array
-    behaviour: jax.Array
-    old: jax.Array
-    reference: jax.Array
+    rollout_logprobs: jax.Array
+    old_logprobs: jax.Array
+    ref_logprobs: jax.Array
 
 
 def windows_of(prompt: Prompt, config: ModelConfig) -> int:
@@ -124,7 +125,9 @@ def first_fit(sizes: Sequence[tuple[int, int]], length: int, windows: int) -> li
 
 
 def pack(samples: Sequence[Sample], config: ModelConfig, shape: RowShape) -> list[TrainBatch]:
-    """Pack samples into micro-batches of NumPy arrays; `old` and `reference` are zeros.
+    """Pack samples into micro-batches of NumPy arrays.
+
+    `old_logprobs` and `ref_logprobs` are zeros, to be filled in by the trainer.
 
     Args:
       samples: Samples, each of which fits into a row (`check_fits`).
@@ -165,16 +168,20 @@ def _batch(
     # The same program is used whether or not every row holds a single episode.
     rows = rows.replace(single_segment=False)
     size = (shape.rows, loss)
-    floats = ("weights", "advantages", "behaviour")
-    arrays = {name: np.zeros(size, np.int32) for name in ("before", "targets", "segment_ids")}
-    arrays |= {name: np.zeros(size, np.float32) for name in (*floats, "old", "reference")}
+    floats = ("weights", "advantages", "rollout_logprobs")
+    arrays = {
+        name: np.zeros(size, np.int32) for name in ("logit_columns", "targets", "segment_ids")
+    }
+    arrays |= {
+        name: np.zeros(size, np.float32) for name in (*floats, "old_logprobs", "ref_logprobs")
+    }
     arrays["mask"] = np.zeros(size, bool)
     for row, samples in enumerate(packed):
         start = place = 0
         for segment, sample in enumerate(samples, start=1):
             columns = np.flatnonzero(sample.mask[1:]) + 1  # nothing predicts the first token
             here = (row, slice(place, place + len(columns)))
-            arrays["before"][here] = start + columns - 1
+            arrays["logit_columns"][here] = start + columns - 1
             arrays["targets"][here] = sample.prompt.tokens[columns]
             arrays["segment_ids"][here] = segment
             arrays["mask"][here] = True

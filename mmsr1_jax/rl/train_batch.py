@@ -19,13 +19,13 @@ Group = Sequence[tuple[Episode, Reward]]  # episodes of one question, with rewar
 def loss_options(objective: settings.Objective) -> LossOptions:
     corrects = objective.old_logprobs == "trainer" and objective.tis_cap > 0
     return LossOptions(
-        ratio=objective.ratio_level,
+        ratio_level=objective.ratio_level,
         clip_low=objective.clip_low,
         clip_high=objective.clip_high,
-        kl=objective.kl_coef,
-        kl_kind=objective.kl_estimator,
-        entropy=objective.entropy_coef,
-        truncation=objective.tis_cap if corrects else None,
+        kl_coef=objective.kl_coef,
+        kl_estimator=objective.kl_estimator,
+        entropy_coef=objective.entropy_coef,
+        tis_cap=objective.tis_cap if corrects else None,
     )
 
 
@@ -35,13 +35,13 @@ def make_loss(objective: settings.Objective):
 
     def loss(logprobs, entropies, batch: TrainBatch):
         # With one update per step, the policy is still the one at the beginning of the step.
-        at_start = logprobs if objective.num_minibatches == 1 else batch.old
+        at_start = logprobs if objective.num_minibatches == 1 else batch.old_logprobs
         engine = objective.old_logprobs == "engine"
         return policy_loss(
             logprobs,
-            old=batch.behaviour if engine else at_start,
-            behaviour=None if engine else batch.behaviour,
-            reference=batch.reference if objective.kl_coef else None,
+            old_logprobs=batch.rollout_logprobs if engine else at_start,
+            rollout_logprobs=None if engine else batch.rollout_logprobs,
+            ref_logprobs=batch.ref_logprobs if objective.kl_coef else None,
             advantages=batch.advantages,
             weights=batch.weights,
             mask=batch.mask,
@@ -53,7 +53,7 @@ def make_loss(objective: settings.Objective):
     return loss
 
 
-def shaped_rewards(group: Group, objective: settings.Objective, limit: int) -> np.ndarray:
+def shape_rewards(group: Group, objective: settings.Objective, limit: int) -> np.ndarray:
     """Return the rewards of a group, float64[G], including the penalty for overlong episodes.
 
     Args:
@@ -69,12 +69,12 @@ def shaped_rewards(group: Group, objective: settings.Objective, limit: int) -> n
     return rewards
 
 
-def has_spread(group: Group, objective: settings.Objective, limit: int) -> bool:
+def has_reward_variance(group: Group, objective: settings.Objective, limit: int) -> bool:
     """Return whether the shaped rewards of a group differ."""
-    return len(group) > 1 and advantages.has_spread(shaped_rewards(group, objective, limit))
+    return len(group) > 1 and advantages.has_reward_variance(shape_rewards(group, objective, limit))
 
 
-def samples_of(
+def make_samples(
     groups: Sequence[Group],
     objective: settings.Objective,
     limit: int,
@@ -98,13 +98,13 @@ def samples_of(
         if not group:
             continue
         advantage = advantages.group_advantages(
-            shaped_rewards(group, objective, limit), objective.advantage
+            shape_rewards(group, objective, limit), objective.advantage
         )
         for (episode, _), value in zip(group, advantage, strict=True):
             try:
                 packing.check_fits(episode.conversation, config, shape)
             except TooLongError as error:
-                odd.append(f"episode {episode.number}: {error}")
+                odd.append(f"episode {episode.index}: {error}")
                 continue
             mask = episode.loss_mask
             if objective.overlong == "mask":
@@ -119,7 +119,7 @@ def samples_of(
             mask=mask,
             weights=np.full(len(mask), weight, np.float32),
             advantages=np.full(len(mask), value, np.float32),
-            behaviour=episode.logprobs,
+            rollout_logprobs=episode.logprobs,
         )
         for (episode, mask, value), weight in zip(chosen, weights, strict=True)
         if not (idle and value == 0) and mask.any()  # otherwise its gradient is zero
@@ -127,7 +127,7 @@ def samples_of(
     return samples, odd
 
 
-def figures_of(sums: dict[str, float]) -> dict[str, float]:
+def update_metrics(sums: dict[str, float]) -> dict[str, float]:
     """Return the sums of an update as means over its tokens."""
     tokens = max(1.0, sums["tokens"])
     whole = ("loss", "policy_loss", "gradient_norm", "tokens", "finite")

@@ -41,7 +41,7 @@ class Lanes:
 
 
 @flax.struct.dataclass
-class Extension:
+class PrefillBatch:
     """A batch of tokens to write into some lanes, padded to a shape of the bucket table.
 
     Attributes:
@@ -88,7 +88,7 @@ def write(
     Args:
       model: The policy.
       lanes: The cache.
-      lane, positions, count: As in `Extension`.
+      lane, positions, count: As in `PrefillBatch`.
       x: Embedded tokens, float[R, T, D].
 
     Returns:
@@ -105,7 +105,7 @@ def write(
 
 
 def extend(
-    model: Qwen2_5_VL, lanes: Lanes, new: Extension, image_tokens: jax.Array | None = None
+    model: Qwen2_5_VL, lanes: Lanes, new: PrefillBatch, image_tokens: jax.Array | None = None
 ) -> tuple[jax.Array, Lanes]:
     """Write tokens into lanes.
 
@@ -154,7 +154,7 @@ def fork(
     )
 
 
-def cut(lanes: Lanes, lane: jax.Array, length: jax.Array, hidden: jax.Array) -> Lanes:
+def truncate(lanes: Lanes, lane: jax.Array, length: jax.Array, hidden: jax.Array) -> Lanes:
     """Truncate a lane, int32[1], to its first `length` tokens: `fork` without the copy."""
     return lanes.replace(
         length=lanes.length.at[lane].set(length, mode="drop"),
@@ -162,7 +162,7 @@ def cut(lanes: Lanes, lane: jax.Array, length: jax.Array, hidden: jax.Array) -> 
     )
 
 
-def wipe(lanes: Lanes) -> Lanes:
+def reset(lanes: Lanes) -> Lanes:
     """Zero all lanes. Stale values of empty lanes matter too, as 0 times NaN is NaN."""
     return jax.tree.map(jnp.zeros_like, lanes)
 

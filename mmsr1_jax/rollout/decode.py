@@ -50,7 +50,7 @@ class Rows:
 
 
 @flax.struct.dataclass
-class Drawn:
+class SampledTokens:
     """Tokens sampled by one call of `decode`. Only the first `count` entries of a row are valid.
 
     Attributes:
@@ -81,7 +81,7 @@ def decode(
     *,
     steps: int,
     running: int,
-) -> tuple[Drawn, Lanes]:
+) -> tuple[SampledTokens, Lanes]:
     """Run up to `steps` decoding steps; return early once at most `leave_at` rows are active.
 
     Args:
@@ -135,4 +135,4 @@ def decode(
     carry = (jnp.int32(0), out, rows, hidden, lanes)
     number, out, rows, hidden, lanes = jax.lax.while_loop(go_on, step, carry)
     lanes = lanes.replace(hidden=lanes.hidden.at[rows.lane].set(hidden, mode="drop"))
-    return Drawn(*out, rows.stop_state, number), lanes
+    return SampledTokens(*out, rows.stop_state, number), lanes

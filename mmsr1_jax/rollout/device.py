@@ -32,7 +32,7 @@ from mmsr1_jax.rollout.stop import StopTable
 
 
 @dataclasses.dataclass
-class Counts:
+class EngineStats:
     """Counters of the device's work since the engine was created.
 
     Attributes:
@@ -51,7 +51,7 @@ class Counts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class PrefillChunk:
     """A chunk of tokens to write into one lane.
 
     Attributes:
@@ -89,7 +89,7 @@ class Device:
         stops: StopTable,
         allowed: np.ndarray,
     ):
-        self.counts = Counts()
+        self.stats = EngineStats()
         self.config = config.rollout
         self.model_config = model.config
         self.stops = stops
@@ -152,10 +152,10 @@ class Device:
         self._extend_program = program(extend, donate=1)
         self._decode_program = program(decode.decode, donate=1, static=("steps", "running"))
         self._fork_program = jax.jit(cache.fork, donate_argnums=0)
-        self._cut_program = jax.jit(cache.cut, donate_argnums=0)
+        self._truncate_program = jax.jit(cache.truncate, donate_argnums=0)
         self._clear_program = jax.jit(cache.clear, donate_argnums=0)
-        self._wipe_program = jax.jit(
-            cache.wipe, donate_argnums=0, keep_unused=True, out_shardings=self._place
+        self._reset_program = jax.jit(
+            cache.reset, donate_argnums=0, keep_unused=True, out_shardings=self._place
         )
         self._load_programs = {}
 
@@ -189,7 +189,7 @@ class Device:
     def take(self, prepared: nnx.State) -> None:
         """Install parameters from `prepare`; buffers already on the engine's devices are shared."""
         self._params = place(prepared, self._layout)
-        self._lanes = self._wipe_program(self._lanes)
+        self._lanes = self._reset_program(self._lanes)
         self._forget()
 
     def _forget(self) -> None:
@@ -232,7 +232,7 @@ class Device:
         """Raise TooLongError if the image exceeds the largest bucket or the image store."""
         check_image(image, self.model_config, self.config, self._windows)
 
-    def _slots_of(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
+    def _slots_of(self, pieces: Sequence[PrefillChunk]) -> list[np.ndarray]:
         """Return the store slots of each piece's image tokens, int32[M], image after image.
 
         Images that are not in the store are encoded first, each once.
@@ -256,14 +256,14 @@ class Device:
             for first in range(0, len(found), rows):
                 self._encode(windows, found[first : first + rows])
                 self._kept |= {image.digest: slots for image, slots in found[first : first + rows]}
-        self.counts.images += len(missing)
+        self.stats.images += len(missing)
         nothing = np.zeros(0, np.int32)
         return [
             np.concatenate([nothing, *(self._kept[image.digest] for image in piece.images)])
             for piece in pieces
         ]
 
-    def _fits_store(self, pieces: Sequence[Piece]) -> bool:
+    def _fits_store(self, pieces: Sequence[PrefillChunk]) -> bool:
         wanted = {image.digest: image for piece in pieces for image in piece.images}
         return sum(map(self._size, wanted.values())) <= self.config.image_cache_tokens
 
@@ -300,7 +300,7 @@ class Device:
                 return left if not shorter or 4 * left >= 3 * length else shorter[-1]
         return lengths[-1]
 
-    def extend(self, pieces: Sequence[Piece]) -> list[jax.Array]:
+    def extend(self, pieces: Sequence[PrefillChunk]) -> list[jax.Array]:
         """Write pieces, at most one per lane.
 
         Returns:
@@ -328,9 +328,9 @@ class Device:
     def _extend_rows(self, length: int) -> int:
         return max(1, self.config.prefill_tokens // length)
 
-    def _extend(self, length: int, pieces: Sequence[Piece]) -> Sequence[jax.Array]:
+    def _extend(self, length: int, pieces: Sequence[PrefillChunk]) -> Sequence[jax.Array]:
         R = self._extend_rows(length)
-        new = cache.Extension(
+        new = cache.PrefillBatch(
             lane=np.full(R, self.config.lanes, np.int32),
             tokens=np.zeros((R, length), np.int32),
             count=np.zeros(R, np.int32),
@@ -343,8 +343,8 @@ class Device:
             new.tokens[row, :n] = piece.tokens
             new.positions[row, :, :n] = piece.positions
             new.image_index[row, :n][is_image] = slots[piece.image_index[is_image]]
-            self.counts.extended += n
-            self.counts.extended_padded += length
+            self.stats.extended += n
+            self.stats.extended_padded += length
         hidden, self._lanes = self._extend_program(self._params, self._lanes, new, self._store)
         return hidden
 
@@ -359,7 +359,7 @@ class Device:
         """
         where, length = np.array([target], np.int32), np.int32(length)
         if source == target:
-            self._lanes = self._cut_program(self._lanes, where, length, hidden)
+            self._lanes = self._truncate_program(self._lanes, where, length, hidden)
         else:
             self._lanes = self._fork_program(self._lanes, np.int32(source), where, length, hidden)
 
@@ -368,7 +368,7 @@ class Device:
 
     def decode(
         self, rows: Sequence[dict], sampling: Sampling, *, seed: int, leave_at: int
-    ) -> decode.Drawn:
+    ) -> decode.SampledTokens:
         """Decode up to `decode_steps` tokens for each of some lanes.
 
         Args:
@@ -399,8 +399,8 @@ class Device:
             running=self.stops.running,
         )
         drawn = jax.device_get(drawn)
-        self.counts.decoded += int(drawn.count.sum())
-        self.counts.decode_slots += R * int(drawn.steps)
+        self.stats.decoded += int(drawn.count.sum())
+        self.stats.decode_slots += R * int(drawn.steps)
         return drawn
 
 

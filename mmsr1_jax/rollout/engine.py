@@ -18,10 +18,10 @@ from mmsr1_jax.episodes.rules import Rules
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.rollout import stop
-from mmsr1_jax.rollout.device import Counts, Device
-from mmsr1_jax.rollout.scheduler import END_TOKENS, Drawn, Run, Take, Watch
+from mmsr1_jax.rollout.device import Device, EngineStats
+from mmsr1_jax.rollout.scheduler import END_TOKENS, NextExamples, OnEvent, OnTokens, Scheduler
 from mmsr1_jax.tools import Tool
-from mmsr1_jax.tools.tool_executor import Background
+from mmsr1_jax.tools.tool_executor import ToolExecutor
 
 
 class Engine:
@@ -41,7 +41,7 @@ class Engine:
       image_token: Token id of the image placeholder.
       merge_size: Number of patches along each side of a merged image token.
       pool: Threads that prepare prompts and search results.
-      background: Executor of tool calls.
+      tool_executor: Executor of tool calls.
     """
 
     def __init__(
@@ -73,15 +73,15 @@ class Engine:
         self.image_token = model.config.image_token_id
         self.merge_size = model.config.vision.merge_size
         self.pool = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="prepare")
-        self.background = Background(self.pool)
+        self.tool_executor = ToolExecutor(self.pool)
         self._busy = False
         if config.rollout.precompile:
             self.device.warm_up()
 
     @property
-    def counts(self) -> Counts:
+    def stats(self) -> EngineStats:
         """Counters of the device's work."""
-        return self.device.counts
+        return self.device.stats
 
     def load(self, params: nnx.State) -> None:
         """Load the trainer's parameters, `nnx.split(model)[1]`, and discard cached image tokens.
@@ -118,7 +118,7 @@ class Engine:
 
     def close(self) -> None:
         """Shut down the threads that call tools and prepare prompts."""
-        self.background.close()
+        self.tool_executor.close()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def rollout(
@@ -127,7 +127,7 @@ class Engine:
         *,
         rollouts: int = 1,
         sampling: settings.Sampling | None = None,
-        watch: Watch = lambda episode, event: None,
+        on_event: OnEvent = lambda episode, event: None,
         rules: Rules | None = None,
         numbers: Iterable[int] | None = None,
     ) -> Iterator[Episode]:
@@ -139,7 +139,7 @@ class Engine:
           sampling: Sampling settings; None: `config.sampling`. Random numbers depend on the seed,
             the episode's number in this call and the token index, so different calls need different
             seeds.
-          watch: Callback for the progress of episodes, see `Watch`.
+          on_event: Callback for the progress of episodes, see `OnEvent`.
           rules: Rules from `make_rules`; None: those of the config.
           numbers: Distinct indices of the examples; None: 0, 1, .. They determine the numbers of
             the episodes, so that part of a call can be repeated exactly.
@@ -153,34 +153,37 @@ class Engine:
             lambda count: list(itertools.islice(numbered, count)),
             rollouts=rollouts,
             sampling=sampling or self.config.sampling,
-            watch=watch,
+            on_event=on_event,
             rules=rules,
         )
 
     def rollout_part(
         self,
-        take: Take,
+        next_examples: NextExamples,
         *,
         rollouts: int,
         sampling: settings.Sampling,
-        watch: Watch,
+        on_event: OnEvent,
         rules: Rules | None = None,
         look_again: float | None = None,
-        drawn: Drawn = lambda episode, tokens: None,
+        on_tokens: OnTokens = lambda episode, tokens: None,
     ) -> Iterator[Episode]:
-        """Yield episodes of the examples that `take` hands to this engine.
+        """Yield episodes of the examples that `next_examples` returns.
 
-        The iterator ends once all episodes have ended and `take` returns no more examples.
+        The iterator ends once all episodes have ended and `next_examples` returns no
+        more examples.
 
         Args:
-          take: Source of examples with their indices in the whole rollout, see `Take`.
+          next_examples: Source of examples with their indices in the whole rollout, see
+            `NextExamples`.
           rollouts: Number of episodes per example.
           sampling: Sampling settings.
-          watch: Callback for the progress of episodes, see `Watch`.
+          on_event: Callback for the progress of episodes, see `OnEvent`.
           rules: Rules from `make_rules`; None: those of the config.
-          look_again: Seconds after which an engine that only waits for tools calls `take` again;
+          look_again: Seconds after which an engine that only waits for tools calls `next_examples`
+            again;
             None: it sleeps until a tool responds.
-          drawn: Callback for sampled tokens, see `Drawn`.
+          on_tokens: Callback for sampled tokens, see `OnTokens`.
 
         Raises:
           RuntimeError: Another rollout of this engine is in progress.
@@ -190,9 +193,18 @@ class Engine:
         if self._busy:
             raise RuntimeError("Engine.rollout: another rollout is under way")
         self._busy = True
-        run = Run(self, rules or self._rules, take, rollouts, sampling, watch, look_again, drawn)
+        run = Scheduler(
+            self,
+            rules or self._rules,
+            next_examples,
+            rollouts,
+            sampling,
+            on_event,
+            look_again,
+            on_tokens,
+        )
         try:
             yield from run.episodes()
         finally:
-            self.background.forget()
+            self.tool_executor.forget()
             self._busy = False

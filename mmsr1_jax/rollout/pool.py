@@ -23,9 +23,9 @@ from mmsr1_jax.episodes.rules import Rules
 from mmsr1_jax.episodes.turns import Action
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
 from mmsr1_jax.processing.processor import Processor
-from mmsr1_jax.rollout.device import Counts
+from mmsr1_jax.rollout.device import EngineStats
 from mmsr1_jax.rollout.engine import Engine
-from mmsr1_jax.rollout.scheduler import Watch
+from mmsr1_jax.rollout.scheduler import OnEvent
 from mmsr1_jax.tools import Tool
 
 # Seconds after which an engine that only waits for tools looks for other work: short compared with
@@ -64,10 +64,10 @@ class EnginePool:
         self._busy = False
 
     @property
-    def counts(self) -> Counts:
+    def stats(self) -> EngineStats:
         """Counters of the work of all engines, summed."""
-        every = [dataclasses.asdict(engine.counts) for engine in self.engines]
-        return Counts(**{name: sum(one[name] for one in every) for name in every[0]})
+        every = [dataclasses.asdict(engine.stats) for engine in self.engines]
+        return EngineStats(**{name: sum(one[name] for one in every) for name in every[0]})
 
     def load(self, params: nnx.State) -> None:
         """Load the trainer's parameters, as `Engine.load` does, with one program for all engines.
@@ -100,20 +100,21 @@ class EnginePool:
         *,
         rollouts: int = 1,
         sampling: settings.Sampling | None = None,
-        watch: Watch = lambda episode, event: None,
+        on_event: OnEvent = lambda episode, event: None,
         rules: Rules | None = None,
         numbers: Iterable[int] | None = None,
     ) -> Iterator[Episode]:
         """Yield episodes as they end, as `Engine.rollout` does.
 
-        The engines' threads read `examples` and call `watch`, one thread at a time. Engines do not
+        The engines' threads read `examples` and call `on_event`, one thread at a time. Engines
+        do not
         wait for the consumer of the episodes. If one fails, or the iterator is closed early, all
         engines stop after their current round.
 
         Raises:
           RuntimeError: Another rollout of this pool is in progress.
           ValueError: The sampling settings are invalid.
-          Exception: Any exception raised by an engine, `examples` or `watch`.
+          Exception: Any exception raised by an engine, `examples` or `on_event`.
         """
         sampling = sampling or self.config.sampling
         settings.validate_sampling(sampling)
@@ -126,7 +127,7 @@ class EnginePool:
 
         def watch_in_turn(episode: Episode, event: str) -> None:
             with watching:
-                watch(episode, event)
+                on_event(episode, event)
 
         def work(number: int) -> None:
             try:
@@ -134,7 +135,7 @@ class EnginePool:
                     functools.partial(shared.take, number),
                     rollouts=rollouts,
                     sampling=sampling,
-                    watch=watch_in_turn,
+                    on_event=watch_in_turn,
                     rules=rules,
                     look_again=_LOOK_AGAIN,
                 )
@@ -212,7 +213,7 @@ class _Shared:
         self._stopped = False
 
     def take(self, engine: int, count: int) -> list[tuple[int, Example]]:
-        """Return the next examples for an engine, at most `count` (a `Take`).
+        """Return the next examples for an engine, at most `count` (a `NextExamples`).
 
         An engine gets examples while no other has fewer unfinished episodes, up to one example more
         than its lanes hold. An idle engine always gets an example if any remain.

@@ -27,11 +27,11 @@ from mmsr1_jax.episodes.rules import Reply, Rules
 from mmsr1_jax.models.qwen2_5_vl import mrope_positions
 from mmsr1_jax.processing.processor import Processor, Prompt
 from mmsr1_jax.rollout import forcing
-from mmsr1_jax.rollout.device import Device, Piece
+from mmsr1_jax.rollout.device import Device, PrefillChunk
 from mmsr1_jax.rollout.sampler import Sampling
 from mmsr1_jax.rollout.stop import StopTable
 from mmsr1_jax.tools import Query, Tool
-from mmsr1_jax.tools.tool_executor import Background, Call
+from mmsr1_jax.tools.tool_executor import Call, ToolExecutor
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 _DRAWN = ("tokens", "logprobs", "sampling_logprobs")
@@ -39,15 +39,15 @@ _NOTHING = np.zeros(0, np.int32)
 
 # Callback for the progress of an episode. The event is "turn" (the policy's turn has ended),
 # "reply" (the user turn after it has been added) or "end".
-Watch = Callable[[Episode, str], None]
+OnEvent = Callable[[Episode, str], None]
 
 # Callback for newly sampled tokens, int32[n]: the next tokens of the episode's current turn. They
 # become part of the episode when the turn ends.
-Drawn = Callable[[Episode, np.ndarray], None]
+OnTokens = Callable[[Episode, np.ndarray], None]
 
 # Source of examples: returns up to the given number of next examples with their indices, possibly
 # none for now. It is called in each round of the loop, and may raise an exception to end it.
-Take = Callable[[int], list[tuple[int, Example]]]
+NextExamples = Callable[[int], list[tuple[int, Example]]]
 
 
 class Engine(Protocol):
@@ -62,7 +62,7 @@ class Engine(Protocol):
     image_token: int
     merge_size: int
     pool: concurrent.futures.ThreadPoolExecutor
-    background: Background
+    tool_executor: ToolExecutor
 
 
 @dataclasses.dataclass(eq=False)
@@ -70,7 +70,7 @@ class _Group:
     """An example and its rollouts.
 
     Attributes:
-      number: Index of the example.
+      index: Index of the example.
       example: The example.
       waiting: Numbers of the episodes that have no lane yet.
       prompt: Future of the tokenized prompt, computed in the pool.
@@ -79,7 +79,7 @@ class _Group:
       position: M-RoPE position of the token after the prompt.
     """
 
-    number: int
+    index: int
     example: Example
     waiting: collections.deque[int]
     prompt: concurrent.futures.Future
@@ -89,7 +89,7 @@ class _Group:
 
 
 @dataclasses.dataclass(eq=False)
-class _Live:
+class _ActiveEpisode:
     """An active episode and its lane.
 
     Attributes:
@@ -111,7 +111,7 @@ class _Live:
     episode: Episode
     group: _Group
     lane: int
-    to_write: list[Piece] = dataclasses.field(default_factory=list)
+    to_write: list[PrefillChunk] = dataclasses.field(default_factory=list)
     position: int = 0
     length: int = 0
     drawn: int = 0
@@ -123,36 +123,36 @@ class _Live:
     waited: float = 0.0
 
 
-class Run:
+class Scheduler:
     """Scheduler of one call of `Engine.rollout_part`, with the state of its loop."""
 
     def __init__(
         self,
         engine: Engine,
         rules: Rules,
-        take: Take,
+        next_examples: NextExamples,
         rollouts: int,
         sampling,
-        watch: Watch,
+        on_event: OnEvent,
         look_again: float | None,
-        drawn: Drawn,
+        on_tokens: OnTokens,
     ):
         self._device, self._rules = engine.device, rules
-        self._engine, self._watch, self._drawn = engine, watch, drawn
+        self._engine, self._on_event, self._on_tokens = engine, on_event, on_tokens
         self._settings = engine.config
         rows = engine.config.rollout.decode_batch_size
         self._seed = sampling.seed
         self._sampling = Sampling.uniform(
             rows, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
         )
-        self._take, self._look_again = take, look_again
+        self._next_examples, self._look_again = next_examples, look_again
         self._rollouts = rollouts
         # Number of examples to prepare in advance: enough for all lanes, and one more.
         self._ahead = math.ceil(engine.config.rollout.lanes / rollouts) + 1
         self._groups: collections.deque[_Group] = collections.deque()
         self._free = set(range(engine.config.rollout.lanes))
         self._holder: dict[int, _Group] = {}  # group whose prompt a lane begins with
-        self._live: dict[int, _Live] = {}
+        self._live: dict[int, _ActiveEpisode] = {}
         # Lanes ready to decode, the longest idle first.
         self._turn: collections.deque[int] = collections.deque()
         self._ended: list[Episode] = []
@@ -174,17 +174,17 @@ class Run:
 
     def _look_ahead(self) -> None:
         """Start preparing the prompts of the next examples in the pool."""
-        for number, example in self._take(self._ahead - len(self._groups)):
+        for number, example in self._next_examples(self._ahead - len(self._groups)):
             numbers = range(number * self._rollouts, (number + 1) * self._rollouts)
-            prompt = self._engine.pool.submit(self._rules.first, example)
+            prompt = self._engine.pool.submit(self._rules.initial_prompt, example)
             self._groups.append(_Group(number, example, collections.deque(numbers), prompt))
 
     def _must_wait_for_tools(self) -> bool:
         """Return whether all active episodes wait for tools and no other can be admitted."""
-        waiting = len(self._engine.background)
+        waiting = len(self._engine.tool_executor)
         return waiting > 0 and waiting == len(self._live) and not (self._free and self._groups)
 
-    def _admit(self) -> list[_Live]:
+    def _admit(self) -> list[_ActiveEpisode]:
         """Assign free lanes to episodes; return those to fork from their group's prompt."""
         forked = []
         while self._groups and self._free:
@@ -208,7 +208,7 @@ class Run:
                 self._look_ahead()
         return forked
 
-    def _place(self, group: _Group, prompt: Prompt) -> _Live:
+    def _place(self, group: _Group, prompt: Prompt) -> _ActiveEpisode:
         """Assign a free lane to the group's next episode, preferably one with its prompt."""
         lane = min(self._free & group.lanes or self._free)
         self._free.remove(lane)
@@ -216,20 +216,20 @@ class Run:
             self._holder[lane].lanes.discard(lane)
         self._holder[lane] = group
         number = group.waiting.popleft()
-        episode = Episode(example=group.example, group=group.number, number=number)
+        episode = Episode(example=group.example, group=group.index, index=number)
         episode.segments.append(Segment("prompt", prompt.tokens))
         episode.images += prompt.images
-        self._live[lane] = live = _Live(episode, group, lane)
+        self._live[lane] = live = _ActiveEpisode(episode, group, lane)
         return live
 
     def _fail(self, group: _Group, error: Exception) -> None:
         for number in group.waiting:
-            episode = Episode(example=group.example, group=group.number, number=number)
+            episode = Episode(example=group.example, group=group.index, index=number)
             episode.end, episode.error = "error", f"{type(error).__name__}: {error}"
-            self._watch(episode, "end")
+            self._on_event(episode, "end")
             self._ended.append(episode)
 
-    def _fork(self, admitted: list[_Live]) -> None:
+    def _fork(self, admitted: list[_ActiveEpisode]) -> None:
         for live in admitted:
             group, length = live.group, len(live.episode)
             source = live.lane if live.lane in group.lanes else min(group.lanes)
@@ -240,7 +240,7 @@ class Run:
 
     # Writing into lanes
 
-    def _to_write(self, live: _Live, prompt: Prompt, position: int) -> int:
+    def _to_write(self, live: _ActiveEpisode, prompt: Prompt, position: int) -> int:
         """Split tokens into pieces of the bucket table; return the M-RoPE position after them."""
         token, merge = self._engine.image_token, self._engine.merge_size
         positions, after = mrope_positions(
@@ -257,7 +257,7 @@ class Run:
             skipped = seen - sum(sizes[: images[0]]) if len(images) else 0
             index = np.where(inside, np.cumsum(inside) - 1 + skipped, -1)
             pieces.append(
-                Piece(
+                PrefillChunk(
                     lane=live.lane,
                     tokens=prompt.tokens[begin:end],
                     positions=positions[:, begin:end],
@@ -269,7 +269,7 @@ class Run:
         live.to_write = pieces[::-1]
         return after
 
-    def _unwritten(self) -> list[_Live]:
+    def _unwritten(self) -> list[_ActiveEpisode]:
         return [live for live in self._live.values() if live.to_write]
 
     def _write(self) -> None:
@@ -283,10 +283,12 @@ class Run:
                         live.group.lanes.add(live.lane)
                     self._begin_turn(live)
 
-    def _begin_turn(self, live: _Live) -> None:
+    def _begin_turn(self, live: _ActiveEpisode) -> None:
         limits = self._rules.limits
         live.left = min(limits.max_new_tokens, limits.max_episode_tokens - len(live.episode))
-        if self._rules.forced(live.episode) is not None:  # reserve tokens for a tag and its content
+        if (
+            self._rules.forced_action(live.episode) is not None
+        ):  # reserve tokens for a tag and its content
             live.left -= limits.min_turn_tokens // (2 if live.opened is None else 4)
         live.stop_state, live.length = 0, len(live.episode)
         live.parts = {name: [] for name in _DRAWN}
@@ -305,7 +307,7 @@ class Run:
                 "lane": live.lane,
                 "stop_state": live.stop_state,
                 "position": live.position,
-                "episode": live.episode.number,
+                "episode": live.episode.index,
                 "drawn": live.drawn,
                 "left": live.left,
             }
@@ -320,7 +322,7 @@ class Run:
             n = int(drawn.count[row])
             for name in _DRAWN:
                 live.parts[name].append(getattr(drawn, name)[row, :n])
-            self._drawn(live.episode, live.parts["tokens"][-1])
+            self._on_tokens(live.episode, live.parts["tokens"][-1])
             live.position += n
             live.length += n
             live.drawn += n
@@ -331,7 +333,7 @@ class Run:
             else:
                 self._end_turn(live)
 
-    def _end_turn(self, live: _Live) -> None:
+    def _end_turn(self, live: _ActiveEpisode) -> None:
         """Parse the turn that the policy wrote, and take the next step of the episode."""
         values = {name: np.concatenate(parts) for name, parts in live.parts.items()}
         episode, processor = live.episode, self._engine.processor
@@ -339,7 +341,7 @@ class Run:
         tokens = values["tokens"][:-1] if ended_by in END_TOKENS else values["tokens"]
         begun, live.opened = live.opened, None
         turn = turns.parse(processor.decode([*(() if begun is None else begun), *tokens]))
-        wanted = self._rules.forced(episode)
+        wanted = self._rules.forced_action(episode)
         if wanted is None or turn.action == wanted:
             episode.segments.append(Segment("model", **values))
         else:
@@ -347,21 +349,26 @@ class Run:
             if turn is None:
                 return
         episode.turns.append(turn)
-        self._watch(episode, "turn")
-        step = self._rules.after(episode.turns, episode.calls, cut=ended_by is None)
+        self._on_event(episode, "turn")
+        step = self._rules.next_step(episode.turns, episode.calls, cut=ended_by is None)
         if step.kind == "end":
             self._end(live, step.end)
             return
         closing = processor.closing()
         closing = closing[1:] if ended_by == END_TOKENS[0] else closing
-        room = self._rules.room(episode, len(closing))
+        room = self._rules.token_budget(episode, len(closing))
         if step.kind == "search":
             self._search(live, closing, room)
         else:
-            self._reply(live, closing, self._rules.say(step, episode, room))
+            self._reply(live, closing, self._rules.notice(step, episode, room))
 
     def _force(
-        self, live: _Live, values: dict, tokens: np.ndarray, begun: np.ndarray | None, wanted
+        self,
+        live: _ActiveEpisode,
+        values: dict,
+        tokens: np.ndarray,
+        begun: np.ndarray | None,
+        wanted,
     ) -> turns.Turn | None:
         """Make a turn take the prescribed action, see `forcing`.
 
@@ -416,7 +423,7 @@ class Run:
         live.unwritten = forced
         return turns.parse(processor.decode(written))
 
-    def _search(self, live: _Live, closing: list[int], room: int) -> None:
+    def _search(self, live: _ActiveEpisode, closing: list[int], room: int) -> None:
         """Submit the search requested by the turn to its tool."""
         episode, turn, limits = live.episode, live.episode.turns[-1], self._settings.tools
         tool, number = self._engine.tools.get(turn.action), len(episode.turns) - 1
@@ -427,10 +434,10 @@ class Run:
         )  # fmt: skip
 
         async def begin():
-            return await self._rules.call(tool, query, seconds)
+            return await self._rules.call_tool(tool, query, seconds)
 
         def finish(observation, error, seconds) -> tuple[list[int], Reply]:
-            observed = functools.partial(self._rules.observed, query, example, number, room)
+            observed = functools.partial(self._rules.tool_reply, query, example, number, room)
             try:
                 return closing, observed(observation, error, seconds)
             except Exception as unforeseen:  # a tool may return objects that raise
@@ -438,14 +445,14 @@ class Run:
 
         seconds = min(limits.timeout, limits.episode_timeout - live.waited)
         if seconds > 0:
-            self._engine.background.submit(Call(live.lane, begin, finish, seconds))
+            self._engine.tool_executor.submit(Call(live.lane, begin, finish, seconds))
         else:
             error = TimeoutError("the episode's time for tools is used up")
             self._reply(live, *finish(None, error, 0.0))
 
     def _take_answers(self, wait: bool) -> None:
         look_again = self._look_again if wait else None
-        answers = self._engine.background.answers(wait and look_again is None)
+        answers = self._engine.tool_executor.answers(wait and look_again is None)
         if look_again is not None and not answers:
             time.sleep(look_again)
         for lane, answer in answers:
@@ -455,7 +462,7 @@ class Run:
             live.waited += answer[1].call.seconds
             self._reply(live, *answer)
 
-    def _reply(self, live: _Live, closing: list[int], reply: Reply) -> None:
+    def _reply(self, live: _ActiveEpisode, closing: list[int], reply: Reply) -> None:
         """Close the policy's turn and append the user turn, or end the episode for lack of room."""
         episode = live.episode
         if reply.call is not None:
@@ -467,14 +474,14 @@ class Run:
         episode.segments.append(Segment("forced", closing))
         episode.segments.append(Segment("tool", reply.prompt.tokens))
         episode.images += reply.prompt.images
-        self._watch(episode, "reply")
+        self._on_event(episode, "reply")
         new, live.unwritten = [live.unwritten, closing, reply.prompt.tokens], _NOTHING
         whole = Prompt(np.concatenate(new), reply.prompt.images)
         live.position = self._to_write(live, whole, live.position)
 
-    def _end(self, live: _Live, why) -> None:
+    def _end(self, live: _ActiveEpisode, why) -> None:
         live.episode.end = why
-        self._watch(live.episode, "end")
+        self._on_event(live.episode, "end")
         self._ended.append(live.episode)
         del self._live[live.lane]
         self._free.add(live.lane)

@@ -13,8 +13,8 @@ import sys
 
 from absl import app
 
-from mmsr1_jax.tools.redis_cache import is_redis, open_store
-from mmsr1_jax.tools.tool_cache import StoreError
+from mmsr1_jax.tools.redis_cache import is_redis, open_cache
+from mmsr1_jax.tools.tool_cache import ToolCacheError
 from mmsr1_jax.utils import shutdown
 
 _ARGUMENTS = {"info": 1, "export": 2, "import": 2}
@@ -30,20 +30,20 @@ def main(argv) -> None:
     needed = paths[0] if action in ("info", "export") else paths[1]
     try:
         if any(map(is_redis, paths[1:])):
-            raise StoreError("FILE must be a file, not the address of a server")
+            raise ToolCacheError("FILE must be a file, not the address of a server")
         if not is_redis(needed) and not pathlib.Path(needed).is_file():
-            raise StoreError(f"{needed}: no such store")
+            raise ToolCacheError(f"{needed}: no such store")
         if action == "import":
-            store = open_store(paths[0])
+            store = open_cache(paths[0])
             print(f"{store.take(paths[1])} entries taken from {paths[1]}")
         else:
-            store = open_store(paths[0], "replay")
+            store = open_cache(paths[0], "replay")
             if action == "export":
                 store.export(paths[1])
         for kind, entries, size in store.info():
             print(f"{kind}: {entries} entries, {size / 1e6:.1f} MB")
         store.close()
-    except (StoreError, OSError) as error:
+    except (ToolCacheError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -27,7 +27,7 @@ from mmsr1_jax.training import metrics
 from mmsr1_jax.utils import outputs
 
 NEEDLESS = "free"  # category of questions that need no search (`data/tiny_world/world.py`)
-_OF = "search_of/"  # prefix of the metrics of a category
+_OF = "search_by_category/"  # prefix of the metrics of a category
 _CURVES = {
     "reward and accuracy": ("reward", "accuracy"),
     "episodes that search": ("search/any", "search/text", "search/image", "search/both"),

@@ -23,13 +23,14 @@ from absl import flags
 
 from mmsr1_jax import cli
 from mmsr1_jax.config.choices import MATCHES
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.config.rewards import Rewards, RewardsError, check
 from mmsr1_jax.episodes import turns
 from mmsr1_jax.rewards import reward_function
 from mmsr1_jax.utils import checked_json, outputs
 
 
-class LineError(ValueError):
+class LineError(UserError):
     """A line that is not a valid episode."""
 
 

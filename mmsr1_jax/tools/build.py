@@ -11,20 +11,21 @@ from typing import Any
 import PIL.Image
 
 from mmsr1_jax.config import settings
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.processing.image_files import public_jpeg
 from mmsr1_jax.tools.addresses import parse_host
 from mmsr1_jax.tools.cached_tool import (
-    Stored,
-    StoredFinder,
-    StoredPictures,
-    StoredReader,
-    StoredSearch,
-    StoredSummariser,
+    CachedCalls,
+    CachedFinder,
+    CachedImages,
+    CachedReader,
+    CachedSearch,
+    CachedSummariser,
 )
-from mmsr1_jax.tools.image_search import ImageSearch, Publisher, Thumbnails
+from mmsr1_jax.tools.image_search import ImageFetcher, ImageSearch, ImageUploader
 from mmsr1_jax.tools.judge import Judge
 from mmsr1_jax.tools.local import Embed, LocalIndex
-from mmsr1_jax.tools.redis_cache import RedisStore, open_store
+from mmsr1_jax.tools.redis_cache import RedisCache, open_cache
 from mmsr1_jax.tools.service import Service, ServiceRefusedError, is_refusal
 from mmsr1_jax.tools.services.fvqa import FvqaCache
 from mmsr1_jax.tools.services.jina import Jina
@@ -36,7 +37,7 @@ from mmsr1_jax.tools.services.serper import Serper
 from mmsr1_jax.tools.services.summariser import Summariser
 from mmsr1_jax.tools.text_search import PassageSearch, TextSearch
 from mmsr1_jax.tools.tool import Tool
-from mmsr1_jax.tools.tool_cache import Store
+from mmsr1_jax.tools.tool_cache import ToolCache
 from mmsr1_jax.tools.web import Web, WebError
 
 SERVICES = (
@@ -59,7 +60,7 @@ _TEST_SECONDS = 60.0  # time limit of a service's test request, including retrie
 _JUDGE_PAUSE = 60.0  # seconds; longer than the pause of an open circuit breaker (`Service`)
 
 
-class ToolsError(ValueError):
+class ToolsError(UserError):
     """Inconsistent tool settings; the message names the field."""
 
 
@@ -72,7 +73,8 @@ def make_tools(config: settings.Config, *, loops: int = 1) -> dict[str, Tool]:
         per loop, so each loop gets an equal share of them.
 
     Raises:
-      ToolsError, LocalIndexError, KeyMissingError, CacheError, StoreError: A tool cannot be built.
+      ToolsError, LocalIndexError, KeyMissingError, CacheError, ToolCacheError: A tool cannot be
+        built.
       ConfigError, CheckpointError, ImageError: The model in `tools.image_model` cannot be used.
     """
     tools, services = config.tools, config.services
@@ -96,7 +98,7 @@ def make_tools(config: settings.Config, *, loops: int = 1) -> dict[str, Tool]:
 
 
 def make_judge(config: settings.Config) -> Judge | None:
-    """Return the answer judge, or None if answers are matched. Raises StoreError."""
+    """Return the answer judge, or None if answers are matched. Raises ToolCacheError."""
     services = config.services
     if services.judge_url is None:
         return None
@@ -131,7 +133,7 @@ def check_services(
         any(min(one.max_searches, getattr(one, f"max_{kind}_searches")) > 0 for one in turns)
         for kind in ("text", "image")
     ]
-    makers = _Makers(config.tools, services, Store(None, "off"), 1, testing=True)
+    makers = _Makers(config.tools, services, ToolCache(None, "off"), 1, testing=True)
     refusals = asyncio.run(_refusals(makers.tests(*searches, judge)))
     if refusals:
         raise ServiceRefusedError("; ".join(refusals))
@@ -162,9 +164,9 @@ async def _refusals(tests: "Sequence[_Test]") -> list[str]:
 _Test = tuple[Service, Callable[[], Awaitable]]
 
 
-def _store(services: settings.Services) -> Store | RedisStore:
+def _store(services: settings.Services) -> ToolCache | RedisCache:
     mode = "off" if services.cache is None else services.cache_mode
-    return open_store(
+    return open_cache(
         services.cache, mode, days=services.cache_ttl_days, max_bytes=services.cache_max_bytes
     )
 
@@ -183,12 +185,12 @@ def _embedder(config: settings.Config) -> Embed | None:
 
 class _Makers:
     def __init__(
-        self, tools: settings.Tools, services: settings.Services, store: Store | RedisStore,
+        self, tools: settings.Tools, services: settings.Services, store: ToolCache | RedisCache,
         loops: int, *, testing: bool = False,
     ):  # fmt: skip
         self._tools, self._services, self._loops = tools, services, loops
         self._testing = testing
-        self._store, self._stored = store, Stored(store)
+        self._store, self._stored = store, CachedCalls(store)
         # Configured services may have private addresses; the URLs that they return may not.
         urls = (
             services.serpapi_url, services.serper_url, services.searxng_url, services.jina_url,
@@ -219,7 +221,7 @@ class _Makers:
     def _limited(self, name: str, web: Web, **keywords) -> Service:
         per_second, at_once, turn = self._services.max_qps, self._services.max_concurrency, None
         per_second, at_once = self._limits.get(name, (per_second, at_once))
-        if isinstance(self._store, RedisStore):
+        if isinstance(self._store, RedisCache):
             turn = functools.partial(self._store.turn, name, per_second)
         at_once, per_second = -(-at_once // self._loops), per_second / self._loops
         names = _SETTINGS.get(name, ())
@@ -253,7 +255,7 @@ class _Makers:
                 )  # fmt: skip
             case "publisher":
                 put, public = (_needed(f"services.{f}", getattr(of, f)) for f in _PUBLISHING)
-                return Publisher(service, self._stored, put_url=put, public_url=public)
+                return ImageUploader(service, self._stored, put_url=put, public_url=public)
         raise ToolsError(f"there is no service {name!r}")
 
     def tests(self, text: bool, image: bool, judge: bool) -> "list[_Test]":
@@ -292,36 +294,36 @@ class _Makers:
         summariser = services.summariser_url and services.summariser_model
         results, chars = self._tools.max_results, self._tools.max_result_chars
         search = TextSearch(
-            StoredFinder(finder, stored, where),
+            CachedFinder(finder, stored, where),
             self._reader(),
             self._summariser(),
             results=results,
             chars=chars,
             seconds=self._seconds,
         )
-        return StoredSearch(
+        return CachedSearch(
             search, stored, f"{where} {services.reader} {summariser} {results} {chars}"
         )
 
-    def _reader(self) -> StoredReader | None:
+    def _reader(self) -> CachedReader | None:
         name = self._services.reader
         if name == "none":
             return None
         reader = Reader(self._hosts("reader")) if name == "local" else self._client("reader")
-        return StoredReader(reader, self._stored, name)
+        return CachedReader(reader, self._stored, name)
 
-    def _summariser(self) -> StoredSummariser | None:
+    def _summariser(self) -> CachedSummariser | None:
         if self._services.summariser_url is None:
             return None
         model = self._services.summariser_model
-        return StoredSummariser(self._client("summariser"), self._stored, model)
+        return CachedSummariser(self._client("summariser"), self._stored, model)
 
     def judge(self) -> Judge:
         return self._client("judge")
 
     def image(self, name: str) -> Tool:
         services, results = self._services, self._tools.max_results
-        pictures = StoredPictures(Thumbnails(self._hosts("thumbnails")), self._stored)
+        pictures = CachedImages(ImageFetcher(self._hosts("thumbnails")), self._stored)
         if name == "fvqa":
             path = _needed("services.fvqa_cache", services.fvqa_cache)
             return FvqaCache(path, pictures, results=results)
@@ -332,7 +334,7 @@ class _Makers:
         )  # fmt: skip
 
 
-async def _publish_test_image(publish: Publisher) -> None:
+async def _publish_test_image(publish: ImageUploader) -> None:
     jpeg, _ = await public_jpeg(PIL.Image.new("RGB", (8, 8), "white"))
     await publish(jpeg)
 

@@ -26,10 +26,10 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
-from mmsr1_jax.tools.redis_cache import RedisStore
+from mmsr1_jax.tools.redis_cache import RedisCache
 from mmsr1_jax.tools.services import Hit
 from mmsr1_jax.tools.tool import Observation, Query, Tool, text_result_of
-from mmsr1_jax.tools.tool_cache import Store, StoreError
+from mmsr1_jax.tools.tool_cache import ToolCache, ToolCacheError
 from mmsr1_jax.tools.web import WebError
 from mmsr1_jax.utils import checked_json, fallbacks
 
@@ -50,16 +50,16 @@ SHAPES: dict[str, Any] = {
 }
 
 
-class NotStoredError(WebError):
+class NotCachedError(WebError):
     """A value that a replay needs and that was not recorded."""
 
 
-class Stored:
+class CachedCalls:
     """Read-through cache over a store."""
 
-    def __init__(self, store: Store | RedisStore):
+    def __init__(self, store: ToolCache | RedisCache):
         self._store = store
-        self._remote = isinstance(store, RedisStore)
+        self._remote = isinstance(store, RedisCache)
         self._complained = False
 
     @property
@@ -72,13 +72,13 @@ class Stored:
 
         Raises:
           WebError: Raised by `ask`, now or when the value was recorded.
-          NotStoredError: The value is missing and the store is in replay mode.
+          NotCachedError: The value is missing and the store is in replay mode.
         """
         found = await self.look(kind, key)
         if found is not None:
             return found
         if self._store.mode == "replay":
-            raise NotStoredError("not in the store, and a replay asks nobody")
+            raise NotCachedError("not in the store, and a replay asks nobody")
         try:
             value = await ask()
         except WebError as error:
@@ -92,7 +92,7 @@ class Stored:
 
         Raises:
           WebError: The cached entry is a failure.
-          NotStoredError: The value is malformed and the store is in replay mode.
+          NotCachedError: The value is malformed and the store is in replay mode.
         """
         # Reading from a file is no slower than handing the call to a thread.
         found = await self._try(self._remote, self._store.get, kind, key)
@@ -108,7 +108,7 @@ class Stored:
                 f"store: a malformed value of kind {kind!r} is treated as missing ({error})",
             )
             if self._store.mode == "replay":
-                raise NotStoredError("malformed in the store, and a replay asks nobody") from None
+                raise NotCachedError("malformed in the store, and a replay asks nobody") from None
             return None
         if found[1]:
             raise WebError(value)
@@ -130,7 +130,7 @@ class Stored:
             threads = self._store.threads if self._remote else None
             act = functools.partial(act, *arguments, **keywords)
             return await asyncio.get_running_loop().run_in_executor(threads, act)
-        except StoreError as error:
+        except ToolCacheError as error:
             fallbacks.note("store/failed")
             if not self._complained:
                 self._complained = True
@@ -139,10 +139,10 @@ class Stored:
             return None
 
 
-class StoredFinder:
+class CachedFinder:
     """Cached search for links. `name` identifies the service, as results differ by service."""
 
-    def __init__(self, finder, stored: Stored, name: str):
+    def __init__(self, finder, stored: CachedCalls, name: str):
         self._finder, self._stored, self._name = finder, stored, name
 
     async def search(self, query: str, count: int) -> list[Hit]:
@@ -154,10 +154,10 @@ class StoredFinder:
         return [Hit(*hit) for hit in await self._stored.get("links", key, ask)]
 
 
-class StoredReader:
+class CachedReader:
     """Cached page reader. `name` identifies the service, as the text differs by service."""
 
-    def __init__(self, reader, stored: Stored, name: str):
+    def __init__(self, reader, stored: CachedCalls, name: str):
         self._reader, self._stored, self._name = reader, stored, name
 
     async def read(self, url: str) -> str:
@@ -165,10 +165,10 @@ class StoredReader:
         return await self._stored.get("page", key, lambda: self._reader.read(url))
 
 
-class StoredSummariser:
+class CachedSummariser:
     """Cached summariser. `name` identifies the model."""
 
-    def __init__(self, summariser, stored: Stored, name: str):
+    def __init__(self, summariser, stored: CachedCalls, name: str):
         self._summariser, self._stored, self._name = summariser, stored, name
 
     async def summarise(self, page: str, question: str) -> str:
@@ -178,10 +178,10 @@ class StoredSummariser:
         )
 
 
-class StoredPictures:
+class CachedImages:
     """Cached image download. `fetch` returns the file at a URL."""
 
-    def __init__(self, fetch: Callable[[str], Awaitable[bytes]], stored: Stored):
+    def __init__(self, fetch: Callable[[str], Awaitable[bytes]], stored: CachedCalls):
         self._fetch, self._stored = fetch, stored
 
     async def __call__(self, url: str) -> bytes:
@@ -191,7 +191,7 @@ class StoredPictures:
         return base64.b64decode(await self._stored.get("picture", url, ask))
 
 
-class StoredSearch:
+class CachedSearch:
     """Cached text search, with a single lookup per search instead of one per page.
 
     Args:
@@ -200,7 +200,7 @@ class StoredSearch:
       name: Identifies everything that the results depend on besides the query and its question.
     """
 
-    def __init__(self, tool: Tool, stored: Stored, name: str):
+    def __init__(self, tool: Tool, stored: CachedCalls, name: str):
         self._tool, self._stored, self._name = tool, stored, name
 
     async def __call__(self, query: Query) -> Observation:

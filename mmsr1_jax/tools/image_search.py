@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from mmsr1_jax.processing.image_files import ImageError, check_image, public_jpeg
-from mmsr1_jax.tools.cached_tool import Stored, digest
+from mmsr1_jax.tools.cached_tool import CachedCalls, digest
 from mmsr1_jax.tools.first_completed import first_that_work
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.services import Match
@@ -26,7 +26,7 @@ class Lens(Protocol):
     async def lens(self, url: str) -> list[Match]: ...
 
 
-class Publisher:
+class ImageUploader:
     """Image uploader that gives images a public URL, by HTTP PUT to an object store.
 
     Credentials come from the environment: PUBLISHER_AUTHORIZATION is the value of the
@@ -40,7 +40,7 @@ class Publisher:
       public_url: Public URL of an uploaded image, in the same form.
     """
 
-    def __init__(self, service: Service, stored: Stored, *, put_url: str, public_url: str):
+    def __init__(self, service: Service, stored: CachedCalls, *, put_url: str, public_url: str):
         self._service, self._stored = service, stored
         self._put, self._public = put_url, public_url
         self._query = os.environ.get("PUBLISHER_QUERY", "").strip().removeprefix("?")
@@ -77,7 +77,7 @@ def _named(url: str, name: str) -> str:
     return url.replace("{name}", name) if "{name}" in url else url + name
 
 
-class Thumbnails:
+class ImageFetcher:
     """Image fetcher that accepts files of up to `max_bytes` bytes."""
 
     def __init__(self, service: Service, *, max_bytes: int = 5_000_000):
@@ -108,7 +108,7 @@ class ImageSearch:
         lens: Lens,
         publish: Callable[[bytes], Awaitable[str]],
         fetch: Callable[[str], Awaitable[bytes]],
-        stored: Stored,
+        stored: CachedCalls,
         name: str,
         *,
         results: int = 5,

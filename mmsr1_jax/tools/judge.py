@@ -22,7 +22,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from mmsr1_jax.tools.cached_tool import Stored
+from mmsr1_jax.tools.cached_tool import CachedCalls
 from mmsr1_jax.tools.lookalikes import LOOKS_LIKE
 from mmsr1_jax.tools.service import Service, ServiceRefusedError, is_refusal
 from mmsr1_jax.tools.services.chat import Chat, Reply
@@ -135,7 +135,7 @@ class Judge:
     def __init__(
         self,
         service: Service,
-        stored: Stored,
+        stored: CachedCalls,
         *,
         base_url: str,
         model: str,

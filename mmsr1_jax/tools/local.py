@@ -25,6 +25,7 @@ import imagehash
 import numpy as np
 import PIL.Image
 
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.processing.image_files import ImageError, open_image
 from mmsr1_jax.tools import checked_sqlite
 from mmsr1_jax.tools.passages import best_passages
@@ -53,7 +54,7 @@ CREATE TABLE embedded (model TEXT);
 _EMBEDDING = np.dtype("<f2")  # as stored in the file
 
 
-class LocalIndexError(ValueError):
+class LocalIndexError(UserError):
     """Unusable index, or unusable input for an index; the message names it."""
 
 

@@ -10,6 +10,7 @@ import lxml.html
 import regex
 import trafilatura
 
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.tools.charsets import decode
 
 PLAIN = ("text/plain", "text/markdown")
@@ -26,7 +27,7 @@ _BROKEN = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\ufffd]")
 _MANY_MARKS = regex.compile(r"(\p{M}{16})\p{M}++")
 
 
-class PageError(ValueError):
+class PageError(UserError):
     """Bytes that are not a page; the message says what they are."""
 
 

@@ -1,8 +1,8 @@
 """Cache of tool results and shared rate limits on a Redis server, for many hosts.
 
-A `RedisStore` has the modes and methods of `tool_cache.Store`, and a method `turn` that enforces
-the rate limit of a service across all processes. Its data lies in the one database named by its
-address:
+A `RedisCache` has the modes and methods of `tool_cache.ToolCache`, and a method `turn` that
+enforces the rate limit of a service across all processes. Its data lies in the one database named
+by its address:
 
     mmsr1:KIND:HASH OF KEY    hash with the fields key, value, failed and made
     mmsr1-rate:SERVICE        hash with the fields next (time of the next turn) and now
@@ -31,7 +31,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mmsr1_jax.tools.tool_cache import MODES, Mode, Store, StoreError, entries_of, is_fresh
+from mmsr1_jax.tools.tool_cache import MODES, Mode, ToolCache, ToolCacheError, entries_of, is_fresh
 from mmsr1_jax.utils import outputs
 
 _TIMEOUT = 2.0  # seconds; limit on connecting, and on each wait for data
@@ -77,28 +77,28 @@ def is_redis(where: str | os.PathLike) -> bool:
     return re.match("rediss?://", str(where), re.IGNORECASE) is not None
 
 
-def open_store(
+def open_cache(
     where: str | None, mode: Mode = "use", *, days: float = 90.0, max_bytes: int = 20_000_000_000
-) -> "Store | RedisStore":
+) -> "ToolCache | RedisCache":
     """Open the store at `where`, a file or the address of a Redis server.
 
     `max_bytes` applies to a file only, since a Redis server has its own memory limit.
 
     Raises:
-      StoreError: See the constructors.
+      ToolCacheError: See the constructors.
     """
     if where is not None and is_redis(where):
-        return RedisStore(where, mode, days=days)
-    return Store(where, mode, days=days, max_bytes=max_bytes)
+        return RedisCache(where, mode, days=days)
+    return ToolCache(where, mode, days=days, max_bytes=max_bytes)
 
 
-class RedisStore:
+class RedisCache:
     """Cache of tool results on a Redis server, usable from any thread and any asyncio loop.
 
     All methods but `turn` block while they wait for the server, so call them in a thread.
 
     After a failure the server is not contacted for a while, so that not every call waits for its
-    timeout; meanwhile all methods but `turn` raise StoreError. In `replay` the server is always
+    timeout; meanwhile all methods but `turn` raise ToolCacheError. In `replay` the server is always
     contacted, as no other source of values exists.
 
     Args:
@@ -106,7 +106,7 @@ class RedisStore:
         options of redis-py after a `?`. Messages show neither user, password nor options. Settings
         are written to files and logs, so pass a password in the environment variable
         STORE_PASSWORD instead.
-      mode: Mode, as in `Store`.
+      mode: Mode, as in `ToolCache`.
       days: Days after which an entry is stale in mode `use` and expires on the server.
 
     Attributes:
@@ -117,18 +117,18 @@ class RedisStore:
         """Connect to the server.
 
         Raises:
-          StoreError: The mode or the address is invalid, redis-py is not installed, or the server
-            cannot be used (not checked in mode `off`).
+          ToolCacheError: The mode or the address is invalid, redis-py is not installed, or the
+            server cannot be used (not checked in mode `off`).
         """
         self._name = _without_secrets(address)
         if mode not in MODES:
-            raise StoreError(f"{self._name}: there is no mode {mode!r}")
+            raise ToolCacheError(f"{self._name}: there is no mode {mode!r}")
         try:
             import redis
             from redis.backoff import NoBackoff
             from redis.retry import Retry
         except ImportError:
-            raise StoreError(f"{self._name}: redis-py is missing: pip install redis") from None
+            raise ToolCacheError(f"{self._name}: redis-py is missing: pip install redis") from None
         self.mode = mode
         self.threads = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="redis")
         self._redis, self._days = redis, days
@@ -150,10 +150,10 @@ class RedisStore:
             if mode != "off":
                 self._guarded(self._client.ping)
         except TypeError:  # an option unknown to redis-py
-            raise StoreError(f"{self._name}: an ssl_ option that does not exist") from None
+            raise ToolCacheError(f"{self._name}: an ssl_ option that does not exist") from None
 
     def get(self, kind: str, key: str) -> tuple[bytes, bool] | None:
-        """Return (value, failed) or None, as `Store.get` does."""
+        """Return (value, failed) or None, as `ToolCache.get` does."""
         if self.mode in ("off", "record"):
             return None
         name = _entry(kind, key)
@@ -186,7 +186,7 @@ class RedisStore:
             self._guarded,
             lambda: self._turn([f"mmsr1-rate:{service}"], [1e6 / per_second]),
         )
-        with contextlib.suppress(StoreError):  # the store's user gets it too, and reports it
+        with contextlib.suppress(ToolCacheError):  # the store's user gets it too, and reports it
             microseconds = await asyncio.get_running_loop().run_in_executor(self.threads, ask)
             await asyncio.sleep(microseconds / 1e6)
 
@@ -210,18 +210,18 @@ class RedisStore:
         return self._guarded(count)
 
     def export(self, target: str | pathlib.Path) -> None:
-        """Write all entries to a new file for `Store`, atomically."""
+        """Write all entries to a new file for `ToolCache`, atomically."""
         try:
             with outputs.new_file(target) as partial:
-                Store(partial).close()
+                ToolCache(partial).close()
                 with contextlib.closing(sqlite3.connect(partial)) as connection, connection:
                     insert = "INSERT INTO entry VALUES (?, ?, ?, ?, ?)"
                     self._guarded(lambda: connection.executemany(insert, self._rows()))
         except sqlite3.Error as error:
-            raise StoreError(f"{target}: {error}") from None
+            raise ToolCacheError(f"{target}: {error}") from None
 
     def take(self, source: str | pathlib.Path) -> int:
-        """Import the entries of a `Store` file that are missing or failures here.
+        """Import the entries of a `ToolCache` file that are missing or failures here.
 
         A failure is imported only if the server has no entry for its key. Imported entries never
         expire.
@@ -230,7 +230,7 @@ class RedisStore:
           Number of imported entries.
 
         Raises:
-          StoreError: `source` is missing, damaged or not a store, or the server cannot be used.
+          ToolCacheError: `source` is missing, damaged or not a store, or the server cannot be used.
         """
         taken = 0
         for kind, key, value, failed, made in entries_of(source):
@@ -248,7 +248,7 @@ class RedisStore:
         return list(set(self._client.scan_iter(match="mmsr1:*", count=1000)))
 
     def _rows(self) -> Iterator[tuple]:
-        """Yield all entries as rows of `Store`'s table."""
+        """Yield all entries as rows of `ToolCache`'s table."""
         for name in self._entries():
             found = self._client.hmget(name, "key", "value", "failed", "made")
             key, value, failed, made = found
@@ -260,12 +260,12 @@ class RedisStore:
                     yield kind, key.decode("utf-8", "replace"), value, int(failed), at
 
     def _guarded(self, act: Callable[[], Any]) -> Any:
-        """Return `act()`. Raises StoreError if it fails or the server is not contacted for now."""
+        """Return `act()`; raise ToolCacheError if it fails or the server is being avoided."""
         pause = 0.0 if self.mode == "replay" else _PAUSE
         with self._lock:
             if self._down is not None:
                 if time.monotonic() < self._asked_again:
-                    raise StoreError(self._down)
+                    raise ToolCacheError(self._down)
                 # This call probes the server; others keep failing fast in the meantime.
                 self._asked_again = time.monotonic() + pause
         down = None
@@ -276,7 +276,7 @@ class RedisStore:
             # A server that refuses one command (out of memory, read-only) is still up.
             if not isinstance(error, self._redis.ResponseError):
                 down = words
-            raise StoreError(words) from None
+            raise ToolCacheError(words) from None
         finally:
             with self._lock:
                 self._down, self._asked_again = down, time.monotonic() + pause
@@ -294,8 +294,8 @@ def _without_secrets(address: str) -> str:
     """Return the address of a server without user, password and options.
 
     Raises:
-      StoreError: The address is invalid. The message shows no part of it, as any part may belong to
-        a password.
+      ToolCacheError: The address is invalid. The message shows no part of it, as any part may be
+        of a password.
     """
     try:
         parts = urllib.parse.urlsplit(address)
@@ -310,7 +310,7 @@ def _without_secrets(address: str) -> str:
     except ValueError:
         good = False
     if not good:
-        raise StoreError(
+        raise ToolCacheError(
             "store: not an address of a Redis server: redis://[user:password@]host[:port]"
             "[/database] is, with / as %2F, # as %23, ? as %3F and @ as %40 in a password"
         )

@@ -23,6 +23,7 @@ from typing import Any
 import aiolimiter
 import tenacity
 
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.tools.web import Answer, RefusedError, StatusError, Web, WebError
 from mmsr1_jax.utils import fallbacks
 
@@ -35,7 +36,7 @@ class ServiceDownError(WebError):
     """Call rejected by the open circuit breaker; `__cause__` is the last failure."""
 
 
-class ServiceRefusedError(ValueError):
+class ServiceRefusedError(UserError):
     """Service that refuses all requests, because of a wrong key, address or model.
 
     The message is one line that names the service, its address without secrets and its settings.

@@ -10,7 +10,7 @@ import json
 import time
 from typing import Protocol
 
-from mmsr1_jax.tools.cached_tool import Stored
+from mmsr1_jax.tools.cached_tool import CachedCalls
 from mmsr1_jax.tools.first_completed import first_that_work
 from mmsr1_jax.tools.page_checks import nothing_said
 from mmsr1_jax.tools.passages import best_passages
@@ -125,7 +125,7 @@ class PassageSearch:
       results: Maximum number of passages in an observation.
     """
 
-    def __init__(self, retrieval: Retrieval, stored: Stored, name: str, *, results: int = 5):
+    def __init__(self, retrieval: Retrieval, stored: CachedCalls, name: str, *, results: int = 5):
         self._retrieval, self._stored = retrieval, stored
         self._name, self._results = name, results
 

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import tenacity
 
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.tools import checked_sqlite
 from mmsr1_jax.utils import checked_json, outputs
 from mmsr1_jax.utils.checked_json import valid_text
@@ -55,7 +56,7 @@ _MAX_AHEAD = 86400.0  # seconds by which another machine's clock may be ahead
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
-class StoreError(ValueError):
+class ToolCacheError(UserError):
     """Unusable store; the message names it."""
 
 
@@ -72,7 +73,7 @@ _patiently = tenacity.Retrying(
 )
 
 
-class Store:
+class ToolCache:
     """Cache of tool results in an SQLite file.
 
     Args:
@@ -90,9 +91,9 @@ class Store:
         days: float = 90.0,
         max_bytes: int = 20_000_000_000,
     ):
-        """Open the file. Raises StoreError for an unknown mode and for `replay` without a file."""
+        """Open the file; raise ToolCacheError for an unknown mode, or `replay` without a file."""
         if mode not in MODES or (path is None) != (mode == "off"):
-            raise StoreError(f"store: mode {mode!r} with file {path!r}")
+            raise ToolCacheError(f"store: mode {mode!r} with file {path!r}")
         self.mode = mode
         self._path = None if path is None else pathlib.Path(path)
         self._days, self._max_bytes = days, max_bytes
@@ -105,7 +106,7 @@ class Store:
         self._since_sweep = 0
         if self._path is not None:
             if mode == "replay" and not self._path.is_file():
-                raise StoreError(f"{self._path}: no such store, and replay makes none")
+                raise ToolCacheError(f"{self._path}: no such store, and replay makes none")
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._lock:
                 self._guarded(lambda connection: None)
@@ -160,7 +161,7 @@ class Store:
           Number of imported entries.
 
         Raises:
-          StoreError: `source` is missing, damaged or not a store.
+          ToolCacheError: `source` is missing, damaged or not a store.
         """
         rows, taken = entries_of(source), 0
 
@@ -207,9 +208,9 @@ class Store:
             return _patiently(lambda: act(self._connect()))
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGE:  # disk full, too large
-                raise StoreError(f"{self._path}: {_said(error)}") from None
+                raise ToolCacheError(f"{self._path}: {_said(error)}") from None
             if self.mode == "replay":
-                raise StoreError(f"{self._path}: damaged, or no store ({error})") from None
+                raise ToolCacheError(f"{self._path}: damaged, or no store ({error})") from None
             self._set_aside(error)
             return _patiently(lambda: act(self._connect()))
 
@@ -306,7 +307,7 @@ def entries_of(source: str | pathlib.Path) -> Iterator[tuple[str, str, bytes, in
     Malformed entries are skipped, and their number is printed.
 
     Raises:
-      StoreError: The file is damaged or not a store.
+      ToolCacheError: The file is damaged or not a store.
     """
     source, skipped, now = pathlib.Path(source), 0, time.time()
     query = f"SELECT kind, key, {_VALUE}, failed, made FROM entry"
@@ -315,7 +316,7 @@ def entries_of(source: str | pathlib.Path) -> Iterator[tuple[str, str, bytes, in
             _check_table(connection)
             # Pages that are linked many times could turn a small file into an endless table.
             if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
-                raise StoreError(f"{source}: damaged")
+                raise ToolCacheError(f"{source}: damaged")
             for kind, key, value, failed, made in connection.execute(query):
                 named = isinstance(kind, str) and isinstance(key, str) and ":" not in kind
                 value = value.encode("utf-8", "replace") if isinstance(value, str) else value
@@ -324,7 +325,7 @@ def entries_of(source: str | pathlib.Path) -> Iterator[tuple[str, str, bytes, in
                 else:
                     skipped += 1
     except sqlite3.DatabaseError as error:
-        raise StoreError(f"{source}: not a store ({_said(error)})") from None
+        raise ToolCacheError(f"{source}: not a store ({_said(error)})") from None
     if skipped:
         print(f"{source}: skipped {skipped} malformed entries", file=sys.stderr)
 

@@ -47,7 +47,7 @@ class Call:
     task: asyncio.Task | None = None
 
 
-class Background:
+class ToolExecutor:
     """Executor of tool calls, for use by a single thread.
 
     Args:

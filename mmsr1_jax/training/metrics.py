@@ -20,7 +20,7 @@ class _Line(TypedDict):
     step: Annotated[int, msgspec.Meta(ge=0)]
 
 
-def of_episodes(
+def episode_metrics(
     episodes: Sequence[Episode], rewards: Sequence[Reward], categories: Sequence[str]
 ) -> dict[str, float]:
     """Return metrics of finished episodes; episodes with errors are only counted.
@@ -32,16 +32,17 @@ def of_episodes(
     Returns:
       `errors`, the number of episodes that could not be run. If others exist, also their means
       `reward`, `accuracy`, `format` and `searches`; the fractions of episodes `search/any`,
-      `/text`, `/image`, `/both` and `/none`; `accuracy_of/CATEGORY` and `search_of/CATEGORY`; the
-      means `turns`, `tokens` and `tokens_sampled`; the fractions `end/REASON`; and `tool/calls`,
-      `tool/failed` (fraction of the calls), `tool/refused` and `tool/seconds` (mean per call).
+      `/text`, `/image`, `/both` and `/none`; `accuracy_by_category/CATEGORY` and
+      `search_by_category/CATEGORY`; the means `turns`, `tokens` and `tokens_sampled`; the fractions
+      `end/REASON`; and `tool/calls`, `tool/failed` (fraction of the calls), `tool/refused` and
+      `tool/seconds` (mean per call).
 
-      With a judge, also `judge/asked`, the number of answers sent to it, and two fractions of
+      With a judge, also `judge/requests`, the number of answers sent to it, and two fractions of
       these: `judge/failed`, whose requests failed, and `judge/unreadable`, whose replies held no
       verdict, which counts as wrong. Episodes with failed requests are excluded from `reward`,
-      `accuracy` and `accuracy_of`. `reward` and `accuracy` are absent if all requests failed, since
-      answers that need no judge are not representative; `accuracy_of` is absent if no episode of
-      the category remains.
+      `accuracy` and `accuracy_by_category`. `reward` and `accuracy` are absent if all requests
+      failed, since answers that need no judge are not representative; `accuracy_by_category` is
+      absent if no episode of the category remains.
     """
     ran = [i for i, episode in enumerate(episodes) if episode.end != "error"]
     figures = {"errors": float(len(episodes) - len(ran))}
@@ -79,7 +80,7 @@ def of_episodes(
     for end in ("answer", "turns", "tokens"):
         figures[f"end/{end}"] = mean(episodes[i].end == end for i in ran)
     if outcomes:
-        figures["judge/asked"] = float(len(asked))
+        figures["judge/requests"] = float(len(asked))
         for outcome in ("failed", "unreadable"):
             figures[f"judge/{outcome}"] = mean(one == outcome for one in asked)
     by_category = collections.defaultdict(list)
@@ -88,8 +89,8 @@ def of_episodes(
     for category in sorted(set(by_category) - {""}):
         chosen = by_category[category]
         if judged := [i for i in chosen if rewards[i].known]:
-            figures[f"accuracy_of/{category}"] = mean(rewards[i].correct for i in judged)
-        figures[f"search_of/{category}"] = mean(bool(kinds[i]) for i in chosen)
+            figures[f"accuracy_by_category/{category}"] = mean(rewards[i].correct for i in judged)
+        figures[f"search_by_category/{category}"] = mean(bool(kinds[i]) for i in chosen)
     return figures
 
 

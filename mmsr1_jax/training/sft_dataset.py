@@ -31,11 +31,12 @@ import numpy as np
 from tqdm import tqdm
 
 from mmsr1_jax.config import settings
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.data.parquet import DataError
 from mmsr1_jax.episodes import prompts
 from mmsr1_jax.episodes.episode import Episode, Example
 from mmsr1_jax.episodes.rules import Rules
-from mmsr1_jax.episodes.scripted import Story, retell
+from mmsr1_jax.episodes.scripted import ScriptedEpisode, replay
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 from mmsr1_jax.processing.batching import TooLongError
 from mmsr1_jax.processing.images import ImageError, ImageProcessor, read_picture, write_picture
@@ -54,12 +55,12 @@ class _Header(TypedDict):
     made_with: dict[str, Any]
 
 
-class LineError(ValueError):
+class LineError(UserError):
     """Line that cannot be used for training; the message gives the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Lesson:
+class SFTExample:
     """Training example: an episode whose images are read on demand.
 
     Attributes:
@@ -142,7 +143,7 @@ def prepare(
                 try:
                     if isinstance(episode, LineError):
                         raise episode
-                    if isinstance(item, Story):
+                    if isinstance(item, ScriptedEpisode):
                         _check_told(episode, item)
                     _check(episode, model_config, shape)
                 except LineError as error:
@@ -154,11 +155,11 @@ def prepare(
                             f"{config.data.max_bad_rows}; the last one is {where}: {error}"
                         ) from None
                     continue
-                episode.group = episode.number = written
+                episode.group = episode.index = written
                 line = line_of(episode, processor, path.parent, path.parent / "pictures")
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
                 written += 1
-                told += isinstance(item, Story)
+                told += isinstance(item, ScriptedEpisode)
         if not written:
             raise DataError(f"{', '.join(map(str, files))}: no line that can be used")
     print(
@@ -167,7 +168,7 @@ def prepare(
     )
 
 
-def load(path: pathlib.Path, config: settings.Config) -> list[Lesson]:
+def load(path: pathlib.Path, config: settings.Config) -> list[SFTExample]:
     """Load the examples that `prepare` wrote.
 
     Raises:
@@ -188,7 +189,7 @@ def load(path: pathlib.Path, config: settings.Config) -> list[Lesson]:
                 data = checked_json.loads(line, dict[str, Any], surrogates=True, nan=True)
                 episode = Episode.from_json(data)
                 files = tuple(inside(name, path.parent) for name in _texts(data, "images"))
-                lessons.append(Lesson(episode.tokens, episode.loss_mask, files))
+                lessons.append(SFTExample(episode.tokens, episode.loss_mask, files))
         except DataError:
             raise
         except (StopIteration, KeyError, TypeError, AttributeError, ValueError) as error:
@@ -215,7 +216,7 @@ def _episodes(
     config: settings.Config,
     processor: Processor,
     model_config: ModelConfig,
-) -> Iterator[tuple[str, Episode | Story | LineError, Episode | LineError]]:
+) -> Iterator[tuple[str, Episode | ScriptedEpisode | LineError, Episode | LineError]]:
     """Yield the location, content and unchecked episode of each line, in order."""
     lines = ((file, number, text) for file in files for number, text in _lines(file))
     rules, roots = make_rules(config, processor, model_config), config.data.image_roots
@@ -223,11 +224,13 @@ def _episodes(
     while batch := list(itertools.islice(lines, _AT_ONCE)):
         read = [_read(file, number, text, processor.images, roots) for file, number, text in batch]
         told: dict[pathlib.Path | None, Iterator[Episode]] = {}
-        for index in {item.index for item in read if isinstance(item, Story)}:
-            rows = [item for item in read if isinstance(item, Story) and item.index == index]
-            told[index] = iter(list(retell(rows, processor, rules, tools_of(index))))
+        for index in {item.index for item in read if isinstance(item, ScriptedEpisode)}:
+            rows = [
+                item for item in read if isinstance(item, ScriptedEpisode) and item.index == index
+            ]
+            told[index] = iter(list(replay(rows, processor, rules, tools_of(index))))
         for (file, number, _), item in zip(batch, read, strict=True):
-            episode = next(told[item.index]) if isinstance(item, Story) else item
+            episode = next(told[item.index]) if isinstance(item, ScriptedEpisode) else item
             yield f"{file}, line {number}", item, episode
 
 
@@ -300,7 +303,7 @@ def _read(
     text: bytes,
     images: ImageProcessor,
     roots: Sequence[str] = (),
-) -> Episode | Story | LineError:
+) -> Episode | ScriptedEpisode | LineError:
     """Return the content of a line, or the reason why it cannot be used; never raise."""
     try:
         data = checked_json.loads(text, surrogates=True, nan=True)
@@ -332,7 +335,7 @@ def _saved(
     return Episode.from_json(data, [read_picture(path, images) for path in found])
 
 
-def _row(data: dict, file: pathlib.Path, number: int, roots: Sequence[str] = ()) -> Story:
+def _row(data: dict, file: pathlib.Path, number: int, roots: Sequence[str] = ()) -> ScriptedEpisode:
     """Return a question with its scripted turns; raise LineError if the row is invalid."""
     for field in ("question", "turns"):
         if field not in data:
@@ -353,7 +356,7 @@ def _row(data: dict, file: pathlib.Path, number: int, roots: Sequence[str] = ())
         raise LineError("'id' must be a text")
     if not isinstance(index, (str, type(None))):
         raise LineError("'index' must be the path of a local index")
-    return Story(
+    return ScriptedEpisode(
         Example(
             id=f"{file.name}:{number}" if name is None else str(name),
             question=question,
@@ -400,7 +403,7 @@ def _texts(data: dict, field: str) -> list[str]:
     return values
 
 
-def _check_told(episode: Episode, story: Story) -> None:
+def _check_told(episode: Episode, story: ScriptedEpisode) -> None:
     """Raise LineError if an episode was not replayed in full or lacks the results of a search."""
     if episode.end == "error":
         raise LineError(episode.error)
@@ -408,7 +411,7 @@ def _check_told(episode: Episode, story: Story) -> None:
         what = f"turns[{call.turn}]: the {call.action.replace('_', ' ')}"
         if call.status == "failed":
             raise LineError(f"{what} failed: {'; '.join(call.notes)}")
-        if call.found and not call.shown:
+        if call.num_results and not call.num_shown:
             raise LineError(f"{what} found what is too long to be shown (turns.max_result_tokens)")
     done, wanted = len(episode.turns), len(story.texts)
     if done < wanted:

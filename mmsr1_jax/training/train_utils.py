@@ -25,7 +25,7 @@ from mmsr1_jax.training import run_config
 from mmsr1_jax.utils import outputs
 
 
-def workdir_of(given: str | None) -> pathlib.Path:
+def resolve_workdir(given: str | None) -> pathlib.Path:
     """Return the run's directory: `--workdir`, or `build/` plus the config file's name and variant.
 
     Raises:
@@ -39,7 +39,7 @@ def workdir_of(given: str | None) -> pathlib.Path:
     return pathlib.Path("build", pathlib.Path(name).stem + (f"_{variant}" if variant else ""))
 
 
-def settings_of(
+def resolve_settings(
     workdir: pathlib.Path, given: settings.Config, model: str | None
 ) -> tuple[settings.Config, str]:
     """Return settings and the policy's directory, from the command or from the run that it resumes.
@@ -72,7 +72,7 @@ _LEARNED_BY: dict[str, tuple[str, ...] | None] = {
 }
 
 
-def check_begun(workdir: pathlib.Path, given: settings.Config, model: str) -> None:
+def check_matches_existing_run(workdir: pathlib.Path, given: settings.Config, model: str) -> None:
     """Raise ValueError if the command's config file contradicts an existing run in `workdir`.
 
     Only a run with a checkpoint counts, and only the policy and the settings in `_LEARNED_BY` are
@@ -191,10 +191,10 @@ class Clock:
             self._seconds[phase] += time.perf_counter() - begin
 
     def figures(self, tokens: int) -> dict[str, float]:
-        """Return `time/PHASE`, `time/step`, and `time/tokens_a_second` for `tokens` tokens."""
+        """Return `time/PHASE`, `time/step`, and `time/tokens_per_second` for `tokens` tokens."""
         total = time.perf_counter() - self._begin
         found = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
-        return found | {"time/step": total, "time/tokens_a_second": tokens / total}
+        return found | {"time/step": total, "time/tokens_per_second": tokens / total}
 
 
 class StopSignal:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.utils import files
 
 MAX_DEPTH = 64  # levels of nested lists and objects
@@ -27,7 +28,7 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 T = TypeVar("T")
 
 
-class FormatError(ValueError):
+class FormatError(UserError):
     """Invalid JSON; the message names the source and the field."""
 
 

@@ -10,12 +10,14 @@ import pickletools
 from collections.abc import Callable
 from typing import Any
 
+from mmsr1_jax.config.errors import UserError
+
 MAX_BYTES = 1_000_000_000
 _MAX_DEPTH = 64  # of nested containers, and of marks
 _MAX_ITEMS = 3_000_000  # opcodes that allocate more memory than their size in the file
 _MAX_INT = 2**63
 
-# Opcodes, of all protocols, that encode plain data and instances with a state. Extension codes,
+# Opcodes, of all protocols, that encode plain data and instances with a state. PrefillBatch codes,
 # persistent ids, INST and OBJ (old-style classes), sets and out-of-band buffers are not supported.
 _ATOMS = frozenset(
     ("NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "FLOAT",
@@ -29,7 +31,7 @@ _PUTS = frozenset(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"))
 _GETS = frozenset(("GET", "BINGET", "LONG_BINGET"))
 
 
-class PickleError(ValueError):
+class PickleError(UserError):
     """A pickle that is corrupt, or contains anything but plain data."""
 
 

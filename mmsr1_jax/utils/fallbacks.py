@@ -3,7 +3,7 @@
     fallbacks.note("store/failed", "store: disk is full; searches continue without it")
     fallbacks.take()    # {"store/failed": 17}: metrics of a step
 
-Counts are per process. All functions are thread-safe.
+EngineStats are per process. All functions are thread-safe.
 """
 
 import collections

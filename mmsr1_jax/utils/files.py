@@ -6,11 +6,13 @@ import pathlib
 import stat
 from collections.abc import Iterable
 
+from mmsr1_jax.config.errors import UserError
+
 MAX_PICTURE_BYTES = 100_000_000
 _PIECE = 1 << 20  # bytes
 
 
-class FileRefusedError(ValueError):
+class FileRefusedError(UserError):
     """A file that a data set may not access; the message names the file and the reason.
 
     Attributes:

@@ -22,6 +22,8 @@ import socket
 import sys
 from collections.abc import Iterator
 
+from mmsr1_jax.config.errors import UserError
+
 # No other program uses these names, so such files may be removed.
 _LEFT_OVER = re.compile(r"\.(.+)\.mmsr1-(?:partial(?:-journal|-wal|-shm)?|old|lock)")
 _HOLDER = re.compile(r"process \d+ on [\w.-]+")  # content of a lock file
@@ -33,7 +35,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _held: list[pathlib.Path] = []
 
 
-class LockedError(OSError):
+class LockedError(UserError):
     """Another process is writing the same output; the message names the output and the process."""
 
 

@@ -94,7 +94,7 @@ class Rounds(engine_module.Run):
 
     def _take_answers(self, wait: bool) -> None:
         if not self._turn and not self._unwritten():
-            while len(self._engine.background):
+            while len(self._engine.tool_executor):
                 super()._take_answers(True)
 
     def _admit(self):
@@ -118,7 +118,7 @@ def timed_rollout(engine: Engine, count: int, seed: int = 0) -> tuple[float, lis
     episodes = list(engine.rollout(examples(count), rollouts=GROUP, sampling=sampling))
     seconds = time.perf_counter() - begin
     assert all(len(episode.turns) == 3 for episode in episodes), {e.error for e in episodes}
-    return seconds, sorted(episodes, key=lambda episode: episode.number)
+    return seconds, sorted(episodes, key=lambda episode: episode.index)
 
 
 def sampled(episodes) -> int:
@@ -169,7 +169,7 @@ def beside_transformers(model, processor, prompts: str) -> list[tuple]:
     engine = Engine(model, processor, engine_config(prompts, lanes=32, rows=16), search(False))
     timed_rollout(engine, 1)
     ours, episodes = timed_rollout(engine, 16)
-    counts = engine.device.counts
+    counts = engine.device.stats
     engine.close()
     reference, theirs = torch_model(model), {}
     transformers_seconds(reference, model.config, episodes[:4], 4)
@@ -230,7 +230,7 @@ def decoding(shape: str, lanes: int, context: int, dtype) -> list[tuple]:
     nothing = np.zeros(lanes, np.int32)
     rows = decode.Rows(
         lane=np.arange(lanes, dtype=np.int32), active=np.ones(lanes, bool), stop_state=nothing,
-        position=nothing + context, episode=nothing, drawn=nothing, left=nothing + 10_000,
+        position=nothing + context, episode=nothing, on_tokens=nothing, left=nothing + 10_000,
         sampling=Sampling.uniform(lanes),
     )  # fmt: skip
     vocabulary = config.text.vocab_size

@@ -51,7 +51,7 @@ def episodes(rng, config, count: int) -> list[packing.Sample]:
                 mask=mask,
                 weights=np.full(T, 1e-3, np.float32),
                 advantages=np.full(T, rng.normal(), np.float32),
-                behaviour=np.full(T, -9.0, np.float32),
+                rollout_logprobs=np.full(T, -9.0, np.float32),
             )
         )
     return samples

@@ -10,7 +10,7 @@ const TILES = [
 ];
 // The first of the first three that there is says what is right.
 const MATCHES = { score: "score", judge: "judge", em: "EM", subem: "SubEM" };
-const NO_PHASE = new Set(["time/step", "time/tokens_a_second", "time/compiled"]);
+const NO_PHASE = new Set(["time/step", "time/tokens_per_second", "time/compiles"]);
 
 function overviewOf(summary) {
   const { curves, skipped, rows, lines, lookedAt } = summary;
@@ -133,8 +133,8 @@ function chartsOf({ steps, figures, mean_of }) {
       ["format", "right form"], ["validation/accuracy", "accuracy, held out"])],
     ["Share of the episodes that search", Object.entries(KINDS).flatMap(([kind, label]) =>
       pick([`search/${kind}`, label]))],
-    ["Searching, by category", under("search_of/")],
-    ["Accuracy, by category", under("accuracy_of/")],
+    ["Searching, by category", under("search_by_category/")],
+    ["Accuracy, by category", under("accuracy_by_category/")],
     ["Searches and turns of an episode", pick(["searches", "searches"], ["turns", "turns"])],
     ["Tokens of an episode", pick(["tokens_sampled", "written by the policy"], ["tokens", "all"])],
     ["What ends an episode, share", under("end/")],

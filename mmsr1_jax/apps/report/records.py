@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mmsr1_jax.apps.report.pictures import QUESTION, RESULT, Pictures
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.episodes.episode import Episode, Segment, ToolCall
 from mmsr1_jax.rewards.reward_function import NAMES
 
@@ -19,7 +20,7 @@ _USER = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")  # around 
 _TEXTS = ("category", "source", "workflow")
 
 
-class LineError(ValueError):
+class LineError(UserError):
     """A line that is not a valid episode; the message gives the reason."""
 
 
@@ -84,8 +85,8 @@ def record(
             turn[field] = _text(getattr(read, field, None))
         turn["calls"] = [
             {"action": _text(call.action), "query": _text(call.query), "status": _text(call.status),
-             "seconds": finite(call.seconds), "found": finite(call.found),
-             "shown": finite(call.shown), "notes": [str(note) for note in call.notes],
+             "seconds": finite(call.seconds), "num_results": finite(call.num_results),
+             "num_shown": finite(call.num_shown), "notes": [str(note) for note in call.notes],
              "results": _results(call, turn["reply"])}
             for call in episode.calls if call.turn == number
         ]  # fmt: skip

@@ -78,7 +78,7 @@ function tokensTable(turn, place) {
 
 function callOf(call) {
   const facts = { refused: ["refused", "not made"], unknown: [] }[call.status]
-    || [call.status, `${call.shown} of ${call.found} results shown`,
+    || [call.status, `${call.num_shown} of ${call.num_results} results shown`,
       `${(call.seconds ?? 0).toFixed(2)} s`];
   return element("p", { class: `call ${call.status}` },
     element("strong", {}, ACTIONS[call.action] || call.action), " ", facts.join(" · "),

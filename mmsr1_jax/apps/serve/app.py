@@ -31,8 +31,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mmsr1_jax.apps.serve.events import Teller
-from mmsr1_jax.apps.serve.request_queue import Desk, Question
+from mmsr1_jax.apps.serve.events import EventSerializer
+from mmsr1_jax.apps.serve.request_queue import Question, RequestQueue
 from mmsr1_jax.processing.image_files import ImageError, read_header
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.utils import checked_json
@@ -95,7 +95,7 @@ class Refused(Exception):
 
 
 def make_app(
-    desk: Desk,
+    desk: RequestQueue,
     processor: Processor,
     *,
     title: str,
@@ -190,7 +190,7 @@ class _Arriving:
 class _Answers:
     """Handler that accepts questions and streams their events."""
 
-    def __init__(self, desk: Desk, processor: Processor, limits: Limits):
+    def __init__(self, desk: RequestQueue, processor: Processor, limits: Limits):
         self._desk, self._limits, self._processor = desk, limits, processor
         self._bytes = processor.token_bytes()
         self._arriving: dict[_Arriving, None] = {}  # in order of arrival
@@ -253,7 +253,7 @@ class _Answers:
             self._arriving.pop(one, None)
 
     async def _events(self, question: Question) -> AsyncIterator[bytes]:
-        teller = Teller(self._processor, self._bytes)
+        teller = EventSerializer(self._processor, self._bytes)
         while True:
             ahead = self._desk.ahead(question)
             if ahead is not None:

@@ -27,7 +27,7 @@ from mmsr1_jax.processing.processor import Processor
 _THUMBNAIL = 224  # longer side in pixels
 
 
-class Teller:
+class EventSerializer:
     """Serializer of the events of one question.
 
     Args:
@@ -81,8 +81,8 @@ class Teller:
             "query": call.query,
             "status": call.status,
             "seconds": call.seconds,
-            "found": call.found,
-            "shown": call.shown,
+            "num_results": call.num_results,
+            "num_shown": call.num_shown,
         }  # fmt: skip
         return {"call": told, "results": results, "said": said}
 

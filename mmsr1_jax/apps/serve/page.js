@@ -161,7 +161,7 @@ class Answer {
   reply({ call, results, said }) {
     if (call) {
       const told = { refused: "not made: over the limit", empty: "found nothing", failed: "failed" }[call.status]
-        || `${call.shown} ${call.shown === 1 ? "result" : "results"}`;
+        || `${call.num_shown} ${call.num_shown === 1 ? "result" : "results"}`;
       const time = call.status === "refused" ? "" : ` · ${call.seconds.toFixed(1)} s`;
       this.last.append(element("p", { class: `call ${call.status}` }, `${told}${time}`));
       announce(`Search: ${told}`);

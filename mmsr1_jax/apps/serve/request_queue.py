@@ -38,7 +38,7 @@ class Question:
       client: Address of the client.
       happened: Queue of events, tuples of a name and its data: `begun`; `drawn` (tokens); `turn` (a
         `Turn`); `reply` (tokens of the user turn, all images so far, the `ToolCall` or None); and
-        finally `end` (the episode), `failed`, or `gave way` (see `Desk.ask`).
+        finally `end` (the episode), `failed`, or `gave way` (see `RequestQueue.ask`).
       gone: Whether the client has disconnected.
     """
 
@@ -63,7 +63,7 @@ class _Asked(Example):
     by: Question
 
 
-class Desk:
+class RequestQueue:
     """First-in first-out queue that gives each question to the least loaded engine.
 
     Args:
@@ -154,9 +154,9 @@ class Desk:
                 functools.partial(self._take, number),
                 rollouts=1,
                 sampling=self._sampling,
-                watch=functools.partial(self._watch, number),
+                on_event=functools.partial(self._watch, number),
                 look_again=_LOOK_AGAIN,
-                drawn=_drawn,
+                on_tokens=_drawn,
             )
             try:
                 collections.deque(episodes, maxlen=0)
@@ -181,8 +181,10 @@ class Desk:
         return bool(self._waiting) and loads[number] < self._lanes and loads[number] == min(loads)
 
     def _take(self, number: int, count: int) -> list[tuple[int, Example]]:
-        """Take questions (a `Take`). A question stays in the queue, and can be withdrawn from it,
-        until a lane is free."""
+        """Take questions (a `NextExamples`).
+
+        A question stays in the queue, and can be withdrawn from it, until a lane is free.
+        """
         taken: list[tuple[int, Example]] = []
         with self._changed:
             if self._stopped:
@@ -196,7 +198,7 @@ class Desk:
         return taken
 
     def _watch(self, number: int, episode: Episode, event: str) -> None:
-        """Forward an episode's events to its question (a `Watch`)."""
+        """Forward an episode's events to its question (an `OnEvent`)."""
         question = episode.example.by
         if event == "turn":
             question.tell("turn", episode.turns[-1])

@@ -49,7 +49,7 @@ class Landmark:
     """A landmark of the world.
 
     Attributes:
-      number: Index of the landmark, from 0.
+      index: Index of the landmark, from 0.
       name: Name of two words.
       emblem: Emblem that its photos show.
       group: Group of the landmark, as described in the module docstring.
@@ -58,7 +58,7 @@ class Landmark:
       held_out: Facts that training never asks for with a photo of the landmark.
     """
 
-    number: int
+    index: int
     name: str
     emblem: Emblem
     group: Group
@@ -190,6 +190,6 @@ def _landmark(rng, number: int, name: str, emblem: Emblem, group: Group) -> Land
     elif group == "new":
         held_out = [rng.choice(TITLED), rng.choice([f for f in FACTS if f not in TITLED])]
     return Landmark(
-        number=number, name=name, emblem=emblem, group=group, facts=facts, last_year=last_year,
+        index=number, name=name, emblem=emblem, group=group, facts=facts, last_year=last_year,
         held_out=frozenset(map(str, held_out)),
     )  # fmt: skip

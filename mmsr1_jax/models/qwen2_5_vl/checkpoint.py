@@ -22,6 +22,7 @@ import safetensors.numpy
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
 from mmsr1_jax.models.qwen2_5_vl.model import Qwen2_5_VL
 from mmsr1_jax.models.qwen2_5_vl.tensors import LAYOUTS, Tensor, tensor_table
@@ -40,7 +41,7 @@ DTYPES = {
 }
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """Error for an unusable checkpoint. The message names the file and the tensor."""
 
 

@@ -8,13 +8,14 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.utils import checked_json
 from mmsr1_jax.utils.checked_json import shown
 
 MODEL_TYPE = "qwen2_5_vl"
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """Error for an unusable `config.json`. The message names the file and the field."""
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.web import JSON, BodyError, StatusError, UnreachableError
 from mmsr1_jax.utils.checked_json import valid_text
@@ -42,7 +43,7 @@ _REFUSALS = {
 _MAX_BYTES = 2_000_000  # per answer, because answers are parsed on the event loop
 
 
-class KeyMissingError(ValueError):
+class KeyMissingError(UserError):
     """A required API key that is not set in the environment."""
 
 

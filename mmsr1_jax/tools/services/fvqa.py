@@ -13,6 +13,7 @@ from typing import Any
 
 import PIL.Image
 
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.processing.image_files import upright_rgb
 from mmsr1_jax.tools.first_completed import first_that_work
 from mmsr1_jax.tools.tool import Observation, Picture, Query, Result, image_result
@@ -30,7 +31,7 @@ _BITS = {"1": 1, "L": 8, "P": 8, "LA": 16, "PA": 16, "I;16": 16, "RGB": 24, "YCb
 _BITS |= {"LAB": 24, "HSV": 24, "RGBA": 32, "RGBX": 32, "CMYK": 32, "I": 32, "F": 32}
 
 
-class CacheError(ValueError):
+class CacheError(UserError):
     """A file that is not a valid cache; the message names it."""
 
 
@@ -91,7 +92,9 @@ def read(path: str | pathlib.Path) -> dict[str, list[tuple[str, Picture]]]:
             if not path.stat().st_size:
                 raise CacheError("an empty file")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                found = checked_pickle.loads(data, _Lifeless(len(data)).find, max_bytes=_MAX_BYTES)
+                found = checked_pickle.loads(
+                    data, _RestrictedUnpickler(len(data)).find, max_bytes=_MAX_BYTES
+                )
                 if not isinstance(found, dict):
                     raise CacheError(f"holds a {type(found).__name__}, not entries by id")
                 return _Entries(len(data)).of(found)
@@ -115,7 +118,7 @@ class _Object:
         self.state = state
 
 
-class _Lifeless:
+class _RestrictedUnpickler:
     """Inert stand-ins for the classes and functions that a pickle names.
 
     Args:
