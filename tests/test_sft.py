@@ -522,4 +522,4 @@ def test_killed_in_a_save_then_asked_to_stop_and_gone_on_with(unbroken, material
 def test_mistakes_are_said_in_one_line(material, tmp_path):
     done = run(command(tmp_path / "run", *flags_of(material, **{"run.model": ""})))
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: --model: the HF directory")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: a new run needs a policy")
