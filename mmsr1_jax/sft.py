@@ -1,7 +1,7 @@
 """Train a policy on given episodes: supervised fine-tuning by the likelihood of their tokens.
 
     python -m mmsr1_jax.sft --config=configs/qwen7b.py:sft [--model=DIR] [--workdir=RUN] \\
-        --config.data.train="('stories.jsonl',)" [--config.field=value ..]
+        --config.data.train="('examples.jsonl',)" [--config.field=value ..]
     python -m mmsr1_jax.sft --workdir=RUN        resumes an existing run
 
 A step:
@@ -10,7 +10,7 @@ A step:
 
 A line of the training data is a saved episode, or a question with the policy's turns, whose
 searches are executed when the run starts (`training/sft_dataset.py`). `config.run.prompts_per_step`
-is the number of examples per step. RUN contains `config.json`, `metrics.jsonl`, `stories.jsonl`
+is the number of examples per step. RUN contains `config.json`, `metrics.jsonl`, `examples.jsonl`
 with its images in `pictures/`, `checkpoints/`, and at the end `policy/`, an HF directory (with LoRA
 also `adapter/`). A run may be killed at any time; a resumed run is bit-identical to an
 uninterrupted one.
@@ -67,7 +67,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
 
     with TrainingRun(config, model_dir, workdir, learner) as run:
         # ------------------------------------------------------------ data and checkpoint
-        dataset = workdir / "stories.jsonl"
+        dataset = workdir / "examples.jsonl"
         if not run.start_step:
             sft_dataset.prepare(dataset, config, processor, model.config)
         examples = sft_dataset.load(dataset, config)
@@ -81,7 +81,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
         run.start()
 
         def pack(step: int) -> list[TrainBatch]:
-            indices = sft_dataset.chosen(step, len(examples), prompts_per_step, seed)
+            indices = sft_dataset.choose(step, len(examples), prompts_per_step, seed)
             samples = make_samples([examples[i] for i in indices], processor.images)
             return packing.pack(samples, model.config, shape)
 

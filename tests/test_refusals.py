@@ -364,8 +364,8 @@ def stand_ins(services, monkeypatch, tmp_path):
         return train.RolloutBatch([], list(zip(episodes, rewards, strict=True)), drawn, 0)
 
     def validate(engine, source, config, judge):
-        train.compute_rewards([episode_of("<reason>r</reason><answer>y</answer>")], list(source)[:1], config,
-                    judge, step=0)  # fmt: skip
+        episodes = [episode_of("<reason>r</reason><answer>y</answer>")]
+        train.compute_rewards(episodes, list(source)[:1], config, judge, step=0)
         return {"validation/accuracy": 1.0}
 
     model = types.SimpleNamespace(config=None)
