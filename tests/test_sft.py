@@ -396,14 +396,14 @@ def test_lines_that_cannot_be_used_are_named(material, tmp_path, capfd):
     )
     sft_dataset.prepare(tmp_path / "examples.jsonl", config, processor, MODEL)
     assert len(sft_dataset.load(tmp_path / "examples.jsonl", config)) == 2
-    said = [line for line in capfd.readouterr().err.splitlines() if "; skipped" in line]
+    said = [line for line in capfd.readouterr().err.splitlines() if line.endswith("; skipped")]
     numbers = [*range(1, len(bad) - 2), len(bad), len(bad) + 1, len(bad) + 3]
     for number, reason, line in zip(numbers, bad, said, strict=True):
         assert f"bad.jsonl, line {number}: " in line and reason in line
 
     config.data.max_bad_rows = 5
     with pytest.raises(
-        DataError, match=r"6 lines, more than config.data.max_bad_rows=5; .*line 6: "
+        DataError, match="6 lines, more than .*max_bad_rows=5; .*line 6: "
     ):
         sft_dataset.prepare(tmp_path / "other.jsonl", config, processor, MODEL)
     assert not list(tmp_path.glob("*other.jsonl*"))
