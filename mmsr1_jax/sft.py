@@ -19,6 +19,7 @@ uninterrupted one.
 import concurrent.futures
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,12 +73,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
             sft_dataset.prepare(dataset, config, processor, model.config)
         examples = sft_dataset.load(dataset, config)
         made_with = {"seed": seed, "prompts_per_step": prompts_per_step}
-        metadata = run.restore()
-        if metadata and metadata["made_with"] != made_with:
-            raise UserError(
-                f"{workdir}: already contains a run with {metadata['made_with']} of config.run; "
-                f"this command sets {made_with}. Use another --workdir"
-            )
+        _check_resumes(run.restore(), made_with, workdir)
         run.start()
 
         def pack(step: int) -> list[TrainBatch]:
@@ -118,6 +114,17 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
                     },
                 )
         return run.finish()
+
+
+def _check_resumes(
+    metadata: dict[str, Any] | None, made_with: dict[str, int], workdir: pathlib.Path
+) -> None:
+    """Raise UserError if a checkpoint was made with examples in another order."""
+    if metadata and metadata["made_with"] != made_with:
+        raise UserError(
+            f"{workdir}: already contains a run with {metadata['made_with']} of config.run; "
+            f"this command sets {made_with}. Use another --workdir"
+        )
 
 
 def likelihood_loss(

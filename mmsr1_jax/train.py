@@ -39,6 +39,7 @@ from mmsr1_jax.rl.advantages import group_advantages
 from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.rollout.build import make_engine
 from mmsr1_jax.rollout.engine import Engine
+from mmsr1_jax.rollout.pool import EnginePool
 from mmsr1_jax.tools.build import check_services, make_judge
 from mmsr1_jax.tools.judge import Judge
 from mmsr1_jax.tools.service import ServiceRefusedError
@@ -198,7 +199,7 @@ def _question_source(config: settings.Config, files: tuple[str, ...]) -> Questio
 
 
 def roll_out(
-    engine: Engine, questions: Iterator[list[Question]], config: settings.Config,
+    engine: Engine | EnginePool, questions: Iterator[list[Question]], config: settings.Config,
     judge: Judge | None, *, seed: int, step: int,
 ) -> RolloutBatch:  # fmt: skip
     """Sample the episodes of a step (counted from 1), and compute their rewards.
@@ -207,6 +208,7 @@ def roll_out(
     further questions (DAPO, arXiv 2503.14476, section 3.2).
     """
     objective, run, limit = config.objective, config.run, config.turns.max_episode_tokens
+    all_groups: list[train_batch.Group] = []
     with_variance: list[train_batch.Group] = []
     zero_variance: list[train_batch.Group] = []
     all_questions: list[Question] = []
@@ -218,7 +220,7 @@ def roll_out(
         episodes = list(engine.rollout(examples, rollouts=run.group_size, sampling=sampling))
         episodes.sort(key=lambda episode: episode.index)
         rewards = compute_rewards(episodes, prompts, config, judge, step=step - 1)
-        groups: list[train_batch.Group] = [[] for _ in prompts]
+        groups: list[list[tuple[Episode, Reward]]] = [[] for _ in prompts]
         for episode, reward in zip(episodes, rewards, strict=True):
             if episode.end == "error":
                 question = prompts[episode.group].id
@@ -230,13 +232,15 @@ def roll_out(
         for group in groups:
             differs = train_batch.has_reward_variance(group, objective, limit)
             (with_variance if differs else zero_variance).append(group)
+        all_groups += groups
         all_questions += prompts
         all_episodes += zip(episodes, rewards, strict=True)
         if len(with_variance) >= run.prompts_per_step:
             break
-    if objective.max_resample_rounds:
-        groups = (with_variance + zero_variance)[: run.prompts_per_step]
-    return RolloutBatch(groups, all_episodes, all_questions, len(with_variance))
+    chosen = with_variance + zero_variance if objective.max_resample_rounds else all_groups
+    return RolloutBatch(
+        chosen[: run.prompts_per_step], all_episodes, all_questions, len(with_variance)
+    )
 
 
 if __name__ == "__main__":

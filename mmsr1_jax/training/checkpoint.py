@@ -30,9 +30,12 @@ class Checkpoints:
             keep_checkpoints_without_metrics=False,
         )
         self._checkpointer = ocp.training.Checkpointer(
-            pathlib.Path(directory).resolve(),
+            str(pathlib.Path(directory).resolve()),
             save_decision_policy=_Always(),
-            preservation_policy=_POLICIES.AnyPreservationPolicy([_POLICIES.LatestN(keep), best]),
+            # The protocol of Orbax and its own policies name different checkpoint types.
+            preservation_policy=_POLICIES.AnyPreservationPolicy(  # pyright: ignore[reportArgumentType]
+                [_POLICIES.LatestN(keep), best]
+            ),
             cleanup_tmp_directories=keep is not None,  # from a save that was killed
         )
 
@@ -45,8 +48,12 @@ class Checkpoints:
     @property
     def best(self) -> int | None:
         """Step with the best score, or None if no checkpoint has a score."""
-        scored = [c for c in self._checkpointer.checkpoints if c.metrics]
-        return max(scored, key=lambda c: (c.metrics["score"], c.step)).step if scored else None
+        scores = [
+            (c.metrics["score"], c.step)
+            for c in self._checkpointer.checkpoints
+            if isinstance(c.metrics, dict) and c.metrics
+        ]
+        return max(scores)[1] if scores else None
 
     def save(self, step: int, state: Any, metadata: dict[str, Any], *, score: float | None) -> None:
         """Start saving a checkpoint in the background, once the previous save has finished.
@@ -62,7 +69,7 @@ class Checkpoints:
             metrics=None if score is None else {"score": score},
         )  # fmt: skip
 
-    def restore(self, step: int, like: Any) -> tuple[Any, dict]:
+    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """Restore (state, metadata) of a step.
 
         Args:
@@ -89,7 +96,9 @@ class Checkpoints:
         }
         arrays = self._checkpointer.load(step, abstract)
         leaves = [arrays[name] for name in names]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), saved.custom_metadata
+        metadata = saved.custom_metadata
+        assert isinstance(metadata, dict)  # as `save` wrote it
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), metadata
 
     def close(self) -> None:
         """Wait for pending saves and close the checkpointer."""

@@ -75,9 +75,16 @@ def episode_metrics(
         values["judge/requests"] = float(len(requests))
         for outcome in ("failed", "unreadable"):
             values[f"judge/{outcome}"] = _mean(request == outcome for request in requests)
-    by_category = collections.defaultdict(list)
-    for i, reward, actions in zip(ran, rewards, kinds, strict=True):
-        by_category[categories[i]].append((reward, actions))
+    return values | _category_metrics(rewards, kinds, [categories[i] for i in ran])
+
+
+def _category_metrics(
+    rewards: Sequence[Reward], kinds: Sequence[set[str]], categories: Sequence[str]
+) -> dict[str, float]:
+    """Return `accuracy_by_category/..` and `search_by_category/..`; `kinds`: searches made."""
+    values, by_category = {}, collections.defaultdict(list)
+    for category, reward, actions in zip(categories, rewards, kinds, strict=True):
+        by_category[category].append((reward, actions))
     for category in sorted(set(by_category) - {""}):
         members = by_category[category]
         if judged := [reward for reward, _ in members if reward.known]:
@@ -115,7 +122,7 @@ def check(log_to: str) -> None:
     """Raise UserError if `run.log_to` names wandb but it is not installed."""
     if "wandb" in _names(log_to):
         try:
-            import wandb  # noqa: F401
+            import wandb  # noqa: F401  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise UserError(
                 "config.run.log_to names wandb, which is not installed: pip install wandb"
@@ -151,7 +158,7 @@ class Log:
                 str(directory / "tensorboard"), purge_step=step + 1
             )
         if "wandb" in names:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
 
             path = directory / "wandb_id"  # so that a resumed run has the same ID in wandb
             if not path.is_file():

@@ -14,6 +14,7 @@ from mmsr1_jax.episodes.episode import Episode
 from mmsr1_jax.rewards.reward_function import Reward, episode_reward
 from mmsr1_jax.rl import train_batch
 from mmsr1_jax.rollout.engine import Engine
+from mmsr1_jax.rollout.pool import EnginePool
 from mmsr1_jax.tools.judge import Judge
 from mmsr1_jax.training import metrics
 from mmsr1_jax.training.sft_dataset import line_of
@@ -111,7 +112,10 @@ def compute_rewards(
 
 
 def validate(
-    engine: Engine, source: QuestionSource, config: settings.Config, judge: Judge | None
+    engine: Engine | EnginePool,
+    source: QuestionSource,
+    config: settings.Config,
+    judge: Judge | None,
 ) -> dict[str, float]:
     """Answer each held-out question once, greedily, and return the metrics.
 
@@ -130,7 +134,7 @@ def validate(
 
 def write_episodes(
     workdir: pathlib.Path, step: int, pairs: train_batch.Group, questions: Sequence[Question],
-    engine: Engine,
+    engine: Engine | EnginePool,
 ) -> None:  # fmt: skip
     """Write some episodes of a step as JSONL, with gold answers and rewards.
 

@@ -29,11 +29,11 @@ def read_line(
     line_number: int,
     text: bytes,
     images: ImageProcessor,
-    roots: Sequence[str] = (),
+    roots: Sequence[str | pathlib.Path] = (),
 ) -> Episode | ScriptedEpisode | LineError:
     """Return the content of a line, or the reason why it cannot be used; never raise."""
     try:
-        data = checked_json.loads(text, surrogates=True, nan=True)
+        data: Any = checked_json.loads(text, surrogates=True, nan=True)
         if not isinstance(data, dict):
             return LineError("must be an object")
         if "segments" in data:
@@ -48,7 +48,10 @@ def read_line(
 
 
 def read_saved_episode(
-    data: dict[str, Any], folder: pathlib.Path, images: ImageProcessor, roots: Sequence[str]
+    data: dict[str, Any],
+    folder: pathlib.Path,
+    images: ImageProcessor,
+    roots: Sequence[str | pathlib.Path],
 ) -> Episode:
     """Return a saved episode with its images; raise ValueError if it cannot be used."""
     if data.get("end") == "error":
@@ -63,7 +66,10 @@ def read_saved_episode(
 
 
 def read_scripted_episode(
-    data: dict[str, Any], file: pathlib.Path, line_number: int, roots: Sequence[str] = ()
+    data: dict[str, Any],
+    file: pathlib.Path,
+    line_number: int,
+    roots: Sequence[str | pathlib.Path] = (),
 ) -> ScriptedEpisode:
     """Return a question with its scripted turns; raise LineError if the row is invalid."""
     for field in ("question", "turns"):
@@ -108,7 +114,9 @@ def _image_path(
         raise LineError(f"{field!r}: {error}") from None
 
 
-def _index_path(name: str, folder: pathlib.Path, roots: Sequence[str]) -> pathlib.Path:
+def _index_path(
+    name: str, folder: pathlib.Path, roots: Sequence[str | pathlib.Path]
+) -> pathlib.Path:
     """Return the path of a local index that a line names; raise LineError if it is not allowed."""
     try:
         path = inside(name, folder, roots)
@@ -149,7 +157,7 @@ def check_replay(episode: Episode, scripted: ScriptedEpisode) -> None:
             "answer": "that turn answers",
             "turns": "config.turns.max_turns allows no more",
             "tokens": "config.turns.max_episode_tokens leaves no tokens for the next turn",
-        }[episode.end]
+        }.get(episode.end or "", "it has no end")
         raise LineError(f"the episode ends with turns[{num_turns - 1}] of {num_scripted}: {reason}")
 
 

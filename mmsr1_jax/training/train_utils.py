@@ -6,6 +6,7 @@ import sys
 
 from absl import flags
 from jax.sharding import Mesh
+from ml_collections import config_flags
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.config.errors import UserError
@@ -29,7 +30,8 @@ def resolve_workdir(given: str | None) -> pathlib.Path:
         return pathlib.Path(given)
     if _no_config():
         raise UserError("give --config=FILE to start a run, or --workdir=RUN of the run to resume")
-    name, _, variant = flags.FLAGS["config"].config_filename.partition(":")
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    name, _, variant = file.partition(":")
     return pathlib.Path("build", pathlib.Path(name).stem + (f"_{variant}" if variant else ""))
 
 
@@ -94,7 +96,7 @@ def check_matches_existing_run(workdir: pathlib.Path, given: settings.Config, mo
 
 def _no_config() -> bool:
     """Return whether the command line has no config file."""
-    file = pathlib.Path(flags.FLAGS["config"].config_filename)
+    file = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     return file.resolve() == pathlib.Path(settings.__file__).resolve()
 
 

@@ -98,7 +98,8 @@ class TrainingRun:
 
         A profiler trace of the steps in `run.profile` is written to `profile/`.
         """
-        first, last = self.start_step + 1, self._config.run.steps
+        step, last = self.start_step, self._config.run.steps
+        first = step + 1
         self._bar = tqdm(range(first, last + 1), initial=first - 1, total=last, unit="step")
         profile = self._config.run.profile
         with self._bar, contextlib.ExitStack() as trace:
