@@ -30,7 +30,7 @@ from absl import flags
 from mmsr1_jax import cli
 from mmsr1_jax.config import settings
 from mmsr1_jax.config.errors import UserError
-from mmsr1_jax.data import Question, QuestionSource, batches
+from mmsr1_jax.data import Question, batches
 from mmsr1_jax.episodes.episode import Episode
 from mmsr1_jax.models import sharding
 from mmsr1_jax.rewards.reward_function import Reward
@@ -84,9 +84,15 @@ def _train(
 
     # ---------------------------------------------------------------- questions
     questions = batches(
-        _question_source(config, config.data.train), config.run.prompts_per_step, config.run.seed
+        train_utils.question_source(config, config.data.train),
+        config.run.prompts_per_step,
+        config.run.seed,
     )
-    held_out = _question_source(config, config.data.validation) if config.data.validation else None
+    held_out = (
+        train_utils.question_source(config, config.data.validation)
+        if config.data.validation
+        else None
+    )
 
     # ---------------------------------------------------------------- learner and checkpoint
     learner = Learner(
@@ -187,15 +193,6 @@ def _train(
         if refusal is not None:
             raise run.resumable(refusal, step)
     return run.finish()
-
-
-def _question_source(config: settings.Config, files: tuple[str, ...]) -> QuestionSource:
-    return QuestionSource(
-        files,
-        image_roots=config.data.image_roots,
-        max_bad_rows=config.data.max_bad_rows,
-        max_file_pixels=config.images.max_file_pixels,
-    )
 
 
 def roll_out(

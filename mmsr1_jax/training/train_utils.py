@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import sys
+from collections.abc import Sequence
 
 from absl import flags
 from jax.sharding import Mesh
@@ -10,6 +11,7 @@ from ml_collections import config_flags
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.config.errors import UserError
+from mmsr1_jax.data import QuestionSource
 from mmsr1_jax.models import qwen2_5_vl, sharding
 from mmsr1_jax.rl import lora
 from mmsr1_jax.rl.learner import Learner
@@ -140,6 +142,16 @@ def save_policy(
     with outputs.new_file(marker) as partial:
         partial.write_text(str(config.run.steps))
     log.info("%s: saved the trained policy", workdir / "policy")
+
+
+def question_source(config: settings.Config, files: Sequence[str]) -> QuestionSource:
+    """Return the questions of parquet files, with the settings of `config.data`."""
+    return QuestionSource(
+        files,
+        image_roots=config.data.image_roots,
+        max_bad_rows=config.data.max_bad_rows,
+        max_file_pixels=config.images.max_file_pixels,
+    )
 
 
 def learning_rate_schedule(config: settings.Config) -> Schedule:
