@@ -27,8 +27,8 @@ from mmsr1_jax.tools.build import make_tools
 from mmsr1_jax.tools.embedding import WINDOWS, Embedder
 from mmsr1_jax.tools.local import LocalIndex, LocalIndexError, build
 from mmsr1_jax.utils import compile_counter
-from tests.test_local import CHANGES, look_up, titles, write
 from tests.test_score import run
+from tests.tools.test_local_index import CHANGES, look_up, titles, write
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +261,7 @@ def test_nothing_of_it_is_imported_without_need():
 @pytest.mark.proof
 def test_real_photographs_by_a_random_tower(shared, tmp_path):
     """Scaled and compressed ones are found. Of a tower that has learnt nothing no more can be asked
-    than most of the cropped ones: the index's default is the hash (`test_local.py`)."""
+    than most of the cropped ones: the index's default is the hash (`test_local_index.py`)."""
     random_policy.write(
         tmp_path / "model",
         seed=1,

@@ -173,7 +173,7 @@ async def main():
         print(error)
 asyncio.run(main())
 """
-    root = pathlib.Path(__file__).resolve().parents[1]
+    root = pathlib.Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     # The lookup takes hours; the limit is for a machine that is busy.
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,

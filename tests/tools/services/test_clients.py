@@ -33,7 +33,7 @@ from mmsr1_jax.tools.text_search import TextSearch
 from mmsr1_jax.tools.tool_cache import ToolCache
 from mmsr1_jax.tools.web import Web, WebError
 from tests.servers import serve
-from tests.test_web import Recording
+from tests.tools.test_web import Recording
 
 KEY = "sk-very-secret"
 PAGE = """<html><head><title>T</title><script>var evil = 1;</script></head>

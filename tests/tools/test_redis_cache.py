@@ -26,10 +26,10 @@ from mmsr1_jax.tools.build import make_tools
 from mmsr1_jax.tools.cached_tool import CachedCalls
 from mmsr1_jax.tools.redis_cache import RedisCache, is_redis, open_cache
 from mmsr1_jax.tools.tool_cache import ToolCache, ToolCacheError
-from tests import test_stored
 from tests.servers import serve
-from tests.test_make import ask, configured
 from tests.test_score import run
+from tests.tools import test_cached_tool
+from tests.tools.test_build import ask, configured
 
 PASSWORD = "very/secret#word@?%:"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.getcwd()}
@@ -187,10 +187,11 @@ def test_two_processes(address):
 
 
 def test_recorded_and_replayed(address, monkeypatch):
-    """As `test_stored.test_recorded_and_replayed`."""
+    """As `test_cached_tool.test_recorded_and_replayed`."""
     monkeypatch.setenv("SERPER_API_KEY", "k")
-    ask_both, tools, asked = test_stored.ask_both, test_stored.tools, test_stored.ASKED
-    with serve(test_stored.app()) as service:
+    ask_both, tools = test_cached_tool.ask_both, test_cached_tool.tools
+    asked = test_cached_tool.ASKED
+    with serve(test_cached_tool.app()) as service:
         recorded = asyncio.run(ask_both(*tools(service, RedisCache(address, "record"))[:2]))
         asked.clear()
         used = asyncio.run(ask_both(*tools(service, RedisCache(address, "use"))[:2]))
@@ -305,7 +306,7 @@ def test_the_server_dies_in_the_middle(tmp_path, engine, how, capfd):
                 process.send_signal(how)
             begin = time.monotonic()
             found += await asyncio.gather(*(
-                tools["text_search"](test_stored.Query(
+                tools["text_search"](test_cached_tool.Query(
                     action="text_search", text=f"{number} {part}", question="?"
                 )) for part in range(4)
             ))  # fmt: skip

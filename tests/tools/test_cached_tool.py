@@ -28,7 +28,7 @@ from mmsr1_jax.tools.text_search import TextSearch
 from mmsr1_jax.tools.tool_cache import ToolCache, ToolCacheError
 from mmsr1_jax.tools.web import Web
 from tests.servers import serve
-from tests.test_web import Recording
+from tests.tools.test_web import Recording
 
 ASKED: list[str] = []
 PUBLISHED: dict[str, bytes] = {}
