@@ -45,11 +45,11 @@ PLAIN = (
 
 
 @pytest.mark.parametrize("address", SECRETS)
-def test_settings_with_a_secret_are_refused_without_showing_it(address):
+def test_settings_with_a_secret_are_rejected_without_showing_it(address):
     config = Config()
     for part, field, variable in (
-        ("services", "judge_url", "JUDGE_API_KEY"), ("services", "cache", "STORE_PASSWORD"),
-        ("services", "upload_url", "PUBLISHER_AUTHORIZATION"), ("services", "searxng_url", ""),
+        ("services", "judge_url", "JUDGE_API_KEY"), ("services", "cache", "CACHE_PASSWORD"),
+        ("services", "upload_url", "UPLOAD_AUTHORIZATION"), ("services", "searxng_url", ""),
         ("tools", "index", ""), ("run", "model", ""),
     ):  # fmt: skip
         if field == "cache" and address.startswith(("redis:", "rediss:")):
@@ -65,24 +65,24 @@ def test_settings_with_a_secret_are_refused_without_showing_it(address):
         validate(dataclasses.replace(config, services=hosts))
 
 
-def test_a_password_of_redis_is_taken_and_not_written(tmp_path):
+def test_redis_password_is_accepted_and_not_written(tmp_path):
     config = Config()
     config.services.cache = "redis://:hunter2@127.0.0.1:6379/0"
     run_config.write(tmp_path / "config.json", validate(config), "m")
     assert "hunter2" not in (tmp_path / "config.json").read_text()
     read, _ = run_config.read(tmp_path / "config.json")
-    assert read.services.cache == "redis://127.0.0.1:6379/0"  # and STORE_PASSWORD
+    assert read.services.cache == "redis://127.0.0.1:6379/0"  # and CACHE_PASSWORD
 
 
 @pytest.mark.parametrize("address", PLAIN)
-def test_plain_settings_are_taken_and_written_as_they_are(address):
+def test_plain_settings_are_unchanged(address):
     assert redaction.find_secret(address) is None and redaction.redact(address) == address
     services = dataclasses.replace(Config().services, summariser_url=address)
     validate(dataclasses.replace(Config(), services=services))
 
 
 @pytest.mark.parametrize("address", SECRETS)
-def test_what_is_written_holds_no_secret(tmp_path, address):
+def test_written_settings_contain_no_secret(tmp_path, address):
     """Even of settings that were never checked."""
     services = dataclasses.replace(Config().services, judge_url=address, allowed_hosts=(address,))
     config = dataclasses.replace(Config(), services=services)

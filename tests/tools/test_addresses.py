@@ -12,7 +12,7 @@ import pytest
 
 from mmsr1_jax.tools import addresses
 from mmsr1_jax.tools.addresses import is_public, parse_host
-from mmsr1_jax.tools.web import RefusedError, UnreachableError, Web
+from mmsr1_jax.tools.web import RefusedError, UnreachableError, WebClient
 
 
 def listed(text):
@@ -43,19 +43,19 @@ PUBLIC = listed("""
 
 
 @pytest.mark.parametrize("address", PRIVATE)
-def test_addresses_that_are_not_public(address):
+def test_private_addresses_are_not_public(address):
     assert not is_public(address)
 
 
 @pytest.mark.parametrize("address", PUBLIC)
-def test_addresses_that_are_public(address):
+def test_public_addresses_are_public(address):
     assert is_public(address)
 
 
 @pytest.mark.parametrize(
     "text", ["", "name", "1.2.3", "0x7f.1", "127.1", "1.2.3.4.5", ":::", "٨.8.8.8"]
 )
-def test_what_is_no_address_is_not_public(text):
+def test_malformed_addresses_are_not_public(text):
     assert not is_public(text)
 
 
@@ -67,12 +67,12 @@ def test_what_is_no_address_is_not_public(text):
     ("fe80::0001", "fe80::1", None), ("http://bücher.example", "xn--bcher-kva.example", 80),
     ("redis://10.0.0.1:6379/0", "10.0.0.1", 6379),
 ])  # fmt: skip
-def test_hosts_are_compared_in_one_form(text, host, port):
+def test_parse_host_normalises_hosts(text, host, port):
     assert parse_host(text) == (host, port)
 
 
 @pytest.mark.parametrize("text", ["", "http://", ":80", "a:b", "http://a:99999999/"])
-def test_what_names_no_host_is_refused(text):
+def test_text_without_a_host_is_rejected(text):
     with pytest.raises(ValueError):
         parse_host(text)
 
@@ -88,18 +88,18 @@ def refused(web, url):
     raise AssertionError("answered")
 
 
-def test_an_allowed_host_is_that_host_and_port_only():
+def test_allowed_host_allows_only_that_host_and_port():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    one = Web(allowed_hosts=[f"http://127.0.0.1:{port}/v1"], seconds=60)
+    one = WebClient(allowed_hosts=[f"http://127.0.0.1:{port}/v1"], timeout=60)
     assert not refused(one, f"http://127.0.0.1:{port}/x")
     assert refused(one, f"http://127.0.0.1:{port + 1}/x")
     assert refused(one, f"http://localhost:{port}/x")  # another name
-    six = Web(allowed_hosts=["http://[0:0::1]:9/"], seconds=60)
+    six = WebClient(allowed_hosts=["http://[0:0::1]:9/"], timeout=60)
     assert not refused(six, "http://[::1]:9/")
     assert refused(six, "http://[::1]:10/")
     assert refused(six, "http://[::ffff:127.0.0.1]:9/")
-    default = Web(allowed_hosts=["http://localhost"], seconds=60)
+    default = WebClient(allowed_hosts=["http://localhost"], timeout=60)
     assert refused(default, "http://localhost:8/")  # allowed on port 80 only
 
 
@@ -121,8 +121,8 @@ def slow_names(monkeypatch):
     over.set()
 
 
-def test_foreign_names_hold_up_neither_own_services_nor_threads(slow_names):
-    web, own = Web(seconds=600), Web(allowed_hosts=["localhost:1"], seconds=600)
+def test_slow_lookups_do_not_delay_configured_services_or_threads(slow_names):
+    web, own = WebClient(timeout=600), WebClient(allowed_hosts=["localhost:1"], timeout=600)
 
     async def main():
         names = [f"http://a{i % 50}.slow/" for i in range(200)]
@@ -140,7 +140,7 @@ def test_foreign_names_hold_up_neither_own_services_nor_threads(slow_names):
     assert len(slow_names) == len(set(slow_names)) <= 50  # each name is looked up once
 
 
-def test_one_who_gives_up_a_lookup_does_not_end_it_for_others(monkeypatch):
+def test_cancelled_lookup_continues_for_other_callers(monkeypatch):
     gate = threading.Event()
 
     def getaddrinfo(host, port, **keywords):
@@ -150,8 +150,8 @@ def test_one_who_gives_up_a_lookup_does_not_end_it_for_others(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
 
     async def main():
-        first = asyncio.ensure_future(addresses.foreign_names.find("some.example", 80))
-        second = asyncio.ensure_future(addresses.foreign_names.find("some.example", 80))
+        first = asyncio.ensure_future(addresses.untrusted_resolver.resolve("some.example", 80))
+        second = asyncio.ensure_future(addresses.untrusted_resolver.resolve("some.example", 80))
         await asyncio.sleep(0)
         first.cancel()
         await asyncio.sleep(0)
@@ -161,14 +161,14 @@ def test_one_who_gives_up_a_lookup_does_not_end_it_for_others(monkeypatch):
     assert asyncio.run(main()) == ["192.0.2.7"]
 
 
-def test_the_program_ends_while_names_are_looked_up():
+def test_pending_lookup_does_not_block_exit():
     program = """
 import asyncio, socket, time
 socket.getaddrinfo = lambda *a, **k: time.sleep(10_000)
-from mmsr1_jax.tools.web import Web, WebError
+from mmsr1_jax.tools.web import WebClient, WebError
 async def main():
     try:
-        await Web(seconds=0.2).request("GET", "http://a.example/", accept=())
+        await WebClient(timeout=0.2).request("GET", "http://a.example/", accept=())
     except WebError as error:
         print(error)
 asyncio.run(main())
@@ -178,4 +178,4 @@ asyncio.run(main())
     # The lookup takes hours; the limit is for a machine that is busy.
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                           env=environment, timeout=120)  # fmt: skip
-    assert done.returncode == 0 and "did not answer in time" in done.stdout, done.stderr
+    assert done.returncode == 0 and "did not respond in time" in done.stdout, done.stderr

@@ -38,7 +38,7 @@ def keys(monkeypatch):
         monkeypatch.setenv(name, "k")
 
 
-def test_every_choice_can_be_made(keys, tmp_path):
+def test_every_combination_of_settings_can_be_built(keys, tmp_path):
     (tmp_path / "pages.jsonl").write_text('{"title": "q"}')
     (tmp_path / "cache.json").write_text("{}")
     services = {"upload_url": "http://p/", "public_url": "http://q/", "summariser_url": "http://s",
@@ -63,18 +63,18 @@ def test_every_choice_can_be_made(keys, tmp_path):
         ({"image": "serper"}, "config.services.upload_url is not set"),
     ],
 )
-def test_what_is_missing_is_named(keys, tools, message):
+def test_missing_setting_is_reported(keys, tools, message):
     with pytest.raises(ToolsError, match=message):
         make_tools(configured(**tools))
 
 
-def test_a_key_is_needed(monkeypatch):
+def test_missing_api_key_is_reported(monkeypatch):
     monkeypatch.delenv("SERPER_API_KEY", raising=False)
     with pytest.raises(KeyMissingError, match="SERPER_API_KEY"):
         make_tools(configured(text="serper"))
 
 
-def test_settings_that_cannot_be():
+def test_invalid_settings_are_rejected():
     with pytest.raises(settings.ConfigError, match="config.tools.text='bing' is not one of"):
         configured(text="bing")
     with pytest.raises(settings.ConfigError, match="config.services.max_qps=0.0 must be over 0"):
@@ -109,14 +109,14 @@ def address():
         yield address
 
 
-def test_text_searches_as_they_are_set(address):
+def test_text_search_follows_the_settings(address):
     own = {"searxng_url": address, "retrieval_url": address, "max_attempts": 1,
            "allowed_hosts": (address.removeprefix("http://"),)}  # fmt: skip
     found = ask(make_tools(configured(text="searxng", services=own)))
     assert [r[0].text for r in found.results] == [
         f"link: {address}/page\nsummary: The text of the page."
     ]
-    assert found.error == "page 1: an address that is not public"
+    assert found.error == "page 1: the address is not public"
     found = ask(make_tools(configured(text="searxng", services=own | {"reader": "none"})))
     assert [r[0].text.split("\n")[1] for r in found.results] == ["summary: c"] * 2
     found = ask(make_tools(configured(text="retrieval", services=own)))
@@ -137,7 +137,7 @@ def titles(observation):
     return [result[2].text for result in observation.results]
 
 
-def test_the_published_cache(address, tmp_path):
+def test_released_fvqa_cache_is_read(address, tmp_path):
     """The released pickle: addresses, or pictures inside it."""
     red, palette = PIL.Image.new("RGB", (30, 20), "red"), PIL.Image.new("P", (8, 8))
     palette.putpalette([0, 0, 255] * 256)
@@ -160,7 +160,7 @@ def test_the_published_cache(address, tmp_path):
         assert blue.size == (8, 8) and blue.getpixel((3, 3)) == (0, 0, 255)
         assert cached(path, address, "b").status == cached(path, address, "d").status == "empty"
         missing = cached(path, address, "e")
-        assert missing.status == "failed" and missing.error == "'e' is not in the cache"
+        assert missing.status == "failed" and missing.error == "no entry for example 'e'"
 
 
 class Evil:
@@ -171,43 +171,43 @@ class Evil:
         return os.mkdir, (str(self.marker),)
 
 
-def test_code_in_the_cache_is_not_run(tmp_path):
+def test_code_in_a_pickled_cache_is_not_run(tmp_path):
     path, marker = tmp_path / "cache.pkl", tmp_path / "it_ran"
     path.write_bytes(pickle.dumps({"a": Evil(marker), "b": {"tool_returned_web_title_list": ["t"],
                      "tool_returned_images_urls": [Evil(marker)]}}))  # fmt: skip
-    assert fvqa.read(path) == {"a": [], "b": []} and not marker.exists()
+    assert fvqa.load_results(path) == {"a": [], "b": []} and not marker.exists()
     for content in (b"rubbish", b"", pickle.dumps([1])):
         path.write_bytes(content)
-        with pytest.raises(fvqa.CacheError, match="cache.pkl: "):
-            fvqa.read(path)
+        with pytest.raises(fvqa.FvqaCacheError, match="cache.pkl: "):
+            fvqa.load_results(path)
 
 
-def test_the_recorded_results(shared):
-    known = fvqa.read(shared / "data" / "image_search_results.json")
+def test_recorded_image_results_are_read(shared):
+    known = fvqa.load_results(shared / "data" / "image_search_results.json")
     raw = json.loads((shared / "data" / "image_search_results.json").read_text("utf-8"))
     assert {k: [t for t, _ in v] for k, v in known.items()} == {
         k: [e["title"] for e in v] for k, v in raw.items()
     }
 
 
-def test_limits_of_single_services_and_of_several_loops():
+def test_limits_of_single_services_are_divided_by_loops():
     config = configured(text="searxng", services={"limits": ("searxng=8/4", "reader=100/50")})
     for loops, expected in ((1, (8.0, 4)), (3, (8 / 3, 2))):
-        search = make_tools(config, loops=loops)["text_search"]
+        search = make_tools(config, num_loops=loops)["text_search"]
         service = search._tool._finder._finder._service
-        assert (service._per_second, service._at_once) == expected
+        assert (service._max_qps, service._max_concurrency) == expected
         reader = search._tool._reader._reader._service
-        assert reader._at_once == -(-50 // loops) and reader._attempts == 1
+        assert reader._max_concurrency == -(-50 // loops) and reader._max_attempts == 1
     for wrong in ("searxng", "google=1/1", "reader=0/5", "reader=x/5"):
         with pytest.raises(ToolsError, match="services.limits: "):
             make_tools(configured(text="searxng", services={"limits": (wrong,)}))
 
 
-def test_pages_may_not_reach_ones_own_services():
+def test_pages_cannot_be_fetched_from_configured_services():
     """Only what `allowed_hosts` names is open to pages; services are where the settings say."""
     with serve(Starlette(routes=[Route("/{rest:path}", lambda r: JSONResponse({
         "results": [{"url": f"{r.base_url}page", "title": "t", "content": "s"}]
     }))])) as address:  # fmt: skip
         config = configured(text="searxng", services={"searxng_url": address})
         found = ask(make_tools(config))
-        assert found.status == "failed" and "an address that is not public" in found.error
+        assert found.status == "failed" and "the address is not public" in found.error

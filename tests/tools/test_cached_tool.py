@@ -26,9 +26,8 @@ from mmsr1_jax.tools.services.serper import Serper
 from mmsr1_jax.tools.services.summariser import Summariser
 from mmsr1_jax.tools.text_search import TextSearch
 from mmsr1_jax.tools.tool_cache import ToolCache, ToolCacheError
-from mmsr1_jax.tools.web import Web
-from tests.servers import serve
-from tests.tools.test_web import Recording
+from mmsr1_jax.tools.web import WebClient
+from tests.servers import RecordingBackend, serve
 
 ASKED: list[str] = []
 PUBLISHED: dict[str, bytes] = {}
@@ -95,18 +94,18 @@ def app():
 
 def tools(address, store):
     """Both searches over one service, through a store; and where connections were made to."""
-    backend = Recording()
-    web = Web(allowed_hosts=[address.removeprefix("http://")], seconds=2.0, backend=backend)
-    service, stored = Service("test", web, attempts=1), CachedCalls(store)
+    backend = RecordingBackend()
+    web = WebClient(allowed_hosts=[address.removeprefix("http://")], timeout=2.0, backend=backend)
+    service, stored = Service("test", web, max_attempts=1), CachedCalls(store)
     serper = Serper(service, base_url=f"{address}/serper")
     reader = CachedReader(Reader(service), stored, "reader")
     summariser = CachedSummariser(Summariser(service, base_url=address, model="m"), stored, "m")
-    text = TextSearch(CachedFinder(serper, stored, "serper"), reader, summariser, results=3)
+    text = TextSearch(CachedFinder(serper, stored, "serper"), reader, summariser, max_results=3)
     publisher = ImageUploader(
-        service, stored, put_url=f"{address}/put/", public_url=f"{address}/public/"
+        service, stored, upload_url=f"{address}/put/", public_url=f"{address}/public/"
     )
     pictures = CachedImages(ImageFetcher(service), stored)
-    return text, ImageSearch(serper, publisher, pictures, stored, "serper", results=3), backend
+    return text, ImageSearch(serper, publisher, pictures, stored, "serper", max_results=3), backend
 
 
 async def ask_both(text, image):
@@ -124,7 +123,7 @@ def clean(monkeypatch):
     PUBLISHED.clear()
 
 
-def test_recorded_and_replayed(tmp_path):
+def test_recorded_searches_are_replayed_without_connections(tmp_path):
     path = tmp_path / "store.sqlite"
     with serve(app()) as address:
         recorded = asyncio.run(ask_both(*tools(address, ToolCache(path, "record"))[:2]))
@@ -145,25 +144,25 @@ def test_recorded_and_replayed(tmp_path):
     assert PUBLISHED and set(PUBLISHED.values()) == {public}
     *both, backend = tools(address, ToolCache(path, "replay"))
     assert asyncio.run(ask_both(*both)) == recorded == used
-    assert backend.tried == []  # not one connection
+    assert backend.connections == []  # not one connection
     other = Query(action="text_search", text="never asked", question="?")
     missing = asyncio.run(both[0](other))
-    assert missing.status == "failed" and "not in the store" in missing.error
+    assert missing.status == "failed" and "not in the cache" in missing.error
     assert b"sk-very-secret" not in path.read_bytes()
 
 
-def test_a_picture_is_put_once_in_all_runs(tmp_path):
+def test_image_is_uploaded_once_across_runs(tmp_path):
     with serve(app()) as address:
         for _ in range(3):
-            service = Service("t", Web(allowed_hosts=[address.removeprefix("http://")]))
+            service = Service("t", WebClient(allowed_hosts=[address.removeprefix("http://")]))
             stored = CachedCalls(ToolCache(tmp_path / "store.sqlite"))
-            urls = {"put_url": f"{address}/put/", "public_url": f"{address}/public/"}
+            urls = {"upload_url": f"{address}/put/", "public_url": f"{address}/public/"}
             publish = ImageUploader(service, stored, **urls)
             assert asyncio.run(publish(jpeg(1))) == asyncio.run(publish(jpeg(1)))
         assert len(ASKED) == 1 and list(PUBLISHED.values()) == [jpeg(1)]
 
 
-def test_a_search_as_a_whole(tmp_path):
+def test_complete_searches_are_cached_beside_their_parts(tmp_path):
     """One look into the store; where that has nothing, what it has of the parts."""
     path = tmp_path / "store.sqlite"
     query = Query(action="text_search", text="q", question="What is it?")
@@ -173,7 +172,7 @@ def test_a_search_as_a_whole(tmp_path):
             store = ToolCache(path, mode)
             text, _, backend = tools(address, store)
             tool = CachedSearch(text, CachedCalls(store), name)
-            return asyncio.run(tool(query)), len(backend.tried)
+            return asyncio.run(tool(query)), len(backend.connections)
 
         search("use")  # not whole: two pages failed
         asked = len(ASKED)
@@ -198,10 +197,10 @@ def test_a_search_as_a_whole(tmp_path):
     assert asyncio.run(tool(query)).error == "all is lost"
     replayed = CachedSearch(Down(), CachedCalls(ToolCache(path, "replay")), "down")
     assert asyncio.run(replayed(query)) == Observation(status="failed", error="all is lost")
-    assert dict((k, n) for k, n, _ in store.info())["answer"] == 2
+    assert dict((k, n) for k, n, _ in store.info())["search"] == 2
 
 
-def test_a_store_that_fails_costs_no_search(tmp_path, capsys):
+def test_searches_continue_when_the_cache_fails(tmp_path, capsys):
     class Full(ToolCache):
         def put(self, *arguments, **keywords):
             raise ToolCacheError("disk full")
@@ -210,4 +209,4 @@ def test_a_store_that_fails_costs_no_search(tmp_path, capsys):
         text, image, _ = tools(address, Full(tmp_path / "store.sqlite"))
         found = asyncio.run(ask_both(text, image))
     assert [observation.status for observation in found] == ["ok", "ok"]
-    assert capsys.readouterr().err.count("disk full; searches go on without it") == 1
+    assert capsys.readouterr().err.count("disk full; searches continue without it") == 1

@@ -60,7 +60,7 @@ def page(text, declaration="", menu=0):
 
 @pytest.mark.parametrize("language, label, codec", PAGES)
 @pytest.mark.parametrize("menu", [0, 900])
-def test_a_page_is_read_however_its_charset_is_known(language, label, codec, menu):
+def test_page_is_decoded_from_header_declaration_or_detection(language, label, codec, menu):
     text = TEXTS[language]
     meta = f'<meta charset="{label}">'
     old = f"<META content='text/html; charset={label}' http-equiv=Content-Type>"
@@ -72,7 +72,7 @@ def test_a_page_is_read_however_its_charset_is_known(language, label, codec, men
 
 
 @pytest.mark.parametrize("language, label, codec", PAGES)
-def test_plain_text_is_read_with_and_without_a_header(language, label, codec):
+def test_plain_text_is_decoded_with_and_without_header(language, label, codec):
     text = TEXTS[language]
     assert text in decode((text + "\n").encode(codec), label, markup=False)
     if label in ("utf-16le",):
@@ -85,23 +85,23 @@ def test_plain_text_is_read_with_and_without_a_header(language, label, codec):
     ("gb2312", "镕€", "gb18030"), ("euc-kr", "똠방각하", "cp949"), ("big5", "嘅", "big5hkscs"),
     ("latin1", "€“”", "cp1252"),
 ])  # fmt: skip
-def test_labels_mean_what_browsers_take_them_for(label, written, codec):
+def test_labels_are_interpreted_as_in_browsers(label, written, codec):
     assert decode(written.encode(codec), label, markup=False) == written
 
 
-def test_the_byte_order_mark_counts_before_the_header():
+def test_byte_order_mark_takes_precedence_over_header():
     text = "Żółw"
     for mark, codec in ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_BE, "utf-16-be"),
                         (codecs.BOM_UTF32_LE, "utf-32-le")):  # fmt: skip
         assert decode(mark + text.encode(codec), "windows-1251") == text
 
 
-def test_the_header_counts_before_the_page():
+def test_header_takes_precedence_over_declaration():
     body = page(TEXTS["ru"], "<meta charset=koi8-r>").encode("cp1251")
     assert TEXTS["ru"] in decode(body, "windows-1251")
 
 
-def test_declarations_are_found_wherever_they_stand():
+def test_declarations_are_found_anywhere_in_the_page():
     text = TEXTS["pl"]
     for declaration in (
         '<?xml version="1.0" encoding="iso-8859-2"?>',
@@ -116,14 +116,14 @@ def test_declarations_are_found_wherever_they_stand():
     assert text in decode(late.encode("iso-8859-2"))
 
 
-def test_a_few_damaged_bytes_change_no_charset():
+def test_a_few_damaged_bytes_do_not_change_the_charset():
     body = page(TEXTS["ru"]).encode()
     assert TEXTS["ru"] in decode(body + b"\xff\xd0", "utf-8")
     assert TEXTS["ru"] in decode(body + b"\xff\xd0")
     assert decode("für alle".encode("cp1252"), "utf-8", markup=False) == "für alle"
 
 
-def test_a_page_cut_inside_a_character_is_read():
+def test_page_truncated_inside_a_character_is_decoded():
     for language, label, codec in PAGES:
         body = (TEXTS[language] * 2).encode(codec)
         assert TEXTS[language][:30] in decode(body[:-1], label)
@@ -133,7 +133,7 @@ def test_a_page_cut_inside_a_character_is_read():
     "label", ["idna", "undefined", "hex", "utf-7", "unicode_escape", "punycode", "rot13", "zip",
               "mbcs", "replacement", "iso-2022-kr", "x" * 10_000, "\0", "", "é"]
 )  # fmt: skip
-def test_labels_that_are_no_charset_of_the_web(label):
+def test_labels_that_are_not_web_charsets_are_ignored(label):
     assert decode("für +AGE- \\u0041".encode(), label) == "für +AGE- \\u0041"
 
 
@@ -151,7 +151,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_time_is_bounded_by_the_length_of_a_page(name):
+def test_decoding_takes_linear_time(name):
     def decoding(length):
         body = HOSTILE[name](length)
         return lambda: decode(body, "utf-8")

@@ -22,10 +22,11 @@ from mmsr1_jax.models.qwen2_5_vl.checkpoint import CheckpointError
 from mmsr1_jax.models.qwen2_5_vl.vision import num_windows, pack_images
 from mmsr1_jax.processing.images import ImageError, ImageProcessor
 from mmsr1_jax.scripts import random_policy
-from mmsr1_jax.tools import Query, embedding, local
+from mmsr1_jax.tools import Query, embedding, index_builder
 from mmsr1_jax.tools.build import make_tools
 from mmsr1_jax.tools.embedding import WINDOWS, Embedder
-from mmsr1_jax.tools.local import LocalIndex, LocalIndexError, build
+from mmsr1_jax.tools.index_builder import LocalIndexError, build_index
+from mmsr1_jax.tools.local_index import LocalIndex
 from mmsr1_jax.utils import compile_counter
 from tests.test_score import run
 from tests.tools.test_local_index import CHANGES, look_up, titles, write
@@ -70,7 +71,7 @@ def without_vision(tensors):
 BIAS = "visual.merger.mlp.2.bias"
 
 
-def test_equals_the_whole_model(tiny_dir, embed):
+def test_embedding_is_the_mean_of_the_models_visual_tokens(tiny_dir, embed):
     """The mean, in float64, of the tokens that the policy itself would see. There the pictures are
     in a batch of two rows, of another length."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
@@ -90,7 +91,7 @@ def test_equals_the_whole_model(tiny_dir, embed):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def test_one_program_for_each_number_of_windows(tiny_dir, embed):
+def test_one_program_is_compiled_per_window_bucket(tiny_dir, embed):
     expected = [embed(image) for image in PICTURES]
     fresh, before = Embedder(tiny_dir), compile_counter.count()
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
@@ -103,7 +104,7 @@ def test_one_program_for_each_number_of_windows(tiny_dir, embed):
         np.testing.assert_array_equal(vector, expected[number % 3])
 
 
-def test_every_picture_fits_a_program():
+def test_the_largest_image_fits_the_largest_program():
     processor = ImageProcessor(max_pixels=embedding.MAX_PIXELS)
     rng = np.random.default_rng(0)
     short = np.exp(rng.uniform(0, 9, 5000))
@@ -117,7 +118,7 @@ def test_every_picture_fits_a_program():
     assert WINDOWS[-2] < worst <= WINDOWS[-1]
 
 
-def test_the_fingerprint_is_of_what_makes_the_vectors(tiny_dir, embed, tmp_path):
+def test_fingerprint_depends_on_tower_and_preprocessing_only(tiny_dir, embed, tmp_path):
     def fingerprint(name, change):
         return Embedder(changed(tiny_dir, tmp_path / name, change)).fingerprint
 
@@ -130,23 +131,26 @@ def test_the_fingerprint_is_of_what_makes_the_vectors(tiny_dir, embed, tmp_path)
     file.write_text(json.dumps(prepared | {"image_mean": [0.5, 0.5, 0.5]}))
     assert Embedder(tmp_path / "copy").fingerprint != embed.fingerprint
     file.write_text(json.dumps(prepared | {"patch_size": 16}))
-    with pytest.raises(ImageError, match="patch_size=16, but the vision tower has 14"):
+    with pytest.raises(ImageError, match="has patch_size=16, but the vision tower has 14"):
         Embedder(tmp_path / "copy")
     file.unlink()
     with pytest.raises(ImageError, match=r"copy: no preprocessor_config\.json"):
         Embedder(tmp_path / "copy")
 
 
-def test_numbers_that_are_not_finite(tiny_dir, tmp_path, capsys):
+def test_nonfinite_embeddings_are_rejected(tiny_dir, tmp_path, capsys):
     add_nan = functools.partial(add, BIAS, np.nan)
     broken = Embedder(changed(tiny_dir, tmp_path / "broken", add_nan))
-    with pytest.raises(ImageError, match="embedding is not finite"):
+    with pytest.raises(ImageError, match="embedding of the image is not finite"):
         broken(PICTURES[0])
     PICTURES[0].save(tmp_path / "one.png")
     lines = write(tmp_path / "i.jsonl", [{"image": "one.png", "title": "One"}])
-    with pytest.raises(LocalIndexError, match="neither pages nor pictures"):
-        build(tmp_path / "index", pictures=[lines], embed=broken)
-    assert "i.jsonl, line 1: left out, the picture's embedding is not" in capsys.readouterr().err
+    with pytest.raises(LocalIndexError, match="no valid page and no valid image"):
+        build_index(tmp_path / "index", images=[lines], embed=broken)
+    assert (
+        "i.jsonl, line 1: skipped: the embedding of the image is not finite"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.fixture(scope="module")
@@ -165,14 +169,14 @@ def indexed(tiny_dir, tmp_path_factory):
     return folder / "index", done, pictures
 
 
-def test_the_command_and_a_search(indexed, embed):
+def test_search_results_are_ordered_by_cosine_similarity(indexed, embed):
     """Results in the order of their cosines in float64, but for what float16 rounds away."""
     directory, done, pictures = indexed
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("0 pages and 24 titles of pictures in ")
-    assert "i.jsonl, line 13: left out, 1000x2 pixels: the sides differ" in done.stderr
+    assert "i.jsonl, line 13: skipped: 1000x2 pixels: the sides differ" in done.stderr
     index, vectors = (
-        LocalIndex(directory, results=6, embed=embed),
+        LocalIndex(directory, max_results=6, embed=embed),
         np.stack(list(map(embed, pictures))),
     )
     for seed in range(12, 16):
@@ -191,7 +195,7 @@ def test_the_command_and_a_search(indexed, embed):
     assert titles(look_up(LocalIndex(directory), pictures[3]))[:2] == ["3 a", "3 b"]
 
 
-def test_another_model_is_refused(indexed, tmp_path):
+def test_index_of_another_model_is_rejected(indexed, tmp_path):
     random_policy.write(tmp_path / "other", seed=2)
     other = Embedder(tmp_path / "other")
     with pytest.raises(LocalIndexError, match=r"index: .*another model.* --model=DIR") as caught:
@@ -199,29 +203,31 @@ def test_another_model_is_refused(indexed, tmp_path):
     assert other.fingerprint in str(caught.value)
 
 
-def test_an_index_without_embeddings(indexed, embed, tmp_path):
+def test_index_without_embeddings_is_rejected(indexed, embed, tmp_path):
     _, _, pictures = indexed
     (tmp_path / "pages.jsonl").write_text('{"title": "one"}')
     pictures[0].save(tmp_path / "0.png")
     lines = write(tmp_path / "i.jsonl", [{"image": "0.png", "title": "zero"}])
-    build(tmp_path / "new", pictures=[lines])
+    build_index(tmp_path / "new", images=[lines])
     (tmp_path / "old").mkdir()
     with sqlite3.connect(tmp_path / "old" / "index.sqlite") as old:  # as it was before embeddings
-        old.executescript(local._SCHEMA)
-        old.executescript("DROP TABLE embedded; ALTER TABLE picture DROP COLUMN embedding")
+        old.executescript(index_builder.SCHEMA)
+        old.executescript("DROP TABLE embedding_model; ALTER TABLE image DROP COLUMN embedding")
         old.execute("ATTACH ? AS new", (str(tmp_path / "new" / "index.sqlite"),))
-        old.execute("INSERT INTO picture SELECT hash, title, link, thumbnail FROM new.picture")
+        old.execute("INSERT INTO image SELECT hash, title, link, thumbnail FROM new.image")
     for path in (tmp_path / "new", tmp_path / "old", tmp_path):
-        with pytest.raises(LocalIndexError, match=r"no embeddings.* make it anew: python -m"):
+        with pytest.raises(
+            LocalIndexError, match=r"no image embeddings.* rebuild the index: python -m"
+        ):
             LocalIndex(path, embed=embed)
     for path in (tmp_path / "new", tmp_path / "old"):
         assert titles(look_up(LocalIndex(path), pictures[0])) == ["zero"]
     # Made with a model, but without pictures: there is nothing to be found.
-    build(tmp_path / "pages", [tmp_path / "pages.jsonl"], embed=embed)
+    build_index(tmp_path / "pages", [tmp_path / "pages.jsonl"], embed=embed)
     assert look_up(LocalIndex(tmp_path / "pages", embed=embed), pictures[0]).status == "empty"
 
 
-def test_a_directory_without_a_vision_tower(tiny_dir, tmp_path):
+def test_model_directory_without_vision_tower_is_rejected(tiny_dir, tmp_path):
     broken = changed(tiny_dir, tmp_path / "text only", without_vision)
     with pytest.raises(CheckpointError, match=r"model.safetensors: tensor visual\..* is missing"):
         Embedder(broken)
@@ -231,7 +237,7 @@ def test_a_directory_without_a_vision_tower(tiny_dir, tmp_path):
     assert line.startswith("error: ") and "tensor visual." in line
 
 
-def test_by_settings(indexed, tiny_dir, embed, monkeypatch):
+def test_make_tools_loads_and_precompiles_the_embedder(indexed, tiny_dir, embed, monkeypatch):
     monkeypatch.setattr(embedding, "WINDOWS", (16,))  # fewer programs to be compiled ahead
     directory, _, pictures = indexed
     tools = settings.Tools(index=str(directory), image_model=str(tiny_dir), max_results=4)
@@ -240,7 +246,7 @@ def test_by_settings(indexed, tiny_dir, embed, monkeypatch):
     before = compile_counter.count()
     query = Query(action="image_search", text=None, question="?", images=[pictures[5]])
     found = titles(asyncio.run(search(query)))
-    assert found == titles(look_up(LocalIndex(directory, results=4, embed=embed), pictures[5]))
+    assert found == titles(look_up(LocalIndex(directory, max_results=4, embed=embed), pictures[5]))
     assert found[:2] == ["5 a", "5 b"] and len(found) == 4
     assert compile_counter.count() == before
     config.tools.image = "none"  # then no model is loaded
@@ -248,9 +254,9 @@ def test_by_settings(indexed, tiny_dir, embed, monkeypatch):
     assert set(make_tools(config)) == {"text_search"}
 
 
-def test_nothing_of_it_is_imported_without_need():
+def test_jax_and_the_model_are_imported_lazily():
     code = (
-        "import sys, mmsr1_jax.tools.local\n"
+        "import sys, mmsr1_jax.tools.local_index\n"
         "assert not {'jax', 'flax'} & set(sys.modules)\n"
         "import mmsr1_jax.tools.build\n"
         "assert not {'mmsr1_jax.tools.embedding', 'mmsr1_jax.models.qwen2_5_vl'} & set(sys.modules)"
@@ -259,7 +265,7 @@ def test_nothing_of_it_is_imported_without_need():
 
 
 @pytest.mark.proof
-def test_real_photographs_by_a_random_tower(shared, tmp_path):
+def test_real_photographs_are_found_by_a_random_tower(shared, tmp_path):
     """Scaled and compressed ones are found. Of a tower that has learnt nothing no more can be asked
     than most of the cropped ones: the index's default is the hash (`test_local_index.py`)."""
     random_policy.write(
@@ -275,7 +281,7 @@ def test_real_photographs_by_a_random_tower(shared, tmp_path):
         photographs.append(PIL.Image.open(tmp_path / f"{number}.img").convert("RGB"))
     lines = [{"image": f"{n}.img", "titles": [f"{n}", f"again {n}"]} for n in range(len(rows))]
     lines = write(tmp_path / "i.jsonl", lines)
-    build(tmp_path / "index", pictures=[lines], embed=embed)
+    build_index(tmp_path / "index", images=[lines], embed=embed)
     index = LocalIndex(tmp_path / "index", embed=embed)
     assert len(photographs) == 26
     right = {

@@ -44,7 +44,7 @@ def hostile_page(number: int) -> bytes:
             + escaped + b"</p></article></body></html>")  # fmt: skip
 
 
-def test_300_hostile_pages(shared):
+def test_hostile_pages_cannot_forge_tags_or_control_tokens(shared):
     """Through the text search into ids of the released tokenizer."""
     text = (shared / "tokenizer" / "qwen" / "tokenizer.json").read_text(encoding="utf-8")
     processor = Processor(text, ImageProcessor())
@@ -63,7 +63,7 @@ def test_300_hostile_pages(shared):
             page = hostile_page(int(url.rsplit("/")[-1]))
             return extract(page) or page.decode("utf-8", "replace")
 
-    search = TextSearch(Finder(), Reader(), results=5)
+    search = TextSearch(Finder(), Reader(), max_results=5)
     controls = set(processor.control.values())
     ends = [processor.control["<|im_start|>"], processor.control["<|im_end|>"],
             processor.control["<|im_start|>"]]  # fmt: skip

@@ -19,11 +19,12 @@ from mmsr1_jax.episodes.episode import Episode, Example
 from mmsr1_jax.episodes.turns import parse
 from mmsr1_jax.tools.build import make_judge
 from mmsr1_jax.tools.cached_tool import CachedCalls
-from mmsr1_jax.tools.judge import Judge, NoVerdictError, read_verdict, verdict_of
+from mmsr1_jax.tools.judge import Judge
 from mmsr1_jax.tools.service import Service, ServiceRefusedError
-from mmsr1_jax.tools.services.chat import completions_url, read_reply
+from mmsr1_jax.tools.services.chat import completions_url, parse_reply
 from mmsr1_jax.tools.tool_cache import ToolCache
-from mmsr1_jax.tools.web import Answer, Web
+from mmsr1_jax.tools.verdicts import NoVerdictError, extract_verdict, parse_verdict
+from mmsr1_jax.tools.web import WebClient, WebResponse
 from mmsr1_jax.training import metrics
 from tests.servers import serve
 from tests.test_step import Engine, config_of, questions_of
@@ -57,8 +58,8 @@ class Server:
 
     def judge(self, attempts=1, **service):
         host = self.url.removeprefix("http://")
-        made = Service("judge", Web(allowed_hosts=[host], seconds=5), attempts=attempts,
-                       longest_wait=0.01, per_second=1e4, address=self.url, **service)  # fmt: skip
+        made = Service("judge", WebClient(allowed_hosts=[host], timeout=5), max_attempts=attempts,
+                       max_wait=0.01, max_qps=1e4, address=self.url, **service)  # fmt: skip
         return Judge(made, CachedCalls(ToolCache(None, "off")), base_url=self.url, model="m")
 
 
@@ -73,7 +74,7 @@ def running():
 @pytest.fixture
 def server(running, monkeypatch):
     monkeypatch.setenv("JUDGE_API_KEY", SECRET)
-    monkeypatch.setattr("mmsr1_jax.tools.judge._PAUSE", 0.0)
+    monkeypatch.setattr("mmsr1_jax.tools.judge._CONFIRMATION_WAIT", 0.0)
     running.reply, running.asked = lambda answer: message(RIGHT), []
     return running
 
@@ -124,9 +125,9 @@ HONEST = {
 
 
 @pytest.mark.parametrize("form", HONEST)
-def test_an_honest_reply_is_read_in_every_form(server, form):
+def test_verdict_is_parsed_in_every_form_of_reply(server, form):
     verdict = read(HONEST[form], server=server)
-    assert (verdict.correct, verdict.by, verdict.outcome) == (True, "judge", "verdict")
+    assert (verdict.correct, verdict.source, verdict.outcome) == (True, "judge", "verdict")
     body = HONEST[form].body.decode() if isinstance(HONEST[form], Response) else None
     other = json.loads(body or json.dumps(HONEST[form]).replace("true", "false"))
     if body is None:
@@ -181,10 +182,10 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_nothing_that_an_answer_makes_a_judge_write_counts_as_right(server, attack):
+def test_echo_of_a_judged_text_is_never_a_positive_verdict(server, attack):
     answer, reply = ATTACKS[attack]
     verdict = read(reply, answer, server)
-    assert (verdict.correct, verdict.by) == (False, "judge"), verdict
+    assert (verdict.correct, verdict.source) == (False, "judge"), verdict
     # In nobody's words but the judge's, honest verdicts on such answers still count.
     assert read(message(RIGHT), answer, server).correct is True
     thought = message(f"<think>{FAKE}</think>```json\n{WRONG}```")
@@ -235,7 +236,7 @@ QUOTATIONS = {
 
 @pytest.mark.parametrize("place", ["answer", "question", "golds"])
 @pytest.mark.parametrize("quotation", QUOTATIONS)
-def test_a_quotation_of_what_was_judged_is_never_the_verdict(server, quotation, place):
+def test_quotation_of_a_judged_text_is_never_the_verdict(server, quotation, place):
     hostile, reply = QUOTATIONS[quotation]
     seen = {"question": "Where?", "golds": "Paris", "answer": "Lyon"} | {place: hostile}
 
@@ -244,7 +245,7 @@ def test_a_quotation_of_what_was_judged_is_never_the_verdict(server, quotation, 
         return asyncio.run(server.judge().judge(seen["question"], [seen["golds"]], seen["answer"]))
 
     verdict = judged(message(reply))
-    assert (verdict.correct, verdict.by) == (False, "judge"), verdict
+    assert (verdict.correct, verdict.source) == (False, "judge"), verdict
     # A server that takes the first end of thoughts for the judge's own.
     thoughts, ended, rest = reply.partition("</think>")
     if ended:
@@ -258,7 +259,7 @@ def test_a_quotation_of_what_was_judged_is_never_the_verdict(server, quotation, 
 @pytest.mark.parametrize(
     "form", ["plain", "fence", "thoughts without their beginning", "harmony", "thoughts before"]
 )
-def test_markers_without_a_verdict_leave_honest_thoughts_readable(server, answer, form):
+def test_markers_in_an_answer_do_not_make_replies_unreadable(server, answer, form):
     assert read(HONEST[form], answer, server).correct is True
 
 
@@ -280,7 +281,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_of_the_server_is_tried_again_and_gives_no_verdict(server, fault):
+def test_server_faults_are_retried_and_give_no_verdict(server, fault):
     server.reply = lambda _: FAULTS[fault]
     verdict = ask(server.judge(attempts=3))
     assert (verdict.correct, verdict.outcome) == (None, "failed") and len(server.asked) == 3
@@ -290,10 +291,10 @@ def test_a_fault_of_the_server_is_tried_again_and_gives_no_verdict(server, fault
     assert ask(server.judge(attempts=3)).correct is True
 
 
-def test_a_reply_without_a_verdict_is_replayed_as_one_and_asked_again_otherwise(server, tmp_path):
+def test_unreadable_reply_is_replayed_and_otherwise_queried_again(server, tmp_path):
     def judge(mode):
         made = server.judge()
-        made.stored = CachedCalls(ToolCache(tmp_path / "store.sqlite", mode))
+        made.cached_calls = CachedCalls(ToolCache(tmp_path / "store.sqlite", mode))
         return made
 
     server.reply = lambda _: message("Yes")
@@ -304,19 +305,19 @@ def test_a_reply_without_a_verdict_is_replayed_as_one_and_asked_again_otherwise(
     assert len(server.asked) == 2
 
 
-def test_a_store_from_elsewhere_gives_no_verdict_of_another_shape(server, tmp_path):
+def test_cached_verdict_of_wrong_type_is_ignored(server, tmp_path):
     stored = CachedCalls(ToolCache(tmp_path / "store.sqlite"))
     key = json.dumps(["m", "Where?", ["New York City"], "NYC"])
     for value in ([True], ["yes", "x"], {"correct": True}, "true", [True, "x", 1], [1, "x"]):
         asyncio.run(stored.put("verdict", key, value))
         judge = server.judge()
-        judge.stored = stored
+        judge.cached_calls = stored
         server.asked.clear()
         server.reply = lambda _: message(WRONG)
         assert (ask(judge).correct, len(server.asked)) == (False, 1)
 
 
-def test_replies_are_read_in_linear_time():
+def test_replies_are_parsed_in_linear_time():
     def check(read, text_of):
         def reading(length):
             text = text_of(length)
@@ -331,7 +332,7 @@ def test_replies_are_read_in_linear_time():
         assert_linear(reading, 1900)
 
     def chat(text):
-        return read_reply(Answer("", "", None, text.encode()))
+        return parse_reply(WebResponse("", "", None, text.encode()))
 
     for unit in ("\n", "{ ", '{"', '{"a":', "```\n", "</think>", "<think> ", "<|message|>", "{}",
                  RIGHT[:-1], "\\u007b", " {\t"):  # fmt: skip
@@ -345,13 +346,13 @@ def test_replies_are_read_in_linear_time():
         for alone in (False, True):
 
             def verdict(text, alone=alone):
-                return read_verdict(text, alone=alone)
+                return parse_verdict(text, verdict_only=alone)
 
             check(verdict, text_of)
         check(chat, reply_of)
 
         def marked(text):
-            return verdict_of(chat(text), "<|")
+            return extract_verdict(chat(text), "<|")
 
         check(marked, reply_of)
 
@@ -360,7 +361,7 @@ def test_replies_are_read_in_linear_time():
     "base", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/",
              "http://h:1/v1/chat/completions"],
 )  # fmt: skip
-def test_an_address_may_end_as_users_write_it(base):
+def test_base_url_may_have_any_usual_ending(base):
     assert completions_url(base) == "http://h:1/v1/chat/completions"
     prefixed = base.replace(":1", ":1/api") + "?version=2"
     assert completions_url(prefixed) == "http://h:1/api/v1/chat/completions?version=2"
@@ -387,7 +388,7 @@ def step(judge, answers):
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404, 400, 308])
-def test_a_judge_that_refuses_every_answer_ends_the_step_with_one_line(server, capsys, status):
+def test_judge_that_refuses_all_requests_ends_the_step_with_one_line(server, capsys, status):
     server.reply = lambda _: Response(status_code=status)
     config = settings.Config()
     config.services.judge_url = f"{server.url}/?token={SECRET}"
@@ -400,9 +401,9 @@ def test_a_judge_that_refuses_every_answer_ends_the_step_with_one_line(server, c
     assert SECRET not in line and "\n" not in line and capsys.readouterr().err == ""
 
 
-def test_a_judge_that_is_gone_ends_the_step_however_many_ask(monkeypatch):
+def test_unreachable_judge_ends_the_step(monkeypatch):
     """Also once it has failed so often that it is not asked for a while."""
-    monkeypatch.setattr("mmsr1_jax.tools.judge._PAUSE", 0.0)
+    monkeypatch.setattr("mmsr1_jax.tools.judge._CONFIRMATION_WAIT", 0.0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -413,9 +414,7 @@ def test_a_judge_that_is_gone_ends_the_step_however_many_ask(monkeypatch):
             step(make_judge(config), [f"NYC {number}" for number in range(count)])
 
 
-def test_a_judge_that_fails_for_a_tenth_of_the_answers_is_counted_and_the_step_continues(
-    server, capsys
-):
+def test_step_continues_when_a_tenth_of_the_judge_requests_fail(server, capsys):
     def reply(answer):
         if answer.endswith("7"):
             return Response(status_code=503)
@@ -423,7 +422,7 @@ def test_a_judge_that_fails_for_a_tenth_of_the_answers_is_counted_and_the_step_c
 
     server.reply = reply
     answers = [f"{'right' if number % 20 < 10 else 'no'} {number}" for number in range(100)]
-    rewards, figures = step(server.judge(failures=None), [*answers, "New York"])
+    rewards, figures = step(server.judge(max_failures=None), [*answers, "New York"])
     assert figures["judge/requests"] == 100
     assert figures["judge/failed"] == figures["judge/unreadable"] == 0.1
     assert [r.known for r in rewards] == [not a.endswith("7") for a in answers] + [True]
@@ -438,13 +437,13 @@ def test_a_judge_that_fails_for_a_tenth_of_the_answers_is_counted_and_the_step_c
     ]
 
 
-def test_an_episode_without_a_verdict_is_in_no_group(server):
+def test_episode_without_verdict_is_excluded_from_its_group(server):
     """It is left out as one that could not be run is; the others of its question teach still."""
     server.reply = lambda answer: Response(status_code=503) if "maybe" in answer else message(RIGHT)
     answers = {"m": ("right", "maybe", "sure"), "n": ("maybe", "maybe 2", "y")}
     rolled = train.roll_out(
         Engine(answers), questions_of(answers, 2), config_of(questions=2, rollouts=3),
-        server.judge(failures=None), seed=0, step=1,
+        server.judge(max_failures=None), seed=0, step=1,
     )  # fmt: skip
     assert [[episode.answer for episode, _ in group] for group in rolled.groups] == [
         ["right", "sure"], ["y"],
@@ -453,7 +452,7 @@ def test_an_episode_without_a_verdict_is_in_no_group(server):
     assert sum(not reward.known for _, reward in rolled.episodes) == 3
 
 
-def test_a_step_without_any_verdict_has_no_accuracy(server):
+def test_step_without_any_verdict_has_no_accuracy(server):
     """Answers that need no judge would pass for all of them."""
     server.reply = lambda _: Response(status_code=500)
     _, figures = step(server.judge(), ["New York", "NYC", "NYC!"])
@@ -463,13 +462,13 @@ def test_a_step_without_any_verdict_has_no_accuracy(server):
     assert figures["judge/requests"] == figures["judge/failed"] == 0 and figures["accuracy"] == 1
 
 
-def test_without_a_judge_there_are_no_figures_of_one():
+def test_no_judge_metrics_without_a_judge():
     _, figures = step(None, ["New York", "NYC"])
     assert figures["accuracy"] == 0.5 and not any(name.startswith("judge") for name in figures)
 
 
 @pytest.mark.parametrize("status", [403, 400, 413, 422, 404])
-def test_an_answer_that_is_refused_for_what_it_holds_costs_itself_alone(server, status):
+def test_refused_answer_affects_only_its_own_episode(server, status):
     """A firewall that dislikes it, say: no page may end a run by what it makes a policy answer."""
     server.reply = lambda answer: (
         Response(status_code=status) if "<script>" in answer else message(RIGHT)
@@ -479,7 +478,7 @@ def test_an_answer_that_is_refused_for_what_it_holds_costs_itself_alone(server, 
     assert figures["judge/failed"] == 0.5
 
 
-def test_one_bad_server_of_ten_does_not_end_a_run(server):
+def test_random_refusals_of_one_server_in_ten_do_not_end_a_run(server):
     """A balancer in front of them hands out refusals at random."""
     draw = random.Random(3)
     server.reply = lambda _: Response(status_code=401) if draw.random() < 0.1 else message(RIGHT)

@@ -3,8 +3,8 @@
 import pytest
 
 from mmsr1_jax.tools import Part, image_result, text_result
-from mmsr1_jax.tools.links import one_line, shown_link
-from mmsr1_jax.tools.tool import text_result_of
+from mmsr1_jax.tools.links import display_link, one_line
+from mmsr1_jax.tools.tool import parse_text_result
 
 KEPT = (
     "https://en.wikipedia.org/wiki/Bridge_(dance)?a=1&b={x|y}#z", "http://127.0.0.1:8080/",
@@ -41,19 +41,19 @@ SHOWN = {
 
 
 @pytest.mark.parametrize("link", KEPT)
-def test_an_honest_link_is_kept(link):
-    assert shown_link(link) == link
+def test_plain_links_are_unchanged(link):
+    assert display_link(link) == link
 
 
 @pytest.mark.parametrize("link, shown", SHOWN.items())
-def test_the_host_can_be_seen(link, shown):
-    assert shown_link(link) == shown and shown_link(shown) == shown
+def test_display_link_shows_the_real_host(link, shown):
+    assert display_link(link) == shown and display_link(shown) == shown
     text = text_result(link, "s")[0].text
     assert text == f"link: {shown}\nsummary: s" and len(text.splitlines()) == 2
 
 
-def test_a_link_is_of_bounded_length():
-    assert len(shown_link("https://x.example/" + "a" * 5_000_000)) == 1000
+def test_link_length_is_bounded():
+    assert len(display_link("https://x.example/" + "a" * 5_000_000)) == 1000
 
 
 def test_titles_are_one_line():
@@ -63,11 +63,11 @@ def test_titles_are_one_line():
     assert one_line("two  spaces,\ta tab ") == "two  spaces,\ta tab "
 
 
-def test_a_stored_text_is_read_as_it_was_written():
+def test_parse_text_result_inverts_text_result():
     result = text_result("https://x.example/", "a\nsummary: b\n2. link: c")
-    assert text_result_of(result[0].text) == result
+    assert parse_text_result(result[0].text) == result
     for odd in ("", "link: x", "summary: x", "a\nlink: x\nsummary: y", "link: a\nb\nsummary: c"):
-        assert text_result_of(odd) == (Part(text=odd),)
+        assert parse_text_result(odd) == (Part(text=odd),)
     # Of a store that someone else has made.
-    (part,) = text_result_of("link: https://en.wikipedia.org@evil.example\nsummary: x")
+    (part,) = parse_text_result("link: https://en.wikipedia.org@evil.example\nsummary: x")
     assert part.fields[0] == ("link", "https://evil.example")

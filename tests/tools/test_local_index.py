@@ -11,7 +11,8 @@ import pytest
 from pyarrow import parquet
 
 from mmsr1_jax.tools import Query
-from mmsr1_jax.tools.local import LocalIndex, LocalIndexError, build
+from mmsr1_jax.tools.index_builder import LocalIndexError, build_index
+from mmsr1_jax.tools.local_index import LocalIndex
 from tests.test_score import run
 
 PAGES = [
@@ -44,9 +45,9 @@ def titles(observation):
     return [result[2].text.removeprefix("\ntitle: ") for result in observation.results]
 
 
-def test_finds_the_page_of_the_words(tmp_path):
+def test_pages_are_found_by_their_words(tmp_path):
     path = write(tmp_path / "pages.jsonl", PAGES)
-    build(tmp_path / "built", [path])
+    build_index(tmp_path / "built", [path])
     for source in (path, tmp_path, tmp_path / "built"):
         index = LocalIndex(source)
         assert texts(ask(index, "Which bridge has Porto?"))[0] == (
@@ -58,10 +59,10 @@ def test_finds_the_page_of_the_words(tmp_path):
         for nothing in ("unheard", "http", "?!"):  # addresses are not searched
             assert ask(index, nothing).status == "empty"
         assert look_up(index, PIL.Image.new("RGB", (50, 50))).status == "empty"
-    assert len(ask(LocalIndex(path, results=1), "porto").results) == 1
+    assert len(ask(LocalIndex(path, max_results=1), "porto").results) == 1
 
 
-def test_odd_lines_are_named_and_left_out(tmp_path, capsys):
+def test_invalid_lines_are_skipped_and_logged(tmp_path, capsys):
     path = tmp_path / "pages.jsonl"
     path.write_bytes(
         b'\xef\xbb\xbf{"title": "one"}\n\nnot json\n[1]\n{"title": 5}\n{}\n'
@@ -69,27 +70,27 @@ def test_odd_lines_are_named_and_left_out(tmp_path, capsys):
     )
     index = LocalIndex(path)
     told = capsys.readouterr().err
-    assert [f"line {n}: left out" in told for n in range(1, 9)] == [
+    assert [f"line {n}: skipped: " in told for n in range(1, 9)] == [
         False, False, True, True, True, True, False, True,
     ]  # fmt: skip
     assert len(ask(index, "one").results) == len(ask(index, "two").results) == 1
 
 
-def test_what_cannot_be_an_index(tmp_path):
+def test_unusable_index_files_are_rejected(tmp_path):
     with pytest.raises(LocalIndexError, match="No such file"):
         LocalIndex(tmp_path / "none.jsonl")
     (tmp_path / "pages.jsonl").write_text("\n")
-    with pytest.raises(LocalIndexError, match="neither pages nor pictures"):
+    with pytest.raises(LocalIndexError, match="no valid page and no valid image"):
         LocalIndex(tmp_path)
-    with pytest.raises(LocalIndexError, match="neither pages nor pictures"):
-        build(tmp_path / "out", [tmp_path / "pages.jsonl"])
+    with pytest.raises(LocalIndexError, match="no valid page and no valid image"):
+        build_index(tmp_path / "out", [tmp_path / "pages.jsonl"])
     assert list((tmp_path / "out").iterdir()) == []  # nothing half made is left
     (tmp_path / "index.sqlite").write_bytes(b"no database" * 100)
     with pytest.raises(LocalIndexError, match="not a database"):
         LocalIndex(tmp_path)
 
 
-def test_the_command(tmp_path):
+def test_index_command(tmp_path):
     write(tmp_path / "p.jsonl", PAGES)
     PIL.Image.radial_gradient("L").save(tmp_path / "one.png")
     write(tmp_path / "i.jsonl", [{"image": "one.png", "titles": ["One", "The one"], "link": "l"},
@@ -101,7 +102,7 @@ def test_the_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("3 pages and 2 titles of pictures in ")
     for line in (2, 3, 4):
-        assert f"i.jsonl, line {line}: left out, " in done.stderr
+        assert f"i.jsonl, line {line}: skipped: " in done.stderr
     index = LocalIndex(tmp_path / "index")
     assert titles(look_up(index, str(tmp_path / "one.png"))) == ["One", "The one"]
     assert look_up(index, b"rubbish").status == look_up(index).status == "failed"
@@ -116,7 +117,7 @@ def recorded(shared, name):
 
 def test_recorded_queries_find_their_pages(shared, tmp_path):
     """All 16 of them, in the first five."""
-    build(tmp_path, [shared / "data" / "web_pages.jsonl"])
+    build_index(tmp_path, [shared / "data" / "web_pages.jsonl"])
     index, pages = LocalIndex(tmp_path), recorded(shared, "web_pages.jsonl")
     queries = sorted({page["query"] for page in pages})
     assert len(queries) == 16
@@ -155,7 +156,7 @@ CHANGES = {
 }
 
 
-def test_changed_pictures_are_found(shared, tmp_path):
+def test_modified_images_are_found(shared, tmp_path):
     """The real photographs with their recorded titles, and those without under their own name: the
     picture's own titles come first."""
     known = json.loads((shared / "data" / "image_search_results.json").read_text("utf-8"))
@@ -167,7 +168,7 @@ def test_changed_pictures_are_found(shared, tmp_path):
         found = [entry["title"] for entry in known.get(row["data_id"], [])][:5]
         own.append(found or [f"photograph {number}"])
         lines.append({"image": f"{number}.img", "titles": own[-1]})
-    build(tmp_path / "index", pictures=[write(tmp_path / "images.jsonl", lines)])
+    build_index(tmp_path / "index", images=[write(tmp_path / "images.jsonl", lines)])
     index = LocalIndex(tmp_path / "index")
     assert len(photographs) == 26
     for name, change in CHANGES.items():

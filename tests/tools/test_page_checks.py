@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mmsr1_jax.tools.page_checks import nothing_said
+from mmsr1_jax.tools.page_checks import missing_content
 
 NOTHING = [
     "", " \n\u200b", "...", "---\n* * *",
@@ -85,17 +85,17 @@ SOMETHING = [
 
 
 @pytest.mark.parametrize("page", NOTHING)
-def test_pages_that_say_nothing(page):
-    assert nothing_said(page)
+def test_pages_without_content_are_detected(page):
+    assert missing_content(page)
 
 
 @pytest.mark.parametrize("page", SOMETHING)
-def test_pages_that_say_something(page):
-    assert nothing_said(page) is None
+def test_pages_with_content_pass(page):
+    assert missing_content(page) is None
 
 
-def test_all_recorded_pages_say_something(shared):
+def test_all_recorded_pages_pass(shared):
     lines = (shared / "data" / "web_pages.jsonl").read_text(encoding="utf-8").splitlines()
     for page in map(json.loads, lines):
         for text in (page["snippet"], page["summary"]):
-            assert not text or nothing_said(text) is None, text
+            assert not text or missing_content(text) is None, text

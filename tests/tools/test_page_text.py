@@ -23,7 +23,7 @@ Douro river and was opened in the year 1886, after five years of work.</p>
 <ul><li>It carries a metro line on its upper deck.</li></ul></article></body></html>"""
 
 
-def test_a_page_gives_what_trafilatura_makes_of_it():
+def test_text_equals_that_of_trafilatura():
     plain = trafilatura.extract(ARTICLE, include_comments=False, include_tables=True)
     assert "opened in the year 1886" in plain and "evil" not in plain
     assert read_page(ARTICLE.encode()) == plain
@@ -31,7 +31,7 @@ def test_a_page_gives_what_trafilatura_makes_of_it():
     assert read_page(b"<?xml version='1.0' encoding='utf-8'?>" + ARTICLE.encode()) == plain
 
 
-def test_plain_text_is_kept_as_it_is():
+def test_plain_text_is_unchanged():
     text = "<p>Nur ein Beispiel für Text.\n</p>"
     assert read_page(text.encode("latin-1"), "latin1", "text/plain") == text
     assert read_page(text.encode(), None, "text/markdown") == text
@@ -48,7 +48,7 @@ PACKED = {
 
 
 @pytest.mark.parametrize("kind", PACKED)
-def test_files_of_other_kinds_are_refused(kind):
+def test_other_file_types_are_rejected(kind):
     import random
 
     words = random.Random(0).choices(range(10**6), k=3000)  # which no compression makes text again
@@ -59,14 +59,14 @@ def test_files_of_other_kinds_are_refused(kind):
     assert extract(body) == ""
 
 
-def test_its_errors_travel_between_processes():
+def test_page_error_can_be_pickled():
     with pytest.raises(PageError) as raised:
         read_page(b"\x1f\x8b\x08" + bytes(20))
     copy = pickle.loads(pickle.dumps(raised.value))
     assert type(copy) is PageError and str(copy) == str(raised.value)
 
 
-def test_a_worker_that_imports_it_imports_no_jax():
+def test_module_does_not_import_jax():
     code = "import sys, mmsr1_jax.tools.page_text; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
@@ -92,7 +92,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_time_grows_with_the_length_of_a_page(name):
+def test_extraction_takes_linear_time(name):
     """The parts of extractors that are not linear are not reached."""
 
     def extraction(length):
@@ -103,7 +103,7 @@ def test_time_grows_with_the_length_of_a_page(name):
     assert_linear(extraction, 6_000, slack=0.1)
 
 
-def test_tags_are_bounded(monkeypatch):
+def test_number_of_tags_is_bounded(monkeypatch):
     """Some of an extractor's time grows with the square of their number."""
     monkeypatch.setattr(page_text, "_MAX_OPENING_TAGS", 200)
     monkeypatch.setattr(page_text, "_MAX_TAGS", 400)

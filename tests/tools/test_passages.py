@@ -1,13 +1,13 @@
 """The paragraphs of a page that are about a question."""
 
-from mmsr1_jax.tools.passages import best_passages, words_of
+from mmsr1_jax.tools.passages import best_passages, fts_query
 
 
-def test_a_short_page_is_kept():
+def test_short_page_is_returned_whole():
     assert best_passages("One.\n\n  Two   words. \n", "anything", 100) == "One.\nTwo words."
 
 
-def test_the_best_paragraphs_in_the_page_s_order():
+def test_best_paragraphs_keep_the_order_of_the_page():
     filler = ["Nothing of use stands in this line, it is only long. " * 3] * 20
     page = "\n".join([*filler[:7], "The bridge opened in 1886.", *filler[7:],
                       "Bridges open slowly: the opening took years.", "Cookies."])  # fmt: skip
@@ -15,7 +15,7 @@ def test_the_best_paragraphs_in_the_page_s_order():
     assert found == "The bridge opened in 1886.\nBridges open slowly: the opening took years."
 
 
-def test_limits():
+def test_length_is_bounded():
     page = "\n".join(f"bridge {i} " + "x" * 50 for i in range(1000))
     for chars in (10, 100, 1000):
         assert 0 < len(best_passages(page, "bridge", chars)) <= chars
@@ -24,6 +24,6 @@ def test_limits():
     assert best_passages("", "bridge", 10) == ""
 
 
-def test_words_are_no_query_language():
-    assert words_of('a" OR (b*) NEAR c a') == '"a" OR "OR" OR "b" OR "NEAR" OR "c"'
-    assert words_of("?!") == ""
+def test_query_operators_are_ordinary_words():
+    assert fts_query('a" OR (b*) NEAR c a') == '"a" OR "OR" OR "b" OR "NEAR" OR "c"'
+    assert fts_query("?!") == ""

@@ -45,11 +45,11 @@ CALLER = """
 import asyncio, functools, sys, time
 from mmsr1_jax.tools.redis_cache import RedisCache
 from mmsr1_jax.tools.service import Service
-from mmsr1_jax.tools.web import Web
+from mmsr1_jax.tools.web import WebClient
 store, address, name, rate, seconds = *sys.argv[1:4], float(sys.argv[4]), float(sys.argv[5])
-turn = functools.partial(RedisCache(store).turn, "engine", rate)
-web = Web(allowed_hosts=[address.removeprefix("http://")])
-service = Service("engine", web, per_second=rate, turn=turn)
+wait_for_slot = functools.partial(RedisCache(store).wait_for_slot, "engine", rate)
+web = WebClient(allowed_hosts=[address.removeprefix("http://")])
+service = Service("engine", web, max_qps=rate, wait_for_slot=wait_for_slot)
 
 async def call(number):
     params = {"n": f"{name} {number} {time.monotonic()}"}
@@ -134,7 +134,7 @@ def nothing_secret_is_logged(caplog):
 
 
 def test_modes(address):
-    with pytest.raises(ToolCacheError, match="no mode 'sometimes'"):
+    with pytest.raises(ToolCacheError, match="mode 'sometimes' is not one of"):
         RedisCache(address, "sometimes")
     recording = RedisCache(address, "record")
     recording.put("links", "q", b"one")
@@ -153,11 +153,11 @@ def test_modes(address):
     using.close()
 
 
-def test_what_is_too_old(address, port):
+def test_entries_of_mode_use_expire_and_recorded_ones_do_not(address, port):
     """`use` asks again and the server frees what it put; what was recorded stays for replays."""
     day = 86400
-    recording, using = RedisCache(address, "record"), RedisCache(address, days=2 / day)
-    replaying, impatient = RedisCache(address, "replay"), RedisCache(address, days=0.1 / day)
+    recording, using = RedisCache(address, "record"), RedisCache(address, ttl_days=2 / day)
+    replaying, impatient = RedisCache(address, "replay"), RedisCache(address, ttl_days=0.1 / day)
     recording.put("page", "recorded", b"old")
     using.put("page", "used", b"old")
     assert using.get("page", "used") == using.get("page", "recorded") == (b"old", False)
@@ -172,12 +172,12 @@ def test_what_is_too_old(address, port):
     time.sleep(0.15)
     assert replaying.get("page", "used") is None and using.info() == [("page", 1, 3)]
     assert replaying.get("page", "recorded") == (b"new", False)
-    RedisCache(address, days=1e300).put("page", "used", b"for long")
+    RedisCache(address, ttl_days=1e300).put("page", "used", b"for long")
     recording.put("page", "used", b"for ever")
     assert client(port).pttl(sorted(lives, key=lives.get)[1]) == -1
 
 
-def test_two_processes(address):
+def test_two_processes_share_a_cache(address):
     mine = RedisCache(address)
     mine.put("page", "theirs", b"of this process")
     other = subprocess.run([sys.executable, "-c", PUTTER, address], env=ENVIRONMENT,
@@ -186,8 +186,8 @@ def test_two_processes(address):
     assert mine.get("page", "mine") == (b"of the other process", False)
 
 
-def test_recorded_and_replayed(address, monkeypatch):
-    """As `test_cached_tool.test_recorded_and_replayed`."""
+def test_recorded_searches_are_replayed(address, monkeypatch):
+    """As `test_cached_tool.test_recorded_searches_are_replayed`."""
     monkeypatch.setenv("SERPER_API_KEY", "k")
     ask_both, tools = test_cached_tool.ask_both, test_cached_tool.tools
     asked = test_cached_tool.ASKED
@@ -198,7 +198,7 @@ def test_recorded_and_replayed(address, monkeypatch):
         assert sorted(asked) == ["/page/1", "/page/3"]  # what failed is worth another try
     *both, backend = tools(service, RedisCache(address, "replay"))
     assert asyncio.run(ask_both(*both)) == recorded == used
-    assert [len(found.results) for found in recorded] == [3, 3] and backend.tried == []
+    assert [len(found.results) for found in recorded] == [3, 3] and backend.connections == []
 
 
 @pytest.fixture
@@ -221,18 +221,18 @@ def searxng(url: str, store: str | None, **services):
     return make_tools(configured(text="searxng", services=own))
 
 
-def test_as_it_is_set(address, port, engine):
+def test_make_tools_uses_the_configured_cache_mode(address, port, engine):
     url, asked = engine
     first = ask(searxng(url, address))
     assert ask(searxng(url, address)) == first and first.status == "ok" and len(asked) == 1
     assert ask(searxng(url, address, cache_mode="replay")) == first
     names = {name.rpartition(b":")[0] for name in client(port).keys("*")}
-    assert names == {b"mmsr1:links", b"mmsr1:answer", b"mmsr1-rate"}
+    assert names == {b"mmsr1:links", b"mmsr1:search", b"mmsr1-rate"}
     ask(searxng(url, address, cache_mode="record"))
     assert len(asked) == 2
 
 
-def test_three_processes_share_a_rate(address, engine):
+def test_three_processes_share_a_rate_limit(address, engine):
     """Calls of all together in any second, and over all the time, against 40 a second."""
     url, asked = engine
     rate, seconds = 40, 2.0
@@ -256,7 +256,7 @@ def test_three_processes_share_a_rate(address, engine):
     assert most <= 1.2 * rate
 
 
-def test_turns(address, port):
+def test_slots_are_one_interval_apart(address, port):
     """One an interval, whoever asks, also when the server's clock was set back."""
     stores = [RedisCache(address) for _ in range(3)]
 
@@ -264,7 +264,7 @@ def test_turns(address, port):
         begin = time.monotonic()
 
         async def taken(number):
-            await stores[number % 3].turn("s", 20.0)
+            await stores[number % 3].wait_for_slot("s", 20.0)
             return time.monotonic() - begin
 
         return sorted(await asyncio.gather(*(taken(number) for number in range(10))))
@@ -295,7 +295,7 @@ async def with_lag(work):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_the_server_dies_in_the_middle(tmp_path, engine, how, capfd):
+def test_searches_continue_when_the_server_dies(tmp_path, engine, how, capfd):
     """Searches go on: killed it refuses connections, stopped it says nothing."""
     url, asked = engine
 
@@ -320,13 +320,13 @@ def test_the_server_dies_in_the_middle(tmp_path, engine, how, capfd):
     assert [observation.status for observation in found] == ["ok"] * 240 and len(asked) == 240
     assert lag < 0.2
     said = capfd.readouterr().err
-    assert said.count("searches go on without it") == 1 == said.count("store: ")
+    assert said.count("searches continue without it") == 1 == said.count("cache: ")
     assert f"redis://127.0.0.1:{port}/1: " in said and "secret" not in said
 
 
-def test_a_server_that_comes_back(tmp_path, monkeypatch):
+def test_failed_server_is_avoided_and_then_contacted_again(tmp_path, monkeypatch):
     """It is not asked for a while, and then by one call; in a replay always."""
-    monkeypatch.setattr(redis_cache, "_PAUSE", 0.4)
+    monkeypatch.setattr(redis_cache, "_RETRY_AFTER", 0.4)
     with server(tmp_path) as (process, port):
         store, replaying = RedisCache(address_of(port)), RedisCache(address_of(port), "replay")
         store.put("page", "p", b"x")
@@ -348,10 +348,10 @@ def test_a_server_that_comes_back(tmp_path, monkeypatch):
             again.wait()
 
 
-def test_one_call_finds_out(tmp_path, monkeypatch):
+def test_only_one_call_probes_an_unresponsive_server(tmp_path, monkeypatch):
     """Not every one waits for a server that says nothing."""
     monkeypatch.setattr(redis_cache, "_TIMEOUT", 0.5)
-    monkeypatch.setattr(redis_cache, "_PAUSE", 0.2)
+    monkeypatch.setattr(redis_cache, "_RETRY_AFTER", 0.2)
     with server(tmp_path) as (process, port):
         store = RedisCache(address_of(port))
         process.send_signal(signal.SIGSTOP)
@@ -369,7 +369,7 @@ def test_one_call_finds_out(tmp_path, monkeypatch):
         assert sum(s > 0.4 for s in seconds) == 1, seconds
 
 
-def test_a_command_that_is_refused_closes_nothing(address, port, capfd):
+def test_refused_command_does_not_disable_the_cache(address, port, capfd):
     """A full server still says what it has."""
     store = RedisCache(address)
     store.put("page", "p", b"x")
@@ -381,21 +381,21 @@ def test_a_command_that_is_refused_closes_nothing(address, port, capfd):
         asyncio.run(CachedCalls(store).put("page", "q", "y"))
     finally:
         client(port).config_set("maxmemory", 0)
-    assert capfd.readouterr().err.count("searches go on without it") == 1
+    assert capfd.readouterr().err.count("searches continue without it") == 1
     store.put("page", "q", b"y")
 
 
-def test_a_password_from_the_environment(port, monkeypatch):
-    monkeypatch.setenv("STORE_PASSWORD", PASSWORD)
+def test_password_is_read_from_the_environment(port, monkeypatch):
+    monkeypatch.setenv("CACHE_PASSWORD", PASSWORD)
     RedisCache(f"redis://127.0.0.1:{port}/1").put("page", "p", b"x")
     with pytest.raises(ToolCacheError, match="invalid username-password pair"):
         RedisCache(address_of(port, "wrong"))
-    monkeypatch.delenv("STORE_PASSWORD")
+    monkeypatch.delenv("CACHE_PASSWORD")
     with pytest.raises(ToolCacheError, match="Authentication required"):
         RedisCache(f"redis://127.0.0.1:{port}/1")
 
 
-def test_a_password_that_is_wrong(port, capfd):
+def test_wrong_password_is_reported_without_showing_it(port, capfd):
     for password in ("secret too", "", "secret@/?#:[%"):
         with pytest.raises(ToolCacheError, match=f"redis://127.0.0.1:{port}/1: ") as error:
             RedisCache(address_of(port, password))
@@ -405,14 +405,14 @@ def test_a_password_that_is_wrong(port, capfd):
     admin.config_set("requirepass", "another")
     try:
         admin.client_kill_filter(_type="normal", skipme=True)
-        assert asyncio.run(CachedCalls(store).look("page", "p")) is None
+        assert asyncio.run(CachedCalls(store).look_up("page", "p")) is None
     finally:
         admin.config_set("requirepass", PASSWORD)
     said = capfd.readouterr().err
     assert "invalid username-password pair" in said and "secret" not in said
 
 
-def test_a_server_that_repeats_what_it_was_told(tmp_path):
+def test_secrets_echoed_by_the_server_are_removed(tmp_path):
     """As one does that does not know the command: the password, or the beginning of a long one."""
     with server(tmp_path, "--rename-command", "AUTH", "") as (_, port):
         for password in (PASSWORD, "secret" * 50):
@@ -428,30 +428,32 @@ def test_a_server_that_repeats_what_it_was_told(tmp_path):
     "redis://:secret@h:port", "redis://:secret@h/one", "rediss://h?password=secret",
     "redis://:se[cret@h", "REDIS://h/0?db=secret",
 ])  # fmt: skip
-def test_no_address(wrong):
+def test_invalid_address_is_reported_without_showing_it(wrong):
     assert is_redis(wrong)
     with pytest.raises(ToolCacheError, match="not an address of a Redis server") as error:
         open_cache(wrong)
     assert "secret" not in str(error.value) and "se[" not in str(error.value)
 
 
-def test_nobody_is_there():
+def test_unreachable_server_and_unknown_option_are_reported():
     pytest.importorskip("redis", reason="no redis-py (pip install redis)")
     with pytest.raises(ToolCacheError, match=r"redis://\[::1\]:\d+/0: "):
         open_cache(f"redis://u:secret@[::1]:{free_port()}")
-    with pytest.raises(ToolCacheError, match="h:6379/0: an ssl_ option that does not exist"):
+    with pytest.raises(ToolCacheError, match="h:6379/0: unknown ssl_ option"):
         open_cache("rediss://u:secret@h?ssl_secret=1")
 
 
-def test_what_is_missing_is_named(monkeypatch, tmp_path):
+def test_missing_redis_package_is_reported(monkeypatch, tmp_path):
     assert not is_redis(tmp_path / "redis.sqlite") and not is_redis("redis")
     assert isinstance(open_cache(str(tmp_path / "store.sqlite")), ToolCache)
     monkeypatch.setitem(sys.modules, "redis", None)
-    with pytest.raises(ToolCacheError, match="h:6379/0: redis-py is missing: pip install redis"):
+    with pytest.raises(
+        ToolCacheError, match="h:6379/0: redis-py is not installed: pip install redis"
+    ):
         open_cache("redis://:secret@h")
 
 
-def test_the_command(address, tmp_path):
+def test_cache_command(address, tmp_path):
     command = functools.partial(run, module="mmsr1_jax.scripts.cache")
     store, file = RedisCache(address), tmp_path / "copy.sqlite"
     store.put("links", "q", b"one")
@@ -464,7 +466,7 @@ def test_the_command(address, tmp_path):
     assert replaying.get("page", "Überall") == (b"x" * 2_000_000, False)
     assert replaying.get("page", "p") == (b"404", True)
     with sqlite3.connect(file) as copy:
-        copy.execute("UPDATE entry SET made = 0 WHERE kind = 'page'")
+        copy.execute("UPDATE entry SET created = 0 WHERE kind = 'page'")
         copy.execute("DELETE FROM entry WHERE failed")
         copy.execute("INSERT INTO entry VALUES ('page', 'new', X'00FF', 0, 5)")
         copy.execute("INSERT INTO entry VALUES ('page', 'bad', 'e', 1, 5)")
@@ -477,7 +479,7 @@ def test_the_command(address, tmp_path):
     (tmp_path / "no").write_bytes(b"rubbish" * 1000)
     for arguments, message in (
         (["info", address.replace("very", "")], "127.0.0.1"), (["info", address + "?x"], "not an"),
-        (["import", address, tmp_path / "no"], "not a store"),
+        (["import", address, tmp_path / "no"], "not a cache file"),
         (["import", file, address], "must be a file"),
         (["export", file, address], "must be a file"),
         (["export", address, tmp_path / "no" / "f"], "Not a directory"),

@@ -23,10 +23,11 @@ from mmsr1_jax.episodes.episode import ToolCall
 from mmsr1_jax.evaluation import run as evaluation
 from mmsr1_jax.evaluation.scoring import rescore
 from mmsr1_jax.tools import Query
-from mmsr1_jax.tools.build import check_services, make_tools
+from mmsr1_jax.tools.build import make_tools
 from mmsr1_jax.tools.cached_tool import CachedCalls
 from mmsr1_jax.tools.judge import Judge
 from mmsr1_jax.tools.service import ServiceRefusedError
+from mmsr1_jax.tools.service_checks import check_services
 from mmsr1_jax.tools.tool_cache import ToolCache
 from mmsr1_jax.training import metrics, sft_dataset
 from mmsr1_jax.utils import fallbacks
@@ -42,7 +43,7 @@ SETTINGS = {
     "reader": "config.services.jina_url, JINA_API_KEY",
     "summariser": "config.services.summariser_url, config.services.summariser_model",
     "judge": "config.services.judge_url, config.services.judge_model, JUDGE_API_KEY",
-    "publisher": "config.services.upload_url, PUBLISHER_AUTHORIZATION",
+    "uploader": "config.services.upload_url, UPLOAD_AUTHORIZATION",
 }
 
 
@@ -85,9 +86,9 @@ def running():
 
 @pytest.fixture
 def services(running, monkeypatch):
-    for name in ("SERPAPI_API_KEY", "SERPER_API_KEY", "JUDGE_API_KEY", "PUBLISHER_QUERY"):
+    for name in ("SERPAPI_API_KEY", "SERPER_API_KEY", "JUDGE_API_KEY", "UPLOAD_QUERY"):
         monkeypatch.setenv(name, SECRET)
-    monkeypatch.setattr("mmsr1_jax.tools.judge._PAUSE", 0.0)
+    monkeypatch.setattr("mmsr1_jax.tools.judge._CONFIRMATION_WAIT", 0.0)
     running.faults, running.asked = {}, collections.Counter()
     fallbacks.take()
     return running
@@ -98,7 +99,7 @@ def configured(url, text="none", image="none", judge=True, **more):
     config.tools.text, config.tools.image = text, image
     fields = {"serpapi_url": "serpapi", "serper_url": "serper", "searxng_url": "searxng",
               "retrieval_url": "retrieval", "jina_url": "reader", "summariser_url": "summariser",
-              "upload_url": "publisher/", "public_url": "public"}  # fmt: skip
+              "upload_url": "uploader/", "public_url": "public"}  # fmt: skip
     fields |= {"judge_url": "judge"} if judge else {}
     of = {field: f"{url}/{name}" for field, name in fields.items()}
     config.services = settings.Services(**(of | {"max_attempts": 1, "reader": "jina"} | more))
@@ -115,30 +116,30 @@ def configured(url, text="none", image="none", judge=True, **more):
         ("none", "none", True, "judge"),
         ("searxng", "none", False, "searxng reader summariser"),
         ("retrieval", "none", True, "retrieval judge"),
-        ("serpapi", "serpapi", True, "serpapi reader summariser publisher judge"),
-        ("searxng", "serper", False, "searxng reader summariser serper publisher"),
+        ("serpapi", "serpapi", True, "serpapi reader summariser uploader judge"),
+        ("searxng", "serper", False, "searxng reader summariser serper uploader"),
         ("auto", "auto", True, "judge"),
     ],
 )
-def test_every_service_that_is_used_is_asked_once(services, capsys, text, image, judge, asked):
+def test_every_used_service_gets_one_test_request(services, capsys, text, image, judge, asked):
     config = configured(services.url, text, image, judge)
     check_services(config, [config.turns])
     assert services.asked == collections.Counter(asked.split())
     assert capsys.readouterr().err == "" and fallbacks.take() == {}
 
 
-def test_what_no_episode_may_search_for_is_not_asked(services):
+def test_services_of_forbidden_searches_are_skipped(services):
     config = configured(services.url, "searxng", "serper")
     check_services(config, [settings.Turns(max_text_searches=0, max_searches=0)])
     assert set(services.asked) == {"judge"}
     check_services(config, [settings.Turns(max_text_searches=0)], judge=False)
-    assert set(services.asked) == {"judge", "serper", "publisher"}
+    assert set(services.asked) == {"judge", "serper", "uploader"}
     config.services.reader = "none"  # then nothing is summarised either
     check_services(config, [settings.Turns(max_image_searches=0)], judge=False)
     assert services.asked["searxng"] == 1 and not services.asked["summariser"]
 
 
-def test_a_replay_makes_no_connection(services, tmp_path):
+def test_replay_mode_sends_no_test_requests(services, tmp_path):
     path = tmp_path / "store.sqlite"
     ToolCache(path).close()
     config = configured(services.url, "serper", "serper", cache=str(path), cache_mode="replay")
@@ -151,10 +152,10 @@ def test_a_replay_makes_no_connection(services, tmp_path):
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("status", [401, 402, 403, 404, 400, 301])
-def test_a_refusal_names_service_address_and_setting_in_one_line(services, capsys, name, status):
+def test_refusal_names_service_address_and_settings_in_one_line(services, capsys, name, status):
     services.faults[name] = status
     text = name if name in ("serpapi", "serper", "retrieval") else "searxng"
-    config = configured(services.url, text, "serper" if name == "publisher" else "none")
+    config = configured(services.url, text, "serper" if name == "uploader" else "none")
     with pytest.raises(ServiceRefusedError) as raised:
         check_services(config, [config.turns])
     line = str(raised.value)
@@ -175,7 +176,7 @@ def test_secrets_in_an_address_are_not_shown(services):
         assert SECRET not in str(raised.value) and host in str(raised.value)
 
 
-def test_several_refusals_are_one_line(services):
+def test_several_refusals_are_reported_in_one_line(services):
     services.faults = {"searxng": 403, "judge": 401}
     config = configured(services.url, "searxng")
     with pytest.raises(ServiceRefusedError, match="searxng at .*; judge at ") as raised:
@@ -183,14 +184,14 @@ def test_several_refusals_are_one_line(services):
     assert "\n" not in str(raised.value)
 
 
-def test_a_server_that_is_not_there_is_a_refusal():
+def test_unreachable_server_is_a_refusal():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     for url, words in (
         (f"http://127.0.0.1:{port}", "connection refused"),
         ("http://no-such-host.invalid", "(no such host name|its name cannot be looked up)"),
-        ("localhost:1", "not an http or https address"),
+        ("localhost:1", "not an http or https URL"),
     ):
         config = configured(url)
         with pytest.raises(ServiceRefusedError, match=f"judge.*{words}"):
@@ -202,24 +203,24 @@ def test_a_server_that_is_not_there_is_a_refusal():
     [429, 500, 503, PlainTextResponse("<html>"), JSONResponse({"error": "quota"}),
      JSONResponse({"choices": [{"message": {"content": "Yes"}}]})],
 )  # fmt: skip
-def test_what_may_pass_is_said_and_ends_nothing(services, capsys, fault):
+def test_transient_failure_is_logged_and_ignored(services, capsys, fault):
     services.faults["judge"] = fault
     config = configured(services.url, max_attempts=2)
     check_services(config, [config.turns])
     passing = isinstance(fault, int) or b"Yes" not in fault.body
     assert services.asked["judge"] == (2 if passing else 1)
-    assert capsys.readouterr().err.startswith("warning: judge failed its test: ")
+    assert capsys.readouterr().err.startswith("warning: the test request to judge failed (")
 
 
-def test_a_silent_server_is_not_waited_for_without_end(services, monkeypatch, capsys):
+def test_unresponsive_server_is_waited_for_until_the_timeout(services, monkeypatch, capsys):
     async def never(_):
         await asyncio.sleep(60)
 
-    monkeypatch.setattr("mmsr1_jax.tools.build._TEST_SECONDS", 0.05)
+    monkeypatch.setattr("mmsr1_jax.tools.service_checks._TIMEOUT", 0.05)
     monkeypatch.setattr(Judge, "test", never)
     config = configured(services.url)
     check_services(config, [config.turns])
-    assert "judge failed its test: no answer within 0.05 s" in capsys.readouterr().err
+    assert "test request to judge failed (no response within 0.05 s)" in capsys.readouterr().err
 
 
 # Before the first step of every command
@@ -234,9 +235,7 @@ def questions(tmp_path, count=4):
     return path
 
 
-def test_training_evaluation_and_curation_ask_before_they_load_anything(
-    services, tmp_path, monkeypatch
-):
+def test_train_evaluate_and_curate_check_services_before_loading(services, tmp_path, monkeypatch):
     services.faults["judge"] = 401
     config = configured(services.url)
     data = (str(questions(tmp_path)),)
@@ -253,7 +252,7 @@ def test_training_evaluation_and_curation_ask_before_they_load_anything(
     assert services.asked["judge"] == 3
 
 
-def test_stories_that_are_searched_for_ask_first(services, tmp_path):
+def test_sft_checks_services_before_searching(services, tmp_path):
     services.faults["searxng"] = 403
     config = configured(services.url, "searxng")
     with pytest.raises(ServiceRefusedError, match="searxng at"):
@@ -266,7 +265,7 @@ def test_stories_that_are_searched_for_ask_first(services, tmp_path):
 # Later
 
 
-def test_a_search_that_is_refused_later_is_words_and_a_figure(services, capsys):
+def test_refused_search_is_reported_and_counted(services, capsys):
     config = configured(services.url, "searxng", judge=False)
     tool = make_tools(config)["text_search"]
     services.faults["searxng"] = 403
@@ -284,22 +283,22 @@ def test_a_search_that_is_refused_later_is_words_and_a_figure(services, capsys):
     assert fallbacks.take() == {}
 
 
-def test_summaries_that_fail_and_a_store_that_fails_are_counted(services, tmp_path, monkeypatch):
+def test_failed_summaries_and_malformed_cache_values_are_counted(services, tmp_path, monkeypatch):
     config = configured(services.url, "searxng", judge=False, cache=str(tmp_path / "s.sqlite"))
     tool = make_tools(config)["text_search"]
     services.faults["summariser"] = 500
     query = Query(action="text_search", text="q", question="What?")
     assert asyncio.run(tool(query)).status == "failed"
     assert fallbacks.take() == {"service/summariser/failed": 1}
-    stored = CachedCalls(ToolCache(tmp_path / "t.sqlite"))
-    asyncio.run(stored.put("page", "k", "text"))
+    cached_calls = CachedCalls(ToolCache(tmp_path / "t.sqlite"))
+    asyncio.run(cached_calls.put("page", "k", "text"))
     (tmp_path / "t.sqlite").chmod(0o600)
-    monkeypatch.setattr(stored._store, "get", lambda kind, key: (b'{"cut off', False))
-    assert asyncio.run(stored.look("page", "k")) is None
-    assert fallbacks.take() == {"store/damaged": 1}
+    monkeypatch.setattr(cached_calls._cache, "get", lambda kind, key: (b'{"cut off', False))
+    assert asyncio.run(cached_calls.look_up("page", "k")) is None
+    assert fallbacks.take() == {"cache/malformed": 1}
 
 
-def test_searches_that_lack_results_are_a_figure():
+def test_partial_and_failed_searches_are_metrics():
     def of(*calls):
         episode = episode_of("<reason>r</reason><answer>x</answer>")
         episode.calls = [ToolCall(turn=0, action="text_search", query="q", status=status,
@@ -312,7 +311,7 @@ def test_searches_that_lack_results_are_a_figure():
     assert of(("ok", ()), ("failed", ("x",)))["tool/partial"] == 0
 
 
-def test_an_evaluation_keeps_what_is_judged_when_the_judge_refuses(services, tmp_path, caplog):
+def test_evaluation_keeps_verdicts_when_the_judge_refuses(services, tmp_path, caplog):
     lines = [
         {"question": f"What is {n}?", "ground_truth": "it", "data_id": f"q{n}",
          "turns": [{"response": f"<reason>r</reason><answer>a {n}</answer>", "action": "answer"}]}
@@ -386,9 +385,7 @@ def update_metrics(workdir):
     return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
 
-def test_a_judge_that_refuses_later_saves_the_run_which_resumes_bit_exactly(
-    services, stand_ins, tmp_path
-):
+def test_run_is_saved_when_the_judge_refuses_and_resumes_bit_exactly(services, stand_ins, tmp_path):
     assert train.train(stand_ins, "policy", tmp_path / "unbroken") == 0
     unbroken = Learner.now.trained["w"]
     # The test question and two answers a step: the third step is refused at its second answer.
@@ -405,7 +402,7 @@ def test_a_judge_that_refuses_later_saves_the_run_which_resumes_bit_exactly(
     assert (Learner.now.trained["w"] == unbroken).all()
 
 
-def test_a_refusal_in_a_validation_ends_the_run_after_its_step(services, stand_ins, tmp_path):
+def test_refusal_during_validation_ends_the_run_after_that_step(services, stand_ins, tmp_path):
     stand_ins.run.validate_every = 2
     services.faults["judge"] = lambda body: 401 if services.asked["judge"] > 5 else None
     with pytest.raises(ServiceRefusedError, match="step 2 is saved"):
@@ -417,26 +414,26 @@ def test_a_refusal_in_a_validation_ends_the_run_after_its_step(services, stand_i
     assert [line.get("validation/accuracy") for line in lines] == [None, None, None, 1.0]
 
 
-def test_a_refusal_in_the_first_step_saves_nothing(services, stand_ins, tmp_path):
+def test_refusal_in_the_first_step_saves_nothing(services, stand_ins, tmp_path):
     services.faults["judge"] = lambda body: 401 if services.asked["judge"] > 1 else None
     with pytest.raises(ServiceRefusedError, match="no step is complete"):
         train.train(stand_ins, "policy", tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
 
 
-def test_faults_of_services_are_figures_of_their_step(services, stand_ins, tmp_path):
+def test_service_failures_are_metrics_of_their_step(services, stand_ins, tmp_path):
     services.faults["judge"] = lambda body: (
         503 if services.asked["judge"] in (2, 3) else None  # both answers of the first step
     )
-    fallbacks.note("store/failed")  # before the first step: of none
+    fallbacks.note("cache/failed")  # before the first step: of none
     assert train.train(stand_ins, "policy", tmp_path / "run") == 0
     lines = update_metrics(tmp_path / "run")
     assert [line["judge/failed"] for line in lines] == [1, 0, 0, 0]
     assert [line["judge/requests"] for line in lines] == [2] * 4
-    assert not any("store/failed" in line for line in lines)
+    assert not any("cache/failed" in line for line in lines)
 
 
-def test_a_finished_run_needs_no_service(services, stand_ins, tmp_path):
+def test_finished_run_needs_no_service(services, stand_ins, tmp_path):
     assert train.train(stand_ins, "policy", tmp_path / "run") == 0
     services.faults["judge"] = 401
     assert train.train(stand_ins, "policy", tmp_path / "run") == 0

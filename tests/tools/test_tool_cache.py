@@ -32,7 +32,7 @@ def path(tmp_path):
 
 
 def test_modes(path):
-    with pytest.raises(ToolCacheError, match="no such store"):
+    with pytest.raises(ToolCacheError, match="no such cache file"):
         ToolCache(path, "replay")
     with pytest.raises(ToolCacheError, match="mode 'sometimes'"):
         ToolCache(path, "sometimes")
@@ -51,13 +51,13 @@ def test_modes(path):
     assert replaying.get("links", "q") == (b"four", False)
 
 
-def test_what_is_too_old_is_asked_again(path):
+def test_stale_entries_are_misses_except_in_replay(path):
     ToolCache(path).put("page", "p", b"old")
-    assert ToolCache(path, days=0).get("page", "p") is None
-    assert ToolCache(path, "replay", days=0).get("page", "p") == (b"old", False)
+    assert ToolCache(path, ttl_days=0).get("page", "p") is None
+    assert ToolCache(path, "replay", ttl_days=0).get("page", "p") == (b"old", False)
 
 
-def test_the_oldest_make_room(path):
+def test_oldest_entries_are_evicted(path):
     store = ToolCache(path, max_bytes=100_000)
     for number in range(300):
         store.put("page", str(number), b"x" * 1000)
@@ -66,18 +66,18 @@ def test_the_oldest_make_room(path):
     assert store.get("page", "299") and store.get("page", "0") is None
 
 
-def test_an_import_stays_within_the_size_of_the_store(path, tmp_path):
+def test_import_respects_the_size_limit(path, tmp_path):
     other = ToolCache(tmp_path / "other.sqlite")
     for number in range(300):
         other.put("page", str(number), b"x" * 1000)
     other.close()
     store = ToolCache(path, max_bytes=100_000)
-    assert store.take(tmp_path / "other.sqlite") == 300
+    assert store.import_entries(tmp_path / "other.sqlite") == 300
     ((_, _, size),) = store.info()
     assert size <= 110_000
 
 
-def test_a_damaged_store_is_set_aside(path, capsys):
+def test_damaged_file_is_moved_away(path, capsys):
     path.write_bytes(b"this is no database at all" * 1000)
     with pytest.raises(ToolCacheError, match="damaged"):
         ToolCache(path, "replay")
@@ -89,7 +89,7 @@ def test_a_damaged_store_is_set_aside(path, capsys):
     assert aside.read_bytes().startswith(b"this is no database")
 
 
-def test_damage_that_shows_later(path, capsys):
+def test_damage_found_while_reading_is_handled(path, capsys):
     store = ToolCache(path)
     for number in range(2000):
         store.put("page", str(number), b"x" * 1000)
@@ -101,7 +101,7 @@ def test_damage_that_shows_later(path, capsys):
     found = [store.get("page", str(number)) for number in range(2000)]
     store.put("page", "new", b"y")
     assert store.get("page", "new") == (b"y", False)
-    assert found[-1] is None and "a new one is begun" in capsys.readouterr().err
+    assert found[-1] is None and "created a new file" in capsys.readouterr().err
 
 
 def start(path, name):
@@ -112,7 +112,7 @@ def start(path, name):
     )  # fmt: skip
 
 
-def test_two_writers_one_of_them_killed(path):
+def test_acknowledged_writes_survive_killed_writers(path):
     """Twenty times: what was acknowledged is there."""
     acknowledged = {}
     for round_ in range(20):
@@ -139,7 +139,7 @@ def test_two_writers_one_of_them_killed(path):
     assert sum(acknowledged.values()) > 200
 
 
-def test_another_process_is_just_making_the_file(path):
+def test_file_being_created_by_another_process_is_waited_for(path):
     """Then SQLite is busy at once, however long it was told to wait."""
     other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
@@ -153,7 +153,7 @@ def test_another_process_is_just_making_the_file(path):
     assert store.info() == [("page", 1, 1)]
 
 
-def test_reading_does_not_wait_for_a_writer(path):
+def test_reads_do_not_wait_for_writes(path):
     store = ToolCache(path)
     store.put("page", "a", b"x")
     other = sqlite3.connect(path, isolation_level=None)
@@ -169,7 +169,7 @@ def test_reading_does_not_wait_for_a_writer(path):
     assert store.get("page", "b") == (b"y", False)
 
 
-def test_what_is_no_damage_sets_nothing_aside(path, capsys):
+def test_other_errors_do_not_move_the_file_away(path, capsys):
     store = ToolCache(path)
     store.put("page", "a", b"x")
     with pytest.raises(ToolCacheError):
@@ -179,7 +179,7 @@ def test_what_is_no_damage_sets_nothing_aside(path, capsys):
     assert store.get("page", "a") == (b"x", False) and "damaged" not in capsys.readouterr().err
 
 
-def test_two_that_use_a_store_that_is_damaged(path, capsys):
+def test_several_users_of_a_damaged_file_share_the_new_one(path, capsys):
     """The second goes on with the file that the first began, and what is in it."""
     first, second, third = ToolCache(path), ToolCache(path), ToolCache(path)
     for number in range(500):
@@ -196,23 +196,23 @@ def test_two_that_use_a_store_that_is_damaged(path, capsys):
         assert store.get("page", "b") == (b"y", False)
         assert store.get("page", "c") == (b"z", False)
         assert store.get("page", "d") == (b"w", False)
-    assert capsys.readouterr().err.count("a new one is begun") == 1
+    assert capsys.readouterr().err.count("created a new file") == 1
 
 
-def test_a_failure_does_not_take_the_place_of_what_was_found(path, tmp_path):
+def test_failure_does_not_replace_a_success(path, tmp_path):
     store = ToolCache(path)
     store.put("page", "a", b"x")
     store.put("page", "a", b"503", failed=True)
     assert store.get("page", "a") == (b"x", False)
     other = ToolCache(tmp_path / "other.sqlite")
     other.put("page", "a", b"503", failed=True)
-    assert other.take(path) == 1 and other.get("page", "a") == (b"x", False)
+    assert other.import_entries(path) == 1 and other.get("page", "a") == (b"x", False)
     recording = ToolCache(path, "record")
     recording.put("page", "a", b"404", failed=True)
     assert ToolCache(path, "replay").get("page", "a") == (b"404", True)
 
 
-def test_a_recorded_store_is_only_read(path, tmp_path):
+def test_replay_does_not_modify_the_file(path, tmp_path):
     store = ToolCache(path)
     store.put("page", "a", b"x")
     store.close()
@@ -234,7 +234,7 @@ def test_a_recorded_store_is_only_read(path, tmp_path):
         ToolCache(other, "replay")
 
 
-def test_the_command(path, tmp_path):
+def test_cache_command(path, tmp_path):
     command = functools.partial(run, module="mmsr1_jax.scripts.cache")
     store = ToolCache(path)
     store.put("links", "q", b"one")
@@ -250,7 +250,7 @@ def test_the_command(path, tmp_path):
     (tmp_path / "no").write_bytes(b"rubbish" * 1000)
     for arguments, message in (
         (["info", tmp_path / "none"], "no such store"), (["info", tmp_path / "no"], "damaged"),
-        (["import", other, tmp_path / "no"], "not a store"), (["export", path], "usage: "),
+        (["import", other, tmp_path / "no"], "not a cache file"), (["export", path], "usage: "),
         ([], "usage: "),
     ):  # fmt: skip
         done = command(*arguments)

@@ -26,7 +26,7 @@ def submit(tool_executor, key, begin, seconds=5.0):
 def all_answers(tool_executor) -> dict:
     found = {}
     while len(tool_executor):
-        found |= dict(tool_executor.answers(wait=True))
+        found |= dict(tool_executor.poll(wait=True))
     return found
 
 
@@ -47,7 +47,7 @@ async def blocks():
     time.sleep(3)
 
 
-def test_answers_come_with_their_keys(tool_executor):
+def test_replies_have_the_keys_of_their_calls(tool_executor):
     for key in "abc":
         submit(tool_executor, key, soon)
     submit(tool_executor, "d", fails)
@@ -58,16 +58,16 @@ def test_answers_come_with_their_keys(tool_executor):
     assert 0.1 < found["e"][2] < 2 and len(tool_executor) == 0
 
 
-def test_nothing_waits_that_need_not(tool_executor):
+def test_poll_does_not_block_without_need(tool_executor):
     submit(tool_executor, "a", hangs, seconds=30)
     begin = time.monotonic()
-    assert tool_executor.answers(wait=False) == []
-    tool_executor.forget()
-    assert tool_executor.answers(wait=True) == []  # nothing is under way: it returns at once
+    assert tool_executor.poll(wait=False) == []
+    tool_executor.cancel_all()
+    assert tool_executor.poll(wait=True) == []  # nothing is under way: it returns at once
     assert time.monotonic() - begin < 1
 
 
-def test_a_call_that_blocks_is_left_behind(tool_executor):
+def test_blocking_call_is_abandoned_and_others_are_restarted(tool_executor):
     """The others are begun again, and those to come are not held up."""
     begun = []
 
@@ -85,7 +85,7 @@ def test_a_call_that_blocks_is_left_behind(tool_executor):
     assert all_answers(tool_executor)["later"][0] == "tools"
 
 
-def test_a_call_that_blocks_for_a_while_costs_the_others_nothing(tool_executor):
+def test_time_blocked_by_another_call_does_not_count(tool_executor):
     async def blocks_briefly():
         time.sleep(0.8)
         return "blocked"
@@ -100,7 +100,7 @@ def test_a_call_that_blocks_for_a_while_costs_the_others_nothing(tool_executor):
     assert found["short"][0] == "short" and found["blocks"][0] == "blocked"
 
 
-def test_a_call_that_will_not_be_cancelled_is_not_waited_for(tool_executor):
+def test_call_that_ignores_cancellation_is_not_waited_for(tool_executor):
     async def stubborn():
         while True:
             with contextlib.suppress(asyncio.CancelledError):
@@ -118,7 +118,7 @@ def test_a_call_that_will_not_be_cancelled_is_not_waited_for(tool_executor):
     assert isinstance(found["stubborn"][1], TimeoutError) and found["busy"][0] == "busy"
 
 
-def test_what_finish_raises_is_the_answer(tool_executor):
+def test_exception_of_finish_is_the_reply(tool_executor):
     def finish(value, error, seconds):
         raise KeyError("bug")
 
@@ -126,7 +126,7 @@ def test_what_finish_raises_is_the_answer(tool_executor):
     assert isinstance(all_answers(tool_executor)["a"], KeyError)
 
 
-def test_the_time_of_a_call_covers_the_preparation_of_its_results(tool_executor):
+def test_timeout_covers_finish(tool_executor):
     """The answer does not wait for it, and says how long it was waited for."""
     over = threading.Event()
 
@@ -139,4 +139,4 @@ def test_the_time_of_a_call_covers_the_preparation_of_its_results(tool_executor)
     value, error, seconds = all_answers(tool_executor)["a"]
     assert value is None and isinstance(error, TimeoutError) and seconds >= 0.5
     over.set()
-    assert tool_executor.answers(wait=False) == []  # the late answer is no second one
+    assert tool_executor.poll(wait=False) == []  # the late answer is no second one

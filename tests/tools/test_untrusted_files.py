@@ -17,15 +17,16 @@ from pyarrow import parquet
 from mmsr1_jax.data import DataError
 from mmsr1_jax.data.benchmarks import tables
 from mmsr1_jax.data.questions import QuestionSource
-from mmsr1_jax.tools import Query, local
+from mmsr1_jax.tools import Query, index_builder
 from mmsr1_jax.tools.cached_tool import (
-    SHAPES,
+    VALUE_TYPES,
     CachedCalls,
     CachedFinder,
     CachedSearch,
     NotCachedError,
 )
-from mmsr1_jax.tools.local import LocalIndex, LocalIndexError
+from mmsr1_jax.tools.index_builder import LocalIndexError
+from mmsr1_jax.tools.local_index import LocalIndex
 from mmsr1_jax.tools.services import Hit
 from mmsr1_jax.tools.tool_cache import ToolCache, ToolCacheError
 from mmsr1_jax.tools.web import WebError
@@ -33,7 +34,7 @@ from mmsr1_jax.utils import fallbacks
 
 GOOD = {
     "links": [["l", "t", "s"]], "page": "text", "summary": "text", "matches": [["l", "t", "u"]],
-    "picture": "AAAA", "published": True, "answer": ["ok", None, [["text"]]],
+    "image": "AAAA", "upload": True, "search": ["ok", None, [["text"]]],
     "passages": [["t", "text"]], "verdict": [True, "why"], "short form": "",
 }  # fmt: skip
 # JSON that no kind has; beside it, each kind is tried with the values of the others.
@@ -54,15 +55,15 @@ async def nothing():
     raise AssertionError("asked")
 
 
-@pytest.mark.parametrize("kind", SHAPES)
-def test_a_value_of_another_type_is_treated_as_missing(tmp_path, kind, capsys, monkeypatch):
+@pytest.mark.parametrize("kind", VALUE_TYPES)
+def test_value_of_wrong_type_is_treated_as_missing(tmp_path, kind, capsys, monkeypatch):
     monkeypatch.setattr(fallbacks, "_logged", set())
     fallbacks.take()
     path, good = tmp_path / "store.sqlite", json.dumps(GOOD[kind]).encode()
     store = ToolCache(path, "record")
     others = [json.dumps(value).encode() for value in GOOD.values()]
     alike = {"links", "matches"} if kind in ("links", "matches") else {kind}
-    texts = {"page", "summary", "short form", "picture"}
+    texts = {"page", "summary", "short form", "image"}
     others = [
         data for other, data in zip(GOOD, others, strict=True)
         if other not in alike and not (kind in texts and other in texts)
@@ -79,7 +80,7 @@ def test_a_value_of_another_type_is_treated_as_missing(tmp_path, kind, capsys, m
     for key in keys:
         with pytest.raises(NotCachedError):
             asyncio.run(replayed.get(kind, key, nothing))
-    assert fallbacks.take() == {"store/damaged": len(keys)}
+    assert fallbacks.take() == {"cache/malformed": len(keys)}
     assert capsys.readouterr().err.count(f"a malformed value of kind {kind!r}") == 1
 
     using = CachedCalls(ToolCache(path))
@@ -89,25 +90,25 @@ def test_a_value_of_another_type_is_treated_as_missing(tmp_path, kind, capsys, m
 
     for key in keys:
         assert asyncio.run(using.get(kind, key, ask)) == GOOD[kind]
-    assert asyncio.run(CachedCalls(ToolCache(path, "replay")).look(kind, keys[0])) is not None
+    assert asyncio.run(CachedCalls(ToolCache(path, "replay")).look_up(kind, keys[0])) is not None
 
 
-def test_a_picture_that_is_no_base64_is_missing(tmp_path):
+def test_image_that_is_not_base64_is_treated_as_missing(tmp_path):
     path = tmp_path / "store.sqlite"
     for key, value in (("a", b'"%%%"'), ("b", b'"AAA"'), ("c", b'"A\\nAAA"')):
-        put(path, "picture", key, value)
+        put(path, "image", key, value)
         with pytest.raises(NotCachedError):
-            asyncio.run(CachedCalls(ToolCache(path, "replay")).get("picture", key, nothing))
+            asyncio.run(CachedCalls(ToolCache(path, "replay")).get("image", key, nothing))
 
 
-def test_columns_of_other_types_are_missing(tmp_path):
+def test_entry_with_columns_of_wrong_type_is_treated_as_missing(tmp_path):
     path, now = tmp_path / "store.sqlite", time.time()
     rows = [("text", 0, now), (None, 0, now), (5, 0, now), (b"1", None, now), (b"1", "x", now),
             (b"1", 7, now), (b"1", 0, None), (b"1", 0, "x"), (b"1", 0, float("inf"))]  # fmt: skip
-    for number, (value, failed, made) in enumerate(rows):
+    for number, (value, failed, created) in enumerate(rows):
         ToolCache(path).close()
         with sqlite3.connect(path) as connection:
-            row = ("page", str(number), value, failed, made)
+            row = ("page", str(number), value, failed, created)
             connection.execute("INSERT INTO entry VALUES (?, ?, ?, ?, ?)", row)
         connection.close()
         for mode in ("replay", "use"):
@@ -116,16 +117,16 @@ def test_columns_of_other_types_are_missing(tmp_path):
     assert ToolCache(path).get("page", "later") is None
     assert ToolCache(path, "replay").get("page", "later") == (b"1", False)
     other = ToolCache(tmp_path / "other.sqlite")
-    assert other.take(path) == 2 and other.get("page", "later") == (b"1", False)
+    assert other.import_entries(path) == 2 and other.get("page", "later") == (b"1", False)
     store = ToolCache(path)
     store.put("page", "0", b"2")
     store.put("page", "3", b"2")
     assert store.get("page", "0") == store.get("page", "3") == (b"2", False)
 
 
-def test_a_replayed_search_of_another_type_fails_in_words(tmp_path):
+def test_replayed_search_of_wrong_type_fails_with_a_message(tmp_path):
     path = tmp_path / "store.sqlite"
-    put(path, "answer", json.dumps(["n", "q", "q"]), b'["ok", null, [[5]]]')
+    put(path, "search", json.dumps(["n", "q", "q"]), b'["ok", null, [[5]]]')
     put(path, "links", json.dumps(["n", "q", 5]), b"[[1, 2, 3]]")
     stored = CachedCalls(ToolCache(path, "replay"))
     found = asyncio.run(CachedSearch(None, stored, "n")(Query(action="text_search", text="q",
@@ -139,27 +140,27 @@ def test_a_replayed_search_of_another_type_fails_in_words(tmp_path):
 
 
 ENDLESS = "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) SELECT "
-ENTRY = "kind TEXT, key TEXT, value BLOB, failed INTEGER, made REAL, PRIMARY KEY (kind, key)"
+ENTRY = "kind TEXT, key TEXT, value BLOB, failed INTEGER, created REAL, PRIMARY KEY (kind, key)"
 FOREIGN = {
-    "a view": f"CREATE VIEW entry AS {ENDLESS} 'page' kind, n key, x'22' value, 0 failed, 0 made "
-    "FROM r",
-    "a virtual table": "CREATE VIRTUAL TABLE entry USING fts5(kind, key, value, failed, made)",
+    "a view": f"CREATE VIEW entry AS {ENDLESS} 'page' kind, n key, x'22' value, 0 failed, "
+    "0 created FROM r",
+    "a virtual table": "CREATE VIRTUAL TABLE entry USING fts5(kind, key, value, failed, created)",
     "a trigger": f"CREATE TABLE entry (\n  {ENTRY}\n); CREATE TRIGGER t AFTER INSERT ON entry "
     "BEGIN DELETE FROM entry; END",
     "a view elsewhere": f"CREATE TABLE entry (\n  {ENTRY}\n); CREATE VIEW v AS SELECT 1",
     "a generated column": "CREATE TABLE entry (kind, key, value AS (zeroblob(1000000000)), "
-    "failed, made)",
+    "failed, created)",
     "a check": f"CREATE TABLE entry ({ENTRY}, CHECK (length(randomblob(1000000000)) > 0))",
-    "a default": "CREATE TABLE entry (kind, key, value, failed, made DEFAULT (randomblob(1)))",
+    "a default": "CREATE TABLE entry (kind, key, value, failed, created DEFAULT (randomblob(1)))",
     "an index of an expression": f"CREATE TABLE entry (\n  {ENTRY}\n); "
     "CREATE INDEX i ON entry (hex(zeroblob(length(value) * 1000)))",
     "another index of that name": f"CREATE TABLE entry (\n  {ENTRY}\n); "
-    "CREATE INDEX entry_by_age ON entry (made) WHERE failed",
+    "CREATE INDEX entry_by_age ON entry (created) WHERE failed",
 }
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_store_with_other_tables_is_refused_at_once(tmp_path, name):
+def test_cache_file_with_another_schema_is_rejected_quickly(tmp_path, name):
     path = tmp_path / "evil.sqlite"
     with sqlite3.connect(path) as connection:
         connection.executescript(FOREIGN[name])
@@ -170,13 +171,13 @@ def test_a_store_with_other_tables_is_refused_at_once(tmp_path, name):
             ToolCache(path, mode).get("page", "x")
         assert "\n" not in str(caught.value)
     other = ToolCache(tmp_path / "other.sqlite")
-    with pytest.raises(ToolCacheError, match="evil.sqlite: not a store"):
-        other.take(path)
+    with pytest.raises(ToolCacheError, match="evil.sqlite: not a cache file"):
+        other.import_entries(path)
     assert other.info() == [] and time.process_time() - before < 5
     assert path.is_file()  # it is no damage: nothing is set aside
 
 
-def test_pages_that_are_linked_many_times_are_no_table_without_end(tmp_path):
+def test_database_pages_linked_many_times_are_detected(tmp_path):
     """A file of some kilobytes in which each interior page has the same child 200 times."""
     path = tmp_path / "dag.sqlite"
     store = ToolCache(path)
@@ -208,14 +209,14 @@ def test_pages_that_are_linked_many_times_are_no_table_without_end(tmp_path):
     for place in places:
         data[place : place + 4] = child
     path.write_bytes(data)
-    with pytest.raises(ToolCacheError, match="dag.sqlite: damaged"):
-        ToolCache(tmp_path / "other.sqlite").take(path)
+    with pytest.raises(ToolCacheError, match="dag.sqlite: the file is damaged"):
+        ToolCache(tmp_path / "other.sqlite").import_entries(path)
 
 
-def test_a_query_without_end_is_interrupted(tmp_path, monkeypatch):
+def test_endless_query_is_interrupted(tmp_path, monkeypatch):
     from mmsr1_jax.tools import checked_sqlite
 
-    monkeypatch.setattr(checked_sqlite, "_LEAST_BUDGET", 1_000_000)
+    monkeypatch.setattr(checked_sqlite, "_MIN_BUDGET", 1_000_000)
     connection = checked_sqlite.connect(tmp_path / "a.sqlite", "rwc")
     for _ in range(2):
         with pytest.raises(sqlite3.OperationalError, match="interrupted"):
@@ -223,7 +224,7 @@ def test_a_query_without_end_is_interrupted(tmp_path, monkeypatch):
         assert connection.execute("SELECT 1").fetchone() == (1,)  # the budget is a statement's
 
 
-def test_keys_count_as_values_do(tmp_path):
+def test_keys_count_towards_the_size_limit(tmp_path):
     path = tmp_path / "store.sqlite"
     store = ToolCache(path, max_bytes=1_000_000)
     for number in range(600):
@@ -236,8 +237,8 @@ def test_keys_count_as_values_do(tmp_path):
 
 def index_with(folder, *statements):
     folder.mkdir()
-    with sqlite3.connect(folder / local.FILE) as connection:
-        connection.executescript(local._SCHEMA)
+    with sqlite3.connect(folder / index_builder.INDEX_FILE) as connection:
+        connection.executescript(index_builder.SCHEMA)
         for statement in statements:
             connection.executescript(statement)
     connection.close()
@@ -258,10 +259,10 @@ HASH = "zeroblob(32)"
         f"{HASH}, 't', 'l', 'text', NULL",
     ],
 )  # fmt: skip
-def test_an_index_with_an_odd_picture_is_refused_by_row(tmp_path, values):
-    good = f"INSERT INTO picture VALUES ({HASH}, 't', 'l', x'00', NULL);"
-    folder = index_with(tmp_path / "i", good, f"INSERT INTO picture VALUES ({values});")
-    with pytest.raises(LocalIndexError, match=r"table picture, row 2: '") as caught:
+def test_invalid_image_row_is_reported_by_number(tmp_path, values):
+    good = f"INSERT INTO image VALUES ({HASH}, 't', 'l', x'00', NULL);"
+    folder = index_with(tmp_path / "i", good, f"INSERT INTO image VALUES ({values});")
+    with pytest.raises(LocalIndexError, match=r"table image, row 2: '") as caught:
         LocalIndex(folder)
     assert "\n" not in str(caught.value)
 
@@ -278,11 +279,11 @@ class Embed:
     ["NULL", "x''", "x'003C'", "zeroblob(8)", "x'003C003C003C00'", "'text'", "5",
      "x'007E007E007E007E'", "x'007C007C007C007C'", "zeroblob(100000000)"],
 )  # fmt: skip
-def test_an_index_with_an_odd_embedding_is_refused_by_row(tmp_path, embedding):
-    rows = [f"INSERT INTO picture VALUES ({HASH}, 't', 'l', x'00', {value});"
+def test_invalid_embedding_is_reported_by_row(tmp_path, embedding):
+    rows = [f"INSERT INTO image VALUES ({HASH}, 't', 'l', x'00', {value});"
             for value in ("x'003C003C003C003C'", embedding)]  # fmt: skip
-    folder = index_with(tmp_path / "i", "INSERT INTO embedded VALUES ('f');", *rows)
-    with pytest.raises(LocalIndexError, match="table picture, row 2: 'embedding' must be"):
+    folder = index_with(tmp_path / "i", "INSERT INTO embedding_model VALUES ('f');", *rows)
+    with pytest.raises(LocalIndexError, match="table image, row 2: 'embedding' must be"):
         LocalIndex(folder, embed=Embed())
     assert LocalIndex(folder)  # by hash it can be used
 
@@ -290,19 +291,19 @@ def test_an_index_with_an_odd_embedding_is_refused_by_row(tmp_path, embedding):
 @pytest.mark.parametrize(
     "statement",
     [
-        f"DROP TABLE picture; CREATE VIEW picture AS {ENDLESS} x'00' hash, 't' title, 'l' link, "
+        f"DROP TABLE image; CREATE VIEW image AS {ENDLESS} x'00' hash, 't' title, 'l' link, "
         "x'00' thumbnail, NULL embedding FROM r",
         f"DROP TABLE page; CREATE VIEW page AS {ENDLESS} 'u' url, 't' title, 's' snippet, 't' text "
         "FROM r",
-        "DROP TABLE picture; CREATE TABLE picture (hash AS (zeroblob(1000000000)), title, link, "
+        "DROP TABLE image; CREATE TABLE image (hash AS (zeroblob(1000000000)), title, link, "
         "thumbnail, embedding)",
-        "CREATE TRIGGER t AFTER INSERT ON picture BEGIN DELETE FROM picture; END",
+        "CREATE TRIGGER t AFTER INSERT ON image BEGIN DELETE FROM picture; END",
         "CREATE VIRTUAL TABLE other USING rtree(a, b, c)",
-        "DROP TABLE picture",
+        "DROP TABLE image",
         "DROP TABLE page",
     ],
 )
-def test_an_index_with_other_tables_is_refused(tmp_path, statement):
+def test_index_with_another_schema_is_rejected(tmp_path, statement):
     with pytest.raises(LocalIndexError, match="i: "):
         LocalIndex(index_with(tmp_path / "i", statement))
 
@@ -310,13 +311,13 @@ def test_an_index_with_other_tables_is_refused(tmp_path, statement):
 QUERY = Query(action="text_search", text="good", question="good")
 
 
-def test_pages_in_json_lines_are_checked(tmp_path, capsys):
+def test_invalid_lines_of_pages_are_skipped_and_logged(tmp_path, capsys):
     path = tmp_path / "pages.jsonl"
     path.write_text("[" * 100_000 + '\n{"title": NaN}\n5\n{"title": ["a"]}\n{"title": "good"}\n')
     found = asyncio.run(LocalIndex(tmp_path).text_search(QUERY))
     assert len(found.results) == 1
     said = capsys.readouterr().err
-    assert all(f"pages.jsonl, line {number}: left out" in said for number in (1, 2, 3, 4))
+    assert all(f"pages.jsonl, line {number}: skipped: " in said for number in (1, 2, 3, 4))
 
 
 PICTURES = pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
@@ -372,7 +373,7 @@ for path in sys.argv[2:]:
 """
 
 
-def test_data_sets_of_kilobytes_do_not_take_gigabytes(tmp_path):
+def test_small_files_cannot_take_much_memory(tmp_path):
     small = questions(tmp_path / "small", ["What?"])
     paths = dict((path, column) for column, path in bombs(tmp_path))
     assert all(path.stat().st_size < 100_000 for path in paths)
@@ -387,7 +388,7 @@ def test_data_sets_of_kilobytes_do_not_take_gigabytes(tmp_path):
         assert int(taken) < 200 and str(path) in error and column in error, line
 
 
-def test_a_row_with_a_long_cell_is_named_and_left_out(tmp_path):
+def test_rows_with_long_cells_are_skipped_and_reported(tmp_path):
     image = tmp_path / "a.png"
     PIL.Image.new("RGB", (40, 40)).save(image)
     images = [[{"bytes": image.read_bytes(), "path": None}]] * 6
@@ -405,7 +406,7 @@ def test_a_row_with_a_long_cell_is_named_and_left_out(tmp_path):
     assert all("more than 1000 items" in bad.reason for bad in source.bad)
 
 
-def test_texts_are_read_alike_with_and_without_dictionaries_and_over_row_groups(tmp_path):
+def test_questions_do_not_depend_on_the_parquet_encoding(tmp_path):
     texts = [f"question {number % 7} " + "x" * (number % 50) for number in range(3000)]
     answers = [{"ground_truth": str(number % 3), "candidate_answers": ["a", str(number)]}
                for number in range(3000)]  # fmt: skip
@@ -421,7 +422,7 @@ def test_texts_are_read_alike_with_and_without_dictionaries_and_over_row_groups(
     assert [question for question, _ in found[0]] == [text.strip() for text in texts]
 
 
-def test_tables_of_benchmarks_are_bounded_too(tmp_path):
+def test_benchmark_tables_are_bounded(tmp_path):
     path = tmp_path / "a.parquet"
     data = pa.DictionaryArray.from_arrays(pa.array([0] * 64, pa.int32()), [b"\0" * 30_000_000])
     for column in (data, pa.array([b"\0" * (80 << 20)])):

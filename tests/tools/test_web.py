@@ -1,11 +1,10 @@
-"""Fetching from real servers on loopback: bounded, checked, retried, and never more than asked."""
+"""HTTP client and service client against real servers on loopback."""
 
 import asyncio
 import gzip
 import pickle
 import time
 
-import httpcore
 import pytest
 from starlette.applications import Starlette
 from starlette.responses import (
@@ -19,8 +18,15 @@ from starlette.routing import Route
 
 from mmsr1_jax.tools import web
 from mmsr1_jax.tools.service import Service, ServiceDownError
-from mmsr1_jax.tools.web import JSON, BodyError, RefusedError, StatusError, TimedOutError, Web
-from tests.servers import serve
+from mmsr1_jax.tools.web import (
+    JSON_TYPES,
+    BodyError,
+    RefusedError,
+    StatusError,
+    TimedOutError,
+    WebClient,
+)
+from tests.servers import RecordingBackend, serve
 
 COUNTS: dict[str, int] = {}
 
@@ -34,20 +40,20 @@ def endpoint(answer):
     return handle
 
 
-def gzipped(body: bytes, cut: int = 0) -> Response:
-    packed = gzip.compress(body)
-    return packed_response(packed[: len(packed) - cut])
+def gzip_of(body: bytes, num_missing: int = 0) -> Response:
+    compressed = gzip.compress(body)
+    return gzip_response(compressed[: len(compressed) - num_missing])
 
 
-def packed_response(packed: bytes) -> Response:
+def gzip_response(compressed: bytes) -> Response:
     return Response(
-        packed,
+        compressed,
         media_type="application/json",
         headers={"content-encoding": "gzip"},
     )
 
 
-BOMB = gzip.compress(b" " * 200_000_000, 1)  # made before anybody waits for it
+BOMB = gzip.compress(b" " * 200_000_000, 1)  # compressed in advance, as it takes a while
 
 
 async def endless():
@@ -61,7 +67,7 @@ async def slow(request):
     return JSONResponse({})
 
 
-async def a_little_slow(request):
+async def short_delay(request):
     await asyncio.sleep(0.2)
     return JSONResponse({"n": COUNTS["/slowish"]})
 
@@ -72,12 +78,12 @@ def cookie(request):
     return response
 
 
-def then_fine(request):
-    """Two failures, then an answer."""
+def flaky(request):
+    """Fail twice, then succeed."""
     return JSONResponse({}) if COUNTS["/flaky"] % 3 == 0 else Response(status_code=503)
 
 
-async def dripping():
+async def slow_bytes():
     while True:
         yield b"x"
         await asyncio.sleep(0.2)
@@ -90,7 +96,7 @@ def with_header(name, value, status=200):
 
 
 ROUTES = {
-    "/drip": lambda r: StreamingResponse(dripping(), media_type="application/json"),
+    "/drip": lambda r: StreamingResponse(slow_bytes(), media_type="application/json"),
     "/nowhere": lambda r: Response(status_code=302),
     "/same": lambda r: Response(status_code=304),
     "/odd-target": lambda r: with_header(b"location", b"http://xn--a/", 302),
@@ -101,17 +107,17 @@ ROUTES = {
     ),
     "/headers": lambda r: JSONResponse({"key": r.headers.get("authorization")}),
     "/ok": lambda r: JSONResponse({"query": dict(r.query_params)}),
-    "/packed": lambda r: gzipped(b'{"a": 1}'),
-    "/torn": lambda r: gzipped(b'{"a": 1}' * 100, cut=10),
-    "/bomb": lambda r: packed_response(BOMB),
+    "/packed": lambda r: gzip_of(b'{"a": 1}'),
+    "/torn": lambda r: gzip_of(b'{"a": 1}' * 100, num_missing=10),
+    "/bomb": lambda r: gzip_response(BOMB),
     "/large": lambda r: Response(b" " * 50_000_000, media_type="application/json"),
     "/endless": lambda r: StreamingResponse(endless(), media_type="application/json"),
     "/cut": lambda r: Response(b'{"a": [1, 2', media_type="application/json"),
     "/html": lambda r: PlainTextResponse("hello"),
     "/slow": slow,
-    "/slowish": a_little_slow,
+    "/slowish": short_delay,
     "/cookie": cookie,
-    "/flaky": then_fine,
+    "/flaky": flaky,
     "/busy": lambda r: Response(status_code=429, headers={"retry-after": "1"}),
     "/later": lambda r: Response(status_code=429, headers={"retry-after": "3600"}),
     "/down": lambda r: Response(status_code=500),
@@ -134,33 +140,23 @@ def address():
         yield address
 
 
-class Recording(httpcore.AnyIOBackend):
-    """Connects, and remembers where to."""
-
-    def __init__(self):
-        self.tried = []
-
-    async def connect_tcp(self, host, port, *rest, **keywords):
-        self.tried.append((host, port))
-        return await super().connect_tcp(host, port, *rest, **keywords)
-
-
-def make(address, **keywords):
-    backend = Recording()
+def make_client(address, **options):
+    backend = RecordingBackend()
     host = address.removeprefix("http://")
-    return Web(allowed_hosts=[host], backend=backend, **({"seconds": 60.0} | keywords)), backend
+    options = {"timeout": 60.0} | options
+    return WebClient(allowed_hosts=[host], backend=backend, **options), backend
 
 
-def allowing(address):
-    return Web(allowed_hosts=[address.removeprefix("http://")])
+def client_for(address):
+    return WebClient(allowed_hosts=[address.removeprefix("http://")])
 
 
-def get(client, url, **keywords):
-    return asyncio.run(client.request("GET", url, **({"accept": JSON} | keywords)))
+def get(client, url, **options):
+    return asyncio.run(client.request("GET", url, **({"accept": JSON_TYPES} | options)))
 
 
-def test_answers(address):
-    client, _ = make(address)
+def test_responses_are_returned_decompressed(address):
+    client, _ = make_client(address)
     assert get(client, f"{address}/ok", params={"q": "a b"}).json() == {"query": {"q": "a b"}}
     assert get(client, f"{address}/packed").json() == {"a": 1}
     assert get(client, f"{address}/round").json() == {"query": {"a": "b"}}
@@ -173,7 +169,7 @@ def test_answers(address):
 @pytest.mark.parametrize(
     "path, error, message",
     [
-        ("/torn", BodyError, "gzip is cut off"),
+        ("/torn", BodyError, "truncated gzip data"),
         ("/bomb", BodyError, "more than 1000000 bytes"),
         ("/large", BodyError, "more than 1000000 bytes"),
         ("/endless", BodyError, "more than 1000000 bytes"),
@@ -181,80 +177,93 @@ def test_answers(address):
         ("/slow", TimedOutError, "in time"),
         ("/down", StatusError, "HTTP status 500"),
         ("/forbidden", StatusError, "HTTP status 403"),
-        ("/loop", RefusedError, "too many redirects"),
+        ("/loop", RefusedError, "more than 5 redirects"),
         ("/metadata", RefusedError, "not public"),
         ("/inside", RefusedError, "not public"),
-        ("/file", RefusedError, "not an http or https address"),
+        ("/file", RefusedError, "not an http or https URL"),
     ],
 )
-def test_what_is_not_taken(address, path, error, message):
-    # A limit on time where time is the matter; no other answer depends on how busy the machine is.
-    seconds = 0.5 if path == "/slow" else 60.0
-    client, backend = make(address, max_bytes=1_000_000, seconds=seconds)
+def test_invalid_responses_are_rejected(address, path, error, message):
+    # Only the slow response has a short time limit; the others must not depend on the machine.
+    timeout = 0.5 if path == "/slow" else 60.0
+    client, backend = make_client(address, max_bytes=1_000_000, timeout=timeout)
     with pytest.raises(error, match=message):
         get(client, address + path)
-    # The server itself was reached, and nothing else was even tried.
-    assert {f"http://{host}:{port}" for host, port in backend.tried} == {address}
+    # The server itself was reached, and no connection to another host was attempted.
+    assert {f"http://{host}:{port}" for host, port in backend.connections} == {address}
 
 
 @pytest.mark.parametrize("path, error", [
     ("/nowhere", StatusError), ("/same", StatusError), ("/odd-target", web.WebError),
     ("/odd-wait", StatusError), ("/wait-until", StatusError),
 ])  # fmt: skip
-def test_odd_answers_are_errors_of_ours(address, path, error):
+def test_malformed_headers_raise_web_error(address, path, error):
     with pytest.raises(error) as raised:
-        get(allowing(address), address + path)
+        get(client_for(address), address + path)
     waits = raised.value.retry_after
     assert (waits is not None and waits > 1e9) == (path == "/wait-until")
 
 
-def test_headers_stay_with_their_host(address):
-    one = Web(allowed_hosts=["localhost", "127.0.0.1"])
-    request = {"accept": JSON, "headers": {"Authorization": "Bearer key"}}
-    assert asyncio.run(one.request("GET", f"{address}/headers", **request)).json()["key"]
-    assert asyncio.run(one.request("GET", f"{address}/elsewhere", **request)).json()["key"] is None
+def test_headers_are_dropped_on_redirect_to_another_origin(address):
+    client = WebClient(allowed_hosts=["localhost", "127.0.0.1"])
+    request = {"accept": JSON_TYPES, "headers": {"Authorization": "Bearer key"}}
+    assert asyncio.run(client.request("GET", f"{address}/headers", **request)).json()["key"]
+    assert (
+        asyncio.run(client.request("GET", f"{address}/elsewhere", **request)).json()["key"] is None
+    )
 
 
-def test_a_server_that_drips_has_a_limit_and_gives_its_place_back(address):
-    one = Web(allowed_hosts=[address.removeprefix("http://")], seconds=0.5, total_seconds=1.0)
+def test_slow_response_times_out_and_releases_its_slot(address):
+    client = WebClient(
+        allowed_hosts=[address.removeprefix("http://")], timeout=0.5, total_timeout=1.0
+    )
     with pytest.raises(TimedOutError):
-        get(one, f"{address}/drip")
+        get(client, f"{address}/drip")
 
     async def cancelled():
-        slow = Web(allowed_hosts=[address.removeprefix("http://")], seconds=30)
-        service = Service("test", slow, at_once=1)
-        for _ in range(2):  # the same call, which others do not join once nobody waits for it
+        slow = WebClient(allowed_hosts=[address.removeprefix("http://")], timeout=30)
+        service = Service("test", slow, max_concurrency=1)
+        for _ in range(2):  # the same call: a cancelled one is not joined by later ones
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(service.call("GET", f"{address}/drip", accept=JSON), 0.3)
-        return await asyncio.wait_for(service.call("GET", f"{address}/ok", accept=JSON), 5)
+                await asyncio.wait_for(
+                    service.call("GET", f"{address}/drip", accept=JSON_TYPES), 0.3
+                )
+        return await asyncio.wait_for(service.call("GET", f"{address}/ok", accept=JSON_TYPES), 5)
 
     assert asyncio.run(cancelled()).json() == {"query": {}}
 
 
-def test_a_burst_at_a_dead_service_ends_early(address, capsys):
+def test_circuit_breaker_ends_a_burst_of_calls_early(address, capsys):
     async def burst():
-        one = Service("test", allowing(address), at_once=8, failures=20, attempts=1, per_second=1e4)
-        calls = (one.call("GET", f"{address}/down?{i}", accept=JSON) for i in range(300))
+        client = Service(
+            "test",
+            client_for(address),
+            max_concurrency=8,
+            max_failures=20,
+            max_attempts=1,
+            max_qps=1e4,
+        )
+        calls = (client.call("GET", f"{address}/down?{i}", accept=JSON_TYPES) for i in range(300))
         return await asyncio.gather(*calls, return_exceptions=True)
 
     COUNTS.pop("/down", None)
-    found = asyncio.run(burst())
-    assert sum(isinstance(error, ServiceDownError) for error in found) > 200
-    assert COUNTS["/down"] < 60 and capsys.readouterr().err.count("in a row") == 1
+    errors = asyncio.run(burst())
+    assert sum(isinstance(error, ServiceDownError) for error in errors) > 200
+    assert COUNTS["/down"] < 60 and capsys.readouterr().err.count("consecutive failures") == 1
 
 
-def test_damaged_json(address):
-    client, _ = make(address)
+def test_truncated_json_is_an_error(address):
+    client, _ = make_client(address)
     with pytest.raises(BodyError, match="not JSON"):
         get(client, f"{address}/cut").json()
 
 
-def test_no_cookies(address):
-    client, _ = make(address)
+def test_cookies_are_not_kept(address):
+    client, _ = make_client(address)
 
     async def twice():
         for _ in range(2):
-            answer = await client.request("GET", f"{address}/cookie", accept=JSON)
+            answer = await client.request("GET", f"{address}/cookie", accept=JSON_TYPES)
             assert answer.json() == {"cookies": None}
 
     asyncio.run(twice())
@@ -267,20 +276,20 @@ def test_no_cookies(address):
      "http://0.0.0.0/", "http://2130706433/", "http://[64:ff9b::7f00:1]/", "http://100.64.0.1/",
      "http://[fe80::1]/", "http://[fd00::1]/", "http://224.0.0.1/"],
 )  # fmt: skip
-def test_private_addresses_are_refused_before_any_connection(url):
-    backend = Recording()
+def test_private_addresses_are_refused_before_connecting(url):
+    backend = RecordingBackend()
     with pytest.raises(RefusedError, match="not public"):
-        get(Web(backend=backend), url)
-    assert backend.tried == []
+        get(WebClient(backend=backend), url)
+    assert backend.connections == []
 
 
 @pytest.mark.parametrize("url", ["ftp://a/", "file:///etc/passwd", "gopher://x", "//x", "http://",
                                  "http://a:b@c/", "javascript:1", "http://a b/"])  # fmt: skip
-def test_other_addresses_are_refused(url):
-    backend = Recording()
+def test_other_urls_are_refused_before_connecting(url):
+    backend = RecordingBackend()
     with pytest.raises(RefusedError):
-        get(Web(backend=backend), url)
-    assert backend.tried == []
+        get(WebClient(backend=backend), url)
+    assert backend.connections == []
 
 
 @pytest.mark.parametrize("address, public", [
@@ -289,42 +298,46 @@ def test_other_addresses_are_refused(url):
     ("64:ff9b:1::1", False), ("2002:7f00:1::", False), ("198.18.0.1", False),
     ("nonsense", False), ("::", False),
 ])  # fmt: skip
-def test_public_addresses(address, public):
+def test_is_public(address, public):
     assert web.is_public(address) == public
 
 
-def service(address, **keywords):
-    client, _ = make(address)
-    return Service("test", client, **keywords)
+def service(address, **options):
+    client, _ = make_client(address)
+    return Service("test", client, **options)
 
 
-def test_failures_are_tried_again(address):
+def test_transient_failures_are_retried(address):
     COUNTS["/flaky"] = 0
-    asyncio.run(service(address).call("GET", f"{address}/flaky", accept=JSON))
+    asyncio.run(service(address).call("GET", f"{address}/flaky", accept=JSON_TYPES))
     assert COUNTS["/flaky"] == 3
 
 
-def test_as_late_as_the_server_asks(address):
+def test_retry_after_is_respected_up_to_max_wait(address):
     COUNTS["/busy"] = COUNTS["/later"] = COUNTS["/forbidden"] = 0
-    begin = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(StatusError, match="429"):
-        asyncio.run(service(address, attempts=2).call("GET", f"{address}/busy", accept=JSON))
-    assert COUNTS["/busy"] == 2 and time.monotonic() - begin >= 1.0
-    for path in ("/later", "/forbidden"):  # too late, and of no use
+        asyncio.run(
+            service(address, max_attempts=2).call("GET", f"{address}/busy", accept=JSON_TYPES)
+        )
+    assert COUNTS["/busy"] == 2 and time.monotonic() - start >= 1.0
+    for path in ("/later", "/forbidden"):  # longer than max_wait, and not transient
         with pytest.raises(StatusError):
-            asyncio.run(service(address).call("GET", address + path, accept=JSON))
+            asyncio.run(service(address).call("GET", address + path, accept=JSON_TYPES))
         assert COUNTS[path] == 1
 
 
-def test_a_service_that_is_down_is_left_alone(address, capsys):
+def test_open_circuit_breaker_rejects_calls_until_the_cooldown_ends(address, capsys):
     COUNTS["/down"] = 0
-    down = service(address, attempts=1, failures=3, pause=0.5)
+    down = service(address, max_attempts=1, max_failures=3, cooldown=0.5)
 
     async def calls(count):
         errors = []
-        for number in range(count):
+        for index in range(count):
             try:
-                await down.call("GET", f"{address}/down", params={"n": str(number)}, accept=JSON)
+                await down.call(
+                    "GET", f"{address}/down", params={"n": str(index)}, accept=JSON_TYPES
+                )
             except web.WebError as error:
                 errors.append(type(error))
         return errors
@@ -333,42 +346,46 @@ def test_a_service_that_is_down_is_left_alone(address, capsys):
     assert COUNTS["/down"] == 3
     time.sleep(0.5)
     assert asyncio.run(calls(2)) == [StatusError, ServiceDownError]
-    told = capsys.readouterr().err
-    assert told.count("test: 3 failures in a row (HTTP status 500)") == 1 == len(told.splitlines())
+    stderr = capsys.readouterr().err
+    assert (
+        stderr.count("test: 3 consecutive failures (HTTP status 500)")
+        == 1
+        == len(stderr.splitlines())
+    )
 
 
-def test_identical_calls_are_one(address):
+def test_identical_concurrent_calls_share_one_request(address):
     COUNTS["/slowish"] = 0
-    one = service(address)
+    client = service(address)
 
     async def many():
-        same = [one.call("GET", f"{address}/slowish", accept=JSON) for _ in range(20)]
-        impatient = asyncio.wait_for(one.call("GET", f"{address}/slowish", accept=JSON), 0.05)
+        same = [client.call("GET", f"{address}/slowish", accept=JSON_TYPES) for _ in range(20)]
+        impatient = asyncio.wait_for(
+            client.call("GET", f"{address}/slowish", accept=JSON_TYPES), 0.05
+        )
         answers = await asyncio.gather(*same, impatient, return_exceptions=True)
-        assert isinstance(answers.pop(), TimeoutError)  # and the others are not hurt
+        assert isinstance(answers.pop(), TimeoutError)  # the other callers are unaffected
         return {answer.json()["n"] for answer in answers}
 
     assert asyncio.run(many()) == {1} and COUNTS["/slowish"] == 1
 
 
-def test_limits(address):
-    """At most so many at a time, and so many a second."""
-
+def test_concurrency_and_rate_are_limited(address):
     async def timed(limited, count):
-        begin = time.monotonic()
+        start = time.monotonic()
         await asyncio.gather(*(
-            limited.call("GET", f"{address}/slowish", params={"n": str(n)}, accept=JSON)
+            limited.call("GET", f"{address}/slowish", params={"n": str(n)}, accept=JSON_TYPES)
             for n in range(count)
         ))  # fmt: skip
-        return time.monotonic() - begin
+        return time.monotonic() - start
 
     COUNTS["/slowish"] = 0
-    assert asyncio.run(timed(service(address, at_once=2), 6)) >= 0.6
-    assert asyncio.run(timed(service(address, per_second=20.0), 12)) >= 0.4
+    assert asyncio.run(timed(service(address, max_concurrency=2), 6)) >= 0.6
+    assert asyncio.run(timed(service(address, max_qps=20.0), 12)) >= 0.4
     assert asyncio.run(timed(service(address), 12)) < 0.6
 
 
-def test_errors_survive_a_worker():
+def test_errors_can_be_pickled():
     error = pickle.loads(pickle.dumps(StatusError(403, 1.5, b"why")))
     assert isinstance(error, StatusError) and str(error) == "HTTP status 403"
     assert (error.status, error.retry_after, error.body) == (403, 1.5, b"why")

@@ -9,9 +9,10 @@ import unicodedata
 import pytest
 
 from mmsr1_jax.tools import Query
-from mmsr1_jax.tools.local import LocalIndex, LocalIndexError, build
+from mmsr1_jax.tools.index_builder import LocalIndexError, build_index
+from mmsr1_jax.tools.local_index import LocalIndex
 from mmsr1_jax.tools.passages import best_passages
-from mmsr1_jax.tools.words import TOKENIZER, search_form, words_of
+from mmsr1_jax.tools.words import TOKENIZER, fts_query, search_form
 from tests.timing import assert_linear
 
 # Script: (question, sentence that answers it, another sentence, filler).
@@ -65,7 +66,7 @@ def write(folder, texts):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_page_that_answers_comes_first(tmp_path, script):
+def test_page_with_the_answer_ranks_first(tmp_path, script):
     question, answer, other, filler = SCRIPTS[script]
     write(tmp_path, [other, filler, answer])
     found = find(tmp_path, question).results
@@ -74,7 +75,7 @@ def test_the_page_that_answers_comes_first(tmp_path, script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("separator", ["\n", ""])
-def test_the_paragraph_that_answers_is_chosen(script, separator):
+def test_paragraph_with_the_answer_is_selected(script, separator):
     """Also where a page is one line."""
     question, answer, _, filler = SCRIPTS[script]
     around = separator.join([filler * 3] * 40)
@@ -83,21 +84,21 @@ def test_the_paragraph_that_answers_is_chosen(script, separator):
     assert len(found) <= 200
 
 
-def test_one_letter_of_a_script_without_spaces_is_found(tmp_path):
+def test_single_letters_of_scripts_without_spaces_are_found(tmp_path):
     write(tmp_path, ["这条河很长。", "城里有一座塔。"])
     for text in ("塔", "座塔", "塔?"):
         assert len(find(tmp_path, text).results) == 1, text
     assert find(tmp_path, "山").status == "empty"
 
 
-def test_english_is_indexed_as_it_is():
+def test_english_text_is_indexed_unchanged():
     for text in ("Plain words, ‘quotes’ — dashes… € ©", 'a" OR (b*) NEAR c'):
         assert search_form(text) == text
     assert search_form("Lego™ bricks") == "Lego  bricks"
-    assert words_of("Who’s Bridge bridge") == '"Who" OR "s" OR "Bridge" OR "bridge"'
+    assert fts_query("Who’s Bridge bridge") == '"Who" OR "s" OR "Bridge" OR "bridge"'
 
 
-def test_words_are_no_query_language_in_any_script():
+def test_query_operators_are_ordinary_words_in_any_script():
     index = sqlite3.connect(":memory:")
     index.execute(f'CREATE VIRTUAL TABLE t USING fts5(x, tokenize = "{TOKENIZER}")')
     for text in (
@@ -110,11 +111,11 @@ def test_words_are_no_query_language_in_any_script():
         "_",
         "\u0301",
     ):
-        if query := words_of(text):
+        if query := fts_query(text):
             index.execute("SELECT * FROM t WHERE t MATCH ?", (query,)).fetchall()
 
 
-def test_order_of_english_pages_is_that_of_plain_fts5(shared, tmp_path):
+def test_english_pages_are_ranked_as_by_plain_fts5(shared, tmp_path):
     """The recorded pages for all of the recorded questions, against SQLite's own porter."""
     from pyarrow import parquet
 
@@ -123,7 +124,7 @@ def test_order_of_english_pages_is_that_of_plain_fts5(shared, tmp_path):
     rows = parquet.read_table(shared / "data" / "fvqa_mini.parquet").to_pylist()
     questions = [row["prompt"][-1]["content"] for row in rows]
     questions += sorted({page["query"] for page in pages})
-    build(tmp_path, [file])
+    build_index(tmp_path, [file])
     plain = sqlite3.connect(":memory:")
     plain.execute(
         "CREATE VIRTUAL TABLE page USING fts5(url UNINDEXED, title, snippet, text, "
@@ -138,21 +139,21 @@ def test_order_of_english_pages_is_that_of_plain_fts5(shared, tmp_path):
         expected = plain.execute(
             "SELECT url FROM page WHERE page MATCH ? ORDER BY bm25(page, 1, 2, 1, 1), rowid "
             "LIMIT 5",
-            (words_of(question),),
+            (fts_query(question),),
         ).fetchall()
         found = find(tmp_path, question).results
         links = [result[0].text.split("\n")[0].removeprefix("link: ") for result in found]
         assert links == [url for (url,) in expected], question
 
 
-def test_an_index_of_an_earlier_version_is_refused_in_one_line(tmp_path):
+def test_index_of_an_earlier_version_is_rejected_in_one_line(tmp_path):
     with sqlite3.connect(tmp_path / "index.sqlite") as old:
         old.executescript(
             "CREATE VIRTUAL TABLE page USING fts5(url UNINDEXED, title, snippet, text, "
             "tokenize = 'porter'); CREATE TABLE picture (hash, title, link, thumbnail, embedding);"
         )
     old.close()
-    command = r"make it anew: python -m mmsr1_jax\.scripts\.index"
+    command = r"rebuild the index: python -m mmsr1_jax\.scripts\.index"
     with pytest.raises(LocalIndexError, match=command) as error:
         LocalIndex(tmp_path)
     assert "\n" not in str(error.value)
@@ -175,9 +176,9 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_time_grows_with_the_length_of_a_page(name):
+def test_search_takes_linear_time(name):
     def search(length):
         text = HOSTILE[name](length)
-        return lambda: (best_passages(text, "塔 a y x", 1000), words_of(text[: length // 10]))
+        return lambda: (best_passages(text, "塔 a y x", 1000), fts_query(text[: length // 10]))
 
     assert_linear(search, 10_000, slack=0.05)

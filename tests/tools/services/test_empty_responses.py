@@ -17,7 +17,7 @@ from mmsr1_jax.tools.services.serper import Serper
 from mmsr1_jax.tools.services.summariser import Summariser
 from mmsr1_jax.tools.text_search import PassageSearch, TextSearch
 from mmsr1_jax.tools.tool_cache import ToolCache
-from mmsr1_jax.tools.web import Answer, StatusError, WebError
+from mmsr1_jax.tools.web import StatusError, WebError, WebResponse
 
 
 class Answering:
@@ -26,19 +26,19 @@ class Answering:
     def __init__(self, *answers):
         self.answers, self.calls = list(answers), 0
 
-    async def call(self, method, url, read=lambda answer: answer, **request):
+    async def call(self, method, url, parse=lambda answer: answer, **request):
         self.calls += 1
         answer = self.answers[0] if len(self.answers) == 1 else self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
-        if isinstance(answer, Answer):
-            return read(answer)
-        return read(Answer("", "application/json", None, json.dumps(answer).encode()))
+        if isinstance(answer, WebResponse):
+            return parse(answer)
+        return parse(WebResponse("", "application/json", None, json.dumps(answer).encode()))
 
 
 def text_answer(text, charset=None, media_type="text/plain"):
     body = text if isinstance(text, bytes) else text.encode()
-    return Answer("", media_type, charset, body)
+    return WebResponse("", media_type, charset, body)
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,7 @@ NONE = "Google hasn't returned any results for this query."
     ("retrieval", {"result": [[]]}),
     ("retrieval", {"results": []}),
 ])  # fmt: skip
-def test_nothing_found_where_the_service_says_so(name, answer):
+def test_explicitly_empty_response_has_no_results(name, answer):
     assert found(name, answer) == []
 
 
@@ -102,7 +102,7 @@ def test_nothing_found_where_the_service_says_so(name, answer):
     ("retrieval", {"results": [{"id": "1", "content": "..."}]}),
     ("retrieval", {"result": [[], []]}),
 ])  # fmt: skip
-def test_an_answer_without_results_is_a_failure(name, answer):
+def test_response_without_result_list_is_an_error(name, answer):
     with pytest.raises(WebError) as raised:
         found(name, answer)
     assert "secret" not in str(raised.value) and "\n" not in str(raised.value)
@@ -121,7 +121,7 @@ def test_an_answer_without_results_is_a_failure(name, answer):
     ("searxng", StatusError(403, None, b"<h1>Forbidden</h1>"), 403),
     ("retrieval", {"error": {"message": "insufficient quota", "code": 429}}, 402),
 ])  # fmt: skip
-def test_refusals_have_the_status_that_means_them(name, answer, status):
+def test_refusal_messages_are_mapped_to_a_status(name, answer, status):
     with pytest.raises(StatusError) as raised:
         found(name, answer)
     assert raised.value.status == status and not raised.value.transient
@@ -135,14 +135,14 @@ def test_refusals_have_the_status_that_means_them(name, answer, status):
     ("searxng", StatusError(503, None, b"unauthorized upstream")),
     ("retrieval", {"error": "CUDA out of memory"}),
 ])  # fmt: skip
-def test_faults_that_pass_are_no_refusals(name, answer):
+def test_transient_errors_are_not_refusals(name, answer):
     with pytest.raises(WebError) as raised:
         found(name, answer)
     assert raised.value.transient or not isinstance(raised.value, StatusError)
     assert getattr(raised.value, "status", None) not in (401, 402, 403)
 
 
-def test_results_count_more_than_an_error_beside_them():
+def test_results_take_precedence_over_an_error_field():
     entry = {"link": "http://a", "title": "t", "snippet": "s"}
     answer = META | {"error": NONE, "organic_results": [entry, None, {"link": None}]}
     assert found("serpapi", answer) == [Hit("http://a", "t", "s")]
@@ -159,7 +159,7 @@ def test_results_count_more_than_an_error_beside_them():
     ("searxng", {"results": [], "answers": ["1932"], "unresponsive_engines": [["x", "y"]]}, "1932"),
     ("searxng", {"results": [], "infoboxes": [{"infobox": "T", "content": "1932"}]}, "1932"),
 ])  # fmt: skip
-def test_what_a_search_engine_answers_itself_is_shown_and_not_read(name, answer, text):
+def test_answer_boxes_are_shown_as_hits_without_reading_a_page(name, answer, text):
     class Unused:
         async def read(self, url):
             raise AssertionError(url)
@@ -194,7 +194,7 @@ DOCUMENTS = [
 
 
 @pytest.mark.parametrize("answer, passage", DOCUMENTS)
-def test_documents_of_retrieval_servers_are_read_whatever_their_fields(answer, passage):
+def test_retrieval_documents_are_parsed_in_every_known_format(answer, passage):
     assert found("retrieval", answer) == [passage]
 
 
@@ -220,7 +220,7 @@ NO_PAGES = {
 
 
 @pytest.mark.parametrize("kind", NO_PAGES)
-def test_a_header_without_a_page_is_a_failure(kind):
+def test_jina_header_without_page_is_an_error(kind):
     jina = Jina(Answering(NO_PAGES[kind]))
     with pytest.raises(WebError):
         asyncio.run(jina.read("http://first.example"))
@@ -232,13 +232,13 @@ def test_a_header_without_a_page_is_a_failure(kind):
     ({"data": None, "code": 401, "name": "AuthenticationFailedError"}, 401),
     ({"data": None, "code": 429, "name": "RateLimitTriggeredError"}, 429),
 ])  # fmt: skip
-def test_an_error_of_the_reader_itself_has_its_status(answer, status):
+def test_jina_errors_keep_their_status(answer, status):
     with pytest.raises(StatusError) as raised:
         asyncio.run(Jina(Answering(answer)).read("http://x"))
     assert raised.value.status == status
 
 
-def test_a_page_that_cannot_be_had_is_no_refusal_of_the_service():
+def test_error_of_a_page_is_not_a_refusal_of_the_service():
     """One page's 403 must not stop a run as a refused key does."""
     with pytest.raises(WebError, match="HTTP status 403") as raised:
         asyncio.run(Jina(Answering(NO_PAGES["target refused"])).read("http://x"))
@@ -257,22 +257,24 @@ def test_a_page_that_cannot_be_had_is_no_refusal_of_the_service():
                  "application/json"), "Built in 1932"),
     (text_answer('{"name": "a page that is JSON itself"}'), '{"name": "a page'),
 ])  # fmt: skip
-def test_pages_of_the_reader_service_are_read(answer, text):
+def test_jina_pages_are_parsed(answer, text):
     assert text in asyncio.run(Jina(Answering(answer)).read("http://x"))
 
 
-def test_the_next_hit_is_read_in_place_of_a_page_that_says_nothing():
+def test_page_without_content_is_replaced_by_the_next_hit():
     hits = {"results": [{"url": f"http://{n}", "title": "t"} for n in range(3)]}
     pages = [text_answer("Just a moment..."), text_answer(HEADER), text_answer("Built in 1932.")]
     finder = SearXNG(Answering(hits), base_url="http://x")
-    found = asyncio.run(TextSearch(finder, Jina(Answering(*pages)), results=1, spare=2)(query()))
+    found = asyncio.run(
+        TextSearch(finder, Jina(Answering(*pages)), max_results=1, num_spare=2)(query())
+    )
     assert [result[0].text for result in found.results] == [
         "link: http://2\nsummary: Built in 1932."
     ]
     assert "page 1: " in found.error and "page 2: " in found.error
 
 
-def test_hits_are_not_shown_blank():
+def test_hits_without_text_are_skipped():
     entries = [{"link": "http://a"}, {"link": "http://b", "title": None, "snippet": ["x"]},
                {"link": "http://c", "title": "Tower", "snippet": "..."}]  # fmt: skip
     service = Answering(META | {"organic_results": entries})
@@ -281,14 +283,14 @@ def test_hits_are_not_shown_blank():
 
 
 @pytest.mark.parametrize("summary", ["", " \n", "...", "\u200b"])
-def test_a_blank_summary_is_a_failure(summary):
+def test_blank_summary_is_an_error(summary):
     service = Answering({"choices": [{"message": {"content": summary}}]})
     summariser = Summariser(service, base_url="http://x", model="m")
     with pytest.raises(WebError, match="no summary"):
         asyncio.run(summariser.summarise("page", "q"))
 
 
-def test_what_failed_is_asked_for_again(tmp_path):
+def test_failures_are_retried_in_mode_use(tmp_path):
     """Metadata alone, an error in a 200, a blank page: none of them is kept as an answer."""
     full = META | {"organic_results": [{"link": "http://a", "title": "T", "snippet": "s"}]}
     answers = [META, {"error": "Invalid API key."}, full]
@@ -306,7 +308,7 @@ def test_what_failed_is_asked_for_again(tmp_path):
     assert service.calls == 3 and reading.calls == 3
 
 
-def test_passages_without_text_are_not_kept_as_nothing_found(tmp_path):
+def test_response_without_passages_is_not_cached(tmp_path):
     good = DOCUMENTS[0][0]
     service = Answering({"result": [[{"document": {"id": "1"}}]]}, {"error": "busy"}, good)
     retrieval = Retrieval(service, base_url="http://x")
@@ -320,7 +322,7 @@ def test_passages_without_text_are_not_kept_as_nothing_found(tmp_path):
     b"<html><head><title>Just a moment...</title></head><body><h2>Enable JavaScript and cookies to "
     b"continue</h2></body></html>",
 ])  # fmt: skip
-def test_the_built_in_reader_fails_on_pages_that_say_nothing(body):
+def test_reader_rejects_pages_without_content(body):
     reader = Reader(Answering(text_answer(body, None, "text/html")))
     with pytest.raises(WebError):
         asyncio.run(reader.read("http://x"))
