@@ -65,11 +65,11 @@ EXPRESSIONS: dict[str, tuple[Text, ...]] = {
     "utils.outputs._LEFT_OVER": (),
     "scripts.settings.meanings_of": (),  # reads docstrings of this package
     "config.redaction._ADDRESS": (lambda n: "a:b@" * (n // 4), lambda n: "a" * n + "?"),
-    "config.redaction._MARKS": (),
+    "config.redaction._PARAMETER_MARKS": (),
     "config.redaction._SECRET_NAMES": (lambda n: "api_" * (n // 4), lambda n: "key_id" * (n // 6)),
     "config.redaction._USER": (),
     "config.redaction._has_password": (),
-    "config.redaction._in_address": (),
+    "config.redaction._describe_secret": (),
     "config.redaction._is_secret": (),
     "config.redaction._redact_address": (),
     "config.redaction.redact": (),

@@ -43,8 +43,8 @@ class _Table(dict):
 
 
 LOOKS_LIKE = _Table()
-"""Text by code point: lower-case ASCII where a character resembles that; "" for what is invisible
-or a combining mark; a space or a newline for white space."""
+"""Text by code point: lower-case ASCII for a character that resembles it, "" for an invisible
+character or a combining mark, and a space or a newline for white space."""
 
 
 def is_lookalike(character: str) -> bool:

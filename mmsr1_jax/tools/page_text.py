@@ -28,7 +28,7 @@ _MANY_MARKS = regex.compile(r"(\p{M}{16})\p{M}++")
 
 
 class PageError(UserError):
-    """Bytes that are not a page; the message says what they are."""
+    """Bytes that are not a page; the message says why."""
 
 
 def read_page(body: bytes, charset: str | None = None, media_type: str = "text/html") -> str:

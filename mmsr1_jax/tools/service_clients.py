@@ -57,6 +57,9 @@ class ServiceClients:
 
     Attributes:
       cached_calls: Cache of calls, which the clients use.
+
+    Raises:
+      ToolsError: `limits` or `allowed_hosts` is invalid.
     """
 
     def __init__(
@@ -75,6 +78,11 @@ class ServiceClients:
             services.retrieval_url, services.summariser_url, services.judge_url,
             services.upload_url,
         )  # fmt: skip
+        for host in services.allowed_hosts:
+            if not _has_host(host):
+                raise ToolsError(
+                    f"config.services.allowed_hosts: {host!r} is not `host`, `host:port` or a URL"
+                )
         configured = [url for url in urls if url and _has_host(url)]
         self._services_web = WebClient(allowed_hosts=configured, timeout=services.timeout)
         self._pages_web = WebClient(allowed_hosts=services.allowed_hosts, timeout=services.timeout)
@@ -93,7 +101,7 @@ class ServiceClients:
     def any_host(self, name: str) -> Service:
         """Return an HTTP client for arbitrary hosts.
 
-        It has no circuit breaker, since the failure of one host says nothing about the others, and
+        It has no circuit breaker, since the failures of different hosts are unrelated, and
         no retries, since the next hit is tried instead.
         """
         return self._limited(
@@ -167,7 +175,7 @@ def required(field: str, value: str | None) -> str:
 
 
 def _has_host(url: str) -> bool:
-    """Return whether a URL names a host. Requests to one that does not are refused later."""
+    """Return whether a host or URL is valid. Requests to an invalid URL are refused later."""
     try:
         parse_host(url)
     except ValueError:

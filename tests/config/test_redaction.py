@@ -1,4 +1,4 @@
-"""Secrets in addresses are refused in settings, and taken out of whatever is written."""
+"""URLs with secrets are rejected as settings, and secrets are redacted from written files."""
 
 import dataclasses
 import json
@@ -57,9 +57,9 @@ def test_settings_with_a_secret_are_rejected_without_showing_it(address):
         changed = dataclasses.replace(getattr(config, part), **{field: address})
         with pytest.raises(ConfigError) as error:
             validate(dataclasses.replace(config, **{part: changed}))
-        said = str(error.value)
-        assert said.startswith(f"config.{part}.{field}: ") and variable in said
-        assert "hunter2" not in said and "ter2" not in said and "\n" not in said
+        message = str(error.value)
+        assert message.startswith(f"config.{part}.{field}: ") and variable in message
+        assert "hunter2" not in message and "ter2" not in message and "\n" not in message
     hosts = dataclasses.replace(config.services, allowed_hosts=("a", address))
     with pytest.raises(ConfigError, match=r"^config\.services\.allowed_hosts: "):
         validate(dataclasses.replace(config, services=hosts))
@@ -70,8 +70,10 @@ def test_redis_password_is_accepted_and_not_written(tmp_path):
     config.services.cache = "redis://:hunter2@127.0.0.1:6379/0"
     run_config.write(tmp_path / "config.json", validate(config), "m")
     assert "hunter2" not in (tmp_path / "config.json").read_text()
-    read, _ = run_config.read(tmp_path / "config.json")
-    assert read.services.cache == "redis://127.0.0.1:6379/0"  # and CACHE_PASSWORD
+    saved, _ = run_config.read(tmp_path / "config.json")
+    assert (
+        saved.services.cache == "redis://127.0.0.1:6379/0"
+    )  # the password is read from CACHE_PASSWORD
 
 
 @pytest.mark.parametrize("address", PLAIN)

@@ -1,4 +1,4 @@
-"""Which addresses are public, which hosts are allowed, and whose name lookups wait for whom."""
+"""Public addresses, allowed hosts, and name lookups."""
 
 import asyncio
 import os
@@ -15,13 +15,13 @@ from mmsr1_jax.tools.addresses import is_public, parse_host
 from mmsr1_jax.tools.web import RefusedError, UnreachableError, WebClient
 
 
-def listed(text):
+def parse_list(text):
     return text.split()
 
 
-# Every block of the IANA special-purpose registries (their first, a middle and the last address
-# where it matters), and addresses that wrap a private one.
-PRIVATE = listed("""
+# Addresses of every block of the IANA special-purpose registries, and addresses that embed a
+# private one.
+PRIVATE = parse_list("""
 0.0.0.0 0.1.2.3 10.1.1.1 10.255.255.255 100.64.0.1 100.100.100.200 100.127.255.255 127.0.0.1
 127.255.255.254 169.254.169.254 172.16.0.1 172.31.255.255 192.0.0.1 192.0.0.170 192.0.0.192
 192.0.2.1 192.31.196.1 192.52.193.1 192.88.99.1 192.168.0.1 192.175.48.1 198.18.0.1 198.19.255.255
@@ -34,7 +34,7 @@ PRIVATE = listed("""
 8000::1 fc00::1 fd00:ec2::254 fd20:ce::254 fe80::1 fe80::1%eth0 fec0::1 ff02::1 ff0e::1
 2606:4700:0:1:0:5efe:7f00:1 2606:4700:0:1:200:5efe:a00:1 2606:4700:0:1:0:5efe:808:808
 """)
-PUBLIC = listed("""
+PUBLIC = parse_list("""
 8.8.8.8 1.1.1.1 9.255.255.255 11.0.0.0 100.63.255.255 100.128.0.1 172.15.0.1 172.32.0.1 192.0.1.1
 192.167.255.255 198.17.255.255 198.20.0.1 223.255.255.255 ::ffff:8.8.8.8 64:ff9b::808:808
 2001:200::1 2001:4860:4860::8888 2003::1 2606:4700::1111 2620:4f:7fff::1 2a00:1450::1 3ffe::1
@@ -77,59 +77,59 @@ def test_text_without_a_host_is_rejected(text):
         parse_host(text)
 
 
-def refused(web, url):
-    """Whether the address was refused, not merely found closed."""
+def is_refused(web, url):
+    """Return whether the address was refused, rather than unreachable."""
     try:
         asyncio.run(web.request("GET", url, accept=()))
     except RefusedError:
         return True
     except UnreachableError:
         return False
-    raise AssertionError("answered")
+    raise AssertionError("the request succeeded")
 
 
 def test_allowed_host_allows_only_that_host_and_port():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    one = WebClient(allowed_hosts=[f"http://127.0.0.1:{port}/v1"], timeout=60)
-    assert not refused(one, f"http://127.0.0.1:{port}/x")
-    assert refused(one, f"http://127.0.0.1:{port + 1}/x")
-    assert refused(one, f"http://localhost:{port}/x")  # another name
-    six = WebClient(allowed_hosts=["http://[0:0::1]:9/"], timeout=60)
-    assert not refused(six, "http://[::1]:9/")
-    assert refused(six, "http://[::1]:10/")
-    assert refused(six, "http://[::ffff:127.0.0.1]:9/")
-    default = WebClient(allowed_hosts=["http://localhost"], timeout=60)
-    assert refused(default, "http://localhost:8/")  # allowed on port 80 only
+    client = WebClient(allowed_hosts=[f"http://127.0.0.1:{port}/v1"], timeout=60)
+    assert not is_refused(client, f"http://127.0.0.1:{port}/x")
+    assert is_refused(client, f"http://127.0.0.1:{port + 1}/x")
+    assert is_refused(client, f"http://localhost:{port}/x")  # another name
+    ipv6_client = WebClient(allowed_hosts=["http://[0:0::1]:9/"], timeout=60)
+    assert not is_refused(ipv6_client, "http://[::1]:9/")
+    assert is_refused(ipv6_client, "http://[::1]:10/")
+    assert is_refused(ipv6_client, "http://[::ffff:127.0.0.1]:9/")
+    default_port_client = WebClient(allowed_hosts=["http://localhost"], timeout=60)
+    assert is_refused(default_port_client, "http://localhost:8/")  # allowed on port 80 only
 
 
 @pytest.fixture
 def slow_names(monkeypatch):
-    """Names that end in .slow are not found until the test is over; how often each was asked."""
-    over, asked = threading.Event(), []
+    """Lookups of names that end in .slow do not return before the test ends; yields the names."""
+    finished, names = threading.Event(), []
     real = socket.getaddrinfo
 
     def getaddrinfo(host, *rest, **keywords):
         if str(host).endswith(".slow"):
-            asked.append(host)
-            over.wait()
+            names.append(host)
+            finished.wait()
             raise socket.gaierror(socket.EAI_AGAIN, "try again")
         return real(host, *rest, **keywords)
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    yield asked
-    over.set()
+    yield names
+    finished.set()
 
 
 def test_slow_lookups_do_not_delay_configured_services_or_threads(slow_names):
-    web, own = WebClient(timeout=600), WebClient(allowed_hosts=["localhost:1"], timeout=600)
+    web, configured = WebClient(timeout=600), WebClient(allowed_hosts=["localhost:1"], timeout=600)
 
     async def main():
         names = [f"http://a{i % 50}.slow/" for i in range(200)]
         waiting = [asyncio.ensure_future(web.request("GET", url, accept=())) for url in names]
         await asyncio.sleep(0)
         with pytest.raises(UnreachableError):
-            await own.request("GET", "http://localhost:1/", accept=())
+            await configured.request("GET", "http://localhost:1/", accept=())
         assert await asyncio.to_thread(len, "abc") == 3
         assert not any(task.done() for task in waiting)
         for task in waiting:
@@ -141,10 +141,10 @@ def test_slow_lookups_do_not_delay_configured_services_or_threads(slow_names):
 
 
 def test_cancelled_lookup_continues_for_other_callers(monkeypatch):
-    gate = threading.Event()
+    answer_lookup = threading.Event()
 
     def getaddrinfo(host, port, **keywords):
-        gate.wait()
+        answer_lookup.wait()
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.7", port))]
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
@@ -155,7 +155,7 @@ def test_cancelled_lookup_continues_for_other_callers(monkeypatch):
         await asyncio.sleep(0)
         first.cancel()
         await asyncio.sleep(0)
-        gate.set()
+        answer_lookup.set()
         return await second
 
     assert asyncio.run(main()) == ["192.0.2.7"]
@@ -175,7 +175,7 @@ asyncio.run(main())
 """
     root = pathlib.Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    # The lookup takes hours; the limit is for a machine that is busy.
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+    # The lookup takes hours; the timeout allows for a busy machine.
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                           env=environment, timeout=120)  # fmt: skip
-    assert done.returncode == 0 and "did not respond in time" in done.stdout, done.stderr
+    assert process.returncode == 0 and "did not respond in time" in process.stdout, process.stderr

@@ -1,6 +1,5 @@
-"""Settings to tools: every combination that can be made is, and what is missing is named."""
+"""Tools built from settings: every valid combination works, and missing settings are named."""
 
-import asyncio
 import io
 import json
 import os
@@ -13,23 +12,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mmsr1_jax.config import settings
-from mmsr1_jax.tools import Query
 from mmsr1_jax.tools.build import ToolsError, make_tools
 from mmsr1_jax.tools.services import KeyMissingError, fvqa
 from tests.servers import serve
-
-
-def configured(*, services=None, **tools):
-    return settings.validate(
-        settings.Config(
-            tools=settings.Tools(**tools), services=settings.Services(**(services or {}))
-        )
-    )
-
-
-def ask(tools, action="text_search", **query):
-    given = {"text": "q" if action == "text_search" else None, "question": "What?"} | query
-    return asyncio.run(tools[action](Query(action=action, **given)))
+from tests.tools.configured_tools import ask, configured
 
 
 @pytest.fixture
@@ -43,7 +29,7 @@ def test_every_combination_of_settings_can_be_built(keys, tmp_path):
     (tmp_path / "cache.json").write_text("{}")
     services = {"upload_url": "http://p/", "public_url": "http://q/", "summariser_url": "http://s",
                 "fvqa_cache": str(tmp_path / "cache.json"),
-                "cache": str(tmp_path / "store.sqlite")}  # fmt: skip
+                "cache": str(tmp_path / "cache.sqlite")}  # fmt: skip
     for text in settings.TEXT_SEARCHES:
         for image in settings.IMAGE_SEARCHES:
             for reader in settings.READERS:
@@ -90,41 +76,43 @@ def jpeg(colour) -> bytes:
 @pytest.fixture(scope="module")
 def address():
     async def search(request):
-        found = [{"url": "http://10.0.0.1/private", "title": "t", "content": "c"},
+        observation = [{"url": "http://10.0.0.1/private", "title": "t", "content": "c"},
                  {"url": f"{request.base_url}page", "title": "t", "content": "c"}]  # fmt: skip
-        return JSONResponse({"results": found})
+        return JSONResponse({"results": observation})
 
     async def page(request):
         return Response("The text of the page.", media_type="text/plain")
 
-    async def picture(request):
+    async def image(request):
         return Response(jpeg("red"), media_type="image/jpeg")
 
     async def retrieve(request):
         return JSONResponse({"result": [[{"document": {"contents": "Title\nText."}}]]})
 
-    routes = [Route("/search", search), Route("/page", page), Route("/picture", picture),
+    routes = [Route("/search", search), Route("/page", page), Route("/picture", image),
               Route("/retrieve", retrieve, methods=["POST"])]  # fmt: skip
     with serve(Starlette(routes=routes)) as address:
         yield address
 
 
 def test_text_search_follows_the_settings(address):
-    own = {"searxng_url": address, "retrieval_url": address, "max_attempts": 1,
+    services = {"searxng_url": address, "retrieval_url": address, "max_attempts": 1,
            "allowed_hosts": (address.removeprefix("http://"),)}  # fmt: skip
-    found = ask(make_tools(configured(text="searxng", services=own)))
-    assert [r[0].text for r in found.results] == [
+    observation = ask(make_tools(configured(text="searxng", services=services)))
+    assert [r[0].text for r in observation.results] == [
         f"link: {address}/page\nsummary: The text of the page."
     ]
-    assert found.error == "page 1: the address is not public"
-    found = ask(make_tools(configured(text="searxng", services=own | {"reader": "none"})))
-    assert [r[0].text.split("\n")[1] for r in found.results] == ["summary: c"] * 2
-    found = ask(make_tools(configured(text="retrieval", services=own)))
-    assert found.results == [(found.results[0][0],)]
-    assert found.results[0][0].text == "link: Title\nsummary: Text."
-    private = {k: v for k, v in own.items() if k != "allowed_hosts"}
-    found = ask(make_tools(configured(text="searxng", services=private)))
-    assert found.status == "failed" and "not public" in found.error
+    assert observation.error == "page 1: the address is not public"
+    observation = ask(
+        make_tools(configured(text="searxng", services=services | {"reader": "none"}))
+    )
+    assert [r[0].text.split("\n")[1] for r in observation.results] == ["summary: c"] * 2
+    observation = ask(make_tools(configured(text="retrieval", services=services)))
+    assert observation.results == [(observation.results[0][0],)]
+    assert observation.results[0][0].text == "link: Title\nsummary: Text."
+    without_allowed_hosts = {k: v for k, v in services.items() if k != "allowed_hosts"}
+    observation = ask(make_tools(configured(text="searxng", services=without_allowed_hosts)))
+    assert observation.status == "failed" and "not public" in observation.error
 
 
 def cached(path, address, example):
@@ -138,7 +126,7 @@ def titles(observation):
 
 
 def test_released_fvqa_cache_is_read(address, tmp_path):
-    """The released pickle: addresses, or pictures inside it."""
+    """The released pickle contains URLs or images."""
     red, palette = PIL.Image.new("RGB", (30, 20), "red"), PIL.Image.new("P", (8, 8))
     palette.putpalette([0, 0, 255] * 256)
     data = {
@@ -151,11 +139,11 @@ def test_released_fvqa_cache_is_read(address, tmp_path):
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         path = tmp_path / f"{protocol}.pkl"
         path.write_bytes(pickle.dumps(data, protocol))
-        found = cached(path, address, "a")
-        assert titles(found) == ["\ntitle: one", "\ntitle: three"]
-        assert found.results[0][1].image == jpeg("red")
-        assert found.results[1][1].image.getpixel((0, 0)) == (255, 0, 0)
-        assert found.error == "2: HTTP status 404"
+        observation = cached(path, address, "a")
+        assert titles(observation) == ["\ntitle: one", "\ntitle: three"]
+        assert observation.results[0][1].image == jpeg("red")
+        assert observation.results[1][1].image.getpixel((0, 0)) == (255, 0, 0)
+        assert observation.error == "2: HTTP status 404"
         blue = cached(path, address, "c").results[0][1].image
         assert blue.size == (8, 8) and blue.getpixel((3, 3)) == (0, 0, 255)
         assert cached(path, address, "b").status == cached(path, address, "d").status == "empty"
@@ -183,9 +171,9 @@ def test_code_in_a_pickled_cache_is_not_run(tmp_path):
 
 
 def test_recorded_image_results_are_read(shared):
-    known = fvqa.load_results(shared / "data" / "image_search_results.json")
+    results = fvqa.load_results(shared / "data" / "image_search_results.json")
     raw = json.loads((shared / "data" / "image_search_results.json").read_text("utf-8"))
-    assert {k: [t for t, _ in v] for k, v in known.items()} == {
+    assert {k: [t for t, _ in v] for k, v in results.items()} == {
         k: [e["title"] for e in v] for k, v in raw.items()
     }
 
@@ -198,16 +186,16 @@ def test_limits_of_single_services_are_divided_by_loops():
         assert (service._max_qps, service._max_concurrency) == expected
         reader = search._tool._reader._reader._service
         assert reader._max_concurrency == -(-50 // loops) and reader._max_attempts == 1
-    for wrong in ("searxng", "google=1/1", "reader=0/5", "reader=x/5"):
+    for invalid in ("searxng", "google=1/1", "reader=0/5", "reader=x/5"):
         with pytest.raises(ToolsError, match="services.limits: "):
-            make_tools(configured(text="searxng", services={"limits": (wrong,)}))
+            make_tools(configured(text="searxng", services={"limits": (invalid,)}))
 
 
 def test_pages_cannot_be_fetched_from_configured_services():
-    """Only what `allowed_hosts` names is open to pages; services are where the settings say."""
+    """Only `allowed_hosts` are open to pages, not the hosts of configured services."""
     with serve(Starlette(routes=[Route("/{rest:path}", lambda r: JSONResponse({
         "results": [{"url": f"{r.base_url}page", "title": "t", "content": "s"}]
     }))])) as address:  # fmt: skip
         config = configured(text="searxng", services={"searxng_url": address})
-        found = ask(make_tools(config))
-        assert found.status == "failed" and "the address is not public" in found.error
+        observation = ask(make_tools(config))
+        assert observation.status == "failed" and "the address is not public" in observation.error

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001
-"""Pages in the charsets of the web, declared rightly, wrongly or not at all."""
+"""Pages in the charsets of the web, with a correct, wrong or missing declaration."""
 
 import codecs
 import os
@@ -29,7 +29,7 @@ TEXTS = {
     "ar": "بني البرج عام 1932 على يد المهندس علي ويبلغ ارتفاعه تسعين مترا، وهو أعلى مبنى.",
     "th": "หอคอยนี้สร้างโดยวิศวกรสมชายในปี พ.ศ. 2475 มีความสูงเก้าสิบเมตร สูงที่สุดในเมืองนี้",
 }  # fmt: skip
-# Language, label as pages write it, codec that wrote the page.
+# Language, label in the page, codec of the page.
 PAGES = [
     ("en", "utf-8", "utf-8"), ("en", "iso-8859-1", "cp1252"), ("en", "latin1", "cp1252"),
     ("fr", "ISO-8859-15", "iso8859-15"), ("fr", "us-ascii", "cp1252"),
@@ -67,7 +67,7 @@ def test_page_is_decoded_from_header_declaration_or_detection(language, label, c
     for header in (label, None, "utf-8", "no-such-charset"):
         for declaration in (meta, old, ""):
             if header == "utf-8" and codec == "iso8859-15":
-                continue  # nothing tells it from windows-1252 where no byte differs
+                continue  # indistinguishable from windows-1252 for this text
             assert text in decode(page(text, declaration, menu).encode(codec), header)
 
 
@@ -76,7 +76,7 @@ def test_plain_text_is_decoded_with_and_without_header(language, label, codec):
     text = TEXTS[language]
     assert text in decode((text + "\n").encode(codec), label, markup=False)
     if label in ("utf-16le",):
-        return  # Chinese without a zero byte: nothing shows what it is
+        return  # Chinese text without a zero byte cannot be detected
     assert text in decode((text + "\n").encode(codec) * 3, None, markup=False)
 
 

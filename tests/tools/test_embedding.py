@@ -1,4 +1,4 @@
-"""Pictures by embeddings of the vision tower: the tower's own numbers, and searches with them."""
+"""Image embeddings by the vision tower, and image searches with them."""
 
 import asyncio
 import concurrent.futures
@@ -29,7 +29,7 @@ from mmsr1_jax.tools.index_builder import LocalIndexError, build_index
 from mmsr1_jax.tools.local_index import LocalIndex
 from mmsr1_jax.utils import compile_counter
 from tests.test_score import run
-from tests.tools.test_local_index import CHANGES, look_up, titles, write
+from tests.tools.test_local_index import MODIFICATIONS, look_up, titles, write
 
 
 @pytest.fixture(scope="module")
@@ -37,27 +37,27 @@ def embed(tiny_dir):
     return Embedder(tiny_dir)
 
 
-def picture(width, height, seed=0):
-    """A few random colours, smoothly blended."""
+def make_image(width, height, seed=0):
+    """Return an image of a few random colours, smoothly blended."""
     colours = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), np.uint8)
     return PIL.Image.fromarray(colours).resize((width, height), PIL.Image.Resampling.BICUBIC)
 
 
-# Of 1, 20 and 2 windows: two programs.
-PICTURES = [picture(112, 112), picture(20 * 112, 28, 1), picture(140, 112, 2)]
+# They take 1, 20 and 2 windows, hence two programs.
+IMAGES = [make_image(112, 112), make_image(20 * 112, 28, 1), make_image(140, 112, 2)]
 
 
-def changed(source, target, change):
-    """A copy of a policy whose tensors went through `change(tensors)`."""
+def copy_modified(source, target, modify):
+    """Copy a policy directory and apply `modify` to its tensors."""
     shutil.copytree(source, target)
     tensors = safetensors.numpy.load_file(target / "model.safetensors")
-    change(tensors)
+    modify(tensors)
     safetensors.numpy.save_file(tensors, target / "model.safetensors")
     return target
 
 
 def add(name, value, tensors):
-    """Adds to one number of a tensor."""
+    """Add a value to one number of a tensor."""
     tensor = tensors[name].copy()
     tensor.reshape(-1)[-1] += value
     tensors[name] = tensor
@@ -72,35 +72,34 @@ BIAS = "visual.merger.mlp.2.bias"
 
 
 def test_embedding_is_the_mean_of_the_models_visual_tokens(tiny_dir, embed):
-    """The mean, in float64, of the tokens that the policy itself would see. There the pictures are
-    in a batch of two rows, of another length."""
+    """Compared with the mean, in float64, of the model's visual tokens of larger batches."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     model = qwen2_5_vl.load(tiny_dir, mesh=mesh)
     processor = ImageProcessor.from_directory(tiny_dir)
-    patches = [processor(image) for image in PICTURES]
+    patches = [processor(image) for image in IMAGES]
     images = [(p.values, p.grid) for p in patches]
     packed, indices = pack_images([images[:2], images[2:]], 24, model.config.vision)
     tokens = np.asarray(model.encode_images(packed), np.float64)
     merged = np.concatenate([tokens[row][index] for row, index in enumerate(indices)])
     ends = np.cumsum([len(p.values) // 4 for p in patches])
     assert ends[-1] == len(merged)
-    for image, own in zip(PICTURES, np.split(merged, ends[:-1]), strict=True):
-        expected = own.mean(axis=0) / np.sqrt((own.mean(axis=0) ** 2).sum())
-        found = embed(image)
-        assert found.dtype == np.float32 and found.shape == (model.config.text.hidden_size,)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    for image, tokens_of_image in zip(IMAGES, np.split(merged, ends[:-1]), strict=True):
+        expected = tokens_of_image.mean(axis=0) / np.sqrt((tokens_of_image.mean(axis=0) ** 2).sum())
+        vector = embed(image)
+        assert vector.dtype == np.float32 and vector.shape == (model.config.text.hidden_size,)
+        np.testing.assert_allclose(vector, expected, rtol=0, atol=1e-5)
 
 
 def test_one_program_is_compiled_per_window_bucket(tiny_dir, embed):
-    expected = [embed(image) for image in PICTURES]
+    expected = [embed(image) for image in IMAGES]
     fresh, before = Embedder(tiny_dir), compile_counter.count()
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
-        found = list(threads.map(fresh, PICTURES * 4))
+        vectors = list(threads.map(fresh, IMAGES * 4))
     assert compile_counter.count() - before == 2
-    with jax.set_mesh(sharding.make_mesh()):  # a mesh of the caller's changes nothing
-        found += [fresh(image) for image in PICTURES]
+    with jax.set_mesh(sharding.make_mesh()):  # the caller's mesh has no effect
+        vectors += [fresh(image) for image in IMAGES]
     assert compile_counter.count() - before == 2
-    for number, vector in enumerate(found):
+    for number, vector in enumerate(vectors):
         np.testing.assert_array_equal(vector, expected[number % 3])
 
 
@@ -119,8 +118,8 @@ def test_the_largest_image_fits_the_largest_program():
 
 
 def test_fingerprint_depends_on_tower_and_preprocessing_only(tiny_dir, embed, tmp_path):
-    def fingerprint(name, change):
-        return Embedder(changed(tiny_dir, tmp_path / name, change)).fingerprint
+    def fingerprint(name, modify):
+        return Embedder(copy_modified(tiny_dir, tmp_path / name, modify)).fingerprint
 
     assert len(embed.fingerprint) == 32
     assert fingerprint("copy", lambda tensors: None) == embed.fingerprint
@@ -140,10 +139,10 @@ def test_fingerprint_depends_on_tower_and_preprocessing_only(tiny_dir, embed, tm
 
 def test_nonfinite_embeddings_are_rejected(tiny_dir, tmp_path, capsys):
     add_nan = functools.partial(add, BIAS, np.nan)
-    broken = Embedder(changed(tiny_dir, tmp_path / "broken", add_nan))
+    broken = Embedder(copy_modified(tiny_dir, tmp_path / "broken", add_nan))
     with pytest.raises(ImageError, match="embedding of the image is not finite"):
-        broken(PICTURES[0])
-    PICTURES[0].save(tmp_path / "one.png")
+        broken(IMAGES[0])
+    IMAGES[0].save(tmp_path / "one.png")
     lines = write(tmp_path / "i.jsonl", [{"image": "one.png", "title": "One"}])
     with pytest.raises(LocalIndexError, match="no valid page and no valid image"):
         build_index(tmp_path / "index", images=[lines], embed=broken)
@@ -155,62 +154,63 @@ def test_nonfinite_embeddings_are_rejected(tiny_dir, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def indexed(tiny_dir, tmp_path_factory):
-    """The command's index of 12 pictures, two titles each: (directory, what it said, pictures)."""
+    """Return (directory, process of the command, images) of an index of 12 images with 2 titles."""
     folder = tmp_path_factory.mktemp("indexed")
-    pictures = [picture(120, 100, seed) for seed in range(12)]
-    for number, image in enumerate(pictures):
-        image.save(folder / f"{number}.png")
+    images = [make_image(120, 100, seed) for seed in range(12)]
+    for position, image in enumerate(images):
+        image.save(folder / f"{position}.png")
     PIL.Image.new("RGB", (1000, 2)).save(folder / "long.png")
     lines = [{"image": f"{n}.png", "titles": [f"{n} a", f"{n} b"]} for n in range(12)]
     lines.append({"image": "long.png", "title": "long"})
     file = write(folder / "i.jsonl", lines)
-    done = run(f"--images={file}", f"--out={folder / 'index'}", f"--model={tiny_dir}",
+    process = run(f"--images={file}", f"--out={folder / 'index'}", f"--model={tiny_dir}",
                module="mmsr1_jax.scripts.index")  # fmt: skip
-    return folder / "index", done, pictures
+    return folder / "index", process, images
 
 
 def test_search_results_are_ordered_by_cosine_similarity(indexed, embed):
-    """Results in the order of their cosines in float64, but for what float16 rounds away."""
-    directory, done, pictures = indexed
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("0 pages and 24 titles of pictures in ")
-    assert "i.jsonl, line 13: skipped: 1000x2 pixels: the sides differ" in done.stderr
+    """The order is that of the similarities in float64, up to rounding to float16."""
+    directory, process, images = indexed
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("0 pages and 24 titles of pictures in ")
+    assert "i.jsonl, line 13: skipped: 1000x2 pixels: the sides differ" in process.stderr
     index, vectors = (
         LocalIndex(directory, max_results=6, embed=embed),
-        np.stack(list(map(embed, pictures))),
+        np.stack(list(map(embed, images))),
     )
     for seed in range(12, 16):
-        wanted = picture(130, 90, seed)
-        cosine = vectors.astype(np.float64) @ embed(wanted).astype(np.float64)
-        found = titles(look_up(index, wanted))
-        numbers = [int(title.split()[0]) for title in found]
-        assert found == [f"{n} {letter}" for n in numbers[::2] for letter in "ab"]
+        query_image = make_image(130, 90, seed)
+        cosine = vectors.astype(np.float64) @ embed(query_image).astype(np.float64)
+        result_titles = titles(look_up(index, query_image))
+        numbers = [int(title.split()[0]) for title in result_titles]
+        assert result_titles == [f"{n} {letter}" for n in numbers[::2] for letter in "ab"]
         best = np.sort(cosine)[::-1][:3]
         np.testing.assert_allclose(cosine[numbers[::2]], best, rtol=0, atol=1e-3)
-    for number, image in enumerate(pictures):
-        assert titles(look_up(index, image))[:2] == [f"{number} a", f"{number} b"]
+    for position, image in enumerate(images):
+        assert titles(look_up(index, image))[:2] == [f"{position} a", f"{position} b"]
     assert look_up(index, PIL.Image.new("RGB", (1000, 2))).status == "failed"
     assert look_up(index, b"rubbish").status == "failed"
-    # The hashes are there too.
-    assert titles(look_up(LocalIndex(directory), pictures[3]))[:2] == ["3 a", "3 b"]
+    # The index has the hashes as well.
+    assert titles(look_up(LocalIndex(directory), images[3]))[:2] == ["3 a", "3 b"]
 
 
 def test_index_of_another_model_is_rejected(indexed, tmp_path):
     random_policy.write(tmp_path / "other", seed=2)
     other = Embedder(tmp_path / "other")
-    with pytest.raises(LocalIndexError, match=r"index: .*another model.* --model=DIR") as caught:
+    with pytest.raises(LocalIndexError, match=r"index: .*another model.* --model=DIR") as raised:
         LocalIndex(indexed[0], embed=other)
-    assert other.fingerprint in str(caught.value)
+    assert other.fingerprint in str(raised.value)
 
 
 def test_index_without_embeddings_is_rejected(indexed, embed, tmp_path):
-    _, _, pictures = indexed
+    _, _, images = indexed
     (tmp_path / "pages.jsonl").write_text('{"title": "one"}')
-    pictures[0].save(tmp_path / "0.png")
+    images[0].save(tmp_path / "0.png")
     lines = write(tmp_path / "i.jsonl", [{"image": "0.png", "title": "zero"}])
     build_index(tmp_path / "new", images=[lines])
     (tmp_path / "old").mkdir()
-    with sqlite3.connect(tmp_path / "old" / "index.sqlite") as old:  # as it was before embeddings
+    # An index from before embeddings.
+    with sqlite3.connect(tmp_path / "old" / "index.sqlite") as old:
         old.executescript(index_builder.SCHEMA)
         old.executescript("DROP TABLE embedding_model; ALTER TABLE image DROP COLUMN embedding")
         old.execute("ATTACH ? AS new", (str(tmp_path / "new" / "index.sqlite"),))
@@ -221,35 +221,39 @@ def test_index_without_embeddings_is_rejected(indexed, embed, tmp_path):
         ):
             LocalIndex(path, embed=embed)
     for path in (tmp_path / "new", tmp_path / "old"):
-        assert titles(look_up(LocalIndex(path), pictures[0])) == ["zero"]
-    # Made with a model, but without pictures: there is nothing to be found.
+        assert titles(look_up(LocalIndex(path), images[0])) == ["zero"]
+    # Built with a model but without images: searches find nothing.
     build_index(tmp_path / "pages", [tmp_path / "pages.jsonl"], embed=embed)
-    assert look_up(LocalIndex(tmp_path / "pages", embed=embed), pictures[0]).status == "empty"
+    assert look_up(LocalIndex(tmp_path / "pages", embed=embed), images[0]).status == "empty"
 
 
 def test_model_directory_without_vision_tower_is_rejected(tiny_dir, tmp_path):
-    broken = changed(tiny_dir, tmp_path / "text only", without_vision)
+    broken = copy_modified(tiny_dir, tmp_path / "text only", without_vision)
     with pytest.raises(CheckpointError, match=r"model.safetensors: tensor visual\..* is missing"):
         Embedder(broken)
-    done = run(f"--out={tmp_path / 'index'}", f"--model={broken}", module="mmsr1_jax.scripts.index")
-    assert done.returncode == 1 and not (tmp_path / "index").exists()
-    (line,) = done.stderr.strip().splitlines()
+    process = run(
+        f"--out={tmp_path / 'index'}", f"--model={broken}", module="mmsr1_jax.scripts.index"
+    )
+    assert process.returncode == 1 and not (tmp_path / "index").exists()
+    (line,) = process.stderr.strip().splitlines()
     assert line.startswith("error: ") and "tensor visual." in line
 
 
 def test_make_tools_loads_and_precompiles_the_embedder(indexed, tiny_dir, embed, monkeypatch):
-    monkeypatch.setattr(embedding, "WINDOWS", (16,))  # fewer programs to be compiled ahead
-    directory, _, pictures = indexed
+    monkeypatch.setattr(embedding, "WINDOWS", (16,))  # fewer programs to compile
+    directory, _, images = indexed
     tools = settings.Tools(index=str(directory), image_model=str(tiny_dir), max_results=4)
     config = settings.validate(settings.Config(tools=tools))
     search = make_tools(config)["image_search"]
     before = compile_counter.count()
-    query = Query(action="image_search", text=None, question="?", images=[pictures[5]])
-    found = titles(asyncio.run(search(query)))
-    assert found == titles(look_up(LocalIndex(directory, max_results=4, embed=embed), pictures[5]))
-    assert found[:2] == ["5 a", "5 b"] and len(found) == 4
+    query = Query(action="image_search", text=None, question="?", images=[images[5]])
+    result_titles = titles(asyncio.run(search(query)))
+    assert result_titles == titles(
+        look_up(LocalIndex(directory, max_results=4, embed=embed), images[5])
+    )
+    assert result_titles[:2] == ["5 a", "5 b"] and len(result_titles) == 4
     assert compile_counter.count() == before
-    config.tools.image = "none"  # then no model is loaded
+    config.tools.image = "none"  # the model is not loaded
     config.tools.image_model = "nowhere"
     assert set(make_tools(config)) == {"text_search"}
 
@@ -266,8 +270,10 @@ def test_jax_and_the_model_are_imported_lazily():
 
 @pytest.mark.proof
 def test_real_photographs_are_found_by_a_random_tower(shared, tmp_path):
-    """Scaled and compressed ones are found. Of a tower that has learnt nothing no more can be asked
-    than most of the cropped ones: the index's default is the hash (`test_local_index.py`)."""
+    """Scaled and compressed photographs are found, and most of the cropped ones.
+
+    The tower is untrained; the index uses hashes by default (`test_local_index.py`).
+    """
     random_policy.write(
         tmp_path / "model",
         seed=1,
@@ -286,10 +292,10 @@ def test_real_photographs_are_found_by_a_random_tower(shared, tmp_path):
     assert len(photographs) == 26
     right = {
         name: np.mean([
-            titles(look_up(index, change(photograph)))[:2] == [f"{n}", f"again {n}"]
+            titles(look_up(index, modify(photograph)))[:2] == [f"{n}", f"again {n}"]
             for n, photograph in enumerate(photographs)
         ])
-        for name, change in [("same", lambda image: image), *list(CHANGES.items())[:3]]
+        for name, modify in [("same", lambda image: image), *list(MODIFICATIONS.items())[:3]]
     }  # fmt: skip
     assert right["same"] == 1 and min(right["half"], right["jpeg 40"]) >= 0.95
     assert right["cropped around"] >= 0.88 and np.mean(list(right.values())) >= 0.95, right

@@ -1,4 +1,4 @@
-"""Hostile pages through the text search into token ids."""
+"""Text search on hostile pages, up to the token ids of the policy."""
 
 import asyncio
 import re
@@ -28,24 +28,24 @@ HOSTILE = [
 ]
 
 
-def hostile_page(number: int) -> bytes:
-    """HTML that holds one of the above, in text, title and attribute; some of it invalid UTF-8."""
-    rng = np.random.default_rng(number)
-    attack = HOSTILE[number % len(HOSTILE)].encode("utf-8", "surrogatepass")
-    if number % 50 == 0:
+def hostile_page(seed: int) -> bytes:
+    """Return HTML with an attack in text, title and attribute, some of it invalid UTF-8."""
+    rng = np.random.default_rng(seed)
+    attack = HOSTILE[seed % len(HOSTILE)].encode("utf-8", "surrogatepass")
+    if seed % 50 == 0:
         filler = b"word" * 2_500_000  # 10 MB in one line
     else:
         filler = b"The bridge was opened in 1886. " * int(rng.integers(5, 40))
-    if number % 7 == 0:
+    if seed % 7 == 0:
         filler += b"\xff\xfe\xc3\x28"
-    escaped = attack.replace(b"<", b"&lt;") if number % 2 else attack
+    escaped = attack.replace(b"<", b"&lt;") if seed % 2 else attack
     return (b"<html><head><title>" + escaped + b"</title></head><body><article><p title='"
-            + escaped + b"'>" + filler + b"</p><p>The year " + str(number).encode() + b" "
+            + escaped + b"'>" + filler + b"</p><p>The year " + str(seed).encode() + b" "
             + escaped + b"</p></article></body></html>")  # fmt: skip
 
 
 def test_hostile_pages_cannot_forge_tags_or_control_tokens(shared):
-    """Through the text search into ids of the released tokenizer."""
+    """300 pages, with the released tokenizer."""
     text = (shared / "tokenizer" / "qwen" / "tokenizer.json").read_text(encoding="utf-8")
     processor = Processor(text, ImageProcessor())
     config = qwen7b.get_config()
@@ -59,7 +59,7 @@ def test_hostile_pages_cannot_forge_tags_or_control_tokens(shared):
 
     class Reader:
         async def read(self, url):
-            # As HTML, and as a reader that hands on what it gets.
+            # Either extracted from HTML or, if there is no text, unchanged.
             page = hostile_page(int(url.rsplit("/")[-1]))
             return extract(page) or page.decode("utf-8", "replace")
 
@@ -69,16 +69,18 @@ def test_hostile_pages_cannot_forge_tags_or_control_tokens(shared):
             processor.control["<|im_start|>"]]  # fmt: skip
     readable = 0
     for first in range(0, 300, 5):
-        asked = Query(action="text_search", text=str(first), question=example.question)
-        observation = rules.validate_observation(asyncio.run(search(asked)))
-        reply = rules.tool_reply(asked, example, 0, 4000, observation, None, 0.1)
+        query = Query(action="text_search", text=str(first), question=example.question)
+        observation = rules.validate_observation(asyncio.run(search(query)))
+        reply = rules.tool_reply(query, example, 0, 4000, observation, None, 0.1)
         assert reply.call.status == "ok" and reply.call.num_shown >= 1, reply.call
         tokens = reply.prompt.tokens.tolist()
         assert [token for token in tokens if token in controls] == ends
         written = processor.decode(tokens)
         assert len(re.findall(r"<[\s/]*information", written, re.IGNORECASE)) == 2
-        inside = written.partition("<information>")[2].partition("</information>")[0]
-        assert not re.search(r"<[\s/]*(reason|answer|search|text_search)\b", inside, re.IGNORECASE)
+        information = written.partition("<information>")[2].partition("</information>")[0]
+        assert not re.search(
+            r"<[\s/]*(reason|answer|search|text_search)\b", information, re.IGNORECASE
+        )
         assert written.count("<information>") == written.count("</information>") == 1
         readable += written.count("The bridge was opened in 1886.") > 0
     assert readable >= 50

@@ -1,4 +1,4 @@
-"""The local index: pages by their words, pictures by their looks."""
+"""The local index: pages are found by their words, images by their hashes."""
 
 import asyncio
 import functools
@@ -54,10 +54,10 @@ def test_pages_are_found_by_their_words(tmp_path):
             "link: http://a\nsummary: The Dom Luis"
         )
         assert len(ask(index, "porto").results) == 2
-        found = ask(index, 'clerigos" OR tower*)')  # no query language, only words
-        assert texts(found) == ["link: http://b\nsummary: The Clerigos tower is tall"]
-        for nothing in ("unheard", "http", "?!"):  # addresses are not searched
-            assert ask(index, nothing).status == "empty"
+        observation = ask(index, 'clerigos" OR tower*)')  # operators are ordinary words
+        assert texts(observation) == ["link: http://b\nsummary: The Clerigos tower is tall"]
+        for query in ("unheard", "http", "?!"):  # URLs are not searched
+            assert ask(index, query).status == "empty"
         assert look_up(index, PIL.Image.new("RGB", (50, 50))).status == "empty"
     assert len(ask(LocalIndex(path, max_results=1), "porto").results) == 1
 
@@ -69,8 +69,8 @@ def test_invalid_lines_are_skipped_and_logged(tmp_path, capsys):
         b'{"title": "\\ud800 two", "extra": 1}\n\xff\n'
     )
     index = LocalIndex(path)
-    told = capsys.readouterr().err
-    assert [f"line {n}: skipped: " in told for n in range(1, 9)] == [
+    stderr = capsys.readouterr().err
+    assert [f"line {n}: skipped: " in stderr for n in range(1, 9)] == [
         False, False, True, True, True, True, False, True,
     ]  # fmt: skip
     assert len(ask(index, "one").results) == len(ask(index, "two").results) == 1
@@ -84,7 +84,7 @@ def test_unusable_index_files_are_rejected(tmp_path):
         LocalIndex(tmp_path)
     with pytest.raises(LocalIndexError, match="no valid page and no valid image"):
         build_index(tmp_path / "out", [tmp_path / "pages.jsonl"])
-    assert list((tmp_path / "out").iterdir()) == []  # nothing half made is left
+    assert list((tmp_path / "out").iterdir()) == []  # no partial file remains
     (tmp_path / "index.sqlite").write_bytes(b"no database" * 100)
     with pytest.raises(LocalIndexError, match="not a database"):
         LocalIndex(tmp_path)
@@ -97,42 +97,42 @@ def test_index_command(tmp_path):
                                  {"image": "none.png", "title": "x"}, {"title": "y"},
                                  {"image": "one.png"}])  # fmt: skip
     command = functools.partial(run, module="mmsr1_jax.scripts.index")
-    done = command(f"--pages={tmp_path / 'p.jsonl'}", f"--images={tmp_path / 'i.jsonl'}",
+    process = command(f"--pages={tmp_path / 'p.jsonl'}", f"--images={tmp_path / 'i.jsonl'}",
                    f"--out={tmp_path / 'index'}")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("3 pages and 2 titles of pictures in ")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("3 pages and 2 titles of pictures in ")
     for line in (2, 3, 4):
-        assert f"i.jsonl, line {line}: skipped: " in done.stderr
+        assert f"i.jsonl, line {line}: skipped: " in process.stderr
     index = LocalIndex(tmp_path / "index")
     assert titles(look_up(index, str(tmp_path / "one.png"))) == ["One", "The one"]
     assert look_up(index, b"rubbish").status == look_up(index).status == "failed"
-    done = command(f"--pages={tmp_path / 'none'}", f"--out={tmp_path / 'index'}")
-    assert done.returncode == 1 and "No such file" in done.stderr.strip().splitlines()[-1]
+    process = command(f"--pages={tmp_path / 'none'}", f"--out={tmp_path / 'index'}")
+    assert process.returncode == 1 and "No such file" in process.stderr.strip().splitlines()[-1]
 
 
-def recorded(shared, name):
+def read_lines(shared, name):
     lines = (shared / "data" / name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
 def test_recorded_queries_find_their_pages(shared, tmp_path):
-    """All 16 of them, in the first five."""
+    """For each of the 16 queries, one of its pages is among the first five."""
     build_index(tmp_path, [shared / "data" / "web_pages.jsonl"])
-    index, pages = LocalIndex(tmp_path), recorded(shared, "web_pages.jsonl")
+    index, pages = LocalIndex(tmp_path), read_lines(shared, "web_pages.jsonl")
     queries = sorted({page["query"] for page in pages})
     assert len(queries) == 16
     for query in queries:
-        own = {page["url"] for page in pages if page["query"] == query}
-        found = texts(ask(index, query))
-        assert len(found) == 5
-        assert own & {text.split("\n")[0].removeprefix("link: ") for text in found}, query
+        urls = {page["url"] for page in pages if page["query"] == query}
+        result_texts = texts(ask(index, query))
+        assert len(result_texts) == 5
+        assert urls & {text.split("\n")[0].removeprefix("link: ") for text in result_texts}, query
 
 
-def half(image):
+def downscale(image):
     return image.resize((image.width // 2, image.height // 2))
 
 
-def poor(image):
+def compress_strongly(image):
     file = io.BytesIO()
     image.save(file, "jpeg", quality=40)
     return file.getvalue()
@@ -147,9 +147,9 @@ def cropped(left, top, right, bottom):
     return crop
 
 
-CHANGES = {
-    "half": half,
-    "jpeg 40": poor,
+MODIFICATIONS = {
+    "half": downscale,
+    "jpeg 40": compress_strongly,
     "cropped around": cropped(2.5, 2.5, 2.5, 2.5),
     "cropped left": cropped(5, 0, 0, 0),
     "cropped in a corner": cropped(0, 0, 5, 5),
@@ -157,23 +157,22 @@ CHANGES = {
 
 
 def test_modified_images_are_found(shared, tmp_path):
-    """The real photographs with their recorded titles, and those without under their own name: the
-    picture's own titles come first."""
-    known = json.loads((shared / "data" / "image_search_results.json").read_text("utf-8"))
+    """Photographs with recorded titles, or a title of their own, rank first after modification."""
+    recorded_titles = json.loads((shared / "data" / "image_search_results.json").read_text("utf-8"))
     rows = parquet.read_table(shared / "data" / "fvqa_mini.parquet").to_pylist()
-    lines, photographs, own = [], [], []
-    for number, row in enumerate(rows):
-        (tmp_path / f"{number}.img").write_bytes(row["images"][0]["bytes"])
-        photographs.append(PIL.Image.open(tmp_path / f"{number}.img").convert("RGB"))
-        found = [entry["title"] for entry in known.get(row["data_id"], [])][:5]
-        own.append(found or [f"photograph {number}"])
-        lines.append({"image": f"{number}.img", "titles": own[-1]})
+    lines, photographs, titles_by_photograph = [], [], []
+    for index, row in enumerate(rows):
+        (tmp_path / f"{index}.img").write_bytes(row["images"][0]["bytes"])
+        photographs.append(PIL.Image.open(tmp_path / f"{index}.img").convert("RGB"))
+        recorded = [entry["title"] for entry in recorded_titles.get(row["data_id"], [])][:5]
+        titles_by_photograph.append(recorded or [f"photograph {index}"])
+        lines.append({"image": f"{index}.img", "titles": titles_by_photograph[-1]})
     build_index(tmp_path / "index", images=[write(tmp_path / "images.jsonl", lines)])
     index = LocalIndex(tmp_path / "index")
     assert len(photographs) == 26
-    for name, change in CHANGES.items():
-        right = [
-            titles(look_up(index, change(photograph)))[: len(titles_)] == titles_
-            for photograph, titles_ in zip(photographs, own, strict=True)
+    for name, modify in MODIFICATIONS.items():
+        is_first = [
+            titles(look_up(index, modify(photograph)))[: len(expected)] == expected
+            for photograph, expected in zip(photographs, titles_by_photograph, strict=True)
         ]
-        assert np.mean(right) >= 0.95, name
+        assert np.mean(is_first) >= 0.95, name

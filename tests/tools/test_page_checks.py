@@ -1,4 +1,4 @@
-"""Pages that are valid and say nothing, beside short ones that say something."""
+"""Detection of pages without content, among short pages with content."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 
 from mmsr1_jax.tools.page_checks import missing_content
 
-NOTHING = [
+WITHOUT_CONTENT = [
     "", " \n\u200b", "...", "---\n* * *",
     "Just a moment...",
     "www.example.com\nJust a moment...\nVerifying you are human. This may take a few seconds.\n"
@@ -58,7 +58,7 @@ NOTHING = [
     "![Image 1: logo](https://x.org/logo.png)\n\n![Image 2](https://x.org/b.png)",
     "[](https://x.org/)",
 ]  # fmt: skip
-SOMETHING = [
+WITH_CONTENT = [
     "The tower was built in 1932.", "莲花塔建于1932年", "탑은 1932년에 세워졌다", "หอคอยบัวสร้าง",
     "ok", "1886", "12 34", "2 + 2 = 4",
     "CAPTCHA verification was invented in 2000 at Carnegie Mellon University by a team of four.",
@@ -84,12 +84,12 @@ SOMETHING = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("page", NOTHING)
+@pytest.mark.parametrize("page", WITHOUT_CONTENT)
 def test_pages_without_content_are_detected(page):
     assert missing_content(page)
 
 
-@pytest.mark.parametrize("page", SOMETHING)
+@pytest.mark.parametrize("page", WITH_CONTENT)
 def test_pages_with_content_pass(page):
     assert missing_content(page) is None
 

@@ -1,4 +1,4 @@
-"""The main text of a page: read in its charset, never unpacked, in bounded time."""
+"""Extraction of the main text of a page, in its charset and in bounded time."""
 
 import bz2
 import gzip
@@ -37,7 +37,7 @@ def test_plain_text_is_unchanged():
     assert read_page(text.encode(), None, "text/markdown") == text
 
 
-PACKED = {
+OTHER_FILES = {
     "gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress, "zlib": zlib.compress,
     "zlib, fast": lambda data: zlib.compress(data, 1),
     "deflate": lambda data: zlib.compress(data, wbits=-15),
@@ -47,12 +47,14 @@ PACKED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("kind", OTHER_FILES)
 def test_other_file_types_are_rejected(kind):
     import random
 
-    words = random.Random(0).choices(range(10**6), k=3000)  # which no compression makes text again
-    body = PACKED[kind](b"<html><body><article><p>" + repr(words).encode() + b"</p></html>")
+    words = random.Random(0).choices(
+        range(10**6), k=3000
+    )  # so that compressed bytes never look like text
+    body = OTHER_FILES[kind](b"<html><body><article><p>" + repr(words).encode() + b"</p></html>")
     for media_type in ("text/html", "text/plain"):
         with pytest.raises(PageError, match="the page is"):
             read_page(body, None, media_type)
@@ -93,7 +95,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_extraction_takes_linear_time(name):
-    """The parts of extractors that are not linear are not reached."""
+    """The parts of the extractor that take more than linear time are not reached."""
 
     def extraction(length):
         text = HOSTILE[name](length)
@@ -104,7 +106,7 @@ def test_extraction_takes_linear_time(name):
 
 
 def test_number_of_tags_is_bounded(monkeypatch):
-    """Some of an extractor's time grows with the square of their number."""
+    """Parts of the extractor take quadratic time in the number of tags."""
     monkeypatch.setattr(page_text, "_MAX_OPENING_TAGS", 200)
     monkeypatch.setattr(page_text, "_MAX_TAGS", 400)
     for tag in ("<p>", "</p>", "<br>"):

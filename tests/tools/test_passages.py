@@ -1,4 +1,4 @@
-"""The paragraphs of a page that are about a question."""
+"""Selection of the paragraphs of a page that are relevant to a question."""
 
 from mmsr1_jax.tools.passages import best_passages, fts_query
 
@@ -11,8 +11,8 @@ def test_best_paragraphs_keep_the_order_of_the_page():
     filler = ["Nothing of use stands in this line, it is only long. " * 3] * 20
     page = "\n".join([*filler[:7], "The bridge opened in 1886.", *filler[7:],
                       "Bridges open slowly: the opening took years.", "Cookies."])  # fmt: skip
-    found = best_passages(page, "When was the bridge opened?", 80)
-    assert found == "The bridge opened in 1886.\nBridges open slowly: the opening took years."
+    passages = best_passages(page, "When was the bridge opened?", 80)
+    assert passages == "The bridge opened in 1886.\nBridges open slowly: the opening took years."
 
 
 def test_length_is_bounded():

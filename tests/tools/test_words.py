@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001
-"""Words of every script: the page that answers is found, and its paragraph chosen."""
+"""Full-text search in every script: pages and paragraphs with the answer are found."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ from mmsr1_jax.tools.passages import best_passages
 from mmsr1_jax.tools.words import TOKENIZER, fts_query, search_form
 from tests.timing import assert_linear
 
-# Script: (question, sentence that answers it, another sentence, filler).
+# Script: (question, sentence with the answer, another sentence, filler).
 SCRIPTS = {
     "Chinese": ("莲花塔是谁建造的", "莲花塔由工程师李明于一九三二年建造。",
                 "这条河很长，水很冷。", "这里的天气没有什么可说的，人们早上出门晚上回家。"),
@@ -55,40 +55,40 @@ SCRIPTS = {
 }  # fmt: skip
 
 
-def find(folder, text, **settings):
+def search(folder, text, **settings):
     query = Query(action="text_search", text=text, question=text)
     return asyncio.run(LocalIndex(folder, **settings).text_search(query))
 
 
-def write(folder, texts):
-    lines = [json.dumps({"url": f"http://{number}", "text": t}) for number, t in enumerate(texts)]
+def write_pages(folder, texts):
+    lines = [json.dumps({"url": f"http://{index}", "text": t}) for index, t in enumerate(texts)]
     (folder / "pages.jsonl").write_text("\n".join(lines))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_page_with_the_answer_ranks_first(tmp_path, script):
     question, answer, other, filler = SCRIPTS[script]
-    write(tmp_path, [other, filler, answer])
-    found = find(tmp_path, question).results
-    assert found and found[0][0].text == f"link: http://2\nsummary: {answer}"
+    write_pages(tmp_path, [other, filler, answer])
+    results = search(tmp_path, question).results
+    assert results and results[0][0].text == f"link: http://2\nsummary: {answer}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("separator", ["\n", ""])
 def test_paragraph_with_the_answer_is_selected(script, separator):
-    """Also where a page is one line."""
+    """The page may be a single line."""
     question, answer, _, filler = SCRIPTS[script]
     around = separator.join([filler * 3] * 40)
-    found = best_passages(separator.join([around, answer, around]), question, 200)
-    assert answer in found.replace("\n", " ").replace("  ", " ") or answer in found
-    assert len(found) <= 200
+    results = best_passages(separator.join([around, answer, around]), question, 200)
+    assert answer in results.replace("\n", " ").replace("  ", " ") or answer in results
+    assert len(results) <= 200
 
 
 def test_single_letters_of_scripts_without_spaces_are_found(tmp_path):
-    write(tmp_path, ["这条河很长。", "城里有一座塔。"])
+    write_pages(tmp_path, ["这条河很长。", "城里有一座塔。"])
     for text in ("塔", "座塔", "塔?"):
-        assert len(find(tmp_path, text).results) == 1, text
-    assert find(tmp_path, "山").status == "empty"
+        assert len(search(tmp_path, text).results) == 1, text
+    assert search(tmp_path, "山").status == "empty"
 
 
 def test_english_text_is_indexed_unchanged():
@@ -116,7 +116,7 @@ def test_query_operators_are_ordinary_words_in_any_script():
 
 
 def test_english_pages_are_ranked_as_by_plain_fts5(shared, tmp_path):
-    """The recorded pages for all of the recorded questions, against SQLite's own porter."""
+    """The recorded pages and questions, compared with FTS5's own porter tokenizer."""
     from pyarrow import parquet
 
     file = shared / "data" / "web_pages.jsonl"
@@ -125,38 +125,38 @@ def test_english_pages_are_ranked_as_by_plain_fts5(shared, tmp_path):
     questions = [row["prompt"][-1]["content"] for row in rows]
     questions += sorted({page["query"] for page in pages})
     build_index(tmp_path, [file])
-    plain = sqlite3.connect(":memory:")
-    plain.execute(
+    reference = sqlite3.connect(":memory:")
+    reference.execute(
         "CREATE VIRTUAL TABLE page USING fts5(url UNINDEXED, title, snippet, text, "
         "tokenize = 'porter')"
     )
-    plain.executemany(
+    reference.executemany(
         "INSERT INTO page VALUES (?, ?, ?, ?)",
         [(p["url"], p["title"], p["snippet"], p.get("text") or p["summary"]) for p in pages],
     )
     assert len(questions) > 40
     for question in questions:
-        expected = plain.execute(
+        expected = reference.execute(
             "SELECT url FROM page WHERE page MATCH ? ORDER BY bm25(page, 1, 2, 1, 1), rowid "
             "LIMIT 5",
             (fts_query(question),),
         ).fetchall()
-        found = find(tmp_path, question).results
-        links = [result[0].text.split("\n")[0].removeprefix("link: ") for result in found]
+        results = search(tmp_path, question).results
+        links = [result[0].text.split("\n")[0].removeprefix("link: ") for result in results]
         assert links == [url for (url,) in expected], question
 
 
 def test_index_of_an_earlier_version_is_rejected_in_one_line(tmp_path):
-    with sqlite3.connect(tmp_path / "index.sqlite") as old:
-        old.executescript(
+    with sqlite3.connect(tmp_path / "index.sqlite") as connection:
+        connection.executescript(
             "CREATE VIRTUAL TABLE page USING fts5(url UNINDEXED, title, snippet, text, "
             "tokenize = 'porter'); CREATE TABLE picture (hash, title, link, thumbnail, embedding);"
         )
-    old.close()
+    connection.close()
     command = r"rebuild the index: python -m mmsr1_jax\.scripts\.index"
-    with pytest.raises(LocalIndexError, match=command) as error:
+    with pytest.raises(LocalIndexError, match=command) as raised:
         LocalIndex(tmp_path)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(raised.value)
 
 
 HOSTILE = {
@@ -166,7 +166,7 @@ HOSTILE = {
     "an ideograph": lambda n: "塔" * n,
     "zero width": lambda n: "塔" + "\u200b" * n + "塔",
     "joiners": lambda n: "क" + "\u200d" * n,
-    "one that becomes 18": lambda n: "\ufdfa" * (n // 5),
+    "a character that decomposes into 18": lambda n: "\ufdfa" * (n // 5),
     "ends of sentences": lambda n: "。" * n,
     "quotes after a stop": lambda n: "x." + '"' * n,
     "spaces and stops": lambda n: ". " * n,

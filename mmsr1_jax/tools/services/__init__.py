@@ -48,8 +48,13 @@ class KeyMissingError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Hit:
-    """A page found by a text search, or, without a link, an answer of the search engine itself in
-    `snippet`."""
+    """Result of a text search.
+
+    Attributes:
+      link: URL of the page. Empty for an answer of the search engine itself.
+      title: Title of the page.
+      snippet: Excerpt of the page, or the answer.
+    """
 
     link: str
     title: str

@@ -19,7 +19,7 @@ class SearXNG:
         data = await request_json(self._service, "GET", self._url, params=params)
         hits = parse_results(data, "results", _hit, fallback=_answer_hits(data))
         if not hits and data.get("unresponsive_engines"):
-            raise UnreachableError("none of its search engines responded")
+            raise UnreachableError("no search engine responded")
         return hits[:count]
 
 

@@ -1,4 +1,4 @@
-"""Answers of services with nothing inside, or an error: never read as "nothing found"."""
+"""Responses without content, or with an error: never mistaken for an empty result."""
 
 import asyncio
 import json
@@ -20,23 +20,23 @@ from mmsr1_jax.tools.tool_cache import ToolCache
 from mmsr1_jax.tools.web import StatusError, WebError, WebResponse
 
 
-class Answering:
-    """A service that answers with what it is given; an exception is raised."""
+class ScriptedService:
+    """Service with scripted responses, in order; the last one repeats. Exceptions are raised."""
 
-    def __init__(self, *answers):
-        self.answers, self.calls = list(answers), 0
+    def __init__(self, *responses):
+        self.responses, self.calls = list(responses), 0
 
-    async def call(self, method, url, parse=lambda answer: answer, **request):
+    async def call(self, method, url, parse=lambda response: response, **request):
         self.calls += 1
-        answer = self.answers[0] if len(self.answers) == 1 else self.answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        if isinstance(answer, WebResponse):
-            return parse(answer)
-        return parse(WebResponse("", "application/json", None, json.dumps(answer).encode()))
+        response = self.responses[0] if len(self.responses) == 1 else self.responses.pop(0)
+        if isinstance(response, Exception):
+            raise response
+        if isinstance(response, WebResponse):
+            return parse(response)
+        return parse(WebResponse("", "application/json", None, json.dumps(response).encode()))
 
 
-def text_answer(text, charset=None, media_type="text/plain"):
+def text_page(text, charset=None, media_type="text/plain"):
     body = text if isinstance(text, bytes) else text.encode()
     return WebResponse("", media_type, charset, body)
 
@@ -59,8 +59,8 @@ CALLS = {name: lambda make, service: make(service).search("q", 5) for name in FI
 }
 
 
-def found(name, answer):
-    return asyncio.run(CALLS[name](FINDERS.get(name), Answering(answer)))
+def search_results(name, answer):
+    return asyncio.run(CALLS[name](FINDERS.get(name), ScriptedService(answer)))
 
 
 META = {"search_metadata": {"status": "Success"}, "search_parameters": {"q": "x"}}
@@ -79,7 +79,7 @@ NONE = "Google hasn't returned any results for this query."
     ("retrieval", {"results": []}),
 ])  # fmt: skip
 def test_explicitly_empty_response_has_no_results(name, answer):
-    assert found(name, answer) == []
+    assert search_results(name, answer) == []
 
 
 @pytest.mark.parametrize("name, answer", [
@@ -104,7 +104,7 @@ def test_explicitly_empty_response_has_no_results(name, answer):
 ])  # fmt: skip
 def test_response_without_result_list_is_an_error(name, answer):
     with pytest.raises(WebError) as raised:
-        found(name, answer)
+        search_results(name, answer)
     assert "secret" not in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -123,7 +123,7 @@ def test_response_without_result_list_is_an_error(name, answer):
 ])  # fmt: skip
 def test_refusal_messages_are_mapped_to_a_status(name, answer, status):
     with pytest.raises(StatusError) as raised:
-        found(name, answer)
+        search_results(name, answer)
     assert raised.value.status == status and not raised.value.transient
 
 
@@ -137,7 +137,7 @@ def test_refusal_messages_are_mapped_to_a_status(name, answer, status):
 ])  # fmt: skip
 def test_transient_errors_are_not_refusals(name, answer):
     with pytest.raises(WebError) as raised:
-        found(name, answer)
+        search_results(name, answer)
     assert raised.value.transient or not isinstance(raised.value, StatusError)
     assert getattr(raised.value, "status", None) not in (401, 402, 403)
 
@@ -145,7 +145,7 @@ def test_transient_errors_are_not_refusals(name, answer):
 def test_results_take_precedence_over_an_error_field():
     entry = {"link": "http://a", "title": "t", "snippet": "s"}
     answer = META | {"error": NONE, "organic_results": [entry, None, {"link": None}]}
-    assert found("serpapi", answer) == [Hit("http://a", "t", "s")]
+    assert search_results("serpapi", answer) == [Hit("http://a", "t", "s")]
 
 
 @pytest.mark.parametrize("name, answer, text", [
@@ -164,8 +164,8 @@ def test_answer_boxes_are_shown_as_hits_without_reading_a_page(name, answer, tex
         async def read(self, url):
             raise AssertionError(url)
 
-    (hit,) = found(name, answer)
-    search = TextSearch(FINDERS[name](Answering(answer)), Unused())
+    (hit,) = search_results(name, answer)
+    search = TextSearch(FINDERS[name](ScriptedService(answer)), Unused())
     (result,) = asyncio.run(search(query())).results
     assert hit.snippet == text and result[0].text.endswith(f"\nsummary: {text}")
     assert not result[0].text.startswith("link: \n")
@@ -195,33 +195,33 @@ DOCUMENTS = [
 
 @pytest.mark.parametrize("answer, passage", DOCUMENTS)
 def test_retrieval_documents_are_parsed_in_every_known_format(answer, passage):
-    assert found("retrieval", answer) == [passage]
+    assert search_results("retrieval", answer) == [passage]
 
 
 HEADER = "Title: report.pdf\n\nURL Source: http://first.example/report.pdf\n\n"
-NO_PAGES = {
-    "blank": text_answer(""),
-    "a blank page": text_answer(HEADER + "Markdown Content:\n"),
-    "all fields": text_answer(HEADER + "Published Time: Tue, 01 Jan 2030 00:00:00 GMT\n\n"
+JINA_WITHOUT_PAGE = {
+    "blank": text_page(""),
+    "a blank page": text_page(HEADER + "Markdown Content:\n"),
+    "all fields": text_page(HEADER + "Published Time: Tue, 01 Jan 2030 00:00:00 GMT\n\n"
                               "Number of Pages: 3\n\nMarkdown Content:\n\n\n"),
-    "no content field": text_answer("Title: \n\nURL Source: http://first.example\n"),
-    "title only": text_answer("Title: The tower of Porto"),
-    "target refused": text_answer(HEADER + "Warning: Target URL returned error 403: Forbidden\n\n"
+    "no content field": text_page("Title: \n\nURL Source: http://first.example\n"),
+    "title only": text_page("Title: The tower of Porto"),
+    "target refused": text_page(HEADER + "Warning: Target URL returned error 403: Forbidden\n\n"
                                   "Markdown Content:\n## Access denied and some more text"),
-    "CAPTCHA": text_answer(HEADER + "Warning: This page maybe requiring CAPTCHA, please make sure "
+    "CAPTCHA": text_page(HEADER + "Warning: This page maybe requiring CAPTCHA, please make sure "
                            "you are authorized.\n\nMarkdown Content:\nJust a moment..."),
-    "challenge by title": text_answer("Title: Just a moment...\n\nMarkdown Content:\nexample.com"),
-    "images only": text_answer(HEADER + "Markdown Content:\n![Image 1: a logo](http://x/y.png)"),
-    "JSON": text_answer('{"code": 200, "data": {"title": "T", "content": ""}}', None,
+    "challenge by title": text_page("Title: Just a moment...\n\nMarkdown Content:\nexample.com"),
+    "images only": text_page(HEADER + "Markdown Content:\n![Image 1: a logo](http://x/y.png)"),
+    "JSON": text_page('{"code": 200, "data": {"title": "T", "content": ""}}', None,
                         "application/json"),
-    "JSON of an error": text_answer('{"data": null, "code": 422, "message": "Failed to goto"}'),
-    "JSON of another service": text_answer('{"status": "ok"}', None, "application/json"),
+    "JSON of an error": text_page('{"data": null, "code": 422, "message": "Failed to goto"}'),
+    "JSON of another service": text_page('{"status": "ok"}', None, "application/json"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", NO_PAGES)
+@pytest.mark.parametrize("kind", JINA_WITHOUT_PAGE)
 def test_jina_header_without_page_is_an_error(kind):
-    jina = Jina(Answering(NO_PAGES[kind]))
+    jina = Jina(ScriptedService(JINA_WITHOUT_PAGE[kind]))
     with pytest.raises(WebError):
         asyncio.run(jina.read("http://first.example"))
 
@@ -234,83 +234,87 @@ def test_jina_header_without_page_is_an_error(kind):
 ])  # fmt: skip
 def test_jina_errors_keep_their_status(answer, status):
     with pytest.raises(StatusError) as raised:
-        asyncio.run(Jina(Answering(answer)).read("http://x"))
+        asyncio.run(Jina(ScriptedService(answer)).read("http://x"))
     assert raised.value.status == status
 
 
 def test_error_of_a_page_is_not_a_refusal_of_the_service():
-    """One page's 403 must not stop a run as a refused key does."""
+    """The status 403 of a page must not stop a run as a refused key does."""
     with pytest.raises(WebError, match="HTTP status 403") as raised:
-        asyncio.run(Jina(Answering(NO_PAGES["target refused"])).read("http://x"))
+        asyncio.run(Jina(ScriptedService(JINA_WITHOUT_PAGE["target refused"])).read("http://x"))
     assert not isinstance(raised.value, StatusError)
 
 
 @pytest.mark.parametrize("answer, text", [
-    (text_answer(HEADER + "Markdown Content:\nBuilt in 1932."), "Built in 1932."),
-    (text_answer("# Tower\nBuilt in 1932."), "# Tower\nBuilt in 1932."),
-    (text_answer(HEADER + "Warning: This is a cached snapshot\n\nMarkdown Content:\nBuilt in 1932"),
+    (text_page(HEADER + "Markdown Content:\nBuilt in 1932."), "Built in 1932."),
+    (text_page("# Tower\nBuilt in 1932."), "# Tower\nBuilt in 1932."),
+    (text_page(HEADER + "Warning: This is a cached snapshot\n\nMarkdown Content:\nBuilt in 1932"),
      "Built in 1932"),
-    (text_answer("Title: x\n\nMarkdown Content:\nfür 5 Jahre".encode("latin-1"), "iso-8859-1"),
+    (text_page("Title: x\n\nMarkdown Content:\nfür 5 Jahre".encode("latin-1"), "iso-8859-1"),
      "für 5 Jahre"),
-    (text_answer("塔建于1932年".encode("gbk"), "gb2312"), "塔建于1932年"),
-    (text_answer('{"code": 200, "data": {"title": "T", "content": "Built in 1932"}}', None,
+    (text_page("塔建于1932年".encode("gbk"), "gb2312"), "塔建于1932年"),
+    (text_page('{"code": 200, "data": {"title": "T", "content": "Built in 1932"}}', None,
                  "application/json"), "Built in 1932"),
-    (text_answer('{"name": "a page that is JSON itself"}'), '{"name": "a page'),
+    (text_page('{"name": "a page that is JSON itself"}'), '{"name": "a page'),
 ])  # fmt: skip
 def test_jina_pages_are_parsed(answer, text):
-    assert text in asyncio.run(Jina(Answering(answer)).read("http://x"))
+    assert text in asyncio.run(Jina(ScriptedService(answer)).read("http://x"))
 
 
 def test_page_without_content_is_replaced_by_the_next_hit():
     hits = {"results": [{"url": f"http://{n}", "title": "t"} for n in range(3)]}
-    pages = [text_answer("Just a moment..."), text_answer(HEADER), text_answer("Built in 1932.")]
-    finder = SearXNG(Answering(hits), base_url="http://x")
-    found = asyncio.run(
-        TextSearch(finder, Jina(Answering(*pages)), max_results=1, num_spare=2)(query())
+    pages = [
+        text_page("Just a moment..."),
+        text_page(HEADER),
+        text_page("Built in 1932."),
+    ]
+    finder = SearXNG(ScriptedService(hits), base_url="http://x")
+    observation = asyncio.run(
+        TextSearch(finder, Jina(ScriptedService(*pages)), max_results=1, num_spare=2)(query())
     )
-    assert [result[0].text for result in found.results] == [
+    assert [result[0].text for result in observation.results] == [
         "link: http://2\nsummary: Built in 1932."
     ]
-    assert "page 1: " in found.error and "page 2: " in found.error
+    assert "page 1: " in observation.error and "page 2: " in observation.error
 
 
 def test_hits_without_text_are_skipped():
     entries = [{"link": "http://a"}, {"link": "http://b", "title": None, "snippet": ["x"]},
                {"link": "http://c", "title": "Tower", "snippet": "..."}]  # fmt: skip
-    service = Answering(META | {"organic_results": entries})
-    found = asyncio.run(TextSearch(SerpApi(service))(query()))
-    assert [result[0].text for result in found.results] == ["link: http://c\nsummary: Tower"]
+    service = ScriptedService(META | {"organic_results": entries})
+    observation = asyncio.run(TextSearch(SerpApi(service))(query()))
+    assert [result[0].text for result in observation.results] == ["link: http://c\nsummary: Tower"]
 
 
 @pytest.mark.parametrize("summary", ["", " \n", "...", "\u200b"])
 def test_blank_summary_is_an_error(summary):
-    service = Answering({"choices": [{"message": {"content": summary}}]})
+    service = ScriptedService({"choices": [{"message": {"content": summary}}]})
     summariser = Summariser(service, base_url="http://x", model="m")
     with pytest.raises(WebError, match="no summary"):
         asyncio.run(summariser.summarise("page", "q"))
 
 
 def test_failures_are_retried_in_mode_use(tmp_path):
-    """Metadata alone, an error in a 200, a blank page: none of them is kept as an answer."""
+    """Metadata without results, an error with status 200, a blank page: none of them is cached."""
     full = META | {"organic_results": [{"link": "http://a", "title": "T", "snippet": "s"}]}
     answers = [META, {"error": "Invalid API key."}, full]
-    pages = [text_answer(HEADER + "Markdown Content:\n"), text_answer("Just a moment..."),
-             text_answer("Built in 1932.")]  # fmt: skip
-    service, reading = Answering(*answers), Answering(*pages)
+    pages = [text_page(HEADER + "Markdown Content:\n"), text_page("Just a moment..."),
+             text_page("Built in 1932.")]  # fmt: skip
+    service, reader_service = ScriptedService(*answers), ScriptedService(*pages)
 
     def search():
-        stored = CachedCalls(ToolCache(tmp_path / "s.sqlite", "use"))
-        finder = CachedFinder(SerpApi(service), stored, "serpapi")
-        reader = CachedReader(Jina(reading), stored, "jina")
-        return asyncio.run(CachedSearch(TextSearch(finder, reader), stored, "x")(query()))
+        cached_calls = CachedCalls(ToolCache(tmp_path / "s.sqlite", "use"))
+        finder = CachedFinder(SerpApi(service), cached_calls, "serpapi")
+        reader = CachedReader(Jina(reader_service), cached_calls, "jina")
+        return asyncio.run(CachedSearch(TextSearch(finder, reader), cached_calls, "x")(query()))
 
     assert [search().status for _ in range(6)] == ["failed"] * 4 + ["ok"] * 2
-    assert service.calls == 3 and reading.calls == 3
+    assert service.calls == 3 and reader_service.calls == 3
 
 
 def test_response_without_passages_is_not_cached(tmp_path):
     good = DOCUMENTS[0][0]
-    service = Answering({"result": [[{"document": {"id": "1"}}]]}, {"error": "busy"}, good)
+    service = ScriptedService({"result": [[{"document": {"id": "1"}}]]}, {"error": "busy"}, good)
     retrieval = Retrieval(service, base_url="http://x")
     search = PassageSearch(retrieval, CachedCalls(ToolCache(tmp_path / "s.sqlite", "use")), "x")
     statuses = [asyncio.run(search(query())).status for _ in range(4)]
@@ -323,6 +327,6 @@ def test_response_without_passages_is_not_cached(tmp_path):
     b"continue</h2></body></html>",
 ])  # fmt: skip
 def test_reader_rejects_pages_without_content(body):
-    reader = Reader(Answering(text_answer(body, None, "text/html")))
+    reader = Reader(ScriptedService(text_page(body, None, "text/html")))
     with pytest.raises(WebError):
         asyncio.run(reader.read("http://x"))

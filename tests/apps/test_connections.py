@@ -1,5 +1,7 @@
-"""The page's server under clients that send nothing, slowly, too much, or never read: the others
-are answered meanwhile, and whoever does nothing is cut off."""
+"""Server of the page under clients that send nothing, send slowly, send too much, or never read.
+
+Other clients are served meanwhile, and inactive connections are closed.
+"""
 
 import asyncio
 import contextlib
@@ -19,13 +21,13 @@ from mmsr1_jax.episodes.episode import Episode
 from tests.acting import acting_processor
 from tests.test_serve import PICTURES, body, wait_for
 
-PATIENCE = 600.0  # seconds: on a busy machine everything takes its time
-LONG = 3600.0  # seconds: never, in a test
+PATIENCE = 600.0  # seconds; generous, for busy machines
+LONG = 3600.0  # seconds; longer than any test
 ENDLESS, DEFAULT = ConnectionLimits(idle=LONG, unread=LONG), Limits()
 
 
 class SlowEngine:
-    """An engine that answers nothing until it is let."""
+    """Engine that finishes no episode before `go` is set."""
 
     def __init__(self):
         self.config = Config()
@@ -35,8 +37,8 @@ class SlowEngine:
     def rollout_part(self, take, *, watch, **_):
         while taken := take(1):
             self.go.wait(PATIENCE)
-            for number, example in taken:
-                episode = Episode(example=example, group=number, index=number, end="answer")
+            for index, example in taken:
+                episode = Episode(example=example, group=index, index=index, end="answer")
                 watch(episode, "end")
                 yield episode
 
@@ -48,10 +50,10 @@ def processor():
 
 @contextlib.contextmanager
 def served(processor, connections=ENDLESS, limits=DEFAULT, app=None):
-    """Yields the port, the desk, the engine and uvicorn's server."""
+    """Run the app and yield its port, queue, engine and uvicorn server."""
     engine = SlowEngine()
-    desk = RequestQueue(engine, engine.config.sampling)
-    app = app or make_app(desk, processor, title="slow", limits=limits)
+    queue = RequestQueue(engine, engine.config.sampling)
+    app = app or make_app(queue, processor, title="slow", limits=limits)
     server = uvicorn.Server(uvicorn.Config(
         app, host="127.0.0.1", port=0, log_level="critical", lifespan="off",
         limit_concurrency=256, http=make_protocol(connections), timeout_keep_alive=3600,
@@ -60,20 +62,20 @@ def served(processor, connections=ENDLESS, limits=DEFAULT, app=None):
     thread.start()
     wait_for(lambda: server.started)
     try:
-        yield server.servers[0].sockets[0].getsockname()[1], desk, engine, server
+        yield server.servers[0].sockets[0].getsockname()[1], queue, engine, server
     finally:
         engine.go.set()
         server.should_exit = server.force_exit = True
         thread.join(PATIENCE)
-        desk.close()
+        queue.close()
 
 
-def connect(port, first=b"", source="127.0.0.1") -> socket.socket:
-    made = socket.create_connection(
+def connect(port, data=b"", source="127.0.0.1") -> socket.socket:
+    connection = socket.create_connection(
         ("127.0.0.1", port), timeout=PATIENCE, source_address=(source, 0)
     )
-    made.sendall(first)
-    return made
+    connection.sendall(data)
+    return connection
 
 
 def head(method="GET", path="/", **headers) -> bytes:
@@ -83,7 +85,7 @@ def head(method="GET", path="/", **headers) -> bytes:
 
 
 def status(connection) -> int:
-    """Of the answer; 0: there is none, as the connection was cut."""
+    """Return the status of the response, or 0 if the connection was closed."""
     try:
         answer = connection.recv(4096)
     except ConnectionError:
@@ -96,26 +98,28 @@ def get(port, source="127.0.0.1") -> int:
         return status(connection)
 
 
-def answered(port, first) -> tuple[int, socket.socket]:
-    """The status of the answer, and the connection. Where the machine stalled so long that the
-    server cut the connection, what is to be sent is sent again."""
+def request_with_retries(port, data) -> tuple[int, socket.socket]:
+    """Return the status of the response and the connection, retrying if it was closed.
+
+    A busy machine may stall for so long that the server closes the connection.
+    """
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         with contextlib.suppress(ConnectionError):
-            connection = connect(port, first)
-            if found := status(connection):
-                return found, connection
+            connection = connect(port, data)
+            if status_code := status(connection):
+                return status_code, connection
     raise AssertionError("no answer")
 
 
 def serves(port) -> bool:
-    found, connection = answered(port, head(Connection="close"))
+    status_code, connection = request_with_retries(port, head(Connection="close"))
     connection.close()
-    return found == 200
+    return status_code == 200
 
 
-def cut_off(connection) -> bool:
-    """Waits until the server has cut a connection."""
+def is_closed(connection) -> bool:
+    """Wait until the server has closed a connection."""
     with contextlib.suppress(ConnectionError):
         while connection.recv(65536):
             pass
@@ -132,35 +136,36 @@ PARTS = {
     "silent": b"",
     "half a head": b"POST /ask HTTP/1.1\r\nHost: 127.0.0.1\r\nX: ",
     "half a line": b"GE",
-    "after an answer": head(),
-    "a body nobody reads": head(Content_Length=10**9),
-    "an endless body nobody reads": head(Transfer_Encoding="chunked") + b"5\r\nabcde\r\n",
+    "after a response": head(),
+    "a body that is not read": head(Content_Length=10**9),
+    "an endless body that is not read": head(Transfer_Encoding="chunked") + b"5\r\nabcde\r\n",
 }
 
 
-@pytest.mark.parametrize("first", PARTS.values(), ids=PARTS)
-def test_others_are_answered_beside_256_connections_that_do_nothing(processor, first):
-    """No clock: these never end by themselves, and give way to each other."""
+@pytest.mark.parametrize("data", PARTS.values(), ids=PARTS)
+def test_other_clients_are_served_beside_256_inactive_connections(processor, data):
+    """They do not time out; the oldest ones are closed for new ones."""
     with served(processor) as (port, _, _, server):
-        several = [connect(port, first) for _ in range(256)]
+        connections = [connect(port, data) for _ in range(256)]
         assert get(port) == 200
         wait_for(lambda: len(server.server_state.connections) <= 65)
-        assert sum(one.fileno() >= 0 for one in several) == 256  # none was closed from here
+        # The client closed none of them.
+        assert sum(connection.fileno() >= 0 for connection in connections) == 256
         assert get(port, "127.0.0.2") == 200
-        for one in several:
-            one.close()
+        for connection in connections:
+            connection.close()
 
 
-@pytest.mark.parametrize("first", PARTS.values(), ids=PARTS)
-def test_a_connection_that_does_nothing_is_cut_off(processor, first):
+@pytest.mark.parametrize("data", PARTS.values(), ids=PARTS)
+def test_inactive_connection_is_closed(processor, data):
     with served(processor, ConnectionLimits(idle=0.3, unread=LONG)) as (port, _, _, server):
-        assert cut_off(connect(port, first))
+        assert is_closed(connect(port, data))
         wait_for(lambda: not server.server_state.connections)
 
 
 @pytest.mark.parametrize("piece", [b"X", b"X: 1\r\n", b"\r\n"])
-def test_a_head_that_drips_is_cut_off_as_one_that_stops(processor, piece):
-    """Each byte that arrives in time moves nothing."""
+def test_slow_header_is_closed_like_a_stalled_one(processor, piece):
+    """Single bytes do not reset the timeout."""
     with served(processor, ConnectionLimits(idle=0.5, unread=LONG)) as (port, _, _, _):
         connection = connect(port, b"" if piece == b"\r\n" else b"GET / HTTP/1.1\r\nHost: h\r\n")
         end = time.monotonic() + PATIENCE
@@ -171,23 +176,23 @@ def test_a_head_that_drips_is_cut_off_as_one_that_stops(processor, piece):
         assert time.monotonic() < end
 
 
-def test_a_request_under_way_is_not_cut_off(processor):
-    """However long it takes, beside any number of connections."""
-    with served(processor, ConnectionLimits(idle=0.2, unread=LONG)) as (port, desk, engine, _):
-        asked = ask(port)
-        wait_for(lambda: any(desk._under_way))
+def test_pending_request_is_not_closed(processor):
+    """However long it takes, and however many connections are open."""
+    with served(processor, ConnectionLimits(idle=0.2, unread=LONG)) as (port, queue, engine, _):
+        question = ask(port)
+        wait_for(lambda: any(queue._under_way))
         many = [connect(port) for _ in range(300)]
-        assert all(map(cut_off, many))
+        assert all(map(is_closed, many))
         engine.go.set()
-        told = b""
-        while b'"event": "end"' not in told:
-            piece = asked.recv(4096)
+        events = b""
+        while b'"event": "end"' not in events:
+            piece = question.recv(4096)
             assert piece
-            told += piece
+            events += piece
 
 
-def test_heads_of_any_kind_leave_the_server_as_it_was(processor):
-    odd = [
+def test_malformed_headers_do_not_affect_the_server(processor):
+    malformed = [
         b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"x" * 200_000,
         b"GET / HTTP/1.1\r\n" + b"A: 1\r\n" * 20_000,
         b"GET /" + b"a" * 100_000,
@@ -201,17 +206,17 @@ def test_heads_of_any_kind_leave_the_server_as_it_was(processor):
     ]  # fmt: skip
     with served(processor, ConnectionLimits(idle=0.5, unread=LONG),
                 Limits(grace=0.2, seconds=0.4)) as (port, _, _, server):  # fmt: skip
-        for first in odd:
+        for data in malformed:
             connection = connect(port)
             with contextlib.suppress(ConnectionError):
-                connection.sendall(first)
+                connection.sendall(data)
             assert serves(port)
-            assert cut_off(connection)
+            assert is_closed(connection)
         wait_for(lambda: not server.server_state.connections and not server.server_state.tasks)
 
 
-def test_whoever_does_not_read_is_cut_off(processor):
-    """And what is kept for them is bounded."""
+def test_client_that_does_not_read_is_disconnected(processor):
+    """The buffered data is bounded."""
     sent, done = [0], threading.Event()
 
     async def flood(scope, receive, send):
@@ -233,28 +238,28 @@ def test_whoever_does_not_read_is_cut_off(processor):
 # Questions
 
 
-def test_slow_bodies_give_way_to_a_question(processor):
-    """The first ones that sent least; none ends by a clock."""
+def test_slow_bodies_are_closed_for_a_question(processor):
+    """Those that sent least are closed first; none times out."""
     limits = Limits(arriving=4, grace=LONG, seconds=LONG)
     slow = head("POST", "/ask", Content_Length=10**6)
-    with served(processor, limits=limits) as (port, desk, _, _):
+    with served(processor, limits=limits) as (port, queue, _, _):
         good = [connect(port, slow + b"x" * 5000 * n) for n in (1, 2, 3)]
-        several = []
+        connections = []
         for _ in range(20):
-            several.append(connect(port, slow))
-            if len(several) > 1:
-                assert status(several[-2]) == 408
-        asked = ask(port)
-        assert status(several[-1]) == 408 and status(asked) == 200
-        for connection in good:  # they had sent more
+            connections.append(connect(port, slow))
+            if len(connections) > 1:
+                assert status(connections[-2]) == 408
+        question = ask(port)
+        assert status(connections[-1]) == 408 and status(question) == 200
+        for connection in good:  # they have sent more
             connection.setblocking(False)
             with pytest.raises(BlockingIOError):
                 connection.recv(1)
-        wait_for(lambda: any(desk._under_way))
+        wait_for(lambda: any(queue._under_way))
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_that_drips_ends_while_a_steady_one_arrives(processor, chunked):
+def test_slow_body_times_out_and_a_steady_one_does_not(processor, chunked):
     limits = Limits(grace=0.5, seconds=LONG, bytes_per_second=10**4)
     kind = {"Transfer_Encoding": "chunked"} if chunked else {"Content_Length": 10**6}
     with served(processor, limits=limits) as (port, _, _, _):
@@ -269,66 +274,66 @@ def test_a_body_that_drips_ends_while_a_steady_one_arrives(processor, chunked):
     steady = Limits(grace=0.5, seconds=LONG, bytes_per_second=1)
     with served(processor, limits=steady) as (port, _, _, _):
         content = body("?", PICTURES[0])
-        # The first piece comes with the head, and is enough for many seconds.
+        # The first piece is sent with the head, and suffices for many seconds.
         piece = len(content) // 8
         assert piece > 60
-        first = head("POST", "/ask", Content_Length=len(content)) + content[:piece]
-        connection = connect(port, first)
-        for begin in range(piece, len(content), piece):
-            time.sleep(0.1)  # longer in all than the grace
-            connection.sendall(content[begin : begin + piece])
+        data = head("POST", "/ask", Content_Length=len(content)) + content[:piece]
+        connection = connect(port, data)
+        for start in range(piece, len(content), piece):
+            time.sleep(0.1)  # in total longer than the grace period
+            connection.sendall(content[start : start + piece])
         assert status(connection) == 200
 
 
-def test_a_body_longer_or_shorter_than_announced(processor):
+def test_body_of_wrong_length_is_rejected(processor):
     limits = Limits(grace=0.3, seconds=0.6, picture_bytes=100_000)
     content = body("?", PICTURES[0])
     with served(processor, ConnectionLimits(idle=0.5), limits) as (port, _, _, _):
         announced = head("POST", "/ask", Content_Length=len(content) + 50)
-        found, longer = answered(port, announced + content)
-        assert found == 408 and cut_off(longer)
+        status_code, longer = request_with_retries(port, announced + content)
+        assert status_code == 408 and is_closed(longer)
         endless = connect(port, head("POST", "/ask", Transfer_Encoding="chunked"))
         piece = b"%x\r\n" % 4096 + b"x" * 4096 + b"\r\n"
         with contextlib.suppress(ConnectionError):
             for _ in range(2000):
                 endless.sendall(piece)
-        assert cut_off(endless)
+        assert is_closed(endless)
         assert serves(port)
 
 
-def test_a_client_with_many_questions_gives_way_to_another(processor):
+def test_questions_of_a_busy_client_are_dropped_for_another_client(processor):
     limits = Limits(waiting=4)
-    with served(processor, limits=limits) as (port, desk, engine, _):
+    with served(processor, limits=limits) as (port, queue, engine, _):
         first = ask(port, "first")
-        wait_for(lambda: any(desk._under_way))
+        wait_for(lambda: any(queue._under_way))
         many = []
-        for number in range(4):
-            many.append(ask(port, str(number)))
-            wait_for(lambda: len(desk) == len(many))
-        assert status(ask(port)) == 503  # of the same client
+        for index in range(4):
+            many.append(ask(port, str(index)))
+            wait_for(lambda: len(queue) == len(many))
+        assert status(ask(port)) == 503  # the same client
         others = [ask(port, f"other {n}", "127.0.0.2") for n in range(2)]
         for other in others:
             assert status(other) == 200
-        for number in (3, 2):  # the last ones
-            told = b""
-            while b"failed" not in told:
-                told += many[number].recv(4096)
-            assert b"several of them yours" in told
-        assert status(ask(port, "?", "127.0.0.2")) == 503  # would have as many
+        for index in (3, 2):  # the most recent ones
+            events = b""
+            while b"failed" not in events:
+                events += many[index].recv(4096)
+            assert b"several of them yours" in events
+        assert status(ask(port, "?", "127.0.0.2")) == 503  # this client would then have as many
         assert status(ask(port, "?", "127.0.0.3")) == 200
-        assert len(desk) == 4
+        assert len(queue) == 4
         engine.go.set()
-        wait_for(lambda: not len(desk) and not any(desk._under_way))
+        wait_for(lambda: not len(queue) and not any(queue._under_way))
         for connection in (first, many[0], *others[:1]):
-            told = b""
-            while b'"event": "end"' not in told:
-                told += connection.recv(4096)
+            events = b""
+            while b'"event": "end"' not in events:
+                events += connection.recv(4096)
 
 
-def test_one_client_alone_may_use_all_places():
-    desk = types.SimpleNamespace(_waiting=[], _to_give_way=None)
+def test_single_client_may_fill_the_queue():
+    queue = types.SimpleNamespace(_waiting=[], _to_give_way=None)
     for _ in range(31):
-        assert RequestQueue._to_give_way(desk, "a") is None
-        desk._waiting.append(types.SimpleNamespace(client="a"))
-    assert RequestQueue._to_give_way(desk, "b") is desk._waiting[-1]
-    assert RequestQueue._to_give_way(desk, "a") is None
+        assert RequestQueue._to_give_way(queue, "a") is None
+        queue._waiting.append(types.SimpleNamespace(client="a"))
+    assert RequestQueue._to_give_way(queue, "b") is queue._waiting[-1]
+    assert RequestQueue._to_give_way(queue, "a") is None
