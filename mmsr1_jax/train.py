@@ -40,9 +40,10 @@ from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.rollout.build import make_engine
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.pool import EnginePool
-from mmsr1_jax.tools.build import check_services, make_judge
+from mmsr1_jax.tools.build import make_judge
 from mmsr1_jax.tools.judge import Judge
 from mmsr1_jax.tools.service import ServiceRefusedError
+from mmsr1_jax.tools.service_checks import check_services
 from mmsr1_jax.training import metrics, train_utils
 from mmsr1_jax.training.rollouts import RolloutBatch, compute_rewards, validate, write_episodes
 from mmsr1_jax.training.training_run import TrainingRun

@@ -22,7 +22,7 @@ from mmsr1_jax.data.curation import attempt_of, cheapest, choose, class_of, read
 from mmsr1_jax.episodes.episode import Episode, Example, ToolCall
 from mmsr1_jax.episodes.turns import parse
 from mmsr1_jax.processing.processor import Processor
-from mmsr1_jax.tools.local import build
+from mmsr1_jax.tools.index_builder import build_index
 from mmsr1_jax.training import sft_dataset
 from tests import acting
 from tests.servers import serve
@@ -269,7 +269,7 @@ def world(tmp_path_factory):
     pictures = directory / "pictures.jsonl"
     titles = [{"image": f"{number}.png", "title": f"Bridge {number}"} for number in range(0, 12, 2)]
     pictures.write_text("\n".join(map(json.dumps, titles)))
-    build(directory / "index", [pages], [pictures])
+    build_index(directory / "index", [pages], [pictures])
     return directory
 
 

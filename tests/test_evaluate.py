@@ -453,7 +453,7 @@ def get_config():
 @pytest.fixture(scope="module")
 def material(tmp_path_factory, shared):
     """A random policy that acts, and an index of real pages and pictures."""
-    from mmsr1_jax.tools.local import build
+    from mmsr1_jax.tools.index_builder import build_index
 
     directory = tmp_path_factory.mktemp("evaluation")
     acting.write(directory / "policy")
@@ -466,7 +466,7 @@ def material(tmp_path_factory, shared):
         photographs.append(json.dumps({"image": f"{row.id}.img", "titles": titles}) + "\n")
     (directory / "pictures.jsonl").write_text("".join(photographs))
     pages = shared / "data" / "web_pages.jsonl"
-    build(directory / "index", [pages], [directory / "pictures.jsonl"])
+    build_index(directory / "index", [pages], [directory / "pictures.jsonl"])
     return directory
 
 

@@ -209,10 +209,11 @@ PROGRAM = """
 import asyncio, sys, time
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.services.reader import Reader
-from mmsr1_jax.tools.web import Web, WebError
+from mmsr1_jax.tools.web import WebClient, WebError
 
 async def main(address):
-    reader = Reader(Service("reader", Web(allowed_hosts=[address], seconds=600), attempts=1))
+    web = WebClient(allowed_hosts=[address], timeout=600)
+    reader = Reader(Service("reader", web, max_attempts=1))
     pages = [asyncio.ensure_future(reader.read(f"{address}/bad/page")) for _ in range(8)]
     await asyncio.wait(pages, return_when=asyncio.FIRST_COMPLETED)
     print("one is done", flush=True)

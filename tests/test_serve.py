@@ -33,7 +33,7 @@ from mmsr1_jax.apps.serve.request_queue import RequestQueue
 from mmsr1_jax.config import settings
 from mmsr1_jax.episodes.episode import Example
 from mmsr1_jax.rollout.build import make_engine
-from mmsr1_jax.tools.local import build
+from mmsr1_jax.tools.index_builder import build_index
 from tests import acting, browser
 from tests.programs import environment
 from tests.servers import serve
@@ -95,7 +95,7 @@ def places(tmp_path_factory):
         (index / f"{number}.png").write_bytes(file)
         lines.append(json.dumps({"image": f"{number}.png", "title": f"Picture {number} {HOSTILE}"}))
     (index / "i.jsonl").write_text("\n".join(lines))
-    build(index, [index / "p.jsonl"], [index / "i.jsonl"])
+    build_index(index, [index / "p.jsonl"], [index / "i.jsonl"])
     return policy, index, settings_file
 
 

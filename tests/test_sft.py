@@ -31,7 +31,7 @@ from mmsr1_jax.rl import packing
 from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.scripts import random_policy
-from mmsr1_jax.tools.local import build
+from mmsr1_jax.tools.index_builder import build_index
 from mmsr1_jax.training import metrics, sft_dataset
 from tests.acting import acting_tokenizer, config_for
 from tests.reference import torch, torch_inputs, torch_model
@@ -223,7 +223,7 @@ def material(tmp_path_factory):
         for i in range(STORIES)
     ]
     pictures = [{"image": f"{i}.png", "title": f"bridge {i}"} for i in range(STORIES)]
-    build(
+    build_index(
         folder / "index",
         [write_lines(folder / "pages.jsonl", pages)],
         [write_lines(folder / "pictures.jsonl", pictures)],
@@ -292,7 +292,7 @@ def test_the_searches_of_a_story_are_made(material, lessons):
 def test_a_story_may_name_its_own_index(material, tmp_path):
     """Two lines, one after the other, ask the same and find different things."""
     page = [{"url": "other", "title": "tower 2", "summary": "It fell."}]
-    build(tmp_path / "other", [write_lines(tmp_path / "pages.jsonl", page)], [])
+    build_index(tmp_path / "other", [write_lines(tmp_path / "pages.jsonl", page)], [])
     row = json.loads((material / "rows.jsonl").read_text().splitlines()[2])
     lines = [row, row | {"index": "other"}, row, row | {"index": "none"}, row | {"index": 3}]
     rows = write_lines(tmp_path / "rows.jsonl", lines)
@@ -402,9 +402,7 @@ def test_lines_that_cannot_be_used_are_named(material, tmp_path, capfd):
         assert f"bad.jsonl, line {number}: " in line and reason in line
 
     config.data.max_bad_rows = 5
-    with pytest.raises(
-        DataError, match="6 lines, more than .*max_bad_rows=5; .*line 6: "
-    ):
+    with pytest.raises(DataError, match="6 lines, more than .*max_bad_rows=5; .*line 6: "):
         sft_dataset.prepare(tmp_path / "other.jsonl", config, processor, MODEL)
     assert not list(tmp_path.glob("*other.jsonl*"))
     write_lines(path, [row | {"turns": ["<text_search> x</text_search>", answer]}])

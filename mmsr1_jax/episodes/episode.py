@@ -16,7 +16,7 @@ import numpy as np
 from mmsr1_jax.episodes.turns import Turn
 from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.processing.processor import Processor, Prompt
-from mmsr1_jax.tools import Picture
+from mmsr1_jax.tools import ImageLike
 from mmsr1_jax.utils import checked_json
 
 # Why an episode ended: an answer, the limit of turns, the limit of tokens, or an error.
@@ -37,7 +37,7 @@ class Example:
 
     id: str = ""
     question: str
-    images: Sequence[Picture] = ()
+    images: Sequence[ImageLike] = ()
 
 
 @dataclasses.dataclass(frozen=True)

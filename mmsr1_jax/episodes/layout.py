@@ -17,7 +17,7 @@ from mmsr1_jax.episodes.episode import ShownResult
 from mmsr1_jax.episodes.escaping import escape_tags
 from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.processing.processor import Processor
-from mmsr1_jax.tools.links import one_line, shown_link
+from mmsr1_jax.tools.links import display_link, one_line
 from mmsr1_jax.tools.tool import Part
 
 _LEAST = 64  # tokens of text; a result cut to fewer is left out
@@ -69,7 +69,7 @@ def fragments_of(part: Part, begins: bool, limit: int) -> list[Fragment]:
     for label, value in part.fields:
         own = f"{'' if begins else chr(10)}{label}: "
         begins, limit = False, max(limit - len(own), 0)
-        shown_as = {"link": shown_link, "summary": str}.get(label, one_line)
+        shown_as = {"link": display_link, "summary": str}.get(label, one_line)
         value = shown_as(value[:limit])
         limit -= len(value)
         field = label if label in ("link", "title") else "text"

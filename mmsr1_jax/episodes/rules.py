@@ -32,7 +32,7 @@ from mmsr1_jax.episodes.turns import Action, Turn
 from mmsr1_jax.processing.image_files import ImageError, process_image, process_image_async
 from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.processing.processor import Processor, Prompt
-from mmsr1_jax.tools import Observation, Part, Picture, Query, Tool
+from mmsr1_jax.tools import ImageLike, Observation, Part, Query, Tool
 from mmsr1_jax.utils.checked_json import valid_text
 
 _NO_PICTURE = "(picture not available)"
@@ -366,7 +366,7 @@ class Rules:
         late = ImageError("not decoded in the time of the call")
         return _with_images(observation, lambda part: opened.get(id(part), late))
 
-    async def _decode(self, image: Picture) -> Patches | ImageError:
+    async def _decode(self, image: ImageLike) -> Patches | ImageError:
         try:
             return self._checked(
                 await process_image_async(image, self._retrieved, max_pixels=self._max_retrieved)
@@ -391,7 +391,7 @@ class Rules:
 
         return _with_images(observation, decode), time.monotonic() - begun
 
-    def _open(self, image: Picture) -> Patches:
+    def _open(self, image: ImageLike) -> Patches:
         """Return the patches of a question's image. Raises ImageError."""
         processor, limit = self._processor.images, self._max_file_pixels
         return self._checked(process_image(image, processor, max_pixels=limit))

@@ -33,7 +33,7 @@ def make_engine(
       ValueError, OSError: A file or setting is unusable; the message names it.
     """
     meshes = _meshes(config.mesh)[:engines]
-    tools = make_tools(config, loops=len(meshes))
+    tools = make_tools(config, num_loops=len(meshes))
     processor = make_processor(config, model_dir)
     model = qwen2_5_vl.load(
         model_dir,

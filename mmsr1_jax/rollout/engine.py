@@ -206,5 +206,5 @@ class Engine:
         try:
             yield from run.episodes()
         finally:
-            self.tool_executor.forget()
+            self.tool_executor.cancel_all()
             self._busy = False

@@ -452,7 +452,7 @@ class Scheduler:
 
     def _take_answers(self, wait: bool) -> None:
         look_again = self._look_again if wait else None
-        answers = self._engine.tool_executor.answers(wait and look_again is None)
+        answers = self._engine.tool_executor.poll(wait and look_again is None)
         if look_again is not None and not answers:
             time.sleep(look_again)
         for lane, answer in answers:

@@ -41,7 +41,8 @@ from mmsr1_jax.processing.processor import Processor, Prompt
 from mmsr1_jax.rl.packing import RowShape
 from mmsr1_jax.rollout.device import check_image
 from mmsr1_jax.tools import Observation, Query, Tool
-from mmsr1_jax.tools.build import check_services, make_tools
+from mmsr1_jax.tools.build import make_tools
+from mmsr1_jax.tools.service_checks import check_services
 from mmsr1_jax.training import sft_lines
 from mmsr1_jax.training.sft_lines import LineError
 from mmsr1_jax.utils import checked_json, outputs

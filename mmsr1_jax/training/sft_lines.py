@@ -15,7 +15,7 @@ from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 from mmsr1_jax.processing.batching import TooLongError
 from mmsr1_jax.processing.images import ImageError, ImageProcessor, read_picture
 from mmsr1_jax.rl.packing import RowShape, check_fits
-from mmsr1_jax.tools import local
+from mmsr1_jax.tools.index_builder import INDEX_FILE
 from mmsr1_jax.utils import checked_json
 from mmsr1_jax.utils.files import FileRefusedError, check_regular, inside
 
@@ -120,7 +120,7 @@ def _index_path(
     """Return the path of a local index that a line names; raise LineError if it is not allowed."""
     try:
         path = inside(name, folder, roots)
-        for file in (local.FILE, "pages.jsonl"):
+        for file in (INDEX_FILE, "pages.jsonl"):
             if os.path.lexists(path / file):
                 inside(path / file, folder, roots)
         return path
