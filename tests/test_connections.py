@@ -16,7 +16,7 @@ from mmsr1_jax.apps.serve.connections import ConnectionLimits, make_protocol
 from mmsr1_jax.apps.serve.request_queue import RequestQueue
 from mmsr1_jax.config.settings import Config
 from mmsr1_jax.episodes.episode import Episode
-from tests.acting import acting_processor
+from tests.scripted_policy import scripted_processor
 from tests.test_serve import PICTURES, body, wait_for
 
 PATIENCE = 600.0  # seconds: on a busy machine everything takes its time
@@ -32,18 +32,18 @@ class SlowEngine:
         self.config.rollout.lanes = 1
         self.go = threading.Event()
 
-    def rollout_part(self, take, *, watch, **_):
+    def rollout_part(self, take, *, on_event, **_):
         while taken := take(1):
             self.go.wait(PATIENCE)
             for number, example in taken:
                 episode = Episode(example=example, group=number, index=number, end="answer")
-                watch(episode, "end")
+                on_event(episode, "end")
                 yield episode
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return acting_processor()
+    return scripted_processor()
 
 
 @contextlib.contextmanager
@@ -175,7 +175,7 @@ def test_a_request_under_way_is_not_cut_off(processor):
     """However long it takes, beside any number of connections."""
     with served(processor, ConnectionLimits(idle=0.2, unread=LONG)) as (port, desk, engine, _):
         asked = ask(port)
-        wait_for(lambda: any(desk._under_way))
+        wait_for(lambda: any(desk._active))
         many = [connect(port) for _ in range(300)]
         assert all(map(cut_off, many))
         engine.go.set()
@@ -250,7 +250,7 @@ def test_slow_bodies_give_way_to_a_question(processor):
             connection.setblocking(False)
             with pytest.raises(BlockingIOError):
                 connection.recv(1)
-        wait_for(lambda: any(desk._under_way))
+        wait_for(lambda: any(desk._active))
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -300,7 +300,7 @@ def test_a_client_with_many_questions_gives_way_to_another(processor):
     limits = Limits(waiting=4)
     with served(processor, limits=limits) as (port, desk, engine, _):
         first = ask(port, "first")
-        wait_for(lambda: any(desk._under_way))
+        wait_for(lambda: any(desk._active))
         many = []
         for number in range(4):
             many.append(ask(port, str(number)))
@@ -318,7 +318,7 @@ def test_a_client_with_many_questions_gives_way_to_another(processor):
         assert status(ask(port, "?", "127.0.0.3")) == 200
         assert len(desk) == 4
         engine.go.set()
-        wait_for(lambda: not len(desk) and not any(desk._under_way))
+        wait_for(lambda: not len(desk) and not any(desk._active))
         for connection in (first, many[0], *others[:1]):
             told = b""
             while b'"event": "end"' not in told:
@@ -326,9 +326,9 @@ def test_a_client_with_many_questions_gives_way_to_another(processor):
 
 
 def test_one_client_alone_may_use_all_places():
-    desk = types.SimpleNamespace(_waiting=[], _to_give_way=None)
+    desk = types.SimpleNamespace(_waiting=[], _evictable=None)
     for _ in range(31):
-        assert RequestQueue._to_give_way(desk, "a") is None
+        assert RequestQueue._evictable(desk, "a") is None
         desk._waiting.append(types.SimpleNamespace(client="a"))
-    assert RequestQueue._to_give_way(desk, "b") is desk._waiting[-1]
-    assert RequestQueue._to_give_way(desk, "a") is None
+    assert RequestQueue._evictable(desk, "b") is desk._waiting[-1]
+    assert RequestQueue._evictable(desk, "a") is None

@@ -42,7 +42,7 @@ from mmsr1_jax.processing.batching import TooLongError
 from mmsr1_jax.processing.images import ImageError, ImageProcessor, read_picture, write_picture
 from mmsr1_jax.processing.processor import Processor, Prompt
 from mmsr1_jax.rl.packing import RowShape, check_fits
-from mmsr1_jax.rollout.device import check_image
+from mmsr1_jax.rollout.image_store import check_image
 from mmsr1_jax.tools import Observation, Query, Tool, local
 from mmsr1_jax.tools.build import check_services, make_tools
 from mmsr1_jax.utils import checked_json, outputs

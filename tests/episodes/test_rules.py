@@ -11,7 +11,8 @@ from configs import qwen7b
 from mmsr1_jax.config import settings
 from mmsr1_jax.episodes import prompts
 from mmsr1_jax.episodes.episode import Episode, Example, Segment, ToolCall
-from mmsr1_jax.episodes.rules import PromptTooLongError, Rules, Step, escape_tags
+from mmsr1_jax.episodes.escaping import escape_tags
+from mmsr1_jax.episodes.rules import PromptTooLongError, Rules, Step
 from mmsr1_jax.episodes.turns import parse
 from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.processing.processor import Processor
@@ -64,17 +65,19 @@ def test_what_follows(rules, turns, calls, cut, expected):
 def test_limits_of_all_searches_together(processor):
     limits = settings.Turns(max_turns=5, max_searches=2, max_image_searches=1, max_text_searches=2)
     rules = Rules(processor, limits, settings.Tools(), prompts.load())
-    step = rules.next_step([IMAGE, TEXT, TEXT], [call(IMAGE), call(TEXT)], cut=False)
+    step = rules.next_step([IMAGE, TEXT, TEXT], [call(IMAGE), call(TEXT)], truncated=False)
     assert step == Step("notice", prompt="over_limit", reason="you may search twice in all")
     # A refused search does not count as made.
-    step = rules.next_step([IMAGE, IMAGE, TEXT], [call(IMAGE), call(IMAGE, "refused")], cut=False)
+    step = rules.next_step(
+        [IMAGE, IMAGE, TEXT], [call(IMAGE), call(IMAGE, "refused")], truncated=False
+    )
     assert step == Step("search")
 
 
-def reply(rules, observation, *, action="text_search", room=1500, error=None):
+def reply(rules, observation, *, action="text_search", budget=1500, error=None):
     query = Query(action=action, text="q", question=EXAMPLE.question)
     read = rules.validate_observation(observation) if error is None else None
-    return rules.tool_reply(query, EXAMPLE, 0, room, read, error, 0.5)
+    return rules.tool_reply(query, EXAMPLE, 0, budget, read, error, 0.5)
 
 
 def test_results_in_the_published_form(rules, processor):
@@ -100,21 +103,21 @@ def test_results_in_the_published_form(rules, processor):
 
 
 def test_shortening_drops_whole_results(rules, processor):
-    """As many results as fit into the room, and none of them in part."""
+    """As many results as fit into the budget, and none of them in part."""
     results = [text_result(f"http://{i}", "w" * 150) for i in range(5)]
     sizes, shown = [], []
-    for room in range(0, 1500, 25):
-        found = reply(rules, Observation(results=results), room=room)
+    for budget in range(0, 1500, 25):
+        found = reply(rules, Observation(results=results), budget=budget)
         if found.prompt is None:
-            assert room < 400 and found.call.num_shown == 0
+            assert budget < 400 and found.call.num_shown == 0
             continue
-        assert len(found.prompt.tokens) <= room
+        assert len(found.prompt.tokens) <= budget
         text = processor.decode(found.prompt.tokens)
         assert text.count("w" * 150) == text.count("summary: ") == found.call.num_shown
         sizes.append(len(found.prompt.tokens))
         shown.append(found.call.num_shown)
         left_out = 5 - found.call.num_shown
-        note = f"{left_out} of 5 results left out: no room"
+        note = f"{left_out} of 5 results dropped: no token budget left"
         assert found.call.notes == ((note,) if left_out else ())
     assert shown == sorted(shown) and {0, 1, 2, 3} <= set(shown)
     assert max(sizes) <= 800  # result_tokens
@@ -124,8 +127,8 @@ def test_pictures_are_never_cut(rules, processor):
     image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8))
     results = [image_result(image, f"title {i}") for i in range(5)]
     seen = set()
-    for room in range(50, 600, 15):
-        found = reply(rules, Observation(results=results), action="image_search", room=room)
+    for budget in range(50, 600, 15):
+        found = reply(rules, Observation(results=results), action="image_search", budget=budget)
         seen.add(found.call.num_shown)
         if found.prompt is None:
             continue
@@ -172,15 +175,15 @@ def test_a_refused_search_is_recorded(rules):
     episode = Episode(example=EXAMPLE, group=0, index=0)
     episode.segments.append(Segment("prompt", np.zeros(50, np.int32)))
     episode.turns += [IMAGE, IMAGE]
-    step = rules.next_step(episode.turns, [call(IMAGE)], cut=False)
-    said = rules.notice(step, episode, room=1000)
+    step = rules.next_step(episode.turns, [call(IMAGE)], truncated=False)
+    said = rules.notice(step, episode, budget=1000)
     assert said.call == ToolCall(turn=1, action="image_search", query=None, status="refused")
-    assert rules.notice(step, episode, room=20).prompt is None
+    assert rules.notice(step, episode, budget=20).prompt is None
     assert rules.token_budget(episode, closing=2) == 2000 - 100 - 50 - 2
 
 
 def test_real_questions_and_pages(shared):
-    """The released tokenizer and the settings of the 7B: every question leaves room, every page
+    """The released tokenizer and the settings of the 7B: every question leaves tokens for a turn, every page
     comes through as text and nothing else."""
     config = qwen7b.get_config()
     tokenizer = (shared / "tokenizer" / "qwen" / "tokenizer.json").read_text(encoding="utf-8")
@@ -207,7 +210,7 @@ def test_real_questions_and_pages(shared):
             text_result(page["url"], page["summary"] or page["snippet"])
             for page in pages[first : first + 5]
         ]
-        found = reply(rules, Observation(results=results), room=2048)
+        found = reply(rules, Observation(results=results), budget=2048)
         assert found.call.num_shown == 5 and found.call.status == "ok", found.call
         text = processor.decode(found.prompt.tokens)
         for page in pages[first : first + 5]:
@@ -219,5 +222,5 @@ def test_real_questions_and_pages(shared):
 
 
 def test_a_question_without_room(rules):
-    with pytest.raises(PromptTooLongError, match="leave room for a turn"):
+    with pytest.raises(PromptTooLongError, match="turns.min_turn_tokens allow"):
         rules.initial_prompt(Example(question="word " * 2000))

@@ -1,7 +1,6 @@
 """The engine: the same episodes whatever the schedule, log-probs that `score` agrees with, nothing
 computed twice, nothing compiled in steady state."""
 
-import asyncio
 import dataclasses
 import random
 
@@ -14,94 +13,31 @@ from flax import nnx
 from mmsr1_jax.config import settings
 from mmsr1_jax.episodes.episode import Example
 from mmsr1_jax.models import sharding
-from mmsr1_jax.processing.batching import Bucket, make_rows
 from mmsr1_jax.rollout.engine import Engine
+from mmsr1_jax.rollout.prefill import chunk_length
 from mmsr1_jax.scripts import random_policy
-from mmsr1_jax.tools import Observation, image_result, text_result
 from mmsr1_jax.utils import compile_counter
-from tests.acting import acting_processor, config_for
-
-VOCABULARY = 640
-LIMITS = settings.Turns(
-    max_new_tokens=40, max_episode_tokens=1024, min_turn_tokens=16, max_result_tokens=300
+from tests.engines import (
+    LIMITS,
+    VOCAB_SIZE,
+    assert_logprobs_match_score,
+    by_index,
+    examples,
+    make_config,
+    random_image,
+    search_tools,
 )
+from tests.scripted_policy import config_for, scripted_processor
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return acting_processor(VOCABULARY)
+    return scripted_processor(VOCAB_SIZE)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return random_policy.random_model(config_for(VOCABULARY), seed=3)
-
-
-def make_config(*, limits=LIMITS, **rollout) -> settings.Config:
-    keywords = dict(lanes=6, decode_batch_size=8, decode_steps=8, prefill_buckets=(32, 128),
-                    prefill_tokens=64, encode_windows=8, image_cache_tokens=2048,
-                    precompile=False)  # fmt: skip
-    return settings.Config(
-        rollout=settings.Rollout(**(keywords | rollout)),
-        buckets=settings.Buckets(image_windows=(4, 8, 16)),
-        turns=limits,
-        tools=settings.Tools(max_pixels=16 * 28 * 28, max_result_chars=300, timeout=20.0),
-    )
-
-
-def picture(seed: int, width: int = 80, height: int = 60) -> PIL.Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
-    return PIL.Image.fromarray(pixels)
-
-
-def examples(count: int) -> list[Example]:
-    """Questions of different lengths with 0 to 2 pictures."""
-    return [
-        Example(
-            id=str(i),
-            question="Who built it? " + "x" * i,
-            images=[picture(100 * i + j, 150, 100 + 30 * i) for j in range(i % 3)],
-        )
-        for i in range(count)
-    ]
-
-
-def search_tools(wait=lambda: 0.0):
-    """Tools whose answers depend on the query alone; `wait`: seconds that one takes."""
-
-    async def text(query):
-        await asyncio.sleep(wait())
-        return Observation(
-            results=[text_result(f"http://x/{i}", query.text * (i + 1)) for i in range(3)]
-        )
-
-    async def image(query):
-        await asyncio.sleep(wait())
-        seed = len(query.question)
-        return Observation(
-            results=[image_result(picture(seed + i, 80 + 20 * i), f"title {i}") for i in range(3)]
-        )
-
-    return {"text_search": text, "image_search": image}
-
-
-def record(episode) -> dict:
-    """All of an episode that has to be the same in every run."""
-    calls = [dataclasses.replace(call, seconds=0.0) for call in episode.calls]
-    return {
-        "kinds": [segment.kind for segment in episode.segments],
-        "tokens": episode.tokens.tolist(),
-        "logprobs": episode.logprobs.tolist(),
-        "sampling": [s.sampling_logprobs.tolist() for s in episode.segments if s.kind == "model"],
-        "images": [image.digest for image in episode.images],
-        "calls": calls,
-        "turns": episode.turns,
-        "end": episode.end,
-    }
-
-
-def by_number(episodes) -> dict[int, dict]:
-    return {episode.index: record(episode) for episode in episodes}
+    return random_policy.random_model(config_for(VOCAB_SIZE), seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -136,55 +72,37 @@ def test_neither_lanes_nor_chunks_nor_tools_change_an_episode(
     engine = Engine(model, processor, make_config(lanes=lanes, decode_steps=chunk), tools)
     again = list(engine.rollout(examples(5), rollouts=4))
     engine.close()
-    assert by_number(again) == by_number(episodes)
+    assert by_index(again) == by_index(episodes)
 
 
 def test_another_seed_gives_other_episodes(engine, episodes):
-    again = by_number(engine.rollout(examples(5), rollouts=4, sampling=settings.Sampling(seed=1)))
-    assert all(again[i]["tokens"] != r["tokens"] for i, r in by_number(episodes).items())
-
-
-def compare_with_score(model, finished, temperature):
-    """Recorded log-probs, against the program that `score` runs over the finished conversation."""
-    graph, params = nnx.split(nnx.clone(model))
-    # logits / temperature, by the output head
-    params["text"]["head"].set_value(params["text"]["head"].get_value() / temperature)
-    score = jax.jit(lambda params, rows: nnx.merge(graph, params).token_logprobs(rows))
-    bucket, compared = Bucket(length=1024, windows=64, rows=1), 0
-    for episode in finished:
-        rows = make_rows([[episode.conversation]], bucket, model.config, 5)
-        expected = np.asarray(score(params, rows))[0, : len(episode)]
-        mask = episode.loss_mask
-        np.testing.assert_allclose(episode.logprobs[mask], expected[mask], atol=1e-4, rtol=0)
-        assert (episode.logprobs[~mask] == 0).all()
-        for segment in episode.segments:
-            if segment.kind == "model":
-                assert (segment.sampling_logprobs >= segment.logprobs - 1e-5).all()
-        compared += int(mask.sum())
-    assert compared > 100 and any(len(e.turns) == 3 and len(e.images) > 3 for e in finished)
+    again = by_index(engine.rollout(examples(5), rollouts=4, sampling=settings.Sampling(seed=1)))
+    assert all(again[i]["tokens"] != r["tokens"] for i, r in by_index(episodes).items())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_score(engine, model, temperature):
     sampling = settings.Sampling(temperature=temperature, top_p=0.9, seed=5)
     finished = list(engine.rollout(examples(5), rollouts=2, sampling=sampling))
-    compare_with_score(model, finished, temperature)
+    assert_logprobs_match_score(model, finished, temperature)
 
 
 def test_logprobs_where_pictures_are_written_in_pieces(model, processor):
     """Pieces that begin and end inside pictures, and a question with the same picture twice."""
     config = make_config(prefill_buckets=(8, 32), prefill_tokens=32)
     engine = Engine(model, processor, config, search_tools())
-    twice = dataclasses.replace(examples(2)[1], images=[picture(5), picture(5), picture(6)])
+    twice = dataclasses.replace(
+        examples(2)[1], images=[random_image(5), random_image(5), random_image(6)]
+    )
     finished = list(engine.rollout([*examples(5), twice], rollouts=2))
     engine.close()
     assert engine.device.stats.images == len({i.digest for e in finished for i in e.images})
-    compare_with_score(model, finished, 1.0)
+    assert_logprobs_match_score(model, finished, 1.0)
     cut = 0
     for episode in finished:
         prompt, end = episode.segments[0].tokens, 0
         while end < len(prompt) - 1:
-            end += engine.device.piece_length(len(prompt) - end)
+            end += chunk_length(len(prompt) - end, config.rollout.prefill_buckets)
             cut += end < len(prompt) and prompt[end - 1] == prompt[end] == 5
     assert cut > 5
 
@@ -206,7 +124,7 @@ def test_what_may_be_sampled(episodes, processor):
     """No token of a prompt's own, none that the tokenizer does not have."""
     sampled = np.concatenate([e.tokens[e.loss_mask] for e in episodes])
     known = len(processor.token_bytes())
-    assert known < VOCABULARY and sampled.max() < known
+    assert known < VOCAB_SIZE and sampled.max() < known
     ends = {processor.control[name] for name in ("<|im_end|>", "<|endoftext|>")}
     assert not set(sampled.tolist()) & (set(processor.control.values()) - ends)
 
@@ -242,7 +160,7 @@ def test_a_small_store_of_images_is_enough(model, processor):
         finished = [list(engine.rollout(some, rollouts=2)) for some in rounds]
         distinct = len({i.digest for run in finished for e in run for i in e.images})
         assert (engine.device.stats.images > distinct) == (size < 4096)
-        runs.append([by_number(run) for run in finished])
+        runs.append([by_index(run) for run in finished])
         engine.close()
     assert runs[0] == runs[1] and runs[0][0] == runs[0][2]
 
@@ -254,7 +172,7 @@ def test_twenty_batches_compile_nothing_after_the_second(model, processor):
     for batch in range(20):
         questions = [
             Example(question="x" * int(rng.integers(1, 400)), images=[
-                picture(int(rng.integers(1000)), *rng.integers(40, 300, 2))
+                random_image(int(rng.integers(1000)), *rng.integers(40, 300, 2))
                 for _ in range(rng.integers(3))
             ])
             for _ in range(3)
@@ -268,28 +186,28 @@ def test_twenty_batches_compile_nothing_after_the_second(model, processor):
 
 
 def test_load_takes_new_parameters(model, processor, episodes):
-    other = random_policy.random_model(config_for(VOCABULARY), seed=4)
+    other = random_policy.random_model(config_for(VOCAB_SIZE), seed=4)
     fresh = Engine(other, processor, make_config(), search_tools())
-    expected = by_number(fresh.rollout(examples(3), rollouts=2))
+    expected = by_index(fresh.rollout(examples(3), rollouts=2))
     fresh.close()
     engine = Engine(model, processor, make_config(precompile=True), search_tools())
-    before = by_number(engine.rollout(examples(3), rollouts=2))
+    before = by_index(engine.rollout(examples(3), rollouts=2))
     engine.load(nnx.split(model)[1])  # the program that does it is compiled
     images, compiled = engine.device.stats.images, compile_counter.count()
     engine.load(nnx.split(other)[1])
-    after = by_number(engine.rollout(examples(3), rollouts=2))
+    after = by_index(engine.rollout(examples(3), rollouts=2))
     assert compile_counter.count() == compiled
     assert after == expected != before
     assert engine.device.stats.images > images  # pictures of the old parameters are not used
     running = engine.rollout(examples(3))
     next(running)
-    with pytest.raises(RuntimeError, match="under way"):
+    with pytest.raises(RuntimeError, match="in progress"):
         engine.load(nnx.split(model)[1])
-    with pytest.raises(RuntimeError, match="under way"):
+    with pytest.raises(RuntimeError, match="in progress"):
         next(engine.rollout(examples(1)))
     running.close()
     engine.load(nnx.split(model)[1])
-    assert by_number(engine.rollout(examples(3), rollouts=2)) == before
+    assert by_index(engine.rollout(examples(3), rollouts=2)) == before
     engine.close()
 
 
@@ -299,7 +217,7 @@ def test_load_takes_the_parameters_of_a_trainer_on_eight_devices(model, processo
     params = nnx.split(model)[1]
     cut = jax.device_put(params, sharding.param_shardings(params, mesh))
     engine = Engine(
-        random_policy.random_model(config_for(VOCABULARY), seed=4),
+        random_policy.random_model(config_for(VOCAB_SIZE), seed=4),
         processor,
         make_config(),
         search_tools(),
@@ -308,7 +226,7 @@ def test_load_takes_the_parameters_of_a_trainer_on_eight_devices(model, processo
         compiled = compile_counter.count()
         engine.load(cut)
     assert compile_counter.count() == compiled  # one program, compiled once
-    assert by_number(engine.rollout(examples(5), rollouts=4)) == by_number(episodes)
+    assert by_index(engine.rollout(examples(5), rollouts=4)) == by_index(episodes)
     engine.close()
 
 
@@ -321,7 +239,7 @@ def test_two_devices_along_the_tensor_axis(model, processor, episodes):
     again = list(engine.rollout(examples(5), rollouts=4))
     engine.load(nnx.split(cut)[1])
     compiled = compile_counter.count()
-    assert by_number(engine.rollout(examples(5), rollouts=4)) == by_number(again)
+    assert by_index(engine.rollout(examples(5), rollouts=4)) == by_index(again)
     assert compile_counter.count() == compiled
     assert not engine.device._lanes.k.sharding.is_fully_replicated
     engine.close()
@@ -335,7 +253,7 @@ def test_two_devices_along_the_tensor_axis(model, processor, episodes):
 
 def test_examples_that_cannot_be_used_hurt_nobody(engine):
     good = examples(3)
-    expected = by_number(engine.rollout(good))
+    expected = by_index(engine.rollout(good))
     bad = [
         Example(id="broken", question="?", images=[b"not a picture"]),
         Example(id="none", question="?", images=["no/such/file.jpg"]),
@@ -348,11 +266,13 @@ def test_examples_that_cannot_be_used_hurt_nobody(engine):
     assert "not an image" in errors["broken"] and "no such file" in errors["none"]
     assert "turns.max_episode_tokens" in errors["long"] and "200 times" in errors["thin"]
     assert {e.index for e in mixed if e.end != "error"} == {0, 5, 6}
-    found = by_number(e for e in mixed if e.example.id == "0")
+    found = by_index(e for e in mixed if e.example.id == "0")
     assert found[0] == expected[0]
 
 
 def test_rules_beyond_the_lanes_of_an_engine_are_refused(engine):
     limits = dataclasses.replace(LIMITS, max_episode_tokens=LIMITS.max_episode_tokens + 1)
-    with pytest.raises(ValueError, match="max_episode_tokens=1025 .* more than the engine's 1024"):
+    with pytest.raises(
+        ValueError, match="max_episode_tokens=1025 of these rules exceeds the engine's 1024"
+    ):
         engine.make_rules(limits, {})

@@ -83,8 +83,8 @@ def ready(programs, model, group, left, sampling):
         stop_state=np.zeros(LANES, np.int32),
         position=np.array(following + [0] * (LANES - len(group)), np.int32),
         episode=np.arange(LANES, dtype=np.int32) + 40,
-        drawn=np.zeros(LANES, np.int32),
-        left=np.full(LANES, left, np.int32),
+        num_sampled=np.zeros(LANES, np.int32),
+        budget=np.full(LANES, left, np.int32),
         sampling=sampling,
     )
 
@@ -97,7 +97,7 @@ def chunk_of(programs, lanes, rows, next_state, running, steps, leave_at=0):
         lanes, rows, next_state, allowed, 5, leave_at, steps=steps, running=running
     )
     drawn = jax.device_get(drawn)
-    left = rows.left - drawn.count
+    left = rows.budget - drawn.count
     return (
         drawn,
         lanes,
@@ -105,8 +105,8 @@ def chunk_of(programs, lanes, rows, next_state, running, steps, leave_at=0):
             active=rows.active & (drawn.stop_state < running) & (left > 0),
             stop_state=drawn.stop_state,
             position=rows.position + drawn.count,
-            drawn=rows.drawn + drawn.count,
-            left=left,
+            num_sampled=rows.num_sampled + drawn.count,
+            budget=left,
         ),
     )
 

@@ -35,7 +35,7 @@ def test_own_files_replace_some(tmp_path):
     [
         ("question", "{images}", "'question' lacks {question}"),
         ("after_text_search", "no fields", "'after_text_search' lacks {results}"),
-        ("malformed", "{results}", "'malformed' has no use for {results}"),
+        ("malformed", "{results}", "'malformed' has no field {results}"),
     ],
 )
 def test_a_prompt_with_the_wrong_fields(tmp_path, name, text, message):
@@ -104,7 +104,7 @@ def test_a_pickle_of_something_else(tmp_path, content):
 def test_two_pickles_for_one_prompt(tmp_path):
     published(tmp_path)
     (tmp_path / "round_1_user_prompt_other.pkl").write_bytes(pickle.dumps("x"))
-    with pytest.raises(prompts.PromptsError, match="Keep one of them"):
+    with pytest.raises(prompts.PromptsError, match="keep one of them"):
         prompts.load(tmp_path)
 
 

@@ -2,6 +2,7 @@
 end to all of them where one fails or nobody listens."""
 
 import asyncio
+import itertools
 import threading
 import time
 
@@ -14,28 +15,29 @@ from mmsr1_jax.config import settings
 from mmsr1_jax.models import sharding
 from mmsr1_jax.rollout import build
 from mmsr1_jax.rollout.device import EngineStats
+from mmsr1_jax.rollout.dispatcher import Dispatcher
 from mmsr1_jax.rollout.engine import Engine
-from mmsr1_jax.rollout.pool import EnginePool, _Shared
+from mmsr1_jax.rollout.pool import EnginePool, _Examples
 from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.utils import compile_counter
-from tests.acting import acting_processor, config_for
-from tests.test_engine import VOCABULARY, by_number, examples, make_config, search_tools
+from tests.engines import VOCAB_SIZE, by_index, examples, make_config, search_tools
+from tests.scripted_policy import config_for, scripted_processor
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return acting_processor(VOCABULARY)
+    return scripted_processor(VOCAB_SIZE)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return random_policy.random_model(config_for(VOCABULARY), seed=3)
+    return random_policy.random_model(config_for(VOCAB_SIZE), seed=3)
 
 
 @pytest.fixture(scope="module")
 def other():
     """Parameters of another policy, as a trainer has them: cut over all devices."""
-    params = nnx.split(random_policy.random_model(config_for(VOCABULARY), seed=4))[1]
+    params = nnx.split(random_policy.random_model(config_for(VOCAB_SIZE), seed=4))[1]
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
     return jax.device_put(params, sharding.param_shardings(params, mesh))
 
@@ -72,7 +74,7 @@ def pool(model, processor):
 
 def works(pool, expected) -> bool:
     """Whether the pool is as new."""
-    return by_number(pool.rollout(examples(6), rollouts=4)) == by_number(expected)
+    return by_index(pool.rollout(examples(6), rollouts=4)) == by_index(expected)
 
 
 def engine_threads() -> list[str]:
@@ -84,7 +86,7 @@ def test_episodes_are_those_of_one_engine(pool, expected):
     before, compiled = pool.stats, compile_counter.count()
     decoded = [engine.stats.decoded for engine in pool.engines]
     episodes = list(pool.rollout(examples(6), rollouts=4))
-    assert by_number(episodes) == by_number(expected)
+    assert by_index(episodes) == by_index(expected)
     assert {e.index: e.group for e in episodes} == {n: n // 4 for n in range(24)}
     assert all(engine.stats.decoded > d for engine, d in zip(pool.engines, decoded, strict=True))
     assert pool.stats.decoded - before.decoded == sum(int(e.loss_mask.sum()) for e in episodes)
@@ -108,32 +110,35 @@ def test_examples_are_read_as_they_are_needed(pool, single):
             yield example
 
     sampling = settings.Sampling(seed=7, top_p=0.9)
-    found = by_number(pool.rollout(questions(), sampling=sampling, on_event=watch))
+    found = by_index(pool.rollout(questions(), sampling=sampling, on_event=watch))
     assert max(ahead) <= 2 * (6 + 1) and len(ahead) == 16
-    assert found == by_number(single.rollout(examples(16), sampling=sampling))
+    assert found == by_index(single.rollout(examples(16), sampling=sampling))
     assert list(pool.rollout(iter([]))) == []
 
 
-def test_the_next_example_goes_to_who_has_least_left_to_do():
-    shared = _Shared("abcdefgh", engines=2, rollouts=4, lanes=6)
+def test_the_next_example_goes_to_the_engine_with_the_lowest_load():
+    source = _Examples("abcdefgh", itertools.count(), on_event=None)
+    dispatcher = Dispatcher(
+        [None, None], source, max_load=6, rollouts=4, sampling=settings.Sampling()
+    )
 
     def takes(engine, count=9):
-        return "".join(example for _, example in shared.take(engine, count))
+        return "".join(example for _, example in dispatcher.take(engine, count))
 
     def end(engine, episodes):
         for _ in range(episodes):
-            shared.ended(engine)
+            dispatcher.finish_episode(engine)
 
-    assert takes(0) == "a"  # 4, 0 left: no more of them, though the other has not begun
+    assert takes(0) == "a"  # loads 4, 0: no second example, though the other engine is not running
     assert takes(0) == takes(1, 0) == ""
     assert takes(1) == "bc"  # 4, 8
-    assert takes(1) == "" and takes(0) == "d"  # 8, 8: both have more than their six lanes
+    assert takes(1) == "" and takes(0) == "d"  # 8, 8: both exceed their six lanes
     assert takes(0) == takes(1) == ""
     end(1, 3)  # 8, 5
     assert takes(0) == "" and takes(1) == "e"  # 8, 9
     end(0, 8)
-    assert takes(0, 1) == "f"  # 4, 9: one was all it asked for
-    assert shared.take(0, 9) == [(6, "g")]
+    assert takes(0, 1) == "f"  # 4, 9: at most as many as requested
+    assert dispatcher.take(0, 9) == [(6, "g")]
     end(1, 9)
     assert takes(1) == "h"
     end(0, 8), end(1, 4)
@@ -143,17 +148,17 @@ def test_the_next_example_goes_to_who_has_least_left_to_do():
 def test_load_takes_what_a_trainer_has_on_all_devices(pool, single, model, other, expected):
     """By one program, compiled once, whose results the engines keep without a copy."""
     single.load(other)
-    changed = by_number(single.rollout(examples(6), rollouts=4))
+    changed = by_index(single.rollout(examples(6), rollouts=4))
     single.load(nnx.split(model)[1])
     pool.load(other)
     images, compiled = pool.stats.images, compile_counter.count()
     pool.load(other)
-    assert by_number(pool.rollout(examples(6), rollouts=4)) == changed != by_number(expected)
+    assert by_index(pool.rollout(examples(6), rollouts=4)) == changed != by_index(expected)
     assert compile_counter.count() == compiled
     assert pool.stats.images > images  # those of the old parameters are not used
     prepared = pool.engines[0].device.prepare(other)
     for engine in pool.engines:
-        engine.device.take(prepared)
+        engine.device.install(prepared)
         (device,) = jax.tree.leaves(engine.device._params)[0].devices()
         for whole, part in zip(
             *map(jax.tree.leaves, (prepared, engine.device._params)), strict=True
@@ -193,7 +198,7 @@ def test_groups_of_devices_along_the_tensor_axis(model, processor, other, expect
             assert all(np.array_equal(x, y) for x, y in zip(taken, whole, strict=True))
     # A layout that is not quite the same would have every program compiled again.
     compiled = compile_counter.count()
-    assert by_number(pool.rollout(examples(6), rollouts=4)) == by_number(again.values())
+    assert by_index(pool.rollout(examples(6), rollouts=4)) == by_index(again.values())
     assert compile_counter.count() == compiled
     pool.close()
 
@@ -268,9 +273,9 @@ def test_who_closes_early_is_not_kept_waiting(pool, expected):
         engine.tools = {"text_search": hangs, "image_search": hangs}
     running = pool.rollout(examples(6), rollouts=4)
     next(running)
-    with pytest.raises(RuntimeError, match="under way"):
+    with pytest.raises(RuntimeError, match="in progress"):
         pool.load(None)
-    with pytest.raises(RuntimeError, match="under way"):
+    with pytest.raises(RuntimeError, match="in progress"):
         next(pool.rollout(examples(1)))
     time.sleep(0.5)
     assert len(engine_threads()) == 2  # with their tools

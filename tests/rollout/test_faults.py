@@ -14,29 +14,29 @@ from mmsr1_jax.episodes.episode import Example
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.tools import Observation, Part, image_result, text_result
-from tests.acting import acting_processor, config_for
-from tests.test_engine import VOCABULARY, by_number, make_config, picture, search_tools
+from tests.engines import VOCAB_SIZE, by_index, make_config, random_image, search_tools
+from tests.scripted_policy import config_for, scripted_processor
 
 VICTIM = "What is wrong here?"
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return acting_processor(VOCABULARY)
+    return scripted_processor(VOCAB_SIZE)
 
 
 @pytest.fixture(scope="module")
 def engine(processor):
     config = make_config()
     config.tools.timeout = 1.5
-    engine = Engine(random_policy.random_model(config_for(VOCABULARY), seed=3), processor, config)
+    engine = Engine(random_policy.random_model(config_for(VOCAB_SIZE), seed=3), processor, config)
     yield engine
     engine.close()
 
 
 def questions() -> list[Example]:
     others = [Example(id=str(i), question="Who built it? " + "x" * i) for i in range(3)]
-    victim = Example(id="victim", question=VICTIM, images=[picture(7)])
+    victim = Example(id="victim", question=VICTIM, images=[random_image(7)])
     return [others[0], victim, others[1], others[2]]
 
 
@@ -54,7 +54,7 @@ def run(engine, fault, rollouts=4):
     finished = list(engine.rollout(questions(), rollouts=rollouts))
     assert len(finished) == 4 * rollouts
     hurt = [episode for episode in finished if episode.example.id == "victim"]
-    return hurt, by_number(e for e in finished if e.example.id != "victim")
+    return hurt, by_index(e for e in finished if e.example.id != "victim")
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +140,11 @@ async def closes_information(query):
 
 
 async def thirty_images(query):
-    return Observation(results=[image_result(picture(i), f"t{i}") for i in range(30)])
+    return Observation(results=[image_result(random_image(i), f"t{i}") for i in range(30)])
 
 
 async def one_result_of_thirty_images(query):
-    return Observation(results=[tuple(Part(image=picture(i)) for i in range(30))])
+    return Observation(results=[tuple(Part(image=random_image(i)) for i in range(30))])
 
 
 async def broken_images(query):
@@ -241,7 +241,7 @@ def test_a_fault_stays_where_it_is(engine, processor, undisturbed, fault):
             assert min(call.num_shown, 3) == shown
             assert ("gave nothing" in text) == (call.num_shown == 0)
             assert call.num_shown == call.num_results or any(
-                "left out" in note for note in call.notes
+                "dropped" in note for note in call.notes
             )
     assert made >= 3
 
@@ -253,7 +253,7 @@ def test_results_are_shortened_by_whole_results(engine, processor, monkeypatch):
     assert found
     for episode, call in found:
         assert 0 < call.num_shown < call.num_results == 5
-        assert call.notes == (f"{5 - call.num_shown} of 5 results left out: no room",)
+        assert call.notes == (f"{5 - call.num_shown} of 5 results dropped: no token budget left",)
         reply = [s for s in episode.segments if s.kind == "tool"][call.turn]
         assert processor.decode(reply.tokens).count("\ntitle: t") == call.num_shown
         assert len(reply.tokens) <= 200
@@ -262,7 +262,7 @@ def test_results_are_shortened_by_whole_results(engine, processor, monkeypatch):
 def test_long_texts_are_cut(engine):
     hurt, _ = run(engine, returns_10_mb)
     calls = [call for episode in hurt for call in episode.calls if call.status == "ok"]
-    assert calls and all("result 1: text cut to 300 characters" in c.notes for c in calls)
+    assert calls and all("result 1: text truncated to 300 characters" in c.notes for c in calls)
 
 
 def test_an_episode_has_a_limit_on_waiting(engine, monkeypatch):
@@ -305,7 +305,7 @@ def test_an_episode_without_room_ends(engine, processor, undisturbed):
     """Results that leave no room are left out; where even that does not fit, the episode ends."""
     limits = dataclasses.replace(engine.config.turns, max_episode_tokens=470)
     config = dataclasses.replace(engine.config, turns=limits)
-    small = Engine(random_policy.random_model(config_for(VOCABULARY), seed=3), processor, config,
+    small = Engine(random_policy.random_model(config_for(VOCAB_SIZE), seed=3), processor, config,
                    search_tools())  # fmt: skip
     finished = list(small.rollout(questions(), rollouts=4))
     small.close()
