@@ -330,12 +330,12 @@ def test_who_leaves_an_episode_under_way_leaves_no_lane_behind(engine, alone):
 
 def _gone(device, *args, **keywords):
     """A program that fails after it was given lanes and store."""
-    for buffer in jax.tree.leaves((device._lanes, device._store)):
+    for buffer in jax.tree.leaves((device._lanes, device._image_tokens)):
         buffer.delete()
     raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("where", ["decode", "_encode"])
+@pytest.mark.parametrize("where", ["decode", "_encode_program"])
 def test_an_engine_that_fails_goes_on(engine, alone, monkeypatch, caplog, where):
     with served(engine) as (url, _, gate):
         gate.open()

@@ -149,6 +149,8 @@ class Run:
       saved_episodes: Number of episodes written to disk in each step.
       log_to: Metric loggers: `tensorboard`, `wandb`, both separated by a comma, or empty for
         neither. JSONL is always written.
+      timeline: Whether to record what the device, the lanes and the tools do in the rollouts of
+        each step, as a trace file `RUN/timelines/STEP.json` for https://ui.perfetto.dev.
     """
 
     model: str | None = None
@@ -161,6 +163,7 @@ class Run:
     keep_checkpoints: int = setting(2, at_least=1, at_most=2**20)
     saved_episodes: int = setting(4, at_least=0, at_most=2**20)
     log_to: str = "tensorboard"
+    timeline: bool = False
 
 
 def mistake(objective: Objective, update: Update, run: Run) -> str | None:

@@ -246,9 +246,10 @@ class Episode:
             calls = checked_json.convert(field("calls", list, []), list[ToolCall])
         except checked_json.FormatError as error:
             raise EpisodeError(f"'turns' or 'calls': {error}") from None
+        types: Any = (EndReason | None, str | None)
         try:
-            end = checked_json.convert(data.get("end"), EndReason | None)
-            message = checked_json.convert(data.get("error"), str | None)
+            end = checked_json.convert(data.get("end"), types[0])
+            message = checked_json.convert(data.get("error"), types[1])
         except checked_json.FormatError as error:
             raise EpisodeError(f"'end' or 'error': {error}") from None
         return cls(
@@ -288,8 +289,9 @@ def _parse_segment(name: str, data: Any) -> Segment:
         kinds = ", ".join(_SEGMENT_KINDS)
         raise EpisodeError(f"{name} must be an object whose 'kind' is one of {kinds}")
     tokens = data.get("tokens")
-    all_integers = isinstance(tokens, list) and all(type(token) is int for token in tokens)
-    if not all_integers or not all(0 <= token <= _MAX_TOKEN for token in tokens):
+    if not isinstance(tokens, list) or not all(
+        type(token) is int and 0 <= token <= _MAX_TOKEN for token in tokens
+    ):
         raise EpisodeError(f"{name}: 'tokens' must be a list of token ids")
     logprobs = {}
     for field in ("logprobs", "sampling_logprobs"):
@@ -300,5 +302,5 @@ def _parse_segment(name: str, data: Any) -> Segment:
             except (TypeError, ValueError):
                 logprobs[field] = np.zeros(0)
             if logprobs[field].shape != (len(tokens),):
-                raise EpisodeError(f"{name}: {field!r} must be a list with a number for each token")
+                raise EpisodeError(f"{name}: {field!r} must be a list of a number for each token")
     return Segment(data["kind"], np.array(tokens, np.int32), **logprobs)

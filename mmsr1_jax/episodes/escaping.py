@@ -281,7 +281,9 @@ def _decode(text: str) -> tuple[str, array.array | None]:
 def _value(encoded: str) -> str:
     """Return the character that an entity or escape encodes, or the input if it is neither."""
     if encoded[0] == "&":
-        encoded = "&" + encoded[_FIRST_AMPERSANDS.match(encoded).end() :]
+        ampersands = _FIRST_AMPERSANDS.match(encoded)
+        assert ampersands is not None  # matches any text that begins with `&`
+        encoded = "&" + encoded[ampersands.end() :]
         number = _NUMBER.match(encoded)
         if number and len(number[2]) > 8:  # beyond Unicode
             return "\ufffd"

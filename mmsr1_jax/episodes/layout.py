@@ -88,7 +88,7 @@ def make_block(fragments: Sequence[Fragment]) -> Block:
     block: list[Fragment] = []
     for unlabelled, group in itertools.groupby(fragments, lambda fragment: fragment.line_start):
         if unlabelled:
-            text = escape_tags("".join(fragment.value for fragment in group))
+            text = escape_tags("".join(str(fragment.value) for fragment in group))
             block.append(Fragment(text, "text", True))
         else:
             block += group

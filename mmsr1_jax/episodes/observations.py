@@ -123,8 +123,8 @@ class ObservationReader:
         if all(image is None or isinstance(image, (Patches, ImageError)) for image in images):
             return observation, 0.0
 
-        def decode(part: Part) -> Patches | ImageError:
-            if isinstance(part.image, (Patches, ImageError)):
+        def decode(part: Part) -> Any:
+            if part.image is None or isinstance(part.image, (Patches, ImageError)):
                 return part.image
             try:
                 return self._checked(

@@ -135,8 +135,8 @@ class Rules:
 
         Image searches are skipped for a question without images.
         """
-        skipped = () if episode.example.images else ("image_search",)
-        actions = [action for action in self._forced if action not in skipped]
+        has_images = bool(episode.example.images)
+        actions: list[Action] = [a for a in self._forced if a != "image_search" or has_images]
         return actions[min(len(episode.turns), len(actions) - 1)] if actions else None
 
     def next_step(self, turns: Sequence[Turn], calls: Sequence[ToolCall], truncated: bool) -> Step:
@@ -286,13 +286,14 @@ class Rules:
         remaining_chars, image_tokens = max_chars, 0
         fragments: list[layout.Fragment] = []
         for part in result:
-            if part.image is None:
-                if len(part.text) > remaining_chars >= 0:
+            image: Any = part.image  # `Patches` or `ImageError`, see `ObservationReader`
+            if image is None:
+                num_chars = len(part.text or "")
+                if num_chars > remaining_chars >= 0:
                     notes.append(f"result {number}: text truncated to {max_chars} characters")
                 fragments += layout.part_fragments(part, not fragments, max(remaining_chars, 0))
-                remaining_chars -= len(part.text)
+                remaining_chars -= num_chars
                 continue
-            image = part.image
             if isinstance(image, Patches):
                 pixels = len(image.values) * self._processor.images.patch_size**2
                 if pixels > max_pixels:

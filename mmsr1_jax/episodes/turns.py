@@ -30,7 +30,7 @@ WHOLE_IMAGE = "<img>"  # the only valid content of an image search
 _CLOSE = re.compile("|".join(map(re.escape, STOPS)))
 _REASON = re.compile(r"\s*<reason>(.*?)</reason>\s*", re.DOTALL)
 _REASON_TAGS = ("<reason>", "</reason>")
-_CLOSING_ACTIONS = {f"</{tag}>": action for action, tag in TAGS.items()}
+_CLOSING_ACTIONS: dict[str, Action] = {f"</{tag}>": action for action, tag in TAGS.items()}
 # Tags of each action in the published format. Those of an image search are a single string:
 # `<search>` alone does not count.
 _PUBLISHED_TAGS: dict[Action, tuple[str, ...]] = {

@@ -24,8 +24,7 @@ from mmsr1_jax.rollout.cache import Lanes
 from mmsr1_jax.rollout.sampler import Sampling, sample, token_keys
 
 
-@flax.struct.dataclass
-class Rows:
+class Rows(flax.struct.PyTreeNode):
     """State of the turns being decoded, one per row.
 
     Attributes:
@@ -49,8 +48,7 @@ class Rows:
     sampling: Sampling
 
 
-@flax.struct.dataclass
-class SampledTokens:
+class SampledTokens(flax.struct.PyTreeNode):
     """Tokens sampled by one call of `decode`. Only the first `count` entries of a row are valid.
 
     Attributes:

@@ -14,13 +14,13 @@ Host arrays reach the programs by `Device.put`, in one explicit transfer per cal
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
@@ -33,8 +33,6 @@ from mmsr1_jax.rollout.prefill import PrefillChunk
 from mmsr1_jax.rollout.sampler import Sampling
 from mmsr1_jax.rollout.stop import StopTable
 from mmsr1_jax.rollout.timeline import DECODE, ENCODE, PREFILL, EngineTimeline
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -130,8 +128,8 @@ class Device:
         if any(x.dtype != self._dtype for x in jax.tree.leaves(params)):
             self.load(params)
 
-    def put(self, arrays: T) -> T:
-        """Transfer a tree of host arrays to the engine's devices, replicated."""
+    def put(self, arrays: Any) -> Any:
+        """Return a tree of host arrays as arrays on the engine's devices, replicated."""
         return jax.device_put(arrays, self._replicated)
 
     def reset(self) -> None:
@@ -209,7 +207,10 @@ class Device:
         if trainer == engine:
             return self._load_program(None)(params)
         if len(trainer) > 1:
-            return self._load_program(first.sharding.mesh)(params)
+            assert isinstance(first.sharding, NamedSharding)
+            mesh = first.sharding.mesh
+            assert isinstance(mesh, Mesh)
+            return self._load_program(mesh)(params)
         return self._load_program(None)(jax.device_put(params, self._layout))
 
     def install(self, prepared: nnx.State) -> None:
@@ -283,26 +284,25 @@ class Device:
     def _extend(self, length: int, chunks: Sequence[PrefillChunk]) -> Sequence[jax.Array]:
         """Write one batch of chunks of a bucket; return the hidden state of each row."""
         R = self._extend_rows(length)
-        new = cache.PrefillBatch(
-            lane=np.full(R, self.config.lanes, np.int32),
-            tokens=np.zeros((R, length), np.int32),
-            count=np.zeros(R, np.int32),
-            positions=np.zeros((R, 3, length), np.int32),
-            image_index=np.full((R, length), -1, np.int32),
-        )
+        lane = np.full(R, self.config.lanes, np.int32)
+        tokens = np.zeros((R, length), np.int32)
+        count = np.zeros(R, np.int32)
+        positions = np.zeros((R, 3, length), np.int32)
+        image_index = np.full((R, length), -1, np.int32)
         slots = self._images.slots([chunk.images for chunk in chunks])
         self.stats.images = self._images.num_encoded
         for row, chunk in enumerate(chunks):
             n, is_image = len(chunk.tokens), chunk.image_index >= 0
-            new.lane[row], new.count[row] = chunk.lane, n
-            new.tokens[row, :n] = chunk.tokens
-            new.positions[row, :, :n] = chunk.positions
-            new.image_index[row, :n][is_image] = slots[row][chunk.image_index[is_image]]
+            lane[row], count[row] = chunk.lane, n
+            tokens[row, :n] = chunk.tokens
+            positions[row, :, :n] = chunk.positions
+            image_index[row, :n][is_image] = slots[row][chunk.image_index[is_image]]
             self.stats.extended += n
             self.stats.extended_padded += length
         start = time.perf_counter()
+        new = cache.PrefillBatch(*self.put((lane, tokens, count, positions, image_index)))
         hidden, self._lanes = self._extend_program(
-            self._params, self._lanes, self.put(new), self._image_tokens
+            self._params, self._lanes, new, self._image_tokens
         )
         self._record(PREFILL, start, hidden, rows=len(chunks), length=length)
         return hidden
@@ -350,16 +350,16 @@ class Device:
         for index, row in enumerate(rows):
             for name, values in fields.items():
                 values[index] = getattr(row, name)
-        fields["active"] = np.arange(R) < len(rows)
-        fields, seed_, leave_at_ = self.put((fields, np.int32(seed), np.int32(leave_at)))
+        fields, active, *scalars = self.put(
+            (fields, np.arange(R) < len(rows), np.int32(seed), np.int32(leave_at))
+        )
         sampled, self._lanes = self._decode_program(
             self._params,
             self._lanes,
-            decode.Rows(sampling=sampling, **fields),
+            decode.Rows(active=active, sampling=sampling, **fields),
             self._next_state,
             self._allowed,
-            seed_,
-            leave_at_,
+            *scalars,
             steps=self.config.decode_steps,
             running=self.stops.running,
         )

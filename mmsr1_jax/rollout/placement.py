@@ -4,9 +4,11 @@ A trainer's parameters reach the engines without the host: one program casts the
 on each group of devices (`engine_layout_on`), and each engine keeps its shards (`transfer`).
 """
 
+from typing import Any
+
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from mmsr1_jax.models.sharding import partition_spec
 from mmsr1_jax.rollout import cache
@@ -29,7 +31,8 @@ def lane_shardings(lanes: cache.Lanes, params: Sharding) -> cache.Lanes:
     if not isinstance(params, NamedSharding):
         return jax.tree.map(lambda _: params, lanes)
     spec = partition_spec((None, None, "kv_heads", None, None), lanes.k.shape, params.mesh)
-    kv, rest = NamedSharding(params.mesh, spec), replicated(params)
+    kv: Any = NamedSharding(params.mesh, spec)
+    rest: Any = replicated(params)
     return cache.Lanes(k=kv, v=kv, length=rest, hidden=rest)
 
 
@@ -40,7 +43,7 @@ def engine_layout_on(mesh: Mesh, layout: nnx.State) -> nnx.State:
     axes of different sizes.
     """
 
-    def tensor_size(mesh: Mesh) -> int:
+    def tensor_size(mesh: Mesh | AbstractMesh) -> int:
         return mesh.shape.get("tensor", 1)
 
     def on_mesh(sharding: Sharding) -> NamedSharding:
@@ -61,10 +64,11 @@ def transfer(arrays: nnx.State, layout: nnx.State) -> nnx.State:
 
 
 def _transfer_array(x: jax.Array, sharding: Sharding) -> jax.Array:
-    def key(index: tuple[slice, ...]) -> tuple[tuple[int, int, int], ...]:
+    def key(index: tuple[slice, ...] | None) -> tuple[tuple[int, int, int], ...]:
+        assert index is not None  # all shards are on addressable devices
         return tuple(part.indices(size) for part, size in zip(index, x.shape, strict=True))
 
-    copies: dict[tuple, dict[jax.Device, jax.Array]] = {}  # of each shard, by device
+    copies: dict[tuple, dict[Any, jax.Array]] = {}  # of each shard, by device
     for shard in x.addressable_shards:
         copies.setdefault(key(shard.index), {})[shard.device] = shard.data
     shards = []

@@ -11,8 +11,7 @@ import numpy as np
 _IMPOSSIBLE = -jnp.inf
 
 
-@flax.struct.dataclass
-class Sampling:
+class Sampling(flax.struct.PyTreeNode):
     """Sampling parameters of B lanes.
 
     Attributes:

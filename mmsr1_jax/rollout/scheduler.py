@@ -14,7 +14,7 @@ import collections
 import concurrent.futures
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -52,9 +52,9 @@ class Engine(Protocol):
     config: Config
     processor: Processor
     device: Device
-    tools: Mapping[str, Tool]
+    tools: dict[str, Tool]
     stops: StopTable
-    token_bytes: Sequence[bytes]
+    token_bytes: list[bytes]
     image_token: int
     merge_size: int
     pool: concurrent.futures.ThreadPoolExecutor
@@ -300,7 +300,7 @@ class Scheduler:
         stop_reason = self._engine.stops.reason(active.stop_state)
         tokens = sampled["tokens"][:-1] if stop_reason in END_TOKENS else sampled["tokens"]
         prefix = NO_TOKENS if active.forced_prefix is None else active.forced_prefix
-        turn = turns.parse(processor.decode([*prefix, *tokens]))
+        turn = turns.parse(processor.decode(np.concatenate([prefix, tokens]).tolist()))
         required = self._rules.forced_action(episode)
         if required is None or turn.action == required:
             active.forced_prefix = None
@@ -365,7 +365,7 @@ class Scheduler:
             self._set_chunks(active, Prompt(forced, ()))
             return None
         active.unwritten = forced
-        return turns.parse(self._engine.processor.decode(np.concatenate(turn_tokens)))
+        return turns.parse(self._engine.processor.decode(np.concatenate(turn_tokens).tolist()))
 
     # After a turn
 

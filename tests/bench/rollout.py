@@ -248,8 +248,8 @@ def decoding(shape: str, lanes: int, context: int, dtype) -> list[tuple]:
     times = []
     for _ in range(5):
         begin = time.perf_counter()
-        drawn, state = program(params, state, *rest)
-        jax.block_until_ready(drawn)
+        sampled, state = program(params, state, *rest)
+        jax.block_until_ready(sampled)
         times.append((time.perf_counter() - begin) / steps)
     step = min(times)
     text = sum(x.nbytes for x in jax.tree.leaves(params["text"]))

@@ -183,8 +183,8 @@ def test_a_refused_search_is_recorded(rules):
 
 
 def test_real_questions_and_pages(shared):
-    """The released tokenizer and the settings of the 7B: every question leaves tokens for a turn, every page
-    comes through as text and nothing else."""
+    """With the released tokenizer and the settings of the 7B, every question leaves tokens for a
+    turn, and every page is shown as plain text."""
     config = qwen7b.get_config()
     tokenizer = (shared / "tokenizer" / "qwen" / "tokenizer.json").read_text(encoding="utf-8")
     images = ImageProcessor(
