@@ -371,7 +371,7 @@ def test_sft_reads_it(world, unbroken, tmp_path):
     config = runpy.run_path(str(ROOT / "tests" / "small_config.py"))["get_config"]()
     config.data.train, config.data.max_bad_rows = (str(out / "sft.jsonl"),), 0
     processor = Processor.from_directory(world / "policy")
-    path = tmp_path / "stories.jsonl"
+    path = tmp_path / "examples.jsonl"
     sft_dataset.prepare(path, config, processor, scripted_policy.config_for(VOCABULARY))
     lessons, taught = sft_dataset.load(path, config), read(out / "sft.jsonl")
     assert len(lessons) == len(taught) > 5
