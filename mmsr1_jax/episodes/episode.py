@@ -98,7 +98,7 @@ class ToolCall:
       seconds: Seconds that the tool took.
       num_results: Number of results that the tool returned.
       num_shown: Number of results that the policy saw.
-      notes: Results and images that were left out or changed, and why the search failed.
+      notes: Results and images that were dropped or changed, and why the search failed.
       results: Results that the policy saw; empty in records that do not have them. Excluded from
         equality, since the tokens already contain them.
     """

@@ -9,7 +9,7 @@
 
 Imitations are detected in a copy of the text as a reader sees it (`_View`): entities and escapes
 are decoded, characters are mapped to those that they resemble, and invisible ones are removed. The
-imitations are then escaped in the original text, of which nothing else changes. The running time is
+imitations are then escaped in the original text, which is otherwise unchanged. The running time is
 linear in the length of the text.
 
 Some text is not escaped because it cannot be confused with our markup: a word without a bracket
@@ -47,8 +47,8 @@ def _word(word: str, between: str = "") -> str:
     return between.join(_LETTERS.get(letter, letter) for letter in word)
 
 
-def _any(words: Sequence[str]) -> str:
-    ordered = sorted(words, key=len, reverse=True)
+def _any(names: Sequence[str]) -> str:
+    ordered = sorted(names, key=len, reverse=True)
     return "|".join(_word(word, _BETWEEN) for word in ordered)
 
 

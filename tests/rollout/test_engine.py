@@ -1,5 +1,5 @@
-"""The engine: the same episodes whatever the schedule, log-probs that `score` agrees with, nothing
-computed twice, nothing compiled in steady state."""
+"""The engine: episodes do not depend on the schedule, log-probs equal those of `score`, nothing is
+computed twice, and nothing is compiled in steady state."""
 
 import dataclasses
 import random
@@ -49,12 +49,12 @@ def engine(model, processor):
 
 @pytest.fixture(scope="module")
 def episodes(engine):
-    """Five questions, four times each, at temperature 1."""
+    """Roll out five questions four times each at temperature 1."""
     return list(engine.rollout(examples(5), rollouts=4))
 
 
-def test_the_sample_has_everything_in_it(episodes):
-    """What the tests below compare is not a handful of trivial episodes."""
+def test_the_sample_covers_all_actions_and_lengths(episodes):
+    """The tests below do not compare trivial episodes."""
     assert sorted(episode.index for episode in episodes) == list(range(20))
     actions = [turn.action for episode in episodes for turn in episode.turns]
     assert {"answer", "image_search", "text_search", None} <= set(actions)
@@ -64,7 +64,7 @@ def test_the_sample_has_everything_in_it(episodes):
 
 
 @pytest.mark.parametrize("lanes, chunk", [(4, 1), (64, 32)])
-def test_neither_lanes_nor_chunks_nor_tools_change_an_episode(
+def test_lanes_chunks_and_tool_latencies_do_not_change_episodes(
     model, processor, episodes, lanes, chunk
 ):
     order = random.Random(lanes)
@@ -75,20 +75,20 @@ def test_neither_lanes_nor_chunks_nor_tools_change_an_episode(
     assert by_index(again) == by_index(episodes)
 
 
-def test_another_seed_gives_other_episodes(engine, episodes):
+def test_another_seed_changes_all_episodes(engine, episodes):
     again = by_index(engine.rollout(examples(5), rollouts=4, sampling=settings.Sampling(seed=1)))
     assert all(again[i]["tokens"] != r["tokens"] for i, r in by_index(episodes).items())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_those_of_score(engine, model, temperature):
+def test_logprobs_equal_those_of_score(engine, model, temperature):
     sampling = settings.Sampling(temperature=temperature, top_p=0.9, seed=5)
     finished = list(engine.rollout(examples(5), rollouts=2, sampling=sampling))
     assert_logprobs_match_score(model, finished, temperature)
 
 
-def test_logprobs_where_pictures_are_written_in_pieces(model, processor):
-    """Pieces that begin and end inside pictures, and a question with the same picture twice."""
+def test_logprobs_equal_those_of_score_if_images_are_split_over_chunks(model, processor):
+    """Chunks begin and end inside images, and a question contains the same image twice."""
     config = make_config(prefill_buckets=(8, 32), prefill_tokens=32)
     engine = Engine(model, processor, config, search_tools())
     twice = dataclasses.replace(
@@ -98,13 +98,13 @@ def test_logprobs_where_pictures_are_written_in_pieces(model, processor):
     engine.close()
     assert engine.device.stats.images == len({i.digest for e in finished for i in e.images})
     assert_logprobs_match_score(model, finished, 1.0)
-    cut = 0
+    num_split = 0
     for episode in finished:
         prompt, end = episode.segments[0].tokens, 0
         while end < len(prompt) - 1:
             end += chunk_length(len(prompt) - end, config.rollout.prefill_buckets)
-            cut += end < len(prompt) and prompt[end - 1] == prompt[end] == 5
-    assert cut > 5
+            num_split += end < len(prompt) and prompt[end - 1] == prompt[end] == 5
+    assert num_split > 5
 
 
 def test_only_sampled_tokens_carry_loss(episodes, processor):
@@ -120,8 +120,8 @@ def test_only_sampled_tokens_carry_loss(episodes, processor):
             assert closing.count(end) == 1  # sampled or forced, never both
 
 
-def test_what_may_be_sampled(episodes, processor):
-    """No token of a prompt's own, none that the tokenizer does not have."""
+def test_only_text_and_end_tokens_are_sampled(episodes, processor):
+    """No other control tokens, and no ids beyond the tokenizer's."""
     sampled = np.concatenate([e.tokens[e.loss_mask] for e in episodes])
     known = len(processor.token_bytes())
     assert known < VOCAB_SIZE and sampled.max() < known
@@ -129,14 +129,14 @@ def test_what_may_be_sampled(episodes, processor):
     assert not set(sampled.tolist()) & (set(processor.control.values()) - ends)
 
 
-def test_placeholders_are_those_of_the_images(episodes):
+def test_each_image_token_has_a_placeholder(episodes):
     for episode in episodes:
         tokens = sum(len(image.values) // 4 for image in episode.images)
         assert (episode.tokens == 5).sum() == tokens
 
 
 def test_nothing_is_computed_twice(model, processor):
-    """Groups of 8 over 3 turns, on fewer lanes than a group has rollouts."""
+    """With groups of 8 over 3 turns on 6 lanes, prompts and images are computed once."""
     engine = Engine(model, processor, make_config(lanes=6), search_tools())
     finished = list(engine.rollout(examples(6), rollouts=8))
     counts = engine.device.stats
@@ -152,8 +152,8 @@ def test_nothing_is_computed_twice(model, processor):
 
 
 @pytest.mark.proof
-def test_a_small_store_of_images_is_enough(model, processor):
-    """Images that are pushed out are encoded again; nothing else changes."""
+def test_evicted_images_are_encoded_again(model, processor):
+    """A small image store changes no episode."""
     rounds, runs = [examples(5), examples(10)[5:], examples(5)], []
     for size in (3 * 128, 4096):
         engine = Engine(model, processor, make_config(image_cache_tokens=size), search_tools())
@@ -165,7 +165,7 @@ def test_a_small_store_of_images_is_enough(model, processor):
     assert runs[0] == runs[1] and runs[0][0] == runs[0][2]
 
 
-def test_twenty_batches_compile_nothing_after_the_second(model, processor):
+def test_nothing_is_compiled_after_the_second_of_twenty_batches(model, processor):
     before = compile_counter.count()
     engine = Engine(model, processor, make_config(precompile=True), search_tools())
     rng, compiled = np.random.default_rng(0), []
@@ -185,20 +185,20 @@ def test_twenty_batches_compile_nothing_after_the_second(model, processor):
     assert compiled[19] == compiled[1] > before
 
 
-def test_load_takes_new_parameters(model, processor, episodes):
+def test_load_installs_new_parameters(model, processor, episodes):
     other = random_policy.random_model(config_for(VOCAB_SIZE), seed=4)
     fresh = Engine(other, processor, make_config(), search_tools())
     expected = by_index(fresh.rollout(examples(3), rollouts=2))
     fresh.close()
     engine = Engine(model, processor, make_config(precompile=True), search_tools())
     before = by_index(engine.rollout(examples(3), rollouts=2))
-    engine.load(nnx.split(model)[1])  # the program that does it is compiled
+    engine.load(nnx.split(model)[1])  # compiles the program that converts them
     images, compiled = engine.device.stats.images, compile_counter.count()
     engine.load(nnx.split(other)[1])
     after = by_index(engine.rollout(examples(3), rollouts=2))
     assert compile_counter.count() == compiled
     assert after == expected != before
-    assert engine.device.stats.images > images  # pictures of the old parameters are not used
+    assert engine.device.stats.images > images  # images encoded by the old parameters are discarded
     running = engine.rollout(examples(3))
     next(running)
     with pytest.raises(RuntimeError, match="in progress"):
@@ -211,11 +211,11 @@ def test_load_takes_new_parameters(model, processor, episodes):
     engine.close()
 
 
-def test_load_takes_the_parameters_of_a_trainer_on_eight_devices(model, processor, episodes):
-    """Cut over a mesh, and in another dtype's master copy: the engine has its own layout."""
+def test_load_converts_the_parameters_of_a_trainer_on_eight_devices(model, processor, episodes):
+    """They are sharded over a mesh and have another dtype; the engine has its own layout."""
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
     params = nnx.split(model)[1]
-    cut = jax.device_put(params, sharding.param_shardings(params, mesh))
+    sharded = jax.device_put(params, sharding.param_shardings(params, mesh))
     engine = Engine(
         random_policy.random_model(config_for(VOCAB_SIZE), seed=4),
         processor,
@@ -224,20 +224,20 @@ def test_load_takes_the_parameters_of_a_trainer_on_eight_devices(model, processo
     )
     for _ in range(2):
         compiled = compile_counter.count()
-        engine.load(cut)
+        engine.load(sharded)
     assert compile_counter.count() == compiled  # one program, compiled once
     assert by_index(engine.rollout(examples(5), rollouts=4)) == by_index(episodes)
     engine.close()
 
 
-def test_two_devices_along_the_tensor_axis(model, processor, episodes):
-    """Each holds half of the heads and of the cache; no program is compiled twice."""
+def test_an_engine_on_two_devices_along_the_tensor_axis(model, processor, episodes):
+    """Each holds half of the heads and of the cache, and no program is compiled twice."""
     mesh = sharding.make_mesh(1, 1, 2, devices=jax.devices()[:2])
     graph, params = nnx.split(model)
-    cut = nnx.merge(graph, jax.device_put(params, sharding.param_shardings(params, mesh)))
-    engine = Engine(cut, processor, make_config(), search_tools())
+    sharded = nnx.merge(graph, jax.device_put(params, sharding.param_shardings(params, mesh)))
+    engine = Engine(sharded, processor, make_config(), search_tools())
     again = list(engine.rollout(examples(5), rollouts=4))
-    engine.load(nnx.split(cut)[1])
+    engine.load(nnx.split(sharded)[1])
     compiled = compile_counter.count()
     assert by_index(engine.rollout(examples(5), rollouts=4)) == by_index(again)
     assert compile_counter.count() == compiled
@@ -251,26 +251,26 @@ def test_two_devices_along_the_tensor_axis(model, processor, episodes):
         )
 
 
-def test_examples_that_cannot_be_used_hurt_nobody(engine):
+def test_unusable_examples_do_not_affect_others(engine):
     good = examples(3)
     expected = by_index(engine.rollout(good))
-    bad = [
+    unusable = [
         Example(id="broken", question="?", images=[b"not a picture"]),
         Example(id="none", question="?", images=["no/such/file.jpg"]),
         Example(id="long", question="word " * 3000),
         Example(id="thin", question="?", images=[PIL.Image.new("RGB", (1, 900))]),
     ]
-    mixed = list(engine.rollout([good[0], *bad, good[1], good[2]]))
+    mixed = list(engine.rollout([good[0], *unusable, good[1], good[2]]))
     errors = {e.example.id: e.error for e in mixed if e.end == "error"}
     assert set(errors) == {"broken", "none", "long", "thin"}
     assert "not an image" in errors["broken"] and "no such file" in errors["none"]
     assert "turns.max_episode_tokens" in errors["long"] and "200 times" in errors["thin"]
     assert {e.index for e in mixed if e.end != "error"} == {0, 5, 6}
-    found = by_index(e for e in mixed if e.example.id == "0")
-    assert found[0] == expected[0]
+    usable = by_index(e for e in mixed if e.example.id == "0")
+    assert usable[0] == expected[0]
 
 
-def test_rules_beyond_the_lanes_of_an_engine_are_refused(engine):
+def test_rules_that_exceed_the_capacity_of_lanes_are_refused(engine):
     limits = dataclasses.replace(LIMITS, max_episode_tokens=LIMITS.max_episode_tokens + 1)
     with pytest.raises(
         ValueError, match="max_episode_tokens=1025 of these rules exceeds the engine's 1024"
