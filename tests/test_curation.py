@@ -24,7 +24,7 @@ from mmsr1_jax.episodes.turns import parse
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.tools.index_builder import build_index
 from mmsr1_jax.training import sft_dataset
-from tests import acting
+from tests import scripted_policy
 from tests.servers import serve
 from tests.test_data import picture
 from tests.test_train import ROOT, SMALL, kill_when, run, start
@@ -249,7 +249,7 @@ VOCABULARY = 832
 def world(tmp_path_factory):
     """Policy, questions and index in a directory."""
     directory = tmp_path_factory.mktemp("world")
-    acting.write(directory / "policy", vocab_size=VOCABULARY, actions=ACTIONS)
+    scripted_policy.write(directory / "policy", vocab_size=VOCABULARY, actions=ACTIONS)
     write_parquet(
         directory / "questions.parquet",
         [
@@ -372,7 +372,7 @@ def test_sft_reads_it(world, unbroken, tmp_path):
     config.data.train, config.data.max_bad_rows = (str(out / "sft.jsonl"),), 0
     processor = Processor.from_directory(world / "policy")
     path = tmp_path / "examples.jsonl"
-    sft_dataset.prepare(path, config, processor, acting.config_for(VOCABULARY))
+    sft_dataset.prepare(path, config, processor, scripted_policy.config_for(VOCABULARY))
     lessons, taught = sft_dataset.load(path, config), read(out / "sft.jsonl")
     assert len(lessons) == len(taught) > 5
     for lesson, line in zip(lessons, taught, strict=True):

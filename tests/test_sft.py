@@ -33,9 +33,9 @@ from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.tools.index_builder import build_index
 from mmsr1_jax.training import metrics, sft_dataset
-from tests.acting import acting_tokenizer, config_for
+from tests.engines import episode_record, examples, make_config, search_tools
 from tests.reference import torch, torch_inputs, torch_model
-from tests.test_engine import examples, make_config, record, search_tools
+from tests.scripted_policy import config_for, scripted_tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STORIES = 8
@@ -111,7 +111,7 @@ ACTIONS = {
 
 @pytest.fixture(scope="module")
 def whole_turns():
-    raw = json.loads(acting_tokenizer(2200, ACTIONS))
+    raw = json.loads(scripted_tokenizer(2200, ACTIONS))
     raw["model"]["ignore_merges"] = True  # a text that is a token becomes that token
     raw["pre_tokenizer"]["use_regex"] = False
     return json.dumps(raw)
@@ -154,7 +154,9 @@ def test_a_story_is_told_as_the_engine_would_have(rolled_out):
     told = list(replay(given, processor, rules, search_tools()))
 
     def without_probabilities(episode):
-        found = record(episode) | {"segments": [s.tokens.tolist() for s in episode.segments]}
+        found = episode_record(episode) | {
+            "segments": [s.tokens.tolist() for s in episode.segments]
+        }
         del found["logprobs"], found["sampling"]
         return found
 
@@ -190,7 +192,7 @@ def test_saved_episodes_are_learned_to_the_bit(rolled_out, whole_turns, tmp_path
     for line, episode in zip(lines, episodes, strict=True):
         images = [read_picture(path.parent / name, processor.images) for name in line["images"]]
         again = Episode.from_json(line, images)
-        assert record(again) == record(episode)
+        assert episode_record(again) == episode_record(episode)
         assert (again.index, again.group) == (episode.index, episode.group)
     assert sum(len(line["images"]) for line in lines) > len(list((tmp_path / "pictures").iterdir()))
 

@@ -174,7 +174,7 @@ def answer(
         rollouts=samples,
         sampling=sampling,
         rules=rules,
-        numbers=(number for number, _ in numbers),
+        indices=(number for number, _ in numbers),
     )
     total = source.count and source.count * samples
     with (

@@ -39,7 +39,7 @@ from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 from mmsr1_jax.processing.images import ImageProcessor, read_picture, write_picture
 from mmsr1_jax.processing.processor import Processor, Prompt
 from mmsr1_jax.rl.packing import RowShape
-from mmsr1_jax.rollout.device import check_image
+from mmsr1_jax.rollout.image_store import check_image
 from mmsr1_jax.tools import Observation, Query, Tool
 from mmsr1_jax.tools.build import make_tools
 from mmsr1_jax.tools.service_checks import check_services

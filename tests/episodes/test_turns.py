@@ -1,4 +1,4 @@
-"""Turns are read as they were meant, and as the engine stops."""
+"""Parsing of turns: their action, payload and format."""
 
 import json
 
@@ -11,7 +11,7 @@ from mmsr1_jax.rollout import stop
 R = "<reason>It is a bridge.</reason>"
 
 
-def test_real_turns_of_the_released_policy(shared):
+def test_turns_of_the_released_policy(shared):
     lines = (shared / "data" / "transcripts.jsonl").read_text("utf-8").splitlines()
     turns = [turn for line in lines for turn in json.loads(line)["turns"]]
     assert len(lines) == 26 and len(turns) == 57
@@ -34,7 +34,7 @@ def test_real_turns_of_the_released_policy(shared):
         ("<reason>I may <search> or not\n</reason><answer>x</answer>", "answer", "x"),
     ],
 )
-def test_well_formed(text, action, payload):
+def test_well_formed_turns(text, action, payload):
     turn = parse(text)
     assert (turn.action, turn.payload, turn.problem) == (action, payload, None)
     assert turn.form == turn.strict_form == action and turn.well_formed
@@ -50,7 +50,7 @@ def test_well_formed(text, action, payload):
         (f"{R} </b> <search> <answer>Tagus</answer>", "answer", "Tagus"),
     ],
 )
-def test_well_formed_as_published_only(text, action, payload):
+def test_turns_well_formed_in_the_published_format_only(text, action, payload):
     turn = parse(text)
     assert (turn.action, turn.payload, turn.problem) == (action, payload, None)
     assert turn.well_formed and turn.strict_form is None
@@ -67,7 +67,7 @@ def test_well_formed_as_published_only(text, action, payload):
          "<text_search> stands beside the action"),
     ],
 )  # fmt: skip
-def test_well_formed_in_the_strict_form_only(text, action, problem):
+def test_turns_well_formed_in_the_strict_format_only(text, action, problem):
     turn = parse(text)
     assert turn.action == turn.strict_form == action
     assert problem in turn.problem and not turn.well_formed
@@ -92,25 +92,25 @@ def test_well_formed_in_the_strict_form_only(text, action, problem):
         ("<reason>", None, None, "no closing tag"),
     ],
 )
-def test_badly_formed(text, action, payload, problem):
+def test_malformed_turns(text, action, payload, problem):
     turn = parse(text)
     assert (turn.action, turn.payload) == (action, payload)
     assert problem in turn.problem and not turn.well_formed and turn.strict_form is None
 
 
-def test_a_query_that_is_empty_is_well_formed_as_published_and_no_action():
+def test_an_empty_query_is_well_formed_but_no_action():
     turn = parse(f"{R}<text_search> \n</text_search>")
     assert (turn.action, turn.problem) == (None, "an empty query")
     assert turn.form == "text_search" and turn.strict_form is None
 
 
-def test_turns_of_files_without_their_text_have_the_form_that_was_read():
+def test_loaded_turns_without_text_keep_their_recorded_format():
     assert Turn("answer", "x", "r", None).form == "answer"
     assert not Turn("answer", "x", "r", "text after the action").well_formed
     assert Turn("answer", "x", "r", None).strict_form == "answer"
 
 
-def test_the_action_is_where_the_engine_stops():
+def test_the_action_is_the_one_at_which_the_engine_stops():
     table = stop.build([bytes([b]) for b in range(256)], 256, STOPS, {})
     rng = np.random.default_rng(0)
     pieces = [R, "<answer>", "</answer>", "<search><img></search>", "<text_search>", "q", " "]

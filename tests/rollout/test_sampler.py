@@ -1,4 +1,4 @@
-"""Draws follow the distribution that the settings say, and so do the recorded log-probs."""
+"""Sampled tokens and recorded log-probs follow the distribution of the settings."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ ALLOWED = np.arange(V) % 7 != 3
 
 
 def expected_distribution(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """float64[V], by the definition: sort, cut, make it sum to 1."""
+    """Return the distribution by its definition, float64[V]: sort, truncate, renormalise."""
     scores = np.where(ALLOWED, np.asarray(logits, np.float64) / temperature, -np.inf)
     order = np.argsort(-scores)
     if top_k:
@@ -42,7 +42,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_50000_draws(setting):
+def test_50000_samples_follow_the_distribution(setting):
     logits = np.random.default_rng(0).normal(size=V).astype(np.float32) * 1.5
     expected = expected_distribution(logits, **setting)
     n = 50_000
@@ -61,7 +61,7 @@ def test_50000_draws(setting):
     np.testing.assert_allclose(logprobs, plain[tokens], atol=1e-5)
 
 
-def test_a_wrong_distribution_would_be_noticed():
+def test_a_wrong_distribution_fails_the_test():
     logits = np.random.default_rng(0).normal(size=V).astype(np.float32) * 1.5
     n = 50_000
     keys = token_keys(7, jnp.arange(n), jnp.full(n, 3))
@@ -71,7 +71,7 @@ def test_a_wrong_distribution_would_be_noticed():
     assert stats.chisquare(counts[real], wrong[real] * n).pvalue < 0.001
 
 
-def test_lanes_keep_their_own_settings():
+def test_settings_are_per_lane():
     rng = np.random.default_rng(1)
     logits = jnp.asarray(rng.normal(size=(3, V)), jnp.float32)
     sampling = Sampling(
@@ -88,7 +88,7 @@ def test_lanes_keep_their_own_settings():
     np.testing.assert_allclose(sampling_logprobs, 0, atol=1e-6)
 
 
-def test_a_draw_depends_on_seed_episode_and_index_alone():
+def test_a_sample_depends_on_seed_episode_and_index_alone():
     rng = np.random.default_rng(1)
     logits = jnp.asarray(rng.normal(size=(6, 50)), jnp.float32)
     episode, index = jnp.array([5, 9, 5, 2, 5, 9]), jnp.array([0, 0, 1, 7, 0, 4])
@@ -106,9 +106,9 @@ def test_a_draw_depends_on_seed_episode_and_index_alone():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}]
+    "invalid", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}]
 )
-def test_settings_that_cannot_be(bad):
+def test_invalid_settings_are_refused(invalid):
     with pytest.raises(ValueError, match="sampling: "):
-        Sampling.uniform(2, **bad)
+        Sampling.uniform(2, **invalid)
     assert Sampling.uniform(2, temperature=0).greedy.all()

@@ -1,4 +1,4 @@
-"""Decoding: greedy as `transformers`, the same tokens in any chunk, log-probs of what was drawn."""
+"""Decoding: greedy tokens equal transformers', chunk sizes have no effect, log-probs are exact."""
 
 import functools
 
@@ -28,7 +28,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def table(processor):
-    """Turns that end soon: a random policy writes no tags."""
+    """Return a table with short stop strings, as a random policy writes no tags."""
     ends = {"<|im_end|>": processor.control["<|im_end|>"]}
     return stop.build(processor.token_bytes(), CONFIG.text.vocab_size, ["e", "the"], ends)
 
@@ -52,14 +52,14 @@ def programs(model):
 
 
 def prompts(count, seed=0):
-    """Random prompts with 0 to 3 images."""
+    """Return random prompts with 0 to 3 images."""
     rng = np.random.default_rng(seed)
     layouts = [[20], [9, (3, 5), 4], [3, (2, 3), 5, (4, 4), 2], [(1, 3), 2, (3, 3), 1, (2, 6), 7]]
     return [random_conversation(rng, CONFIG, layouts[i % 4]) for i in range(count)]
 
 
-def ready(programs, model, group, left, sampling):
-    """Lanes that hold the prompts, and the rows that are about to draw."""
+def ready_rows(programs, model, group, budget, sampling):
+    """Return lanes that contain the prompts, and rows ready to decode."""
     lanes = cache.allocate(model, LANES, CAPACITY)
     shape = Bucket(length=LENGTH, windows=WINDOWS, rows=LANES)
     rows = make_rows([[p] for p in group], shape, CONFIG, CONFIG.image_token_id)
@@ -83,41 +83,41 @@ def ready(programs, model, group, left, sampling):
         stop_state=np.zeros(LANES, np.int32),
         position=np.array(following + [0] * (LANES - len(group)), np.int32),
         episode=np.arange(LANES, dtype=np.int32) + 40,
-        drawn=np.zeros(LANES, np.int32),
-        left=np.full(LANES, left, np.int32),
+        num_sampled=np.zeros(LANES, np.int32),
+        budget=np.full(LANES, budget, np.int32),
         sampling=sampling,
     )
 
 
-def chunk_of(programs, lanes, rows, next_state, running, steps, leave_at=0):
-    """One chunk: what was drawn, the lanes, and the rows as they go on."""
+def decode_chunk(programs, lanes, rows, next_state, running, steps, leave_at=0):
+    """Decode a chunk; return its output, the lanes, and the rows to resume from."""
     allowed = np.ones(CONFIG.text.vocab_size, bool)
     allowed[list(SPECIAL)] = False
-    drawn, lanes = programs["decode"](
+    sampled, lanes = programs["decode"](
         lanes, rows, next_state, allowed, 5, leave_at, steps=steps, running=running
     )
-    drawn = jax.device_get(drawn)
-    left = rows.left - drawn.count
+    sampled = jax.device_get(sampled)
+    budget = rows.budget - sampled.count
     return (
-        drawn,
+        sampled,
         lanes,
         rows.replace(
-            active=rows.active & (drawn.stop_state < running) & (left > 0),
-            stop_state=drawn.stop_state,
-            position=rows.position + drawn.count,
-            drawn=rows.drawn + drawn.count,
-            left=left,
+            active=rows.active & (sampled.stop_state < running) & (budget > 0),
+            stop_state=sampled.stop_state,
+            position=rows.position + sampled.count,
+            num_sampled=rows.num_sampled + sampled.count,
+            budget=budget,
         ),
     )
 
 
 def run(programs, start, next_state, running, chunk):
-    """Decodes until no row is active; returns each row's tokens and log-probs, the stop states, and
-    how full the lanes are."""
+    """Decode until no row is active; return each row's tokens and log-probs, the stop states, and
+    the lengths of the lanes."""
     (lanes, rows), parts = start, []
     while rows.active.any():
-        drawn, lanes, rows = chunk_of(programs, lanes, rows, next_state, running, chunk)
-        parts.append(drawn)
+        sampled, lanes, rows = decode_chunk(programs, lanes, rows, next_state, running, chunk)
+        parts.append(sampled)
     fields = ("tokens", "sampling_logprobs", "logprobs")
     return {
         field: [
@@ -128,7 +128,7 @@ def run(programs, start, next_state, running, chunk):
     } | {"stop_state": rows.stop_state, "length": np.asarray(cache.read(lanes))}
 
 
-def test_greedy_is_token_for_token_that_of_transformers(model, programs):
+def test_greedy_tokens_equal_those_of_transformers(model, programs):
     """64 prompts of 0 to 3 images, float32."""
     reference, new_tokens = torch_model(model), 12
     never = np.zeros((1, CONFIG.text.vocab_size), np.int16)
@@ -137,7 +137,7 @@ def test_greedy_is_token_for_token_that_of_transformers(model, programs):
     varied = set()
     for first in range(0, 64, LANES):
         group = everything[first : first + LANES]
-        ours = run(programs, ready(programs, model, group, new_tokens, greedy), never, 1, 12)
+        ours = run(programs, ready_rows(programs, model, group, new_tokens, greedy), never, 1, 12)
         for prompt, tokens in zip(group, ours["tokens"], strict=True):
             inputs = torch_inputs(prompt, CONFIG)
             theirs = reference.generate(
@@ -150,18 +150,18 @@ def test_greedy_is_token_for_token_that_of_transformers(model, programs):
             )
             assert tokens.tolist() == theirs[0, len(prompt.tokens) :].tolist()
             varied.update(tokens.tolist())
-    assert len(varied) > 50  # not one token over and over
+    assert len(varied) > 50  # not always the same token
 
 
 SETTINGS = {"temperature": 0.7, "top_p": 0.9}
 
 
-def test_any_chunk_gives_the_same_tokens(model, programs, table):
+def test_the_chunk_size_does_not_change_tokens(model, programs, table):
     sampling = Sampling.uniform(LANES, **SETTINGS)
     group = prompts(5)
     results = []
     for chunk in (1, 8, 32):
-        start = ready(programs, model, group, 30, sampling)
+        start = ready_rows(programs, model, group, 30, sampling)
         results.append(run(programs, start, table.next_state, table.running, chunk))
     for outcome in results[1:]:
         for field in outcome:
@@ -169,15 +169,15 @@ def test_any_chunk_gives_the_same_tokens(model, programs, table):
                 np.testing.assert_array_equal(a, b)
 
 
-def test_lanes_stop_where_the_automaton_says(model, programs, table):
+def test_lanes_stop_at_final_states_of_the_automaton(model, programs, table):
     group = prompts(6)
-    start = ready(programs, model, group, 40, Sampling.uniform(LANES))
+    start = ready_rows(programs, model, group, 40, Sampling.uniform(LANES))
     outcome = run(programs, start, table.next_state, table.running, 16)
     ends = outcome["stop_state"]
     for lane, prompt in enumerate(group):
         state, tokens = 0, outcome["tokens"][lane]
         for token in tokens:
-            assert state < table.running  # nothing is drawn after the end
+            assert state < table.running  # no token is sampled after the end
             state = table.next_state[state, token]
         assert state == ends[lane]
         assert state >= table.running or len(tokens) == 40
@@ -188,16 +188,16 @@ def test_lanes_stop_where_the_automaton_says(model, programs, table):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_recorded_logprobs_are_those_of_a_forward_pass(model, programs, table, temperature):
+def test_recorded_logprobs_equal_a_forward_pass(model, programs, table, temperature):
     """Sampled with top-p; recorded under temperature alone, as the trainer computes them."""
     group = prompts(LANES, seed=4)
     sampling = Sampling.uniform(LANES, temperature=temperature, top_p=0.8)
     never = np.zeros((1, CONFIG.text.vocab_size), np.int16)
-    outcome = run(programs, ready(programs, model, group, 20, sampling), never, 1, 8)
+    outcome = run(programs, ready_rows(programs, model, group, 20, sampling), never, 1, 8)
     graph, params = nnx.split(model)
 
     @jax.jit
-    def scaled(params, rows):  # log-probs of logits / temperature, over the whole sequence
+    def scaled(params, rows):  # log-probs of logits / temperature, over the full sequence
         model = nnx.merge(graph, params)
         hidden, _ = model(rows)
         return jax.nn.log_softmax(model.logits(hidden) / temperature, axis=-1)
@@ -205,8 +205,8 @@ def test_recorded_logprobs_are_those_of_a_forward_pass(model, programs, table, t
     bucket = Bucket(length=LENGTH + 24, windows=WINDOWS, rows=1)
     for lane, prompt in enumerate(group):
         tokens = outcome["tokens"][lane]
-        whole = Prompt(np.concatenate([prompt.tokens, tokens]), prompt.images)
-        rows = make_rows([[whole]], bucket, CONFIG, CONFIG.image_token_id)
+        full = Prompt(np.concatenate([prompt.tokens, tokens]), prompt.images)
+        rows = make_rows([[full]], bucket, CONFIG, CONFIG.image_token_id)
         expected = np.asarray(scaled(params, rows))[0]
         T = len(prompt.tokens)
         expected = expected[T - 1 + np.arange(20), tokens]
@@ -214,33 +214,33 @@ def test_recorded_logprobs_are_those_of_a_forward_pass(model, programs, table, t
         assert (outcome["sampling_logprobs"][lane] >= outcome["logprobs"][lane] - 1e-5).all()
 
 
-def test_decode_leaves_early(model, programs, table):
-    """A chunk ends with the step after which few enough lanes are left, and is taken up again."""
+def test_decode_returns_early(model, programs, table):
+    """A chunk ends once at most `leave_at` rows are active, and can be resumed."""
     group, sampling = prompts(6), Sampling.uniform(LANES)
-    start = ready(programs, model, group, 40, sampling)
-    whole = run(programs, start, table.next_state, table.running, 40)
-    lengths = sorted(len(tokens) for tokens in whole["tokens"][:6])
+    start = ready_rows(programs, model, group, 40, sampling)
+    full = run(programs, start, table.next_state, table.running, 40)
+    lengths = sorted(len(tokens) for tokens in full["tokens"][:6])
     assert lengths[0] < lengths[-1]
     for leave_at in (5, 3, 1):
-        (lanes, rows), parts = ready(programs, model, group, 40, sampling), []
+        (lanes, rows), parts = ready_rows(programs, model, group, 40, sampling), []
         for few in (leave_at, 0):
-            drawn, lanes, rows = chunk_of(
+            sampled, lanes, rows = decode_chunk(
                 programs, lanes, rows, table.next_state, table.running, 40, few
             )
-            parts.append(drawn)
+            parts.append(sampled)
         assert parts[0].count.max() == parts[0].steps == lengths[5 - leave_at]
         for lane in range(6):
             tokens = np.concatenate([p.tokens[lane, : p.count[lane]] for p in parts])
-            np.testing.assert_array_equal(tokens, whole["tokens"][lane])
+            np.testing.assert_array_equal(tokens, full["tokens"][lane])
 
 
-def test_rows_may_be_any_lanes(model, programs, table):
-    """Other lanes in other rows, some left waiting: the same tokens."""
+def test_the_assignment_of_lanes_to_rows_does_not_change_tokens(model, programs, table):
+    """Lanes are decoded in other rows, and some of them wait."""
     group, sampling = prompts(8), Sampling.uniform(LANES)
-    start = ready(programs, model, group, 30, sampling)
-    whole = run(programs, start, table.next_state, table.running, 30)
-    lanes, rows = ready(programs, model, group, 30, sampling)
-    found = {lane: [] for lane in range(LANES)}
+    start = ready_rows(programs, model, group, 30, sampling)
+    full = run(programs, start, table.next_state, table.running, 30)
+    lanes, rows = ready_rows(programs, model, group, 30, sampling)
+    tokens = {lane: [] for lane in range(LANES)}
     for chosen in ([5, 2, 7], [0, 1, 3, 4, 6]):
         padding = LANES - len(chosen)
         order = np.array(chosen + chosen[:1] * padding)
@@ -250,7 +250,9 @@ def test_rows_may_be_any_lanes(model, programs, table):
             active=np.arange(LANES) < len(chosen),
         )
         while some.active.any():
-            drawn, lanes, some = chunk_of(programs, lanes, some, table.next_state, table.running, 7)
+            sampled, lanes, some = decode_chunk(
+                programs, lanes, some, table.next_state, table.running, 7
+            )
             for row, lane in enumerate(chosen):
-                found[lane] += drawn.tokens[row, : drawn.count[row]].tolist()
-    assert [found[lane] for lane in range(LANES)] == [t.tolist() for t in whole["tokens"]]
+                tokens[lane] += sampled.tokens[row, : sampled.count[row]].tolist()
+    assert [tokens[lane] for lane in range(LANES)] == [t.tolist() for t in full["tokens"]]

@@ -1,4 +1,4 @@
-"""Tools that misbehave in every way: the episode goes on in words, and the others do not notice."""
+"""Misbehaving tools: the policy receives an error message, and other episodes are unaffected."""
 
 import asyncio
 import contextlib
@@ -14,47 +14,47 @@ from mmsr1_jax.episodes.episode import Example
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.tools import Observation, Part, image_result, text_result
-from tests.acting import acting_processor, config_for
-from tests.test_engine import VOCABULARY, by_number, make_config, picture, search_tools
+from tests.engines import VOCAB_SIZE, by_index, make_config, random_image, search_tools
+from tests.scripted_policy import config_for, scripted_processor
 
-VICTIM = "What is wrong here?"
+AFFECTED = "What is wrong here?"
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return acting_processor(VOCABULARY)
+    return scripted_processor(VOCAB_SIZE)
 
 
 @pytest.fixture(scope="module")
 def engine(processor):
     config = make_config()
     config.tools.timeout = 1.5
-    engine = Engine(random_policy.random_model(config_for(VOCABULARY), seed=3), processor, config)
+    engine = Engine(random_policy.random_model(config_for(VOCAB_SIZE), seed=3), processor, config)
     yield engine
     engine.close()
 
 
 def questions() -> list[Example]:
     others = [Example(id=str(i), question="Who built it? " + "x" * i) for i in range(3)]
-    victim = Example(id="victim", question=VICTIM, images=[picture(7)])
-    return [others[0], victim, others[1], others[2]]
+    affected_example = Example(id="affected", question=AFFECTED, images=[random_image(7)])
+    return [others[0], affected_example, others[1], others[2]]
 
 
 def run(engine, fault, rollouts=4):
-    """Rollouts of each question; `fault` stands in for the tools of one of them."""
+    """Roll out each question; `fault` replaces the tools of one of them."""
     tools = search_tools()
 
     def tool(action):
         async def call(query):
-            return await (fault if query.question == VICTIM else tools[action])(query)
+            return await (fault if query.question == AFFECTED else tools[action])(query)
 
         return call
 
     engine.tools = {action: tool(action) for action in tools}
     finished = list(engine.rollout(questions(), rollouts=rollouts))
     assert len(finished) == 4 * rollouts
-    hurt = [episode for episode in finished if episode.example.id == "victim"]
-    return hurt, by_number(e for e in finished if e.example.id != "victim")
+    affected = [episode for episode in finished if episode.example.id == "affected"]
+    return affected, by_index(e for e in finished if e.example.id != "affected")
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,9 @@ def undisturbed(engine):
     async def fine(query):
         return Observation(results=[text_result("http://x", "fine")])
 
-    hurt, others = run(engine, fine)
-    searched = [call for episode in hurt for call in episode.calls if call.status == "ok"]
-    assert len(searched) >= 3  # the fault has something to strike
+    affected, others = run(engine, fine)
+    searched = [call for episode in affected for call in episode.calls if call.status == "ok"]
+    assert len(searched) >= 3  # calls that the fault replaces
     return others
 
 
@@ -140,18 +140,18 @@ async def closes_information(query):
 
 
 async def thirty_images(query):
-    return Observation(results=[image_result(picture(i), f"t{i}") for i in range(30)])
+    return Observation(results=[image_result(random_image(i), f"t{i}") for i in range(30)])
 
 
 async def one_result_of_thirty_images(query):
-    return Observation(results=[tuple(Part(image=picture(i)) for i in range(30))])
+    return Observation(results=[tuple(Part(image=random_image(i)) for i in range(30))])
 
 
 async def broken_images(query):
     torn = PIL.Image.new("RGB", (20, 20)).tobytes()
     file = io.BytesIO()
     PIL.Image.new("RGB", (20, 20)).save(file, "png")
-    with PIL.Image.open(file) as closed:  # and never read
+    with PIL.Image.open(file) as closed:  # without reading it
         pass
     return Observation(results=[
         image_result(torn, "bytes"), image_result("no/such/file", "path"), image_result(12, "int"),
@@ -210,16 +210,16 @@ STATUS = {
 
 
 @pytest.mark.parametrize("fault", STATUS, ids=lambda fault: fault.__name__)
-def test_a_fault_stays_where_it_is(engine, processor, undisturbed, fault):
-    hurt, others = run(engine, fault)
+def test_a_fault_affects_only_its_episode(engine, processor, undisturbed, fault):
+    affected, others = run(engine, fault)
     assert others == undisturbed
-    control, made = processor.control, 0
-    for episode in hurt:
+    control, num_calls = processor.control, 0
+    for episode in affected:
         assert episode.end in ("answer", "turns", "tokens")
         assert len(episode) <= engine.config.turns.max_episode_tokens
         tokens = [len(image.values) // 4 for image in episode.images]
         assert (episode.tokens == control["<|image_pad|>"]).sum() == sum(tokens)
-        assert max(tokens[1:], default=0) <= 16  # pictures from outside are bounded
+        assert max(tokens[1:], default=0) <= 16  # retrieved images are bounded
         calls = {call.turn: call for call in episode.calls}
         replies = [
             segment.tokens.tolist() for segment in episode.segments if segment.kind == "tool"
@@ -227,13 +227,13 @@ def test_a_fault_stays_where_it_is(engine, processor, undisturbed, fault):
         for turn, reply in enumerate(replies):
             text = processor.decode(reply)
             assert text.count("SECRET") == 0
-            # the user turn and the opening of the policy's, and nothing else
+            # exactly the user turn and the opening of the policy's turn
             assert reply.count(control["<|im_end|>"]) == 1
             assert reply.count(control["<|im_start|>"]) == 2
             call = calls.get(turn)
             if call is None or call.status == "refused":
                 continue
-            made += 1
+            num_calls += 1
             assert call.status == STATUS[fault], call
             assert text.lower().replace(" ", "").replace("\n", "").count("</information>") == 1
             assert text.count("<information>") == 1
@@ -241,41 +241,43 @@ def test_a_fault_stays_where_it_is(engine, processor, undisturbed, fault):
             assert min(call.num_shown, 3) == shown
             assert ("gave nothing" in text) == (call.num_shown == 0)
             assert call.num_shown == call.num_results or any(
-                "left out" in note for note in call.notes
+                "dropped" in note for note in call.notes
             )
-    assert made >= 3
+    assert num_calls >= 3
 
 
-def test_results_are_shortened_by_whole_results(engine, processor, monkeypatch):
+def test_results_are_dropped_completely(engine, processor, monkeypatch):
     monkeypatch.setattr(engine.config.turns, "max_result_tokens", 200)
-    hurt, _ = run(engine, thirty_images)
-    found = [(e, c) for e in hurt for c in e.calls if c.action == "image_search" and c.num_results]
-    assert found
-    for episode, call in found:
+    affected, _ = run(engine, thirty_images)
+    shortened = [
+        (e, c) for e in affected for c in e.calls if c.action == "image_search" and c.num_results
+    ]
+    assert shortened
+    for episode, call in shortened:
         assert 0 < call.num_shown < call.num_results == 5
-        assert call.notes == (f"{5 - call.num_shown} of 5 results left out: no room",)
+        assert call.notes == (f"{5 - call.num_shown} of 5 results dropped: no token budget left",)
         reply = [s for s in episode.segments if s.kind == "tool"][call.turn]
         assert processor.decode(reply.tokens).count("\ntitle: t") == call.num_shown
         assert len(reply.tokens) <= 200
 
 
-def test_long_texts_are_cut(engine):
-    hurt, _ = run(engine, returns_10_mb)
-    calls = [call for episode in hurt for call in episode.calls if call.status == "ok"]
-    assert calls and all("result 1: text cut to 300 characters" in c.notes for c in calls)
+def test_long_texts_are_truncated(engine):
+    affected, _ = run(engine, returns_10_mb)
+    calls = [call for episode in affected for call in episode.calls if call.status == "ok"]
+    assert calls and all("result 1: text truncated to 300 characters" in c.notes for c in calls)
 
 
-def test_an_episode_has_a_limit_on_waiting(engine, monkeypatch):
-    """When its time is used up, searches fail at once."""
+def test_an_episode_has_a_time_limit_for_tools(engine, monkeypatch):
+    """Once it is used up, searches fail immediately."""
     monkeypatch.setattr(engine.config.tools, "timeout", 0.4)
     monkeypatch.setattr(engine.config.tools, "episode_timeout", 0.5)
-    hurt, _ = run(engine, hangs)
-    waited = [sum(call.seconds for call in episode.calls) for episode in hurt]
+    affected, _ = run(engine, hangs)
+    waited = [sum(call.seconds for call in episode.calls) for episode in affected]
     assert max(waited) < 0.9
-    assert any(len([c for c in e.calls if c.status == "failed"]) == 2 for e in hurt)
+    assert any(len([c for c in e.calls if c.status == "failed"]) == 2 for e in affected)
 
 
-def test_a_search_without_a_tool_fails_in_words(engine):
+def test_a_search_without_a_tool_fails(engine):
     engine.tools = {}
     finished = list(engine.rollout(questions(), rollouts=2))
     calls = [call for episode in finished for call in episode.calls if call.status != "refused"]
@@ -283,8 +285,8 @@ def test_a_search_without_a_tool_fails_in_words(engine):
     assert all("no tool for" in call.notes[0] for call in calls)
 
 
-def test_limits_are_said_and_do_not_end_the_episode(engine, processor):
-    """A search over the limit: the policy is told so, nothing is called, and it goes on."""
+def test_refused_searches_do_not_end_the_episode(engine, processor):
+    """The policy receives a message about the limit, and no tool is called."""
     engine.tools = search_tools()
     finished = list(engine.rollout(questions(), rollouts=8))
     refused = [(e, c) for e in finished for c in e.calls if c.status == "refused"]
@@ -297,15 +299,15 @@ def test_limits_are_said_and_do_not_end_the_episode(engine, processor):
         assert len(episode.turns) > call.turn + 1
     malformed = [e for e in finished for t in e.turns[:-1] if t.action is None]
     assert malformed
-    told = [processor.decode(e.tokens) for e in malformed]
-    assert all("Your turn could not be read: " in text for text in told)
+    texts = [processor.decode(e.tokens) for e in malformed]
+    assert all("Your turn could not be read: " in text for text in texts)
 
 
-def test_an_episode_without_room_ends(engine, processor, undisturbed):
-    """Results that leave no room are left out; where even that does not fit, the episode ends."""
+def test_an_episode_ends_if_no_reply_fits(engine, processor, undisturbed):
+    """Results that do not fit are dropped; if even the message does not fit, the episode ends."""
     limits = dataclasses.replace(engine.config.turns, max_episode_tokens=470)
     config = dataclasses.replace(engine.config, turns=limits)
-    small = Engine(random_policy.random_model(config_for(VOCABULARY), seed=3), processor, config,
+    small = Engine(random_policy.random_model(config_for(VOCAB_SIZE), seed=3), processor, config,
                    search_tools())  # fmt: skip
     finished = list(small.rollout(questions(), rollouts=4))
     small.close()

@@ -1,4 +1,4 @@
-"""A conversation that grows in a lane has the logits of one forward pass over all of it."""
+"""A conversation that is extended in a lane has the logits of a single forward pass."""
 
 import functools
 
@@ -18,8 +18,8 @@ from tests.reference import random_conversation
 
 CONFIG = random_policy.CONFIG
 LANES, CAPACITY, ROWS, WINDOWS = 5, 256, 2, 6
-PICTURE_TOKENS = WINDOWS * CONFIG.vision.window_patches // CONFIG.vision.merge_size**2
-# Three turns of two conversations: a prompt with a picture, words, a result with pictures ...
+IMAGE_TOKENS = WINDOWS * CONFIG.vision.window_patches // CONFIG.vision.merge_size**2
+# Lengths of text and grids of images in three turns of two conversations.
 TURNS = [
     [[7, (3, 5), 11], [9], [5, (2, 3), 4, (4, 5), 6]],
     [[30, (4, 4), 3], [12, (2, 2), 5], [8]],
@@ -62,7 +62,7 @@ def join(turns):
 
 
 def extension(programs, items, length):
-    """`items`: (lane, turn, position of its first token). Also returns the next positions."""
+    """Return the arguments of `extend` for (lane, turn, start position), and the next positions."""
     new = {
         "lane": np.full(ROWS, LANES, np.int32),
         "tokens": np.zeros((ROWS, length), np.int32),
@@ -71,8 +71,8 @@ def extension(programs, items, length):
         "image_index": np.full((ROWS, length), -1, np.int32),
     }
     following = []
-    pictures = [[(i.values, i.grid) for i in turn.images] for _, turn, _ in items]
-    images, indices = pack_images(pictures + [[]] * (ROWS - len(items)), WINDOWS, CONFIG.vision)
+    rows = [[(i.values, i.grid) for i in turn.images] for _, turn, _ in items]
+    images, indices = pack_images(rows + [[]] * (ROWS - len(items)), WINDOWS, CONFIG.vision)
     for row, (lane, turn, start) in enumerate(items):
         T = len(turn.tokens)
         positions, after = mrope_positions(
@@ -81,23 +81,23 @@ def extension(programs, items, length):
         following.append(after)
         new["lane"][row], new["count"][row] = lane, T
         new["tokens"][row, :T], new["positions"][row, :, :T] = turn.tokens, positions
-        table = indices[row] + row * PICTURE_TOKENS
+        table = indices[row] + row * IMAGE_TOKENS
         new["image_index"][row, :T][turn.tokens == CONFIG.image_token_id] = table
     image_tokens = programs["encode"](images)
-    assert image_tokens.shape[1] == PICTURE_TOKENS
+    assert image_tokens.shape[1] == IMAGE_TOKENS
     return (cache.PrefillBatch(**new), image_tokens.reshape(-1, image_tokens.shape[-1])), following
 
 
-def whole_logits(programs, prompt):
+def full_logits(programs, prompt):
     bucket = Bucket(length=CAPACITY, windows=3 * WINDOWS, rows=1)
     logits = programs["forward"](make_rows([[prompt]], bucket, CONFIG, CONFIG.image_token_id))
     return np.asarray(logits[0, len(prompt.tokens) - 1])
 
 
-def test_three_turns_with_pictures(model, programs):
+def test_three_turns_with_images(model, programs):
     """Two conversations side by side in lanes 3 and 1, turn by turn, then token by token."""
     lanes = cache.allocate(model, LANES, CAPACITY)
-    # What is in the lanes from before must not matter.
+    # Stale contents of the lanes must have no effect.
     lanes = lanes.replace(k=lanes.k + 9.0, v=lanes.v - 7.0)
     conversations = [turns_of(0), turns_of(1)]
     starts = [0, 0]
@@ -109,7 +109,7 @@ def test_three_turns_with_pictures(model, programs):
         new, starts = extension(programs, items, length=64)
         logits, lanes = programs["extend"](lanes, new)
         for row, conversation in enumerate(conversations):
-            expected = whole_logits(programs, join(conversation[: turn + 1]))
+            expected = full_logits(programs, join(conversation[: turn + 1]))
             np.testing.assert_allclose(logits[row], expected, atol=1e-4, rtol=0)
     prompts = [join(c) for c in conversations]
     lengths = [len(p.tokens) for p in prompts]
@@ -129,11 +129,11 @@ def test_three_turns_with_pictures(model, programs):
         ]
         for row, prompt in enumerate(prompts):
             np.testing.assert_allclose(
-                logits[row], whole_logits(programs, prompt), atol=1e-4, rtol=0
+                logits[row], full_logits(programs, prompt), atol=1e-4, rtol=0
             )
 
 
-def test_forked_lanes_go_their_own_ways(model, programs):
+def test_forked_lanes_are_independent(model, programs):
     prompt, ours, theirs = turns_of(0)
     lanes = cache.allocate(model, LANES, CAPACITY)
     new, (start,) = extension(programs, [(0, prompt, 0)], length=64)
@@ -144,14 +144,14 @@ def test_forked_lanes_go_their_own_ways(model, programs):
     new, _ = extension(programs, [(2, ours, start), (4, theirs, start)], length=64)
     logits, lanes = programs["extend"](lanes, new)
     for row, turn in enumerate((ours, theirs)):
-        expected = whole_logits(programs, join([prompt, turn]))
+        expected = full_logits(programs, join([prompt, turn]))
         np.testing.assert_allclose(logits[row], expected, atol=1e-4, rtol=0)
     new, _ = extension(programs, [(0, theirs, start)], length=64)
-    again, _ = programs["extend"](lanes, new)  # the lane that was forked from is untouched
+    again, _ = programs["extend"](lanes, new)  # the source lane is unchanged
     np.testing.assert_allclose(again[0], logits[1], atol=1e-5, rtol=0)
 
 
-def test_a_cleared_lane_is_as_new(model, programs):
+def test_a_cleared_lane_equals_a_new_one(model, programs):
     prompt = turns_of(1)[0]
     new, _ = extension(programs, [(2, prompt, 0)], length=64)
     fresh, lanes = programs["extend"](cache.allocate(model, LANES, CAPACITY), new)
@@ -161,7 +161,7 @@ def test_a_cleared_lane_is_as_new(model, programs):
 
 
 def test_rows_do_not_depend_on_their_neighbours(model, programs):
-    """The same bits alone, beside another row, and in another lane."""
+    """Outputs are bit-identical alone, beside another row, and in another lane."""
     first, second = turns_of(0)[0], turns_of(1)[0]
     empty = cache.allocate(model, LANES, CAPACITY)
     alone, _ = programs["extend"](empty, extension(programs, [(0, first, 0)], 64)[0])

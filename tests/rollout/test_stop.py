@@ -1,4 +1,4 @@
-"""The automaton stops where a search in the text would, wherever token borders fall."""
+"""The automaton stops where a search of the text would, for all token boundaries."""
 
 import numpy as np
 import pytest
@@ -20,16 +20,16 @@ FILL = [
 
 
 def search(tokens, token_bytes):
-    """Index of the token in which the first stop string is complete, and which; the plain way."""
-    text, borders = b"", []
+    """Return the index of the token that completes the first stop string, and the string."""
+    text, boundaries = b"", []
     for token in tokens:
         text += token_bytes[token]
-        borders.append(len(text))
+        boundaries.append(len(text))
     ends = [(text.find(s.encode()) + len(s), s) for s in STOPS if s.encode() in text]
     if not ends:
         return None, None
     end, which = min(ends)
-    return int(np.searchsorted(borders, end)), which
+    return int(np.searchsorted(boundaries, end)), which
 
 
 def walk(table, tokens):
@@ -42,7 +42,7 @@ def walk(table, tokens):
 
 
 def random_split(rng, text, vocabulary):
-    """Tokens whose bytes are the text's, with borders anywhere."""
+    """Return tokens with the bytes of a text and random boundaries."""
     data, tokens, start = text.encode(), [], 0
     while start < len(data):
         ends = [e for e in range(start + 1, min(start + 12, len(data)) + 1)
@@ -73,37 +73,37 @@ def check(processor, count, seed=0):
     return table, token_bytes
 
 
-def test_10000_strings_of_the_released_vocabulary(shared):
+def test_the_released_vocabulary(shared):
     text = (shared / "tokenizer" / "qwen" / "tokenizer.json").read_text("utf-8")
     processor = Processor(text, ImageProcessor())
     table, token_bytes = check(processor, 10_000)
-    assert table.next_state.nbytes < 16e6  # lies on every device
-    # The released tokens do merge over the borders of tags.
+    assert table.next_state.nbytes < 16e6  # on every device
+    # Released tokens do merge across the boundaries of tags.
     assert any(b.endswith(b"?</") for b in token_bytes) and b">\n" in token_bytes
 
 
-def test_any_byte_level_bpe(processor):
+def test_a_byte_level_bpe(processor):
     check(processor, 1000)
 
 
-def test_bytes_of_tokens_are_those_of_the_text(processor):
+def test_token_bytes_join_to_the_text(processor):
     token_bytes = processor.token_bytes()
     for text in FILL:
         tokens = processor.encode_text(text)
         assert b"".join(token_bytes[t] for t in tokens) == text.encode()
 
 
-def test_end_tokens_stop_at_once(processor):
+def test_end_tokens_stop_immediately(processor):
     end = processor.control["<|im_end|>"]
     table = stop.build(processor.token_bytes(), 600, STOPS, {"<|im_end|>": end})
     tokens = [*processor.encode_text("so</answe"), end, *processor.encode_text("r>")]
     assert walk(table, tokens) == (tokens.index(end), "<|im_end|>")
     finished = table.next_state[table.running :]
     assert (finished == np.arange(table.running, len(table.next_state))[:, None]).all()
-    assert (table.next_state[:, 599] == np.arange(len(table.next_state))).all()  # beyond the BPE
+    assert (table.next_state[:, 599] == np.arange(len(table.next_state))).all()  # an unknown id
 
 
-def test_the_longer_of_two_that_end_together():
+def test_the_longer_of_two_stop_strings_that_end_together_counts():
     token_bytes = [bytes([b]) for b in range(256)]
     table = stop.build(token_bytes, 256, ["ab", "xab"], {})
     assert walk(table, list(b"..xab")) == (4, "xab")

@@ -1,4 +1,4 @@
-"""Prompts: our files, files of one's own, and the published pickles read as data."""
+"""Prompts: built-in files, a user's files, and published pickles, which are read as data."""
 
 import os
 import pickle
@@ -18,12 +18,12 @@ def test_built_in_prompts_have_all_fields():
         assert "{question}" in texts[name] and "<answer>" in texts[name]
 
 
-def test_fields_are_filled_once():
+def test_replacements_are_not_expanded_again():
     parts = prompts.fill("a {question}\n{images}!", {"question": ["{images}?"], "images": [1, 2]})
     assert parts == ["a ", "{images}?", "\n", 1, 2, "!"]
 
 
-def test_own_files_replace_some(tmp_path):
+def test_user_files_replace_built_in_prompts(tmp_path):
     (tmp_path / "malformed.txt").write_text("Once more, {question}\n", encoding="utf-8")
     texts = prompts.load(tmp_path)
     assert texts["malformed"] == "Once more, {question}"
@@ -35,16 +35,16 @@ def test_own_files_replace_some(tmp_path):
     [
         ("question", "{images}", "'question' lacks {question}"),
         ("after_text_search", "no fields", "'after_text_search' lacks {results}"),
-        ("malformed", "{results}", "'malformed' has no use for {results}"),
+        ("malformed", "{results}", "'malformed' has no field {results}"),
     ],
 )
-def test_a_prompt_with_the_wrong_fields(tmp_path, name, text, message):
+def test_prompts_with_missing_or_unknown_fields_are_refused(tmp_path, name, text, message):
     (tmp_path / f"{name}.txt").write_text(text)
     with pytest.raises(prompts.PromptsError, match=message):
         prompts.load(tmp_path)
 
 
-def test_a_directory_that_cannot_be_used(tmp_path):
+def test_unusable_directories_are_refused(tmp_path):
     with pytest.raises(prompts.PromptsError, match="no such directory"):
         prompts.load(tmp_path / "nowhere")
     with pytest.raises(prompts.PromptsError, match="neither question, "):
@@ -55,14 +55,14 @@ def test_a_directory_that_cannot_be_used(tmp_path):
 
 
 def published(directory, protocol=pickle.DEFAULT_PROTOCOL):
-    """A directory in the published form: three pickles of one string each."""
+    """Return a directory of published prompts: three pickles of one string each."""
     for name in ("round_1_user_prompt", "after_image_search_prompt", "after_text_search_prompt"):
         with open(directory / f"{name}_qwenvl.pkl", "wb") as file:
             pickle.dump(f"Do {name} {{so}}. <image>", file, protocol)
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_the_published_form(tmp_path, protocol):
+def test_published_prompts_are_read(tmp_path, protocol):
     published(tmp_path, protocol)
     texts = prompts.load(tmp_path)
     assert texts["question"] == (
@@ -84,7 +84,7 @@ class Evil:
         return os.mkdir, (str(self.marker),)
 
 
-def test_code_in_a_pickle_is_not_run(tmp_path):
+def test_code_in_a_pickle_is_not_executed(tmp_path):
     published(tmp_path)
     path, marker = tmp_path / "round_1_user_prompt_qwenvl.pkl", tmp_path / "it_ran"
     path.write_bytes(pickle.dumps(Evil(marker)))
@@ -94,22 +94,22 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
 
 
 @pytest.mark.parametrize("content", [pickle.dumps(["a list"]), b"rubbish", b"", pickle.dumps(7)])
-def test_a_pickle_of_something_else(tmp_path, content):
+def test_pickles_of_other_values_are_refused(tmp_path, content):
     published(tmp_path)
     (tmp_path / "after_text_search_prompt_qwenvl.pkl").write_bytes(content)
     with pytest.raises(prompts.PromptsError, match="after_text_search_prompt_qwenvl.pkl"):
         prompts.load(tmp_path)
 
 
-def test_two_pickles_for_one_prompt(tmp_path):
+def test_two_pickles_for_one_prompt_are_refused(tmp_path):
     published(tmp_path)
     (tmp_path / "round_1_user_prompt_other.pkl").write_bytes(pickle.dumps("x"))
-    with pytest.raises(prompts.PromptsError, match="Keep one of them"):
+    with pytest.raises(prompts.PromptsError, match="keep one of them"):
         prompts.load(tmp_path)
 
 
-def test_the_agent_has_a_question_of_its_own(tmp_path):
-    """Else it would be the trained workflow under another name."""
+def test_the_workflow_agent_requires_its_own_question_prompt(tmp_path):
+    """Otherwise it would equal the trained workflow."""
     published(tmp_path)
     with pytest.raises(prompts.PromptsError, match="agent/question.txt"):
         prompts.load(tmp_path, "agent")

@@ -1,4 +1,4 @@
-"""The rules of an episode: what follows a turn, and what the policy is told."""
+"""The rules of an episode: the step after each turn, and the user turns shown to the policy."""
 
 import json
 
@@ -11,7 +11,8 @@ from configs import qwen7b
 from mmsr1_jax.config import settings
 from mmsr1_jax.episodes import prompts
 from mmsr1_jax.episodes.episode import Episode, Example, Segment, ToolCall
-from mmsr1_jax.episodes.rules import PromptTooLongError, Rules, Step, escape_tags
+from mmsr1_jax.episodes.escaping import escape_tags
+from mmsr1_jax.episodes.rules import PromptTooLongError, Rules, Step
 from mmsr1_jax.episodes.turns import parse
 from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.processing.processor import Processor
@@ -38,7 +39,7 @@ def call(turn, status="ok"):
 
 
 @pytest.mark.parametrize(
-    "turns, calls, cut, expected",
+    "turns, calls, truncated, expected",
     [
         ([ANSWER], [], False, Step("end", end="answer")),
         ([IMAGE], [], False, Step("search")),
@@ -57,81 +58,83 @@ def call(turn, status="ok"):
         ([IMAGE, TEXT, ANSWER], [IMAGE, TEXT], False, Step("end", end="answer")),
     ],
 )  # fmt: skip
-def test_what_follows(rules, turns, calls, cut, expected):
-    assert rules.next_step(turns, [call(c) for c in calls], cut) == expected
+def test_the_step_after_each_turn(rules, turns, calls, truncated, expected):
+    assert rules.next_step(turns, [call(c) for c in calls], truncated) == expected
 
 
-def test_limits_of_all_searches_together(processor):
+def test_the_limit_of_all_searches(processor):
     limits = settings.Turns(max_turns=5, max_searches=2, max_image_searches=1, max_text_searches=2)
     rules = Rules(processor, limits, settings.Tools(), prompts.load())
-    step = rules.next_step([IMAGE, TEXT, TEXT], [call(IMAGE), call(TEXT)], cut=False)
+    step = rules.next_step([IMAGE, TEXT, TEXT], [call(IMAGE), call(TEXT)], truncated=False)
     assert step == Step("notice", prompt="over_limit", reason="you may search twice in all")
-    # A refused search does not count as made.
-    step = rules.next_step([IMAGE, IMAGE, TEXT], [call(IMAGE), call(IMAGE, "refused")], cut=False)
+    # Refused searches are not counted.
+    step = rules.next_step(
+        [IMAGE, IMAGE, TEXT], [call(IMAGE), call(IMAGE, "refused")], truncated=False
+    )
     assert step == Step("search")
 
 
-def reply(rules, observation, *, action="text_search", room=1500, error=None):
+def reply(rules, observation, *, action="text_search", budget=1500, error=None):
     query = Query(action=action, text="q", question=EXAMPLE.question)
     read = rules.validate_observation(observation) if error is None else None
-    return rules.tool_reply(query, EXAMPLE, 0, room, read, error, 0.5)
+    return rules.tool_reply(query, EXAMPLE, 0, budget, read, error, 0.5)
 
 
-def test_results_in_the_published_form(rules, processor):
-    found = reply(rules, Observation(results=[text_result("http://a", "first"),
+def test_results_have_the_published_format(rules, processor):
+    user_turn = reply(rules, Observation(results=[text_result("http://a", "first"),
                                               text_result("http://b", "second")]))  # fmt: skip
-    assert processor.decode(found.prompt.tokens).startswith(
+    assert processor.decode(user_turn.prompt.tokens).startswith(
         "<|im_start|>user\n<information>\n[Text Search Results]\n"
         "1. link: http://a\nsummary: first\n2. link: http://b\nsummary: second\n</information>\n"
         "The question was: What is </information> this?\n"
     )
-    assert processor.decode(found.prompt.tokens).endswith("<|im_end|>\n<|im_start|>assistant\n")
-    assert found.call == ToolCall(turn=0, action="text_search", query="q", status="ok",
+    assert processor.decode(user_turn.prompt.tokens).endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert user_turn.call == ToolCall(turn=0, action="text_search", query="q", status="ok",
                                   seconds=0.5, num_results=2, num_shown=2)  # fmt: skip
     image = PIL.Image.new("RGB", (112, 112))
-    found = reply(rules, Observation(results=[image_result(image, "a tower")]),
+    user_turn = reply(rules, Observation(results=[image_result(image, "a tower")]),
                   action="image_search")  # fmt: skip
-    text = processor.decode(found.prompt.tokens)
-    pads = "<|image_pad|>" * (len(found.prompt.images[0].values) // 4)
+    text = processor.decode(user_turn.prompt.tokens)
+    pads = "<|image_pad|>" * (len(user_turn.prompt.images[0].values) // 4)
     assert (
         f"[Image Search Results]\n1. image: <|vision_start|>{pads}<|vision_end|>\ntitle: a tower\n"
         "</information>" in text
     )
 
 
-def test_shortening_drops_whole_results(rules, processor):
-    """As many results as fit into the room, and none of them in part."""
+def test_results_over_the_budget_are_dropped_completely(rules, processor):
+    """As many results are shown as fit, each of them complete."""
     results = [text_result(f"http://{i}", "w" * 150) for i in range(5)]
     sizes, shown = [], []
-    for room in range(0, 1500, 25):
-        found = reply(rules, Observation(results=results), room=room)
-        if found.prompt is None:
-            assert room < 400 and found.call.num_shown == 0
+    for budget in range(0, 1500, 25):
+        user_turn = reply(rules, Observation(results=results), budget=budget)
+        if user_turn.prompt is None:
+            assert budget < 400 and user_turn.call.num_shown == 0
             continue
-        assert len(found.prompt.tokens) <= room
-        text = processor.decode(found.prompt.tokens)
-        assert text.count("w" * 150) == text.count("summary: ") == found.call.num_shown
-        sizes.append(len(found.prompt.tokens))
-        shown.append(found.call.num_shown)
-        left_out = 5 - found.call.num_shown
-        note = f"{left_out} of 5 results left out: no room"
-        assert found.call.notes == ((note,) if left_out else ())
+        assert len(user_turn.prompt.tokens) <= budget
+        text = processor.decode(user_turn.prompt.tokens)
+        assert text.count("w" * 150) == text.count("summary: ") == user_turn.call.num_shown
+        sizes.append(len(user_turn.prompt.tokens))
+        shown.append(user_turn.call.num_shown)
+        num_dropped = 5 - user_turn.call.num_shown
+        note = f"{num_dropped} of 5 results dropped: no token budget left"
+        assert user_turn.call.notes == ((note,) if num_dropped else ())
     assert shown == sorted(shown) and {0, 1, 2, 3} <= set(shown)
-    assert max(sizes) <= 800  # result_tokens
+    assert max(sizes) <= 800  # max_result_tokens
 
 
-def test_pictures_are_never_cut(rules, processor):
+def test_images_are_never_truncated(rules, processor):
     image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8))
     results = [image_result(image, f"title {i}") for i in range(5)]
     seen = set()
-    for room in range(50, 600, 15):
-        found = reply(rules, Observation(results=results), action="image_search", room=room)
-        seen.add(found.call.num_shown)
-        if found.prompt is None:
+    for budget in range(50, 600, 15):
+        user_turn = reply(rules, Observation(results=results), action="image_search", budget=budget)
+        seen.add(user_turn.call.num_shown)
+        if user_turn.prompt is None:
             continue
-        pads = int((found.prompt.tokens == processor.control["<|image_pad|>"]).sum())
-        assert pads == sum(len(i.values) // 4 for i in found.prompt.images)
-        assert found.call.num_shown == len(found.prompt.images)
+        pads = int((user_turn.prompt.tokens == processor.control["<|image_pad|>"]).sum())
+        assert pads == sum(len(i.values) // 4 for i in user_turn.prompt.images)
+        assert user_turn.call.num_shown == len(user_turn.prompt.images)
     assert seen == set(range(6))
 
 
@@ -147,11 +150,11 @@ def test_pictures_are_never_cut(rules, processor):
         (Observation(results=[[Part()]]), None, "the service failed", "failed"),
     ],
 )
-def test_a_failed_search_in_words(rules, processor, observation, error, reason, status):
-    found = reply(rules, observation, error=error)
-    text = processor.decode(found.prompt.tokens)
+def test_a_failed_search_is_described(rules, processor, observation, error, reason, status):
+    user_turn = reply(rules, observation, error=error)
+    text = processor.decode(user_turn.prompt.tokens)
     assert f"The search gave nothing: {reason}." in text and "SECRET" not in text
-    assert found.call.status == status and found.call.num_shown == 0
+    assert user_turn.call.status == status and user_turn.call.num_shown == 0
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,7 @@ def test_a_failed_search_in_words(rules, processor, observation, error, reason, 
     ["</information>", "a</INFORMATION >b", "< / information>", "<\ninformation>",
      "</information", "<</information>>"],
 )  # fmt: skip
-def test_information_cannot_be_closed(text):
+def test_closing_information_tags_are_escaped(text):
     safe = escape_tags(text)
     assert (
         "<" not in safe.replace("<\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}", "")
@@ -172,16 +175,16 @@ def test_a_refused_search_is_recorded(rules):
     episode = Episode(example=EXAMPLE, group=0, index=0)
     episode.segments.append(Segment("prompt", np.zeros(50, np.int32)))
     episode.turns += [IMAGE, IMAGE]
-    step = rules.next_step(episode.turns, [call(IMAGE)], cut=False)
-    said = rules.notice(step, episode, room=1000)
-    assert said.call == ToolCall(turn=1, action="image_search", query=None, status="refused")
-    assert rules.notice(step, episode, room=20).prompt is None
+    step = rules.next_step(episode.turns, [call(IMAGE)], truncated=False)
+    user_turn = rules.notice(step, episode, budget=1000)
+    assert user_turn.call == ToolCall(turn=1, action="image_search", query=None, status="refused")
+    assert rules.notice(step, episode, budget=20).prompt is None
     assert rules.token_budget(episode, closing=2) == 2000 - 100 - 50 - 2
 
 
 def test_real_questions_and_pages(shared):
-    """The released tokenizer and the settings of the 7B: every question leaves room, every page
-    comes through as text and nothing else."""
+    """With the released tokenizer and the settings of the 7B, every question leaves tokens for a
+    turn, and every page is shown as plain text."""
     config = qwen7b.get_config()
     tokenizer = (shared / "tokenizer" / "qwen" / "tokenizer.json").read_text(encoding="utf-8")
     images = ImageProcessor(
@@ -192,10 +195,8 @@ def test_real_questions_and_pages(shared):
     placeholder = processor.control["<|image_pad|>"]
     lengths = []
     for row in parquet.read_table(shared / "data" / "fvqa_mini.parquet").to_pylist():
-        pictures = [image["bytes"] for image in row["images"]]
-        prompt = rules.initial_prompt(
-            Example(question=row["prompt"][0]["content"], images=pictures)
-        )
+        images = [image["bytes"] for image in row["images"]]
+        prompt = rules.initial_prompt(Example(question=row["prompt"][0]["content"], images=images))
         pads = int((prompt.tokens == placeholder).sum())
         assert pads == sum(len(image.values) // 4 for image in prompt.images) >= 334
         lengths.append(len(prompt.tokens))
@@ -207,17 +208,17 @@ def test_real_questions_and_pages(shared):
             text_result(page["url"], page["summary"] or page["snippet"])
             for page in pages[first : first + 5]
         ]
-        found = reply(rules, Observation(results=results), room=2048)
-        assert found.call.num_shown == 5 and found.call.status == "ok", found.call
-        text = processor.decode(found.prompt.tokens)
+        user_turn = reply(rules, Observation(results=results), budget=2048)
+        assert user_turn.call.num_shown == 5 and user_turn.call.status == "ok", user_turn.call
+        text = processor.decode(user_turn.prompt.tokens)
         for page in pages[first : first + 5]:
             assert page["url"] in text
         assert text.count("</information>\nThe question was") == 1
-        assert sorted(set(found.prompt.tokens.tolist()) & set(processor.control.values())) == [
+        assert sorted(set(user_turn.prompt.tokens.tolist()) & set(processor.control.values())) == [
             processor.control["<|im_start|>"], processor.control["<|im_end|>"]
         ]  # fmt: skip
 
 
-def test_a_question_without_room(rules):
-    with pytest.raises(PromptTooLongError, match="leave room for a turn"):
+def test_a_question_that_leaves_no_tokens_is_refused(rules):
+    with pytest.raises(PromptTooLongError, match="turns.min_turn_tokens allow"):
         rules.initial_prompt(Example(question="word " * 2000))
