@@ -25,8 +25,8 @@ from mmsr1_jax.tools.services.chat import completions_url, read_reply
 from mmsr1_jax.tools.tool_cache import ToolCache
 from mmsr1_jax.tools.web import Answer, Web
 from mmsr1_jax.training import metrics
+from tests.fake_engine import FakeEngine, question_batches, step_config
 from tests.servers import serve
-from tests.test_step import Engine, config_of, questions_of
 from tests.timing import assert_linear
 
 RIGHT = '{"correct": true, "reason": "same city"}'
@@ -443,7 +443,8 @@ def test_an_episode_without_a_verdict_is_in_no_group(server):
     server.reply = lambda answer: Response(status_code=503) if "maybe" in answer else message(RIGHT)
     answers = {"m": ("right", "maybe", "sure"), "n": ("maybe", "maybe 2", "y")}
     rolled = train.roll_out(
-        Engine(answers), questions_of(answers, 2), config_of(questions=2, rollouts=3),
+        FakeEngine(answers), question_batches(answers, 2),
+        step_config(prompts_per_step=2, group_size=3),
         server.judge(failures=None), seed=0, step=1,
     )  # fmt: skip
     assert [[episode.answer for episode, _ in group] for group in rolled.groups] == [

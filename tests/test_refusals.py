@@ -30,8 +30,8 @@ from mmsr1_jax.tools.service import ServiceRefusedError
 from mmsr1_jax.tools.tool_cache import ToolCache
 from mmsr1_jax.training import metrics, sft_dataset
 from mmsr1_jax.utils import fallbacks
+from tests.episode_factory import episode_of, reward_of
 from tests.servers import serve
-from tests.test_step import episode_of, reward_of
 
 SECRET = "s3cret"
 SETTINGS = {
