@@ -112,13 +112,13 @@ def _train(
 
     for step in run.steps():
         # ------------------------------------------------------------ sample, roll out, reward
-        position = questions.state()
+        data_position = questions.state()
         seed = (config.run.seed * 100_003 + step) % 2**31
         try:
             with run.phase("rollout"):
                 rollouts = roll_out(engine, questions, config, judge, seed=seed, step=step)
         except ServiceRefusedError as error:
-            run.save(step - 1, {"questions": position})
+            run.save(step - 1, {"questions": data_position})
             raise run.resumable(error, step - 1) from None
 
         # ------------------------------------------------------------ advantages, packed rows
@@ -154,8 +154,8 @@ def _train(
         # ------------------------------------------------------------ clipped loss and update
         with run.phase("update"):
             sums = [learner.update(b, float(learning_rate(step - 1))) for b in minibatches if b]
-        updates = [train_batch.update_metrics(one) for one in sums]
-        run.check_finite(step, [one["finite"] for one in updates], minibatches)
+        updates = [train_batch.update_metrics(values) for values in sums]
+        run.check_finite(step, [values["finite"] for values in updates], minibatches)
 
         # ------------------------------------------------------------ sync
         with run.phase("load"):
@@ -171,7 +171,7 @@ def _train(
             workdir, step, rollouts.usable[: config.run.saved_episodes], rollouts.questions, engine
         )
         refusal = None
-        if held_out and train_utils.validates(config.run, step):
+        if held_out and train_utils.is_validation_step(config.run, step):
             try:
                 with run.phase("validation"):
                     step_metrics |= validate(engine, held_out, config, judge)
@@ -227,8 +227,8 @@ def roll_out(
             episode.group += len(all_questions)
             episode.index += len(all_episodes)
         for group in groups:
-            differs = train_batch.has_reward_variance(group, objective, limit)
-            (with_variance if differs else zero_variance).append(group)
+            varies = train_batch.has_reward_variance(group, objective, limit)
+            (with_variance if varies else zero_variance).append(group)
         all_groups += groups
         all_questions += prompts
         all_episodes += zip(episodes, rewards, strict=True)
@@ -242,6 +242,8 @@ def roll_out(
 
 if __name__ == "__main__":
     _CONFIG = cli.define_flag()
-    _MODEL = flags.DEFINE_string("model", None, "HF directory to begin with; else config.run.model")
-    _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; else build/CONFIG")
+    _MODEL = flags.DEFINE_string(
+        "model", None, "HF directory of the initial policy; default: config.run.model"
+    )
+    _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; default: build/CONFIG")
     cli.run(main)

@@ -158,9 +158,11 @@ def test_other_settings_and_damaged_files_are_rejected(folder, dataset, tmp_path
 
 @pytest.mark.parametrize("count, size", [(10, 4), (3, 7), (5, 5)])
 def test_every_epoch_contains_each_example_once(count, size):
-    steps = [sft_dataset.choose(step, count, size, seed=3) for step in range(1, count + 1)]
+    steps = [sft_dataset.step_indices(step, count, size, seed=3) for step in range(1, count + 1)]
     assert all(len(step) == size for step in steps)
     epochs = np.concatenate(steps).reshape(-1, count)
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert sft_dataset.choose(1, 10, 10, seed=3) != sft_dataset.choose(1, 10, 10, seed=4)
+    assert sft_dataset.step_indices(1, 10, 10, seed=3) != sft_dataset.step_indices(
+        1, 10, 10, seed=4
+    )
