@@ -25,9 +25,10 @@ from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.tools.index_builder import build_index
 from mmsr1_jax.training import sft_dataset
 from tests import scripted_policy
+from tests.programs import ROOT, kill_when, run, start
 from tests.servers import serve
 from tests.test_data import picture
-from tests.test_train import ROOT, SMALL, kill_when, run, start
+from tests.train_runs import SMALL
 
 KINDS = {"i": "image_search", "t": "text_search"}
 TURNS = {

@@ -22,7 +22,7 @@ from mmsr1_jax.utils import fallbacks, outputs
 from mmsr1_jax.utils.logs import log
 
 # Log text for answers without a verdict, by `Verdict.outcome`.
-_OUTCOMES = {
+_OUTCOME_MESSAGES = {
     "failed": "could not be judged; their episodes are skipped",
     "unreadable": "got a reply without a verdict and count as wrong",
 }
@@ -96,7 +96,7 @@ def compute_rewards(
         ))  # fmt: skip
 
     verdicts = asyncio.run(judge_all())
-    for outcome, consequence in _OUTCOMES.items():
+    for outcome, consequence in _OUTCOME_MESSAGES.items():
         reasons = collections.Counter(v.reason for v in verdicts if v.outcome == outcome)
         if reasons:
             log.warning(

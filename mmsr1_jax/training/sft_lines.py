@@ -146,11 +146,11 @@ def check_replay(episode: Episode, scripted: ScriptedEpisode) -> None:
     if episode.end == "error":
         raise LineError(episode.error)
     for call in episode.calls:
-        what = f"turns[{call.turn}]: the {call.action.replace('_', ' ')}"
+        search = f"turns[{call.turn}]: the {call.action.replace('_', ' ')}"
         if call.status == "failed":
-            raise LineError(f"{what} failed: {'; '.join(call.notes)}")
+            raise LineError(f"{search} failed: {'; '.join(call.notes)}")
         if call.num_results and not call.num_shown:
-            raise LineError(f"{what} returned only results longer than turns.max_result_tokens")
+            raise LineError(f"{search} returned only results longer than turns.max_result_tokens")
     num_turns, num_scripted = len(episode.turns), len(scripted.texts)
     if num_turns < num_scripted:
         reason = {

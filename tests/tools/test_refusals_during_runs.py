@@ -19,7 +19,7 @@ from mmsr1_jax.tools.service import ServiceRefusedError
 from mmsr1_jax.tools.tool_cache import ToolCache
 from mmsr1_jax.training import metrics
 from mmsr1_jax.utils import fallbacks
-from tests.test_step import episode_of, reward_of
+from tests.episode_factory import episode_of, reward_of
 from tests.tools import fake_services
 from tests.tools.fake_services import SECRET, configured, questions
 
@@ -124,7 +124,7 @@ def stubbed_config(services, monkeypatch, tmp_path):
     config.run.save_every, config.run.log_to = 0, ""
     engine = types.SimpleNamespace(load=lambda params: None, close=lambda: None)
 
-    def roll_out(engine, source, config, judge, *, seed, step):
+    def roll_out(engine, source, config, judge, *, seed, step, timeline):
         drawn = next(source)
         episodes = [episode_of(f"<reason>r</reason><answer>{q.id} {step}</answer>", group=i)
                     for i, q in enumerate(drawn)]  # fmt: skip
