@@ -137,7 +137,7 @@ def _train(
     resources.callback(log.close)
     stop = train_utils.StopSignal()
     saved = begin
-    fallbacks.take()  # events before the first step belong to no step
+    fallbacks.take_counts()  # events before the first step belong to no step
 
     def save(step: int, position: dict, score: float | None) -> None:
         state = {"trained": learner.trained, "optimizer": learner.optimizer}
@@ -205,7 +205,9 @@ def _train(
         for call in itertools.chain(*(episode.calls for episode in episodes)):
             if call.notes and call.status in ("ok", "failed"):
                 words = f"searches fail or lack results, the first one: {call.notes[0]}"
-                fallbacks.say("tool", f"step {number}: {words}; see tool/failed, tool/partial")
+                fallbacks.warn_once(
+                    "tool", f"step {number}: {words}; see tool/failed, tool/partial"
+                )
         figures["groups/sampled"] = float(len(rolled.asked))
         figures["groups/with_variance"] = rolled.spread / len(rolled.asked)
         for name in sorted({name for one in updates for name in one}):
@@ -222,7 +224,7 @@ def _train(
                     figures |= validate(engine, held_out, config, judge)
                 except ServiceRefusedError as error:  # the step itself is complete
                     refused = error
-        figures |= fallbacks.take()
+        figures |= fallbacks.take_counts()
         figures |= clock.figures(sum(len(episode) for episode in episodes))
         figures["time/compiles"] = float(compile_counter.count())
         log.write(number, figures)  # before saving: a resumed run has both or neither
@@ -379,7 +381,7 @@ def write_episodes(
     Their images go to `workdir/pictures`.
     """
     path = workdir / "episodes" / f"{number:06d}.jsonl"
-    with outputs.new_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
+    with outputs.new_text_file(path) as file:
         for episode, reward in pairs:
             question = asked[episode.group]
             line = line_of(episode, engine.processor, path.parent, workdir / "pictures")

@@ -170,7 +170,7 @@ def test_the_command_and_a_search(indexed, embed):
     directory, done, pictures = indexed
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("0 pages and 24 titles of pictures in ")
-    assert "i.jsonl, line 13: left out, 1000x2 pixels: the sides differ" in done.stderr
+    assert "i.jsonl, line 13: left out, 1000x2 pixels: the aspect ratio" in done.stderr
     index, vectors = (
         LocalIndex(directory, results=6, embed=embed),
         np.stack(list(map(embed, pictures))),

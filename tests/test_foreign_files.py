@@ -57,7 +57,7 @@ async def nothing():
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_value_of_another_type_is_treated_as_missing(tmp_path, kind, capsys, monkeypatch):
     monkeypatch.setattr(fallbacks, "_logged", set())
-    fallbacks.take()
+    fallbacks.take_counts()
     path, good = tmp_path / "store.sqlite", json.dumps(GOOD[kind]).encode()
     store = ToolCache(path, "record")
     others = [json.dumps(value).encode() for value in GOOD.values()]
@@ -79,7 +79,7 @@ def test_a_value_of_another_type_is_treated_as_missing(tmp_path, kind, capsys, m
     for key in keys:
         with pytest.raises(NotCachedError):
             asyncio.run(replayed.get(kind, key, nothing))
-    assert fallbacks.take() == {"store/damaged": len(keys)}
+    assert fallbacks.take_counts() == {"store/damaged": len(keys)}
     assert capsys.readouterr().err.count(f"a malformed value of kind {kind!r}") == 1
 
     using = CachedCalls(ToolCache(path))
@@ -399,10 +399,10 @@ def test_a_row_with_a_long_cell_is_named_and_left_out(tmp_path):
                      use_dictionary=False)  # fmt: skip
     source = QuestionSource(path)
     assert [question.row for question in source] == [0, 5]
-    assert [(bad.row, bad.field) for bad in source.bad] == [
+    assert [(bad.row, bad.field) for bad in source.bad_rows] == [
         (1, "prompt"), (2, "reward_model"), (3, "reward_model"), (4, "images")
     ]  # fmt: skip
-    assert all("more than 1000 items" in bad.reason for bad in source.bad)
+    assert all("more than 1000 items" in bad.reason for bad in source.bad_rows)
 
 
 def test_texts_are_read_alike_with_and_without_dictionaries_and_over_row_groups(tmp_path):

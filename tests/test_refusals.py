@@ -89,7 +89,7 @@ def services(running, monkeypatch):
         monkeypatch.setenv(name, SECRET)
     monkeypatch.setattr("mmsr1_jax.tools.judge._PAUSE", 0.0)
     running.faults, running.asked = {}, collections.Counter()
-    fallbacks.take()
+    fallbacks.take_counts()
     return running
 
 
@@ -124,7 +124,7 @@ def test_every_service_that_is_used_is_asked_once(services, capsys, text, image,
     config = configured(services.url, text, image, judge)
     check_services(config, [config.turns])
     assert services.asked == collections.Counter(asked.split())
-    assert capsys.readouterr().err == "" and fallbacks.take() == {}
+    assert capsys.readouterr().err == "" and fallbacks.take_counts() == {}
 
 
 def test_what_no_episode_may_search_for_is_not_asked(services):
@@ -278,10 +278,10 @@ def test_a_search_that_is_refused_later_is_words_and_a_figure(services, capsys):
 
     for found in asyncio.run(ask()):
         assert found.status == "failed" and SECRET not in found.error
-    assert fallbacks.take() == {"service/searxng/failed": 3, "service/searxng/refused": 3}
+    assert fallbacks.take_counts() == {"service/searxng/failed": 3, "service/searxng/refused": 3}
     (line,) = capsys.readouterr().err.splitlines()
     assert f"searxng at {services.url} refuses" in line and "config.services.searxng_url" in line
-    assert fallbacks.take() == {}
+    assert fallbacks.take_counts() == {}
 
 
 def test_summaries_that_fail_and_a_store_that_fails_are_counted(services, tmp_path, monkeypatch):
@@ -290,13 +290,13 @@ def test_summaries_that_fail_and_a_store_that_fails_are_counted(services, tmp_pa
     services.faults["summariser"] = 500
     query = Query(action="text_search", text="q", question="What?")
     assert asyncio.run(tool(query)).status == "failed"
-    assert fallbacks.take() == {"service/summariser/failed": 1}
+    assert fallbacks.take_counts() == {"service/summariser/failed": 1}
     stored = CachedCalls(ToolCache(tmp_path / "t.sqlite"))
     asyncio.run(stored.put("page", "k", "text"))
     (tmp_path / "t.sqlite").chmod(0o600)
     monkeypatch.setattr(stored._store, "get", lambda kind, key: (b'{"cut off', False))
     assert asyncio.run(stored.look("page", "k")) is None
-    assert fallbacks.take() == {"store/damaged": 1}
+    assert fallbacks.take_counts() == {"store/damaged": 1}
 
 
 def test_searches_that_lack_results_are_a_figure():
@@ -428,7 +428,7 @@ def test_faults_of_services_are_figures_of_their_step(services, stand_ins, tmp_p
     services.faults["judge"] = lambda body: (
         503 if services.asked["judge"] in (2, 3) else None  # both answers of the first step
     )
-    fallbacks.note("store/failed")  # before the first step: of none
+    fallbacks.count("store/failed")  # before the first step: of none
     assert train.train(stand_ins, "policy", tmp_path / "run") == 0
     lines = update_metrics(tmp_path / "run")
     assert [line["judge/failed"] for line in lines] == [1, 0, 0, 0]

@@ -291,7 +291,7 @@ def test_config_files_are_checked(tmp_path, tiny_dir, inputs, body, words):
     "file, change, words",
     [
         ("preprocessor_config.json", {"patch_size": 16}, "patch_size=16, but the model's vision"),
-        ("config.json", {"image_token_id": 9}, "<|image_pad|> is 5, but config.json says"),
+        ("config.json", {"image_token_id": 9}, "<|image_pad|> has id 5, but config.json has"),
         ("config.json", {"vocab_size": 300}, "lm_head.weight has shape [512, 128]"),
     ],
 )

@@ -25,7 +25,7 @@ from mmsr1_jax.episodes.scripted import ScriptedEpisode, replay
 from mmsr1_jax.episodes.turns import STOPS
 from mmsr1_jax.models import qwen2_5_vl, sharding
 from mmsr1_jax.models.qwen2_5_vl import checkpoint
-from mmsr1_jax.processing.images import ImageError, ImageProcessor, read_picture, write_picture
+from mmsr1_jax.processing.images import ImageError, ImageProcessor, read_image, write_image
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.rl import packing
 from mmsr1_jax.rl.learner import Learner
@@ -66,13 +66,13 @@ def test_a_picture_comes_back_from_its_patches(tmp_path, width, height):
     processor = ImageProcessor(min_pixels=56 * 56, max_pixels=300 * 300)
     image = noise(width, width, height)
     patches = processor(image)
-    back = processor.uncut(patches)
+    back = processor.unpatchify(patches)
     rows, columns = processor.target_size(height, width)
     resized = image.resize((columns, rows), PIL.Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(np.asarray(back), np.asarray(resized))
-    path = write_picture(patches, processor, tmp_path)
+    path = write_image(patches, processor, tmp_path)
     # What bounds their size were cut by does not matter.
-    read = read_picture(path, processor.with_limits(28 * 28, 28 * 28))
+    read = read_image(path, processor.with_limits(28 * 28, 28 * 28))
     assert read.grid == patches.grid and read.values.tobytes() == patches.values.tobytes()
 
 
@@ -80,22 +80,22 @@ def test_every_colour_comes_back():
     levels = np.arange(256, dtype=np.uint8).repeat(4).reshape(1, 32, 32)
     image = PIL.Image.fromarray(np.concatenate([levels, levels[:, ::-1], levels]).T.copy())
     processor = ImageProcessor(patch_size=8)
-    patches = processor.cut(image)
-    np.testing.assert_array_equal(np.asarray(processor.uncut(patches)), np.asarray(image))
+    patches = processor.patchify(image)
+    np.testing.assert_array_equal(np.asarray(processor.unpatchify(patches)), np.asarray(image))
 
 
 def test_pictures_that_are_not_what_they_were(tmp_path):
     processor = ImageProcessor()
-    path = write_picture(processor.cut(noise(0)), processor, tmp_path)
-    with pytest.raises(ImageError, match="no multiples of 28"):
-        processor.cut(noise(1, 112, 100))
-    with pytest.raises(ImageError, match="no picture"):
-        dataclasses.replace(processor, patch_size=7).uncut(processor.cut(noise(0)))
-    with pytest.raises(ImageError, match="not the picture that the file is named after"):
-        read_picture(path, dataclasses.replace(processor, mean=(0.5, 0.5, 0.5)))
+    path = write_image(processor.patchify(noise(0)), processor, tmp_path)
+    with pytest.raises(ImageError, match="must be multiples of 28"):
+        processor.patchify(noise(1, 112, 100))
+    with pytest.raises(ImageError, match="are not an image"):
+        dataclasses.replace(processor, patch_size=7).unpatchify(processor.patchify(noise(0)))
+    with pytest.raises(ImageError, match="does not match the digest"):
+        read_image(path, dataclasses.replace(processor, mean=(0.5, 0.5, 0.5)))
     noise(2).save(path)
-    with pytest.raises(ImageError, match="not the picture that the file is named after"):
-        read_picture(path, processor)
+    with pytest.raises(ImageError, match="does not match the digest"):
+        read_image(path, processor)
 
 
 # Stories and the engine's episodes
@@ -188,7 +188,7 @@ def test_saved_episodes_are_learned_to_the_bit(rolled_out, whole_turns, tmp_path
 
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for line, episode in zip(lines, episodes, strict=True):
-        images = [read_picture(path.parent / name, processor.images) for name in line["images"]]
+        images = [read_image(path.parent / name, processor.images) for name in line["images"]]
         again = Episode.from_json(line, images)
         assert record(again) == record(episode)
         assert (again.index, again.group) == (episode.index, episode.group)
@@ -388,7 +388,7 @@ def test_lines_that_cannot_be_used_are_named(material, tmp_path, capfd):
     path = write_lines(tmp_path / "bad.jsonl", [*bad.values(), episode, row])
     with open(path, "ab") as file:
         file.write(b"\xff\n{\n\n" + b"[" * 100_000 + b"\n")
-    bad |= {"not UTF-8": 0, "cannot be read (Expecting property name": 0, "nested too deeply": 0}
+    bad |= {"not UTF-8": 0, "not JSON (Expecting property name": 0, "nested too deeply": 0}
     processor = Processor.from_directory(material / "policy")
     roots = (str(material),)
     config = config_of(

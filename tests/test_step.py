@@ -27,9 +27,9 @@ from mmsr1_jax.episodes.turns import parse
 from mmsr1_jax.rewards.reward_function import Reward, episode_reward
 from mmsr1_jax.tools.judge import Verdict
 from mmsr1_jax.training import metrics
+from tests.judge_server import JudgeServer
 from tests.programs import environment
 from tests.servers import serve
-from tests.test_rewards import Server
 from tests.test_train import ROOT
 
 PROMPT, SHOWN = 5, 2  # tokens
@@ -287,7 +287,7 @@ def test_without_a_judge_the_settings_and_the_step_decide():
 def test_one_judge_serves_all_steps(monkeypatch):
     """A real one: each step asks on an event loop of its own."""
     monkeypatch.setenv("JUDGE_API_KEY", "sk-secret")
-    server, config = Server(), config_of()
+    server, config = JudgeServer(), config_of()
     asked = next(questions_of("ab", 2))
     episodes = [episode_of(answer(text), group=i) for i, text in enumerate(("x", "y"))]
     route = Route("/v1/chat/completions", server.chat, methods=["POST"])
@@ -297,7 +297,7 @@ def test_one_judge_serves_all_steps(monkeypatch):
             server.reply = json.dumps({"correct": correct, "reason": ""})
             found = train.score(episodes, asked, config, judge, step=step)
             assert [reward.correct for reward in found] == [correct, correct]
-    assert len(server.asked) == 6
+    assert len(server.requests) == 6
 
 
 # Figures

@@ -49,7 +49,7 @@ def policy(tmp_path_factory):
 def questions(tmp_path_factory):
     """Of the tiny world, which the warm start is right about at times, with its index beside."""
     folder = tmp_path_factory.mktemp("questions")
-    world = tiny_world.World.make()
+    world = tiny_world.World.generate()
     tiny_world.write_index(world, folder / "index")
     write_parquet(folder / "q.parquet", tiny_world.questions(world, "train", 10))
     return folder / "q.parquet"

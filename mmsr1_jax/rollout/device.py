@@ -24,7 +24,7 @@ from mmsr1_jax.config import settings
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig, Qwen2_5_VL
 from mmsr1_jax.models.qwen2_5_vl.vision import num_windows, pack_images
 from mmsr1_jax.models.sharding import partition_spec
-from mmsr1_jax.processing.batching import TooLongError, smallest
+from mmsr1_jax.processing.batching import TooLongError, smallest_bucket
 from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.rollout import cache, decode
 from mmsr1_jax.rollout.sampler import Sampling
@@ -249,7 +249,9 @@ class Device:
                 self._free += self._kept.popitem(last=False)[1].tolist()  # evict the LRU image
             slots = np.array([self._free.pop() for _ in range(self._size(image))], np.int32)
             windows = num_windows(image.grid, self.model_config.vision)
-            windows = smallest("image windows", windows, self._windows, "buckets.image_windows")
+            windows = smallest_bucket(
+                "image windows", windows, self._windows, "buckets.image_windows"
+            )
             by_windows.setdefault(windows, []).append((image, slots))
         for windows, found in by_windows.items():
             rows = self._encode_rows(windows)
@@ -308,7 +310,7 @@ class Device:
         """
         by_length: dict[int, list[int]] = {}
         for number, piece in enumerate(pieces):
-            length = smallest(
+            length = smallest_bucket(
                 "tokens", len(piece.tokens), self.config.prefill_buckets, "rollout.prefill_buckets"
             )
             by_length.setdefault(length, []).append(number)
@@ -415,7 +417,7 @@ def check_image(
       rollout: Settings of the engine.
       windows: Image window buckets, `buckets.image_windows`.
     """
-    smallest(
+    smallest_bucket(
         "image windows", num_windows(image.grid, model.vision), windows, "buckets.image_windows"
     )
     size = len(image.values) // model.vision.merge_size**2

@@ -103,7 +103,7 @@ class CachedCalls:
             if kind == "picture" and not found[1]:
                 base64.b64decode(value, validate=True)
         except ValueError as error:  # damaged, or written by another program
-            fallbacks.note(
+            fallbacks.count(
                 "store/damaged",
                 f"store: a malformed value of kind {kind!r} is treated as missing ({error})",
             )
@@ -131,7 +131,7 @@ class CachedCalls:
             act = functools.partial(act, *arguments, **keywords)
             return await asyncio.get_running_loop().run_in_executor(threads, act)
         except ToolCacheError as error:
-            fallbacks.note("store/failed")
+            fallbacks.count("store/failed")
             if not self._complained:
                 self._complained = True
                 alone = ", each process with its own limits" if self._remote else ""

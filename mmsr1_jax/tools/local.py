@@ -33,7 +33,7 @@ from mmsr1_jax.tools.tool import Observation, Picture, Query, Result, image_resu
 from mmsr1_jax.tools.words import TOKENIZER, search_form, words_of
 from mmsr1_jax.utils import checked_json, outputs
 from mmsr1_jax.utils.checked_json import valid_text
-from mmsr1_jax.utils.files import check_regular, inside
+from mmsr1_jax.utils.files import check_regular, resolve_inside
 
 FILE = "index.sqlite"
 _SIDE = 16  # side length of the hash in bits
@@ -325,10 +325,9 @@ def _read(path: str | pathlib.Path, parse) -> Iterator[tuple]:
     """Yield the rows that `parse(object, folder)` makes of a JSONL file; report invalid lines."""
     path = pathlib.Path(path)
     try:
-        with open(path, "rb") as file:
-            yield from _rows(path, checked_json.lines(file), parse)
+        yield from _rows(path, checked_json.jsonl_lines(path), parse)
     except (OSError, checked_json.FormatError) as error:
-        raise LocalIndexError(f"{path}: {checked_json.shown_error(error)}") from None
+        raise LocalIndexError(f"{path}: {checked_json.error_reason(error)}") from None
 
 
 def _rows(path: pathlib.Path, lines: Iterable[tuple[int, bytes]], parse) -> Iterator[tuple]:
@@ -357,7 +356,7 @@ def _picture(
         raise ValueError("no 'image'")
     if not isinstance(titles, list) or not titles or not all(isinstance(t, str) for t in titles):
         raise ValueError("'title' must be text, or 'titles' a list of texts")
-    file = inside(path, folder, image_roots, allow="--image_roots")
+    file = resolve_inside(path, folder, image_roots, allow="--image_roots")
     check_regular(file)
     image = open_image(file)
     bits = hash_of(image)

@@ -155,8 +155,8 @@ class Service:
             if self._is_counted:
                 figure = f"service/{self.name}"
                 if _key_is_refused(error):
-                    fallbacks.note(f"{figure}/refused", f"warning: {self.refusal(error)}")
-                fallbacks.note(f"{figure}/failed")
+                    fallbacks.count(f"{figure}/refused", f"warning: {self.refusal(error)}")
+                fallbacks.count(f"{figure}/failed")
             raise
 
     async def _call(

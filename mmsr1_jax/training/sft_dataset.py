@@ -39,14 +39,14 @@ from mmsr1_jax.episodes.rules import Rules
 from mmsr1_jax.episodes.scripted import ScriptedEpisode, replay
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 from mmsr1_jax.processing.batching import TooLongError
-from mmsr1_jax.processing.images import ImageError, ImageProcessor, read_picture, write_picture
+from mmsr1_jax.processing.images import ImageError, ImageProcessor, read_image, write_image
 from mmsr1_jax.processing.processor import Processor, Prompt
 from mmsr1_jax.rl.packing import RowShape, check_fits
 from mmsr1_jax.rollout.device import check_image
 from mmsr1_jax.tools import Observation, Query, Tool, local
 from mmsr1_jax.tools.build import check_services, make_tools
 from mmsr1_jax.utils import checked_json, outputs
-from mmsr1_jax.utils.files import FileRefusedError, check_regular, inside
+from mmsr1_jax.utils.files import FileRefusedError, check_regular, resolve_inside
 
 _AT_ONCE = 64  # number of lines whose images are in memory at a time
 
@@ -77,9 +77,9 @@ class SFTExample:
         """Return the whole episode as model input.
 
         Raises:
-          ImageError: An image cannot be read, see `read_picture`.
+          ImageError: An image cannot be read, see `read_image`.
         """
-        return Prompt(self.tokens, tuple(read_picture(path, processor) for path in self.pictures))
+        return Prompt(self.tokens, tuple(read_image(path, processor) for path in self.pictures))
 
 
 def line_of(
@@ -94,7 +94,7 @@ def line_of(
       pictures: Folder of the images, created if it does not exist.
     """
     pictures.mkdir(parents=True, exist_ok=True)
-    paths = [write_picture(image, processor.images, pictures) for image in episode.images]
+    paths = [write_image(image, processor.images, pictures) for image in episode.images]
     return episode.to_json(processor, [os.path.relpath(path, folder) for path in paths])
 
 
@@ -188,7 +188,7 @@ def load(path: pathlib.Path, config: settings.Config) -> list[SFTExample]:
             for line in file:
                 data = checked_json.loads(line, dict[str, Any], surrogates=True, nan=True)
                 episode = Episode.from_json(data)
-                files = tuple(inside(name, path.parent) for name in _texts(data, "images"))
+                files = tuple(resolve_inside(name, path.parent) for name in _texts(data, "images"))
                 lessons.append(SFTExample(episode.tokens, episode.loss_mask, files))
         except DataError:
             raise
@@ -290,8 +290,7 @@ def _find(where: Sequence[str]) -> list[pathlib.Path]:
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, bytes) of the non-blank lines; only a newline ends a line."""
-    with open(path, "rb") as file:
-        yield from checked_json.lines(file)
+    return checked_json.jsonl_lines(path)
 
 
 # Reading and checking a line
@@ -332,7 +331,7 @@ def _saved(
     if folder.name == "episodes":  # of a run, which keeps its images in a sibling folder
         roots = (*roots, folder.parent / "pictures")
     found = [_picture(path, folder, roots, "images") for path in paths]
-    return Episode.from_json(data, [read_picture(path, images) for path in found])
+    return Episode.from_json(data, [read_image(path, images) for path in found])
 
 
 def _row(data: dict, file: pathlib.Path, number: int, roots: Sequence[str] = ()) -> ScriptedEpisode:
@@ -372,7 +371,7 @@ def _picture(
 ) -> pathlib.Path:
     """Return the path of an image that a line names; raise LineError if it is not allowed."""
     try:
-        path = inside(name, folder, roots)
+        path = resolve_inside(name, folder, roots)
         check_regular(path)
         return path
     except FileRefusedError as error:
@@ -382,10 +381,10 @@ def _picture(
 def _index(name: str, folder: pathlib.Path, roots: Sequence[str]) -> pathlib.Path:
     """Return the path of a local index that a line names; raise LineError if it is not allowed."""
     try:
-        path = inside(name, folder, roots)
+        path = resolve_inside(name, folder, roots)
         for file in (local.FILE, "pages.jsonl"):
             if os.path.lexists(path / file):
-                inside(path / file, folder, roots)
+                resolve_inside(path / file, folder, roots)
         return path
     except FileRefusedError as error:
         raise LineError(f"'index': {error}") from None

@@ -139,8 +139,7 @@ def save_policy(
         )  # fmt: skip
         print(f"{workdir / 'adapter'}: what was trained", file=sys.stderr)
     qwen2_5_vl.save(policy, workdir / "policy", source=model_dir)
-    with outputs.new_file(done) as partial:
-        partial.write_text(str(config.run.steps))
+    outputs.write_text(done, str(config.run.steps))
     print(f"{workdir / 'policy'}: the trained policy", file=sys.stderr)
 
 
