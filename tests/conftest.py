@@ -21,9 +21,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import pathlib
 
 import pytest
+from absl import flags
 
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.scripts import random_policy
+from mmsr1_jax.utils import logs
+
+flags.FLAGS.mark_as_parsed()
+logs.set_up()  # as `cli.run` does
 
 # Files that take longest, which begin first, so that no process is left with one of them alone.
 LONG = ("test_train.py", "test_engine.py", "test_update.py", "test_sharding.py", "test_pool.py",

@@ -382,7 +382,7 @@ QUESTIONS = [types.SimpleNamespace(question="q", answers=["New York"])]
 
 def step(judge, answers):
     episodes = episodes_of(answers)
-    rewards = train.score(episodes, QUESTIONS, settings.Config(), judge, step=0)
+    rewards = train.compute_rewards(episodes, QUESTIONS, settings.Config(), judge, step=0)
     return rewards, metrics.episode_metrics(episodes, rewards, ["c"] * len(episodes))
 
 
@@ -433,7 +433,7 @@ def test_a_judge_that_fails_for_a_tenth_of_the_answers_is_counted_and_the_step_c
     assert figures["reward"] == pytest.approx(sum(known) / 91)
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(" (")[0] for line in lines] == [
-        "step 1: 10 of 101 answers could not be judged; their episodes are left out",
+        "step 1: 10 of 101 answers could not be judged; their episodes are skipped",
         "step 1: 10 of 101 answers got a reply without a verdict and count as wrong",
     ]
 
@@ -444,7 +444,7 @@ def test_an_episode_without_a_verdict_is_in_no_group(server):
     answers = {"m": ("right", "maybe", "sure"), "n": ("maybe", "maybe 2", "y")}
     rolled = train.roll_out(
         Engine(answers), questions_of(answers, 2), config_of(questions=2, rollouts=3),
-        server.judge(failures=None), seed=0, number=1,
+        server.judge(failures=None), seed=0, step=1,
     )  # fmt: skip
     assert [[episode.answer for episode, _ in group] for group in rolled.groups] == [
         ["right", "sure"], ["y"],

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmsr1_jax import train
 from mmsr1_jax.config import settings
 from mmsr1_jax.config.training import OVERLONG
 from mmsr1_jax.models import sharding
 from mmsr1_jax.models.qwen2_5_vl import checkpoint
 from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.rl import packing
-from mmsr1_jax.rl.advantages import ADVANTAGES
+from mmsr1_jax.rl.advantages import ADVANTAGES, group_advantages
 from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.rl.loss import LOSS_AGGREGATIONS
 from mmsr1_jax.rl.train_batch import (
@@ -25,6 +24,7 @@ from mmsr1_jax.rl.train_batch import (
     make_samples,
     shape_rewards,
     update_metrics,
+    with_logprobs,
 )
 from mmsr1_jax.scripts import random_policy
 from tests.test_step import TEXT, episode_of, reward_of
@@ -99,6 +99,16 @@ def keeping(**fields):
     return settings.Objective(**{"kl_coef": 1e-3, "overlong_buffer": BUFFER} | fields)
 
 
+def samples_of(groups, objective, limit, config, shape):
+    """The samples of groups, with the advantages that a training step computes."""
+    groups = [group for group in groups if group]
+    values = [
+        group_advantages(shape_rewards(group, objective, limit), objective.advantage)
+        for group in groups
+    ]
+    return make_samples(groups, values, objective, limit, config, shape)
+
+
 @pytest.mark.parametrize("overlong", OVERLONG)
 @pytest.mark.parametrize("how", LOSS_AGGREGATIONS)
 @pytest.mark.parametrize("kind", ADVANTAGES)
@@ -106,7 +116,7 @@ def test_samples_make_the_objective_of_the_papers(kind, how, overlong):
     rng = np.random.default_rng(1)
     groups = random_groups()
     objective = keeping(advantage=kind, loss_aggregation=how, overlong=overlong)
-    samples, odd = make_samples(groups, objective, LIMIT, random_policy.CONFIG, WIDE)
+    samples, odd = samples_of(groups, objective, LIMIT, random_policy.CONFIG, WIDE)
     assert not odd
     terms, found, left = [], 0.0, list(samples)
     for group in groups:
@@ -158,7 +168,7 @@ def test_what_fits_no_row_is_named_and_the_others_stay():
         (episode_of(TEXT["nonsense"], sampled=20, number=5), reward_of(0.0)),
         (episode_of(TEXT["nonsense"], number=6, images=[picture]), reward_of(0.5)),
     ]
-    samples, odd = make_samples([group], keeping(), 2 * LIMIT, random_policy.CONFIG, WIDE)
+    samples, odd = samples_of([group], keeping(), 2 * LIMIT, random_policy.CONFIG, WIDE)
     assert odd == [
         "episode 4: 129 tokens, more than update.pack_length=128",
         "episode 6: 4 image windows, more than update.pack_windows=3",
@@ -182,7 +192,7 @@ def test_what_has_no_gradient_is_left_out_and_changes_no_weight(how):
 
     def made(**terms):
         objective = keeping(loss_aggregation=how, **terms)
-        samples, odd = make_samples(groups, objective, LIMIT, random_policy.CONFIG, WIDE)
+        samples, odd = samples_of(groups, objective, LIMIT, random_policy.CONFIG, WIDE)
         assert not odd
         return {int(sample.mask.sum()): sample.weights[0] for sample in samples}
 
@@ -228,7 +238,7 @@ def made(objective):
     learner = Learner(nnx.merge(graph, params), make_loss(objective), settings.Update(), mesh)
     groups, packed = groups_of(), []
     for part in (groups[0::2], groups[1::2]):
-        chosen, odd = make_samples(part, objective, LIMIT, random_policy.CONFIG, SHAPE)
+        chosen, odd = samples_of(part, objective, LIMIT, random_policy.CONFIG, SHAPE)
         assert len(chosen) == 6 and not odd
         packed.append(packing.pack(chosen, random_policy.CONFIG, SHAPE))
         assert len(packed[-1]) > 1  # gradients of several micro-batches are added up
@@ -283,7 +293,7 @@ def test_the_second_update_of_a_step_is_off_policy():
     """`old` comes of the score program, the new log-probs of that of gradients."""
     learner, packed = made(objective_of(old_logprobs="trainer"))
     start = learner.snapshot()
-    packed = [train._with(part, learner, "old_logprobs", None) for part in packed]
+    packed = [with_logprobs(part, "old_logprobs", learner) for part in packed]
     for part in packed:
         old = tokens_of(part, "old_logprobs")
         assert old.std() > 0.1 and (old < 0).all()

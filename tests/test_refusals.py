@@ -354,24 +354,24 @@ def stand_ins(services, monkeypatch, tmp_path):
     config.run.save_every, config.run.log_to = 0, ""
     engine = types.SimpleNamespace(load=lambda params: None, close=lambda: None)
 
-    def roll_out(engine, source, config, judge, *, seed, number):
+    def roll_out(engine, source, config, judge, *, seed, step):
         drawn = next(source)
-        episodes = [episode_of(f"<reason>r</reason><answer>{q.id} {number}</answer>", group=i)
+        episodes = [episode_of(f"<reason>r</reason><answer>{q.id} {step}</answer>", group=i)
                     for i, q in enumerate(drawn)]  # fmt: skip
-        rewards = train.score(episodes, drawn, config, judge, step=number - 1)
-        seen = jnp.array([float(q.id[1:]) + number / 8 for q in drawn] * 2)
+        rewards = train.compute_rewards(episodes, drawn, config, judge, step=step - 1)
+        seen = jnp.array([float(q.id[1:]) + step / 8 for q in drawn] * 2)
         Learner.now.trained = {"w": Learner.now.trained["w"] * 2 + seen}
         return train.RolloutBatch([], list(zip(episodes, rewards, strict=True)), drawn, 0)
 
     def validate(engine, source, config, judge):
-        train.score([episode_of("<reason>r</reason><answer>y</answer>")], list(source)[:1], config,
-                    judge, step=0)  # fmt: skip
+        episodes = [episode_of("<reason>r</reason><answer>y</answer>")]
+        train.compute_rewards(episodes, list(source)[:1], config, judge, step=0)
         return {"validation/accuracy": 1.0}
 
     model = types.SimpleNamespace(config=None)
     monkeypatch.setattr(train.train_utils, "load_policy", lambda *_: model)
     monkeypatch.setattr(train.train_utils, "save_policy", lambda *_: None)
-    monkeypatch.setattr(train.train_utils, "StopSignal",
+    monkeypatch.setattr("mmsr1_jax.training.training_run.StopSignal",
                         lambda: types.SimpleNamespace(is_set=lambda: False))  # fmt: skip
     monkeypatch.setattr(train, "make_engine", lambda *_: engine)
     monkeypatch.setattr(train, "Learner", Learner)
@@ -419,7 +419,7 @@ def test_a_refusal_in_a_validation_ends_the_run_after_its_step(services, stand_i
 
 def test_a_refusal_in_the_first_step_saves_nothing(services, stand_ins, tmp_path):
     services.faults["judge"] = lambda body: 401 if services.asked["judge"] > 1 else None
-    with pytest.raises(ServiceRefusedError, match="no step is finished"):
+    with pytest.raises(ServiceRefusedError, match="no step is complete"):
         train.train(stand_ins, "policy", tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
 

@@ -62,7 +62,7 @@ EXPRESSIONS: dict[str, tuple[Text, ...]] = {
     "tools.web._retry_after": (),
     "utils.checked_json._SURROGATE": (),
     "utils.outputs._HOLDER": (),
-    "utils.outputs._LEFT_OVER": (),
+    "utils.outputs._LEFTOVER": (),
     "scripts.settings.meanings_of": (),  # reads docstrings of this package
     "config.redaction._ADDRESS": (lambda n: "a:b@" * (n // 4), lambda n: "a" * n + "?"),
     "config.redaction._MARKS": (),

@@ -129,7 +129,7 @@ def test_bad_lines_are_reported_and_the_rest_goes_on(scored, inputs):
         "line 11: not JSON",
         "line 13: data:xxx",
         "line 14: message 1: text is not valid Unicode",
-        "line 15: messages must be a list",
+        "line 15: messages must be a non-empty list",
         "line 16: not UTF-8",
         "line 17: not JSON",
     ]

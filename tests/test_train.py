@@ -299,8 +299,8 @@ def test_mistakes_are_said_in_one_line(tmp_path, policy):
         return done.stderr.strip().splitlines()[-1]
 
     nothing = run([sys.executable, "-m", "mmsr1_jax.train"])
-    assert nothing.returncode == 1 and "--config or --workdir" in nothing.stderr
-    assert "--model: the HF directory" in error(*SMALL, "--config.run.model=")
+    assert nothing.returncode == 1 and "give --config=FILE to start a run" in nothing.stderr
+    assert "a new run needs a policy" in error(*SMALL, "--config.run.model=")
     no_tools = ["--config.tools.text=none", "--config.tools.image=none"]
     data = "--config.data.train=('nowhere.parquet',)"
     nowhere = error(*SMALL, f"--model={policy}", data, *no_tools)

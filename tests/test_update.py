@@ -169,7 +169,10 @@ def torch_loss(model, samples, old, reference):
         objective = objective * (old_ - rollout_logprobs).exp().clamp(max=OPTIONS.tis_cap)
         d = reference_ - new
         kl = d.exp() - 1 - d
-        total = total + (weight * (-objective + OPTIONS.kl_coef * kl - OPTIONS.entropy_coef * entropy)).sum()
+        total = (
+            total
+            + (weight * (-objective + OPTIONS.kl_coef * kl - OPTIONS.entropy_coef * entropy)).sum()
+        )
     return total, own
 
 

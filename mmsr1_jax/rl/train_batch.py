@@ -1,8 +1,9 @@
-"""Conversion of a step's episodes into training samples: shaped rewards, advantages, weights."""
+"""Conversion of a step's episodes into training samples, and metrics of its updates."""
 
 from collections.abc import Sequence
 
 import numpy as np
+from flax import nnx
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.episodes.episode import Episode
@@ -10,6 +11,8 @@ from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 from mmsr1_jax.processing.batching import TooLongError
 from mmsr1_jax.rewards.reward_function import Reward
 from mmsr1_jax.rl import advantages, packing
+from mmsr1_jax.rl.advantages import overlong_mask, overlong_penalty
+from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.rl.loss import LossOptions, policy_loss, token_weights
 from mmsr1_jax.rl.packing import RowShape, Sample, TrainBatch
 
@@ -65,7 +68,7 @@ def shape_rewards(group: Group, objective: settings.Objective, limit: int) -> np
     rewards = np.array([reward.reward for _, reward in group], np.float64)
     if objective.overlong == "penalty":
         lengths = np.array([len(episode) for episode, _ in group])
-        rewards += advantages.overlong_penalty(lengths, limit, objective.overlong_buffer)
+        rewards += overlong_penalty(lengths, limit, objective.overlong_buffer)
     return rewards
 
 
@@ -74,8 +77,16 @@ def has_reward_variance(group: Group, objective: settings.Objective, limit: int)
     return len(group) > 1 and advantages.has_reward_variance(shape_rewards(group, objective, limit))
 
 
+def split(groups: Sequence[Group], num_minibatches: int) -> list[list[Group]]:
+    """Deal the groups that have episodes out to minibatches, one for each update of a step."""
+    return [
+        [group for group in groups[i::num_minibatches] if group] for i in range(num_minibatches)
+    ]
+
+
 def make_samples(
     groups: Sequence[Group],
+    group_advantages: Sequence[np.ndarray],
     objective: settings.Objective,
     limit: int,
     config: ModelConfig,
@@ -85,34 +96,30 @@ def make_samples(
 
     Args:
       groups: Groups of the update; the loss is averaged over the tokens of all their episodes.
+      group_advantages: Advantages of each group, see `advantages.group_advantages`.
       objective: Settings of the objective.
       limit: Maximum length of an episode in tokens.
       config: Model configuration of the policy.
       shape: Shape of the packed rows.
 
     Returns:
-      The samples, and the reasons why other episodes were skipped (they do not fit into a row).
+      The samples, and for each episode that does not fit into a row, why it was skipped.
     """
-    chosen, odd = [], []
-    for group in groups:
-        if not group:
-            continue
-        advantage = advantages.group_advantages(
-            shape_rewards(group, objective, limit), objective.advantage
-        )
-        for (episode, _), value in zip(group, advantage, strict=True):
+    chosen, skipped = [], []
+    for group, values in zip(groups, group_advantages, strict=True):
+        for (episode, _), value in zip(group, values, strict=True):
             try:
                 packing.check_fits(episode.conversation, config, shape)
             except TooLongError as error:
-                odd.append(f"episode {episode.index}: {error}")
+                skipped.append(f"episode {episode.index}: {error}")
                 continue
             mask = episode.loss_mask
             if objective.overlong == "mask":
-                mask = advantages.overlong_mask(mask, episode.end == "tokens")
+                mask = overlong_mask(mask, episode.end == "tokens")
             chosen.append((episode, mask, value))
     lengths = np.array([mask.sum() for _, mask, _ in chosen], np.int64)
     weights = token_weights(lengths, objective.loss_aggregation, fixed_length=limit)
-    idle = not objective.kl_coef and not objective.entropy_coef
+    policy_loss_only = not objective.kl_coef and not objective.entropy_coef
     samples = [
         Sample(
             prompt=episode.conversation,
@@ -122,9 +129,24 @@ def make_samples(
             rollout_logprobs=episode.logprobs,
         )
         for (episode, mask, value), weight in zip(chosen, weights, strict=True)
-        if not (idle and value == 0) and mask.any()  # otherwise its gradient is zero
+        if mask.any() and not (policy_loss_only and value == 0)  # otherwise its gradient is zero
     ]
-    return samples, odd
+    return samples, skipped
+
+
+def with_logprobs(
+    batches: Sequence[TrainBatch], field: str, learner: Learner, params: nnx.State | None = None
+) -> list[TrainBatch]:
+    """Return micro-batches with `field` set to the log-probs of their tokens.
+
+    Args:
+      batches: Micro-batches of host arrays.
+      field: `old_logprobs` or `ref_logprobs`.
+      learner: Learner that computes them.
+      params: Snapshot of the trained parameters to use; None: the current ones.
+    """
+    logprobs = learner.score(batches, params)
+    return [b.replace(**{field: x}) for b, x in zip(batches, logprobs, strict=True)]
 
 
 def update_metrics(sums: dict[str, float]) -> dict[str, float]:
@@ -139,3 +161,10 @@ def update_metrics(sums: dict[str, float]) -> dict[str, float]:
             figures[name] = value / tokens
     figures["clip_fraction"] = figures["clipped_low"] + figures["clipped_high"]
     return figures
+
+
+def mean_update_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the mean metrics of a step's updates as `update/NAME`, and `update/nonfinite`."""
+    names = sorted({name for update in updates for name in update})
+    means = {f"update/{n}": float(np.mean([update[n] for update in updates])) for n in names}
+    return means | {"update/nonfinite": float(sum(not update["finite"] for update in updates))}

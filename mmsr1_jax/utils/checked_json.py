@@ -83,7 +83,7 @@ def loads(
     except UnicodeDecodeError as error:
         raise NotJsonError(f"{prefix}not UTF-8 ({error.reason} at byte {error.start})") from None
     except RecursionError:
-        raise FormatError(f"{prefix}nested too deeply") from None
+        raise FormatError(f"{prefix}not JSON (nested too deeply)") from None
     except FormatError as error:
         raise error.__class__(f"{prefix}{error}") from None
     except ValueError as error:
@@ -214,7 +214,7 @@ def _check_values(value: Any, nan: bool, limit: float) -> None:
     level, depth = [[value]], 0
     while level:
         if depth > MAX_DEPTH:
-            raise FormatError(f"nested deeper than {MAX_DEPTH} levels")
+            raise FormatError(f"not JSON (nested deeper than {MAX_DEPTH} levels)")
         below: list[Any] = []
         for container in level:
             items = container.values() if isinstance(container, dict) else container

@@ -163,7 +163,7 @@ def test_sft_reads_the_selected_episodes(world, uninterrupted, tmp_path):
     config = runpy.run_path(str(ROOT / "tests" / "small_config.py"))["get_config"]()
     config.data.train, config.data.max_bad_rows = (str(out / "sft.jsonl"),), 0
     processor = Processor.from_directory(world / "policy")
-    path = tmp_path / "stories.jsonl"
+    path = tmp_path / "examples.jsonl"
     sft_dataset.prepare(path, config, processor, acting.config_for(VOCABULARY))
     examples, lines = sft_dataset.load(path, config), read(out / "sft.jsonl")
     assert len(examples) == len(lines) > 5

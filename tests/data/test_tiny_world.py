@@ -161,14 +161,14 @@ def test_training_data_contains_no_unmet_landmark_and_no_held_out_fact(
     world, demonstrated, remembered
 ):
     unmet = {mark.name for mark in world.landmarks_of("unmet")}
-    asked = questions(world, "train", 1600)
-    texts = [q.question + " ".join(q.answers) for q in asked]
+    training = questions(world, "train", 1600)
+    texts = [q.question + " ".join(q.answers) for q in training]
     texts += [
         " ".join([e["question"], *e["turns"], *e["answers"]]) for e in demonstrated + remembered
     ]
     assert not [text for text in texts if any(name in text for name in unmet)]
     held_out = {(mark.name, fact) for mark in world.landmarks for fact in mark.held_out}
-    met = {(q.landmark, q.fact) for q in asked}
+    met = {(q.landmark, q.fact) for q in training}
     met |= {(e["landmark"], e["fact"]) for e in demonstrated + remembered if e["image"]}
     assert not met & held_out and not {name for name, _ in met} & unmet
     # Strangers are not landmarks, so no photo of a stranger shows an unmet landmark.
@@ -178,8 +178,8 @@ def test_training_data_contains_no_unmet_landmark_and_no_held_out_fact(
 def test_a_category_names_the_searches_that_a_question_needs(world, index):
     landmarks = by_name(world)
     rng = np.random.default_rng(1)
-    asked = questions(world, "heldout", 80) + questions(world, "unmet", 40)
-    for q in asked:
+    sample = questions(world, "heldout", 80) + questions(world, "unmet", 40)
+    for q in sample:
         mark, (answer,) = landmarks[q.landmark], q.answers
         assert (mark.group == "remembered") == (q.category in ("free", "text-required"))
         assert (str(THIS_YEAR) in q.question) == (q.fact in CHANGING)
@@ -192,7 +192,7 @@ def test_a_category_names_the_searches_that_a_question_needs(world, index):
                 answer in word_set(page)
                 for page in find_pages(index, search_query(q.landmark, q.fact))
             )
-    assert {q.category for q in asked} == set(CATEGORIES)
+    assert {q.category for q in sample} == set(CATEGORIES)
     # Image titles state the titled facts and no others.
     for mark in world.landmarks_of("unmet")[:20]:
         titles = find_titles(index, jpeg(photo(mark.emblem, rng)))
@@ -203,9 +203,9 @@ def test_a_category_names_the_searches_that_a_question_needs(world, index):
 
 
 def test_questions_are_written_to_parquet_and_read_back(world, tmp_path):
-    asked = questions(world, "train", 8)
-    write_parquet(tmp_path / "train.parquet", asked)
+    written = questions(world, "train", 8)
+    write_parquet(tmp_path / "train.parquet", written)
     read = list(QuestionSource(tmp_path / "train.parquet"))
-    for loaded, written in zip(read, asked, strict=True):
+    for loaded, expected in zip(read, written, strict=True):
         for field in ("id", "question", "images", "answers", "source", "category"):
-            assert getattr(loaded, field) == getattr(written, field)
+            assert getattr(loaded, field) == getattr(expected, field)

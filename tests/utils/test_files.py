@@ -16,7 +16,7 @@ from pyarrow import parquet
 from mmsr1_jax.data import QuestionSource, benchmarks
 from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.tools import local
-from mmsr1_jax.training import sft_dataset
+from mmsr1_jax.training import sft_lines
 from mmsr1_jax.utils import files
 
 
@@ -112,23 +112,25 @@ def test_a_scripted_episode_may_name_images_and_indices_of_its_folder_only(folde
     data, secret = folders
     line = {"question": "q", "turns": ["t"]}
     file = data / "s.jsonl"
-    assert sft_dataset._row(line | {"image": "own.png"}, file, 1).example.images == [
+    assert sft_lines.read_scripted_episode(line | {"image": "own.png"}, file, 1).example.images == [
         data / "own.png"
     ]
     for name in [*outside(secret), *UNUSABLE]:
         for field, value in (("image", name), ("images", ["own.png", name])):
-            with pytest.raises(sft_dataset.LineError, match=f"^{field!r}: "):
-                sft_dataset._row(line | {field: value}, file, 1)
+            with pytest.raises(sft_lines.LineError, match=f"^{field!r}: "):
+                sft_lines.read_scripted_episode(line | {field: value}, file, 1)
     for name in [*outside(secret), "../secret", "folder", "pipe.png", "none", str(secret)]:
-        with pytest.raises(sft_dataset.LineError, match="^'index': "):
-            sft_dataset._row(line | {"index": name}, file, 1)
-    assert sft_dataset._row(line | {"index": "."}, file, 1).index == data
-    (data / "index.sqlite").symlink_to(
-        secret / "private.png"
-    )  # a folder with a link to a file outside
-    with pytest.raises(sft_dataset.LineError, match="outside of"):
-        sft_dataset._row(line | {"index": "."}, file, 1)
-    assert sft_dataset._row(line | {"index": "../secret"}, file, 1, [str(secret)]).index == secret
+        with pytest.raises(sft_lines.LineError, match="^'index': "):
+            sft_lines.read_scripted_episode(line | {"index": name}, file, 1)
+    assert sft_lines.read_scripted_episode(line | {"index": "."}, file, 1).index == data
+    # A folder that contains a link to a file outside.
+    (data / "index.sqlite").symlink_to(secret / "private.png")
+    with pytest.raises(sft_lines.LineError, match="outside of"):
+        sft_lines.read_scripted_episode(line | {"index": "."}, file, 1)
+    assert (
+        sft_lines.read_scripted_episode(line | {"index": "../secret"}, file, 1, [str(secret)]).index
+        == secret
+    )
 
 
 def test_saved_episodes_may_name_images_of_their_run_only(folders):
@@ -141,12 +143,11 @@ def test_saved_episodes_may_name_images_of_their_run_only(folders):
     (run / "pictures" / "x.png").write_bytes((data / "own.png").read_bytes())
     episode = {"segments": [], "images": ["../pictures/x.png"]}
     with pytest.raises(ValueError, match="does not match the digest|multiples"):
-        sft_dataset._saved(
-            episode, run / "episodes", random_policy.IMAGES, ()
-        )  # the file was opened
+        # The path is allowed, and the file is opened.
+        sft_lines.read_saved_episode(episode, run / "episodes", random_policy.IMAGES, ())
     for name in (str(secret / "private.png"), "../../own.png"):
-        with pytest.raises(sft_dataset.LineError, match="outside of"):
-            sft_dataset._saved(
+        with pytest.raises(sft_lines.LineError, match="outside of"):
+            sft_lines.read_saved_episode(
                 episode | {"images": [name]}, run / "episodes", random_policy.IMAGES, roots
             )
 
