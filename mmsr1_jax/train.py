@@ -109,7 +109,7 @@ def _train(
         questions.restore(metadata["questions"])
     engine.load(learner.params)
     run.start()
-    fallbacks.take()  # events before the first step belong to no step
+    fallbacks.take_counts()  # events before the first step belong to no step
 
     for step in run.steps():
         # ------------------------------------------------------------ sample, roll out, reward
@@ -182,7 +182,7 @@ def _train(
                 refusal = error
         run.finish_step(
             step,
-            step_metrics | fallbacks.take(),
+            step_metrics | fallbacks.take_counts(),
             {"questions": questions.state()},
             tokens=sum(len(episode) for episode, _ in rollouts.episodes),
             score=step_metrics.get("validation/accuracy"),

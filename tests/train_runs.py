@@ -35,7 +35,7 @@ def write_questions(folder: pathlib.Path) -> pathlib.Path:
 
     The warm start answers some of them correctly, so rewards differ within groups.
     """
-    world = tiny_world.World.make()
+    world = tiny_world.World.generate()
     tiny_world.write_index(world, folder / "index")
     write_parquet(folder / "q.parquet", tiny_world.questions(world, "train", 10))
     return folder / "q.parquet"

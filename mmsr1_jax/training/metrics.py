@@ -153,8 +153,7 @@ class Log:
     def __init__(self, directory: pathlib.Path, log_to: str, *, step: int, config: Mapping):
         self._path = directory / "metrics.jsonl"
         lines = [line for line in read(self._path) if line["step"] <= step]
-        with outputs.new_file(self._path) as partial:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        outputs.write_text(self._path, "".join(json.dumps(line) + "\n" for line in lines))
         names = _names(log_to)
         self._board = self._wandb = None
         if "tensorboard" in names:
@@ -204,7 +203,7 @@ def read(path: pathlib.Path) -> list[dict]:
     if not path.is_file():
         return lines
     with open(path, "rb") as file:
-        for line_number, text in checked_json.lines(file):
+        for line_number, text in checked_json.jsonl_lines(file):
             name = f"{path}, line {line_number}"
             try:
                 # Metrics of a diverged run may be NaN.

@@ -65,7 +65,7 @@ class RolloutBatch:
             for call in episode.calls:
                 if call.notes and call.status in ("ok", "failed"):
                     message = f"searches fail or lack results, the first one: {call.notes[0]}"
-                    fallbacks.say(
+                    fallbacks.warn_once(
                         "tool", f"step {step}: {message}; see tool/failed and tool/partial"
                     )
 
@@ -141,7 +141,7 @@ def write_episodes(
     Their images go to `workdir/pictures`.
     """
     path = workdir / "episodes" / f"{step:06d}.jsonl"
-    with outputs.new_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
+    with outputs.new_text_file(path) as file:
         for episode, reward in pairs:
             question = questions[episode.group]
             line = line_of(episode, engine.processor, path.parent, workdir / "pictures")

@@ -36,7 +36,7 @@ from mmsr1_jax.episodes.episode import Episode
 from mmsr1_jax.episodes.rules import Rules
 from mmsr1_jax.episodes.scripted import ScriptedEpisode, replay
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig
-from mmsr1_jax.processing.images import ImageProcessor, read_picture, write_picture
+from mmsr1_jax.processing.images import ImageProcessor, read_image, write_image
 from mmsr1_jax.processing.processor import Processor, Prompt
 from mmsr1_jax.rl.packing import RowShape
 from mmsr1_jax.rollout.image_store import check_image
@@ -46,7 +46,7 @@ from mmsr1_jax.tools.service_checks import check_services
 from mmsr1_jax.training import sft_lines
 from mmsr1_jax.training.sft_lines import LineError
 from mmsr1_jax.utils import checked_json, outputs
-from mmsr1_jax.utils.files import inside
+from mmsr1_jax.utils.files import resolve_inside
 from mmsr1_jax.utils.logs import log
 
 _BATCH_SIZE = 64  # number of lines whose images are in memory at a time
@@ -74,9 +74,9 @@ class SFTExample:
         """Return the whole episode as model input.
 
         Raises:
-          ImageError: An image cannot be read, see `read_picture`.
+          ImageError: An image cannot be read, see `read_image`.
         """
-        return Prompt(self.tokens, tuple(read_picture(path, processor) for path in self.images))
+        return Prompt(self.tokens, tuple(read_image(path, processor) for path in self.images))
 
 
 def line_of(
@@ -91,7 +91,7 @@ def line_of(
       image_folder: Folder of the images, created if it does not exist.
     """
     image_folder.mkdir(parents=True, exist_ok=True)
-    paths = [write_picture(image, processor.images, image_folder) for image in episode.images]
+    paths = [write_image(image, processor.images, image_folder) for image in episode.images]
     return episode.to_json(processor, [os.path.relpath(path, folder) for path in paths])
 
 
@@ -133,8 +133,8 @@ def prepare(
     num_skipped = num_written = num_scripted = 0
     shape = RowShape(1, config.update.pack_length, config.update.pack_windows)
     bar = tqdm(total=sum(1 for file in files for _ in _lines(file)), unit="line")
-    with outputs.new_file(path) as partial:
-        with open(partial, "w", encoding="utf-8") as out, bar:
+    with outputs.new_text_file(path) as out:
+        with bar:
             out.write(json.dumps({"made_with": _made_with(config)}) + "\n")
             for location, content, episode in _episodes(files, config, processor, model_config):
                 bar.update()
@@ -189,7 +189,8 @@ def load(path: pathlib.Path, config: settings.Config) -> list[SFTExample]:
                 data = checked_json.loads(line, dict[str, Any], surrogates=True, nan=True)
                 episode = Episode.from_json(data)
                 files = tuple(
-                    inside(name, path.parent) for name in sft_lines.string_list(data, "images")
+                    resolve_inside(name, path.parent)
+                    for name in sft_lines.string_list(data, "images")
                 )
                 examples.append(SFTExample(episode.tokens, episode.loss_mask, files))
         except DataError:
@@ -299,5 +300,4 @@ def _find_files(patterns: Sequence[str]) -> list[pathlib.Path]:
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, bytes) of the non-blank lines; only a newline ends a line."""
-    with open(path, "rb") as file:
-        yield from checked_json.lines(file)
+    return checked_json.jsonl_lines(path)

@@ -139,8 +139,7 @@ def save_policy(
         )  # fmt: skip
         log.info("%s: saved the trained adapter", workdir / "adapter")
     qwen2_5_vl.save(policy, workdir / "policy", source=model_dir)
-    with outputs.new_file(marker) as partial:
-        partial.write_text(str(config.run.steps))
+    outputs.write_text(marker, str(config.run.steps))
     log.info("%s: saved the trained policy", workdir / "policy")
 
 

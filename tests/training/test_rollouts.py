@@ -17,8 +17,8 @@ from mmsr1_jax.train import roll_out
 from mmsr1_jax.training.rollouts import RolloutBatch, compute_rewards
 from tests.episode_factory import TEXT, answer, episode_of
 from tests.fake_engine import FakeEngine, question_batches, step_config
+from tests.judge_server import JudgeServer
 from tests.servers import serve
-from tests.test_rewards import Server
 
 # Answers of a question's two episodes, by question ID; None is an episode that could not be run.
 BOTH, RIGHT, WRONG = ("right", "wrong"), ("right", "correct"), ("wrong", "other")
@@ -205,7 +205,7 @@ def test_the_first_step_of_a_run_is_step_0_of_the_penalty():
 def test_one_judge_serves_all_steps(monkeypatch):
     """`compute_rewards` runs a new event loop each time; the judge is used in all of them."""
     monkeypatch.setenv("JUDGE_API_KEY", "sk-secret")
-    server, config = Server(), step_config()
+    server, config = JudgeServer(), step_config()
     questions = next(question_batches("ab", 2))
     episodes = [episode_of(answer(text), group=i) for i, text in enumerate(("x", "y"))]
     route = Route("/v1/chat/completions", server.chat, methods=["POST"])
@@ -215,4 +215,4 @@ def test_one_judge_serves_all_steps(monkeypatch):
             server.reply = json.dumps({"correct": correct, "reason": ""})
             rewards = compute_rewards(episodes, questions, config, judge, step=step)
             assert [reward.correct for reward in rewards] == [correct, correct]
-    assert len(server.asked) == 6
+    assert len(server.requests) == 6

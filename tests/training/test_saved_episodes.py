@@ -13,7 +13,7 @@ from mmsr1_jax import sft
 from mmsr1_jax.config import settings
 from mmsr1_jax.data import Question
 from mmsr1_jax.episodes.episode import Episode
-from mmsr1_jax.processing.images import read_picture
+from mmsr1_jax.processing.images import read_image
 from mmsr1_jax.rewards.reward_function import episode_reward
 from mmsr1_jax.training import sft_dataset
 from tests import whole_turn_policy
@@ -45,7 +45,7 @@ def test_saved_episodes_become_bit_identical_training_samples(tmp_path):
 
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for line, episode in zip(lines, episodes, strict=True):
-        images = [read_picture(path.parent / name, processor.images) for name in line["images"]]
+        images = [read_image(path.parent / name, processor.images) for name in line["images"]]
         saved = Episode.from_json(line, images)
         assert episode_record(saved) == episode_record(episode)
         assert (saved.index, saved.group) == (episode.index, episode.group)

@@ -1,4 +1,4 @@
-"""Cells of data sets say what a person would have written: gold answers above all."""
+"""Cells of data sets are converted to the text that a person would have written."""
 
 import base64
 import datetime
@@ -12,13 +12,12 @@ import pytest
 from pyarrow import parquet
 
 from mmsr1_jax.data import DataError, QuestionSource, benchmarks
-from mmsr1_jax.data.benchmarks.tables import BadFieldError, picture
+from mmsr1_jax.data.benchmarks.tables import BadFieldError, image_bytes
 from mmsr1_jax.data.benchmarks.tables import text as text_in
-from mmsr1_jax.data.cells import json_number, text_of, value_of
+from mmsr1_jax.data.cells import json_number, to_python, to_text
 from mmsr1_jax.evaluation import records
-from tests.test_benchmarks import mmsearch, okvqa, simplevqa, table
-from tests.test_benchmarks import picture as drawn
-from tests.test_data import one, reward, row, write_rows
+from tests.benchmark_files import mmsearch, okvqa, png, simplevqa, write_table
+from tests.question_files import read_row, reward_model, row, write_rows
 
 
 @pytest.mark.parametrize(
@@ -35,16 +34,16 @@ from tests.test_data import one, reward, row, write_rows
         (decimal.Decimal("NaN"), ""), (decimal.Decimal("-Infinity"), ""), (" \n\u2003", ""),
     ],
 )  # fmt: skip
-def test_text_of_a_value(value, text):
-    assert text_of(value) == text
+def test_values_are_converted_to_text(value, text):
+    assert to_text(value) == text
 
 
 @pytest.mark.parametrize(
     "value", [True, np.bool_(False), b"1", datetime.date(1932, 5, 1), [1], {"a": 1}, 1j, "\ud83c"]
 )
-def test_what_is_neither_text_nor_number_is_refused(value):
-    with pytest.raises(ValueError, match="not text|half a character"):
-        text_of(value)
+def test_a_value_that_is_neither_text_nor_number_is_an_error(value):
+    with pytest.raises(ValueError, match="must be text or a number|lone surrogate"):
+        to_text(value)
 
 
 @pytest.mark.parametrize(
@@ -54,38 +53,40 @@ def test_what_is_neither_text_nor_number_is_refused(value):
         ("12345678901234567.0", "12345678901234567"), ("1e999999999", "1e999999999"),
     ],
 )  # fmt: skip
-def test_whole_numbers_of_json_are_whole_and_others_as_they_are_written(text, read):
+def test_whole_json_numbers_lose_their_decimals_and_others_keep_their_spelling(text, read):
     assert json_number(text) == read
 
 
-def test_single_precision_stays_what_it_was():
-    """At any depth of a column."""
+def test_single_precision_floats_keep_their_shortest_spelling():
+    """Nested columns keep them too."""
     kind = pa.struct({"a": pa.list_(pa.float32()), "b": pa.struct({"c": pa.float16()})})
-    held = value_of(pa.scalar({"a": [0.1, None], "b": {"c": np.float16(2.5)}}, kind))
-    assert [text_of(item) for item in [*held["a"], held["b"]["c"]]] == ["0.1", "", "2.5"]
+    value = to_python(pa.scalar({"a": [0.1, None], "b": {"c": np.float16(2.5)}}, kind))
+    assert [to_text(item) for item in [*value["a"], value["b"]["c"]]] == ["0.1", "", "2.5"]
     for kind in (pa.large_list(pa.float32()), pa.list_(pa.float32(), 1)):
-        assert [text_of(item) for item in value_of(pa.scalar([0.7], kind))] == ["0.7"]
-    assert value_of(pa.scalar(None, kind)) is None
+        assert [to_text(item) for item in to_python(pa.scalar([0.7], kind))] == ["0.7"]
+    assert to_python(pa.scalar(None, kind)) is None
 
 
 @pytest.mark.parametrize("kind", [pa.float64(), pa.float32(), pa.decimal128(8, 2), pa.int64()])
-def test_a_gold_of_a_column_of_numbers(tmp_path, kind):
+def test_a_numeric_gold_answer_becomes_text(tmp_path, kind):
     written = row(0)
     struct = pa.struct({"ground_truth": kind, "candidate_answers": pa.list_(kind)})
     truth = decimal.Decimal(1932) if pa.types.is_decimal(kind) else 1932
     written["reward_model"] = {"ground_truth": truth, "candidate_answers": [truth, None]}
     columns = pa.Table.from_pylist([written])
-    place = columns.schema.get_field_index("reward_model")
-    columns = columns.set_column(place, "reward_model", pa.array([written["reward_model"]], struct))
+    index = columns.schema.get_field_index("reward_model")
+    columns = columns.set_column(index, "reward_model", pa.array([written["reward_model"]], struct))
     parquet.write_table(columns, tmp_path / "a.parquet")
     (read,) = QuestionSource(tmp_path / "a.parquet")
     assert read.answers == ("1932",)
 
 
 @pytest.mark.parametrize("truth", [math.nan, None, math.inf])
-def test_a_gold_that_is_nothing_drops_its_row(tmp_path, truth, capsys):
-    path = write_rows(tmp_path / "a.parquet", [row(reward_model=reward(truth=truth)) for _ in "ab"])
-    with pytest.raises(DataError, match="ground_truth: empty|no question"):
+def test_a_row_with_a_null_or_nan_gold_answer_is_invalid(tmp_path, truth, capsys):
+    path = write_rows(
+        tmp_path / "a.parquet", [row(reward_model=reward_model(truth=truth)) for _ in "ab"]
+    )
+    with pytest.raises(DataError, match="ground_truth: empty|no usable question"):
         list(QuestionSource(path, max_bad_rows=0))
 
 
@@ -98,38 +99,38 @@ def test_a_gold_that_is_nothing_drops_its_row(tmp_path, truth, capsys):
         ('["None", "null"]', ("gold", "None", "null")),
     ],
 )
-def test_other_forms_of_a_gold(tmp_path, others, answers):
-    assert one(tmp_path, reward_model=reward(others=others)).answers == answers
+def test_null_and_nan_candidate_answers_are_dropped(tmp_path, others, answers):
+    assert read_row(tmp_path, reward_model=reward_model(others=others)).answers == answers
 
 
 @pytest.mark.parametrize("others", ["false", "0", '""', "{}"])
-def test_what_is_no_list_of_golds_is_refused(tmp_path, others):
+def test_candidate_answers_must_be_a_list(tmp_path, others):
     with pytest.raises(DataError, match="not a list"):
-        one(tmp_path, reward_model=reward(others=others))
+        read_row(tmp_path, reward_model=reward_model(others=others))
 
 
-def test_golds_of_benchmarks(tmp_path):
-    names = table(
+def test_benchmark_answers_are_converted_like_those_of_training_files(tmp_path):
+    names = write_table(
         tmp_path / "a.parquet", mmsearch(gt_answer=1932.0, alternative_gt_answers=[math.nan])
     )
     (read,) = benchmarks.read("mmsearch", names)
     assert read.answers == ("1932",)
     with pytest.raises(BadFieldError, match="empty"):
         text_in({"answer": math.nan}, "answer")
-    # People who said nothing agree with nobody.
-    path = table(tmp_path / "b.parquet", okvqa(answers=[None] * 5 + ["surf"] * 5))
+    # Annotators without an answer agree with nobody.
+    path = write_table(tmp_path / "b.parquet", okvqa(answers=[None] * 5 + ["surf"] * 5))
     (read,) = benchmarks.read("okvqa", path)
     assert read.answers == ("surf",) and len(read.references) == 10
-    score = benchmarks.score("okvqa")
-    assert score("the", read) == 0 and score("surf", read) == 1
+    grade = benchmarks.grader("okvqa")
+    assert grade("the", read) == 0 and grade("surf", read) == 1
 
 
-def test_a_null_among_the_golds_of_a_recorded_answer_is_none():
+def test_a_null_among_recorded_candidate_answers_is_dropped():
     recorded = {"question": "?", "ground_truth": "a", "candidate_answers": [None, "b"], "turns": []}
     assert records.parse(json.dumps(recorded).encode(), 1)["answers"] == ["a", "b"]
 
 
-DATA = drawn(3)
+DATA = png(3)
 PLAIN = base64.b64encode(DATA).decode()
 
 
@@ -146,12 +147,14 @@ PLAIN = base64.b64encode(DATA).decode()
         base64.urlsafe_b64encode(DATA).decode(),
     ],
 )
-def test_base64_as_programs_write_it(text):
-    assert picture({"image": text}, "image") == DATA
+def test_common_spellings_of_base64_are_decoded(text):
+    assert image_bytes({"image": text}, "image") == DATA
 
 
-def test_simplevqa_with_line_breaks_in_its_pictures_is_read(tmp_path):
-    path = table(tmp_path / "a.parquet", simplevqa(3, image=base64.encodebytes(DATA).decode()))
+def test_simplevqa_images_may_contain_line_breaks(tmp_path):
+    path = write_table(
+        tmp_path / "a.parquet", simplevqa(3, image=base64.encodebytes(DATA).decode())
+    )
     (question,) = benchmarks.read("simplevqa", path)
     assert question.images == (DATA,)
 
@@ -159,8 +162,8 @@ def test_simplevqa_with_line_breaks_in_its_pictures_is_read(tmp_path):
 @pytest.mark.parametrize(
     "text", ["not base64!", "a", "=", "abc\u00e9", "http://x/y.png", PLAIN + "*"]
 )
-def test_what_is_no_base64_is_refused_or_nothing(text):
+def test_invalid_base64_is_an_error(text):
     try:
-        assert picture({"image": text}, "image") is None
+        assert image_bytes({"image": text}, "image") is None
     except BadFieldError as error:
         assert error.field == "image" and str(error) == "not base64"

@@ -1,4 +1,4 @@
-"""Pictures become the same grids and patches as with the HF Qwen2-VL image processor."""
+"""Images have the same grids and patches as with the HF Qwen2-VL image processor."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from mmsr1_jax.processing.images import ImageError, ImageProcessor, open_image, 
 
 
 def noise(width, height, mode="RGB", seed=0):
-    """Smooth and rough parts, so that resizing has something to get wrong."""
+    """Return an image with smooth and rough parts, on which resizing filters differ."""
     rng = np.random.default_rng(seed)
     bands = []
     for _ in PIL.Image.new(mode, (1, 1)).getbands():
@@ -29,7 +29,7 @@ def encoded(image, kind="PNG", **keywords):
     return stream.getvalue()
 
 
-def turned(orientation):
+def rotated(orientation):
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
     return encoded(noise(300, 170, seed=orientation), "JPEG", exif=exif)
@@ -40,7 +40,7 @@ def palette_with_transparency():
     return encoded(image, transparency=3)
 
 
-def random_picture(seed):
+def random_image(seed):
     rng = np.random.default_rng(seed)
     width, height = (int(2 ** rng.uniform(3, 10.5)) for _ in range(2))
     return encoded(noise(width, height, ["RGB", "L", "RGBA"][seed % 3], seed))
@@ -62,8 +62,8 @@ SYNTHETIC = {
     "exact": encoded(noise(280, 224)),
     "rounds half down": encoded(noise(42, 70)),
     "large": encoded(noise(2100, 1500), "JPEG"),
-    **{f"exif {i}": turned(i) for i in (3, 6, 8)},
-    **{f"random {i}": random_picture(i) for i in range(14)},
+    **{f"exif {i}": rotated(i) for i in (3, 6, 8)},
+    **{f"random {i}": random_image(i) for i in range(14)},
 }
 assert len(SYNTHETIC) >= 30
 
@@ -72,7 +72,7 @@ def check(data, processor=None):
     processor = processor or ImageProcessor(min_pixels=3136, max_pixels=1_003_520)
     image = open_image(data)
     ours = processor(image)
-    # The reference opens the file itself; only the turning, which it leaves to others, is done.
+    # The reference opens the file itself, but ignores the EXIF orientation.
     upright = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data)))
     reference = Qwen2VLImageProcessorPil(
         size={"shortest_edge": processor.min_pixels, "longest_edge": processor.max_pixels}
@@ -83,20 +83,20 @@ def check(data, processor=None):
 
 
 @pytest.mark.parametrize("name", SYNTHETIC)
-def test_synthetic_pictures(name):
+def test_patches_of_synthetic_images_equal_those_of_transformers(name):
     check(SYNTHETIC[name])
 
 
-def test_real_photographs(shared):
+def test_patches_of_photographs_equal_those_of_transformers(shared):
     pyarrow = pytest.importorskip("pyarrow.parquet", reason="reading parquet needs pyarrow")
     rows = pyarrow.read_table(shared / "data" / "fvqa_mini.parquet").to_pylist()
-    pictures = [picture["bytes"] for row in rows for picture in row["images"]]
-    assert len(pictures) >= 26
-    for data in pictures:
+    files = [image["bytes"] for row in rows for image in row["images"]]
+    assert len(files) >= 26
+    for data in files:
         check(data)
 
 
-def test_random_sizes_have_the_published_target():
+def test_target_sizes_equal_those_of_transformers():
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     rng = np.random.default_rng(0)
@@ -109,50 +109,52 @@ def test_random_sizes_have_the_published_target():
         assert processor.target_size(height, width) == theirs
 
 
-def test_a_sliver_is_refused_as_the_published_processor_does():
+def test_extreme_aspect_ratios_are_errors_as_in_transformers():
     data = encoded(noise(1, 800))
-    with pytest.raises(ImageError, match="1x800 pixels: the sides differ by more than 200 times"):
+    with pytest.raises(ImageError, match="1x800 pixels: the aspect ratio is more than 200"):
         ImageProcessor()(open_image(data))
     with pytest.raises(ValueError, match="aspect ratio"):
         Qwen2VLImageProcessorPil()(images=[to_rgb(PIL.Image.open(io.BytesIO(data)))])
 
 
-def test_bad_files_are_named(tmp_path):
+def test_unusable_image_files_are_errors_that_name_the_file(tmp_path):
     text = tmp_path / "page.html"
     text.write_text("<html>403</html>")
     cut = encoded(noise(200, 200), "JPEG")[:900]
     bomb = tmp_path / "bomb.png"
     PIL.Image.new("1", (12_000, 12_000)).save(bomb)
-    worse = tmp_path / "worse.png"
-    PIL.Image.new("1", (20_000, 20_000)).save(worse)
+    larger_bomb = tmp_path / "worse.png"
+    PIL.Image.new("1", (20_000, 20_000)).save(larger_bomb)
     assert bomb.stat().st_size < 100_000
-    for source, words in (
+    for source, reason in (
         (text, "page.html: not an image"),
         (tmp_path / "none.png", "none.png: no such file"),
         (tmp_path, "cannot be decoded"),
         (cut, "900 bytes: cannot be decoded"),
         (b"", "0 bytes: not an image"),
         (bomb, "12000x12000 pixels are more than the 100000000 allowed"),
-        (worse, "400000000 pixels"),
+        (larger_bomb, "400000000 pixels"),
     ):
-        with pytest.raises(ImageError, match=words):
+        with pytest.raises(ImageError, match=reason):
             open_image(source)
 
 
-def test_settings_of_a_directory(tmp_path):
+def test_settings_are_read_from_a_directory(tmp_path):
     file = tmp_path / "preprocessor_config.json"
-    with pytest.raises(ImageError, match="no preprocessor_config.json"):
+    with pytest.raises(ImageError, match="contains neither preprocessor_config.json"):
         ImageProcessor.from_directory(tmp_path)
     processor = ImageProcessor(min_pixels=784, max_pixels=78400)
     file.write_text(json.dumps(processor.to_hf()))
     assert ImageProcessor.from_directory(tmp_path) == processor
-    # As `transformers` 5 writes them.
+    # As written by `transformers` 5.
     Qwen2VLImageProcessorPil(size={"shortest_edge": 784, "longest_edge": 78400}).save_pretrained(
         tmp_path
     )
     assert ImageProcessor.from_directory(tmp_path) == processor
     file.write_text('{"min_pixels": 500, "max_pixels": 100}')
-    with pytest.raises(ImageError, match="preprocessor_config.json: min_pixels and max_pixels"):
+    with pytest.raises(
+        ImageError, match="preprocessor_config.json: min_pixels=500 is more than max_pixels=100"
+    ):
         ImageProcessor.from_directory(tmp_path)
     file.write_text("{")
     with pytest.raises(ImageError, match="preprocessor_config.json: "):

@@ -1,4 +1,4 @@
-"""A step of 64 lanes with one hostile page or image in every tool result: it costs that item."""
+"""A step of 64 lanes with a hostile page or image in every tool result loses only these items."""
 
 import gzip
 import io
@@ -23,9 +23,9 @@ from mmsr1_jax.tools.build import make_tools
 from mmsr1_jax.tools.services import reader
 from mmsr1_jax.utils import workers
 from tests.engines import VOCAB_SIZE, make_config, random_image
+from tests.hostile_images import EPS, icon, png, scans
 from tests.scripted_policy import config_for, scripted_processor
 from tests.servers import serve
-from tests.test_image_files import EPS, icon, png, scans
 
 SHORT = workers.Limits(cpu_seconds=0.3, wall_seconds=600.0, memory_bytes=400 << 20)
 HONEST = "Built in 1886, says page {}. "
@@ -78,7 +78,7 @@ def jpeg(seed: int) -> bytes:
 
 
 def make_app(hostile: bool) -> Starlette:
-    """A search service and the web behind it; every third of what it finds is hostile."""
+    """Return a search service and its web pages; one of its first three results is hostile."""
     count = {"page": 0, "image": 0}
 
     def search(request):
@@ -89,22 +89,24 @@ def make_app(hostile: bool) -> Starlette:
     def lens(request):
         urls = [f"{request.base_url}image/{n}" for n in range(4)]
         urls.insert(1, f"{request.base_url}bad/image")
-        found = [{"link": u, "title": f"title {n}", "thumbnailUrl": u} for n, u in enumerate(urls)]
-        return JSONResponse({"organic": found})
+        results = [
+            {"link": u, "title": f"title {n}", "thumbnailUrl": u} for n, u in enumerate(urls)
+        ]
+        return JSONResponse({"organic": results})
 
     def page(request):
-        words = HONEST.format(request.path_params["n"]) * 20
-        return Response(html(f"<p>{words}</p>".encode()), media_type="text/html")
+        text = HONEST.format(request.path_params["n"]) * 20
+        return Response(html(f"<p>{text}</p>".encode()), media_type="text/html")
 
     def image(request):
         return Response(jpeg(int(request.path_params["n"])), media_type="image/jpeg")
 
-    def bad(request):
+    def hostile_item(request):
         kind = request.path_params["kind"]
         if not hostile:
-            other = {"page": page, "image": image}[kind]
+            honest = {"page": page, "image": image}[kind]
             request.path_params["n"] = "4"
-            return other(request)
+            return honest(request)
         items = list((PAGES if kind == "page" else IMAGES).values())
         count[kind] += 1
         media = "text/html" if kind == "page" else "image/jpeg"
@@ -112,29 +114,29 @@ def make_app(hostile: bool) -> Starlette:
 
     return Starlette(routes=[
         Route("/search", search), Route("/lens", lens, methods=["POST"]),
-        Route("/page/{n}", page), Route("/image/{n}", image), Route("/bad/{kind}", bad),
+        Route("/page/{n}", page), Route("/image/{n}", image), Route("/bad/{kind}", hostile_item),
         Route("/put/{name}", lambda r: Response(status_code=201), methods=["PUT"]),
     ])  # fmt: skip
 
 
 def make_engine(address: str, lanes: int):
-    seconds = 3000.0  # the limits of items act, not those of calls
+    timeout = 3000.0  # so that the limits of items apply, not those of calls
     config = make_config(lanes=lanes, limits=LIMITS)
     config.tools.text, config.tools.image, config.tools.max_results = "searxng", "serper", 3
     config.tools.max_result_chars, config.tools.max_pixels = 80, 4 * 28 * 28
-    config.tools.timeout = config.tools.episode_timeout = seconds
+    config.tools.timeout = config.tools.episode_timeout = timeout
     services = config.services
     services.searxng_url = services.serper_url = address
     services.upload_url, services.public_url = f"{address}/put/", "http://public.example/"
     services.allowed_hosts = (address.removeprefix("http://"),)
-    services.timeout, services.max_qps, services.max_concurrency = seconds, 10_000.0, 256
+    services.timeout, services.max_qps, services.max_concurrency = timeout, 10_000.0, 256
     processor = scripted_processor(VOCAB_SIZE, actions=ACTIONS)
     model = random_policy.random_model(config_for(VOCAB_SIZE), seed=3)
     return Engine(model, processor, config, make_tools(config))
 
 
 def step(lanes: int, *, hostile: bool):
-    """The engine, the episodes of a step, and the seconds that it took."""
+    """Run a step. Return the engine, the episodes and the duration in seconds."""
     with serve(make_app(hostile)) as address:
         engine = make_engine(address, lanes)
         try:
@@ -142,22 +144,22 @@ def step(lanes: int, *, hostile: bool):
                 Example(id=str(i), question=f"Which bridge is it? {i}", images=[random_image(i)])
                 for i in range(lanes)
             ]
-            begun = time.monotonic()
+            start = time.monotonic()
             episodes = list(engine.rollout(questions))
-            return engine, episodes, time.monotonic() - begun
+            return engine, episodes, time.monotonic() - start
         finally:
             engine.close()
 
 
 def check(engine, episodes, lanes):
-    """Every episode ended, every honest item is there, and nothing from outside is control."""
+    """Check that all episodes ended with all honest items, and without foreign control tokens."""
     assert len(episodes) == lanes and all(e.end in ("answer", "turns", "tokens") for e in episodes)
     calls = [call for episode in episodes for call in episode.calls if call.status != "refused"]
     assert {call.action for call in calls} == {"text_search", "image_search"} and len(calls) > lanes
     for call in calls:
         assert call.status == "ok" and call.num_results == call.num_shown == 3, call
     controls = set(engine.processor.control.values())
-    wanted = [engine.processor.control[n] for n in ("<|im_start|>", "<|im_end|>", "<|im_start|>")]
+    expected = [engine.processor.control[n] for n in ("<|im_start|>", "<|im_end|>", "<|im_start|>")]
     images = [engine.processor.control[n]
               for n in ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")]  # fmt: skip
     honest = 0
@@ -165,8 +167,8 @@ def check(engine, episodes, lanes):
         for segment in episode.segments:
             if segment.kind != "tool":
                 continue
-            found = [t for t in segment.tokens.tolist() if t in controls and t not in images]
-            assert found == wanted
+            control = [t for t in segment.tokens.tolist() if t in controls and t not in images]
+            assert control == expected
             honest += engine.processor.decode(segment.tokens).count("Built in 1886")
     assert honest > 0
     return calls
@@ -179,22 +181,22 @@ def short_limits(monkeypatch):
     monkeypatch.setenv("SERPER_API_KEY", "k")
 
 
-def test_a_hostile_item_in_every_result_costs_that_item_only(short_limits, lanes=6):
-    """The bound is on CPU time, which does not depend on what else the machine does."""
+def test_a_hostile_item_in_every_result_affects_only_that_item(short_limits, lanes=6):
+    """The bound is on CPU time, which does not depend on the load of the machine."""
     workers.close()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     engine, episodes, _ = step(lanes, hostile=True)
     calls = check(engine, episodes, lanes)
-    workers.close()  # the CPU time of a process counts when it has ended
+    workers.close()  # CPU time of children counts only after they have ended
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    # Besides its limit a hostile item may cost a new worker, which imports the parsers again.
+    # In addition to its limit, a hostile item may cost the start of a new worker.
     assert used < len(calls) * (SHORT.cpu_seconds + 2.0) + 20
 
 
 @pytest.mark.proof
-def test_a_step_of_64_lanes_takes_at_most_the_hostile_items_limits_longer(short_limits, lanes=64):
-    """By the clock, so the machine has to be quiet."""
+def test_hostile_items_delay_a_step_of_64_lanes_by_at_most_their_limits(short_limits, lanes=64):
+    """Measures wall time, so the machine has to be idle."""
     engine, episodes, undisturbed = step(lanes, hostile=False)
     check(engine, episodes, lanes)
     engine, episodes, seconds = step(lanes, hostile=True)
@@ -216,16 +218,16 @@ async def main(address):
     reader = Reader(Service("reader", web, max_attempts=1))
     pages = [asyncio.ensure_future(reader.read(f"{address}/bad/page")) for _ in range(8)]
     await asyncio.wait(pages, return_when=asyncio.FIRST_COMPLETED)
-    print("one is done", flush=True)
+    print("first page finished", flush=True)
 
 asyncio.run(main(sys.argv[1]))
 print(time.time(), flush=True)
 """
 
 
-def test_the_program_ends_while_hostile_pages_are_read(tmp_path):
-    """Within 5 s where the machine is idle; the bound is for one that is not."""
-    root = pathlib.Path(__file__).resolve().parents[1]
+def test_the_program_exits_while_hostile_pages_are_read(tmp_path):
+    """Takes less than 5 s on an idle machine; the bound allows for a busy one."""
+    root = pathlib.Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     with serve(make_app(hostile=True)) as address:
         command = [sys.executable, "-c", PROGRAM, address]
@@ -233,4 +235,4 @@ def test_the_program_ends_while_hostile_pages_are_read(tmp_path):
         ended = time.time()
     assert done.returncode == 0, done.stderr
     first, last = done.stdout.splitlines()
-    assert first == "one is done" and ended - float(last) < 25
+    assert first == "first page finished" and ended - float(last) < 25

@@ -1,4 +1,4 @@
-"""The chat format gives the ids of the HF template, and text never becomes control."""
+"""Conversations have the token ids of HF chat templates, and text never becomes control tokens."""
 
 import json
 
@@ -51,7 +51,7 @@ def released(shared):
     return AutoTokenizer.from_pretrained(folder), Processor(text, ImageProcessor())
 
 
-def picture(seed=0):
+def image(seed=0):
     rng = np.random.default_rng(seed)
     size = (int(rng.integers(30, 300)), int(rng.integers(30, 300)))
     return PIL.Image.new("RGB", size, tuple(rng.integers(0, 256, 3).tolist()))
@@ -66,8 +66,8 @@ def conversations():
         for role in ("user", "assistant", "user", "assistant")[: rng.integers(1, 5)]:
             parts = [{"type": "text", "text": t} for t in rng.choice(TEXTS, rng.integers(1, 4))]
             if role == "user":
-                at = int(rng.integers(0, len(parts) + 1))
-                parts.insert(at, {"type": "image", "image": picture(seed)})
+                position = int(rng.integers(0, len(parts) + 1))
+                parts.insert(position, {"type": "image", "image": image(seed)})
             messages.append({"role": role, "content": parts})
         yield messages
 
@@ -92,8 +92,8 @@ def test_ids_equal_the_chat_template(released, generation_prompt):
 
 
 def test_ids_equal_the_released_template(released):
-    """The template that came with the tokenizer. It has no default system message, and adds an
-    empty thought to an assistant's last turn, so conversations here end with the user's."""
+    """The released template has no default system message, and adds an empty thought to a final
+    assistant turn, so these conversations end with the user."""
     tokenizer, processor = released
     messages = [{"role": "system", "content": "You are a helpful assistant."}]
     for i, text in enumerate(TEXTS):
@@ -104,14 +104,14 @@ def test_ids_equal_the_released_template(released):
     assert processor.conversation(messages).tokens.tolist() == expected
 
 
-def test_control_tokens_by_name(released):
+def test_control_tokens_have_the_released_ids(released):
     tokenizer, processor = released
     assert len(processor.control) > 20
     for name, token_id in processor.control.items():
         assert tokenizer.convert_tokens_to_ids(name) == token_id
 
 
-def test_text_never_becomes_control(released, processor):
+def test_text_never_encodes_to_control_tokens(released, processor):
     for proc in (released[1], processor):
         for name in proc.control:
             text = f"a{name}b {name}{name}\n{name}"
@@ -125,8 +125,8 @@ def test_text_never_becomes_control(released, processor):
 
 
 @pytest.mark.proof
-def test_directory_without_tokenizer_json(shared, tmp_path, processor):
-    """Old checkpoints have vocab.json and merges.txt only."""
+def test_a_directory_without_tokenizer_json_is_converted(shared, tmp_path, processor):
+    """Older checkpoints contain vocab.json and merges.txt only."""
     raw = json.loads((shared / "tokenizer" / "qwen" / "tokenizer.json").read_text("utf-8"))
     (tmp_path / "vocab.json").write_text(json.dumps(raw["model"]["vocab"]))
     merges = [m if isinstance(m, str) else " ".join(m) for m in raw["model"]["merges"]]
@@ -141,9 +141,9 @@ def test_directory_without_tokenizer_json(shared, tmp_path, processor):
     assert old.control == new.control
 
 
-def test_bad_tokenizers_are_named(tmp_path, tiny_dir):
+def test_unusable_tokenizers_are_errors_that_name_the_file(tmp_path, tiny_dir):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(ImageProcessor().to_hf()))
-    with pytest.raises(TokenizerError, match="no tokenizer.json"):
+    with pytest.raises(TokenizerError, match="contains neither tokenizer.json"):
         Processor.from_directory(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(TokenizerError, match="tokenizer.json: "):
@@ -156,10 +156,10 @@ def test_bad_tokenizers_are_named(tmp_path, tiny_dir):
 
 
 @pytest.mark.parametrize(
-    "messages, words",
+    "messages, reason",
     [
-        ([], "messages must be a list that is not empty"),
-        ("hello", "messages must be a list"),
+        ([], "messages must be a non-empty list"),
+        ("hello", "messages must be a non-empty list"),
         ([{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}], "message 2: unkn"),
         ([{"role": "user"}], "message 1: content must be"),
         (["hi"], "message 1: must be an object"),
@@ -168,6 +168,6 @@ def test_bad_tokenizers_are_named(tmp_path, tiny_dir):
         ([{"role": "user", "content": [{"type": "image", "image": 3}]}], "part 1 must be"),
     ],
 )
-def test_what_is_no_conversation(processor, messages, words):
-    with pytest.raises(ConversationError, match=words):
+def test_invalid_conversations_are_errors_that_name_the_message(processor, messages, reason):
+    with pytest.raises(ConversationError, match=reason):
         processor.conversation(messages)

@@ -19,8 +19,8 @@ from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.tools.index_builder import build_index
 from mmsr1_jax.utils import outputs
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-PATIENCE = 600.0  # seconds: on a busy machine everything takes its time
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TIMEOUT = 600.0  # seconds, enough on a busy machine
 
 
 def python(code: str, *arguments, **options) -> subprocess.Popen:
@@ -41,7 +41,7 @@ with outputs.lock(sys.argv[1]):
 
 @pytest.fixture
 def holder(tmp_path):
-    """A directory that another process holds, and that process."""
+    """A directory that another process has locked, and that process."""
     process = python(HOLD, tmp_path / "run")
     assert process.stdout.readline() == "held\n"
     yield tmp_path / "run", process
@@ -49,7 +49,7 @@ def holder(tmp_path):
     process.communicate()
 
 
-def test_a_second_holder_is_refused_in_one_line(holder):
+def test_a_locked_directory_cannot_be_locked_again(holder):
     directory, process = holder
     with pytest.raises(outputs.LockedError) as error, outputs.lock(directory):
         pass
@@ -58,23 +58,23 @@ def test_a_second_holder_is_refused_in_one_line(holder):
     )
     other = directory.parent / "link"
     other.symlink_to(directory)
-    with pytest.raises(outputs.LockedError), outputs.lock(other):  # by whatever name
+    with pytest.raises(outputs.LockedError), outputs.lock(other):  # also by another name
         pass
 
 
-def test_a_lock_ends_with_its_process(holder):
+def test_a_lock_is_released_when_its_process_ends(holder):
     directory, process = holder
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert (directory / ".mmsr1-lock").is_file()
     with outputs.lock(directory):
-        assert outputs.held() == [directory]
-    assert not outputs.held() and list(directory.iterdir()) == []
+        assert outputs.locked_directories() == [directory]
+    assert not outputs.locked_directories() and list(directory.iterdir()) == []
 
 
-def test_one_of_many_threads_gets_a_lock(tmp_path):
-    """However openings, removals and locks interleave, two never hold it together."""
-    inside, most, got, refused = [0], [0], [0], [0]
+def test_only_one_of_many_threads_holds_a_lock(tmp_path):
+    """However calls interleave, two threads never hold the lock at the same time."""
+    inside, max_inside, acquired, refused = [0], [0], [0], [0]
     guard = threading.Lock()
 
     def work():
@@ -83,8 +83,8 @@ def test_one_of_many_threads_gets_a_lock(tmp_path):
                 with outputs.lock(tmp_path):
                     with guard:
                         inside[0] += 1
-                        most[0] = max(most[0], inside[0])
-                        got[0] += 1
+                        max_inside[0] = max(max_inside[0], inside[0])
+                        acquired[0] += 1
                     time.sleep(0)
                     with guard:
                         inside[0] -= 1
@@ -96,45 +96,45 @@ def test_one_of_many_threads_gets_a_lock(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert most[0] == 1 and got[0] >= 1 and got[0] + refused[0] == 900
+    assert max_inside[0] == 1 and acquired[0] >= 1 and acquired[0] + refused[0] == 900
 
 
-def test_a_directory_that_nothing_was_written_to_is_not_left(tmp_path):
+def test_an_unused_new_directory_is_removed(tmp_path):
     with pytest.raises(ZeroDivisionError), outputs.lock(tmp_path / "new"):
         raise ZeroDivisionError
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("kind", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
-def test_nothing_is_held_after_a_block_that_fails(tmp_path, kind):
-    one, two = tmp_path / "one", tmp_path / "two"
-    with pytest.raises(kind) as error, outputs.lock(one), outputs.lock(two):
-        assert outputs.held() == [one, two]
+def test_locks_are_released_after_an_exception(tmp_path, kind):
+    outer, inner = tmp_path / "outer", tmp_path / "inner"
+    with pytest.raises(kind) as error, outputs.lock(outer), outputs.lock(inner):
+        assert outputs.locked_directories() == [outer, inner]
         raise kind
-    assert not outputs.held()
+    assert not outputs.locked_directories()
     if kind is KeyboardInterrupt:
-        assert error.value.interrupted == [two, one]
+        assert error.value.interrupted == [inner, outer]
 
 
-def test_a_filesystem_without_locks_is_named(tmp_path, monkeypatch, capsys):
+def test_a_filesystem_without_locks_is_reported(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(outputs.errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(outputs.fcntl, "flock", refuse)
     with outputs.lock(tmp_path / "run"):
         pass
-    assert "no locks" in capsys.readouterr().err
+    assert "does not support locks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_a_second_command_on_a_directory_ends_at_once(holder, command):
+def test_a_second_command_on_a_locked_directory_ends_at_once(holder, command):
     directory, process = holder
     data = "eval.data" if command == "evaluate" else "data.train"
     flag = "workdir" if command == "train" else "out"
     done = subprocess.run(
         [sys.executable, "-m", f"mmsr1_jax.{command}", "--config=tests/small_config.py",
          "--model=nowhere", f"--{flag}={directory}", f"--config.{data}=('x.parquet',)"],
-        cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE,
+        cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     (line,) = done.stderr.strip().splitlines()
@@ -143,16 +143,17 @@ def test_a_second_command_on_a_directory_ends_at_once(holder, command):
 
 
 @pytest.mark.parametrize(("module", "flag"), [(sft, "_WORKDIR"), (curate, "_OUT")])
-def test_so_do_the_other_commands(holder, monkeypatch, module, flag):
+def test_other_commands_on_a_locked_directory_fail(holder, monkeypatch, module, flag):
     directory, process = holder
-    given = {flag: str(directory), "_MIX": curation.PAPER_MIX}
-    for name, value in given.items():
+    values = {flag: str(directory), "_MIX": curation.PAPER_MIX}
+    for name, value in values.items():
         monkeypatch.setattr(module, name, types.SimpleNamespace(value=value), raising=False)
-    with pytest.raises(SystemExit, match=f"error: {directory}: in use by process {process.pid} "):
+    locked = (outputs.LockedError, SystemExit)  # before and after `cli.run` shows the error
+    with pytest.raises(locked, match=f"{directory}: in use by process {process.pid} "):
         module.main([])
 
 
-def test_so_do_the_index_and_exported_policies(holder, tmp_path):
+def test_a_locked_index_or_policy_directory_is_not_written(holder, tmp_path):
     directory, _ = holder
     with pytest.raises(outputs.LockedError):
         build_index(directory)
@@ -160,18 +161,18 @@ def test_so_do_the_index_and_exported_policies(holder, tmp_path):
         random_policy.write(tmp_path / "policy")
 
 
-# Left-overs
+# Leftovers
 
 
-def test_left_overs_of_killed_processes_are_removed_and_nothing_else(tmp_path):
+def test_leftovers_of_killed_processes_are_removed_and_nothing_else(tmp_path):
     (tmp_path / "episodes").mkdir()
     (tmp_path / "other").mkdir()
-    gone = [".results.json.mmsr1-partial", ".index.sqlite.17.mmsr1-partial",
+    removed = [".results.json.mmsr1-partial", ".index.sqlite.17.mmsr1-partial",
             ".index.sqlite.mmsr1-partial-journal",
             "episodes/.000003.jsonl.mmsr1-partial"]  # fmt: skip
     (tmp_path / ".b.mmsr1-lock").write_text("process 17 on host")
     (tmp_path / ".c.lock").write_text("of another program")
-    stay = [
+    kept = [
         "a.partial",
         "partial",
         ".hidden",
@@ -183,26 +184,26 @@ def test_left_overs_of_killed_processes_are_removed_and_nothing_else(tmp_path):
         ".x.mmsr1-partial.txt",
         ".mmsr1-partial",
     ]
-    for name in gone + stay:
+    for name in removed + kept:
         (tmp_path / name).write_text("x")
     (tmp_path / ".policy.mmsr1-partial" / "deep").mkdir(parents=True)
     (tmp_path / ".policy.mmsr1-partial" / "deep" / "file").write_text("x")
     (tmp_path / ".link.mmsr1-partial").symlink_to(tmp_path / ".hidden")
     with outputs.lock(tmp_path):
-        assert not any((tmp_path / name).exists() for name in gone)
-        assert all((tmp_path / name).read_text() == "x" for name in stay)
+        assert not any((tmp_path / name).exists() for name in removed)
+        assert all((tmp_path / name).read_text() == "x" for name in kept)
         assert not (tmp_path / ".policy.mmsr1-partial").exists()
         assert not (tmp_path / ".b.mmsr1-lock").exists() and (tmp_path / ".c.lock").exists()
         assert (tmp_path / ".link.mmsr1-partial").is_symlink()
 
 
 def files(folder: pathlib.Path) -> dict[str, str]:
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_text() for path in found}
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_text() for path in paths}
 
 
 @pytest.mark.parametrize("with_target", [True, False])
-def test_nothing_of_a_user_is_removed_or_renamed(tmp_path, with_target):
+def test_files_of_the_user_are_never_removed_or_renamed(tmp_path, with_target):
     for name in (
         ".bashrc.old", ".config.old/thesis", ".notes.partial", ".work.partial/a", ".lock",
         ".config.lock", ".x.partial-wal", ".a.json.partial", ".a.json.old", "pictures/.p.png.old",
@@ -220,20 +221,20 @@ def test_nothing_of_a_user_is_removed_or_renamed(tmp_path, with_target):
 
 
 @pytest.mark.parametrize("two_steps", [True, False])
-def test_a_directory_never_takes_the_place_of_a_file(tmp_path, monkeypatch, two_steps):
+def test_a_directory_never_replaces_a_file(tmp_path, monkeypatch, two_steps):
     if two_steps:
-        monkeypatch.setattr(outputs, "_swap", lambda one, other: False)
+        monkeypatch.setattr(outputs, "_swap", lambda first, second: False)
     (tmp_path / "file").write_text("x")
     with pytest.raises(NotADirectoryError) as error, outputs.new_directory(tmp_path / "file"):
-        raise AssertionError("refused at the start")
-    assert str(error.value).startswith(f"{tmp_path / 'file'}: ") and "\n" not in str(error.value)
+        raise AssertionError("must not be reached")
+    assert error.value.filename == str(tmp_path / "file") and "\n" not in str(error.value)
     with pytest.raises(NotADirectoryError), outputs.new_directory(tmp_path / "late"):
         (tmp_path / "late").write_text("y")
     assert files(tmp_path) == {"file": "x", "late": "y"}
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_what_another_process_is_writing_is_not_swept(tmp_path):
+def test_files_that_are_being_written_are_not_removed(tmp_path):
     with outputs.new_file(tmp_path / "a.json") as file, outputs.new_directory(tmp_path / "d") as d:
         file.write_text("1")
         (d / "x").write_text("1")
@@ -246,7 +247,7 @@ def test_what_another_process_is_writing_is_not_swept(tmp_path):
 # Files and directories
 
 
-def test_a_file_appears_when_it_is_complete(tmp_path):
+def test_a_file_appears_only_when_complete(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
     (tmp_path / ".a.json.mmsr1-partial").write_text("of a killed process, and longer")
@@ -264,11 +265,24 @@ def test_a_file_appears_when_it_is_complete(tmp_path):
     assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_text_file_appears_only_when_complete(tmp_path):
+    path = tmp_path / "a.txt"
+    with outputs.new_text_file(path, errors="backslashreplace") as file:
+        file.write("é\udfff")
+        assert not path.exists()
+    assert path.read_bytes() == "é\\udfff".encode()
+    outputs.write_text(path, "x\udfff", errors="replace")
+    assert path.read_text() == "x?"
+    with pytest.raises(UnicodeEncodeError):
+        outputs.write_text(path, "\udfff")
+    assert path.read_text() == "x?" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
 EXCHANGE = """
 import itertools, sys
 from mmsr1_jax.utils import outputs
 if sys.argv[2] == "two steps":
-    outputs._swap = lambda one, other: False
+    outputs._swap = lambda first, second: False
 for number in itertools.count():
     with outputs.new_directory(sys.argv[1]) as new:
         for name in ("a", "b"):
@@ -278,15 +292,15 @@ for number in itertools.count():
 
 
 @pytest.mark.parametrize("how", ["one step", "two steps"])
-def test_a_directory_is_the_old_or_the_new_whenever_its_writer_is_killed(tmp_path, how):
+def test_a_killed_writer_leaves_the_old_or_the_new_directory(tmp_path, how):
     target, rng, seen = tmp_path / "policy", random.Random(0), 0
     for _ in range(6):
         process = python(EXCHANGE, target, how)
         for _ in range(rng.randrange(2, 12)):
             process.stdout.readline()
-        if how == "one step":  # a reader finds it at every moment
-            end = time.monotonic() + rng.random() * 0.05
-            while time.monotonic() < end:
+        if how == "one step":  # the directory exists at every moment
+            deadline = time.monotonic() + rng.random() * 0.05
+            while time.monotonic() < deadline:
                 assert target.is_dir()
                 seen += 1
         process.kill()
@@ -298,21 +312,22 @@ def test_a_directory_is_the_old_or_the_new_whenever_its_writer_is_killed(tmp_pat
     assert seen or how != "one step"
 
 
-def test_an_exchange_in_two_steps_that_was_cut_is_undone(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(outputs, "_swap", lambda one, other: False)
+def test_an_interrupted_two_step_exchange_is_undone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(outputs, "_swap", lambda first, second: False)
     for text in ("old", "new"):
         with outputs.new_directory(tmp_path / "policy") as new:
             (new / "x").write_text(text)
     assert (tmp_path / "policy" / "x").read_text() == "new"
     assert "in two steps" in capsys.readouterr().err
-    (tmp_path / "policy").rename(tmp_path / ".policy.mmsr1-old")  # killed between them
+    # As if killed between the two steps.
+    (tmp_path / "policy").rename(tmp_path / ".policy.mmsr1-old")
     (tmp_path / ".policy.mmsr1-partial").mkdir()
     with outputs.lock(tmp_path):
         assert (tmp_path / "policy" / "x").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
 
 
-def test_a_failed_directory_leaves_the_old_one(tmp_path):
+def test_a_failed_write_leaves_the_old_directory(tmp_path):
     for error in (None, ZeroDivisionError):
         try:
             with outputs.new_directory(tmp_path / "d") as new:
@@ -325,7 +340,7 @@ def test_a_failed_directory_leaves_the_old_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
-def test_a_link_to_a_directory_stays_a_link(tmp_path):
+def test_a_link_to_a_directory_remains_a_link(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with outputs.new_directory(tmp_path / "link") as new:

@@ -1,5 +1,5 @@
-"""Texts are scored as the program of MMSearch-R1 scores them: against a second reading of its
-rules, by the order of tags and regular expressions, on generated turns and on recorded ones."""
+"""Texts are scored like in the program of MMSearch-R1: a second implementation of its rules agrees
+on generated and on recorded turns."""
 
 import json
 import random
@@ -11,7 +11,6 @@ from mmsr1_jax.config import Rewards
 from mmsr1_jax.episodes.turns import answer_in, parse
 from mmsr1_jax.rewards import reward_function
 from mmsr1_jax.scripts.reward import reward_line
-from tests.test_rewards import reward_file
 
 TAG = re.compile(r"</?reason>|</?answer>|</?text_search>|<search><img></search>")
 ORDERS = {
@@ -21,7 +20,7 @@ ORDERS = {
 }
 LETTERS = {"answer": "a", "image_search": "i", "text_search": "t"}
 
-GOOD = [
+WELL_FORMED = [
     "<reason>r</reason><answer>Tagus</answer>",
     "<reason>r</reason> <answer>the tagus.</answer>",
     "<reason>r</reason>\nIt is this.\n<answer>Douro</answer>",
@@ -41,7 +40,7 @@ AROUND = ["", "", "", "\n", " \t", "\u2003", "\u200b", "So: "]
 
 
 def form_of(text):
-    """The rules read by the order of tags: all of them, once each, first and last at the ends."""
+    """Return the action of a turn whose tags occur once each, in order, and enclose the text."""
     text = text.strip()
     tags = TAG.findall(text)
     action = ORDERS.get(tuple(tags))
@@ -49,18 +48,18 @@ def form_of(text):
 
 
 def reward_of(turns, golds, *, part, per_search):
-    """(r, correct, format) of an episode of one to three turns, from the published equation."""
+    """Return (reward, correct, format) of one to three turns, by the published equation."""
     answers = re.findall(r"<answer>(.*?)</answer>", turns[-1], re.DOTALL)
-    said = plain(answers[-1]) if answers else ""
-    correct = any(plain(gold) in said if part else plain(gold) == said for gold in golds)
-    asking = [
+    answer = plain(answers[-1]) if answers else ""
+    correct = any(plain(gold) in answer if part else plain(gold) == answer for gold in golds)
+    is_search = [
         "<search><img></search>" in t or ("<text_search>" in t and "</text_search>" in t)
         for t in (turns if len(turns) == 1 else turns[:-1])
     ]
-    times = sum(asking) if per_search else any(asking)
+    count = sum(is_search) if per_search else any(is_search)
     forms = [form_of(turn) for turn in turns]
     right = None not in forms and "".join(map(LETTERS.get, forms)) in ("a", "ia", "ta", "ita")
-    return 0.9 * correct * 0.9 ** (times * correct) + 0.1 * right, correct, right
+    return 0.9 * correct * 0.9 ** (count * correct) + 0.1 * right, correct, right
 
 
 def plain(text):
@@ -69,31 +68,31 @@ def plain(text):
 
 
 def generated(count, seed=0):
-    """Well-formed turns, most of them changed: tags put in, left out, exchanged and repeated."""
+    """Yield well-formed turns, most with tags inserted, removed, exchanged or repeated."""
     rng = random.Random(seed)
     for _ in range(count):
-        parts = re.findall(r"</?\w+>|[^<]+|<", rng.choice(GOOD))
+        parts = re.findall(r"</?\w+>|[^<]+|<", rng.choice(WELL_FORMED))
         for _ in range(rng.choice([0, 0, 1, 1, 2, 3, 5])):
-            place, other = (rng.randrange(len(parts)) for _ in range(2))
+            position, other = (rng.randrange(len(parts)) for _ in range(2))
             change = rng.randrange(5)
             if change < 2:
-                parts.insert(place + rng.randrange(2), rng.choice(PIECES))
+                parts.insert(position + rng.randrange(2), rng.choice(PIECES))
             elif change == 2 and len(parts) > 1:
-                del parts[place]
+                del parts[position]
             elif change == 3:
-                parts[place], parts[other] = parts[other], parts[place]
+                parts[position], parts[other] = parts[other], parts[position]
             else:
-                parts.insert(place, parts[other])
+                parts.insert(position, parts[other])
         yield rng.choice(AROUND) + "".join(parts) + rng.choice(AROUND)
 
 
-def test_the_form_of_2000_generated_turns_is_that_of_a_second_reading():
+def test_forms_of_generated_turns_equal_a_second_implementation():
     forms = []
     for text in generated(2000):
         turn = parse(text)
         assert turn.form == form_of(text), text
         assert turn.well_formed is (turn.form is not None)
-        # The two forms may differ, but never what the turn is taken for.
+        # If both forms are valid, they agree on the action.
         assert None in (turn.strict_form, turn.form) or turn.strict_form == turn.form, text
         forms.append((turn.form, turn.strict_form))
     counts = [sum(form == action for form, _ in forms) for action in LETTERS]
@@ -101,7 +100,7 @@ def test_the_form_of_2000_generated_turns_is_that_of_a_second_reading():
     assert sum(form is not None and strict is None for form, strict in forms) > 100
 
 
-def test_rewards_of_generated_episodes_are_the_published_equation():
+def test_rewards_of_generated_episodes_equal_the_published_equation():
     rng, turns = random.Random(1), iter(list(generated(6000, seed=1)))
     seen = set()
     for _ in range(2000):
@@ -113,10 +112,10 @@ def test_rewards_of_generated_episodes_are_the_published_equation():
             per_search=settings["per_search_penalty"],
         )  # fmt: skip
         line = json.dumps({"turns": written, "answers": golds}).encode()
-        got = reward_line(1, line, Rewards(**settings))
-        assert (got["correct"], got["format"]) == expected[1:], written
-        assert got["reward"] == pytest.approx(expected[0], abs=1e-12), written
-        seen.add(round(got["reward"], 3))
+        result = reward_line(1, line, Rewards(**settings))
+        assert (result["correct"], result["format"]) == expected[1:], written
+        assert result["reward"] == pytest.approx(expected[0], abs=1e-12), written
+        seen.add(round(result["reward"], 3))
     assert seen >= {0.0, 0.1, 0.81, 0.9, 0.91, 1.0}
 
 
@@ -127,14 +126,16 @@ def recorded_turns(shared):
     return recorded
 
 
-def test_words_between_reasoning_and_action_change_no_reward_of_recorded_episodes(shared):
-    for one in recorded_turns(shared):
-        written = [turn["response"] for turn in one["turns"]]
-        golds = [one["ground_truth"], *one["candidate_answers"]]
+def test_words_between_reasoning_and_action_do_not_change_rewards(shared):
+    for episode in recorded_turns(shared):
+        written = [turn["response"] for turn in episode["turns"]]
+        golds = [episode["ground_truth"], *episode["candidate_answers"]]
         wordy = [text.replace("</reason>", "</reason>\nSo I do this. ") for text in written]
         as_recorded, as_wordy, strict = (
-            reward_function.score(
-                read, reward_function.exact_match(reward_function.answer_of(read), golds), settings
+            reward_function.compute_reward(
+                read,
+                reward_function.exact_match(reward_function.final_answer(read), golds),
+                settings,
             )
             for read, settings in (
                 ([parse(text) for text in written], Rewards()),
@@ -146,8 +147,8 @@ def test_words_between_reasoning_and_action_change_no_reward_of_recorded_episode
         assert as_recorded.reward == pytest.approx(
             reward_of(written, golds, part=False, per_search=False)[0], abs=1e-12
         )
-        assert [parse(text).form for text in written] == [t["action"] for t in one["turns"]]
-        strictly = reward_function.score(
+        assert [parse(text).form for text in written] == [t["action"] for t in episode["turns"]]
+        strictly = reward_function.compute_reward(
             [parse(text) for text in written], as_recorded.correct, Rewards(strict_form=True)
         )
         assert strictly == as_recorded
@@ -169,12 +170,12 @@ def test_words_between_reasoning_and_action_change_no_reward_of_recorded_episode
 )
 def test_the_answer_is_the_last_pair_of_tags(text, answer):
     assert answer_in(text) == answer
-    assert reward_function.answer_of([parse("x"), parse(text)]) == (answer or None)
-    found = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    assert answer == (found[-1].strip() if found else None)
+    assert reward_function.final_answer([parse("x"), parse(text)]) == (answer or None)
+    answers = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    assert answer == (answers[-1].strip() if answers else None)
 
 
-def test_a_search_beside_the_answer_was_made_only_in_an_episode_of_one_turn():
+def test_a_search_beside_the_answer_counts_only_in_a_single_turn_episode():
     both = "<reason>r</reason><text_search>q</text_search><answer>a</answer>"
     direct = "<reason>r</reason><answer>a</answer>"
     image = "<reason>r</reason><search><img></search>"
@@ -184,7 +185,7 @@ def test_a_search_beside_the_answer_was_made_only_in_an_episode_of_one_turn():
         ([image.replace("<img>", " <img>"), direct], 0),
         (["</text_search> <text_search>", direct], 1),
     ):  # fmt: skip
-        assert reward_function.searches_in([parse(turn) for turn in turns]) == searches
+        assert reward_function.count_searches([parse(turn) for turn in turns]) == searches
 
 
 @pytest.mark.parametrize(
@@ -199,30 +200,16 @@ def test_a_search_beside_the_answer_was_made_only_in_an_episode_of_one_turn():
         ("?", "?", True, True),
         ("I", "I", True, True),
         ("B", "A", False, False),
-        ("Tagus", "A", False, False),  # the published program finds it in every answer
+        ("Tagus", "A", False, False),  # the published program would match any answer
         ("Athens and Anatolia", "An", False, False),
         ("a_b", "A", False, False),
         ("", "A", False, False),
         (" ", "?", False, False),
-        ("An", "A", True, True),  # as published: nothing is left of either
+        ("An", "A", True, True),  # as published: both normalise to nothing
         ("Å", "A", False, False),
         ("东京 A 座", "A", False, True),
     ],
 )
-def test_gold_answers_of_which_normalising_leaves_nothing(answer, gold, exact, part):
+def test_gold_answers_that_normalise_to_nothing(answer, gold, exact, part):
     assert reward_function.exact_match(answer, [gold]) is exact
     assert reward_function.sub_exact_match(answer, [gold, ""]) is part
-
-
-def test_the_strict_form_is_an_option_of_the_command(tmp_path):
-    line = {"turns": ["<reason>r</reason> So: <answer>Tagus</answer>"], "answers": ["tagus"]}
-    for arguments, right in (((), True), (["--strict_form"], False)):
-        process, out = reward_file(tmp_path, [line], *arguments)
-        assert process.returncode == 0, process.stderr
-        assert out[0]["format"] is right
-        assert out[0]["reward"] == pytest.approx(1.0 if right else 0.9)
-
-
-def test_no_mean_is_claimed_where_no_episode_could_be_scored(tmp_path):
-    process, _ = reward_file(tmp_path, [{"turns": 3}])
-    assert process.stdout.startswith("scored 0 of 1 episodes, 0 correct")

@@ -1,4 +1,4 @@
-"""JSON from outside: what is refused, and that the error names source and field."""
+"""Untrusted JSON: invalid values are errors that name the source and the field."""
 
 import dataclasses
 import io
@@ -32,12 +32,12 @@ class Item(TypedDict):
 
 
 @pytest.mark.parametrize("opening, closing", [("[", "]"), ('{"a":', "}"), ('[{"a":', "}]")])
-def test_64_levels_are_read_and_65_are_refused(opening, closing):
+def test_nesting_is_limited_to_64_levels(opening, closing):
     pairs = 64 // len(closing)
-    good = opening * pairs + "1" + closing * pairs
-    assert checked_json.loads(good) == json.loads(good)
+    valid = opening * pairs + "1" + closing * pairs
+    assert checked_json.loads(valid) == json.loads(valid)
     with pytest.raises(FormatError, match="f: .*nested"):
-        checked_json.loads(f"[{good}]", name="f")
+        checked_json.loads(f"[{valid}]", name="f")
     empty = "[" * 65 + "]" * 65
     for text in (empty, opening * 200_000, "[" * 990 + "]" * 990):
         with pytest.raises(FormatError, match="nested"):
@@ -45,25 +45,27 @@ def test_64_levels_are_read_and_65_are_refused(opening, closing):
 
 
 @pytest.mark.parametrize(
-    "text, words",
+    "text, message",
     [
         ('{"a": {"b": [1, NaN]}}', "a.b[1]: must not be nan"),
         ('{"a": -Infinity}', "a: must not be -inf"), ("1e999", "must not be inf"),
         ('[{"a": 1e400}, 2]', "[0].a: must not be inf"),
         ('{"a": 18446744073709551616}', "a: must not be an integer of more than 64 bits"),
-        ("[" + "9" * 5000 + "]", "not JSON"), ('{"a": ["\\ud800"]}', "a[0]: half a character"),
-        ('{"x": {"\\udfff": 1}}', "x: half a character"), ("", "not JSON"), ("[1", "not JSON"),
+        ("[" + "9" * 5000 + "]", "not JSON"),
+        ('{"a": ["\\ud800"]}', "a[0]: contains a lone surrogate"),
+        ('{"x": {"\\udfff": 1}}', "x: contains a lone surrogate"),
+        ("", "not JSON"), ("[1", "not JSON"),
         ("{'a': 1}", "not JSON"), ('"a\nb"', "not JSON"), ("[1]]", "not JSON"),
     ],
 )  # fmt: skip
-def test_what_is_not_valid_is_refused_by_field(text, words):
+def test_invalid_values_are_errors_that_name_the_field(text, message):
     with pytest.raises(FormatError) as caught:
         checked_json.loads(text, name="x.json")
-    assert str(caught.value).startswith(f"x.json: {words}") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"x.json: {message}") and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "value, words",
+    "value, message",
     [
         ({"limits": {"lanes": True}, "kind": "a"}, "limits.lanes: expected int, got bool"),
         ({"limits": {"lanes": 3.0}, "kind": "a"}, "limits.lanes: expected int, got float"),
@@ -74,31 +76,31 @@ def test_what_is_not_valid_is_refused_by_field(text, words):
         ({"kind": "a"}, "object missing required field limits"), ([], "expected object, got array"),
     ],
 )  # fmt: skip
-def test_fields_of_other_types_are_named(value, words):
+def test_fields_of_the_wrong_type_are_errors_that_name_the_field(value, message):
     with pytest.raises(FormatError) as caught:
         checked_json.loads(json.dumps(value), Item)
-    assert str(caught.value).startswith(words)
+    assert str(caught.value).startswith(message)
 
 
-def test_what_is_allowed_where_it_is_asked_for():
+def test_exceptions_are_allowed_on_request():
     assert checked_json.loads(b'\xef\xbb\xbf{"a": 1, "a": 2}') == {"a": 2}
     assert checked_json.loads('"\\ud83d\\ude00"', str) == "😀"
     assert checked_json.loads('["\\ud800"]', surrogates=True) == ["\ud800"]
     assert math.isnan(checked_json.loads('{"a": NaN, "b": 1}', nan=True)["a"])
-    assert checked_json.loads("[1.50, NaN, 7]", number=str) == ["1.50", "NaN", "7"]
+    assert checked_json.loads("[1.50, NaN, 7]", parse_number=str) == ["1.50", "NaN", "7"]
     assert checked_json.loads("[1, 2]", list[float]) == [1.0, 2.0]
     with pytest.raises(FormatError, match="64 bits"):
         checked_json.loads('{"a": NaN, "b": 99999999999999999999}', nan=True)
 
 
-def test_large_integers_are_read_only_where_allowed():
+def test_large_integers_are_allowed_on_request():
     large = '{"a": [-99999999999999999999, 1]}'
     assert checked_json.loads(large, dict[str, Any], large=True) == json.loads(large)
     with pytest.raises(FormatError, match="a: must not be nan"):
         checked_json.loads('{"b": 99999999999999999999, "a": NaN}', large=True)
 
 
-def test_files_and_lines_are_bounded_and_named(tmp_path):
+def test_files_and_lines_are_bounded_and_errors_name_the_line(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b"[" + b"1," * 100 + b"1]")
     assert len(checked_json.load(path, list)) == 101
@@ -107,19 +109,19 @@ def test_files_and_lines_are_bounded_and_named(tmp_path):
     with pytest.raises(FormatError, match="none.json: cannot be read"):
         checked_json.load(tmp_path / "none.json")
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"a": 2}')
-    assert list(checked_json.load_lines(path)) == [(1, {"a": 1}), (4, {"a": 2})]
+    assert list(checked_json.load_jsonl(path)) == [(1, {"a": 1}), (4, {"a": 2})]
     path.write_bytes(b'{"a": 1}\n{"a": "x"}\n')
     with pytest.raises(FormatError, match=r"a.json, line 2: a: expected int, got str"):
-        list(checked_json.load_lines(path, TypedDict("A", {"a": int})))
+        list(checked_json.load_jsonl(path, TypedDict("A", {"a": int})))
     with pytest.raises(FormatError, match="line 2: longer than 8 bytes"):
-        list(checked_json.lines(io.BytesIO(b"1\n" + b"2" * 20), max_bytes=8))
+        list(checked_json.jsonl_lines(io.BytesIO(b"1\n" + b"2" * 20), max_bytes=8))
     path.write_bytes(b'{"a": 1}\n\xff\n')
     with pytest.raises(NotJsonError, match="a.json, line 2: not UTF-8"):
-        list(checked_json.load_lines(path))
+        list(checked_json.load_jsonl(path))
 
 
 @pytest.mark.parametrize(
-    "text, words",
+    "text, message",
     [
         (b"[]\n", "line 1: expected object"), (b"{}\n", "line 1: .*field step"),
         (b"[" * 100_000, "line 1: .*nested"), (b"\xff\n", "line 1: not UTF-8"),
@@ -128,17 +130,17 @@ def test_files_and_lines_are_bounded_and_named(tmp_path):
         (b'{"step": "1"}\n', "line 1: step: expected int"), (b'{"step": 1.0}\n', "line 1: step"),
     ],
 )  # fmt: skip
-def test_a_damaged_metrics_file_is_named_by_line(tmp_path, text, words):
+def test_an_invalid_metrics_file_is_an_error_that_names_the_line(tmp_path, text, message):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(text)
-    with pytest.raises(ValueError, match=f"metrics.jsonl, {words}"):
+    with pytest.raises(ValueError, match=f"metrics.jsonl, {message}"):
         metrics.Log(tmp_path, "", step=5, config={})
 
 
-def test_metrics_without_their_last_line_and_with_nan_are_read(tmp_path):
+def test_metrics_with_a_truncated_last_line_and_nan_are_read(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": NaN}\n{"step": 2}\n{"step": 3, "lo')
-    assert [one["step"] for one in metrics.read(path)] == [1, 2]
+    assert [line["step"] for line in metrics.read(path)] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,7 @@ def test_metrics_without_their_last_line_and_with_nan_are_read(tmp_path):
         {"pages_left_out": "3"}, {"id": None}, {"answer_format": ["Int"]},
     ],
 )  # fmt: skip
-def test_an_episode_with_a_field_of_another_type_is_named_by_line(tmp_path, fields):
+def test_an_invalid_episode_is_an_error_that_names_the_line(tmp_path, fields):
     path = tmp_path / "episodes.jsonl"
     path.write_text(json.dumps(line()) + "\n" + json.dumps(line(**fields)) + "\n")
     with pytest.raises(DataError, match="episodes.jsonl, line 2: "):
@@ -170,7 +172,7 @@ def test_an_episode_with_a_field_of_another_type_is_named_by_line(tmp_path, fiel
         {"end": ["answer"]}, {"error": {}}, {"segments": [{"kind": "model", "tokens": [1e300]}]},
     ],
 )  # fmt: skip
-def test_a_saved_episode_of_other_types_is_refused(fields):
+def test_a_saved_episode_with_fields_of_the_wrong_type_is_an_error(fields):
     with pytest.raises(ValueError):
         Episode.from_json({"segments": [], **fields})
 
@@ -178,7 +180,7 @@ def test_a_saved_episode_of_other_types_is_refused(fields):
 @pytest.mark.parametrize(
     "text", ["5\n", "[]\n", '["d"]\n', '["d", 5]\n', '["d", {"correct": 1}]\n', "[" * 70 + "\n"]
 )
-def test_replies_kept_of_an_evaluation_are_checked(tmp_path, text):
+def test_cached_replies_of_an_evaluation_are_validated(tmp_path, text):
     path = tmp_path / "verdicts.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"verdicts.jsonl, line 1: "):
@@ -193,7 +195,7 @@ def answer(body: bytes) -> WebResponse:
 
 
 @pytest.mark.parametrize("body", [b"[" * 100_000, b'{"a": NaN}', b"\xff", b'{"a": 1e999}', b"<p>"])
-def test_an_answer_of_a_service_that_is_not_json_is_a_failure(body):
+def test_a_response_that_is_not_json_is_a_failure(body):
     with pytest.raises(BodyError):
         answer(body).json()
     assert answer(b'{"a": "\\ud800"}').json() == {"a": "\ud800"}
@@ -202,6 +204,6 @@ def test_an_answer_of_a_service_that_is_not_json_is_a_failure(body):
 @pytest.mark.parametrize(
     "head", [b"[]", b"5", b'{"question": 5}', b'{"question": ["a"]}', b"{", b"[" * 500, b"null"]
 )
-def test_the_first_line_of_a_request_must_hold_a_question(head):
+def test_the_first_line_of_a_request_must_contain_a_question(head):
     with pytest.raises(app.Refused):
         app.split(head + b"\npicture", app.Limits())

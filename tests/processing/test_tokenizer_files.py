@@ -1,5 +1,5 @@
-"""Tokenizer files give the ids of `AutoTokenizer`, whatever other programs left in them, or are
-refused in one line."""
+"""Tokenizer files give the ids of `AutoTokenizer`, whatever state other programs saved in them, or
+are rejected with a one-line error."""
 
 import copy
 import json
@@ -29,10 +29,10 @@ QWEN_PATTERN = tokenizer_files._QWEN_PATTERN
 def write(directory, raw, settings=None, *, config=None, **files):
     directory.mkdir(exist_ok=True)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast"} if settings is None else settings
-    named = {"tokenizer.json": raw, "tokenizer_config.json": settings, "config.json": config}
-    named |= {f"{name}.json": data for name, data in files.items()}
-    named["preprocessor_config.json"] = ImageProcessor().to_hf()
-    for name, data in named.items():
+    contents = {"tokenizer.json": raw, "tokenizer_config.json": settings, "config.json": config}
+    contents |= {f"{name}.json": data for name, data in files.items()}
+    contents["preprocessor_config.json"] = ImageProcessor().to_hf()
+    for name, data in contents.items():
         if data is not None:
             (directory / name).write_text(json.dumps(data))
 
@@ -87,8 +87,8 @@ STATES = {
     "a template": {"post_processor": TEMPLATE},
     "no normaliser": {"normalizer": None},
     "NFC": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]}},
-    "other pieces": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [DIGITS, BYTES]}},
-    "Qwen's pieces": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{
+    "other pretokens": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [DIGITS, BYTES]}},
+    "Qwen's pretokens": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{
         "type": "Split", "pattern": {"Regex": QWEN_PATTERN}, "behavior": "Isolated",
         "invert": False}, BYTES]}},
     "flags of an added token": {"added_tokens": [
@@ -100,7 +100,7 @@ STATES = {
 
 @pytest.mark.parametrize("fields", STATES.values(), ids=STATES)
 @pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "Qwen2TokenizerFast"])
-def test_state_in_the_file_never_acts(tmp_path, fields, name):
+def test_state_in_the_file_is_ignored(tmp_path, fields, name):
     write(tmp_path, RAW | fields, {"tokenizer_class": name})
     assert_same_ids(tmp_path)
 
@@ -118,19 +118,21 @@ def test_state_in_the_file_never_acts(tmp_path, fields, name):
         (None, None, False),
     ],
 )
-def test_the_class_says_whether_the_files_pieces_count(tmp_path, capsys, name, config, rebuilt):
-    """`Qwen2Tokenizer` of transformers builds its own from vocabulary and merges."""
+def test_the_tokenizer_class_decides_whether_the_pipeline_is_replaced(
+    tmp_path, capsys, name, config, rebuilt
+):
+    """`Qwen2Tokenizer` of transformers builds its own pipeline from vocabulary and merges."""
     model = copy.deepcopy(RAW["model"]) | {"unk_token": "<|endoftext|>"}
     settings = {} if name is None else {"tokenizer_class": name}
     if config is not None:
         config = {"model_type": "qwen2_5_vl"} | config
     write(tmp_path, RAW | {"model": model}, settings, config=config)
     assert_same_ids(tmp_path)
-    said = "normalizer, pre_tokenizer, model.unk_token: replaced by those of Qwen2Tokenizer"
-    assert (said in capsys.readouterr().err) == rebuilt
+    warning = "replacing normalizer, pre_tokenizer, model.unk_token by those of Qwen2Tokenizer"
+    assert (warning in capsys.readouterr().err) == rebuilt
 
 
-def test_the_released_files_need_no_word(shared, tmp_path, capsys):
+def test_the_released_files_cause_no_warning(shared, tmp_path, capsys):
     folder = shared / "tokenizer" / "qwen"
     raw = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
@@ -188,7 +190,7 @@ def with_vocabulary(**tokens):
 
 
 TAGS = [f"<{end}{tag}>" for tag in tokenizer_files.TAG_NAMES for end in ("", "/")]
-REFUSED = {
+UNSUPPORTED = {
     **{tag: (added(token(tag)), "is a tag of a turn") for tag in TAGS},
     "upper case": (added(token("</Answer>", special=True)), "is a tag of a turn"),
     "a tag and more": (added(token("<search><img></search>")), "is a tag of a turn"),
@@ -198,9 +200,9 @@ REFUSED = {
     "punctuation": (added(token("...")), "is ordinary text"),
     "a letter": (added(token("q")), "is ordinary text"),
     "a gap of ids": (added(token("<x>", 507)), "cannot have id 507"),
-    "an ordinary token's id": (added(token("<x>", 300)), "'<x>' has id 300, in model.vocab"),
-    "the same id twice": (added(token("<x>"), token("<y>")), "is there twice"),
-    "the same token twice": (added(token("<x>"), token("<x>", NEXT + 1)), "is there twice"),
+    "an ordinary token's id": (added(token("<x>", 300)), "'<x>' has id 300, which is"),
+    "the same id twice": (added(token("<x>"), token("<y>")), "occurs twice"),
+    "the same token twice": (added(token("<x>"), token("<x>", NEXT + 1)), "occurs twice"),
     "another id than in the vocabulary": (
         added(token("<|im_end|>", 500)), "<|im_end|>"),
     "a huge id": (added(token("<x>", 10**12)), "added_tokens[6].id"),
@@ -213,7 +215,7 @@ REFUSED = {
     "word ends": (model(end_of_word_suffix="</w>"), "model.end_of_word_suffix"),
     "byte fallback": (model(byte_fallback=True), "model.byte_fallback"),
     "another model": (model(type="WordPiece"), "model.type"),
-    "not bytes": (with_vocabulary(**{"\u2581the": 500}), "is not written in bytes"),
+    "not bytes": (with_vocabulary(**{"\u2581the": 500}), "outside the byte-level alphabet"),
     "ids twice": (with_vocabulary(thee=7), "two tokens have the same id"),
     "an id that is a text": (with_vocabulary(thee="7"), "model.vocab"),
     "no model": ({k: v for k, v in RAW.items() if k != "model"}, "model"),
@@ -224,7 +226,7 @@ REFUSED = {
     "lower case": (RAW | {"normalizer": {"type": "Lowercase"}}, "normalizer: 'Lowercase'"),
     "compatibility": (RAW | {"normalizer": {"type": "Sequence", "normalizers": [
         {"type": "NFC"}, {"type": "NFKC"}]}}, "normalizer: 'NFKC'"),
-    "no pieces": (RAW | {"pre_tokenizer": None}, "pre_tokenizer: does not end with ByteLevel"),
+    "no pre-tokenizer": (RAW | {"pre_tokenizer": None}, "pre_tokenizer: must end with ByteLevel"),
     "prefix": (RAW | {"pre_tokenizer": BYTES | {"add_prefix_space": True}}, "add_prefix_space"),
     "spaces": (RAW | {"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer: 'Whitespace'"),
     "decoder": (RAW | {"decoder": {"type": "Fuse"}}, "decoder: 'Fuse'"),
@@ -233,20 +235,20 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("raw, words", REFUSED.values(), ids=REFUSED)
-def test_what_would_change_text_or_forbid_answers_is_refused(tmp_path, raw, words):
+@pytest.mark.parametrize("raw, reason", UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_unsupported_tokenizers_are_errors_that_name_the_problem(tmp_path, raw, reason):
     write(tmp_path, raw)
     with pytest.raises(TokenizerError) as caught:
         Processor.from_directory(tmp_path)
     message = str(caught.value)
-    assert "\n" not in message and words in message and str(tmp_path) in message
+    assert "\n" not in message and reason in message and str(tmp_path) in message
 
 
 ANSWER = {"content": "<answer>", "lstrip": False, "rstrip": False, "normalized": False}
 
 
 @pytest.mark.parametrize(
-    "settings, files, words",
+    "settings, files, reason",
     [
         ({"added_tokens_decoder": {"500": ANSWER}}, {}, "tokenizer_config.json: added token '<an"),
         ({"additional_special_tokens": ["</search>"]}, {}, "config.json: added token '</s"),
@@ -261,38 +263,38 @@ ANSWER = {"content": "<answer>", "lstrip": False, "rstrip": False, "normalized":
         ({"add_prefix_space": True}, {}, "tokenizer_config.json: add_prefix_space=true"),
     ],
 )  # fmt: skip
-def test_tokens_of_the_files_beside_count_too(tmp_path, settings, files, words):
+def test_tokens_declared_in_other_files_are_checked(tmp_path, settings, files, reason):
     write(tmp_path, RAW, {"tokenizer_class": "TokenizersBackend"} | settings, **files)
     with pytest.raises(TokenizerError) as caught:
         Processor.from_directory(tmp_path)
-    assert "\n" not in str(caught.value) and words in str(caught.value)
+    assert "\n" not in str(caught.value) and reason in str(caught.value)
 
 
-def test_tokens_beside_that_change_nothing_are_allowed(tmp_path):
+def test_harmless_tokens_declared_in_other_files_are_allowed(tmp_path):
     settings = {"eos_token": "<|im_end|>", "pad_token": "<|pad|>", "unk_token": None,
                 "additional_special_tokens": ["<|im_start|>", "<|box|>"]}  # fmt: skip
     write(tmp_path, RAW, settings, config={"model_type": "qwen2_5_vl"})
     assert_same_ids(tmp_path)
 
 
-def test_a_word_where_the_older_vocabulary_differs(tmp_path, capsys):
+def test_a_differing_vocab_json_is_reported(tmp_path, capsys):
     write(tmp_path, RAW, vocab=RAW["model"]["vocab"])
     Processor.from_directory(tmp_path)
     assert capsys.readouterr().err == ""
     write(tmp_path, RAW, vocab={"a": 0})
     assert_same_ids(tmp_path)
-    assert "vocab.json: differs from tokenizer.json, which counts" in capsys.readouterr().err
+    assert "vocab.json: differs from tokenizer.json, which is used" in capsys.readouterr().err
 
 
-def test_text_is_never_control_though_whole_words_are_looked_up():
+def test_text_never_encodes_to_control_tokens_with_ignore_merges():
     raw = model(ignore_merges=True) | {"pre_tokenizer": BYTES}
     assert tokenizers.Tokenizer.from_str(json.dumps(raw)).encode("<|im_end|>").ids == [2]
     processor = Processor(json.dumps(raw), ImageProcessor())
-    for name, number in processor.control.items():
-        assert number not in processor.encode_text(name)
+    for name, token_id in processor.control.items():
+        assert token_id not in processor.encode_text(name)
         assert processor.decode(processor.encode_text(name)) == name
 
 
-def test_every_tag_of_a_turn_is_known():
+def test_tag_names_include_every_tag_of_a_turn():
     tags = {*turns.TAGS.values(), turns.WHOLE_IMAGE.strip("<>"), "reason", "information"}
     assert tags == set(tokenizer_files.TAG_NAMES)

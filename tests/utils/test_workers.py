@@ -1,4 +1,4 @@
-"""Worker processes: limits that cost one task only, and nothing of this process inside them."""
+"""Worker processes: exceeding a limit fails one task only, and workers inherit no secrets."""
 
 import asyncio
 import os
@@ -13,7 +13,7 @@ import pytest
 from mmsr1_jax.utils import workers
 from mmsr1_jax.utils.workers import Limits, WorkerError, run
 
-# CPU time is limited, so none of these depends on how busy the machine is.
+# Limits on CPU time, so that results do not depend on the load of the machine.
 SHORT = Limits(cpu_seconds=0.5, wall_seconds=600.0, memory_bytes=200 << 20)
 ENDLESS = "sum(range(10**15))"  # in C: no Python code can interrupt it
 
@@ -24,7 +24,7 @@ def test_a_task_returns_its_result_or_raises_its_error():
         run(eval, "1 / 0")
 
 
-@pytest.mark.parametrize("code, words", [
+@pytest.mark.parametrize("code, message", [
     (ENDLESS, "used more than 0.5 s of CPU time"),
     ("len(bytes(10**9))", "used more than 200 MiB"),
     ("[[0] * 10**6 for _ in range(100)]", "used more than 200 MiB"),
@@ -32,11 +32,11 @@ def test_a_task_returns_its_result_or_raises_its_error():
     ("__import__('os')._exit(3)", "its process died"),
     ("exit(3)", "SystemExit: 3"),
     ("lambda: 1", "the worker failed"),
-    ("(_ for _ in ()).throw(type('Odd', (Exception,), {})('boo'))", "Odd: boo"),
+    ("(_ for _ in ()).throw(type('LocalError', (Exception,), {})('boo'))", "LocalError: boo"),
     ("'a' + 'b' * 2**33", "used more than 200 MiB"),
 ])  # fmt: skip
-def test_a_limit_or_a_death_costs_that_task_only(code, words):
-    with pytest.raises(WorkerError, match=words):
+def test_exceeding_a_limit_fails_that_task_only(code, message):
+    with pytest.raises(WorkerError, match=message):
         run(eval, code, limits=SHORT)
     assert run(len, b"abc") == 3
 
@@ -46,7 +46,7 @@ def test_wall_time_is_limited_too():
         run(time.sleep, 1000, limits=Limits(wall_seconds=0.5))
 
 
-def test_tasks_behind_hostile_ones_are_done():
+def test_tasks_queued_behind_hostile_ones_complete():
     async def main():
         hostile = [workers.run_async(eval, ENDLESS, limits=SHORT) for _ in range(4)]
         honest = [workers.run_async(len, b"abc") for _ in range(8)]
@@ -61,7 +61,7 @@ BUSY = "import time\nend = time.process_time() + 1.0\nwhile time.process_time() 
 
 
 def test_short_tasks_do_not_queue_behind_long_ones():
-    """In the order in which they end: none of the long ones needs more than its limit allows."""
+    """Short tasks complete first, and long ones still complete within their limit."""
 
     async def main():
         order = []
@@ -77,8 +77,8 @@ def test_short_tasks_do_not_queue_behind_long_ones():
     assert asyncio.run(main()) == ["short"] * 8 + ["long"] * 2 * workers.count()
 
 
-def test_a_cancelled_task_leaves_its_worker_to_others():
-    """Else this test would not end."""
+def test_a_cancelled_task_frees_its_worker():
+    """Otherwise this test would not end."""
 
     async def main():
         endless = Limits(cpu_seconds=10_000, wall_seconds=100_000)
@@ -94,10 +94,10 @@ def test_a_cancelled_task_leaves_its_worker_to_others():
     assert asyncio.run(main()) == 3
 
 
-def test_workers_hold_no_key_and_import_no_jax(monkeypatch):
+def test_workers_see_no_api_key_and_do_not_import_jax(monkeypatch):
     monkeypatch.setenv("SERPER_API_KEY", "secret-key")
     monkeypatch.setenv("SOME_TOKEN", "secret-key")
-    workers.close()  # those of other tests were started with another environment
+    workers.close()  # workers of other tests were started with another environment
     code = "(open('/proc/self/environ').read(), sorted(__import__('sys').modules))"
     environment, _ = run(eval, code)
     assert "secret-key" not in environment and "PATH=" in environment
@@ -116,7 +116,7 @@ PROGRAM = """
 import multiprocessing, sys, threading, time
 from mmsr1_jax.utils import workers
 
-workers._FIRST_RUN = 1e6  # so that the processes stay the same
+workers._FIRST_RUN_CPU_TIME = 1e6  # so that no process is replaced
 
 def hang():
     try:
@@ -139,21 +139,21 @@ if __name__ == "__main__":
 """
 
 
-def started(tmp_path, how):
+def start_program(tmp_path, mode):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    root = pathlib.Path(__file__).resolve().parents[1]
+    root = pathlib.Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     process = subprocess.Popen(
-        [sys.executable, str(program), how], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, str(program), mode], stdout=subprocess.PIPE, text=True, env=environment
     )
     return process, [int(pid) for pid in process.stdout.readline().split()]
 
 
-def gone(pids, seconds=60.0):
-    """Whether the processes end; a zombie has ended."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
+def all_ended(pids, timeout=60.0):
+    """Return whether the processes end in time. A zombie counts as ended."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
         states = []
         for pid in pids:
             try:
@@ -168,18 +168,18 @@ def gone(pids, seconds=60.0):
     return False
 
 
-def test_the_program_ends_whatever_its_workers_do(tmp_path):
-    process, pids = started(tmp_path, "exit")
-    assert pids and process.wait(timeout=60) == 5  # 0.6 s where the machine is idle
+def test_the_program_exits_while_workers_are_busy(tmp_path):
+    process, pids = start_program(tmp_path, "exit")
+    assert pids and process.wait(timeout=60) == 5  # 0.6 s on an idle machine
     assert process.stdout.read().splitlines() == ["the program is shutting down"] * 6
-    assert gone(pids)
+    assert all_ended(pids)
 
 
-def test_workers_end_with_a_program_that_is_killed(tmp_path):
-    """Idle ones at once; one at work when its task ends, which its limit bounds."""
-    process, pids = started(tmp_path, "wait")
+def test_workers_end_when_the_program_is_killed(tmp_path):
+    """Idle workers end at once, and busy ones at their CPU limit."""
+    process, pids = start_program(tmp_path, "wait")
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=60)
-    for pid in pids:  # what the limit would do
+    for pid in pids:  # as at the CPU limit
         os.kill(pid, signal.SIGXCPU)
-    assert gone(pids)
+    assert all_ended(pids)

@@ -1,11 +1,12 @@
-"""Scoring of benchmark answers: pure functions of text, each following its source's rule.
+"""Grading of benchmark answers: pure functions of text, each following its source's rule.
 
-vqa_accuracy      OK-VQA: agreement with ten annotators
-token_f1          SlideVQA: word overlap with the gold answer
-document_score    MMLongBench-Doc: rule chosen by the format of the gold answer
-accuracy_and_f1   MMLongBench-Doc: metrics over a set that includes unanswerable questions
-extraction, read_extraction   MMLongBench-Doc: extraction of a short answer from a long reply by a
-                  language model, before `document_score`
+vqa_accuracy         OK-VQA: agreement with ten annotators
+token_f1             SlideVQA: word overlap with the gold answer
+document_grade       MMLongBench-Doc: rule chosen by the format of the gold answer
+accuracy_and_f1      MMLongBench-Doc: metrics over a set that includes unanswerable questions
+extraction_messages  MMLongBench-Doc: chat by which a language model extracts a short answer from a
+                     long reply, for `document_grade`
+parse_extraction     MMLongBench-Doc: short answer in the reply to that chat
 """
 
 import ast
@@ -30,7 +31,7 @@ _NUMBERS = {
 _ARTICLES = ("a", "an", "the")
 # Words before each contraction ending. Contractions that are other words without their apostrophe
 # (were, well, its) are excluded.
-_ENDINGS = {
+_CONTRACTION_ENDINGS = {
     "n't": "ai are ca could did does do had has have is might must need ought sha should was were "
     "wo would",
     "'ve": "could might must not should they we what where who would you",
@@ -41,7 +42,7 @@ _ENDINGS = {
 }
 _CONTRACTIONS = {
     f"{word}{ending}".replace("'", ""): f"{word}{ending}"
-    for ending, words in _ENDINGS.items()
+    for ending, words in _CONTRACTION_ENDINGS.items()
     for word in words.split()
 } | {"oclock": "o'clock", "maam": "ma'am", "twas": "'twas", "yall": "y'all"}
 
@@ -81,8 +82,8 @@ def vqa_normalise(text: str) -> str:
     """
     text = " ".join(text.split())
     joined = re.search(r"\d,\d", text) is not None
-    gone = {mark: joined or f"{mark} " in text or f" {mark}" in text for mark in _MARKS}
-    text = text.translate({ord(mark): "" if gone[mark] else " " for mark in _MARKS})
+    removed = {mark: joined or f"{mark} " in text or f" {mark}" in text for mark in _MARKS}
+    text = text.translate({ord(mark): "" if removed[mark] else " " for mark in _MARKS})
     words = re.sub(r"\.(?!\d)", "", text).lower().split()
     words = [_NUMBERS.get(word, word) for word in words]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
@@ -96,7 +97,7 @@ def vqa_accuracy(answer: str | None, references: Sequence[str]) -> float:
     normalised, whereas the challenge's program skips this if all references are the same.
 
     Args:
-      answer: Answer to score; None or a blank one scores 0.
+      answer: Answer to grade; None or a blank one gets 0.
       references: Answers of all annotators, with repeats; at least two. Blank references never
         match.
     """
@@ -117,17 +118,17 @@ def token_f1(answer: str | None, gold: str) -> float:
     As in SQuAD (Rajpurkar et al. 2016), which SlideVQA's answer F1 follows (arXiv 2301.04883).
     SlideVQA's own program also rewrites some words of its answers, which this function omits.
     """
-    said, wanted = normalise(answer or "").split(), normalise(gold).split()
-    if not said or not wanted:  # as in SQuAD 2.0, except that a blank answer counts as missing
-        return float(said == wanted and bool(answer and answer.strip()))
-    shared = sum((collections.Counter(said) & collections.Counter(wanted)).values())
-    return 2 * shared / (len(said) + len(wanted)) if shared else 0.0
+    words, gold_words = normalise(answer or "").split(), normalise(gold).split()
+    if not words or not gold_words:  # as in SQuAD 2.0, except that a blank answer counts as missing
+        return float(words == gold_words and bool(answer and answer.strip()))
+    shared = sum((collections.Counter(words) & collections.Counter(gold_words)).values())
+    return 2 * shared / (len(words) + len(gold_words)) if shared else 0.0
 
 
-def document_score(answer: str | None, gold: str, answer_format: str) -> float:
-    """Return the score of a short answer, in [0, 1], by MMLongBench-Doc's rules (arXiv 2407.01523).
+def document_grade(answer: str | None, gold: str, answer_format: str) -> float:
+    """Return the grade of a short answer, in [0, 1], by MMLongBench-Doc's rules (arXiv 2407.01523).
 
-    Int          equal integers; the answer's decimals are cut off
+    Int          equal integers; the answer's decimals are truncated
     Float        equal within 1 % or after rounding, also if one is a fraction and the other a
                  percentage
     Str, None    ANLS: 1 - edit distance / longer length, or 0 if this is not above 0.5; exact match
@@ -139,7 +140,7 @@ def document_score(answer: str | None, gold: str, answer_format: str) -> float:
     trailing `%`. As in the published program, an Int gold that is not an integer never matches.
 
     Args:
-      answer: Short answer; None scores 0.
+      answer: Short answer; None gets 0.
       gold: Gold answer as published; lists are in Python's syntax.
       answer_format: Format of the gold, one of FORMATS. "None" is the format of unanswerable
         questions, whose gold is `Not answerable`.
@@ -154,44 +155,44 @@ def document_score(answer: str | None, gold: str, answer_format: str) -> float:
         except (ValueError, OverflowError):
             return 0.0
     if answer_format == "Float":
-        return float(_close(_number(gold), _number(answer)))
+        return float(_is_close(_number(gold), _number(answer)))
     if answer_format != "List":
-        return _text_score(_clean(gold), _clean(answer))
-    golds, said = (sorted(map(_clean, _items(text))) for text in (gold, answer))
-    if len(golds) != len(said):
+        return _grade_text(_clean(gold), _clean(answer))
+    golds, answers = (sorted(map(_clean, _items(text))) for text in (gold, answer))
+    if len(golds) != len(answers):
         return 0.0
     if golds and (_number(golds[0]) is not None or _EXACT.fullmatch(golds[0])):
-        return float(golds == said)
-    return min((_similarity(*pair) for pair in zip(golds, said, strict=True)), default=1.0)
+        return float(golds == answers)
+    return min((_similarity(*pair) for pair in zip(golds, answers, strict=True)), default=1.0)
 
 
-def accuracy_and_f1(scored: Sequence[tuple[float | None, str, str | None]]) -> tuple[float, float]:
+def accuracy_and_f1(graded: Sequence[tuple[float | None, str, str | None]]) -> tuple[float, float]:
     """Return accuracy and F1 over questions of which some are unanswerable (arXiv 2407.01523).
 
-    Accuracy is the mean score. F1 combines recall and precision: the sum of scores over answerable
+    Accuracy is the mean grade. F1 combines recall and precision: the sum of grades over answerable
     questions, divided by their number (recall) or by the number of answers other than `Not
     answerable` (precision). A missing answer counts as an answer, which is wrong. An answer of `Not
     answerable` is recognised in any letter case, with or without a full stop.
 
     Args:
-      scored: Score, gold answer and answer of each question. Questions without a score (None) are
+      graded: Grade, gold answer and answer of each question. Questions without a grade (None) are
         ignored.
     """
-    scored = [one for one in scored if one[0] is not None]
-    if not scored:
+    known = [(grade, gold, answer) for grade, gold, answer in graded if grade is not None]
+    if not known:
         return 0.0, 0.0
-    accuracy = sum(score for score, _, _ in scored) / len(scored)
-    answerable = [score for score, gold, _ in scored if not _refusal(gold)]
-    tried = sum(not _refusal(answer) for _, _, answer in scored)
-    right = sum(answerable)
+    accuracy = sum(grade for grade, _, _ in known) / len(known)
+    answerable = [grade for grade, gold, _ in known if not _is_refusal(gold)]
+    answered = sum(not _is_refusal(answer) for _, _, answer in known)
+    total = sum(answerable)
     # 2 / (1 / precision + 1 / recall), if both are above 0.
-    return accuracy, 2 * right / (tried + len(answerable)) if right else 0.0
+    return accuracy, 2 * total / (answered + len(answerable)) if total else 0.0
 
 
-def extraction(question: str, reply: str) -> list[dict[str, str]]:
+def extraction_messages(question: str, reply: str) -> list[dict[str, str]]:
     """Return the chat that asks a language model to reduce a reply to a short answer.
 
-    The short answer has the form that `document_score` expects. The prompt follows the rule of
+    The short answer has the form that `document_grade` expects. The prompt follows the rule of
     MMLongBench-Doc (arXiv 2407.01523), in our own words.
     """
     data = json.dumps([question, reply])
@@ -204,20 +205,20 @@ def extraction(question: str, reply: str) -> list[dict[str, str]]:
     ]
 
 
-def read_extraction(text: str) -> str | None:
+def parse_extraction(text: str) -> str | None:
     """Parse a language model's reply to `extraction`; return None for `Fail to answer`.
 
     Raises:
-      ValueError: The text has any other form. Query the model again instead of scoring it.
+      ValueError: The text has any other form. Query the model again instead of grading it.
     """
-    begin, formats = _EXTRACTED.match(text), list(_FORMAT.finditer(text))
-    answer = text[begin.end() : formats[-1].start()].strip() if begin and formats else ""
+    start, formats = _EXTRACTED.match(text), list(_FORMAT.finditer(text))
+    answer = text[start.end() : formats[-1].start()].strip() if start and formats else ""
     if not answer or not re.fullmatch(r"\w+", text[formats[-1].end() :].strip()):
-        raise ValueError("not the two lines 'Extracted answer:' and 'Answer format:'")
+        raise ValueError("must be the two lines 'Extracted answer: ..' and 'Answer format: ..'")
     return None if _clean(answer) == "fail to answer" else answer
 
 
-def _refusal(answer: str | None) -> bool:
+def _is_refusal(answer: str | None) -> bool:
     return answer is not None and _clean(answer).rstrip(".") == NOT_ANSWERABLE.lower()
 
 
@@ -229,11 +230,11 @@ def _clean(value: object) -> str:
 
 def _without_brackets(text: str) -> str:
     """Remove parenthesised parts and the white space before them."""
-    parts, begin = [], 0
-    while (opening := text.find("(", begin)) >= 0 and (closing := text.find(")", opening)) >= 0:
-        parts.append(text[begin:opening].rstrip())
-        begin = closing + 1
-    return "".join([*parts, text[begin:]])
+    parts, start = [], 0
+    while (opening := text.find("(", start)) >= 0 and (closing := text.find(")", opening)) >= 0:
+        parts.append(text[start:opening].rstrip())
+        start = closing + 1
+    return "".join([*parts, text[start:]])
 
 
 def _number(text: str) -> float | None:
@@ -243,38 +244,38 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _close(gold: float | None, said: float | None) -> bool:
-    if gold is None or said is None or not math.isfinite(said):
+def _is_close(gold: float | None, answer: float | None) -> bool:
+    if gold is None or answer is None or not math.isfinite(answer):
         return False
     return any(
-        math.isclose(value, said, rel_tol=0.01) or _same_rounded(value, said)
+        math.isclose(value, answer, rel_tol=0.01) or _same_rounded(value, answer)
         for value in (gold / 100, gold, gold * 100)
     )
 
 
-def _same_rounded(value: float, said: float) -> bool:
+def _same_rounded(value: float, answer: float) -> bool:
     """Compare after rounding to as many decimals as both have, but at least two."""
-    decimals = [len(str(x).split(".")[1]) if "." in str(x) else 3 for x in (value, said)]
-    places = max(min(decimals), 2)
-    return round(value, places) == round(said, places)
+    decimals = [len(str(x).split(".")[1]) if "." in str(x) else 3 for x in (value, answer)]
+    digits = max(min(decimals), 2)
+    return round(value, digits) == round(answer, digits)
 
 
-def _text_score(gold: str, said: str) -> float:
-    return float(gold == said) if _EXACT.fullmatch(gold) else _similarity(gold, said)
+def _grade_text(gold: str, answer: str) -> float:
+    return float(gold == answer) if _EXACT.fullmatch(gold) else _similarity(gold, answer)
 
 
-def _similarity(gold: str, said: str) -> float:
+def _similarity(gold: str, answer: str) -> float:
     """Return the ANLS of two cleaned texts, with a threshold of 0.5."""
-    longer = max(len(gold), len(said))
+    longer = max(len(gold), len(answer))
     if not longer:
         return 1.0
-    if 2 * abs(len(gold) - len(said)) >= longer:  # lower bound on the edit distance
+    if 2 * abs(len(gold) - len(answer)) >= longer:  # lower bound on the edit distance
         return 0.0
-    value = 1.0 - _distance(gold, said) / longer
+    value = 1.0 - _edit_distance(gold, answer) / longer
     return value if value > 0.5 else 0.0
 
 
-def _distance(a: str, b: str) -> int:
+def _edit_distance(a: str, b: str) -> int:
     """Return the Levenshtein distance: insertions, deletions and substitutions of letters."""
     row = list(range(len(b) + 1))
     for i, letter in enumerate(a, 1):

@@ -1,5 +1,5 @@
-"""Settings of the image processor have the effect that they have in `transformers`, or are refused
-by name."""
+"""Settings of the image processor have the same effect as in `transformers`, or are rejected with
+an error that names the field."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mmsr1_jax.processing.images import ImageError, ImageProcessor, read_picture, write_picture
+from mmsr1_jax.processing.images import ImageError, ImageProcessor, read_image, write_image
 
 BASE = {
     "image_processor_type": "Qwen2VLImageProcessor",
@@ -30,8 +30,12 @@ def write(directory, fields, name="preprocessor_config.json"):
 
 
 def theirs(directory, image=IMAGE):
-    found = Qwen2VLImageProcessorPil.from_pretrained(directory)(images=[image], return_tensors="np")
-    return tuple(np.asarray(found["image_grid_thw"])[0].tolist()), np.asarray(found["pixel_values"])
+    features = Qwen2VLImageProcessorPil.from_pretrained(directory)(
+        images=[image], return_tensors="np"
+    )
+    return tuple(np.asarray(features["image_grid_thw"])[0].tolist()), np.asarray(
+        features["pixel_values"]
+    )
 
 
 def assert_same(directory, image=IMAGE):
@@ -41,7 +45,7 @@ def assert_same(directory, image=IMAGE):
     np.testing.assert_allclose(ours.values, values, rtol=0, atol=1e-5)
 
 
-FOLLOWED = {
+SUPPORTED = {
     "released": {"min_pixels": 3136, "max_pixels": 12845056},
     "a size": {"size": SIZE},
     "limits before a size": {"size": SIZE, "min_pixels": 200704, "max_pixels": 12845056},
@@ -57,9 +61,9 @@ FOLLOWED = {
     "rescaled to -1 and 1": SMALL | {"rescale_factor": 1 / 127.5, "image_mean": [1, 1, 1]},
     "one mean for all": SMALL | {"image_mean": 0.5, "image_std": 0.25},
     "negative": SMALL | {"image_mean": [-0.5] * 3, "image_std": [-2, 0.5, 1]},
-    "crop that is not done": SMALL | {"crop_size": {"height": 9, "width": 9}},
-    "crop that they do not do": SMALL | {"crop_size": 9, "do_center_crop": True},
-    "pad that they do not do": SMALL | {"do_pad": True, "pad_size": {"height": 9, "width": 9}},
+    "crop without do_center_crop": SMALL | {"crop_size": {"height": 9, "width": 9}},
+    "crop that transformers ignores": SMALL | {"crop_size": 9, "do_center_crop": True},
+    "padding is ignored": SMALL | {"do_pad": True, "pad_size": {"height": 9, "width": 9}},
     "formats": SMALL | {"data_format": "channels_last", "input_data_format": "channels_first"},
     "colours": SMALL | {"do_convert_rgb": False},
     "another patch": SMALL | {"patch_size": 16, "merge_size": 1, "temporal_patch_size": 1},
@@ -67,14 +71,14 @@ FOLLOWED = {
 } | {f"filter {number}": SMALL | {"resample": number} for number in range(6)}  # fmt: skip
 
 
-@pytest.mark.parametrize("fields", FOLLOWED.values(), ids=FOLLOWED)
-def test_fields_have_the_effect_that_they_have_in_transformers(tmp_path, fields, capsys):
+@pytest.mark.parametrize("fields", SUPPORTED.values(), ids=SUPPORTED)
+def test_fields_have_the_same_effect_as_in_transformers(tmp_path, fields, capsys):
     write(tmp_path, BASE | fields)
     assert_same(tmp_path)
     assert capsys.readouterr().err == ""
 
 
-REFUSED = {
+UNSUPPORTED = {
     "size": [{"min_pixels": 3136, "max_pixels": 200704}, {"shortest_edge": 3136}, {}, 448,
              {"shortest_edge": None, "longest_edge": 3136}, {"height": 28, "width": 28},
              SIZE | {"height": 28}, {"shortest_edge": 0, "longest_edge": 9}, [28, 28], "x"],
@@ -96,8 +100,8 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("field, value", [(f, v) for f, vs in REFUSED.items() for v in vs])
-def test_values_that_cannot_be_followed_are_refused_by_name(tmp_path, field, value):
+@pytest.mark.parametrize("field, value", [(f, v) for f, vs in UNSUPPORTED.items() for v in vs])
+def test_unsupported_values_are_errors_that_name_the_field(tmp_path, field, value):
     write(tmp_path, BASE | {field: value})
     with pytest.raises(ImageError) as caught:
         ImageProcessor.from_directory(tmp_path)
@@ -105,13 +109,15 @@ def test_values_that_cannot_be_followed_are_refused_by_name(tmp_path, field, val
     assert "\n" not in message and "preprocessor_config.json: " in message and field in message
 
 
-def test_a_field_that_no_version_knows_has_no_effect_and_is_named(tmp_path, capsys):
+def test_unknown_fields_are_reported_and_ignored(tmp_path, capsys):
     write(tmp_path, BASE | SMALL | {"do_flip": True, "image_token": "<i>"})
     assert_same(tmp_path)
-    assert "preprocessor_config.json: do_flip, image_token: unknown" in capsys.readouterr().err
+    assert (
+        "preprocessor_config.json: ignoring do_flip, image_token, which" in capsys.readouterr().err
+    )
 
 
-def test_of_two_files_the_one_of_transformers_counts_with_a_word(tmp_path, tiny_dir, capsys):
+def test_of_two_settings_files_the_one_that_transformers_uses_is_read(tmp_path, tiny_dir, capsys):
     (tmp_path / "config.json").write_text((tiny_dir / "config.json").read_text())
     section = BASE | {"size": SIZE}
     write(tmp_path, BASE | {"max_pixels": 12845056})
@@ -119,29 +125,31 @@ def test_of_two_files_the_one_of_transformers_counts_with_a_word(tmp_path, tiny_
     assert_same(tmp_path)
     auto = AutoImageProcessor.from_pretrained(tmp_path)
     assert auto.size["longest_edge"] == ImageProcessor.from_directory(tmp_path).max_pixels == 50176
-    words = "image_processor of processor_config.json is used and preprocessor_config.json ignored"
-    assert words in capsys.readouterr().err
-    # A file of the older kind has no section, and does not count.
+    warning = "using image_processor of processor_config.json and ignoring preprocessor_config.json"
+    assert warning in capsys.readouterr().err
+    # An older file has no such section, and is not used.
     for older in ({"processor_class": "Qwen2_5_VLProcessor"}, {"image_processor": None}, section):
         write(tmp_path, older, "processor_config.json")
         assert_same(tmp_path)
         assert ImageProcessor.from_directory(tmp_path).max_pixels == 12845056
     assert capsys.readouterr().err == ""
     (tmp_path / "preprocessor_config.json").unlink()
-    with pytest.raises(ImageError, match="no preprocessor_config.json, nor processor_config.json"):
+    with pytest.raises(
+        ImageError, match="contains neither preprocessor_config.json nor a processor_config.json"
+    ):
         ImageProcessor.from_directory(tmp_path)
     broken_files = {
         "expected object": [],
         "must be an object": {"image_processor": [1]},
         "merge_size": {"image_processor": {"merge_size": 0}},
     }
-    for words, broken in broken_files.items():
+    for reason, broken in broken_files.items():
         write(tmp_path, broken, "processor_config.json")
-        with pytest.raises(ImageError, match=f"processor_config.json: .*{words}"):
+        with pytest.raises(ImageError, match=f"processor_config.json: .*{reason}"):
             ImageProcessor.from_directory(tmp_path)
 
 
-def test_random_settings_are_followed_or_refused_where_transformers_fails(tmp_path):
+def test_random_settings_are_supported_unless_transformers_fails(tmp_path):
     rng = np.random.default_rng(0)
     image = IMAGE.resize((150, 90))
     choices = {
@@ -157,7 +165,7 @@ def test_random_settings_are_followed_or_refused_where_transformers_fails(tmp_pa
         "crop_size": [None, {"height": 20, "width": 30}],
         "do_center_crop": [None, False, True],
     }
-    followed = 0
+    supported = 0
     for _ in range(120):
         fields = {f: v[rng.integers(len(v))] for f, v in choices.items() if rng.random() < 0.5}
         write(tmp_path, BASE | fields)
@@ -168,20 +176,20 @@ def test_random_settings_are_followed_or_refused_where_transformers_fails(tmp_pa
                 ImageProcessor.from_directory(tmp_path)
             continue
         assert_same(tmp_path, image)
-        followed += 1
-    assert followed > 60
+        supported += 1
+    assert supported > 60
 
 
 @pytest.mark.parametrize("name", ["released", "neither", "rescaled to -1 and 1", "negative"])
-def test_pictures_keep_every_bit_under_any_settings(tmp_path, name):
-    write(tmp_path, BASE | FOLLOWED[name])
+def test_saved_images_give_bit_identical_patches(tmp_path, name):
+    write(tmp_path, BASE | SUPPORTED[name])
     processor = ImageProcessor.from_directory(tmp_path)
     patches = processor(IMAGE)
-    path = write_picture(patches, processor, tmp_path)
-    np.testing.assert_array_equal(read_picture(path, processor).values, patches.values)
+    path = write_image(patches, processor, tmp_path)
+    np.testing.assert_array_equal(read_image(path, processor).values, patches.values)
 
 
-def test_settings_that_are_written_are_read_again(tmp_path):
+def test_written_settings_are_read_back(tmp_path):
     processor = ImageProcessor(resample=2, rescale_factor=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
     write(tmp_path, processor.to_hf())
     assert ImageProcessor.from_directory(tmp_path) == processor

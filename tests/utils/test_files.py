@@ -1,4 +1,4 @@
-"""What a data set names stays inside its folder, and is a regular file of bounded size."""
+"""Files that a data set names are regular, of bounded size, and in its folder."""
 
 import json
 import os
@@ -21,8 +21,8 @@ from mmsr1_jax.utils import files
 
 
 @pytest.fixture
-def places(tmp_path):
-    """A folder of data with ways out of it, and a private picture beside it."""
+def folders(tmp_path):
+    """A data folder with links that lead out of it, and a folder with a private image."""
     data, secret = tmp_path / "data", tmp_path / "secret"
     (data / "pictures").mkdir(parents=True)
     secret.mkdir()
@@ -46,30 +46,32 @@ def outside(secret: pathlib.Path) -> list[str]:
     ]  # fmt: skip
 
 
-ODD = ("pipe.png", "round.png", "none.png", "a\0b.png", "x" * 5000, "", "pictures")
-GOOD = ("own.png", "pictures/deep.png", "./own.png", "pictures/../own.png", "inner.png")
+UNUSABLE = ("pipe.png", "round.png", "none.png", "a\0b.png", "x" * 5000, "", "pictures")
+USABLE = ("own.png", "pictures/deep.png", "./own.png", "pictures/../own.png", "inner.png")
 
 
-def test_paths_are_resolved_before_they_are_compared(places, tmp_path):
-    data, secret = places
-    for name in GOOD:
-        assert files.inside(name, data).read_bytes()
-    assert files.inside(str(data / "own.png"), data) == data / "own.png"
+def test_paths_are_resolved_before_they_are_checked(folders, tmp_path):
+    data, secret = folders
+    for name in USABLE:
+        assert files.resolve_inside(name, data).read_bytes()
+    assert files.resolve_inside(str(data / "own.png"), data) == data / "own.png"
     for name in outside(secret):
-        with pytest.raises(files.FileRefusedError, match="image_roots allows other folders"):
-            files.inside(name, data)
-    assert files.inside("link.png", data, [secret]) == secret / "private.png"
-    (tmp_path / "data2").mkdir()  # a name that only begins like the folder's
+        with pytest.raises(
+            files.FileRefusedError, match="add its folder to config.data.image_roots"
+        ):
+            files.resolve_inside(name, data)
+    assert files.resolve_inside("link.png", data, [secret]) == secret / "private.png"
+    (tmp_path / "data2").mkdir()  # a folder whose name only starts like the data folder's
     (tmp_path / "data2" / "x.png").write_bytes(b"x")
     with pytest.raises(files.FileRefusedError, match="outside of"):
-        files.inside("../data2/x.png", data)
+        files.resolve_inside("../data2/x.png", data)
 
 
-def test_only_regular_files_of_bounded_size_are_read(places, tmp_path):
-    """None of the others fills the memory, or waits for ever."""
-    data, _ = places
+def test_only_regular_files_of_bounded_size_are_read(folders, tmp_path):
+    """Other files neither fill the memory nor block."""
+    data, _ = folders
     (tmp_path / "large").touch()
-    os.truncate(tmp_path / "large", 10**12)  # nothing of it is on the disk
+    os.truncate(tmp_path / "large", 10**12)  # a sparse file
     for path in (data / "pipe.png", "/dev/zero", "/dev/tty", data, tmp_path / "large", "a\0b"):
         with pytest.raises(files.FileRefusedError):
             files.read_regular(path)
@@ -91,29 +93,29 @@ def table(path: pathlib.Path, names) -> pathlib.Path:
     return path
 
 
-def test_a_parquet_file_names_pictures_of_its_folder_only(places, capsys):
-    data, secret = places
-    bad = [*outside(secret), *(name for name in ODD if name)]
-    path = table(data / "a.parquet", ["own.png", *bad, "inner.png"])
+def test_a_parquet_file_may_name_images_of_its_folder_only(folders, capsys):
+    data, secret = folders
+    rejected = [*outside(secret), *(name for name in UNUSABLE if name)]
+    path = table(data / "a.parquet", ["own.png", *rejected, "inner.png"])
     questions = list(QuestionSource(path))
     own = (data / "own.png").read_bytes()
-    assert [(q.row, q.images) for q in questions] == [(0, (own,)), (len(bad) + 1, (own,))]
-    said = capsys.readouterr().err
-    for row in range(1, len(bad) + 1):
-        assert f"{path}, row {row}: images[0]: " in said
-    assert said.count("config.data.image_roots allows") == len(outside(secret))
+    assert [(q.row, q.images) for q in questions] == [(0, (own,)), (len(rejected) + 1, (own,))]
+    stderr = capsys.readouterr().err
+    for row in range(1, len(rejected) + 1):
+        assert f"{path}, row {row}: images[0]: " in stderr
+    assert stderr.count("add its folder to config.data.image_roots") == len(outside(secret))
     allowed = QuestionSource(table(data / "b.parquet", ["link.png"]), image_roots=[str(secret)])
     assert allowed[0].images == ((secret / "private.png").read_bytes(),)
 
 
-def test_a_story_names_pictures_and_indexes_of_its_folder_only(places):
-    data, secret = places
+def test_a_scripted_episode_may_name_images_and_indices_of_its_folder_only(folders):
+    data, secret = folders
     line = {"question": "q", "turns": ["t"]}
     file = data / "s.jsonl"
     assert sft_lines.read_scripted_episode(line | {"image": "own.png"}, file, 1).example.images == [
         data / "own.png"
     ]
-    for name in [*outside(secret), *ODD]:
+    for name in [*outside(secret), *UNUSABLE]:
         for field, value in (("image", name), ("images", ["own.png", name])):
             with pytest.raises(sft_lines.LineError, match=f"^{field!r}: "):
                 sft_lines.read_scripted_episode(line | {field: value}, file, 1)
@@ -121,7 +123,8 @@ def test_a_story_names_pictures_and_indexes_of_its_folder_only(places):
         with pytest.raises(sft_lines.LineError, match="^'index': "):
             sft_lines.read_scripted_episode(line | {"index": name}, file, 1)
     assert sft_lines.read_scripted_episode(line | {"index": "."}, file, 1).index == data
-    (data / "index.sqlite").symlink_to(secret / "private.png")  # a folder whose file is elsewhere
+    # A folder that contains a link to a file outside.
+    (data / "index.sqlite").symlink_to(secret / "private.png")
     with pytest.raises(sft_lines.LineError, match="outside of"):
         sft_lines.read_scripted_episode(line | {"index": "."}, file, 1)
     assert (
@@ -130,19 +133,18 @@ def test_a_story_names_pictures_and_indexes_of_its_folder_only(places):
     )
 
 
-def test_saved_episodes_name_pictures_of_their_run_only(places):
-    """Those of a step lie beside the folder of the step's file."""
-    data, secret = places
+def test_saved_episodes_may_name_images_of_their_run_only(folders):
+    """A step's images are in a folder beside that of its file."""
+    data, secret = folders
     run = data / "run"
     (run / "episodes").mkdir(parents=True)
     (run / "pictures").mkdir()
     roots = (run / "pictures",)
     (run / "pictures" / "x.png").write_bytes((data / "own.png").read_bytes())
     episode = {"segments": [], "images": ["../pictures/x.png"]}
-    with pytest.raises(ValueError, match="not the picture that the file is named after|multiples"):
-        sft_lines.read_saved_episode(
-            episode, run / "episodes", random_policy.IMAGES, ()
-        )  # it was opened
+    with pytest.raises(ValueError, match="does not match the digest|multiples"):
+        # The path is allowed, and the file is opened.
+        sft_lines.read_saved_episode(episode, run / "episodes", random_policy.IMAGES, ())
     for name in (str(secret / "private.png"), "../../own.png"):
         with pytest.raises(sft_lines.LineError, match="outside of"):
             sft_lines.read_saved_episode(
@@ -150,20 +152,20 @@ def test_saved_episodes_name_pictures_of_their_run_only(places):
             )
 
 
-def test_an_index_holds_pictures_of_the_folder_of_its_lines_only(places, capsys):
-    data, secret = places
-    names = ["own.png", *outside(secret), *ODD]
+def test_an_index_contains_images_of_its_source_folder_only(folders, capsys):
+    data, secret = folders
+    names = ["own.png", *outside(secret), *UNUSABLE]
     lines = [json.dumps({"image": name, "title": f"t{n}"}) for n, name in enumerate(names)]
     (data / "i.jsonl").write_text("\n".join(lines))
     assert build_index(data / "index", [], [data / "i.jsonl"]) == (0, 1)
-    assert capsys.readouterr().err.count("--image_roots allows") == len(outside(secret))
+    assert capsys.readouterr().err.count("add its folder to --image_roots") == len(outside(secret))
     (data / "j.jsonl").write_text(json.dumps({"image": "link.png", "title": "t"}))
-    made = build_index(data / "index", [], [data / "j.jsonl"], image_roots=[str(secret)])
-    assert made == (0, 1)
+    counts = build_index(data / "index", [], [data / "j.jsonl"], image_roots=[str(secret)])
+    assert counts == (0, 1)
 
 
-def test_a_benchmark_names_files_of_its_folder_only(places, capsys):
-    data, secret = places
+def test_a_benchmark_may_name_files_of_its_folder_only(folders, capsys):
+    data, secret = folders
 
     def row(name):
         return {"sample_id": 1, "query": "Where?", "gt_answer": ["x"], "query_image": name}
@@ -173,8 +175,8 @@ def test_a_benchmark_names_files_of_its_folder_only(places, capsys):
     (question,) = benchmarks.read("livevqa", data)
     assert question.images == ((data / "own.png").read_bytes(),)
     assert capsys.readouterr().err.count("query_image: ") == len(names)
-    found = benchmarks.read("livevqa", data, image_roots=[str(secret)])
-    assert len(list(found)) == 4  # all but the pipe
+    questions = benchmarks.read("livevqa", data, image_roots=[str(secret)])
+    assert len(list(questions)) == 4  # all but the pipe
 
 
 RESOLVE = """
@@ -191,24 +193,24 @@ for name in ("pipe.png", str(data / "pipe.png"), "/dev/zero", "pictures"):
         resolve_paths(message(name), data)
     except FileRefusedError:
         continue
-    sys.exit(f"{name} was taken")
-here = message(str(secret / "private.png"))
-assert resolve_paths(here, data) == here
+    sys.exit(f"{name} was accepted")
+private = message(str(secret / "private.png"))
+assert resolve_paths(private, data) == private
 assert resolve_paths(message("own.png"), data) == message(str(data / "own.png"))
 """
 
 
-def test_conversations_to_be_scored_name_regular_files(places):
-    """They may lie anywhere, as nothing of a picture is written; but reading them ends. In a
-    process of its own, as flags are of one command."""
-    command = [sys.executable, "-c", RESOLVE, *map(str, places)]
+def test_conversations_may_name_regular_files_only(folders):
+    """Images may be in any folder, since they are not copied to the output. This runs in a separate
+    process, because a process can define the flags of one command only."""
+    command = [sys.executable, "-c", RESOLVE, *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_pipe_never_makes_anyone_wait(places):
-    """Even where somebody holds its other end open."""
-    data, _ = places
+def test_a_pipe_is_rejected_without_blocking(folders):
+    """Even if another process has its other end open."""
+    data, _ = folders
     writer = os.open(data / "pipe.png", os.O_RDWR | os.O_NONBLOCK)
     done = threading.Event()
 
