@@ -76,22 +76,31 @@ def define_flag() -> flags.FlagHolder:
 
 
 def run(
-    main: Callable[[Sequence[str]], int | None], *, interrupted: int = shutdown.INTERRUPTED
+    main: Callable[[Sequence[str]], int | None],
+    *,
+    max_arguments: int = 0,
+    interrupted: int = shutdown.INTERRUPTED,
 ) -> None:
     """Run `main` like `absl.app.run`. Does not return.
 
     A `UserError`, an invalid flag, or a file that the system cannot open ends the program with one
     line and exit code 1; so does Ctrl-C, with the exit code `interrupted` (see `shutdown.guard`).
     Any other exception keeps its traceback, with exit code 1.
+
+    Args:
+      main: Function of the program's name and its positional arguments. Its result is the exit
+        code.
+      max_arguments: Maximum number of positional arguments.
+      interrupted: Exit code after Ctrl-C.
     """
 
-    def parse(argv):
+    def parse(argv: Sequence[str]) -> list[str]:
         try:
-            return _parse_flags(argv)
+            return _parse_flags(argv, max_arguments)
         except (flags.Error, ConfigError, OSError, *_CONFIG_FILE_ERRORS) as error:
             sys.exit(f"error: {_one_line(error)}")
 
-    def call(argv):
+    def call(argv: Sequence[str]) -> int | None:
         logs.set_up()  # after absl has parsed its flags, which set a level of their own
         try:
             return main(argv)
@@ -105,7 +114,8 @@ def run(
     app.run(shutdown.guard(call, interrupted=interrupted), flags_parser=parse)
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
+def _parse_flags(argv: Sequence[str], max_arguments: int) -> list[str]:
+    """Parse the flags and check the settings. Return the program's name and other arguments."""
     if "config" in flags.FLAGS:
         names = [a.lstrip("-").split("=")[0] for a in argv[1:] if a.startswith("-")]
         for name in names:
@@ -115,12 +125,12 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
             argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
         # The file must be parsed before the flags that override its fields.
         files = [a for a in argv[1:] if a.startswith(("--config=", "-config="))]
-        found = [f"--config={config_file(a.partition('=')[2])}" for a in files]
-        argv = [argv[0], *found, *(a for a in argv[1:] if a not in files)]
+        resolved = [f"--config={config_file(a.partition('=')[2])}" for a in files]
+        argv = [argv[0], *resolved, *(a for a in argv[1:] if a not in files)]
         sys.argv = argv  # ml_collections reads the overrides from here
     rest = flags.FLAGS(argv)
-    if len(rest) > 1:
-        raise flags.Error(f"unexpected argument {rest[1]!r}")
+    if len(rest) > 1 + max_arguments:
+        raise flags.Error(f"unexpected argument {rest[1 + max_arguments]!r}")
     if "config" in flags.FLAGS:
         file = flags.FLAGS["config"].config_filename.split(":")[0]
         if not pathlib.Path(file).is_file():
@@ -134,12 +144,12 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 def _check_field(name: str) -> None:
     """Raise ConfigError unless `name` (`config.part.field`) is a setting."""
-    kind, known = settings.Config, "config"
+    hint, parent = settings.Config, "config"
     for part in name.split(".")[1:]:
-        hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        hints = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
         if part not in hints:
-            raise ConfigError(f"{name}: {known} has no field {part!r}, only {', '.join(hints)}")
-        kind, known = hints[part], f"{known}.{part}"
+            raise ConfigError(f"{name}: {parent} has no field {part!r}, only {', '.join(hints)}")
+        hint, parent = hints[part], f"{parent}.{part}"
 
 
 # Exceptions from loading a config file or looking up a field in it.

@@ -23,15 +23,15 @@ from mmsr1_jax.data.benchmarks.scores import (
 from mmsr1_jax.episodes.episode import Episode
 from mmsr1_jax.episodes.turns import Turn
 from mmsr1_jax.evaluation import records
-from mmsr1_jax.evaluation.extraction import finish_documents, short_forms
-from mmsr1_jax.evaluation.run import line_of
-from mmsr1_jax.evaluation.scoring import rescore, results_of
-from mmsr1_jax.evaluation.table import main_match, table
+from mmsr1_jax.evaluation.extraction import extract_short_forms, score_documents
+from mmsr1_jax.evaluation.run import to_line
+from mmsr1_jax.evaluation.scoring import compute_results, rescore
+from mmsr1_jax.evaluation.table import format_results, main_criterion
 from mmsr1_jax.tools.build import make_judge
 from tests import acting
+from tests.evaluations import CONFIG, command, run
 from tests.servers import serve
 from tests.test_benchmarks import mmlongbench, pdf
-from tests.test_evaluate import CONFIG, command, run
 
 TEN = ["surf"] * 4 + ["surfing"] * 3 + ["sea", "", "water"]
 
@@ -159,11 +159,11 @@ def test_a_judge_decides_where_a_benchmark_has_no_rule_of_its_own(tmp_path, proc
     episode = Episode(example=QUESTION.example(), group=0, index=0, end="answer")
     episode.turns.append(Turn("answer", "Ms Ann", "r", None))
     config = Config(eval=Eval(benchmark=name))
-    made = line_of(episode, QUESTION, "direct", config, processor, tmp_path)
+    made = to_line(episode, QUESTION, "direct", config, processor, tmp_path)
     made["judge"] = {"correct": True, "reason": "", "by": "judge", "model": ""}
     assert not made["em"] and made.get("score") == (own and own("Ms Ann", QUESTION))
-    results = results_of({"direct": [records.outcome_of(made)]}, {})
-    assert main_match(results) == ("judge" if own is None else "score")
+    results = compute_results({"direct": [records.to_outcome(made)]}, {})
+    assert main_criterion(results) == ("judge" if own is None else "score")
 
 
 # Short forms of answers about documents
@@ -216,7 +216,7 @@ def with_judge(server, **fields):
 
 def scored(config, path):
     """The results, and what is in the lines then."""
-    results = finish_documents(config, path.parent, rescore(config, path, None))
+    results = score_documents(config, path.parent, rescore(config, path, None))
     assert json.loads((path.parent / "results.json").read_text()) == results
     return results, [line for _, _, line in records.scan(path)]
 
@@ -235,18 +235,18 @@ def answered(tmp_path, processor):
             if answer is not None:
                 episode.turns.append(Turn("answer", answer, "r", None))
             config = Config(eval=Eval(benchmark="mmlongbench"))
-            line = line_of(episode, question, "direct", config, processor, tmp_path)
+            line = to_line(episode, question, "direct", config, processor, tmp_path)
             file.write(json.dumps(line) + "\n")
     return path
 
 
 def test_short_forms_of_answers_are_scored(answered, server):
     found, known = scored(Config(), answered)
-    assert found["scored"] == "answers as they are" and found["no_extraction"] == 0
+    assert found["scored"] == "unchanged answers" and found["no_extraction"] == 0
     assert [line["score"] for line in known] == [document_score(a, g, f) for a, _, g, f in ASKED]
     assert found["f1"] == {"direct": 0}
     assert found["pages_left_out"] == {"pages": 4, "questions": 2}
-    assert "4 pages of 2 questions were left out" in table(found)
+    assert "4 pages of 2 questions were dropped" in format_results(found)
 
     found, known = scored(with_judge(server), answered)
     assert [line["score"] for line in known] == [1, 1, 0, 0, None, None]
@@ -257,7 +257,7 @@ def test_short_forms_of_answers_are_scored(answered, server):
     assert found["scored"] == "short forms of the answers" and found["no_extraction"] == 2
     assert found["workflows"]["direct"]["accuracy"]["score"]["mean"] == 2 / 4
     assert found["f1"] == {"direct": pytest.approx(2 * 1 / (3 + 3))}  # 3 tried, 3 to be answered
-    assert "2 answers have no score" in table(found)
+    assert "2 answers have no score" in format_results(found)
     assert sorted(server.asked) == sorted(answer for answer, *_ in ASKED if answer)
 
     server.fault, server.asked = False, []
@@ -272,7 +272,9 @@ def test_short_forms_of_answers_are_scored(answered, server):
     scored(with_judge(server, judge_model="other"), answered)
     assert len(server.asked) == 5
     answered.write_text(json.dumps(known[0] | {"extracted": {"answer": "1987"}}) + "\n")
-    with pytest.raises(DataError, match="line 1: 'extracted' must have answer, error, model"):
+    with pytest.raises(
+        DataError, match="line 1: 'extracted' must have exactly the fields answer, "
+    ):
         scored(Config(), answered)
 
 
@@ -282,15 +284,15 @@ def test_short_forms_are_kept_as_they_come(server, tmp_path):
     asked["c"] = ("Which year?", ASKED[2][0])
     config = with_judge(server, cache=str(tmp_path / "store.sqlite"))
     path, model = tmp_path / "extractions.jsonl", config.services.judge_model
-    first = short_forms(asked, make_judge(config), model, path)
+    first = extract_short_forms(asked, make_judge(config), model, path)
     assert [first[key]["answer"] for key in asked] == ["1987", None, None]
     with open(path, "a") as file:
         file.write('["b", {"ans')
     server.asked = []
-    assert short_forms(asked, make_judge(with_judge(server)), model, path) == first
+    assert extract_short_forms(asked, make_judge(with_judge(server)), model, path) == first
     assert server.asked == ["refused"]
     path.unlink()
-    assert short_forms(asked, make_judge(config), model, path) == first
+    assert extract_short_forms(asked, make_judge(config), model, path) == first
     assert server.asked == ["refused"] * 2
 
 
@@ -321,5 +323,5 @@ def test_a_document_is_shown_within_its_tokens_and_its_answers_scored(server, tm
     # The command that scores anew asks another model.
     other = ["--config.services.judge_model=other", f"--config.services.judge_url={server.url}"]
     printed = run(command(f"--rescore={path}", *other))
-    assert len(server.asked) == 2 and "its score is of: short forms of the answers" in printed
+    assert len(server.asked) == 2 and "score is computed from short forms of the answers" in printed
     assert json.loads((tmp_path / "out" / "results.json").read_text())["scored"]

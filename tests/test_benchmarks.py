@@ -16,7 +16,7 @@ from mmsr1_jax.config.settings import Config, Eval
 from mmsr1_jax.data import DataError, write_parquet
 from mmsr1_jax.data.benchmarks import files, fit_pages, page_processor, read, score
 from mmsr1_jax.episodes.episode import Episode
-from mmsr1_jax.evaluation.run import evaluate, line_of
+from mmsr1_jax.evaluation.run import evaluate, to_line
 from mmsr1_jax.processing.images import ImageProcessor, open_image
 
 TOKEN = 28 * 28  # pixels
@@ -398,13 +398,14 @@ def test_an_evaluation_does_not_go_on_with_other_questions(tmp_path, tiny_dir, p
     (question,) = read("livevqa", tmp_path)
     out.mkdir()
     made = Episode(example=question.example(), group=0, index=0, end="turns")
-    line = json.dumps(line_of(made, question, "direct", config, processor, out)) + "\n"
+    line = json.dumps(to_line(made, question, "direct", config, processor, out)) + "\n"
     (out / "episodes.jsonl").write_text(line + line[:40])  # as a kill leaves it
     with pytest.raises(ValueError, match=f"{policy}.*config.json"):
         evaluate(config, policy, out)
     (tmp_path / "late.png").write_bytes(picture(2))
     with pytest.raises(
-        DataError, match="question 0 is '4' there, and now it is '3' .*qa.json, row 0"
+        DataError,
+        match="question 0 is '4', but the data now has '3' .*qa.json, row 0",
     ):
         evaluate(config, policy, out)
     assert (out / "episodes.jsonl").read_text() == line

@@ -17,7 +17,7 @@ from mmsr1_jax.tools.web import Answer, BodyError
 from mmsr1_jax.training import metrics
 from mmsr1_jax.utils import checked_json
 from mmsr1_jax.utils.checked_json import FormatError, NotJsonError
-from tests.test_figures import line
+from tests.evaluations import line
 
 
 @dataclasses.dataclass
@@ -182,8 +182,8 @@ def test_replies_kept_of_an_evaluation_are_checked(tmp_path, text):
     path = tmp_path / "verdicts.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"verdicts.jsonl, line 1: "):
-        batched_queries.replies_to(
-            {"d": 1}, None, None, path, shape=records.Verdict, pauses=(), what="judge"
+        batched_queries.fetch_replies(
+            {"d": 1}, None, None, path, reply_type=records.Verdict, pauses=(), name="judge"
         )
 
 
@@ -203,5 +203,5 @@ def test_an_answer_of_a_service_that_is_not_json_is_a_failure(body):
     "head", [b"[]", b"5", b'{"question": 5}', b'{"question": ["a"]}', b"{", b"[" * 500, b"null"]
 )
 def test_the_first_line_of_a_request_must_hold_a_question(head):
-    with pytest.raises(app.Refused):
+    with pytest.raises(app.RefusedError):
         app.split(head + b"\npicture", app.Limits())

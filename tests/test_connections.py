@@ -17,11 +17,11 @@ from mmsr1_jax.apps.serve.request_queue import RequestQueue
 from mmsr1_jax.config.settings import Config
 from mmsr1_jax.episodes.episode import Episode
 from tests.acting import acting_processor
-from tests.test_serve import PICTURES, body, wait_for
+from tests.serving import IMAGES, body, wait_for
 
 PATIENCE = 600.0  # seconds: on a busy machine everything takes its time
 LONG = 3600.0  # seconds: never, in a test
-ENDLESS, DEFAULT = ConnectionLimits(idle=LONG, unread=LONG), Limits()
+ENDLESS, DEFAULT = ConnectionLimits(idle_timeout=LONG, unread_timeout=LONG), Limits()
 
 
 class SlowEngine:
@@ -123,7 +123,7 @@ def cut_off(connection) -> bool:
 
 
 def ask(port, question="?", source="127.0.0.1") -> socket.socket:
-    content = body(question, PICTURES[0])
+    content = body(question, IMAGES[0])
     sent = head("POST", "/ask", Content_Length=len(content)) + content
     return connect(port, sent, source)
 
@@ -153,7 +153,12 @@ def test_others_are_answered_beside_256_connections_that_do_nothing(processor, f
 
 @pytest.mark.parametrize("first", PARTS.values(), ids=PARTS)
 def test_a_connection_that_does_nothing_is_cut_off(processor, first):
-    with served(processor, ConnectionLimits(idle=0.3, unread=LONG)) as (port, _, _, server):
+    with served(processor, ConnectionLimits(idle_timeout=0.3, unread_timeout=LONG)) as (
+        port,
+        _,
+        _,
+        server,
+    ):
         assert cut_off(connect(port, first))
         wait_for(lambda: not server.server_state.connections)
 
@@ -161,7 +166,12 @@ def test_a_connection_that_does_nothing_is_cut_off(processor, first):
 @pytest.mark.parametrize("piece", [b"X", b"X: 1\r\n", b"\r\n"])
 def test_a_head_that_drips_is_cut_off_as_one_that_stops(processor, piece):
     """Each byte that arrives in time moves nothing."""
-    with served(processor, ConnectionLimits(idle=0.5, unread=LONG)) as (port, _, _, _):
+    with served(processor, ConnectionLimits(idle_timeout=0.5, unread_timeout=LONG)) as (
+        port,
+        _,
+        _,
+        _,
+    ):
         connection = connect(port, b"" if piece == b"\r\n" else b"GET / HTTP/1.1\r\nHost: h\r\n")
         end = time.monotonic() + PATIENCE
         with pytest.raises(ConnectionError):
@@ -173,7 +183,12 @@ def test_a_head_that_drips_is_cut_off_as_one_that_stops(processor, piece):
 
 def test_a_request_under_way_is_not_cut_off(processor):
     """However long it takes, beside any number of connections."""
-    with served(processor, ConnectionLimits(idle=0.2, unread=LONG)) as (port, desk, engine, _):
+    with served(processor, ConnectionLimits(idle_timeout=0.2, unread_timeout=LONG)) as (
+        port,
+        desk,
+        engine,
+        _,
+    ):
         asked = ask(port)
         wait_for(lambda: any(desk._under_way))
         many = [connect(port) for _ in range(300)]
@@ -199,8 +214,8 @@ def test_heads_of_any_kind_leave_the_server_as_it_was(processor):
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"\0" * 1000, b"\n" * 100_000,
         head() * 500,
     ]  # fmt: skip
-    with served(processor, ConnectionLimits(idle=0.5, unread=LONG),
-                Limits(grace=0.2, seconds=0.4)) as (port, _, _, server):  # fmt: skip
+    with served(processor, ConnectionLimits(idle_timeout=0.5, unread_timeout=LONG),
+                Limits(grace_period=0.2, upload_timeout=0.4)) as (port, _, _, server):  # fmt: skip
         for first in odd:
             connection = connect(port)
             with contextlib.suppress(ConnectionError):
@@ -221,7 +236,7 @@ def test_whoever_does_not_read_is_cut_off(processor):
             sent[0] += 65536
             await asyncio.sleep(0.001)
 
-    limits = ConnectionLimits(idle=LONG, unread=0.5)
+    limits = ConnectionLimits(idle_timeout=LONG, unread_timeout=0.5)
     with served(processor, limits, app=flood) as (port, _, _, server):
         connection = connect(port, head())
         wait_for(lambda: sent[0] > 0)
@@ -235,7 +250,7 @@ def test_whoever_does_not_read_is_cut_off(processor):
 
 def test_slow_bodies_give_way_to_a_question(processor):
     """The first ones that sent least; none ends by a clock."""
-    limits = Limits(arriving=4, grace=LONG, seconds=LONG)
+    limits = Limits(max_uploads=4, grace_period=LONG, upload_timeout=LONG)
     slow = head("POST", "/ask", Content_Length=10**6)
     with served(processor, limits=limits) as (port, desk, _, _):
         good = [connect(port, slow + b"x" * 5000 * n) for n in (1, 2, 3)]
@@ -255,7 +270,7 @@ def test_slow_bodies_give_way_to_a_question(processor):
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_that_drips_ends_while_a_steady_one_arrives(processor, chunked):
-    limits = Limits(grace=0.5, seconds=LONG, bytes_per_second=10**4)
+    limits = Limits(grace_period=0.5, upload_timeout=LONG, min_upload_rate=10**4)
     kind = {"Transfer_Encoding": "chunked"} if chunked else {"Content_Length": 10**6}
     with served(processor, limits=limits) as (port, _, _, _):
         connection = connect(port, head("POST", "/ask", **kind))
@@ -266,9 +281,9 @@ def test_a_body_that_drips_ends_while_a_steady_one_arrives(processor, chunked):
             with contextlib.suppress(TimeoutError):
                 answer = connection.recv(4096)
         assert answer.startswith(b"HTTP/1.1 408 ")
-    steady = Limits(grace=0.5, seconds=LONG, bytes_per_second=1)
+    steady = Limits(grace_period=0.5, upload_timeout=LONG, min_upload_rate=1)
     with served(processor, limits=steady) as (port, _, _, _):
-        content = body("?", PICTURES[0])
+        content = body("?", IMAGES[0])
         # The first piece comes with the head, and is enough for many seconds.
         piece = len(content) // 8
         assert piece > 60
@@ -281,9 +296,9 @@ def test_a_body_that_drips_ends_while_a_steady_one_arrives(processor, chunked):
 
 
 def test_a_body_longer_or_shorter_than_announced(processor):
-    limits = Limits(grace=0.3, seconds=0.6, picture_bytes=100_000)
-    content = body("?", PICTURES[0])
-    with served(processor, ConnectionLimits(idle=0.5), limits) as (port, _, _, _):
+    limits = Limits(grace_period=0.3, upload_timeout=0.6, max_image_bytes=100_000)
+    content = body("?", IMAGES[0])
+    with served(processor, ConnectionLimits(idle_timeout=0.5), limits) as (port, _, _, _):
         announced = head("POST", "/ask", Content_Length=len(content) + 50)
         found, longer = answered(port, announced + content)
         assert found == 408 and cut_off(longer)
@@ -297,7 +312,7 @@ def test_a_body_longer_or_shorter_than_announced(processor):
 
 
 def test_a_client_with_many_questions_gives_way_to_another(processor):
-    limits = Limits(waiting=4)
+    limits = Limits(max_waiting=4)
     with served(processor, limits=limits) as (port, desk, engine, _):
         first = ask(port, "first")
         wait_for(lambda: any(desk._under_way))

@@ -408,7 +408,7 @@ def test_another_mix_and_judge_need_no_policy(world, unbroken, tmp_path):
     done = run(command(world, out, "--mix=search_free=2,mix_required=900", model=False))
     assert done.returncode == 0, done.stderr[-3000:]
     there = list(names.values()).count("mix_required")
-    assert f"mix_required: 900 of the set were asked for, there are {there}" in done.stdout
+    assert f"mix_required: requested 900 questions, available {there}" in done.stdout
     back = [question.category for question in QuestionSource(out / "curated.parquet")]
     assert collections.Counter(back) == collections.Counter(
         {"search_free": 2, "mix_required": there}

@@ -27,8 +27,8 @@ from mmsr1_jax.tools.build import make_tools
 from mmsr1_jax.tools.embedding import WINDOWS, Embedder
 from mmsr1_jax.tools.local import LocalIndex, LocalIndexError, build
 from mmsr1_jax.utils import compile_counter
+from tests.programs import run
 from tests.test_local import CHANGES, look_up, titles, write
-from tests.test_score import run
 
 
 @pytest.fixture(scope="module")

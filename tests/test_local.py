@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from mmsr1_jax.tools import Query
 from mmsr1_jax.tools.local import LocalIndex, LocalIndexError, build
-from tests.test_score import run
+from tests.programs import run
 
 PAGES = [
     {"url": "http://a", "title": "Bridges of Porto", "snippet": "s", "summary": "The Dom Luis"},

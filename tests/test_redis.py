@@ -27,9 +27,9 @@ from mmsr1_jax.tools.cached_tool import CachedCalls
 from mmsr1_jax.tools.redis_cache import RedisCache, is_redis, open_cache
 from mmsr1_jax.tools.tool_cache import ToolCache, ToolCacheError
 from tests import test_stored
+from tests.programs import run
 from tests.servers import serve
 from tests.test_make import ask, configured
-from tests.test_score import run
 
 PASSWORD = "very/secret#word@?%:"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.getcwd()}

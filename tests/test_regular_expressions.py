@@ -43,7 +43,7 @@ EXPRESSIONS: dict[str, tuple[Text, ...]] = {
     "data.benchmarks.scores._clean": (lambda n: " " * n + "x", lambda n: "'" * n),
     "data.benchmarks.scores.read_extraction": (),
     "data.benchmarks.scores.vqa_normalise": (),
-    "apps.report.records._PICTURE": (lambda n: "<|vision_start|>" + "<|image_pad|>" * (n // 13),),
+    "apps.report.records._IMAGE": (lambda n: "<|vision_start|>" + "<|image_pad|>" * (n // 13),),
     "rewards.reward_function._ARTICLES": (),
     "rollout.forcing._TAG": (),
     "episodes.prompts._FIELD": (),

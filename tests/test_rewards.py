@@ -13,7 +13,8 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from mmsr1_jax.config.rewards import Rewards, RewardsError, check
+from mmsr1_jax.config import ConfigError
+from mmsr1_jax.config.rewards import Rewards, check
 from mmsr1_jax.episodes.episode import Episode, Example, ToolCall
 from mmsr1_jax.episodes.turns import parse
 from mmsr1_jax.rewards import reward_function
@@ -23,8 +24,10 @@ from mmsr1_jax.tools.judge import Judge, Verdict, read_verdict
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.tool_cache import ToolCache
 from mmsr1_jax.tools.web import BodyError, Web
+from tests.programs import read_jsonl as read
+from tests.programs import run
+from tests.programs import write_jsonl as write
 from tests.servers import serve
-from tests.test_score import read, run, write
 
 TURNS = {
     "answer": "<reason>r</reason> <answer>Tagus</answer>",
@@ -207,7 +210,7 @@ def test_format_is_right_for_the_four_published_orders_only(sequence):
     ],
 )
 def test_settings_that_cannot_be(field, value):
-    with pytest.raises(RewardsError, match=f"^{field}"):
+    with pytest.raises(ConfigError, match=rf"^rewards\.{field}"):
         check(Rewards(**{field: value}))
 
 
@@ -435,11 +438,13 @@ def test_bad_lines_are_reported_and_the_rest_goes_on(tmp_path):
     assert [one for one in out if "error" not in one] == [right, nothing, nothing, right, right]
     errors = [one["error"] for one in out if "error" in one]
     expected = [
-        "line 3: 'answers' holds no text", "line 4: 'answers' must be a list of texts, not a text",
-        "line 5: 'turns' must be a list of texts, not a text", "line 6: turns[0] must be a text",
-        "line 7: answers[1] must be a text, not null", "line 8: has no 'answers'",
+        "line 3: 'answers' contains only blank strings",
+        "line 4: 'answers' must be a list of strings, not a string",
+        "line 5: 'turns' must be a list of strings, not a string",
+        "line 6: turns[0] must be a string",
+        "line 7: answers[1] must be a string, not null", "line 8: has no 'answers'",
         "line 9: has no 'turns'", "line 10: must be an object", "line 12: not JSON",
-        "line 13: not UTF-8", "line 14: not JSON", "line 15: 'answers' holds no text",
+        "line 13: not UTF-8", "line 14: not JSON", "line 15: 'answers' contains only blank strings",
     ]  # fmt: skip
     for error, words in zip(errors, expected, strict=True):
         assert error.startswith(words), error
@@ -460,9 +465,9 @@ def test_options(tmp_path):
 @pytest.mark.parametrize(
     "argument, words",
     [
-        ("--search_penalty=2", "--search_penalty=2.0 must be in [0, 1]"),
+        ("--search_penalty=2", "--search_penalty=2.0 must be at most 1"),
         ("--match=F1", "--match"),
-        ("--out=no/such/folder", "must be a file in a directory that exists"),
+        ("--out=no/such/folder", "must be a file in an existing directory"),
         ("--episodes=nothing.jsonl", "nothing.jsonl"),
         ("stray", "unexpected argument 'stray'"),
     ],
@@ -476,7 +481,7 @@ def test_mistakes_end_with_one_line(tmp_path, argument, words):
 
 def test_what_is_read_is_not_replaced(tmp_path):
     process, _ = reward_file(tmp_path, [{}], f"--out={tmp_path / 'in.jsonl'}")
-    assert "would replace the file that is read" in process.stderr
+    assert "would overwrite the input" in process.stderr
     assert (tmp_path / "in.jsonl").read_bytes() == b"{}\n"
 
 

@@ -35,7 +35,7 @@ from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.tools import Query
 from mmsr1_jax.tools.local import LocalIndex
-from tests.test_score import run
+from tests.programs import run
 
 SPLITS = ("train", "heldout", "unmet")
 ACTIONS = {
