@@ -14,6 +14,7 @@ import runpy
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -39,10 +40,10 @@ def main() -> None:
     if name not in (*COMMANDS, *SCRIPTS):
         sys.exit(f"error: mmsr1 has no command {name!r}; `mmsr1 --help` lists them")
     sys.argv[:2] = [f"mmsr1 {name}"]
-    runpy.run_module(_module_of(name), run_name="__main__", alter_sys=True)
+    runpy.run_module(_module_name(name), run_name="__main__", alter_sys=True)
 
 
-def _module_of(name: str) -> str:
+def _module_name(name: str) -> str:
     return f"mmsr1_jax.{name}" if name in COMMANDS else f"mmsr1_jax.scripts.{name}"
 
 
@@ -50,9 +51,11 @@ def _help() -> str:
     """Return the list of commands with their summary lines, without importing any of them."""
     lines = ["usage: mmsr1 COMMAND [--config=FILE] [--config.field=value ..]", ""]
     for name in (*COMMANDS, *SCRIPTS):
-        file = importlib.util.find_spec(_module_of(name)).origin
-        tree = ast.parse(pathlib.Path(file).read_text(encoding="utf-8"))
-        lines.append(f"  {name:14} {ast.get_docstring(tree).splitlines()[0]}")
+        spec = importlib.util.find_spec(_module_name(name))
+        assert spec is not None and spec.origin is not None
+        tree = ast.parse(pathlib.Path(spec.origin).read_text(encoding="utf-8"))
+        summary = (ast.get_docstring(tree) or "").partition("\n")[0]
+        lines.append(f"  {name:14} {summary}")
     lines += [
         "",
         "`mmsr1 COMMAND --help` lists the flags of a command, `mmsr1 settings` all settings.",
@@ -132,10 +135,11 @@ def _parse_flags(argv: Sequence[str], max_arguments: int) -> list[str]:
     if len(rest) > 1 + max_arguments:
         raise flags.Error(f"unexpected argument {rest[1 + max_arguments]!r}")
     if "config" in flags.FLAGS:
-        file = flags.FLAGS["config"].config_filename.split(":")[0]
+        flag: Any = flags.FLAGS["config"]  # of ml_collections
+        file = flag.config_filename.split(":")[0]
         if not pathlib.Path(file).is_file():
             raise ConfigError(f"--config={file}: no such file")
-        config = flags.FLAGS["config"].value
+        config = flag.value
         if not isinstance(config, settings.Config):
             raise ConfigError(f"--config={file}: get_config() must return a config.Config")
         settings.validate(config)

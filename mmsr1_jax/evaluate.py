@@ -49,9 +49,12 @@ def main(argv: Sequence[str]) -> int:
         from mmsr1_jax.evaluation.run import evaluate  # only this path needs a model
 
         config, model_dir, checkpoint = _policy()
-        if not _OUT.value and not _WORKDIR.value:
+        if _OUT.value:
+            out = pathlib.Path(_OUT.value)
+        elif _WORKDIR.value:
+            out = pathlib.Path(_WORKDIR.value, "evaluation")
+        else:
             raise UserError("--out: required, a directory for the results")
-        out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value) / "evaluation")
         with outputs.lock(out):
             results = evaluate(config, model_dir, out, checkpoint=checkpoint)
     print(format_results(results))

@@ -63,7 +63,7 @@ EXPRESSIONS: dict[str, tuple[Text, ...]] = {
     "utils.checked_json._SURROGATE": (),
     "utils.outputs._HOLDER": (),
     "utils.outputs._LEFT_OVER": (),
-    "scripts.settings.meanings_of": (),  # reads docstrings of this package
+    "scripts.settings.field_meanings": (),  # reads docstrings of this package
     "config.redaction._ADDRESS": (lambda n: "a:b@" * (n // 4), lambda n: "a" * n + "?"),
     "config.redaction._MARKS": (),
     "config.redaction._SECRET_NAMES": (lambda n: "api_" * (n // 4), lambda n: "key_id" * (n // 6)),

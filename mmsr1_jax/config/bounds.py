@@ -41,7 +41,7 @@ class _Allowed:
         if value < self.at_least:
             return f"must be at least {self.at_least:g}"
         if value <= self.over:
-            return f"must be greater than {self.over:g}"
+            return f"must be over {self.over:g}"
         if value > self.at_most:
             return f"must be at most {self.at_most}"
         if value >= self.below:
@@ -92,7 +92,7 @@ def check(settings: Any, name: str) -> None:
     for field in dataclasses.fields(settings):
         value, hint = getattr(settings, field.name), hints[field.name]
         path = f"{name}.{field.name}"
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             if not isinstance(value, hint):
                 raise ConfigError(f"{path} must be a {hint.__name__}, not {value!r:.100}")
             check(value, path)

@@ -41,8 +41,8 @@ class Rewards:
     strict_form: bool = False
 
 
-def check(settings: Rewards, name: str = "rewards") -> None:
-    """Check the types and values of reward settings.
+def check(settings: Rewards, name: str = "rewards") -> Rewards:
+    """Return `settings` if their types and values are valid.
 
     Args:
       settings: Settings to check.
@@ -58,3 +58,4 @@ def check(settings: Rewards, name: str = "rewards") -> None:
                 f"{name}.sequences={sequence!r:.100} must be a list of {', '.join(ACTIONS)}, "
                 "separated by commas without spaces"
             )
+    return settings

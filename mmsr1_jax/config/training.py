@@ -181,9 +181,9 @@ def inconsistency(objective: Objective, update: Update, run: Run) -> str | None:
 
 def _lora_inconsistency(update: Update) -> str | None:
     if update.lora_rank and not update.lora_targets:
-        return f"update.lora_targets must not be empty with lora_rank={update.lora_rank}"
+        return f"update.lora_targets is empty, with lora_rank={update.lora_rank}"
     if update.lora_rank and not update.lora_alpha > 0:
-        return f"update.lora_alpha={update.lora_alpha} must be greater than 0"
+        return f"update.lora_alpha={update.lora_alpha} must be over 0"
     vision_targets = [name for name in update.lora_targets if name.startswith("vision.")]
     if update.lora_rank and update.freeze_vision and vision_targets:
         return f"update.lora_targets: {vision_targets[0]!r} is frozen by update.freeze_vision"

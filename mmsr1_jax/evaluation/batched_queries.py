@@ -27,7 +27,7 @@ _MAX_CONCURRENCY = 256  # concurrent requests
 
 T = TypeVar("T")
 Reply = dict[str, Any]
-_Line = Annotated[list[Any], msgspec.Meta(min_length=2)]
+_Line: Any = Annotated[list[Any], msgspec.Meta(min_length=2)]
 
 
 def request_digest(*request: Any) -> str:

@@ -14,8 +14,8 @@ import numpy as np
 from scipy import stats
 
 # Criteria for a correct answer. "score": a benchmark's own rules.
-CRITERIA = ("em", "subem", "judge", "score")
-SEARCH_ACTIONS = ("image_search", "text_search")
+CRITERIA: tuple[str, ...] = ("em", "subem", "judge", "score")
+SEARCH_ACTIONS: tuple[str, ...] = ("image_search", "text_search")
 _RESAMPLES = 10_000
 _CHUNK = 500_000  # random numbers drawn at a time
 _TOLERANCE = 1e-9  # smaller differences are rounding errors

@@ -170,7 +170,8 @@ def to_outcome(line: Mapping[str, Any]) -> Outcome:
     """
     calls = [call for call in line["calls"] if call["status"] != "refused"]
     verdict = (line.get("judge") or {}).get("correct")
-    correct = dict(zip(CRITERIA, (*match_answer(line), verdict, line.get("score")), strict=True))
+    values = (*match_answer(line), verdict, line.get("score"))
+    correct: dict[str, float | None] = dict(zip(CRITERIA, values, strict=True))
     return Outcome(
         workflow=str(line["workflow"]),
         index=int(line["group"]),

@@ -219,12 +219,13 @@ def to_line(
         "tokens_sampled": int(episode.loss_mask.sum()),
     }
     line["em"], line["subem"] = records.match_answer(line)
-    score = benchmarks.score(config.eval.benchmark) if config.eval.benchmark else None
-    if score is not None:
-        line["score"] = score(episode.answer, question)
-        line["answer_format"] = question.answer_format
-    if config.eval.benchmark in benchmarks.OF_DOCUMENTS:
-        line["pages_left_out"] = question.pages_left_out
+    if isinstance(question, benchmarks.BenchmarkQuestion):
+        score = benchmarks.score(config.eval.benchmark)
+        if score is not None:
+            line["score"] = score(episode.answer, question)
+            line["answer_format"] = question.answer_format
+        if config.eval.benchmark in benchmarks.OF_DOCUMENTS:
+            line["pages_left_out"] = question.pages_left_out
     return line | {"judge": None}
 
 

@@ -114,8 +114,8 @@ def _gain_summary(
 ) -> str:
     """Compare on-demand with forced search: accuracy and number of searches."""
     outcomes = [outcome for outcome in itertools.chain(*after) if outcome.source == source]
-    sides = ([o for o in outcomes if o.workflow == name] for name in ("on_demand", "rag"))
-    comparison = compare(*sides, "em")
+    on_demand, rag = ([o for o in outcomes if o.workflow == w] for w in ("on_demand", "rag"))
+    comparison = compare(on_demand, rag, "em")
     low, high = comparison["interval"]
     text = f"on demand, after, against forced search: {100 * comparison['difference']:+.1f} points"
     made, forced = _searches(rows["on demand, after"]), _searches(rows["forced search"])

@@ -21,12 +21,14 @@ from absl import flags
 
 from mmsr1_jax import cli
 from mmsr1_jax.data import tiny_world, write_parquet
+from mmsr1_jax.data.tiny_world.questions import Split
 from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.utils import outputs
 
 _NUM_PRACTICE_WORLDS = 12  # small worlds for reading practice
+_DEFAULT_COUNTS: dict[Split, int] = {"train": 2400, "heldout": 240, "unmet": 120}  # of questions
 
 # A photo of 84 x 84 pixels has 9 tokens, a thumbnail of 56 x 56 pixels has 4.
 IMAGES = ImageProcessor(min_pixels=56 * 56, max_pixels=84 * 84)
@@ -121,8 +123,8 @@ if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", "build/tiny_world", "directory to write")
     _SEED = flags.DEFINE_integer("seed", 0, "seed of the world and of the random policy")
     _COUNTS = {
-        name: flags.DEFINE_integer(name, count, f"number of questions in {name}.parquet")
-        for name, count in (("train", 2400), ("heldout", 240), ("unmet", 120))
+        split: flags.DEFINE_integer(split, count, f"number of questions in {split}.parquet")
+        for split, count in _DEFAULT_COUNTS.items()
     }
     _STORIES = flags.DEFINE_integer(
         "stories",

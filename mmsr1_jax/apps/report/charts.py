@@ -167,7 +167,7 @@ def _svg(draw: Callable[["Axes"], None], *, legend: bool) -> str:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none", "svg.hashsalt": "mmsr1_jax", "text.parse_math": False,
         "font.size": _FONT_SIZE, "axes.edgecolor": _GRAY, "xtick.color": _GRAY,
         "ytick.color": _GRAY, "axes.spines.top": False, "axes.spines.right": False,

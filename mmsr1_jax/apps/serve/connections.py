@@ -8,6 +8,7 @@ longest, of the client with the most idle connections. A client that sends its r
 is never evicted.
 """
 
+import asyncio
 import collections
 import dataclasses
 from typing import Any
@@ -36,9 +37,11 @@ def make_protocol(limits: ConnectionLimits = ConnectionLimits()) -> type[H11Prot
     """Return an HTTP protocol for uvicorn's `http` that enforces the limits."""
 
     class Protocol(H11Protocol):
-        def connection_made(self, transport) -> None:
+        _idle_timer: asyncio.TimerHandle | None = None
+        _unread_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._timer = self._unread_timer = None
             self._wait_for_request()
             _evict_if_full(self.connections, self, limits)
 
@@ -50,7 +53,7 @@ def make_protocol(limits: ConnectionLimits = ConnectionLimits()) -> type[H11Prot
         def handle_events(self) -> None:
             super().handle_events()
             if self.is_active:
-                self._timer.cancel()
+                self._stop_idle_timer()
 
         def on_response_complete(self) -> None:
             self._wait_for_request()  # first, as the next request may have arrived
@@ -65,17 +68,21 @@ def make_protocol(limits: ConnectionLimits = ConnectionLimits()) -> type[H11Prot
             self._stop_unread_timer()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._timer.cancel()
+            self._stop_idle_timer()
             super().connection_lost(exc)
             self._stop_unread_timer()
 
         def _wait_for_request(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
+            self._stop_idle_timer()
             self.idle_since = self.loop.time()
             unread = self.transport.get_write_buffer_size() > 0
             timeout = limits.unread_timeout if unread else limits.idle_timeout
-            self._timer = self.loop.call_later(timeout, self.transport.abort)
+            self._idle_timer = self.loop.call_later(timeout, self.transport.abort)
+
+        def _stop_idle_timer(self) -> None:
+            if self._idle_timer is not None:
+                self._idle_timer.cancel()
+                self._idle_timer = None
 
         def _stop_unread_timer(self) -> None:
             if self._unread_timer is not None:
