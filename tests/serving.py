@@ -41,11 +41,7 @@ def get_config():
 QUESTIONS = ("When was it opened?", "Who built it?", f"What is {HOSTILE}?")
 PATIENCE = 600.0  # seconds; a busy machine is slow
 LIMITS = Limits(
-    max_image_bytes=150_000,
-    max_image_pixels=10**6,
-    max_question_chars=100,
-    max_waiting=8,
-    upload_timeout=2.0,
+    max_image_bytes=150_000, max_image_pixels=10**6, max_question_chars=100, max_waiting=8
 )
 
 

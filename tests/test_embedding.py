@@ -169,7 +169,7 @@ def test_the_command_and_a_search(indexed, embed):
     """Results in the order of their cosines in float64, but for what float16 rounds away."""
     directory, done, pictures = indexed
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("0 pages and 24 titles of pictures in ")
+    assert done.stdout.startswith("0 pages and 24 image titles in ")
     assert "i.jsonl, line 13: left out, 1000x2 pixels: the sides differ" in done.stderr
     index, vectors = (
         LocalIndex(directory, results=6, embed=embed),

@@ -99,7 +99,7 @@ def test_the_command(tmp_path):
     done = command(f"--pages={tmp_path / 'p.jsonl'}", f"--images={tmp_path / 'i.jsonl'}",
                    f"--out={tmp_path / 'index'}")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("3 pages and 2 titles of pictures in ")
+    assert done.stdout.startswith("3 pages and 2 image titles in ")
     for line in (2, 3, 4):
         assert f"i.jsonl, line {line}: left out, " in done.stderr
     index = LocalIndex(tmp_path / "index")

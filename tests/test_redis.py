@@ -468,7 +468,7 @@ def test_the_command(address, tmp_path):
         copy.execute("INSERT INTO entry VALUES ('page', 'new', X'00FF', 0, 5)")
         copy.execute("INSERT INTO entry VALUES ('page', 'bad', 'e', 1, 5)")
     done = command("import", address, file)
-    assert done.stdout.startswith(f"2 entries taken from {file}\n"), done
+    assert done.stdout.startswith(f"2 entries imported from {file}\n"), done
     assert store.get("page", "Überall") == (b"x" * 2_000_000, False)  # its own, not that of 1970
     assert store.get("page", "new") is None  # too old
     assert RedisCache(address, "replay").get("page", "new") == (b"\x00\xff", False)
@@ -480,7 +480,7 @@ def test_the_command(address, tmp_path):
         (["import", file, address], "must be a file"),
         (["export", file, address], "must be a file"),
         (["export", address, tmp_path / "no" / "f"], "Not a directory"),
-        (["import", address, tmp_path / "none"], "no such store"),
+        (["import", address, tmp_path / "none"], "no such cache"),
     ):  # fmt: skip
         done = command(*arguments)
         assert done.returncode == 1 and message in done.stderr.strip().splitlines()[-1], done

@@ -227,7 +227,8 @@ def test_invalid_requests_are_refused(engine):
 
 
 def test_slow_uploads_time_out(engine):
-    with served(engine) as (url, _, _):
+    limits = dataclasses.replace(LIMITS, upload_timeout=2.0)
+    with served(engine, limits) as (url, _, _):
         sent = 'Content-Length: 1000\r\n\r\n{"quest'
         assert raw(url, sent).startswith(b"HTTP/1.1 408 ")
 
