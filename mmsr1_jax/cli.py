@@ -38,10 +38,10 @@ def main() -> None:
     if name not in (*COMMANDS, *SCRIPTS):
         sys.exit(f"error: mmsr1 has no command {name!r}; `mmsr1 --help` lists them")
     sys.argv[:2] = [f"mmsr1 {name}"]
-    runpy.run_module(_module_of(name), run_name="__main__", alter_sys=True)
+    runpy.run_module(_module_name(name), run_name="__main__", alter_sys=True)
 
 
-def _module_of(name: str) -> str:
+def _module_name(name: str) -> str:
     return f"mmsr1_jax.{name}" if name in COMMANDS else f"mmsr1_jax.scripts.{name}"
 
 
@@ -49,9 +49,10 @@ def _help() -> str:
     """Return the list of commands with their summary lines, without importing any of them."""
     lines = ["usage: mmsr1 COMMAND [--config=FILE] [--config.field=value ..]", ""]
     for name in (*COMMANDS, *SCRIPTS):
-        file = _PACKAGE.parent / (_module_of(name).replace(".", "/") + ".py")
-        docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-        lines.append(f"  {name:14} {docstring.partition(chr(10))[0]}")
+        file = _PACKAGE.parent / (_module_name(name).replace(".", "/") + ".py")
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        summary = (ast.get_docstring(tree) or "").partition("\n")[0]
+        lines.append(f"  {name:14} {summary}")
     lines += [
         "",
         "`mmsr1 COMMAND --help` lists the flags of a command, `mmsr1 settings` all settings.",
@@ -75,22 +76,31 @@ def define_flag() -> flags.FlagHolder:
 
 
 def run(
-    main: Callable[[Sequence[str]], int | None], *, interrupted: int = shutdown.INTERRUPTED
+    main: Callable[[Sequence[str]], int | None],
+    *,
+    max_arguments: int = 0,
+    interrupted: int = shutdown.INTERRUPTED,
 ) -> None:
     """Run `main` like `absl.app.run`. Does not return.
 
     A `UserError`, an invalid flag, or a file that the system cannot open ends the program with one
     line and exit code 1; so does Ctrl-C, with the exit code `interrupted` (see `shutdown.guard`).
     Any other exception keeps its traceback, with exit code 1.
+
+    Args:
+      main: Function of the program's name and its positional arguments. Its result is the exit
+        code.
+      max_arguments: Maximum number of positional arguments.
+      interrupted: Exit code after Ctrl-C.
     """
 
-    def parse(argv):
+    def parse(argv: Sequence[str]) -> list[str]:
         try:
-            return _parse_flags(argv)
+            return _parse_flags(argv, max_arguments)
         except (flags.Error, ConfigError, OSError, *_CONFIG_FILE_ERRORS) as error:
             sys.exit(f"error: {_one_line(error)}")
 
-    def call(argv):
+    def call(argv: Sequence[str]) -> int | None:
         logs.set_up()  # after absl has parsed its flags, which set a level of their own
         try:
             return main(argv)
@@ -104,7 +114,8 @@ def run(
     app.run(shutdown.guard(call, interrupted=interrupted), flags_parser=parse)
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
+def _parse_flags(argv: Sequence[str], max_arguments: int) -> list[str]:
+    """Parse the flags and check the settings. Return the program's name and other arguments."""
     if "config" in flags.FLAGS:
         names = [a.lstrip("-").split("=")[0] for a in argv[1:] if a.startswith("-")]
         for name in names:
@@ -114,17 +125,18 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
             argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
         # The file must be parsed before the flags that override its fields.
         files = [a for a in argv[1:] if a.startswith(("--config=", "-config="))]
-        found = [f"--config={config_file(a.partition('=')[2])}" for a in files]
-        argv = [argv[0], *found, *(a for a in argv[1:] if a not in files)]
+        resolved = [f"--config={config_file(a.partition('=')[2])}" for a in files]
+        argv = [argv[0], *resolved, *(a for a in argv[1:] if a not in files)]
         sys.argv = argv  # ml_collections reads the overrides from here
     rest = flags.FLAGS(argv)
-    if len(rest) > 1:
-        raise flags.Error(f"unexpected argument {rest[1]!r}")
+    if len(rest) > 1 + max_arguments:
+        raise flags.Error(f"unexpected argument {rest[1 + max_arguments]!r}")
     if "config" in flags.FLAGS:
-        file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+        flag = flags.FLAGS["config"]
+        file = config_flags.get_config_filename(flag).split(":")[0]
         if not pathlib.Path(file).is_file():
             raise ConfigError(f"--config={file}: no such file")
-        config = flags.FLAGS["config"].value
+        config = flag.value
         if not isinstance(config, settings.Config):
             raise ConfigError(f"--config={file}: get_config() must return a config.Config")
         settings.validate(config)
@@ -133,12 +145,12 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 def _check_field(name: str) -> None:
     """Raise ConfigError unless `name` (`config.part.field`) is a setting."""
-    kind, known = settings.Config, "config"
+    hint, parent = settings.Config, "config"
     for part in name.split(".")[1:]:
-        hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        hints = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
         if part not in hints:
-            raise ConfigError(f"{name}: {known} has no field {part!r}, only {', '.join(hints)}")
-        kind, known = hints[part], f"{known}.{part}"
+            raise ConfigError(f"{name}: {parent} has no field {part!r}, only {', '.join(hints)}")
+        hint, parent = hints[part], f"{parent}.{part}"
 
 
 # Exceptions from loading a config file or looking up a field in it.

@@ -4,17 +4,17 @@
         "--config.data.train=('train.parquet',)" [--config.run.group_size=8] [--mix=..] [--keep=1]
     python -m mmsr1_jax.curate --out=OUT ..   uses another mix or judge for the episodes of OUT
 
-    questions ─► n episodes each ─► right or wrong ─► classes ─► mix of classes
+    questions ─► n episodes each ─► correct or wrong ─► classes ─► mix of classes
 
 Classes and mixes are defined in `data/curation.py`. The episodes are an evaluation
 (`evaluation/run.py`) of the questions under the conditions of training: `run.group_size` episodes
 of each question, sampled with `sampling` (temperature 1 by default), and correct according to the
 judge, or to `rewards.match` without a judge. Episodes for which the judge could not be reached are
-left out, like those that could not be run, and counted. `eval` is ignored. OUT contains the files
+skipped, like those that could not be run, and counted. `eval` is ignored. OUT contains the files
 of an evaluation (`episodes.jsonl`, `pictures/`, `results.json`), and
 
     curated.parquet   the questions of the mix, for `train`; their category is the class
-    sft.jsonl         correct episodes of all questions, at most `keep` of each, those with the
+    sft.jsonl         correct episodes of all questions, at most `keep` per question, those with the
                       fewest searches; for `sft`
     curation.json     number of questions in each class
 
@@ -25,7 +25,6 @@ import dataclasses
 import itertools
 import json
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,38 +32,41 @@ from absl import flags
 
 from mmsr1_jax import cli
 from mmsr1_jax.config import settings
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.data import DataError, QuestionSource, curation, write_parquet
 from mmsr1_jax.data.curation import Attempt
 from mmsr1_jax.evaluation import records
 from mmsr1_jax.evaluation.records import EPISODES
 from mmsr1_jax.evaluation.scoring import rescore
 from mmsr1_jax.utils import outputs
+from mmsr1_jax.utils.logs import log
 
-CURATED, SFT, FIGURES = "curated.parquet", "sft.jsonl", "curation.json"
+CURATED, SFT, SUMMARY = "curated.parquet", "sft.jsonl", "curation.json"
 _WORKFLOW = "on_demand"  # as in training: the policy decides when to search
 
 
-def main(argv) -> int:
+def main(argv: Sequence[str]) -> int:
     del argv
     out = pathlib.Path(_OUT.value)
-    try:
-        mix = curation.read_mix(_MIX.value)
-        with outputs.lock(out):
-            made_with = roll_out(_CONFIG.value, _MODEL.value, out)
-            found = decide(_CONFIG.value, made_with, out, mix, _KEEP.value)
-    except (ValueError, OSError) as error:  # invalid settings, checkpoint, data or tools
-        sys.exit(f"error: {error}")
-    print(curation.format_table(found))
-    for part, one in found["parts"].items():
-        short = isinstance(one["requested"], int) and one["chosen"] < one["requested"]
-        if short or not one["available"]:
-            print(f"{part}: requested {one['requested']} questions, available {one['available']}")
-    if found["no_verdict"]:
-        print(f"{found['no_verdict']} episodes that the judge could not be asked about were left "
-              "out; the same command asks again", file=sys.stderr)  # fmt: skip
-    if not found["chosen"]:
-        print(f"error: no set can be drawn, so there is no {CURATED}; the episodes are kept: give "
-              "another --mix", file=sys.stderr)  # fmt: skip
+    mix = curation.read_mix(_MIX.value)
+    with outputs.lock(out):
+        provenance = roll_out(_CONFIG.value, _MODEL.value, out)
+        summary = select(_CONFIG.value, provenance, out, mix, _KEEP.value)
+    print(curation.format_table(summary))
+    for part, counts in summary["parts"].items():
+        short = isinstance(counts["requested"], int) and counts["chosen"] < counts["requested"]
+        if short or not counts["available"]:
+            print(f"{part}: requested {counts['wanted']} questions, available {counts['there']}")
+    if summary["no_verdict"]:
+        log.warning(
+            "skipped %d episodes for which the judge could not be reached; the same command "
+            "retries them", summary["no_verdict"],
+        )  # fmt: skip
+    if not summary["chosen"]:
+        log.error(
+            "error: --mix=%s: selects no question, so %s was not written; the episodes are kept. "
+            "Use another --mix", _MIX.value, CURATED,
+        )  # fmt: skip
         return 1
     return 0
 
@@ -81,34 +83,35 @@ def roll_out(config: settings.Config, model_dir: str | None, out: pathlib.Path) 
       The settings and files that the episodes depend on.
 
     Raises:
-      ValueError, OSError: The settings, data or policy are invalid; `out` contains a different
-        evaluation; or `out` has no episodes and `model_dir` is None.
+      UserError: The settings, data or policy are invalid; `out` contains a different evaluation; or
+        `out` has no episodes and `model_dir` is None.
     """
     if not config.data.train:
-        raise DataError("config.data.train: parquet files of questions are needed")
+        raise DataError("config.data.train: must name at least one parquet file of questions")
     if model_dir is None:
         if not (out / EPISODES).is_file():
-            raise ValueError(f"--model: needed, as {out} has no {EPISODES}")
+            raise UserError(f"--model: required, because {out} has no {EPISODES}")
         records.truncate_partial_line(out / EPISODES)
-        return rescore(config, out / EPISODES, None)["made_with"]
+        return rescore(config, out / EPISODES, None)["provenance"]
     if config.sampling.temperature == 0 and config.run.group_size > 1:
-        raise ValueError(
-            "config.sampling.temperature=0: the episodes of a question would all be the same"
+        raise UserError(
+            "config.sampling.temperature=0: all episodes of a question would be the same; set it "
+            "over 0, or config.run.group_size=1"
         )
     from mmsr1_jax.evaluation.run import evaluate  # only this path needs a model
 
-    of_training = settings.Eval(
+    eval_settings = settings.Eval(
         data=config.data.train,
         workflows=(_WORKFLOW,),
         num_samples=config.run.group_size,
         temperature=config.sampling.temperature,
     )
-    return evaluate(dataclasses.replace(config, eval=of_training), model_dir, out)["made_with"]
+    return evaluate(dataclasses.replace(config, eval=eval_settings), model_dir, out)["provenance"]
 
 
-def decide(
+def select(
     config: settings.Config,
-    made_with: Mapping[str, Any],
+    provenance: Mapping[str, Any],
     out: pathlib.Path,
     mix: curation.Mix,
     keep: int,
@@ -117,15 +120,15 @@ def decide(
 
     Args:
       config: Settings. Of `run`, only `seed` and `steps` are read.
-      made_with: Settings that the episodes depend on, see `roll_out`.
+      provenance: Settings that the episodes depend on, see `roll_out`.
       out: Results directory.
       mix: Mix of the selected questions.
       keep: Maximum number of episodes per question in `sft.jsonl`, see `curation.cheapest`.
 
     Returns:
       The contents of `curation.json`: `curation.summarize`; `sft`, the number of episodes and
-      questions in `sft.jsonl`; `no_verdict`, the number of episodes left out because the judge
-      could not be reached; `bad_rows`, the number of unusable rows of the data; and `made_with`.
+      questions in `sft.jsonl`; `no_verdict`, the number of episodes skipped because the judge could
+      not be reached; `bad_rows`, the number of unusable rows of the data; and `provenance`.
 
     Raises:
       DataError: The episodes are not those of `config.data.train`, or some are missing.
@@ -136,79 +139,107 @@ def decide(
         max_bad_rows=config.data.max_bad_rows,
         max_file_pixels=config.images.max_file_pixels,
     )
-    if source.fingerprint() != made_with.get("data"):
-        raise DataError(f"{out}: has the episodes of other questions than config.data.train")
-
-    # Right or wrong
-    attempts: dict[int, list[Attempt]] = {}
-    places: dict[int, tuple[int, int]] = {}
-    no_verdict = 0
-    for place, line_number, line in records.scan(out / EPISODES):
-        judged = line.get("judge")
-        verdict = judged["correct"] if judged else None
-        unjudged = judged is not None and verdict is None
-        no_verdict += unjudged
-        attempt = curation.read_attempt(line, config.rewards, verdict, config.run.steps)
-        if unjudged:
-            attempt = dataclasses.replace(attempt, ran=False)
-        attempts.setdefault(attempt.question, []).append(attempt)
-        places[attempt.index] = place, line_number
-
-    count = sum(1 for _ in source) * made_with["eval.num_samples"]
-    if len(places) != count:
-        raise DataError(f"{out}: has {len(places)} of {count} episodes; --model: the policy that "
-                        "makes the others")  # fmt: skip
-
-    if sorted(attempts) != list(range(len(attempts))):
+    if source.fingerprint() != provenance.get("data"):
         raise DataError(
-            f"{out / EPISODES}: the numbers of its questions ('group') are not 0, 1, .."
+            f"{out}: contains episodes of other questions than config.data.train; use another --out"
         )
-
-    # Classes and selection
-    groups = [attempts[number] for number in range(len(attempts))]
+    attempts = read_attempts(config, out)
+    num_expected = sum(1 for _ in source) * provenance["eval.num_samples"]
+    if len(attempts.positions) != num_expected:
+        raise DataError(
+            f"{out}: contains {len(attempts.positions)} of {num_expected} episodes; name the "
+            "policy with --model to complete them"
+        )
+    groups = attempts.groups()
     classes = [curation.classify(group) for group in groups]
     chosen = curation.choose(classes, mix, config.run.seed)
     kept = [curation.cheapest(group, keep) for group in groups]
 
-    (out / FIGURES).unlink(missing_ok=True)  # written last: marks the other files as complete
-    write_sft(out, [(a, classes[a.question]) for a in itertools.chain(*kept)], places)
-    write_curated(out / CURATED, source, {number: classes[number] for number in chosen})
-    found = curation.summarize(groups, classes, chosen, mix)
-    found["sft"] = {"episodes": sum(map(len, kept)), "questions": sum(map(bool, kept))}
-    found["no_verdict"] = no_verdict
-    found["bad_rows"] = len(source.bad_rows)
-    found["made_with"] = {**made_with, "keep": keep, "run.seed": config.run.seed}
-    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-    outputs.write_text(out / FIGURES, text)
-    return found
+    (out / SUMMARY).unlink(missing_ok=True)  # written last: marks the other files as complete
+    examples = [(a, classes[a.question]) for a in itertools.chain(*kept)]
+    write_sft(out, examples, attempts.positions)
+    write_curated(out / CURATED, source, {index: classes[index] for index in chosen})
+    summary = curation.summarize(groups, classes, chosen, mix)
+    summary["sft"] = {"episodes": len(examples), "questions": sum(map(bool, kept))}
+    summary["no_verdict"] = attempts.no_verdict
+    summary["bad_rows"] = len(source.bad_rows)
+    summary["provenance"] = {**provenance, "keep": keep, "run.seed": config.run.seed}
+    with outputs.new_file(out / SUMMARY) as partial:
+        text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+        partial.write_text(text, encoding="utf-8")
+    return summary
+
+
+@dataclasses.dataclass
+class Attempts:
+    """The attempts in a file of episodes.
+
+    Attributes:
+      path: The file.
+      by_question: Attempts at each question, by its index.
+      positions: (byte offset, line number) of each episode, by its index.
+      no_verdict: Number of episodes for which the judge could not be reached.
+    """
+
+    path: pathlib.Path
+    by_question: dict[int, list[Attempt]] = dataclasses.field(default_factory=dict)
+    positions: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    no_verdict: int = 0
+
+    def groups(self) -> list[list[Attempt]]:
+        """Return the attempts at each question, in the order of the questions.
+
+        Raises:
+          DataError: The questions' indices are not 0, 1, ..
+        """
+        if sorted(self.by_question) != list(range(len(self.by_question))):
+            raise DataError(f"{self.path}: the values of 'group' must be 0, 1, .. without gaps")
+        return [self.by_question[index] for index in range(len(self.by_question))]
+
+
+def read_attempts(config: settings.Config, out: pathlib.Path) -> Attempts:
+    """Read the attempts in `out / EPISODES`, correct by the judge or else by `rewards.match`."""
+    attempts = Attempts(out / EPISODES)
+    for offset, line_number, line in records.scan(out / EPISODES):
+        judged = line.get("judge")
+        verdict = judged["correct"] if judged else None
+        unjudged = judged is not None and verdict is None
+        attempts.no_verdict += unjudged
+        attempt = curation.read_attempt(line, config.rewards, verdict, config.run.steps)
+        if unjudged:
+            attempt = dataclasses.replace(attempt, ran=False)
+        attempts.by_question.setdefault(attempt.question, []).append(attempt)
+        attempts.positions[attempt.index] = offset, line_number
+    return attempts
 
 
 def write_sft(
     out: pathlib.Path,
-    kept: Sequence[tuple[Attempt, str]],
-    places: Mapping[int, tuple[int, int]],
+    examples: Sequence[tuple[Attempt, str]],
+    positions: Mapping[int, tuple[int, int]],
 ) -> None:
     """Write `out/sft.jsonl`: lines of `out/episodes.jsonl` with their reward and class.
 
     Args:
       out: Results directory.
-      kept: Attempts and the classes of their questions, in the order of the written file. If empty,
-        no file is written and an existing one is removed.
-      places: (byte offset, line number) of each episode, by its number.
+      examples: Attempts and the classes of their questions, in the order of the written file. If
+        empty, no file is written and an existing one is removed.
+      positions: (byte offset, line number) of each episode, by its index.
     """
-    if not kept:
+    if not examples:
         (out / SFT).unlink(missing_ok=True)
         return
     with (
-        open(out / EPISODES, "rb") as old,
-        outputs.new_text_file(out / SFT) as new,
+        open(out / EPISODES, "rb") as source,
+        outputs.new_file(out / SFT) as partial,
+        open(partial, "w", encoding="utf-8") as file,
     ):
-        for attempt, name in kept:
-            place, number = places[attempt.index]
-            old.seek(place)
-            line = records.parse(old.readline(), number)
+        for attempt, name in examples:
+            offset, line_number = positions[attempt.index]
+            source.seek(offset)
+            line = records.parse_line(source.readline(), line_number)
             line |= {"category": name, "reward": dataclasses.asdict(attempt.reward)}
-            new.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def write_curated(path: pathlib.Path, source: QuestionSource, chosen: Mapping[int, str]) -> None:
@@ -223,20 +254,22 @@ def write_curated(path: pathlib.Path, source: QuestionSource, chosen: Mapping[in
     if not chosen:
         path.unlink(missing_ok=True)
         return
-    questions = ((number, question) for number, question in enumerate(source) if number in chosen)
-    write_parquet(path, (dataclasses.replace(q, category=chosen[n]) for n, q in questions))
+    questions = ((index, question) for index, question in enumerate(source) if index in chosen)
+    write_parquet(path, (dataclasses.replace(q, category=chosen[i]) for i, q in questions))
 
 
 if __name__ == "__main__":
     _CONFIG = cli.define_flag()
-    _MODEL = flags.DEFINE_string("model", None, "HF directory of the policy; not if OUT has all")
-    _OUT = flags.DEFINE_string("out", None, "directory of what comes of it", required=True)
+    _MODEL = flags.DEFINE_string(
+        "model", None, "HF directory of the policy; not needed if OUT contains all episodes"
+    )
+    _OUT = flags.DEFINE_string("out", None, "directory for the results", required=True)
     _MIX = flags.DEFINE_string(
         "mix", curation.PAPER_MIX,
-        "PART=NUMBER,.. or PART=SHARE,.. with shares that sum to 1.0; parts are "
-        f"{', '.join(curation.PARTS)}; empty: all questions that were ever right",
+        "PART=NUMBER,.. or PART=FRACTION,.. with fractions that sum to 1.0; parts are "
+        f"{', '.join(curation.PARTS)}; empty: all questions with a correct episode",
     )  # fmt: skip
     _KEEP = flags.DEFINE_integer(
-        "keep", 1, "right episodes of a question in sft.jsonl", lower_bound=1
+        "keep", 1, "maximum number of correct episodes per question in sft.jsonl", lower_bound=1
     )
     cli.run(main)

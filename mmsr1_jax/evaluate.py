@@ -13,50 +13,51 @@ OUT contains `episodes.jsonl` (`evaluation/records.py`) with the `pictures/` of 
 the same results. Every web service receives one test request before the first episode. The command
 ends if a service refuses it, or if the judge refuses requests later; completed work is kept.
 
-`--rescore` recomputes which answers are correct, without a policy. The judge is asked only about
+`--rescore` recomputes which answers are correct, without a policy. The judge is queried only for
 answers without a verdict, or with one by another judge. For benchmarks that score short forms of
 answers (MMLongBench-Doc), the judge's server extracts those too (`evaluation/extraction.py`).
 """
 
 import pathlib
-import sys
+from collections.abc import Sequence
 
 from absl import flags
 
 from mmsr1_jax import cli
 from mmsr1_jax.config import settings
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.evaluation.compare import compare_files
-from mmsr1_jax.evaluation.extraction import finish_documents
+from mmsr1_jax.evaluation.extraction import score_documents
 from mmsr1_jax.evaluation.scoring import rescore
-from mmsr1_jax.evaluation.table import table
+from mmsr1_jax.evaluation.table import format_results
 from mmsr1_jax.training import train_utils
 from mmsr1_jax.utils import outputs
 
 
-def main(argv) -> int:
+def main(argv: Sequence[str]) -> int:
     del argv
-    try:
-        if _COMPARE.value:
-            print(compare_files(_COMPARE.value))
-            return 0
-        if _RESCORE.value:
-            path = pathlib.Path(_RESCORE.value)
-            out = path.parent if _OUT.value is None else pathlib.Path(_OUT.value)
-            with outputs.lock(out):
-                results = rescore(_CONFIG.value, path, _OUT.value)
-                results = finish_documents(_CONFIG.value, out, results)
-        else:
-            from mmsr1_jax.evaluation.run import evaluate  # only this path needs a model
+    if _COMPARE.value:
+        print(compare_files(_COMPARE.value))
+        return 0
+    if _RESCORE.value:
+        path = pathlib.Path(_RESCORE.value)
+        out = path.parent if _OUT.value is None else pathlib.Path(_OUT.value)
+        with outputs.lock(out):
+            results = rescore(_CONFIG.value, path, _OUT.value)
+            results = score_documents(_CONFIG.value, out, results)
+    else:
+        from mmsr1_jax.evaluation.run import evaluate  # only this path needs a model
 
-            config, model_dir, checkpoint = _policy()
-            if not _OUT.value and not _WORKDIR.value:
-                raise ValueError("--out: a directory for the results is needed")
-            out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value) / "evaluation")
-            with outputs.lock(out):
-                results = evaluate(config, model_dir, out, checkpoint=checkpoint)
-    except (ValueError, OSError) as error:  # invalid settings, checkpoint, data or tools
-        sys.exit(f"error: {error}")
-    print(table(results))
+        config, model_dir, checkpoint = _policy()
+        if _OUT.value:
+            out = pathlib.Path(_OUT.value)
+        elif _WORKDIR.value:
+            out = pathlib.Path(_WORKDIR.value, "evaluation")
+        else:
+            raise UserError("--out: required, a directory for the results")
+        with outputs.lock(out):
+            results = evaluate(config, model_dir, out, checkpoint=checkpoint)
+    print(format_results(results))
     return 0
 
 
@@ -64,31 +65,37 @@ def _policy() -> tuple[settings.Config, str, tuple[pathlib.Path, int] | None]:
     """Return the settings, HF directory and checkpoint (see `evaluate`) from the flags."""
     if _WORKDIR.value is None:
         if _MODEL.value is None:
-            raise ValueError("--model or --workdir: a policy is needed")
+            raise UserError("--model or --workdir: one of them is required, to name the policy")
         return _CONFIG.value, _MODEL.value, None
     run = pathlib.Path(_WORKDIR.value)
-    if _MODEL.value is not None or not (run / "config.json").is_file():
-        raise ValueError(f"--workdir={run}: must be a run, and --model not given beside it")
+    if _MODEL.value is not None:
+        raise UserError("--model: must not be given with --workdir, which names the policy")
+    if not (run / "config.json").is_file():
+        raise UserError(f"--workdir={run}: is not the directory of a run, as it has no config.json")
     config, model_dir = train_utils.resolve_settings(run, _CONFIG.value, None)
     if _STEP.value is None and (run / "policy").is_dir():
         return config, str(run / "policy"), None
-    saved = [int(path.name) for path in run.glob("checkpoints/*") if path.name.isdigit()]
-    step = max(saved, default=0) if _STEP.value is None else _STEP.value
-    if step not in saved:
-        raise ValueError(f"{run}: has no {f'checkpoint {step}' if step else 'policy yet'}")
+    steps = [int(path.name) for path in run.glob("checkpoints/*") if path.name.isdigit()]
+    step = max(steps, default=0) if _STEP.value is None else _STEP.value
+    if step not in steps:
+        raise UserError(f"{run}: has no {f'checkpoint {step}' if step else 'policy yet'}")
     return config, model_dir, (run, step)
 
 
 if __name__ == "__main__":
     _CONFIG = cli.define_flag()
     _MODEL = flags.DEFINE_string("model", None, "HF directory of the policy")
-    _WORKDIR = flags.DEFINE_string("workdir", None, "run whose policy is measured, by its settings")
-    _STEP = flags.DEFINE_integer(
-        "step", None, "checkpoint of the run; else its policy, or the last"
+    _WORKDIR = flags.DEFINE_string(
+        "workdir", None, "run whose policy is evaluated, with the run's settings"
     )
-    _OUT = flags.DEFINE_string("out", None, "directory of the results; of a run: RUN/evaluation")
-    _RESCORE = flags.DEFINE_string("rescore", None, "episodes to decide anew which are right")
+    _STEP = flags.DEFINE_integer(
+        "step", None, "checkpoint of the run (default: its final policy, or its last checkpoint)"
+    )
+    _OUT = flags.DEFINE_string(
+        "out", None, "directory for the results (default with --workdir: RUN/evaluation)"
+    )
+    _RESCORE = flags.DEFINE_string("rescore", None, "file of episodes to score again")
     _COMPARE = flags.DEFINE_list(
-        "compare", None, "two directories of results, with :workflow or not"
+        "compare", None, "two directories of results, each optionally with :workflow"
     )
     cli.run(main)

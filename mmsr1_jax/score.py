@@ -12,11 +12,12 @@ A line of OUT, in the order of IN, is {"id": .., "tokens": [..], "logprobs": [nu
 {"id": .., "error": ..} for a line that cannot be scored. In that case the exit code is 1.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from mmsr1_jax import cli
 from mmsr1_jax.config import settings
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.models import qwen2_5_vl, sharding
 from mmsr1_jax.models.qwen2_5_vl import Rows
 from mmsr1_jax.processing.batching import Bucket, TooLongError, make_rows, select_bucket
@@ -33,19 +35,19 @@ from mmsr1_jax.processing.images import ImageError
 from mmsr1_jax.processing.processor import ConversationError, Processor, Prompt
 from mmsr1_jax.utils import checked_json, outputs
 from mmsr1_jax.utils.files import FileRefusedError, check_regular
+from mmsr1_jax.utils.logs import log
 
 _MAX_WAIT = 2048  # maximum number of lines that a conversation waits for others of its bucket
 
+Result = dict[str, Any]  # a line of OUT
 
-def main(argv) -> int:
+
+def main(argv: Sequence[str]) -> int:
     del argv
     config = _CONFIG.value
     if _DTYPE.value:
         config.model.dtype = _DTYPE.value
-    try:
-        failed = score_file(config, _MODEL.value, pathlib.Path(_IN.value), pathlib.Path(_OUT.value))
-    except (ValueError, OSError) as error:  # invalid checkpoint, tokenizer, mesh or file
-        sys.exit(f"error: {error}")
+    failed = score_file(config, _MODEL.value, pathlib.Path(_IN.value), pathlib.Path(_OUT.value))
     return 1 if failed else 0
 
 
@@ -54,7 +56,7 @@ def score_file(
 ) -> int:
     """Score `source` and write `out` atomically. Return the number of lines with errors."""
     if out.is_dir() or not out.parent.is_dir():
-        raise ValueError(f"--out={out}: must be a file in a directory that exists")
+        raise UserError(f"--out={out}: must be a file in an existing directory")
     lines = list(read_lines(source))
     processor = Processor.from_directory(model_dir)
     processor.images = processor.images.with_limits(
@@ -74,58 +76,52 @@ def score_file(
     precision = "highest" if config.model.dtype == "float32" else None
     with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
         results = score_lines(lines, model, processor, config, mesh, source.parent)
-        return write_in_order(results, [number for number, _ in lines], out)
+        return write_in_order(results, [line_number for line_number, _ in lines], out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """A line of IN that can be scored.
+
+    Attributes:
+      line_number: Number of the line, from 1.
+      id: `id` of the line.
+      prompt: Tokens and image patches.
+      bucket: Shape in which it is computed.
+    """
+
+    line_number: int
+    id: Any
+    prompt: Prompt
+    bucket: Bucket
 
 
 def score_lines(
-    lines: list[tuple[int, bytes]],
+    lines: Iterable[tuple[int, bytes]],
     model: qwen2_5_vl.Qwen2_5_VL,
     processor: Processor,
     config: settings.Config,
     mesh: jax.sharding.Mesh,
     folder: pathlib.Path,
-) -> Iterator[tuple[int, dict]]:
+) -> Iterator[tuple[int, Result]]:
     """Yield (line number, result) as batches fill; one batch is always in flight."""
     graph, params = nnx.split(model)
 
     @jax.jit
-    def token_logprobs(params, rows: Rows) -> jax.Array:
+    def token_logprobs(params: nnx.State, rows: Rows) -> jax.Array:
         return nnx.merge(graph, params).token_logprobs(rows)
 
-    waiting: dict[Bucket, list[tuple[int, dict, Prompt]]] = {}
-
-    def ready(number: int) -> list[Bucket]:
-        """Return the buckets that are full, or whose first line has waited too long.
-
-        The limit bounds the results that `write_in_order` holds back.
-        """
-        return [
-            bucket
-            for bucket, items in waiting.items()
-            if len(items) == bucket.rows or items[0][0] < number - _MAX_WAIT
-        ]
-
-    def batches() -> Iterator[tuple[Bucket | None, list]]:
-        """Yield batches as they are ready, and (None, error) for lines that cannot be scored."""
-        for number, text in lines:
-            prepared = prepare(number, text, model.config, processor, config, mesh, folder)
-            if isinstance(prepared, dict):
-                yield None, [(number, prepared)]
-                continue
-            line, prompt, bucket = prepared
-            waiting.setdefault(bucket, []).append((number, line, prompt))
-            for bucket in ready(number):
-                yield bucket, waiting.pop(bucket)
-        for bucket in sorted(waiting):
-            yield bucket, waiting[bucket]
+    def prepared() -> Iterator[Conversation | tuple[int, Result]]:
+        for line_number, text in lines:
+            yield prepare(line_number, text, model.config, processor, config, mesh, folder)
 
     in_flight = None
-    for bucket, batch in batches():
-        if bucket is None:
-            yield from batch
+    for batch in batches(prepared()):
+        if isinstance(batch, tuple):
+            yield batch
             continue
-        prompts = [[prompt] for _, _, prompt in batch]
-        rows = make_rows(prompts, bucket, model.config, model.config.image_token_id)
+        prompts = [[conversation.prompt] for conversation in batch]
+        rows = make_rows(prompts, batch[0].bucket, model.config, model.config.image_token_id)
         started = batch, token_logprobs(params, sharding.shard_batch(rows, mesh))
         if in_flight:
             yield from finish(*in_flight)
@@ -134,16 +130,41 @@ def score_lines(
         yield from finish(*in_flight)
 
 
+def batches(
+    prepared: Iterable[Conversation | tuple[int, Result]],
+) -> Iterator[list[Conversation] | tuple[int, Result]]:
+    """Group conversations into batches of one bucket, and pass on error results unchanged.
+
+    A batch is yielded when it is full, or when its first conversation has waited for `_MAX_WAIT`
+    lines. That bounds the number of results that `write_in_order` holds back.
+    """
+    waiting: dict[Bucket, list[Conversation]] = {}
+    for item in prepared:
+        if isinstance(item, tuple):
+            yield item
+            continue
+        waiting.setdefault(item.bucket, []).append(item)
+        ready = [
+            bucket
+            for bucket, batch in waiting.items()
+            if len(batch) == bucket.rows or batch[0].line_number < item.line_number - _MAX_WAIT
+        ]
+        for bucket in ready:
+            yield waiting.pop(bucket)
+    for bucket in sorted(waiting):
+        yield waiting[bucket]
+
+
 def prepare(
-    number: int,
+    line_number: int,
     text: bytes,
     model_config: qwen2_5_vl.ModelConfig,
     processor: Processor,
     config: settings.Config,
     mesh: jax.sharding.Mesh,
     folder: pathlib.Path,
-) -> tuple[dict, Prompt, Bucket] | dict:
-    """Convert a line to (line, prompt, bucket), or to an error result if it cannot be scored."""
+) -> Conversation | tuple[int, Result]:
+    """Convert a line to a conversation, or to (line number, error result)."""
     line_id = None
     try:
         line = parse_line(text)
@@ -151,28 +172,30 @@ def prepare(
         messages = resolve_paths(line["messages"], folder)
         prompt = processor.conversation(messages, max_file_pixels=config.images.max_file_pixels)
         ways = sharding.batch_ways(mesh)
-        return line, prompt, select_bucket(prompt, model_config, config.buckets, ways)
+        bucket = select_bucket(prompt, model_config, config.buckets, ways)
+        return Conversation(line_number, line_id, prompt, bucket)
     except (ConversationError, FileRefusedError, ImageError, TooLongError) as error:
         reason = str(error)
     except Exception as error:  # no line may end the run, whatever its content
         reason = f"{type(error).__name__}: {error}"
-    return {"id": line_id, "error": f"line {number}: {reason}"}
+    return line_number, {"id": line_id, "error": f"line {line_number}: {reason}"}
 
 
 def finish(
-    batch: list[tuple[int, dict, Prompt]], logprobs: jax.Array
-) -> Iterator[tuple[int, dict]]:
-    """Wait for the log-probs of a batch, float32[rows, T], and yield each line's result."""
-    for row, (number, line, prompt) in zip(np.asarray(logprobs), batch, strict=False):
-        values = row[1 : len(prompt.tokens)]
-        result = {"id": line["id"]}
+    batch: Sequence[Conversation], logprobs: jax.Array | np.ndarray
+) -> Iterator[tuple[int, Result]]:
+    """Wait for the log-probs of a batch, float32[B, T], and yield each line's result."""
+    for row, conversation in zip(np.asarray(logprobs), batch, strict=False):
+        line_number, tokens = conversation.line_number, conversation.prompt.tokens
+        values = row[1 : len(tokens)]
+        result: Result = {"id": conversation.id}
         if np.isfinite(values).all():
-            result["tokens"] = prompt.tokens.tolist()
+            result["tokens"] = tokens.tolist()
             result["logprobs"] = [None, *map(float, values)]
         else:
-            bad = int(np.argmin(np.isfinite(values))) + 1
-            result["error"] = f"line {number}: the log-prob of token {bad} is not finite"
-        yield number, result
+            nonfinite = int(np.argmin(np.isfinite(values))) + 1
+            result["error"] = f"line {line_number}: the log-prob of token {nonfinite} is not finite"
+        yield line_number, result
 
 
 def read_lines(source: pathlib.Path) -> Iterator[tuple[int, bytes]]:
@@ -180,7 +203,7 @@ def read_lines(source: pathlib.Path) -> Iterator[tuple[int, bytes]]:
     return checked_json.jsonl_lines(source)
 
 
-def parse_line(text: bytes) -> dict:
+def parse_line(text: bytes) -> dict[str, Any]:
     """Parse one line of IN.
 
     Raises:
@@ -195,19 +218,19 @@ def parse_line(text: bytes) -> dict:
     return {"id": line.get("id"), "messages": line["messages"]}
 
 
-def resolve_paths(messages, folder: pathlib.Path):
+def resolve_paths(messages: Any, folder: pathlib.Path) -> Any:
     """Resolve image paths that exist only relative to IN. Malformed messages are left unchanged.
 
     Raises:
       FileRefusedError: A path is not a regular file.
     """
 
-    def resolve(part):
+    def resolve(part: Any) -> Any:
         path = part.get("image") if isinstance(part, dict) else None
         if isinstance(path, str):
-            beside = os.path.join(folder, path)
-            if not os.path.exists(path) and os.path.exists(beside):
-                path, part = beside, {**part, "image": beside}
+            relative = os.path.join(folder, path)
+            if not os.path.exists(path) and os.path.exists(relative):
+                path, part = relative, {**part, "image": relative}
             if os.path.exists(path):
                 check_regular(path)
         return part
@@ -215,48 +238,51 @@ def resolve_paths(messages, folder: pathlib.Path):
     if not isinstance(messages, list):
         return messages
     return [
-        {**m, "content": [resolve(p) for p in m["content"]]}
-        if isinstance(m, dict) and isinstance(m.get("content"), list)
-        else m
-        for m in messages
+        {**message, "content": [resolve(part) for part in message["content"]]}
+        if isinstance(message, dict) and isinstance(message.get("content"), list)
+        else message
+        for message in messages
     ]
 
 
-def write_in_order(results: Iterator[tuple[int, dict]], order: list[int], out: pathlib.Path) -> int:
-    """Write results, which arrive in any order, in the given order.
+def write_in_order(
+    results: Iterable[tuple[int, Result]], line_numbers: Sequence[int], out: pathlib.Path
+) -> int:
+    """Write results, which arrive in any order, in the order of `line_numbers`.
 
     They are written to a temporary file beside `out`, which is renamed at the end. Return the
     number of errors.
     """
-    done: dict[int, dict] = {}
-    remaining, failed, tokens, total = iter(order), 0, 0, 0.0
+    total = len(line_numbers)
+    done: dict[int, Result] = {}
+    remaining, failed, tokens, logprob = iter(line_numbers), 0, 0, 0.0
     expected = next(remaining, None)
-    with outputs.new_text_file(out) as file:
-        for number, result in tqdm(results, total=len(order), unit=" lines", desc="score"):
+    with outputs.new_file(out) as partial, open(partial, "w", encoding="utf-8") as file:
+        for line_number, result in tqdm(results, total=total, unit=" lines", desc="score"):
             if "error" in result:
                 failed += 1
-                tqdm.write(f"id {result['id']!r}, {result['error']}", file=sys.stderr)
+                log.warning("id %r, %s", result["id"], result["error"])
             else:
                 tokens += len(result["tokens"]) - 1
-                total += sum(result["logprobs"][1:])
-            done[number] = result
+                logprob += sum(result["logprobs"][1:])
+            done[line_number] = result
             while expected in done:
                 file.write(json.dumps(done.pop(expected)) + "\n")
                 expected = next(remaining, None)
     print(
-        f"scored {len(order) - failed} of {len(order)} conversations, {tokens} tokens, "
-        f"mean log-prob {total / max(tokens, 1):.4f}: {out}"
+        f"scored {total - failed} of {total} conversations, {tokens} tokens, "
+        f"mean log-prob {logprob / max(tokens, 1):.4f}: {out}"
     )
     if failed:
-        print(f"{failed} of {len(order)} lines could not be scored", file=sys.stderr)
+        log.warning("%d of %d lines could not be scored", failed, total)
     return failed
 
 
 if __name__ == "__main__":
     _CONFIG = cli.define_flag()
     _MODEL = flags.DEFINE_string("model", None, "HF directory of the policy", required=True)
-    _IN = flags.DEFINE_string("conversations", None, "JSONL to read", required=True)
-    _OUT = flags.DEFINE_string("out", None, "JSONL to write", required=True)
+    _IN = flags.DEFINE_string("conversations", None, "JSONL file to read", required=True)
+    _OUT = flags.DEFINE_string("out", None, "JSONL file to write", required=True)
     _DTYPE = flags.DEFINE_enum(
         "dtype", None, settings.DTYPES, "overrides config.model.dtype (default: float32)"
     )

@@ -15,7 +15,7 @@ import contextlib
 import ipaddress
 import pathlib
 import socket
-import sys
+from collections.abc import Sequence
 
 import uvicorn
 from absl import flags
@@ -24,12 +24,14 @@ from mmsr1_jax import cli
 from mmsr1_jax.apps.serve.app import Limits, make_app
 from mmsr1_jax.apps.serve.connections import make_protocol
 from mmsr1_jax.apps.serve.request_queue import RequestQueue
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.rollout.build import make_engine
+from mmsr1_jax.utils.logs import log
 
-_CONNECTIONS = 256  # maximum number of active requests; more are refused
+_MAX_REQUESTS = 256  # maximum number of active requests; more are refused
 
 
-def main(argv) -> None:
+def main(argv: Sequence[str]) -> None:
     del argv
     config, host = _CONFIG.value, _HOST.value
     if _INDEX.value is not None:
@@ -37,19 +39,16 @@ def main(argv) -> None:
     if not any(name.startswith("config.sampling.") for name in flags.FLAGS):
         config.sampling.temperature = 0.0
     limits = Limits()
-    config.images.max_file_pixels = min(config.images.max_file_pixels, limits.picture_pixels)
-    limits = Limits(picture_pixels=config.images.max_file_pixels)
-    try:
-        listening = _listen(host, _PORT.value)
-        engine = make_engine(config, _MODEL.value)
-    except (ValueError, OSError) as error:  # bad address, checkpoint, tokenizer, prompts or index
-        sys.exit(f"error: {error}")
+    config.images.max_file_pixels = min(config.images.max_file_pixels, limits.max_image_pixels)
+    limits = Limits(max_image_pixels=config.images.max_file_pixels)
+    listener = _listen(host, _PORT.value)
+    engine = make_engine(config, _MODEL.value)
     names = {"localhost", "127.0.0.1", "::1", host.lower(), *(n.lower() for n in _NAMES.value)}
     if not _is_loopback(host):
-        print(f"warning: whoever reaches {host} may use this page; it has no password",
-              file=sys.stderr)  # fmt: skip
+        log.warning("warning: the page has no password; anyone who reaches %s can use it", host)
+    queue = RequestQueue(engine, config.sampling)
     app = make_app(
-        desk := RequestQueue(engine, config.sampling),
+        queue,
         engine.processor,
         title=pathlib.Path(_MODEL.value).resolve().name,
         limits=limits,
@@ -58,15 +57,15 @@ def main(argv) -> None:
     server = uvicorn.Server(
         uvicorn.Config(
             app, lifespan="off", log_level="warning", access_log=False, server_header=False,
-            limit_concurrency=_CONNECTIONS, timeout_graceful_shutdown=1,
+            limit_concurrency=_MAX_REQUESTS, timeout_graceful_shutdown=1,
             http=make_protocol(), ws="none",
         )
     )  # fmt: skip
-    shown = f"[{host}]" if ":" in host else host
-    print(f"http://{shown}:{listening.getsockname()[1]}/ (Ctrl-C ends it)", flush=True)
+    url_host = f"[{host}]" if ":" in host else host
+    print(f"http://{url_host}:{listener.getsockname()[1]}/ (Ctrl-C stops it)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
-        server.run(sockets=[listening])
-    desk.close()
+        server.run(sockets=[listener])
+    queue.close()
     engine.close()
 
 
@@ -74,13 +73,13 @@ def _listen(host: str, port: int) -> socket.socket:
     """Return a listening socket, opened before the policy is loaded so that errors appear early.
 
     Raises:
-      OSError: The address cannot be used, for example because the port is taken.
+      UserError: The address is unusable, for example because the port is taken.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise OSError(f"--host={host} --port={port}: {error.strerror or error}") from None
+        raise UserError(f"--host={host} --port={port}: {error.strerror or error}") from None
 
 
 def _is_loopback(host: str) -> bool:
@@ -98,7 +97,9 @@ if __name__ == "__main__":
         None,
         "local index to search in (config.tools.index); see mmsr1_jax.scripts.index",
     )
-    _HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0: all")
-    _PORT = flags.DEFINE_integer("port", 8080, "port; 0: any that is free", 0, 65535)
-    _NAMES = flags.DEFINE_multi_string("name", [], "another name by which the page is asked for")
+    _HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0 for all")
+    _PORT = flags.DEFINE_integer("port", 8080, "port to listen on; 0 for any free port", 0, 65535)
+    _NAMES = flags.DEFINE_multi_string(
+        "name", [], "additional host name of the page; may be repeated"
+    )
     cli.run(main, interrupted=0)

@@ -1,4 +1,4 @@
-"""Debian's chromium, headless, for tests that look at pages."""
+"""The system's Chromium, headless, for tests of pages."""
 
 import contextlib
 import shutil
@@ -10,24 +10,24 @@ PATH = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @contextlib.contextmanager
-def chromium() -> Iterator:
-    """A browser of playwright; skips the test where there is none."""
+def launch_chromium() -> Iterator:
+    """Yield a browser of Playwright. Skip the test if Chromium or Playwright is not installed."""
     if PATH is None:
-        pytest.skip("no chromium to look at the page with")
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=PATH)
+        pytest.skip("Chromium is not installed")
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    with playwright.sync_playwright() as api:
+        browser = api.chromium.launch(executable_path=PATH)
         yield browser
         browser.close()
 
 
 def violations(tab) -> list[str]:
-    """What axe-core finds serious or critical in a page, in words."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe-core").Axe()
-    found = axe.run(tab).response["violations"]
+    """Return a description of each serious or critical violation that axe-core finds in a page."""
+    module = "axe_playwright_python.sync_playwright"
+    axe = pytest.importorskip(module, reason="axe-core is not installed").Axe()
     return [
-        f"{one['id']}: {node['html']}: {node['failureSummary']}"
-        for one in found
-        if one["impact"] in ("serious", "critical")
-        for node in one["nodes"]
+        f"{violation['id']}: {node['html']}: {node['failureSummary']}"
+        for violation in axe.run(tab).response["violations"]
+        if violation["impact"] in ("serious", "critical")
+        for node in violation["nodes"]
     ]

@@ -1,7 +1,8 @@
-"""A search engine, the pages it finds, a reader service and a summariser, all in one ASGI app for
-measuring: each answer takes WAIT seconds, and one request in FAULTY fails, in a different way each
-time. Run with `python -m uvicorn tests.load_app:app`, in a process of its own, with its port as
-PORT in the environment."""
+"""ASGI app for load tests: a search engine, its pages, a reader service and a summariser.
+
+Each reply takes WAIT seconds, and one request in FAULTY fails, in a different way each time. Run
+`python -m uvicorn tests.load_app:app` as a separate process, with its port in the environment
+variable PORT."""
 
 import asyncio
 import itertools
@@ -21,7 +22,7 @@ _requests = itertools.count(1)
 
 
 def _page(name: str) -> list[str]:
-    """Paragraphs, different for every name."""
+    """Return paragraphs that depend on the name."""
     return [PARAGRAPH.format(f"{name}-{i}", 1700 + 13 * i) * (1 + i % 3) for i in range(24)]
 
 
@@ -38,11 +39,11 @@ def _answer(path: str, query: str) -> Response:
     kind, _, name = path.lstrip("/").partition("/")
     if kind == "search":
         name = query.partition("q=")[2].partition("&")[0]
-        found = [
+        results = [
             {"url": f"http://127.0.0.1:{PORT}/page/{name}-{i}", "title": f"{name} {i}",
              "content": "A bridge."} for i in range(20)
         ]  # fmt: skip
-        return JSONResponse({"query": name, "results": found})
+        return JSONResponse({"query": name, "results": results})
     if kind == "reader":
         return PlainTextResponse("\n\n".join(_page(name.rpartition("/")[2])))
     if kind == "page":
@@ -56,8 +57,8 @@ def _answer(path: str, query: str) -> Response:
 async def app(scope, receive, send):
     while (await receive()).get("more_body"):
         pass
-    number = next(_requests)
-    fault = FAULTS[number // FAULTY % len(FAULTS)] if FAULTY and number % FAULTY == 0 else None
+    index = next(_requests)
+    fault = FAULTS[index // FAULTY % len(FAULTS)] if FAULTY and index % FAULTY == 0 else None
     await asyncio.sleep(WAIT)
     response = _answer(scope["path"], scope["query_string"].decode())
     if fault in ("500", "429", "404"):

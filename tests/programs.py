@@ -1,12 +1,15 @@
 """Programs that tests compile, or run as subprocesses."""
 
+import json
 import os
 import pathlib
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +36,36 @@ def run(
         command, cwd=ROOT, env=env or environment(), capture_output=True, text=True,
         timeout=timeout,
     )  # fmt: skip
+
+
+def run_module(
+    *arguments: object,
+    module: str = "mmsr1_jax.score",
+    devices: int = 1,
+    cwd: str | os.PathLike | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m MODULE ARGUMENTS`."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**environment(devices), "PYTHONPATH": str(ROOT)},
+        cwd=cwd or ROOT,
+        timeout=300,
+    )
+
+
+def read_jsonl(path: pathlib.Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_bytes().strip().split(b"\n")]
+
+
+def write_jsonl(path: pathlib.Path, lines: list[Any]) -> None:
+    """Write objects as unescaped JSON, as other programs do, and bytes unchanged."""
+    encoded = [
+        line if isinstance(line, bytes) else json.dumps(line, ensure_ascii=False).encode()
+        for line in lines
+    ]
+    path.write_bytes(b"\n".join(encoded) + b"\n")
 
 
 def start(command: Sequence[str], *, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:

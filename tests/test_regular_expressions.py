@@ -43,7 +43,7 @@ EXPRESSIONS: dict[str, tuple[Text, ...]] = {
     "data.benchmarks.grading._clean": (lambda n: " " * n + "x", lambda n: "'" * n),
     "data.benchmarks.grading.parse_extraction": (),
     "data.benchmarks.grading.vqa_normalise": (),
-    "apps.report.records._PICTURE": (lambda n: "<|vision_start|>" + "<|image_pad|>" * (n // 13),),
+    "apps.report.records._IMAGE": (lambda n: "<|vision_start|>" + "<|image_pad|>" * (n // 13),),
     "rewards.reward_function._ARTICLES": (),
     "rollout.forcing._TAG": (),
     "episodes.prompts._FIELD": (),
@@ -63,7 +63,7 @@ EXPRESSIONS: dict[str, tuple[Text, ...]] = {
     "utils.checked_json._SURROGATE": (),
     "utils.outputs._HOLDER": (),
     "utils.outputs._LEFTOVER": (),
-    "scripts.settings.meanings_of": (),  # reads docstrings of this package
+    "scripts.settings.field_meanings": (),  # reads docstrings of this package
     "config.redaction._ADDRESS": (lambda n: "a:b@" * (n // 4), lambda n: "a" * n + "?"),
     "config.redaction._PARAMETER_MARKS": (),
     "config.redaction._SECRET_NAMES": (lambda n: "api_" * (n // 4), lambda n: "key_id" * (n // 6)),

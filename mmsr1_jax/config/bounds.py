@@ -31,10 +31,11 @@ class _Allowed:
     one_of: Sequence[str] | None = None
 
     def problem(self, value: Any) -> str | None:
+        """Describe why a value is not allowed, or return None if it is."""
         if self.one_of is not None and value not in self.one_of:
             return f"is not one of {', '.join(self.one_of)}"
         if isinstance(value, str):
-            return _problem_of_text(value)
+            return _text_problem(value)
         if isinstance(value, bool) or value is None:
             return None
         if value < self.at_least:
@@ -74,13 +75,13 @@ def setting(default: Any, **allowed: Any) -> Any:
     return dataclasses.field(default=default, metadata={"allowed": _Allowed(**allowed)})
 
 
-def check(settings: Any, where: str) -> None:
+def check(settings: Any, name: str) -> None:
     """Check the types and values of a dataclass and of the dataclasses nested in it.
 
     Args:
       settings: Instance of a dataclass whose fields are int, float, bool, str, unions of these with
         None, tuples of these, or dataclasses.
-      where: Name of the instance in error messages.
+      name: Name of the instance in error messages.
 
     Raises:
       ConfigError: A field has the wrong type (an int is accepted for a float, but a float is not
@@ -89,19 +90,16 @@ def check(settings: Any, where: str) -> None:
     """
     hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
-        value, hint, path = (
-            getattr(settings, field.name),
-            hints[field.name],
-            f"{where}.{field.name}",
-        )
+        value, hint = getattr(settings, field.name), hints[field.name]
+        path = f"{name}.{field.name}"
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             if not isinstance(value, hint):
                 raise ConfigError(f"{path} must be a {hint.__name__}, not {value!r:.100}")
             check(value, path)
             continue
         if not _has_type(value, hint):
-            name = hint.__name__ if isinstance(hint, type) else str(hint)
-            raise ConfigError(f"{path} must be of type {name}, not {value!r:.100}")
+            type_name = hint.__name__ if isinstance(hint, type) else str(hint)
+            raise ConfigError(f"{path} must be of type {type_name}, not {value!r:.100}")
         if isinstance(value, tuple) and len(value) > _MAX_LENGTH:
             raise ConfigError(f"{path} must have at most {_MAX_LENGTH} items, not {len(value)}")
         allowed = field.metadata.get("allowed", _ANY)
@@ -111,7 +109,7 @@ def check(settings: Any, where: str) -> None:
                 raise ConfigError(f"{path}={item!r:.100} {problem}")
 
 
-def made(kind: type, data: Any, where: str) -> Any:
+def from_dict(cls: type, data: Any, name: str) -> Any:
     """Build a dataclass from plain data. Missing fields get their defaults; lists become tuples.
 
     Values are not checked.
@@ -120,27 +118,27 @@ def made(kind: type, data: Any, where: str) -> Any:
       ConfigError: The data is not an object, or names a field that the dataclass does not have.
     """
     if not isinstance(data, dict):
-        raise ConfigError(f"{where} must be an object, not {data!r:.100}")
-    hints, values = typing.get_type_hints(kind), {}
-    for name, value in data.items():
-        if name not in hints:
-            raise ConfigError(f"{where} has no field {name!r:.100}; remove it")
-        if dataclasses.is_dataclass(hints[name]):
-            value = made(hints[name], value, f"{where}.{name}")
-        values[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)
+        raise ConfigError(f"{name} must be an object, not {data!r:.100}")
+    hints, values = typing.get_type_hints(cls), {}
+    for field, value in data.items():
+        if field not in hints:
+            raise ConfigError(f"{name} has no field {field!r:.100}; remove it")
+        if dataclasses.is_dataclass(hints[field]):
+            value = from_dict(hints[field], value, f"{name}.{field}")
+        values[field] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)
 
 
-def _problem_of_text(text: str) -> str | None:
+def _text_problem(text: str) -> str | None:
     if len(text) > _MAX_LENGTH:
         return f"must have at most {_MAX_LENGTH} characters"
     if "\0" in text:
-        return "must not hold a NUL character"
+        return "must not contain a NUL character"
     try:
         # A path on the command line may contain bytes that are not UTF-8.
         text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        return "holds half a character (a lone surrogate)"
+        return "must not contain a lone surrogate (half a character)"
     return None
 
 

@@ -2,16 +2,13 @@
 
 import dataclasses
 
+from mmsr1_jax.config import bounds
+from mmsr1_jax.config.bounds import ConfigError, setting
 from mmsr1_jax.config.choices import MATCHES
-from mmsr1_jax.config.errors import UserError
 
 # Action names used in `Rewards.sequences`.
 ACTIONS = ("answer", "image", "text")
 SEQUENCES = ("answer", "image,answer", "text,answer", "image,text,answer")
-
-
-class RewardsError(UserError):
-    """An invalid reward setting; the message begins with the field."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -32,32 +29,33 @@ class Rewards:
         `answer`, `image` and `text`, of any length. The published ones omit `text,text,answer`,
         although two text searches are allowed.
       strict_form: Whether only white space may separate the reasoning of a turn from its action
-        (`turns.strict_form`). If false, any words may (`turns.published_form`, the published rule).
+        (`turns.strict_form`). If false, any text may (`turns.published_form`, the published rule).
     """
 
-    match: str = "EM"
-    search_penalty: float = 0.1
+    match: str = setting("EM", one_of=MATCHES)
+    search_penalty: float = setting(0.1, at_least=0, at_most=1)
     per_search_penalty: bool = False
-    penalty_warmup: int = 0
-    format_penalty: float = 0.1
+    penalty_warmup: int = setting(0, at_least=0, at_most=2**31 - 1)
+    format_penalty: float = setting(0.1, at_least=0, at_most=1)
     sequences: tuple[str, ...] = SEQUENCES
     strict_form: bool = False
 
 
-def check(settings: Rewards) -> Rewards:
-    """Return `settings` if they are valid. Raise RewardsError otherwise."""
-    if settings.match not in MATCHES:
-        raise RewardsError(f"match={settings.match!r} is not one of {', '.join(MATCHES)}")
-    for field in ("search_penalty", "format_penalty"):
-        value = getattr(settings, field)
-        if not 0 <= value <= 1:
-            raise RewardsError(f"{field}={value} must be in [0, 1]")
-    if settings.penalty_warmup < 0:
-        raise RewardsError(f"penalty_warmup={settings.penalty_warmup} must not be negative")
+def check(settings: Rewards, name: str = "rewards") -> Rewards:
+    """Return `settings` if their types and values are valid.
+
+    Args:
+      settings: Settings to check.
+      name: Name of `settings` in error messages.
+
+    Raises:
+      ConfigError: A setting is invalid; the message names the field.
+    """
+    bounds.check(settings, name)
     for sequence in settings.sequences:
         if not set(sequence.split(",")) <= set(ACTIONS):
-            raise RewardsError(
-                f"sequences: {sequence!r} is not a list of {', '.join(ACTIONS)} with commas "
-                "and no spaces"
+            raise ConfigError(
+                f"{name}.sequences={sequence!r:.100} must be a list of {', '.join(ACTIONS)}, "
+                "separated by commas without spaces"
             )
     return settings

@@ -13,15 +13,7 @@ from mmsr1_jax.config import bounds, rewards, training
 from mmsr1_jax.config.bounds import ConfigError, setting
 from mmsr1_jax.config.choices import ATTENTION, DTYPES, REMAT, WORKFLOWS
 from mmsr1_jax.config.rewards import Rewards
-from mmsr1_jax.config.tools import (  # noqa: F401  (the choices are read here by others)
-    IMAGE_SEARCHES,
-    READERS,
-    STORE_MODES,
-    TEXT_SEARCHES,
-    Services,
-    Tools,
-    secret_mistake,
-)
+from mmsr1_jax.config.tools import Services, Tools, credential_error
 from mmsr1_jax.config.training import Data, Objective, Run, Update
 
 
@@ -257,52 +249,27 @@ def validate(config: Config) -> Config:
     if isinstance(config.sampling, Sampling):
         validate_sampling(config.sampling)
     bounds.check(config, "config")
-    if problem := secret_mistake(dataclasses.asdict(config)):
+    if problem := credential_error(dataclasses.asdict(config)):
         raise ConfigError(problem)
-    for field in ("replica", "fsdp", "tensor"):
-        if getattr(config.mesh, field) == 0:
-            raise ConfigError(f"config.mesh.{field}=0 must be positive, or -1")
-    if [config.mesh.replica, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
-        raise ConfigError("config.mesh: only one of replica, fsdp and tensor may be -1")
-    _ascending("buckets.lengths", config.buckets.lengths)
-    _ascending("buckets.image_windows", config.buckets.image_windows)
-    _ascending("rollout.prefill_buckets", config.rollout.prefill_buckets)
-    turns = config.turns
-    if turns.min_turn_tokens > min(turns.max_new_tokens, turns.max_episode_tokens - 1):
-        raise ConfigError(
-            f"config.turns.min_turn_tokens={turns.min_turn_tokens} leaves no room in "
-            f"max_new_tokens={turns.max_new_tokens} and "
-            f"max_episode_tokens={turns.max_episode_tokens}"
-        )
-    if config.rollout.image_cache_tokens < 3 * config.rollout.prefill_buckets[-1]:
-        raise ConfigError(
-            f"config.rollout.image_cache_tokens={config.rollout.image_cache_tokens} must be at "
-            f"least three times the last of prefill_buckets, {config.rollout.prefill_buckets[-1]}"
-        )
-    try:
-        rewards.check(config.rewards)
-    except rewards.RewardsError as error:
-        raise ConfigError(f"config.rewards.{error}") from None
-    mistake = training.mistake(config.objective, config.update, config.run)
-    if mistake:
-        raise ConfigError(f"config.{mistake}")
-    buffer = config.objective.overlong_buffer
-    if config.objective.overlong == "penalty" and buffer >= turns.max_episode_tokens:
-        raise ConfigError(
-            f"config.objective.overlong_buffer={buffer} must be less than "
-            f"turns.max_episode_tokens={turns.max_episode_tokens}"
-        )
+    _check_mesh(config.mesh)
+    _check_ascending("buckets.lengths", config.buckets.lengths)
+    _check_ascending("buckets.image_windows", config.buckets.image_windows)
+    _check_ascending("rollout.prefill_buckets", config.rollout.prefill_buckets)
+    _check_token_limits(config)
+    rewards.check(config.rewards, "config.rewards")
+    if problem := training.inconsistency(config.objective, config.update, config.run):
+        raise ConfigError(f"config.{problem}")
     if not config.eval.workflows:
         raise ConfigError("config.eval.workflows=() must not be empty")
     if config.eval.num_samples > 1 and config.eval.temperature < 1e-6:
         raise ConfigError(
-            f"config.eval.temperature={config.eval.temperature} must not be negative, and over 0 "
-            f"where there are several eval.num_samples ({config.eval.num_samples}): they would be "
+            f"config.eval.temperature={config.eval.temperature} must be greater than 0 with "
+            f"eval.num_samples={config.eval.num_samples}, since all samples of a question would be "
             "the same"
         )
     low, high = config.images.min_pixels, config.images.max_pixels
     if low is not None and high is not None and low > high:
-        raise ConfigError(f"config.images.min_pixels={low} is more than max_pixels={high}")
+        raise ConfigError(f"config.images.min_pixels={low} must be at most max_pixels={high}")
     return config
 
 
@@ -314,6 +281,35 @@ def validate_sampling(sampling: Sampling) -> None:
         raise ConfigError(f"config.sampling: {str(error).removeprefix('sampling.')}") from None
 
 
-def _ascending(field: str, sizes: Sequence[int]) -> None:
+def _check_mesh(mesh: Mesh) -> None:
+    for field in ("replica", "fsdp", "tensor"):
+        if getattr(mesh, field) == 0:
+            raise ConfigError(f"config.mesh.{field}=0 must be positive, or -1")
+    if [mesh.replica, mesh.fsdp, mesh.tensor].count(-1) > 1:
+        raise ConfigError("config.mesh: only one of replica, fsdp and tensor may be -1")
+
+
+def _check_token_limits(config: Config) -> None:
+    turns, rollout, objective = config.turns, config.rollout, config.objective
+    if turns.min_turn_tokens > min(turns.max_new_tokens, turns.max_episode_tokens - 1):
+        raise ConfigError(
+            f"config.turns.min_turn_tokens={turns.min_turn_tokens} must be at most "
+            f"max_new_tokens={turns.max_new_tokens} and less than "
+            f"max_episode_tokens={turns.max_episode_tokens}"
+        )
+    if rollout.image_cache_tokens < 3 * rollout.prefill_buckets[-1]:
+        raise ConfigError(
+            f"config.rollout.image_cache_tokens={rollout.image_cache_tokens} must be at least "
+            f"three times the last of prefill_buckets, {rollout.prefill_buckets[-1]}"
+        )
+    buffer = objective.overlong_buffer
+    if objective.overlong == "penalty" and buffer >= turns.max_episode_tokens:
+        raise ConfigError(
+            f"config.objective.overlong_buffer={buffer} must be less than "
+            f"turns.max_episode_tokens={turns.max_episode_tokens}"
+        )
+
+
+def _check_ascending(field: str, sizes: Sequence[int]) -> None:
     if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
         raise ConfigError(f"config.{field}={sizes} must be positive and ascending")

@@ -5,11 +5,8 @@ from typing import Any
 
 from mmsr1_jax.config import redaction
 from mmsr1_jax.config.bounds import setting
+from mmsr1_jax.config.choices import CACHE_MODES, IMAGE_SEARCHES, READERS, TEXT_SEARCHES
 
-TEXT_SEARCHES = ("auto", "none", "local", "serpapi", "serper", "searxng", "retrieval")
-IMAGE_SEARCHES = ("auto", "none", "local", "serpapi", "serper", "fvqa")
-READERS = ("none", "local", "jina")
-STORE_MODES = ("use", "record", "replay")
 # Environment variable for the credential of a service, by the field that holds its URL. Other
 # fields have none.
 _SECRET_VARIABLES = {
@@ -118,12 +115,12 @@ class Services:
     limits: tuple[str, ...] = ()
     max_attempts: int = setting(3, at_least=1, at_most=1000)
     cache: str | None = None
-    cache_mode: str = setting("use", one_of=STORE_MODES)
+    cache_mode: str = setting("use", one_of=CACHE_MODES)
     cache_ttl_days: float = setting(90.0, at_least=0, at_most=1e6)
     cache_max_bytes: int = setting(20_000_000_000, at_least=1, at_most=2**60)
 
 
-def secret_mistake(settings: Any, where: str = "config") -> str | None:
+def credential_error(settings: Any, name: str = "config") -> str | None:
     """Return an error message for the first URL in settings that contains a credential.
 
     Settings are written to files and logs, so credentials are not allowed in them. The message
@@ -131,18 +128,19 @@ def secret_mistake(settings: Any, where: str = "config") -> str | None:
 
     Args:
       settings: All settings or a part of them, as plain data.
-      where: Name of that part.
+      name: Name of `settings` in the message.
     """
     if isinstance(settings, dict):
-        inside = [(f"{where}.{name}", value) for name, value in settings.items()]
+        items = [(f"{name}.{field}", value) for field, value in settings.items()]
     elif isinstance(settings, tuple):
-        inside = [(where, value) for value in settings]
-    elif where.endswith(".services.cache") and str(settings).startswith(("redis:", "rediss:")):
+        items = [(name, value) for value in settings]
+    elif name.endswith(".services.cache") and str(settings).startswith(("redis:", "rediss:")):
         return None  # its password is redacted wherever settings are written
-    elif isinstance(settings, str) and (found := redaction.find_secret(settings)):
-        variable = _SECRET_VARIABLES.get(where.rpartition(".")[2])
-        place = f"put it into the environment variable {variable}" if variable else "take it out"
-        return f"{where}: the address holds {found}; {place}"
+    elif isinstance(settings, str) and (secret := redaction.find_secret(settings)):
+        variable = _SECRET_VARIABLES.get(name.rpartition(".")[2])
+        action = f"put it into the environment variable {variable}" if variable else "remove it"
+        return f"{name}: the address contains {secret}; {action}"
     else:
         return None
-    return next(filter(None, (secret_mistake(value, name) for name, value in inside)), None)
+    errors = (credential_error(value, field) for field, value in items)
+    return next(filter(None, errors), None)

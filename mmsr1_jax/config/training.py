@@ -23,7 +23,7 @@ class Update:
 
     Attributes:
       pack_length: Number of tokens in a row into which episodes are packed. Longer episodes are
-        left out.
+        skipped.
       pack_windows: Maximum number of windows of 64 patches for all images of a row together.
       micro_batch_rows: Number of micro-batch rows on each data-parallel shard of the mesh.
       freeze_vision: Whether the vision tower is frozen.
@@ -169,14 +169,14 @@ class Run:
     timeline: bool = False
 
 
-def mistake(objective: Objective, update: Update, run: Run) -> str | None:
+def inconsistency(objective: Objective, update: Update, run: Run) -> str | None:
     """Return an error message for inconsistent settings, beginning with the field, or None."""
-    problem = _lora_mistake(update)
+    problem = _lora_inconsistency(update)
     if problem:
         return problem
     unknown = {name.strip() for name in run.log_to.split(",")} - {"", "tensorboard", "wandb"}
     if unknown:
-        return f"run.log_to={run.log_to!r}: only tensorboard and wandb are known"
+        return f"run.log_to={run.log_to!r} must be tensorboard, wandb, both with a comma, or empty"
     if objective.num_minibatches > run.prompts_per_step:
         return (
             f"objective.num_minibatches={objective.num_minibatches} is more than "
@@ -188,12 +188,12 @@ def mistake(objective: Objective, update: Update, run: Run) -> str | None:
     return None
 
 
-def _lora_mistake(update: Update) -> str | None:
+def _lora_inconsistency(update: Update) -> str | None:
     if update.lora_rank and not update.lora_targets:
         return f"update.lora_targets is empty, with lora_rank={update.lora_rank}"
     if update.lora_rank and not update.lora_alpha > 0:
         return f"update.lora_alpha={update.lora_alpha} must be over 0"
-    vision = [name for name in update.lora_targets if name.startswith("vision.")]
-    if update.lora_rank and update.freeze_vision and vision:
-        return f"update.lora_targets: {vision[0]!r} is frozen by update.freeze_vision"
+    vision_targets = [name for name in update.lora_targets if name.startswith("vision.")]
+    if update.lora_rank and update.freeze_vision and vision_targets:
+        return f"update.lora_targets: {vision_targets[0]!r} is frozen by update.freeze_vision"
     return None

@@ -247,7 +247,9 @@ def batches(
     if not 0 <= process < processes:
         raise DataError(f"process={process} must be in [0, {processes})")
     indices = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    steps = indices[process::processes].batch(prompts_per_step // processes, batch_fn=list)
+    steps = indices[process::processes].batch(
+        prompts_per_step // processes, drop_remainder=True, batch_fn=list
+    )
     settings = {"seed": seed, "prompts_per_step": prompts_per_step}
     return Batches(source, steps.map(source.read), settings)
 

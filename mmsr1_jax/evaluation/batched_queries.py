@@ -11,9 +11,8 @@ import asyncio
 import hashlib
 import json
 import pathlib
-import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Annotated, Any, TextIO, TypeVar
+from typing import Annotated, Any, Generic, TextIO, TypeVar
 
 import msgspec
 from tqdm import tqdm
@@ -22,102 +21,138 @@ from mmsr1_jax.evaluation import records
 from mmsr1_jax.tools.service import ServiceDownError
 from mmsr1_jax.tools.web import WebError
 from mmsr1_jax.utils import checked_json
+from mmsr1_jax.utils.logs import log
 
-_AT_ONCE = 256  # concurrent requests
+_MAX_CONCURRENCY = 256  # concurrent requests
 
 T = TypeVar("T")
 Reply = dict[str, Any]
-_Line = Annotated[list, msgspec.Meta(min_length=2)]
+_Line: Any = Annotated[list[Any], msgspec.Meta(min_length=2)]
 
 
-def digest_of(*asked: Any) -> str:
+def request_digest(*request: Any) -> str:
     """Return a digest that identifies a request, given as JSON-serialisable data."""
-    return hashlib.blake2b(json.dumps(asked).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(request).encode(), digest_size=16).hexdigest()
 
 
-def replies_to(
-    asked: Mapping[str, T],
-    ask: Callable[[T], Awaitable[Reply]],
-    failed: Callable[[WebError], Reply],
+def fetch_replies(
+    requests: Mapping[str, T],
+    send: Callable[[T], Awaitable[Reply]],
+    placeholder: Callable[[WebError], Reply],
     path: pathlib.Path,
     *,
-    shape: Any,
+    reply_type: Any,
     pauses: Sequence[float],
-    what: str,
+    name: str,
 ) -> dict[str, Reply]:
     """Return the replies to all requests, by digest.
 
     Args:
-      asked: Requests, each keyed by the `digest_of` everything that its reply depends on.
-      ask: Function that returns the reply to one request as plain data for JSON, or raises
+      requests: Requests, each keyed by the `request_digest` of everything that its reply depends
+        on.
+      send: Function that returns the reply to one request as plain data for JSON, or raises
         WebError.
-      failed: Function that builds the placeholder for a missing reply. Placeholders are not written
-        to `path`.
+      placeholder: Function that builds the placeholder for a missing reply. Placeholders are not
+        written to `path`.
       path: File to which replies are appended as they arrive. Its replies are reused; those to
         other requests are ignored.
-      shape: Type of a reply, against which the replies in `path` are checked.
+      reply_type: Type of a reply, against which the replies in `path` are checked.
       pauses: Seconds to wait before each retry of the failed requests.
-      what: Name of the batch for the progress bar.
+      name: Name of the batch for the progress bar and log lines.
 
     Raises:
-      ServiceRefusedError: Raised by `ask`.
+      ServiceRefusedError: Raised by `send`.
       FormatError: A line of `path` was not written by this function; names the file and the line.
     """
-    found: dict[str, Reply] = {}
-    errors: dict[str, WebError] = {}
+    stored = _read_replies(path, requests, reply_type)
+    missing = [digest for digest in requests if digest not in stored]
+    if not missing:
+        return stored
+    batch = _Batch(requests, send, placeholder, name)
+    with open(path, "a", encoding="utf-8") as file:
+        asyncio.run(batch.run(missing, file, pauses))
+    if batch.errors:
+        log.warning(
+            "%s: no reply to %d of %d requests; the first error: %s",
+            name, len(batch.errors), len(requests), next(iter(batch.errors.values())),
+        )  # fmt: skip
+    return stored | batch.replies
+
+
+def _read_replies(
+    path: pathlib.Path, requests: Mapping[str, Any], reply_type: Any
+) -> dict[str, Reply]:
+    """Return the replies that `path` contains to any of `requests`, by digest."""
+    replies: dict[str, Reply] = {}
     records.truncate_partial_line(path)
     if path.is_file():
-        for number, (*_, digest, reply) in checked_json.load_jsonl(path, _Line):
-            if isinstance(digest, str) and digest in asked:
-                checked_json.convert(reply, shape, name=f"{path}, line {number}")
-                found[digest] = reply
+        for line_number, (*_, digest, reply) in checked_json.load_jsonl(path, _Line):
+            if isinstance(digest, str) and digest in requests:
+                checked_json.convert(reply, reply_type, name=f"{path}, line {line_number}")
+                replies[digest] = reply
+    return replies
 
-    async def one(digest: str, file: TextIO) -> str | None:
-        """Send one request. Return its digest if it may be retried, else None."""
-        try:
-            found[digest] = await ask(asked[digest])
-            errors.pop(digest, None)
-        except WebError as error:
-            found[digest], errors[digest] = failed(error), error
-            return digest if error.transient or isinstance(error, ServiceDownError) else None
-        file.write(json.dumps([digest, found[digest]]) + "\n")
-        file.flush()
-        return None
 
-    async def each(digests: Sequence[str], file: TextIO) -> list[str]:
-        """Send requests concurrently. Return the digests that may be retried."""
-        again = []
-        with tqdm(total=len(digests), desc=what, unit="answer") as bar:
-            for begin in range(0, len(digests), _AT_ONCE):
-                some = digests[begin : begin + _AT_ONCE]
-                tasks = [asyncio.ensure_future(one(digest, file)) for digest in some]
+class _Batch(Generic[T]):
+    """Requests that are sent together.
+
+    Attributes:
+      replies: Replies received so far, by digest, with placeholders for failed requests.
+      errors: Last error of each failed request, by digest.
+    """
+
+    def __init__(
+        self,
+        requests: Mapping[str, T],
+        send: Callable[[T], Awaitable[Reply]],
+        placeholder: Callable[[WebError], Reply],
+        name: str,
+    ):
+        self.replies: dict[str, Reply] = {}
+        self.errors: dict[str, WebError] = {}
+        self._requests, self._send = requests, send
+        self._placeholder, self._name = placeholder, name
+
+    async def run(self, digests: Sequence[str], file: TextIO, pauses: Sequence[float]) -> None:
+        """Send requests; retry those with transient errors after each of `pauses`."""
+        failed = await self._send_all(digests, file)
+        for pause in pauses:
+            if not failed:
+                break
+            log.warning(
+                "%s: the server did not reply to %d requests; retrying in %g s",
+                self._name, len(failed), pause,
+            )  # fmt: skip
+            await asyncio.sleep(pause)
+            failed = await self._send_all(failed, file)
+
+    async def _send_all(self, digests: Sequence[str], file: TextIO) -> list[str]:
+        """Send requests concurrently. Return the digests of those that may be retried."""
+        retryable: list[str] = []
+        with tqdm(total=len(digests), desc=self._name, unit="answer") as bar:
+            for start in range(0, len(digests), _MAX_CONCURRENCY):
+                chunk = digests[start : start + _MAX_CONCURRENCY]
+                tasks = [asyncio.ensure_future(self._send_one(digest, file)) for digest in chunk]
                 try:
-                    for coming in asyncio.as_completed(tasks):
-                        digest = await coming
-                        again += [] if digest is None else [digest]
+                    for task in asyncio.as_completed(tasks):
+                        digest = await task
+                        retryable += [] if digest is None else [digest]
                         bar.update()
                 finally:  # a server that refuses one request refuses the others
                     for task in tasks:
                         task.cancel()
                     await asyncio.gather(*tasks, return_exceptions=True)
-        return again
+        return retryable
 
-    async def all_of(digests: Sequence[str]) -> None:
-        with open(path, "a", encoding="utf-8") as file:
-            digests = await each(digests, file)
-            for pause in pauses:
-                if not digests:
-                    break
-                print(f"{what}: {len(digests)} answers that the server could not be asked about "
-                      f"are tried again in {pause:g} s", file=sys.stderr)  # fmt: skip
-                await asyncio.sleep(pause)
-                digests = await each(digests, file)
-
-    missing = [digest for digest in asked if digest not in found]
-    if missing:
-        asyncio.run(all_of(missing))
-    if errors:
-        example = next(iter(errors.values()))
-        print(f"{what}: no reply about {len(errors)} of {len(asked)} answers, the first one: "
-              f"{example}", file=sys.stderr)  # fmt: skip
-    return found
+    async def _send_one(self, digest: str, file: TextIO) -> str | None:
+        """Send one request. Return its digest if it may be retried, else None."""
+        try:
+            reply = await self._send(self._requests[digest])
+        except WebError as error:
+            self.replies[digest], self.errors[digest] = self._placeholder(error), error
+            return digest if error.transient or isinstance(error, ServiceDownError) else None
+        self.replies[digest] = reply
+        self.errors.pop(digest, None)
+        file.write(json.dumps([digest, reply]) + "\n")
+        file.flush()
+        return None

@@ -4,16 +4,16 @@ A line contains the fields that `train` writes for an episode (`training/sft_dat
 `answers`, `category`, `source` and `reward`) and
 
     workflow, sample     the workflow, and the index of the episode among those of its question
-    allowed              number of searches that the episode was allowed to make
+    allowed              maximum number of searches of the episode
     tokens, tokens_sampled
                          number of tokens in total, and of tokens sampled from the policy
     em, subem            whether the answer is correct by exact match, and by SubEM
     judge                {correct, reason, by, model}: the judge's verdict; `correct` is null if
-                         the judge gave none; null: the judge has not been asked
+                         the judge gave none; null if the judge was not queried
     score, answer_format score in [0, 1] under a benchmark's own rules, null if no short form could
                          be extracted (see `extraction`), and the gold answer's format
     extracted            see `extraction`
-    pages_left_out       number of document pages dropped because they exceed the token budget
+    omitted_pages       number of document pages dropped because they exceed the token budget
 
 Recorded answers, {question, ground_truth, candidate_answers, turns: [{response, action}]}, can be
 read as well. Their turns are parsed by the engine's parser.
@@ -22,7 +22,6 @@ read as well. Their turns are parsed by the engine's parser.
 import dataclasses
 import os
 import pathlib
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, NotRequired, TypedDict
 
@@ -32,9 +31,10 @@ from mmsr1_jax.config import Rewards
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.data.parquet import DataError
 from mmsr1_jax.episodes import turns
-from mmsr1_jax.evaluation.metrics import KINDS, MATCHES, Outcome
+from mmsr1_jax.evaluation.metrics import CRITERIA, SEARCH_ACTIONS, Outcome
 from mmsr1_jax.rewards import reward_function
 from mmsr1_jax.utils import checked_json
+from mmsr1_jax.utils.logs import log
 
 EPISODES = "episodes.jsonl"  # file name within the results directory
 RECORDED = "recorded"  # workflow of recorded answers, of which only the text is known
@@ -94,7 +94,7 @@ class _Line(TypedDict):
     images: NotRequired[list[str]]
     answer_format: NotRequired[str | None]
     extracted: NotRequired[dict[str, str | None] | None]
-    pages_left_out: NotRequired[Count]
+    omitted_pages: NotRequired[Count]
 
 
 class LineError(UserError):
@@ -108,24 +108,23 @@ class NotJsonError(LineError):
 def scan(path: pathlib.Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Yield (byte offset, line number from 1, parsed line) for each non-blank line of a file.
 
-    A truncated last line is skipped with a message on stderr.
+    A truncated last line is skipped with a warning.
 
     Raises:
       DataError: A line is not a valid episode; the message names the file and the line.
     """
-    place = 0
+    offset = 0
     with open(path, "rb") as file:
-        for number, text in enumerate(file, start=1):
+        for line_number, text in enumerate(file, start=1):
             if text.strip():
                 try:
-                    yield place, number, parse(text, number)
+                    yield offset, line_number, parse_line(text, line_number)
                 except LineError as error:
                     if isinstance(error, NotJsonError) and not text.endswith(b"\n"):
-                        print(f"{path}, line {number}: not written to its end; left out",
-                              file=sys.stderr)  # fmt: skip
+                        log.warning("%s, line %d: truncated; skipped", path, line_number)
                         return
-                    raise DataError(f"{path}, line {number}: {error}") from None
-            place += len(text)
+                    raise DataError(f"{path}, line {line_number}: {error}") from None
+            offset += len(text)
 
 
 def truncate_partial_line(path: pathlib.Path) -> None:
@@ -138,8 +137,8 @@ def truncate_partial_line(path: pathlib.Path) -> None:
             file.truncate(end)
 
 
-def parse(text: bytes, number: int) -> dict[str, Any]:
-    """Parse line `number` (from 1) of a file.
+def parse_line(text: bytes, line_number: int) -> dict[str, Any]:
+    """Parse a line of a file, whose number counts from 1.
 
     Raises:
       LineError: The line is not a valid episode.
@@ -154,16 +153,16 @@ def parse(text: bytes, number: int) -> dict[str, Any]:
     if not isinstance(line, dict):
         raise LineError("must be an object")
     if "ground_truth" in line:
-        line = _recorded(line, number)
+        line = _from_recorded(line, line_number)
     try:
-        outcome_of(line)
+        to_outcome(line)
         checked_json.convert(line, _Line)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise LineError(f"no episode of an evaluation ({_said(error)})") from None
+        raise LineError(f"not an evaluation episode ({_reason(error)})") from None
     return line
 
 
-def outcome_of(line: Mapping[str, Any]) -> Outcome:
+def to_outcome(line: Mapping[str, Any]) -> Outcome:
     """Return the outcome of a line. EM and SubEM are recomputed.
 
     Raises:
@@ -171,7 +170,8 @@ def outcome_of(line: Mapping[str, Any]) -> Outcome:
     """
     calls = [call for call in line["calls"] if call["status"] != "refused"]
     verdict = (line.get("judge") or {}).get("correct")
-    right = dict(zip(MATCHES, (*matched(line), verdict, line.get("score")), strict=True))
+    values = (*match_answer(line), verdict, line.get("score"))
+    correct: dict[str, float | None] = dict(zip(CRITERIA, values, strict=True))
     return Outcome(
         workflow=str(line["workflow"]),
         index=int(line["group"]),
@@ -180,13 +180,13 @@ def outcome_of(line: Mapping[str, Any]) -> Outcome:
         question=str(line["question"]),
         source=checked_json.valid_text(str(line["source"])),
         category=checked_json.valid_text(str(line["category"])),
-        right=right,
+        correct=correct,
         reward=float(line["reward"]["reward"]),
         format=bool(line["reward"]["format"]),
-        made={kind: sum(call["action"] == kind for call in calls) for kind in KINDS},
+        made={action: sum(c["action"] == action for c in calls) for action in SEARCH_ACTIONS},
         failed={
-            kind: sum(call["action"] == kind and call["status"] == "failed" for call in calls)
-            for kind in KINDS
+            action: sum(c["action"] == action and c["status"] == "failed" for c in calls)
+            for action in SEARCH_ACTIONS
         },
         refused=len(line["calls"]) - len(calls),
         allowed=int(line["allowed"]),
@@ -197,15 +197,18 @@ def outcome_of(line: Mapping[str, Any]) -> Outcome:
     )
 
 
-def matched(line: Mapping[str, Any]) -> tuple[bool, bool]:
+def match_answer(line: Mapping[str, Any]) -> tuple[bool, bool]:
     """Return whether the answer of a line is correct by exact match, and by SubEM."""
     answer, golds = line["answer"], line["answers"]
-    return reward_function.exact_match(answer, golds), reward_function.sub_exact_match(
-        answer, golds
+    return (
+        reward_function.exact_match(answer, golds),
+        reward_function.sub_exact_match(answer, golds),
     )
 
 
-def moved(line: dict[str, Any], source: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
+def rebase_images(
+    line: dict[str, Any], source: pathlib.Path, folder: pathlib.Path
+) -> dict[str, Any]:
     """Rewrite the image paths of a line from `source` so that they are relative to `folder`."""
     if not line.get("images") or source.resolve() == folder.resolve():
         return line
@@ -213,60 +216,68 @@ def moved(line: dict[str, Any], source: pathlib.Path, folder: pathlib.Path) -> d
     return line | {"images": paths}
 
 
-def _recorded(line: Mapping[str, Any], number: int) -> dict[str, Any]:
+def _from_recorded(line: Mapping[str, Any], line_number: int) -> dict[str, Any]:
     """Convert a recorded answer to an evaluation line.
 
     Raises:
       LineError: The line is not a valid recorded answer.
     """
     try:
-        read = [turns.parse(turn["response"]) for turn in line["turns"]]
-        golds = line.get("candidate_answers") or []
-        golds = checked_json.loads(golds, surrogates=True) if isinstance(golds, str) else golds
-        answers = [line["ground_truth"], *(gold for gold in golds if gold is not None)]
-        answers = list(dict.fromkeys(answers))
-        if not all(isinstance(answer, str) for answer in answers):
-            raise TypeError("answers must be texts")
-        sampled = [int(turn.get("output_tokens", 0)) for turn in line["turns"]]
+        parsed = [turns.parse(turn["response"]) for turn in line["turns"]]
+        answers = _recorded_golds(line)
+        tokens_sampled = [int(turn.get("output_tokens", 0)) for turn in line["turns"]]
         last = line["turns"][-1] if line["turns"] else {}
-        in_all = int(last.get("input_tokens", 0)) + int(last.get("output_tokens", 0))
+        tokens = int(last.get("input_tokens", 0)) + int(last.get("output_tokens", 0))
         question = line["question"]
-        recorded = [turn.get("action") for turn in line["turns"]]
+        recorded_actions = [turn.get("action") for turn in line["turns"]]
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise LineError(f"no recorded answer ({_said(error)})") from None
-    searches = [
-        {"turn": place, "action": turn.action, "query": turn.payload, "status": "unknown"}
-        for place, turn in enumerate(read)
-        if turn.action in KINDS
+        raise LineError(f"not a recorded answer ({_reason(error)})") from None
+    calls = [
+        {"turn": index, "action": turn.action, "query": turn.payload, "status": "unknown"}
+        for index, turn in enumerate(parsed)
+        if turn.action in SEARCH_ACTIONS
     ]
-    reward = reward_function.compute_reward(
-        read,
-        reward_function.exact_match(reward_function.final_answer(read), answers),
-        Rewards(),
-    )
+    answer = reward_function.final_answer(parsed)
+    correct = reward_function.exact_match(answer, answers)
+    reward = reward_function.compute_reward(parsed, correct, Rewards())
     return {
-        "id": str(line.get("data_id", number)),
+        "id": str(line.get("data_id", line_number)),
         "question": question,
-        "group": number - 1,
-        "index": number - 1,
+        "group": line_number - 1,
+        "index": line_number - 1,
         "sample": 0,
         "workflow": RECORDED,
-        "end": "answer" if read and read[-1].action == "answer" else "turns",
+        "end": "answer" if parsed and parsed[-1].action == "answer" else "turns",
         "error": None,
-        "answer": reward_function.final_answer(read),
-        "turns": [dataclasses.asdict(turn) for turn in read],
-        "recorded_actions": recorded,
-        "calls": searches,
+        "answer": answer,
+        "turns": [dataclasses.asdict(turn) for turn in parsed],
+        "recorded_actions": recorded_actions,
+        "calls": calls,
         "segments": [],
         "answers": answers,
         "category": str(line.get("category") or ""),
         "source": str(line.get("data_source") or ""),
         "reward": dataclasses.asdict(reward),
         "allowed": 2,  # as published, see `config.settings.Turns`
-        "tokens": in_all,
-        "tokens_sampled": sum(sampled),
+        "tokens": tokens,
+        "tokens_sampled": sum(tokens_sampled),
     }
 
 
-def _said(error: Exception) -> str:
-    return f"lacks {error}" if isinstance(error, KeyError) else str(error)
+def _recorded_golds(line: Mapping[str, Any]) -> list[str]:
+    """Return the gold answers of a recorded answer, without duplicates.
+
+    Raises:
+      KeyError, TypeError, ValueError: The answers are missing or invalid.
+    """
+    golds = line.get("candidate_answers") or []
+    golds = checked_json.loads(golds, surrogates=True) if isinstance(golds, str) else golds
+    answers = [line["ground_truth"], *(gold for gold in golds if gold is not None)]
+    answers = list(dict.fromkeys(answers))
+    if not all(isinstance(answer, str) for answer in answers):
+        raise TypeError("answers must be strings")
+    return answers
+
+
+def _reason(error: Exception) -> str:
+    return f"missing field {error}" if isinstance(error, KeyError) else str(error)

@@ -2,7 +2,7 @@
 
 for each workflow:
     rules                limits, prompts, forced actions
-    episodes             rolled out by the engine, each written as it ends
+    episodes             sampled by the engine, each written as it ends
     verdicts, metrics    see `scoring`, and `extraction` for questions about documents
 """
 
@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import pathlib
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,20 +19,21 @@ from flax import nnx
 from tqdm import tqdm
 
 from mmsr1_jax.config import redaction, settings
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.data import DataError, Question, QuestionSource, benchmarks
 from mmsr1_jax.episodes import prompts
 from mmsr1_jax.episodes.episode import Episode, Example
 from mmsr1_jax.evaluation import records
-from mmsr1_jax.evaluation.extraction import finish_documents
+from mmsr1_jax.evaluation.extraction import score_documents
 from mmsr1_jax.evaluation.records import EPISODES
-from mmsr1_jax.evaluation.scoring import MADE_WITH, finish
-from mmsr1_jax.evaluation.workflows import WORKFLOWS, allowed, limits_of
+from mmsr1_jax.evaluation.scoring import PROVENANCE, score_episodes
+from mmsr1_jax.evaluation.workflows import WORKFLOWS, max_searches, workflow_limits
 from mmsr1_jax.models import sharding
 from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.rewards import reward_function
-from mmsr1_jax.rl import train_batch as rl_samples
 from mmsr1_jax.rl.learner import Learner
+from mmsr1_jax.rl.train_batch import make_loss
 from mmsr1_jax.rollout.build import make_engine, make_processor
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.pool import EnginePool
@@ -43,13 +43,14 @@ from mmsr1_jax.tools.service_checks import check_services
 from mmsr1_jax.training import sft_dataset, train_utils
 from mmsr1_jax.training.checkpoint import Checkpoints
 from mmsr1_jax.utils import checked_json, outputs
+from mmsr1_jax.utils.logs import log
 
 # Fields of `config.services` that the episodes depend on.
 _SERVICES = (
     "serpapi_url", "serper_url", "searxng_url", "retrieval_url", "jina_url", "reader",
     "summariser_url", "summariser_model", "fvqa_cache", "allowed_hosts", "cache", "cache_mode",
 )  # fmt: skip
-_PROMPTS = "prompts."  # prefix of a workflow's name; the value is the digest of its prompts
+_PROMPTS = "prompts."  # prefix of a workflow's name; the value is a digest of its prompts
 
 
 def evaluate(
@@ -70,7 +71,7 @@ def evaluate(
         `model_dir`.
 
     Raises:
-      ValueError, OSError: The settings, data or policy are invalid, or `out` contains a different
+      UserError: The settings, data or policy are invalid, or `out` contains a different
         evaluation.
       ServiceRefusedError: A service refuses requests before the first episode, or the judge refuses
         all requests later; `out` keeps the episodes and verdicts so far.
@@ -78,31 +79,31 @@ def evaluate(
     out.mkdir(parents=True, exist_ok=True)
     images = make_processor(config, str(model_dir)).images
     if config.eval.benchmark in benchmarks.DOCUMENT_BENCHMARKS:
-        least = benchmarks.page_processor(images).min_pixels
-        shown = dataclasses.replace(config.images, min_pixels=least)
-        config = dataclasses.replace(config, images=shown)
-    source = Source(config, images)
-    made_with = _made_with(config, source, model_dir, checkpoint)
-    made_with = _check_same(out / MADE_WITH, made_with)
+        min_pixels = benchmarks.page_processor(images).min_pixels
+        image_settings = dataclasses.replace(config.images, min_pixels=min_pixels)
+        config = dataclasses.replace(config, images=image_settings)
+    source = EvalQuestions(config, images)
+    provenance = _provenance(config, source, model_dir, checkpoint)
+    provenance = _check_provenance(out / PROVENANCE, provenance)
     _check_questions(out / EPISODES, source)
-    check_services(config, [limits_of(name, config.turns) for name in config.eval.workflows])
+    check_services(config, [workflow_limits(name, config.turns) for name in config.eval.workflows])
     judge = make_judge(config)
     engine = make_engine(config, str(model_dir))
-    if checkpoint is not None:
-        engine.load(parameters(config, str(model_dir), *checkpoint))
     results: dict[str, Any] = {}
     try:
+        if checkpoint is not None:
+            engine.load(restore_params(config, str(model_dir), *checkpoint))
         for name in config.eval.workflows:
-            answer(engine, config, name, source, out)
+            run_workflow(engine, config, name, source, out)
             model = config.services.judge_model
-            results = finish(out / EPISODES, out, judge, model, made_with)
-            results = finish_documents(config, out, results)
+            results = score_episodes(out / EPISODES, out, judge, model, provenance)
+            results = score_documents(config, out, results)
     finally:
         engine.close()
     return results
 
 
-class Source:
+class EvalQuestions:
     """Re-iterable source of the questions of `config.eval`, always in the same order.
 
     Attributes:
@@ -120,63 +121,66 @@ class Source:
         Raises:
           DataError: The data cannot be read.
         """
-        self._benchmark, self._rows = config.eval.benchmark, config.eval.max_questions
-        self._where = config.eval.data or config.data.validation
-        self._bounds = {
+        self._benchmark, self._max_questions = config.eval.benchmark, config.eval.max_questions
+        self._patterns = config.eval.data or config.data.validation
+        self._limits: dict[str, Any] = {
             "image_roots": config.data.image_roots,
             "max_bad_rows": config.data.max_bad_rows,
             "max_file_pixels": config.images.max_file_pixels,
         }
-        self._pages = {"processor": images, "page_tokens": config.eval.page_tokens}
-        if not self._where:
-            raise DataError("config.eval.data: no file was named")
+        self._pages: dict[str, Any] = {
+            "processor": images,
+            "page_tokens": config.eval.page_tokens,
+        }
+        if not self._patterns:
+            raise DataError("config.eval.data: must name at least one file")
         if self._benchmark:
-            self._read()  # raises early if the files cannot be used
-            files = benchmarks.files(self._benchmark, self._where)
+            self._read()  # raises early if the files are unusable
+            files = benchmarks.files(self._benchmark, self._patterns)
             self.count, self.fingerprint = None, [[f.name, f.stat().st_size] for f in files]
         else:
-            self._source = QuestionSource(self._where, **self._bounds)
-            self.count = min(self._rows or len(self._source), len(self._source))
+            self._source = QuestionSource(self._patterns, **self._limits)
+            self.count = min(self._max_questions or len(self._source), len(self._source))
             self.fingerprint = self._source.fingerprint()
 
     def __iter__(self) -> Iterator[Question]:
         questions = self._read() if self._benchmark else self._source
-        return itertools.islice(questions, self._rows or None)
+        return itertools.islice(questions, self._max_questions or None)
 
     def _read(self) -> Iterator[Question]:
-        return benchmarks.read(self._benchmark, self._where, **self._bounds, **self._pages)
+        return benchmarks.read(self._benchmark, self._patterns, **self._limits, **self._pages)
 
 
-def answer(
-    engine: Engine | EnginePool, config: settings.Config, name: str, source: Source,
+def run_workflow(
+    engine: Engine | EnginePool, config: settings.Config, name: str, source: EvalQuestions,
     out: pathlib.Path,
 ) -> None:  # fmt: skip
-    """Roll out the episodes of a workflow that `out` lacks and append them to its file."""
-    samples, path = config.eval.num_samples, out / EPISODES
+    """Sample the episodes of a workflow that `out` lacks and append them to its file."""
+    num_samples, path = config.eval.num_samples, out / EPISODES
     records.truncate_partial_line(path)
-    known = (line for _, _, line in records.scan(path)) if path.is_file() else ()
-    done = {line["index"] for line in known if line["workflow"] == name}
-    limits = limits_of(name, config.turns)
+    stored = (line for _, _, line in records.scan(path)) if path.is_file() else ()
+    done = {line["index"] for line in stored if line["workflow"] == name}
+    limits = workflow_limits(name, config.turns)
     texts = prompts.load(config.turns.prompt_dir, name)
     rules = engine.make_rules(limits, texts, WORKFLOWS[name].forced)
     sampling = dataclasses.replace(config.sampling, temperature=config.eval.temperature)
-    asked: dict[int, Question] = {}
+    questions: dict[int, Question] = {}  # without their images, which may be large
 
     def missing() -> Iterator[tuple[int, Example]]:
-        for number, question in enumerate(source):
-            if not done.issuperset(range(number * samples, (number + 1) * samples)):
-                asked[number] = dataclasses.replace(question, images=())
-                yield number, question.example()
+        for index, question in enumerate(source):
+            if not done.issuperset(range(index * num_samples, (index + 1) * num_samples)):
+                questions[index] = dataclasses.replace(question, images=())
+                yield index, question.example()
 
-    numbers, examples = itertools.tee(missing())
+    indices, examples = itertools.tee(missing())
     episodes = engine.rollout(
         (example for _, example in examples),
-        rollouts=samples,
+        rollouts=num_samples,
         sampling=sampling,
         rules=rules,
-        indices=(number for number, _ in numbers),
+        indices=(index for index, _ in indices),
     )
-    total = source.count and source.count * samples
+    total = source.count and source.count * num_samples
     with (
         open(path, "a", encoding="utf-8") as file,
         tqdm(episodes, desc=name, initial=len(done), total=total, unit="episode") as bar,
@@ -184,15 +188,15 @@ def answer(
         for episode in bar:
             if episode.index in done:  # only other samples of its question were missing
                 continue
-            question = asked[episode.group]
+            question = questions[episode.group]
             if episode.end == "error":
-                bar.write(f"{name}, question {question.id}: {episode.error}", file=sys.stderr)
-            line = line_of(episode, question, name, config, engine.processor, out)
+                log.warning("%s, question %s: %s", name, question.id, episode.error)
+            line = to_line(episode, question, name, config, engine.processor, out)
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
 
 
-def line_of(
+def to_line(
     episode: Episode,
     question: Question,
     name: str,
@@ -205,32 +209,35 @@ def line_of(
     reward = reward_function.episode_reward(
         episode, question.answers, config.rewards, config.run.steps
     )
-    limits = limits_of(name, config.turns)
+    limits = workflow_limits(name, config.turns)
     line |= {"answers": question.answers, "category": question.category, "source": question.source}
     line |= {
         "reward": dataclasses.asdict(reward),
         "workflow": name,
         "sample": episode.index % config.eval.num_samples,
-        "allowed": allowed(limits, bool(episode.example.images)),
+        "allowed": max_searches(limits, bool(episode.example.images)),
         "tokens": len(episode),
         "tokens_sampled": int(episode.loss_mask.sum()),
     }
-    line["em"], line["subem"] = records.matched(line)
-    score = benchmarks.grader(config.eval.benchmark) if config.eval.benchmark else None
-    if score is not None:
-        line["score"] = score(episode.answer, question)
-        line["answer_format"] = question.answer_format
-    if config.eval.benchmark in benchmarks.DOCUMENT_BENCHMARKS:
-        line["pages_left_out"] = question.omitted_pages
+    line["em"], line["subem"] = records.match_answer(line)
+    if isinstance(question, benchmarks.BenchmarkQuestion):
+        grade = benchmarks.grader(config.eval.benchmark)
+        if grade is not None:
+            line["score"] = grade(episode.answer, question)
+            line["answer_format"] = question.answer_format
+        if config.eval.benchmark in benchmarks.DOCUMENT_BENCHMARKS:
+            line["omitted_pages"] = question.omitted_pages
     return line | {"judge": None}
 
 
-def parameters(config: settings.Config, model_dir: str, run: pathlib.Path, step: int) -> nnx.State:
+def restore_params(
+    config: settings.Config, model_dir: str, run: pathlib.Path, step: int
+) -> nnx.State:
     """Restore the parameters of a run's checkpoint, as the trainer holds them."""
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
     model = train_utils.load_policy(config, model_dir, mesh)
     learner = Learner(
-        model, rl_samples.make_loss(config.objective), config.update, mesh,
+        model, make_loss(config.objective), config.update, mesh,
         temperature=config.sampling.temperature, seed=config.run.seed,
     )  # fmt: skip
     checkpoints = Checkpoints(run / "checkpoints", keep=None)
@@ -241,90 +248,98 @@ def parameters(config: settings.Config, model_dir: str, run: pathlib.Path, step:
     return learner.params
 
 
-def _made_with(
-    config: settings.Config, source: Source, model_dir: str | os.PathLike,
+def _provenance(
+    config: settings.Config, source: EvalQuestions, model_dir: str | os.PathLike,
     checkpoint: tuple[pathlib.Path, int] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the settings and files that episodes depend on, as plain data for JSON.
 
-    `rollout` settings on which they do not depend, such as `lanes`, are left out.
+    `rollout` settings on which they do not depend, such as `lanes`, are omitted.
     """
-    found: dict[str, Any] = {
+    provenance: dict[str, Any] = {
         "model": str(model_dir),
-        "model files": _stamps(sorted(pathlib.Path(model_dir).glob("*.safetensors"))),
+        "model files": _file_stamps(sorted(pathlib.Path(model_dir).glob("*.safetensors"))),
         "checkpoint": checkpoint and [str(checkpoint[0]), checkpoint[1]],
         "data": source.fingerprint,
     }
     for part in ("model", "buckets", "images", "rollout", "turns", "tools", "rewards"):
         for name, value in dataclasses.asdict(getattr(config, part)).items():
-            found[f"{part}.{name}"] = value
+            provenance[f"{part}.{name}"] = value
     for name in ("lanes", "decode_steps", "image_cache_tokens", "precompile"):
-        del found[f"rollout.{name}"]
+        del provenance[f"rollout.{name}"]
     for name in ("benchmark", "page_tokens", "max_questions", "num_samples", "temperature"):
-        found[f"eval.{name}"] = getattr(config.eval, name)
+        provenance[f"eval.{name}"] = getattr(config.eval, name)
     for name in ("top_k", "top_p", "seed"):
-        found[f"sampling.{name}"] = getattr(config.sampling, name)
+        provenance[f"sampling.{name}"] = getattr(config.sampling, name)
     for name in _SERVICES:
-        found[f"services.{name}"] = getattr(config.services, name)
-    searched = [path for path in (config.tools.index, config.services.fvqa_cache) if path]
+        provenance[f"services.{name}"] = getattr(config.services, name)
+    sources = [path for path in (config.tools.index, config.services.fvqa_cache) if path]
     names = ("", INDEX_FILE, "pages.jsonl")
-    found["tools.files"] = _stamps(pathlib.Path(p, name) for p in searched for name in names)
+    provenance["tools.files"] = _file_stamps(
+        pathlib.Path(path, name) for path in sources for name in names
+    )
     for name in config.eval.workflows:
         texts = json.dumps(prompts.load(config.turns.prompt_dir, name), sort_keys=True)
-        found[_PROMPTS + name] = hashlib.blake2b(texts.encode(), digest_size=16).hexdigest()
-    return json.loads(json.dumps(redaction.redact(found)))
+        digest = hashlib.blake2b(texts.encode(), digest_size=16).hexdigest()
+        provenance[_PROMPTS + name] = digest
+    return json.loads(json.dumps(redaction.redact(provenance)))
 
 
-def _stamps(files: Iterable[pathlib.Path]) -> list[list[Any]]:
+def _file_stamps(files: Iterable[pathlib.Path]) -> list[list[Any]]:
     """Return name, size in bytes and modification time in ns of the files that exist."""
     stats = [(file.name, file.stat()) for file in files if file.is_file()]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
-def _check_same(path: pathlib.Path, made_with: Mapping[str, Any]) -> dict[str, Any]:
-    """Check `made_with` against `path` and write it there.
+def _check_provenance(path: pathlib.Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Check `provenance` against the file `path` and write it to that file.
 
     Return it together with the prompt digests of workflows evaluated earlier.
 
     Raises:
-      ValueError: `path` belongs to an evaluation with other settings or files.
+      UserError: `path` belongs to an evaluation with other settings or files.
     """
-    known = checked_json.load(path, dict[str, Any]) if path.is_file() else {}
-    both = {**known, **made_with}
-    # Workflows may be evaluated by separate commands, so only those of both are compared.
-    compared = [n for n in both if not n.startswith(_PROMPTS) or (n in known and n in made_with)]
-    odd = [name for name in compared if known and known.get(name) != made_with.get(name)]
-    if odd:
-        raise ValueError(
-            f"{path.parent}: already contains an evaluation with {odd[0]}={known.get(odd[0])}; "
-            f"this command has {odd[0]}={made_with.get(odd[0])}. Use another --out, or the same "
-            "settings"
-        )
-    if both != known:
-        outputs.write_text(path, json.dumps(both, indent=1) + "\n")
-    return both
+    stored = checked_json.load(path, dict[str, Any]) if path.is_file() else {}
+    merged = {**stored, **provenance}
+    # Workflows may be evaluated by separate commands, so only the prompts of both are compared.
+    compared = [
+        name
+        for name in merged
+        if not name.startswith(_PROMPTS) or (name in stored and name in provenance)
+    ]
+    for name in compared:
+        if stored and stored.get(name) != provenance.get(name):
+            raise UserError(
+                f"{path.parent}: already contains an evaluation with {name}={stored.get(name)}; "
+                f"this command has {name}={provenance.get(name)}. Use another --out, or the same "
+                "settings"
+            )
+    if merged != stored:
+        with outputs.new_file(path) as partial:
+            partial.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
+    return merged
 
 
-def _check_questions(path: pathlib.Path, source: Source) -> None:
-    """Check that each question still has the number that it has in the file.
+def _check_questions(path: pathlib.Path, source: EvalQuestions) -> None:
+    """Check that each question still has the index that it has in the file.
 
-    Unusable rows have no number, so numbers shift if such a row becomes usable, or the reverse.
+    Unusable rows have no index, so indices shift if such a row becomes usable, or the reverse.
 
     Raises:
-      DataError: The number of a question has changed.
+      DataError: The index of a question has changed.
     """
     records.truncate_partial_line(path)
-    there: dict[int, tuple[str, str]] = {}
+    stored: dict[int, tuple[str, str]] = {}
     for _, _, line in records.scan(path) if path.is_file() else ():
-        there[line["group"]] = line["id"], line["question"]
-    if not there:
+        stored[line["group"]] = line["id"], line["question"]
+    if not stored:
         return
-    for number, question in enumerate(itertools.islice(source, max(there) + 1)):
-        known = there.get(number)
-        if known is not None and known != (question.id, question.question):
+    for index, question in enumerate(itertools.islice(source, max(stored) + 1)):
+        expected = stored.get(index)
+        if expected is not None and expected != (question.id, question.question):
             raise DataError(
-                f"{path}: question {number} is {known[0]!r} there, and now it is {question.id!r} "
-                f"({question.file}, row {question.row}): a row before it could not be used then, "
-                "and can be now (its picture or document is there, say), or the other way round. "
-                "Make that as it was, or give another --out"
+                f"{path}: question {index} is {expected[0]!r}, but the data now has "
+                f"{question.id!r} at this index ({question.file}, row {question.row}). The file or "
+                "image of an earlier row became readable or unreadable. Restore it, or use another "
+                "--out"
             )

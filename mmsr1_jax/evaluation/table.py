@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_NAMES = {"em": "EM", "subem": "SubEM", "judge": "judge", "score": "its score"}
+_CRITERIA = {"em": "EM", "subem": "SubEM", "judge": "judge", "score": "benchmark score"}
 
 
-def table(results: Mapping[str, Any]) -> str:
+def format_results(results: Mapping[str, Any]) -> str:
     """Format the results of an evaluation.
 
     Args:
@@ -14,106 +14,123 @@ def table(results: Mapping[str, Any]) -> str:
 
     Returns:
       Lines of text: a table with one row for each workflow; if questions have categories, a table
-      with the accuracy, share of episodes that search and number of questions of each category;
-      then the number of failed verdicts, what was scored for answers about documents, and the
-      comparisons.
+      with the accuracy, fraction of episodes that search and number of questions of each category;
+      then notes on missing verdicts and scores, and the comparisons.
     """
+    text = _workflow_table(results)
+    if any(metrics["by_category"] for metrics in results["workflows"].values()):
+        text += f"\n\n{_category_table(results)}"
+    lines = [text, *_notes(results)]
+    lines += [format_comparison(pair) for pair in results.get("comparisons", ())]
+    return "\n".join(lines)
+
+
+def _workflow_table(results: Mapping[str, Any]) -> str:
     workflows = results["workflows"]
-    matches = [m for m in _NAMES if any(m in one["accuracy"] for one in workflows.values())]
-    head = ["workflow", *(f"right by {_NAMES[m]} [95 %]" for m in matches)]
-    head += ["searches a question", "made/allowed", "episodes that search", "turns", "tokens"]
+    criteria = [c for c in _CRITERIA if any(c in m["accuracy"] for m in workflows.values())]
+    head = ["workflow", *(f"correct by {_CRITERIA[c]} [95 %]" for c in criteria)]
+    head += ["searches/question", "made/allowed", "episodes that search", "turns", "tokens"]
     rows = []
-    for name, one in workflows.items():
-        made = one["searches"]
+    for name, metrics in workflows.items():
+        searches = metrics["searches"]
         rows.append([
             name,
-            *(_with_interval(one["accuracy"].get(m)) for m in matches),
-            _decimal(made["an_episode"], 2),
-            _percent(made["made_of_allowed"]),
-            _percent(made["share"]),
-            _decimal(one["turns"], 2),
-            _decimal(one["tokens"], 0),
+            *(_with_interval(metrics["accuracy"].get(c)) for c in criteria),
+            _decimal(searches["per_episode"], 2),
+            _percent(searches["fraction_of_allowed"]),
+            _percent(searches["episode_fraction"]),
+            _decimal(metrics["turns"], 2),
+            _decimal(metrics["tokens"], 0),
         ])  # fmt: skip
-    text = aligned([head, *rows])
-    categories = sorted({c for one in workflows.values() for c in one["by_category"]})
-    if categories:
-        match = main_match(results)
-        head = ["by category", *categories]
-        rows = []
-        for name, one in workflows.items():
-            parts = [one["by_category"].get(category) for category in categories]
-            rows.append([name, *(_of_category(part, match) for part in parts)])
-        text += f"\n\n{aligned([head, *rows])}\n"
-        text += f"right by {_NAMES[match]} / episodes that search, of so many questions"
+    return align_columns([head, *rows])
+
+
+def _category_table(results: Mapping[str, Any]) -> str:
+    workflows = results["workflows"]
+    categories = sorted({c for metrics in workflows.values() for c in metrics["by_category"]})
+    criterion = main_criterion(results)
+    rows = [["by category", *categories]]
+    for name, metrics in workflows.items():
+        groups = [metrics["by_category"].get(category) for category in categories]
+        rows.append([name, *(_category_cell(group, criterion) for group in groups)])
+    legend = f"correct by {_CRITERIA[criterion]} / episodes that search, of number of questions"
+    return f"{align_columns(rows)}\n{legend}"
+
+
+def _notes(results: Mapping[str, Any]) -> list[str]:
+    notes = []
     if results.get("no_verdict"):
-        text += f"\nof {results['no_verdict']} answers the judge said nothing: --rescore asks again"
+        notes.append(f"{results['no_verdict']} answers have no verdict; --rescore retries them")
     if "scored" in results:
-        text += f"\n{_NAMES['score']} is of: {results['scored']}"
+        notes.append(f"the {_CRITERIA['score']} is computed from {results['scored']}")
     if results.get("no_extraction"):
-        text += f"\n{results['no_extraction']} answers have no score, as the judge's server failed "
-        text += "to bring them into a short form: --rescore asks again"
-    if results.get("pages_left_out", {}).get("pages"):
-        left_out = results["pages_left_out"]
-        text += f"\n{left_out['pages']} pages of {left_out['questions']} questions were left out: "
-        text += "they do not fit into eval.page_tokens"
-    for pair in results.get("comparisons", ()):
-        text += f"\n{compared(pair)}"
-    return text
+        notes.append(
+            f"{results['no_extraction']} answers have no score, because the judge's server did not "
+            "extract their short form; --rescore retries them"
+        )
+    dropped = results.get("omitted_pages", {})
+    if dropped.get("pages"):
+        notes.append(
+            f"{dropped['pages']} pages of {dropped['questions']} questions were dropped, because "
+            "they exceed eval.page_tokens"
+        )
+    return notes
 
 
-def compared(pair: Mapping[str, Any]) -> str:
+def format_comparison(pair: Mapping[str, Any]) -> str:
     """Format a comparison (`compare.compare`, with the names `a` and `b`) as one line."""
     low, high = pair["interval"]
     line = (
         f"{pair['a']} - {pair['b']}: {100 * pair['difference']:+.1f} "
-        f"[{100 * low:+.1f}, {100 * high:+.1f}] by {_NAMES[pair['match']]}, "
+        f"[{100 * low:+.1f}, {100 * high:+.1f}] by {_CRITERIA[pair['criterion']]}, "
         f"{pair['questions']} questions"
     )
     if pair["p"] is not None:
-        right = pair["right"]
-        line += f", {right['only_a']} against {right['only_b']}, p = {pair['p']:.2g}"
-    if pair["left_out"]:
-        line += f"; {pair['left_out']} questions left out: in only one of them, or not judged"
+        correct = pair["correct"]
+        line += f", {correct['only_a']} against {correct['only_b']}, p = {pair['p']:.2g}"
+    if pair["skipped"]:
+        line += f"; skipped {pair['skipped']} questions that only one side has or are not judged"
     return line
 
 
-def main_match(results: Mapping[str, Any]) -> str:
-    """Return the main metric: the first available of benchmark score, judge and exact match."""
-    found = {match for one in results["workflows"].values() for match in one["accuracy"]}
-    return next(match for match in ("score", "judge", "em") if match in found)
+def main_criterion(results: Mapping[str, Any]) -> str:
+    """Return the first available of benchmark score, judge and exact match."""
+    available = {c for metrics in results["workflows"].values() for c in metrics["accuracy"]}
+    return next(c for c in ("score", "judge", "em") if c in available)
 
 
-def _of_category(part: Mapping[str, Any] | None, match: str) -> str:
-    if part is None:
+def _category_cell(group: Mapping[str, Any] | None, criterion: str) -> str:
+    if group is None:
         return "-"
-    right = part["accuracy"].get(match)
-    share = _percent(part["searches"]["share"])
-    return f"{_percent(right and right['mean'])} / {share} of {part['questions']}"
+    accuracy = group["accuracy"].get(criterion)
+    correct = _percent(accuracy and accuracy["mean"])
+    searching = _percent(group["searches"]["episode_fraction"])
+    return f"{correct} / {searching} of {group['questions']}"
 
 
-def _with_interval(right: Mapping[str, Any] | None) -> str:
-    if right is None or right["mean"] is None:
+def _with_interval(accuracy: Mapping[str, Any] | None) -> str:
+    if accuracy is None or accuracy["mean"] is None:
         return "-"
-    low, high = right["interval"]
-    missing = f", {right['no_verdict']} open" if right["no_verdict"] else ""
-    return f"{100 * right['mean']:.1f} [{100 * low:.1f}, {100 * high:.1f}]{missing}"
+    low, high = accuracy["interval"]
+    missing = f", {accuracy['no_verdict']} not judged" if accuracy["no_verdict"] else ""
+    return f"{100 * accuracy['mean']:.1f} [{100 * low:.1f}, {100 * high:.1f}]{missing}"
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"
+def _percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.1f}"
 
 
-def _decimal(value: float | None, places: int) -> str:
-    return "-" if value is None else f"{value:.{places}f}"
+def _decimal(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
+def align_columns(rows: Sequence[Sequence[str]]) -> str:
     """Align rows into columns: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     ]

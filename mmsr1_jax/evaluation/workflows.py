@@ -39,26 +39,27 @@ WORKFLOWS: dict[str, Workflow] = {
 }
 
 
-def limits_of(name: str, limits: "Turns") -> "Turns":
+def workflow_limits(name: str, limits: "Turns") -> "Turns":
     """Return `config.turns` for a workflow. Forced actions determine the turn and search limits."""
     forced = WORKFLOWS[name].forced
     if not forced:
         return limits
-    images, texts = forced.count("image_search"), forced.count("text_search")
+    image_searches, text_searches = forced.count("image_search"), forced.count("text_search")
     return dataclasses.replace(
         limits,
         max_turns=len(forced),
-        max_searches=images + texts,
-        max_image_searches=images,
-        max_text_searches=texts,
+        max_searches=image_searches + text_searches,
+        max_image_searches=image_searches,
+        max_text_searches=text_searches,
     )
 
 
-def allowed(limits: "Turns", pictures: bool) -> int:
-    """Return the number of searches that an episode may make.
+def max_searches(limits: "Turns", has_images: bool) -> int:
+    """Return the maximum number of searches of an episode.
 
     Args:
-      limits: Limits of its workflow, see `limits_of`.
-      pictures: Whether its question has images.
+      limits: Limits of its workflow, see `workflow_limits`.
+      has_images: Whether its question has images.
     """
-    return min(limits.max_searches, limits.max_image_searches * pictures + limits.max_text_searches)
+    max_image_searches = limits.max_image_searches if has_images else 0
+    return min(limits.max_searches, max_image_searches + limits.max_text_searches)

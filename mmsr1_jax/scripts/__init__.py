@@ -1,4 +1,4 @@
-"""Small commands: the local index, merging adapters, the tiny world, the demo, the tool cache.
+"""Small commands: local index, adapter merging, settings, rewards, tiny world, demo, tool cache.
 
 Only other scripts and tests import them.
 """

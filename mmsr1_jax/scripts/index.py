@@ -14,7 +14,7 @@ With `--model`, an HF directory, the images are also embedded by its vision towe
 `--config.tools.image_model=DIR`. That DIR may be another directory with the same vision tower.
 """
 
-import sys
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -22,28 +22,25 @@ from mmsr1_jax import cli
 from mmsr1_jax.tools.index_builder import build_index
 
 
-def main(argv) -> None:
+def main(argv: Sequence[str]) -> None:
     del argv
-    try:
-        embed = None
-        if _MODEL.value is not None:
-            from mmsr1_jax.tools.embedding import Embedder  # only if needed, as it takes a second
+    embed = None
+    if _MODEL.value is not None:
+        from mmsr1_jax.tools.embedding import Embedder  # only if needed, as it takes a second
 
-            embed = Embedder(_MODEL.value)
-        pages, pictures = build_index(
-            _OUT.value, _PAGES.value, _IMAGES.value, embed=embed, image_roots=_ROOTS.value
-        )
-    except (ValueError, OSError) as error:  # invalid model, pages or images: a one-line error
-        sys.exit(f"error: {error}")
-    print(f"{pages} pages and {pictures} titles of pictures in {_OUT.value}")
+        embed = Embedder(_MODEL.value)
+    num_pages, num_titles = build_index(
+        _OUT.value, _PAGES.value, _IMAGES.value, embed=embed, image_roots=_IMAGE_ROOTS.value
+    )
+    print(f"{num_pages} pages and {num_titles} image titles in {_OUT.value}")
 
 
 if __name__ == "__main__":
-    _PAGES = flags.DEFINE_multi_string("pages", [], "JSONL of pages")
-    _IMAGES = flags.DEFINE_multi_string("images", [], "JSONL of pictures")
-    _MODEL = flags.DEFINE_string(
-        "model", None, "HF directory whose vision tower embeds the pictures"
+    _PAGES = flags.DEFINE_multi_string("pages", [], "JSONL file of pages; may be repeated")
+    _IMAGES = flags.DEFINE_multi_string("images", [], "JSONL file of images; may be repeated")
+    _MODEL = flags.DEFINE_string("model", None, "HF directory whose vision tower embeds the images")
+    _IMAGE_ROOTS = flags.DEFINE_list(
+        "image_roots", [], "additional directories that may contain the images"
     )
-    _ROOTS = flags.DEFINE_list("image_roots", [], "other directories in which pictures may lie")
     _OUT = flags.DEFINE_string("out", None, "directory to write", required=True)
     cli.run(main)

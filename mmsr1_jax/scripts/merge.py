@@ -8,32 +8,30 @@ merged policy is written to DIR as an HF directory.
 """
 
 import pathlib
-import sys
+from collections.abc import Sequence
 
 from absl import flags
 
 from mmsr1_jax import cli
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.models import qwen2_5_vl, sharding
 from mmsr1_jax.rl import lora
 
 
-def main(argv) -> None:
+def main(argv: Sequence[str]) -> None:
     del argv
-    try:
-        merge(_MODEL.value, _ADAPTER.value, _OUT.value)
-    except (ValueError, OSError) as error:  # invalid policy, adapter or output: a one-line error
-        sys.exit(f"error: {error}")
-    print(f"{_OUT.value}: {_MODEL.value} with {_ADAPTER.value}")
+    merge(_MODEL.value, _ADAPTER.value, _OUT.value)
+    print(f"merged {_MODEL.value} and {_ADAPTER.value}: {_OUT.value}")
 
 
 def merge(model_dir: str, adapter_dir: str, out: str) -> None:
     """Write the policy of `model_dir`, merged with the adapter, to `out`.
 
     Raises:
-      ValueError, OSError: An argument is invalid; the message names it. Nothing is written.
+      UserError, OSError: An argument is invalid; the message names it. Nothing is written.
     """
     if pathlib.Path(out).resolve() == pathlib.Path(model_dir).resolve():
-        raise ValueError(f"--out={out}: is --model, which is not to be written over")
+        raise UserError(f"--out={out}: is the same directory as --model; name another one")
     config = qwen2_5_vl.ModelConfig.from_directory(model_dir)
     adapters, scale = lora.load(adapter_dir, config)  # first, as the policy takes longer
     model = qwen2_5_vl.load(model_dir, mesh=sharding.make_mesh())

@@ -5,17 +5,21 @@ python -m mmsr1_jax.scripts.random_policy --out=DIR [--tokenizer=HF_DIR]
 
 import dataclasses
 import json
+import os
 import pathlib
-import sys
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import tokenizers
 from absl import flags
 from flax import nnx
+from jax.typing import DTypeLike
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mmsr1_jax import cli
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.processing.processor import CONTROL_TOKENS
@@ -76,15 +80,15 @@ def make_tokenizer() -> tokenizers.Tokenizer:
     return bpe
 
 
-def random_model(config: qwen2_5_vl.ModelConfig, seed: int, **keywords) -> qwen2_5_vl.Qwen2_5_VL:
+def random_model(config: qwen2_5_vl.ModelConfig, seed: int, **kwargs: Any) -> qwen2_5_vl.Qwen2_5_VL:
     """Create a model in which every parameter is random, including biases and norms.
 
     Args:
       config: Architecture of the model.
       seed: Random seed.
-      keywords: Other arguments of `Qwen2_5_VL`.
+      kwargs: Other arguments of `Qwen2_5_VL`.
     """
-    model = qwen2_5_vl.Qwen2_5_VL(config, rngs=nnx.Rngs(seed), **keywords)
+    model = qwen2_5_vl.Qwen2_5_VL(config, rngs=nnx.Rngs(seed), **kwargs)
     state = nnx.state(model, nnx.Param)
     leaves, tree = jax.tree.flatten(state)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -95,19 +99,24 @@ def random_model(config: qwen2_5_vl.ModelConfig, seed: int, **keywords) -> qwen2
 
 @jax.jit
 def _with_noise(x: jax.Array, key: jax.Array) -> jax.Array:
-    return x + 0.1 * jax.random.normal(key, x.shape, x.dtype) * _spread(x)
+    return x + 0.1 * jax.random.normal(key, x.shape, x.dtype) * _scale(x)
 
 
-def _spread(x: jax.Array) -> jax.Array:
+def _scale(x: jax.Array) -> jax.Array:
     """Return the standard deviation of a parameter, or 1 if it is constant (norms, biases)."""
     std = jnp.std(x.astype(jnp.float32)).astype(x.dtype)
     return jnp.where(std > 0, std, 1)
 
 
 def write(
-    directory, *, config=CONFIG, images=IMAGES, seed: int = 0, param_dtype=jnp.float32,
+    directory: str | os.PathLike,
+    *,
+    config: qwen2_5_vl.ModelConfig = CONFIG,
+    images: ImageProcessor = IMAGES,
+    seed: int = 0,
+    param_dtype: DTypeLike = jnp.float32,
     tokenizer: tokenizers.Tokenizer | None = None,
-):  # fmt: skip
+) -> None:
     """Write a random policy, its tokenizer and its processor settings as an HF directory.
 
     The tokenizer defaults to that of `make_tokenizer`.
@@ -121,7 +130,9 @@ def write(
         (partial / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
-def fitted(config: qwen2_5_vl.ModelConfig, tokenizer: tokenizers.Tokenizer):
+def with_vocabulary(
+    config: qwen2_5_vl.ModelConfig, tokenizer: tokenizers.Tokenizer
+) -> qwen2_5_vl.ModelConfig:
     """Return `config` with a tokenizer's vocabulary size and control token ids.
 
     The vocabulary has one additional, unused id.
@@ -138,25 +149,32 @@ def fitted(config: qwen2_5_vl.ModelConfig, tokenizer: tokenizers.Tokenizer):
     )
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> None:
     del argv
     if _TOKENIZER.value is None:
         write(_OUT.value, seed=_SEED.value)
     else:
-        try:
-            file = pathlib.Path(_TOKENIZER.value, "tokenizer.json")
-            tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-            config = fitted(CONFIG, tokenizer)
-        except OSError as error:
-            sys.exit(f"error: --tokenizer: {error}")
-        except KeyError as error:
-            sys.exit(f"error: --tokenizer: {file} has no token {error}")
+        tokenizer = _read_tokenizer(pathlib.Path(_TOKENIZER.value, "tokenizer.json"))
+        config = with_vocabulary(CONFIG, tokenizer)
         write(_OUT.value, config=config, seed=_SEED.value, tokenizer=tokenizer)
     print(f"wrote a random policy to {_OUT.value}")
+
+
+def _read_tokenizer(file: pathlib.Path) -> tokenizers.Tokenizer:
+    """Read a tokenizer. Raise UserError if it is unreadable or lacks a required control token."""
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"--tokenizer: {file}: cannot be read ({error})") from None
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    for token in ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>"):
+        if token not in vocabulary:
+            raise UserError(f"--tokenizer: {file} has no token {token!r}")
+    return tokenizer
 
 
 if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", None, "directory to write", required=True)
     _SEED = flags.DEFINE_integer("seed", 0, "seed of the random parameters")
-    _TOKENIZER = flags.DEFINE_string("tokenizer", None, "HF directory whose tokenizer it is given")
+    _TOKENIZER = flags.DEFINE_string("tokenizer", None, "HF directory whose tokenizer to use")
     cli.run(main)

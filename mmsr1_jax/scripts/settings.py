@@ -6,12 +6,13 @@ mmsr1 settings [PREFIX]        such as `mmsr1 settings update` or `mmsr1 setting
 import dataclasses
 import inspect
 import re
-import sys
 import textwrap
 import typing
 from collections.abc import Iterator, Sequence
 
+from mmsr1_jax import cli
 from mmsr1_jax.config import Config
+from mmsr1_jax.config.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +43,9 @@ class Setting:
 def all_settings() -> Iterator[Setting]:
     """Yield all settings in declaration order."""
     for part in dataclasses.fields(Config):
-        kind = typing.get_type_hints(Config)[part.name]
-        hints, meanings = typing.get_type_hints(kind), meanings_of(kind)
-        for field in dataclasses.fields(kind):
+        cls = typing.get_type_hints(Config)[part.name]
+        hints, meanings = typing.get_type_hints(cls), field_meanings(cls)
+        for field in dataclasses.fields(cls):
             hint = hints[field.name]
             yield Setting(
                 name=f"config.{part.name}.{field.name}",
@@ -55,26 +56,24 @@ def all_settings() -> Iterator[Setting]:
             )
 
 
-def meanings_of(kind: type) -> dict[str, str]:
+def field_meanings(cls: type) -> dict[str, str]:
     """Return the description of each field in the `Attributes:` block of a dataclass."""
-    _, _, block = inspect.getdoc(kind).partition("Attributes:\n")
-    found: dict[str, str] = {}
+    _, _, block = (inspect.getdoc(cls) or "").partition("Attributes:\n")
+    meanings: dict[str, str] = {}
     for entry in re.split(r"\n(?=  \S)", block):
         names, colon, text = entry.strip().partition(": ")
         for name in names.split(", ") if colon else ():
-            found[name] = " ".join(text.split())
-    return found
+            meanings[name] = " ".join(text.split())
+    return meanings
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> None:
     prefix = argv[1].removeprefix("--").removeprefix("config.") if len(argv) > 1 else ""
-    chosen = [s for s in all_settings() if s.name.startswith(f"config.{prefix}")]
-    if not chosen:
-        print(f"error: no setting begins with config.{prefix}", file=sys.stderr)
-        return 1
-    print("\n".join(map(str, chosen)))
-    return 0
+    selected = [s for s in all_settings() if s.name.startswith(f"config.{prefix}")]
+    if not selected:
+        raise UserError(f"no setting begins with config.{prefix}; `mmsr1 settings` lists all")
+    print("\n".join(map(str, selected)))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    cli.run(main, max_arguments=1)

@@ -13,7 +13,6 @@ DIR/*.parquet       questions: train, heldout (new photos, facts not asked about
 
 import json
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,12 +21,14 @@ from absl import flags
 
 from mmsr1_jax import cli
 from mmsr1_jax.data import tiny_world, write_parquet
+from mmsr1_jax.data.tiny_world.questions import Split
 from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.utils import outputs
 
-_PRACTICE = 12  # number of small worlds for reading practice
+_NUM_PRACTICE_WORLDS = 12  # small worlds for reading practice
+_DEFAULT_COUNTS: dict[Split, int] = {"train": 2400, "heldout": 240, "unmet": 120}  # of questions
 
 # A photo of 84 x 84 pixels has 9 tokens, a thumbnail of 56 x 56 pixels has 4.
 IMAGES = ImageProcessor(min_pixels=56 * 56, max_pixels=84 * 84)
@@ -58,14 +59,11 @@ CONFIG = qwen2_5_vl.ModelConfig(
 )
 
 
-def main(argv) -> None:
+def main(argv: Sequence[str]) -> None:
     del argv
     out = pathlib.Path(_OUT.value)
-    try:
-        with outputs.lock(out):
-            write(out)
-    except (ValueError, OSError) as error:  # invalid output directory: a one-line error
-        sys.exit(f"error: {error}")
+    with outputs.lock(out):
+        write(out)
     print(f"wrote an index, questions and a random policy to {out}")
 
 
@@ -88,34 +86,35 @@ def write_stories(world: tiny_world.World, out: pathlib.Path, count: int) -> Non
 
     Their images are written to `out/stories/`, and the indexes of other worlds to `out/practice/`.
     """
-    practised = []
-    for number in range(min(_PRACTICE, count)):
+    practice = []
+    for index in range(min(_NUM_PRACTICE_WORLDS, count)):
         other = tiny_world.World.generate(
-            world.seed + 1 + number, landmarks=100, remembered=1, unmet=1, strangers=1
+            world.seed + 1 + index, landmarks=100, remembered=1, unmet=1, strangers=1
         )
-        index = f"practice/{number:02d}"
-        tiny_world.write_index(other, out / index)
-        lines = count // _PRACTICE + (number < count % _PRACTICE)
-        practised += [
-            story | {"index": index} for story in tiny_world.practice(other, world, lines)
+        folder = f"practice/{index:02d}"
+        tiny_world.write_index(other, out / folder)
+        num_lines = count // _NUM_PRACTICE_WORLDS + (index < count % _NUM_PRACTICE_WORLDS)
+        practice += [
+            story | {"index": folder} for story in tiny_world.practice(other, world, num_lines)
         ]
-    _write(tiny_world.demonstrations(world, count), out, "demonstrations")
-    _write(tiny_world.memories(world, count), out, "memories")
-    _write(practised, out, "practice")
+    _write_jsonl(tiny_world.demonstrations(world, count), out, "demonstrations")
+    _write_jsonl(tiny_world.memories(world, count), out, "memories")
+    _write_jsonl(practice, out, "practice")
 
 
-def _write(stories: Sequence[Mapping[str, Any]], out: pathlib.Path, name: str) -> None:
+def _write_jsonl(stories: Sequence[Mapping[str, Any]], out: pathlib.Path, name: str) -> None:
+    """Write `out/NAME.jsonl`, and the images of its lines to `out/stories/NAME/`."""
     folder = pathlib.Path("stories", name)
     (out / folder).mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.jsonl"
     path.unlink(missing_ok=True)  # first, so that no old line refers to a new image
-    with outputs.new_text_file(path) as file:
-        for number, story in enumerate(stories):
+    with outputs.new_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
+        for index, story in enumerate(stories):
             images = []
             if story["image"] is not None:
-                images = [str(folder / f"{number:06d}.jpg")]
+                images = [str(folder / f"{index:06d}.jpg")]
                 (out / images[0]).write_bytes(story["image"])
-            line = {"id": f"{name}-{number}", **story, "images": images}
+            line = {"id": f"{name}-{index}", **story, "images": images}
             del line["image"]
             file.write(json.dumps(line) + "\n")
 
@@ -124,12 +123,12 @@ if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", "build/tiny_world", "directory to write")
     _SEED = flags.DEFINE_integer("seed", 0, "seed of the world and of the random policy")
     _COUNTS = {
-        name: flags.DEFINE_integer(name, count, f"questions of {name}.parquet")
-        for name, count in (("train", 2400), ("heldout", 240), ("unmet", 120))
+        split: flags.DEFINE_integer(split, count, f"number of questions in {split}.parquet")
+        for split, count in _DEFAULT_COUNTS.items()
     }
     _STORIES = flags.DEFINE_integer(
         "stories",
         6000,
-        "lines each of demonstrations.jsonl, memories.jsonl and practice.jsonl; or 0",
+        "number of lines in each of demonstrations.jsonl, memories.jsonl and practice.jsonl",
     )
     cli.run(main)

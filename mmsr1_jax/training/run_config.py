@@ -33,7 +33,7 @@ def read(path: pathlib.Path) -> tuple[settings.Config, str]:
     """
     try:
         data = checked_json.load(path, _File)
-        config = bounds.made(settings.Config, data.config, "config")
+        config = bounds.from_dict(settings.Config, data.config, "config")
         if config.services.cache is not None:  # the file does not contain its password
             config.services.cache = config.services.cache.replace(f"{redaction.REDACTED}@", "")
         return settings.validate(config), data.model

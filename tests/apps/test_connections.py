@@ -19,11 +19,11 @@ from mmsr1_jax.apps.serve.request_queue import RequestQueue
 from mmsr1_jax.config.settings import Config
 from mmsr1_jax.episodes.episode import Episode
 from tests.scripted_policy import scripted_processor
-from tests.test_serve import PICTURES, body, wait_for
+from tests.serving import IMAGES, body, wait_for
 
 PATIENCE = 600.0  # seconds; generous, for busy machines
 LONG = 3600.0  # seconds; longer than any test
-ENDLESS, DEFAULT = ConnectionLimits(idle=LONG, unread=LONG), Limits()
+ENDLESS, DEFAULT = ConnectionLimits(idle_timeout=LONG, unread_timeout=LONG), Limits()
 
 
 class SlowEngine:
@@ -127,7 +127,7 @@ def is_closed(connection) -> bool:
 
 
 def ask(port, question="?", source="127.0.0.1") -> socket.socket:
-    content = body(question, PICTURES[0])
+    content = body(question, IMAGES[0])
     sent = head("POST", "/ask", Content_Length=len(content)) + content
     return connect(port, sent, source)
 
@@ -158,7 +158,12 @@ def test_other_clients_are_served_beside_256_inactive_connections(processor, dat
 
 @pytest.mark.parametrize("data", PARTS.values(), ids=PARTS)
 def test_inactive_connection_is_closed(processor, data):
-    with served(processor, ConnectionLimits(idle=0.3, unread=LONG)) as (port, _, _, server):
+    with served(processor, ConnectionLimits(idle_timeout=0.3, unread_timeout=LONG)) as (
+        port,
+        _,
+        _,
+        server,
+    ):
         assert is_closed(connect(port, data))
         wait_for(lambda: not server.server_state.connections)
 
@@ -166,7 +171,12 @@ def test_inactive_connection_is_closed(processor, data):
 @pytest.mark.parametrize("piece", [b"X", b"X: 1\r\n", b"\r\n"])
 def test_slow_header_is_closed_like_a_stalled_one(processor, piece):
     """Single bytes do not reset the timeout."""
-    with served(processor, ConnectionLimits(idle=0.5, unread=LONG)) as (port, _, _, _):
+    with served(processor, ConnectionLimits(idle_timeout=0.5, unread_timeout=LONG)) as (
+        port,
+        _,
+        _,
+        _,
+    ):
         connection = connect(port, b"" if piece == b"\r\n" else b"GET / HTTP/1.1\r\nHost: h\r\n")
         end = time.monotonic() + PATIENCE
         with pytest.raises(ConnectionError):
@@ -178,7 +188,12 @@ def test_slow_header_is_closed_like_a_stalled_one(processor, piece):
 
 def test_pending_request_is_not_closed(processor):
     """However long it takes, and however many connections are open."""
-    with served(processor, ConnectionLimits(idle=0.2, unread=LONG)) as (port, queue, engine, _):
+    with served(processor, ConnectionLimits(idle_timeout=0.2, unread_timeout=LONG)) as (
+        port,
+        queue,
+        engine,
+        _,
+    ):
         question = ask(port)
         wait_for(lambda: any(queue._active))
         many = [connect(port) for _ in range(300)]
@@ -204,8 +219,8 @@ def test_malformed_headers_do_not_affect_the_server(processor):
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"\0" * 1000, b"\n" * 100_000,
         head() * 500,
     ]  # fmt: skip
-    with served(processor, ConnectionLimits(idle=0.5, unread=LONG),
-                Limits(grace=0.2, seconds=0.4)) as (port, _, _, server):  # fmt: skip
+    with served(processor, ConnectionLimits(idle_timeout=0.5, unread_timeout=LONG),
+                Limits(grace_period=0.2, upload_timeout=0.4)) as (port, _, _, server):  # fmt: skip
         for data in malformed:
             connection = connect(port)
             with contextlib.suppress(ConnectionError):
@@ -226,7 +241,7 @@ def test_client_that_does_not_read_is_disconnected(processor):
             sent[0] += 65536
             await asyncio.sleep(0.001)
 
-    limits = ConnectionLimits(idle=LONG, unread=0.5)
+    limits = ConnectionLimits(idle_timeout=LONG, unread_timeout=0.5)
     with served(processor, limits, app=flood) as (port, _, _, server):
         connection = connect(port, head())
         wait_for(lambda: sent[0] > 0)
@@ -240,7 +255,7 @@ def test_client_that_does_not_read_is_disconnected(processor):
 
 def test_slow_bodies_are_closed_for_a_question(processor):
     """Those that sent least are closed first; none times out."""
-    limits = Limits(arriving=4, grace=LONG, seconds=LONG)
+    limits = Limits(max_uploads=4, grace_period=LONG, upload_timeout=LONG)
     slow = head("POST", "/ask", Content_Length=10**6)
     with served(processor, limits=limits) as (port, queue, _, _):
         good = [connect(port, slow + b"x" * 5000 * n) for n in (1, 2, 3)]
@@ -260,7 +275,7 @@ def test_slow_bodies_are_closed_for_a_question(processor):
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_slow_body_times_out_and_a_steady_one_does_not(processor, chunked):
-    limits = Limits(grace=0.5, seconds=LONG, bytes_per_second=10**4)
+    limits = Limits(grace_period=0.5, upload_timeout=LONG, min_upload_rate=10**4)
     kind = {"Transfer_Encoding": "chunked"} if chunked else {"Content_Length": 10**6}
     with served(processor, limits=limits) as (port, _, _, _):
         connection = connect(port, head("POST", "/ask", **kind))
@@ -271,9 +286,9 @@ def test_slow_body_times_out_and_a_steady_one_does_not(processor, chunked):
             with contextlib.suppress(TimeoutError):
                 answer = connection.recv(4096)
         assert answer.startswith(b"HTTP/1.1 408 ")
-    steady = Limits(grace=0.5, seconds=LONG, bytes_per_second=1)
+    steady = Limits(grace_period=0.5, upload_timeout=LONG, min_upload_rate=1)
     with served(processor, limits=steady) as (port, _, _, _):
-        content = body("?", PICTURES[0])
+        content = body("?", IMAGES[0])
         # The first piece is sent with the head, and suffices for many seconds.
         piece = len(content) // 8
         assert piece > 60
@@ -286,9 +301,9 @@ def test_slow_body_times_out_and_a_steady_one_does_not(processor, chunked):
 
 
 def test_body_of_wrong_length_is_rejected(processor):
-    limits = Limits(grace=0.3, seconds=0.6, picture_bytes=100_000)
-    content = body("?", PICTURES[0])
-    with served(processor, ConnectionLimits(idle=0.5), limits) as (port, _, _, _):
+    limits = Limits(grace_period=0.3, upload_timeout=0.6, max_image_bytes=100_000)
+    content = body("?", IMAGES[0])
+    with served(processor, ConnectionLimits(idle_timeout=0.5), limits) as (port, _, _, _):
         announced = head("POST", "/ask", Content_Length=len(content) + 50)
         status_code, longer = request_with_retries(port, announced + content)
         assert status_code == 408 and is_closed(longer)
@@ -302,7 +317,7 @@ def test_body_of_wrong_length_is_rejected(processor):
 
 
 def test_questions_of_a_busy_client_are_dropped_for_another_client(processor):
-    limits = Limits(waiting=4)
+    limits = Limits(max_waiting=4)
     with served(processor, limits=limits) as (port, queue, engine, _):
         first = ask(port, "first")
         wait_for(lambda: any(queue._active))

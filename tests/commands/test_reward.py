@@ -6,20 +6,20 @@ import sys
 
 import pytest
 
+from tests.programs import read_jsonl, run_module, write_jsonl
 from tests.reward_reference import slow_normalise, texts
-from tests.test_score import read, run, write
 
 
 def reward_file(folder, lines, *arguments):
-    write(folder / "in.jsonl", lines)
+    write_jsonl(folder / "in.jsonl", lines)
     out = folder / "out.jsonl"
-    process = run(
+    process = run_module(
         f"--episodes={folder / 'in.jsonl'}",
         f"--out={out}",
         *arguments,
         module="mmsr1_jax.scripts.reward",
     )
-    return process, read(out) if out.exists() else None
+    return process, read_jsonl(out) if out.exists() else None
 
 
 def test_recorded_episodes_are_scored(shared, tmp_path):

@@ -6,7 +6,7 @@ from mmsr1_jax.data import QuestionSource
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.tools.local_index import LocalIndex
-from tests.test_score import run
+from tests.programs import run_module as run
 
 
 def test_written_files_are_read_by_the_other_commands(tmp_path):

@@ -127,7 +127,7 @@ def test_benchmark_answers_are_converted_like_those_of_training_files(tmp_path):
 
 def test_a_null_among_recorded_candidate_answers_is_dropped():
     recorded = {"question": "?", "ground_truth": "a", "candidate_answers": [None, "b"], "turns": []}
-    assert records.parse(json.dumps(recorded).encode(), 1)["answers"] == ["a", "b"]
+    assert records.parse_line(json.dumps(recorded).encode(), 1)["answers"] == ["a", "b"]
 
 
 DATA = png(3)

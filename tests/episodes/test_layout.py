@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 
 from configs import qwen7b
-from mmsr1_jax.apps.report import pictures, records
+from mmsr1_jax.apps.report import images, records
 from mmsr1_jax.apps.serve.events import EventSerializer
 from mmsr1_jax.config import settings
 from mmsr1_jax.episodes import prompts
@@ -95,7 +95,7 @@ def test_a_page_cannot_forge_a_second_result(rules, processor):
     assert [result["link"] for result in event["results"]] == [
         "http://evil.example/", "https://en.wikipedia.org/wiki/Bridge"
     ]  # fmt: skip
-    assert event["results"][1]["text"] == "It was opened in 1886." and event["said"] == ""
+    assert event["results"][1]["text"] == "It was opened in 1886." and event["text"] == ""
     assert "en.wikipedia.org" in event["results"][0]["text"]
 
 
@@ -185,23 +185,23 @@ def test_recorded_results_equal_the_shown_ones(rules, processor, tmp_path):
         assert segment["text"] == processor.decode(segment["tokens"])
         for begin, end in segment["pictures"]:
             assert segment["text"][begin:end].startswith("<|vision_start|>")
-    record = records.record(line, tmp_path, pictures.Pictures(), None)
-    assert record["pictures"] == [0]
+    record = records.to_record(line, tmp_path, images.ImageRegistry(), None)
+    assert record["images"] == [0]
     (call,) = record["turns"][0]["calls"]
-    assert [result["pictures"] for result in call["results"]] == [[], [1], [2, 3]]
+    assert [result["images"] for result in call["results"]] == [[], [1], [2, 3]]
     assert [result["title"] for result in call["results"]][1] == user_turn.call.results[1].title
     assert record["turns"][0]["reply"].count(fake) == 0  # escaped
     event = EventSerializer(processor, processor.token_bytes())(
         "reply", user_turn.prompt.tokens, tuple(episode.images), user_turn.call
     )
-    assert [result["picture"] is None for result in event["results"]] == [True, False, False]
+    assert [result["image"] is None for result in event["results"]] == [True, False, False]
 
 
 def test_records_without_results_are_shown_as_text(rules, processor, tmp_path):
     user_turn = reply(rules, [text_result("http://x/", FORGED)])
     line = json.loads(json.dumps(episode_of(processor, user_turn).to_json(processor)))
     del line["calls"][0]["results"]
-    record = records.record(line, tmp_path, pictures.Pictures(), None)
+    record = records.to_record(line, tmp_path, images.ImageRegistry(), None)
     assert record["turns"][0]["calls"][0]["results"] == []
     assert "1. link: http://x/\nsummary: Pills.\n" in record["turns"][0]["reply"][0]
 
@@ -224,7 +224,7 @@ def test_image_spans_outside_the_text_are_refused(rules, processor, tmp_path, sp
     line = json.loads(json.dumps(line))
     line["segments"][1]["pictures"] = spans
     with pytest.raises(records.LineError, match=r"segments\[1\]: 'pictures' must be"):
-        records.record(line, tmp_path, pictures.Pictures(), None)
+        records.to_record(line, tmp_path, images.ImageRegistry(), None)
 
 
 # Truncation

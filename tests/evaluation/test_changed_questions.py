@@ -8,7 +8,7 @@ from mmsr1_jax.config.settings import Config, Eval
 from mmsr1_jax.data import DataError
 from mmsr1_jax.data.benchmarks import read
 from mmsr1_jax.episodes.episode import Episode
-from mmsr1_jax.evaluation.run import evaluate, line_of
+from mmsr1_jax.evaluation.run import evaluate, to_line
 from tests.benchmark_files import livevqa, png
 
 
@@ -25,7 +25,7 @@ def test_an_evaluation_is_not_resumed_if_its_questions_have_changed(tmp_path, ti
     (question,) = read("livevqa", tmp_path)
     out.mkdir()
     episode = Episode(example=question.example(), group=0, index=0, end="turns")
-    line = json.dumps(line_of(episode, question, "direct", config, processor, out)) + "\n"
+    line = json.dumps(to_line(episode, question, "direct", config, processor, out)) + "\n"
     (out / "episodes.jsonl").write_text(line + line[:40])  # as after a kill
     with pytest.raises(ValueError, match=f"{policy}.*config.json"):
         evaluate(config, policy, out)

@@ -17,15 +17,15 @@ from mmsr1_jax.data.benchmarks.grading import (
 from mmsr1_jax.episodes.episode import Episode
 from mmsr1_jax.episodes.turns import Turn
 from mmsr1_jax.evaluation import records
-from mmsr1_jax.evaluation.extraction import finish_documents, short_forms
-from mmsr1_jax.evaluation.run import line_of
-from mmsr1_jax.evaluation.scoring import rescore, results_of
-from mmsr1_jax.evaluation.table import main_match, table
+from mmsr1_jax.evaluation.extraction import extract_short_forms, score_documents
+from mmsr1_jax.evaluation.run import to_line
+from mmsr1_jax.evaluation.scoring import compute_results, rescore
+from mmsr1_jax.evaluation.table import format_results, main_criterion
 from mmsr1_jax.tools.build import make_judge
 from tests import scripted_policy
 from tests.benchmark_files import mmlongbench, write_pdf
+from tests.evaluations import CONFIG, command, run
 from tests.servers import serve
-from tests.test_evaluate import CONFIG, command, run
 
 QUESTION = BenchmarkQuestion(id="", question="", images=(), answers=("Ann",),
                              references=("Ann",) * 10, answer_format="Str")  # fmt: skip
@@ -41,11 +41,11 @@ def test_benchmarks_without_a_grading_rule_are_judged(tmp_path, processor, name)
     episode = Episode(example=QUESTION.example(), group=0, index=0, end="answer")
     episode.turns.append(Turn("answer", "Ms Ann", "r", None))
     config = Config(eval=Eval(benchmark=name))
-    line = line_of(episode, QUESTION, "direct", config, processor, tmp_path)
+    line = to_line(episode, QUESTION, "direct", config, processor, tmp_path)
     line["judge"] = {"correct": True, "reason": "", "by": "judge", "model": ""}
     assert not line["em"] and line.get("score") == (grade and grade("Ms Ann", QUESTION))
-    results = results_of({"direct": [records.outcome_of(line)]}, {})
-    assert main_match(results) == ("judge" if grade is None else "score")
+    results = compute_results({"direct": [records.to_outcome(line)]}, {})
+    assert main_criterion(results) == ("judge" if grade is None else "score")
 
 
 # Short forms of answers about documents
@@ -98,7 +98,7 @@ def with_judge(server, **fields):
 
 def grade_lines(config, path):
     """Grade the episodes of a file; return the results and the new lines."""
-    results = finish_documents(config, path.parent, rescore(config, path, None))
+    results = score_documents(config, path.parent, rescore(config, path, None))
     assert json.loads((path.parent / "results.json").read_text()) == results
     return results, [line for _, _, line in records.scan(path)]
 
@@ -117,7 +117,7 @@ def answered(tmp_path, processor):
             if answer is not None:
                 episode.turns.append(Turn("answer", answer, "r", None))
             config = Config(eval=Eval(benchmark="mmlongbench"))
-            line = line_of(episode, question, "direct", config, processor, tmp_path)
+            line = to_line(episode, question, "direct", config, processor, tmp_path)
             file.write(json.dumps(line) + "\n")
     return path
 
@@ -127,8 +127,8 @@ def test_short_forms_of_answers_are_graded(answered, server):
     assert results["scored"] == "answers as they are" and results["no_extraction"] == 0
     assert [line["score"] for line in lines] == [document_grade(a, g, f) for a, _, g, f in CASES]
     assert results["f1"] == {"direct": 0}
-    assert results["pages_left_out"] == {"pages": 4, "questions": 2}
-    assert "4 pages of 2 questions were left out" in table(results)
+    assert results["omitted_pages"] == {"pages": 4, "questions": 2}
+    assert "4 pages of 2 questions were left out" in format_results(results)
 
     results, lines = grade_lines(with_judge(server), answered)
     assert [line["score"] for line in lines] == [1, 1, 0, 0, None, None]
@@ -139,14 +139,14 @@ def test_short_forms_of_answers_are_graded(answered, server):
     assert results["scored"] == "short forms of the answers" and results["no_extraction"] == 2
     assert results["workflows"]["direct"]["accuracy"]["score"]["mean"] == 2 / 4
     assert results["f1"] == {"direct": pytest.approx(2 * 1 / (3 + 3))}  # 3 answered, 3 answerable
-    assert "2 answers have no score" in table(results)
+    assert "2 answers have no score" in format_results(results)
     assert sorted(server.requests) == sorted(answer for answer, *_ in CASES if answer)
 
     server.fault, server.requests = False, []
     results, lines = grade_lines(with_judge(server), answered)
     assert sorted(server.requests) == ["in another form", "refused"]
     assert [line["score"] for line in lines] == [1, 1, 0, 0, 0, 0] and results["no_extraction"] == 0
-    assert results["pages_left_out"] == {"pages": 4, "questions": 2}
+    assert results["omitted_pages"] == {"pages": 4, "questions": 2}
     # Known short forms are reused, unless another model is named.
     server.requests = []
     assert grade_lines(with_judge(server), answered) == (results, lines) and not server.requests
@@ -164,15 +164,15 @@ def test_short_forms_are_cached_as_they_arrive(server, tmp_path):
     questions["c"] = ("Which year?", CASES[2][0])
     config = with_judge(server, cache=str(tmp_path / "store.sqlite"))
     path, model = tmp_path / "extractions.jsonl", config.services.judge_model
-    first = short_forms(questions, make_judge(config), model, path)
+    first = extract_short_forms(questions, make_judge(config), model, path)
     assert [first[key]["answer"] for key in questions] == ["1987", None, None]
     with open(path, "a") as file:
         file.write('["b", {"ans')
     server.requests = []
-    assert short_forms(questions, make_judge(with_judge(server)), model, path) == first
+    assert extract_short_forms(questions, make_judge(with_judge(server)), model, path) == first
     assert server.requests == ["refused"]
     path.unlink()
-    assert short_forms(questions, make_judge(config), model, path) == first
+    assert extract_short_forms(questions, make_judge(config), model, path) == first
     assert server.requests == ["refused"] * 2
 
 
@@ -194,10 +194,10 @@ def test_a_document_fits_its_token_budget_and_its_answers_are_graded(server, tmp
     run(command(*arguments, f"--model={tmp_path / 'policy'}", f"--out={tmp_path / 'out'}"))
     path = tmp_path / "out" / "episodes.jsonl"
     ((_, _, line),) = records.scan(path)
-    assert line["pages_left_out"] == 1 and len(line["image_grids"]) == 3
+    assert line["omitted_pages"] == 1 and len(line["image_grids"]) == 3
     assert sum(h * w // 4 for _, h, w in line["image_grids"]) <= 17
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["pages_left_out"] == {"pages": 1, "questions": 1}
+    assert results["omitted_pages"] == {"pages": 1, "questions": 1}
     assert results["scored"] == "short forms of the answers"
     assert server.requests == [line["answer"]] and line["answer"]
     assert line["extracted"]["answer"] == line["answer"].split()[-1]

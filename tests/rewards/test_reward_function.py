@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from mmsr1_jax.config.rewards import Rewards, RewardsError, check
+from mmsr1_jax.config import ConfigError
+from mmsr1_jax.config.rewards import Rewards, check
 from mmsr1_jax.episodes.episode import Episode, Example, ToolCall
 from mmsr1_jax.episodes.turns import parse
 from mmsr1_jax.rewards import reward_function
@@ -169,7 +170,7 @@ def test_only_the_four_published_sequences_have_a_valid_format(sequence):
     ],
 )
 def test_invalid_settings_are_errors_that_name_the_field(field, value):
-    with pytest.raises(RewardsError, match=f"^{field}"):
+    with pytest.raises(ConfigError, match=f"^{field}"):
         check(Rewards(**{field: value}))
 
 

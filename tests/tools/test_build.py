@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from mmsr1_jax.config import settings
+from mmsr1_jax.config import choices, settings
 from mmsr1_jax.tools.build import ToolsError, make_tools
 from mmsr1_jax.tools.services import KeyMissingError, fvqa
 from tests.servers import serve
@@ -30,9 +30,9 @@ def test_every_combination_of_settings_can_be_built(keys, tmp_path):
     services = {"upload_url": "http://p/", "public_url": "http://q/", "summariser_url": "http://s",
                 "fvqa_cache": str(tmp_path / "cache.json"),
                 "cache": str(tmp_path / "cache.sqlite")}  # fmt: skip
-    for text in settings.TEXT_SEARCHES:
-        for image in settings.IMAGE_SEARCHES:
-            for reader in settings.READERS:
+    for text in choices.TEXT_SEARCHES:
+        for image in choices.IMAGE_SEARCHES:
+            for reader in choices.READERS:
                 config = configured(text=text, image=image, index=str(tmp_path),
                                     services=services | {"reader": reader})  # fmt: skip
                 expected = {f"{name}_search" for name, choice in (("text", text), ("image", image))

@@ -28,7 +28,7 @@ from mmsr1_jax.tools.embedding import WINDOWS, Embedder
 from mmsr1_jax.tools.index_builder import LocalIndexError, build_index
 from mmsr1_jax.tools.local_index import LocalIndex
 from mmsr1_jax.utils import compile_counter
-from tests.test_score import run
+from tests.programs import run_module as run
 from tests.tools.test_local_index import MODIFICATIONS, look_up, titles, write
 
 
@@ -172,7 +172,7 @@ def test_search_results_are_ordered_by_cosine_similarity(indexed, embed):
     """The order is that of the similarities in float64, up to rounding to float16."""
     directory, process, images = indexed
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith("0 pages and 24 titles of pictures in ")
+    assert process.stdout.startswith("0 pages and 24 image titles in ")
     assert "i.jsonl, line 13: skipped: 1000x2 pixels: the aspect ratio" in process.stderr
     index, vectors = (
         LocalIndex(directory, max_results=6, embed=embed),

@@ -13,7 +13,7 @@ from pyarrow import parquet
 from mmsr1_jax.tools import Query
 from mmsr1_jax.tools.index_builder import LocalIndexError, build_index
 from mmsr1_jax.tools.local_index import LocalIndex
-from tests.test_score import run
+from tests.programs import run_module as run
 
 PAGES = [
     {"url": "http://a", "title": "Bridges of Porto", "snippet": "s", "summary": "The Dom Luis"},
@@ -100,7 +100,7 @@ def test_index_command(tmp_path):
     process = command(f"--pages={tmp_path / 'p.jsonl'}", f"--images={tmp_path / 'i.jsonl'}",
                    f"--out={tmp_path / 'index'}")  # fmt: skip
     assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith("3 pages and 2 titles of pictures in ")
+    assert process.stdout.startswith("3 pages and 2 image titles in ")
     for line in (2, 3, 4):
         assert f"i.jsonl, line {line}: skipped: " in process.stderr
     index = LocalIndex(tmp_path / "index")

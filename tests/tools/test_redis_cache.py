@@ -15,8 +15,8 @@ from starlette.routing import Route
 
 from mmsr1_jax.tools.redis_cache import RedisCache
 from mmsr1_jax.tools.tool_cache import ToolCache, ToolCacheError
+from tests.programs import run_module as run
 from tests.servers import serve
-from tests.test_score import run
 from tests.tools import cached_searches
 from tests.tools.configured_tools import ask
 from tests.tools.redis_server import ENVIRONMENT, address_of, client, searxng, server

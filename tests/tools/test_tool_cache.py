@@ -12,7 +12,7 @@ import time
 import pytest
 
 from mmsr1_jax.tools.tool_cache import ToolCache, ToolCacheError
-from tests.test_score import run
+from tests.programs import run_module as run
 
 WRITER = """
 import sys

@@ -17,7 +17,7 @@ from mmsr1_jax.tools.web import BodyError, WebResponse
 from mmsr1_jax.training import metrics
 from mmsr1_jax.utils import checked_json
 from mmsr1_jax.utils.checked_json import FormatError, NotJsonError
-from tests.test_figures import line
+from tests.evaluations import line
 
 
 @dataclasses.dataclass
@@ -153,7 +153,7 @@ def test_metrics_with_a_truncated_last_line_and_nan_are_read(tmp_path):
         {"judge": {"correct": "yes"}}, {"reward": {"reward": "1", "format": True}},
         {"reward": {"reward": math.nan, "format": True}}, {"score": True}, {"score": math.inf},
         {"images": [None]}, {"extracted": {"answer": 3, "error": None, "model": "m"}},
-        {"pages_left_out": "3"}, {"id": None}, {"answer_format": ["Int"]},
+        {"omitted_pages": "3"}, {"id": None}, {"answer_format": ["Int"]},
     ],
 )  # fmt: skip
 def test_an_invalid_episode_is_an_error_that_names_the_line(tmp_path, fields):
@@ -184,8 +184,8 @@ def test_cached_replies_of_an_evaluation_are_validated(tmp_path, text):
     path = tmp_path / "verdicts.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"verdicts.jsonl, line 1: "):
-        batched_queries.replies_to(
-            {"d": 1}, None, None, path, shape=records.Verdict, pauses=(), what="judge"
+        batched_queries.fetch_replies(
+            {"d": 1}, None, None, path, reply_type=records.Verdict, pauses=(), name="judge"
         )
 
 
@@ -205,5 +205,5 @@ def test_a_response_that_is_not_json_is_a_failure(body):
     "head", [b"[]", b"5", b'{"question": 5}', b'{"question": ["a"]}', b"{", b"[" * 500, b"null"]
 )
 def test_the_first_line_of_a_request_must_contain_a_question(head):
-    with pytest.raises(app.Refused):
+    with pytest.raises(app.RefusedError):
         app.split(head + b"\npicture", app.Limits())

@@ -1,18 +1,8 @@
-// Making elements. Whatever comes from outside goes through text nodes only.
+// Construction of elements. External text only goes into text nodes.
 
-const SVG = "http://www.w3.org/2000/svg";
-
-// An element. Attributes that are null, undefined or false are left out; `on` holds listeners.
+// Creates an element. Attributes that are null, undefined or false are omitted; `on` has listeners.
 function element(name, attributes, ...children) {
   const node = document.createElement(name);
-  return filled(node, attributes, children);
-}
-
-function drawn(name, attributes, ...children) {
-  return filled(document.createElementNS(SVG, name), attributes, children);
-}
-
-function filled(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes || {})) {
     if (value === null || value === undefined || value === false) continue;
     if (name === "on") {
@@ -25,18 +15,18 @@ function filled(node, attributes, children) {
   return node;
 }
 
-// Text with its web addresses as links. Only http and https lead anywhere.
+// Splits a text into strings and links for its web addresses. Only http and https become links.
 function linked(text) {
   const parts = [];
-  let begin = 0;
+  let start = 0;
   for (const match of text.matchAll(/https?:\/\/[^\s<>"'`]+/g)) {
     const address = match[0].replace(/[.,;:!?)\]]+$/, "");
     const link = linkTo(address, address);
     if (link === null) continue;
-    parts.push(text.slice(begin, match.index), link);
-    begin = match.index + address.length;
+    parts.push(text.slice(start, match.index), link);
+    start = match.index + address.length;
   }
-  return [...parts, text.slice(begin)];
+  return [...parts, text.slice(start)];
 }
 
 function linkTo(address, text) {
@@ -47,11 +37,11 @@ function linkTo(address, text) {
     return null;
   }
   if (url.protocol !== "http:" && url.protocol !== "https:") return null;
-  if (url.username || url.password) return null; // the host is not what it begins with
+  if (url.username || url.password) return null; // its user would look like the host
   return element("a", { href: url.href, target: "_blank", rel: "noopener noreferrer" }, text);
 }
 
-// A table; cells are texts or elements, numbers stand to the right.
+// Creates a table of texts or elements; numeric columns are aligned to the right.
 function table(caption, head, rows, numeric = () => true) {
   const row = (values, kind, scope) => element("tr", {}, values.map((value, column) =>
     element(kind, { class: numeric(column) ? "number" : null, scope }, value)));
@@ -62,11 +52,11 @@ function table(caption, head, rows, numeric = () => true) {
       element("tbody", {}, rows.map((values) => row(values, "td")))));
 }
 
-// What opens on demand; `make` is called when it first does.
-function folded(title, make, attributes) {
+// Creates a closed `details` element, whose content `create` returns when it is first opened.
+function folded(title, create, attributes) {
   const node = element("details", { ...attributes }, element("summary", {}, title));
   node.addEventListener("toggle", () => {
-    if (node.open && node.childElementCount === 1) node.append(...[make()].flat());
+    if (node.open && node.childElementCount === 1) node.append(...[create()].flat());
   });
   return node;
 }
@@ -79,11 +69,11 @@ function number(value, digits = 3) {
 }
 
 function percent(value) {
-  const there = typeof value === "number" && Number.isFinite(value);
-  return there ? `${(100 * value).toFixed(1)} %` : "–";
+  const known = typeof value === "number" && Number.isFinite(value);
+  return known ? `${(100 * value).toFixed(1)} %` : "–";
 }
 
-// The note that follows the pointer.
+// Tooltip next to the pointer.
 const tip = {
   show(lines, event) {
     const node = document.getElementById("tip");

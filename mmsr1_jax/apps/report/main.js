@@ -1,6 +1,7 @@
-// Puts the page together; which view is shown is in its address: #overview, #episodes, #episode-12.
+// Fills the page. Its address selects the view: #overview, #episodes, #episode-12.
 
 const summary = JSON.parse(document.getElementById("summary").textContent);
+const charts = JSON.parse(document.getElementById("charts").textContent);
 
 function show(view) {
   for (const name of ["overview", "episodes"]) {
@@ -17,11 +18,11 @@ function follow() {
   const episode = location.hash.match(/^#episode-(\d+)$/);
   if (episode) {
     show("episodes");
-    const place = browser.chosen.indexOf(Number(episode[1]) - 1);
-    select(place < 0 ? browser.place : place);
+    const position = browser.matching.indexOf(Number(episode[1]) - 1);
+    select(position < 0 ? browser.position : position);
   } else if (location.hash === "#episodes") {
     show("episodes");
-    select(browser.place);
+    select(browser.position);
   } else if (location.hash !== "#content") {
     show(summary.curves.steps || summary.results || !summary.rows.length ? "overview" : "episodes");
   }
@@ -41,7 +42,7 @@ function onKey(event) {
   const inList = event.target === list || event.target === document.body;
   const moves = { ...MOVES, ...(inList ? LIST_MOVES : {}) };
   if (event.key === "/") document.getElementById("text").focus();
-  else if (event.key in moves) select(browser.place + moves[event.key]);
+  else if (event.key in moves) select(browser.position + moves[event.key]);
   else return;
   event.preventDefault();
 }
@@ -51,8 +52,8 @@ document.getElementById("about").textContent = [
   summary.curves.steps ? `${summary.curves.steps.at(-1)} steps` : "",
   summary.rows.length ? `${summary.rows.length} episodes` : "",
 ].filter(Boolean).join(" · ");
-document.getElementById("overview").append(...overviewOf(summary));
-browserOf(summary.rows);
+document.getElementById("overview").append(...overviewOf(summary, charts));
+fillBrowser(summary.rows);
 document.addEventListener("keydown", onKey);
 addEventListener("hashchange", follow);
 follow();

@@ -9,66 +9,87 @@ import base64
 import hashlib
 import html
 import json
+import os
 import pathlib
 import string
+import urllib.parse
+from collections.abc import Sequence
 from typing import Any
 
-from mmsr1_jax.apps.report.reader import Found
+from mmsr1_jax.apps.report.charts import draw_charts
+from mmsr1_jax.apps.report.reader import ReportData
 from mmsr1_jax.utils import outputs
 
-_HERE = pathlib.Path(__file__).parent
-_SCRIPTS = ("dom.js", "charts.js", "overview.js", "turns.js", "episodes.js", "main.js")
+_FOLDER = pathlib.Path(__file__).parent
+_SCRIPTS = ("dom.js", "overview.js", "turns.js", "episodes.js", "main.js")
 # Fields for the list, the filters and the tiles; the rest of an episode is parsed when shown.
-_ROW = ("question", "answer", "correct", "actions", "category", "source", "workflow", "step", "end")
+_ROW_FIELDS = (
+    "question", "answer", "correct", "actions", "category", "source", "workflow", "step", "end"
+)  # fmt: skip
 
 
-def write(out: pathlib.Path, found: Found) -> int:
+def write(out: pathlib.Path, data: ReportData) -> int:
     """Write the page atomically and return its size in bytes.
 
-    Missing images are added to `found.skipped`.
+    Messages about missing images are added to `data.skipped`.
     """
-    text = page(found)
-    # A lone surrogate, which JSON can hold, cannot be encoded as UTF-8.
-    outputs.write_text(out, text, errors="replace")
+    text = page(data, out.parent)
+    with outputs.new_file(out) as partial:
+        # A lone surrogate, which JSON can contain, cannot be encoded as UTF-8.
+        partial.write_text(text, encoding="utf-8", errors="replace")
     return out.stat().st_size
 
 
-def page(found: Found) -> str:
-    """Return the page as HTML text. Missing images are added to `found.skipped`."""
-    pictures, missing = found.pictures.encode()
-    found.skipped.extend(missing)
+def page(data: ReportData, folder: pathlib.Path) -> str:
+    """Return the page as HTML text.
+
+    Args:
+      data: Contents of the page. Messages about missing images are added to `data.skipped`.
+      folder: Directory of the page, to which its links to traces are relative.
+    """
+    images, messages = data.images.encode()
+    data.skipped.extend(messages)
     summary = {
-        "name": found.name,
-        "curves": found.curves,
-        "results": found.results,
-        "rows": [_row(episode) for episode in found.episodes],
-        "lines": found.lines,
-        "lookedAt": found.looked_at,
-        "skipped": found.skipped,
-        "tokenTexts": found.token_texts,
+        "name": data.name,
+        "curves": data.curves,
+        "results": data.results,
+        "rows": [_row(episode) for episode in data.episodes],
+        "numLines": data.num_lines,
+        "numRead": data.num_read,
+        "skipped": data.skipped,
+        "hasTokenTexts": data.has_token_texts,
+        "traces": _relative_urls(data.traces, folder),
     }
-    script = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    script = "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     script = f'"use strict";\n{script}'
-    style = (_HERE / "style.css").read_text(encoding="utf-8")
-    return string.Template((_HERE / "page.html").read_text(encoding="utf-8")).substitute(
-        title=html.escape(f"{found.name} · report"),
+    style = (_FOLDER / "style.css").read_text(encoding="utf-8")
+    return string.Template((_FOLDER / "page.html").read_text(encoding="utf-8")).substitute(
+        title=html.escape(f"{data.name} · report"),
         policy=(
             f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; "
             "img-src data:; base-uri 'none'; form-action 'none'"
         ),
         style=style,
         summary=_json(summary),
-        details="\n".join(map(_json, found.episodes)),
-        pictures=_json(pictures),
+        charts=_json(draw_charts(data.curves)),
+        details="\n".join(map(_json, data.episodes)),
+        images=_json(images),
         script=script,
     )
 
 
 def _row(episode: dict[str, Any]) -> dict[str, Any]:
-    row = {field: episode[field] for field in _ROW}
+    row = {field: episode[field] for field in _ROW_FIELDS}
     row["reward"] = episode["reward"].get("reward")
-    row["picture"] = episode["pictures"][0] if episode["pictures"] else -1
+    row["image"] = episode["images"][0] if episode["images"] else -1
     return row
+
+
+def _relative_urls(paths: Sequence[pathlib.Path], folder: pathlib.Path) -> list[str]:
+    """Return the paths as URLs relative to `folder`; special characters are percent-encoded."""
+    start = os.path.realpath(folder)
+    relative = (os.path.relpath(os.path.realpath(path), start) for path in paths)
+    return [urllib.parse.quote(os.fsencode(path)) for path in relative]
 
 
 def _json(value: Any) -> str:

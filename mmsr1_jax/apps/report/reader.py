@@ -5,6 +5,8 @@ WORKDIR/results.json             table of workflows
 WORKDIR/episodes.jsonl           episodes of an evaluation
 WORKDIR/episodes/NNNNNN.jsonl    episodes of a training step
 WORKDIR/evaluation/              results and episodes of an evaluation of the run
+WORKDIR/profile/                 profile of the accelerator
+WORKDIR/timelines/*.json         timelines of rollouts
 """
 
 import dataclasses
@@ -15,134 +17,167 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mmsr1_jax.apps.report import records
-from mmsr1_jax.apps.report.pictures import Pictures
+from mmsr1_jax.apps.report.images import ImageRegistry
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.training import metrics
 from mmsr1_jax.utils import checked_json
 
-_MOST_POINTS = 500  # maximum number of points of a curve
-_MOST_NAMED = 100  # maximum number of skipped lines that are reported
+_MAX_POINTS = 500  # maximum number of points of a curve
+_MAX_REPORTED = 100  # maximum number of skipped lines that are reported
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Found:
+class ReportData:
     """Contents of the page.
 
     Attributes:
       name: Name of the directory or file that was read.
-      curves: Metrics by step:
-        `{"steps": [..], "mean_of": steps per point, "figures": {name: [number or None, ..]}}`.
+      curves: Metrics by step, or `{}` without metrics:
+        `{"steps": [..], "steps_per_point": .., "metrics": {name: [number or None, ..]}}`.
       results: Results of an evaluation as in its file, or None without an evaluation.
-      episodes: Episodes, see `records.record`.
-      lines: Number of lines in all episode files.
-      looked_at: Number of these lines that were read.
-      pictures: Images that the episodes refer to by number.
-      skipped: Messages that say what was left out, and why.
-      token_texts: Whether the texts of single tokens are known.
+      episodes: Episodes, see `records.to_record`.
+      num_lines: Number of lines in all episode files.
+      num_read: Number of these lines that were read.
+      images: Images that the episodes refer to by index.
+      skipped: Messages that say what was skipped, and why.
+      has_token_texts: Whether the texts of single tokens are known.
+      traces: Profile directory and timeline files of the run.
     """
 
     name: str
     curves: dict[str, Any]
     results: dict[str, Any] | None
     episodes: list[dict[str, Any]]
-    lines: int
-    looked_at: int
-    pictures: Pictures
+    num_lines: int
+    num_read: int
+    images: ImageRegistry
     skipped: list[str]
-    token_texts: bool
+    has_token_texts: bool
+    traces: list[pathlib.Path]
 
 
 def read(
-    source: pathlib.Path, most: int, model: str | None = None, shown: pathlib.Path | None = None
-) -> Found:
+    source: pathlib.Path,
+    max_episodes: int,
+    model: str | None = None,
+    image_dir: pathlib.Path | None = None,
+) -> ReportData:
     """Read a run or evaluation directory, or one file of episodes.
 
     Args:
       source: Directory or file to read.
-      most: Maximum number of episodes. If there are more, evenly spaced ones are read.
+      max_episodes: Maximum number of episodes. If there are more, evenly spaced ones are read.
       model: HF directory whose tokenizer decodes tokens; None: that of the run, if it is found.
-      shown: Additional directory whose images may be shown, besides those in `source`.
+      image_dir: Additional directory whose images may be shown, besides those in `source`.
 
     Raises:
-      ValueError: `source` does not exist or contains nothing to show, or `model` has no tokenizer.
+      UserError: `source` does not exist or contains nothing to show, or `model` has no tokenizer.
       OSError: A file cannot be read.
     """
     if not source.exists():
-        raise ValueError(f"{source}: no such file or directory")
-    files, curves, results = [(source, None)], {}, None
+        raise UserError(f"{source}: no such file or directory")
+    files, curves, results = _episode_files(source), {}, None
     skipped: list[str] = []
     if source.is_dir():
-        files = [
-            *((path, _step(path)) for path in sorted((source / "episodes").glob("*.jsonl"))),
-            *((place / "episodes.jsonl", None) for place in (source, source / "evaluation")),
-        ]
-        files = [(path, step) for path, step in files if path.is_file()]
-        curves = curves_of(metrics.read(source / "metrics.jsonl"))
-        results = _results(source, skipped)
+        curves = read_curves(metrics.read(source / "metrics.jsonl"))
+        results = _read_results(source, skipped)
         if not files and not curves and results is None:
-            raise ValueError(f"{source}: no metrics.jsonl, results.json or episodes in it")
-    token_bytes = _token_bytes(source, model, skipped)
-    pictures = Pictures(*_folders(source), *([] if shown is None else [shown]))
-    total = sum(1 for path, _ in files for _ in _lines(path))
-    most = min(most, total)
-    episodes, place = [], -1
-    for path, step in files:
-        for number, line in _lines(path):
-            place += 1
-            if place and place * most // total == (place - 1) * most // total:
-                continue
-            try:
-                data = _object(line)
-                episodes.append(records.record(data, path.parent, pictures, token_bytes, step))
-            except records.LineError as error:
-                skipped.append(f"{path}, line {number}: {error}")
+            raise UserError(f"{source}: contains no metrics.jsonl, results.json or episodes")
+    token_bytes = _find_token_bytes(source, model, skipped)
+    images = ImageRegistry(*_image_folders(source), *([] if image_dir is None else [image_dir]))
+    num_lines = sum(1 for path, _ in files for _ in _lines(path))
+    num_read = min(max_episodes, num_lines)
+    episodes = []
+    for path, step, line_number, line in _evenly_spaced(files, num_read, num_lines):
+        try:
+            data = _parse_object(line)
+            episodes.append(records.to_record(data, path.parent, images, token_bytes, step))
+        except records.LineError as error:
+            skipped.append(f"{path}, line {line_number}: {error}")
     if not episodes and not curves and results is None:
-        raise ValueError(f"{source}: no episode in it ({skipped[-1] if skipped else 'empty'})")
-    if len(skipped) > _MOST_NAMED:
-        skipped = [*skipped[:_MOST_NAMED], f"and {len(skipped) - _MOST_NAMED} more"]
-    return Found(
+        raise UserError(
+            f"{source}: contains no valid episode ({skipped[-1] if skipped else 'empty'})"
+        )
+    if len(skipped) > _MAX_REPORTED:
+        skipped = [*skipped[:_MAX_REPORTED], f"and {len(skipped) - _MAX_REPORTED} more"]
+    pieces = (piece for e in episodes for turn in e["turns"] for piece in turn["pieces"])
+    return ReportData(
         name=source.resolve().name,
         curves=curves,
         results=results,
         episodes=episodes,
-        lines=total,
-        looked_at=most,
-        pictures=pictures,
+        num_lines=num_lines,
+        num_read=num_read,
+        images=images,
         skipped=skipped,
-        token_texts=any(
-            "tokens" in piece
-            for episode in episodes
-            for turn in episode["turns"]
-            for piece in turn["pieces"]
-        ),
+        has_token_texts=any("tokens" in piece for piece in pieces),
+        traces=find_traces(source),
     )
 
 
-def curves_of(lines: Sequence[Any]) -> dict[str, Any]:
+def _episode_files(source: pathlib.Path) -> list[tuple[pathlib.Path, int | None]]:
+    """Return the episode files of a directory, each with its training step, or `source` itself."""
+    if not source.is_dir():
+        return [(source, None)]
+    steps = [
+        (path, int(path.stem) if path.stem.isdecimal() else None)
+        for path in sorted((source / "episodes").glob("*.jsonl"))
+    ]
+    evaluations = [(folder / "episodes.jsonl", None) for folder in (source, source / "evaluation")]
+    return [(path, step) for path, step in [*steps, *evaluations] if path.is_file()]
+
+
+def _evenly_spaced(
+    files: Sequence[tuple[pathlib.Path, int | None]], count: int, total: int
+) -> Iterator[tuple[pathlib.Path, int | None, int, bytes]]:
+    """Yield (file, step, line number, line) of `count` evenly spaced lines out of `total`."""
+    index = -1
+    for path, step in files:
+        for line_number, line in _lines(path):
+            index += 1
+            if index == 0 or index * count // total != (index - 1) * count // total:
+                yield path, step, line_number, line
+
+
+def find_traces(source: pathlib.Path) -> list[pathlib.Path]:
+    """Return the profile directory and the timeline files of a run directory."""
+    if not source.is_dir():
+        return []
+    profile = source / "profile"
+    return [*([profile] if profile.is_dir() else []), *sorted(source.glob("timelines/*.json"))]
+
+
+def read_curves(lines: Sequence[Any]) -> dict[str, Any]:
     """Convert the lines of `metrics.jsonl` to columns, or `{}` if there are none.
 
     Values that are not finite numbers become None. For long runs, a point is the mean of several
     steps and is placed at the last of them.
     """
-    lines = [line for line in lines if isinstance(line, dict) and _number(line.get("step"))]
+    lines = [line for line in lines if isinstance(line, dict) and _is_number(line.get("step"))]
     if not lines:
         return {}
-    every = math.ceil(len(lines) / _MOST_POINTS)
-    blocks = [lines[begin : begin + every] for begin in range(0, len(lines), every)]
+    steps_per_point = math.ceil(len(lines) / _MAX_POINTS)
+    blocks = [lines[i : i + steps_per_point] for i in range(0, len(lines), steps_per_point)]
     names = dict.fromkeys(name for line in lines for name in line if name != "step")
 
-    def mean(block: Sequence[dict], name: str) -> float | None:
-        values = [line[name] for line in block if _number(line.get(name))]
+    def mean(block: Sequence[dict[str, Any]], name: str) -> float | None:
+        values = [line[name] for line in block if _is_number(line.get(name))]
         return statistics.fmean(values) if values else None
 
-    figures = {name: [mean(block, name) for block in blocks] for name in names}
-    figures = {
-        name: values for name, values in figures.items() if any(v is not None for v in values)
+    columns = {name: [mean(block, name) for block in blocks] for name in names}
+    return {
+        "steps": [block[-1]["step"] for block in blocks],
+        "steps_per_point": steps_per_point,
+        "metrics": {
+            name: values
+            for name, values in columns.items()
+            if any(value is not None for value in values)
+        },
     }
-    return {"steps": [block[-1]["step"] for block in blocks], "mean_of": every, "figures": figures}
 
 
-def _folders(source: pathlib.Path) -> list[pathlib.Path]:
+def _image_folders(source: pathlib.Path) -> list[pathlib.Path]:
     """Return the directories that contain the images of a directory or an episodes file."""
     if source.is_dir():
         return [source]
@@ -151,19 +186,15 @@ def _folders(source: pathlib.Path) -> list[pathlib.Path]:
     return [folder, *([folder.parent / "pictures"] if folder.name == "episodes" else [])]
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     """Return whether a value is a finite number, and not a bool."""
     return not isinstance(value, bool) and records.finite(value) is not None
 
 
-def _step(path: pathlib.Path) -> int | None:
-    return int(path.stem) if path.stem.isdecimal() else None
-
-
-def _results(source: pathlib.Path, skipped: list[str]) -> dict[str, Any] | None:
+def _read_results(source: pathlib.Path, skipped: list[str]) -> dict[str, Any] | None:
     for path in (source / "results.json", source / "evaluation" / "results.json"):
         try:
-            return _object(path.read_bytes())
+            return _parse_object(path.read_bytes())
         except FileNotFoundError:
             pass
         except records.LineError as error:
@@ -171,7 +202,7 @@ def _results(source: pathlib.Path, skipped: list[str]) -> dict[str, Any] | None:
     return None
 
 
-def _object(text: bytes) -> dict[str, Any]:
+def _parse_object(text: bytes) -> dict[str, Any]:
     """Parse a JSON object. Raises LineError if the text is not one."""
     try:
         data = checked_json.loads(text, surrogates=True, nan=True)
@@ -187,19 +218,21 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
     return checked_json.jsonl_lines(path)
 
 
-def _token_bytes(source: pathlib.Path, model: str | None, skipped: list[str]) -> list[bytes] | None:
+def _find_token_bytes(
+    source: pathlib.Path, model: str | None, skipped: list[str]
+) -> list[bytes] | None:
     """Return the bytes of each token, from the tokenizer of `model` or one found with the run."""
     if model is not None:
         return Processor.from_directory(model).token_bytes()
     directory = source if source.is_dir() else source.parent
-    for place in (directory, directory.parent):
-        candidates = [place / "policy"]
+    for folder in (directory, directory.parent):
+        candidates = [folder / "policy"]
         for name in ("config.json", "evaluation.json"):
             try:
-                named = _object((place / name).read_bytes()).get("model")
+                model_dir = _parse_object((folder / name).read_bytes()).get("model")
             except (OSError, records.LineError):
                 continue
-            candidates += [pathlib.Path(named)] if isinstance(named, str) else []
+            candidates += [pathlib.Path(model_dir)] if isinstance(model_dir, str) else []
         for candidate in candidates:
             if (candidate / "tokenizer.json").is_file():
                 try:

@@ -4,11 +4,11 @@
     {"event": "begun"}
     {"event": "drawn", "text": ..}                            next text of the current turn
     {"event": "turn", "action": .., "payload": .., "reason": .., "problem": .., "text": ..}
-    {"event": "reply", "call": {..} or null, "results": [..], "said": ..}
+    {"event": "reply", "call": {..} or null, "results": [..], "text": ..}
     {"event": "end", "end": .., "answer": .., "error": ..}    or {"event": "failed", "error": ..}
 
 Texts are not escaped: the page puts them into text nodes. Images are re-encoded. Notes of searches
-are left out, as they may contain URLs with API keys.
+are omitted, as they may contain URLs with API keys.
 """
 
 import base64
@@ -36,31 +36,31 @@ class EventSerializer:
     """
 
     def __init__(self, processor: Processor, token_bytes: Sequence[bytes]):
-        self._processor, self._bytes = processor, token_bytes
+        self._processor, self._token_bytes = processor, token_bytes
         self._control = frozenset(processor.control.values())
-        self._begin()
+        self._start_turn()
 
-    def _begin(self) -> None:
+    def _start_turn(self) -> None:
         """Start a turn, with an incremental decoder, as chunks may end inside a character."""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._text = ""
 
-    def __call__(self, name: str, *what: Any) -> dict[str, Any]:
+    def __call__(self, name: str, *data: Any) -> dict[str, Any]:
         """Convert an item of `Question.events` to an event."""
-        return {"event": name} | getattr(self, f"_{name}")(*what)
+        return {"event": name} | getattr(self, f"_{name}")(*data)
 
     def _begun(self) -> dict[str, Any]:
         return {}
 
     def _drawn(self, tokens: np.ndarray) -> dict[str, Any]:
-        known = [self._bytes[token] for token in tokens.tolist() if token not in self._control]
-        text = self._decoder.decode(b"".join(known))
+        pieces = [self._token_bytes[t] for t in tokens.tolist() if t not in self._control]
+        text = self._decoder.decode(b"".join(pieces))
         self._text += text
         return {"text": text}
 
     def _turn(self, turn: Turn) -> dict[str, Any]:
         text = self._text + self._decoder.decode(b"", True)
-        self._begin()
+        self._start_turn()
         return {
             "action": turn.action,
             "payload": turn.payload,
@@ -72,28 +72,30 @@ class EventSerializer:
     def _reply(
         self, tokens: np.ndarray, images: Sequence[Patches], call: ToolCall | None
     ) -> dict[str, Any]:
-        pads = int(np.sum(tokens == self._processor.control["<|vision_start|>"]))
-        own = images[len(images) - pads :]
-        results = [] if call is None else [self._result(result, own) for result in call.results]
-        said = "" if results else self._said(tokens)
-        told = None if call is None else {
+        num_images = int(np.sum(tokens == self._processor.control["<|vision_start|>"]))
+        new = images[len(images) - num_images :]
+        if call is None:
+            return {"call": None, "results": [], "text": self._reply_text(tokens)}
+        results = [self._result(result, new) for result in call.results]
+        summary = {
             "action": call.action,
             "query": call.query,
             "status": call.status,
             "seconds": call.seconds,
             "num_results": call.num_results,
             "num_shown": call.num_shown,
-        }  # fmt: skip
-        return {"call": told, "results": results, "said": said}
+        }
+        text = "" if results else self._reply_text(tokens)
+        return {"call": summary, "results": results, "text": text}
 
     def _end(self, episode: Episode) -> dict[str, Any]:
         return {"end": episode.end, "answer": episode.answer, "error": episode.error}
 
     def _failed(self) -> dict[str, Any]:
-        return {"error": "The policy's engine failed. Ask again; if it does not help, the "
-                         "server's log says why."}  # fmt: skip
+        reason = "The policy's engine failed. Ask again. If that fails too, see the server's log."
+        return {"error": reason}
 
-    def _said(self, tokens: np.ndarray) -> str:
+    def _reply_text(self, tokens: np.ndarray) -> str:
         """Return the text of a user turn, without its role."""
         control, ids = self._processor.control, tokens.tolist()
         turn = ids[ids.index(control["<|im_start|>"]) : ids.index(control["<|im_end|>"])]
@@ -107,18 +109,18 @@ class EventSerializer:
           result: Result as the policy saw it.
           images: Images of its user turn.
         """
-        known = [images[number] for number in result.images if 0 <= number < len(images)]
+        shown = [images[index] for index in result.images if 0 <= index < len(images)]
         return {
             "title": result.title,
             "link": result.link,
             "text": result.text.strip(),
-            "picture": self._thumbnail(known[0]) if known else None,
+            "image": self._thumbnail(shown[0]) if shown else None,
         }
 
-    def _thumbnail(self, picture: Patches) -> str | None:
+    def _thumbnail(self, patches: Patches) -> str | None:
         """Return a data URL of an image as the policy saw it, or None if that fails."""
         try:
-            image = self._processor.images.unpatchify(picture)
+            image = self._processor.images.unpatchify(patches)
         except ImageError:
             return None
         image.thumbnail((_THUMBNAIL, _THUMBNAIL))

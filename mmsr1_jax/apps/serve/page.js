@@ -1,30 +1,30 @@
-// Asks, and shows what happens as it arrives. Whatever comes from outside goes through text nodes.
+// Sends questions and shows their events as they arrive. External text only goes into text nodes.
 "use strict";
 
 const ACTIONS = { answer: "Answer", image_search: "Image search", text_search: "Text search" };
 const ENDS = {
-  turns: "It used all its turns and gave no answer.",
-  tokens: "It ran out of room and gave no answer.",
+  turns: "The policy used all its turns without an answer.",
+  tokens: "The policy reached the token limit without an answer.",
 };
 const LOST = "The connection was lost before the answer. Ask again.";
-const LONG = 320; // characters of a result that are shown at once
+const PREVIEW = 320; // characters of a result that are shown at first
 
 const form = document.getElementById("ask");
 const field = document.getElementById("question");
-const input = document.getElementById("picture");
+const input = document.getElementById("image");
 const drop = document.getElementById("drop");
 const preview = document.getElementById("preview");
 const send = document.getElementById("send");
 const stop = document.getElementById("stop");
 
-let picture = null; // the chosen file
-let running = null; // an AbortController while a question is under way
+let image = null; // the chosen file
+let running = null; // an AbortController while a question is being answered
 
-function mistake(text) {
-  document.getElementById("mistake").textContent = text;
+function showProblem(text) {
+  document.getElementById("problem").textContent = text;
 }
 
-// Read out by screen readers.
+// Make screen readers read a text.
 function announce(text) {
   document.getElementById("live").textContent = text;
 }
@@ -32,14 +32,15 @@ function announce(text) {
 function choose(file) {
   if (!file) return;
   const fits = file.size <= Number(form.dataset.bytes);
-  mistake(fits ? "" : `The picture is larger than ${form.dataset.megabytes} MB.`);
-  picture = fits ? file : null; // never one that was chosen before, by mistake
+  showProblem(fits ? "" : `The image is larger than ${form.dataset.megabytes} MB.`);
+  image = fits ? file : null; // a file that was chosen earlier must not be sent by mistake
   if (preview.src) URL.revokeObjectURL(preview.src);
   if (fits) preview.src = URL.createObjectURL(file);
   preview.hidden = !fits;
   drop.classList.toggle("filled", fits);
-  document.getElementById("chosen").textContent = fits ? "Choose another picture" : "Choose a picture";
-  if (fits) announce(`Picture chosen: ${file.name || "pasted"}`);
+  const label = fits ? "Choose another image" : "Choose an image";
+  document.getElementById("chosen").textContent = label;
+  if (fits) announce(`Image chosen: ${file.name || "pasted"}`);
 }
 
 function setRunning(controller) {
@@ -51,169 +52,185 @@ function setRunning(controller) {
 async function ask() {
   if (running) return;
   const question = field.value.trim();
-  mistake("");
-  if (!picture) return refuse("Choose a picture.", input);
+  showProblem("");
+  if (!image) return refuse("Choose an image.", input);
   if (!question) return refuse("Write a question.", field);
   setRunning(new AbortController());
   try {
-    const body = new Blob([JSON.stringify({ question }), "\n", picture]);
+    const body = new Blob([JSON.stringify({ question }), "\n", image]);
     const headers = { "content-type": "application/octet-stream" };
-    const reply = await fetch("ask", { method: "POST", body, headers, signal: running.signal });
-    if (!reply.ok) return mistake((await reply.json()).error);
-    const shown = new Answer(question, picture);
+    const response = await fetch("ask", { method: "POST", body, headers, signal: running.signal });
+    if (!response.ok) return showProblem((await response.json()).error);
+    const view = new AnswerView(question, image);
     try {
-      for await (const event of eventsOf(reply.body)) shown.take(event);
+      for await (const event of readEvents(response.body)) view.handle(event);
     } finally {
-      shown.close(running.signal.aborted ? "Stopped." : LOST);
+      view.close(running.signal.aborted ? "Stopped." : LOST);
     }
   } catch (error) {
-    if (error.name !== "AbortError") mistake("The server cannot be reached, or refused the picture. Try again.");
+    if (error.name === "AbortError") return;
+    showProblem("The server cannot be reached, or rejected the image. Try again.");
   } finally {
     setRunning(null);
   }
 }
 
-function refuse(text, where) {
-  mistake(text);
-  where.focus();
+function refuse(text, control) {
+  showProblem(text);
+  control.focus();
 }
 
-// The lines of a stream, as objects.
-async function* eventsOf(body) {
+// Yields the lines of a stream as objects.
+async function* readEvents(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
+  let partial = "";
   for (;;) {
     const { value, done } = await reader.read();
     if (done) return;
-    const lines = (rest + value).split("\n");
-    rest = lines.pop();
+    const lines = (partial + value).split("\n");
+    partial = lines.pop();
     for (const line of lines) if (line) yield JSON.parse(line);
   }
 }
 
-// A question, and what happens to it.
-class Answer {
+// Shows a question and its events.
+class AnswerView {
   constructor(question, file) {
     this.status = element("p", { class: "status working" }, "Sent");
     this.turns = element("ol", { class: "turns" });
-    this.turn = null; // the one under way
-    this.over = false;
-    const image = element("img", { src: URL.createObjectURL(file), alt: "Picture of the question" });
-    image.addEventListener("load", () => URL.revokeObjectURL(image.src));
+    this.turn = null; // the current turn, until it ends
+    this.ended = false;
+    const preview = element("img", { src: URL.createObjectURL(file), alt: "Image of the question" });
+    preview.addEventListener("load", () => URL.revokeObjectURL(preview.src));
     this.node = element("article", { class: "episode", "aria-label": question },
-      element("header", {}, image, element("div", {}, element("h2", {}, question), this.status)),
+      element("header", {}, preview, element("div", {}, element("h2", {}, question), this.status)),
       this.turns);
     document.getElementById("empty")?.remove();
     document.getElementById("answers").prepend(this.node);
     this.node.scrollIntoView({ block: "nearest" });
   }
 
-  say(text, working = true) {
+  setStatus(text, working = true) {
     this.status.textContent = text;
     this.status.classList.toggle("working", working);
   }
 
-  take(event) {
-    const act = { waiting: this.waiting, begun: this.begun, drawn: this.drawn, turn: this.read,
-                  reply: this.reply, end: this.end, failed: this.failed }[event.event];
-    if (act) act.call(this, event);
+  handle(event) {
+    const handler = {
+      waiting: this.onWaiting, begun: this.onStart, drawn: this.onText, turn: this.onTurn,
+      reply: this.onReply, end: this.onEnd, failed: this.onFailure,
+    }[event.event];
+    if (handler) handler.call(this, event);
   }
 
-  waiting({ ahead }) {
-    this.say(ahead ? `Waiting: ${ahead} ${ahead === 1 ? "question is" : "questions are"} first` : "Waiting for a free lane");
+  onWaiting({ ahead }) {
+    const questions = ahead === 1 ? "question is" : "questions are";
+    this.setStatus(ahead ? `Waiting: ${ahead} ${questions} ahead` : "Waiting for a free lane");
   }
 
-  begun() {
-    this.say("Looking at the picture");
+  onStart() {
+    this.setStatus("Reading the image");
   }
 
-  drawn({ text }) {
+  onText({ text }) {
     if (this.turn === null) {
-      const number = this.turns.childElementCount + 1;
-      const title = element("h3", {}, `Turn ${number}`);
-      const written = element("p", { class: "reason live" });
-      this.turn = { number, title, written, text: "", node: element("li", { class: "turn" }, title, written) };
-      this.turns.append(this.turn.node);
+      const index = this.turns.childElementCount + 1;
+      const title = element("h3", {}, `Turn ${index}`);
+      const reason = element("p", { class: "reason live" });
+      const node = element("li", { class: "turn" }, title, reason);
+      this.turn = { index, title, reason, text: "", node };
+      this.turns.append(node);
     }
     this.turn.text += text;
-    this.turn.written.textContent = reasonIn(this.turn.text);
-    this.say(`Turn ${this.turn.number}: thinking`);
+    this.turn.reason.textContent = reasonIn(this.turn.text);
+    this.setStatus(`Turn ${this.turn.index}: thinking`);
   }
 
-  read(event) {
-    if (this.turn === null) this.drawn({ text: event.text });
-    const { number, title, written, node } = this.turn;
-    const action = ACTIONS[event.action] || "No action";
-    node.classList.add(event.action || "none");
-    title.textContent = `Turn ${number} · ${action}`;
-    written.classList.remove("live");
-    written.textContent = event.problem || event.reason === null ? event.text : event.reason;
-    if (event.problem) node.append(element("p", { class: "problem" }, `Badly formed: ${event.problem}`));
-    if (event.action === "text_search") node.append(element("p", { class: "payload" }, event.payload));
-    if (event.action === "image_search") node.append(element("p", { class: "payload" }, "The whole picture"));
-    this.last = node;
+  onTurn({ action, payload, reason, problem, text }) {
+    if (this.turn === null) this.onText({ text });
+    const { index, title, reason: reasonNode, node } = this.turn;
+    node.classList.add(action || "none");
+    title.textContent = `Turn ${index} · ${ACTIONS[action] || "No action"}`;
+    reasonNode.classList.remove("live");
+    reasonNode.textContent = problem || reason === null ? text : reason;
+    if (problem) node.append(element("p", { class: "problem" }, `Malformed: ${problem}`));
+    const query = { text_search: payload, image_search: "The whole image" }[action];
+    if (query !== undefined) node.append(element("p", { class: "payload" }, query));
+    this.lastTurn = node;
     this.turn = null;
-    const doing = { text_search: `searching for “${event.payload}”`, image_search: "looking the picture up" }[event.action];
-    this.say(doing ? `Turn ${number}: ${doing}` : `Turn ${number} is over`);
-    if (doing) announce(`Turn ${number}: ${doing}`);
+    const activity = {
+      text_search: `searching for “${payload}”`, image_search: "searching for the image",
+    }[action];
+    this.setStatus(`Turn ${index}: ${activity || "finished"}`);
+    if (activity) announce(`Turn ${index}: ${activity}`);
   }
 
-  reply({ call, results, said }) {
+  onReply({ call, results, text }) {
     if (call) {
-      const told = { refused: "not made: over the limit", empty: "found nothing", failed: "failed" }[call.status]
-        || `${call.num_shown} ${call.num_shown === 1 ? "result" : "results"}`;
+      const count = `${call.num_shown} ${call.num_shown === 1 ? "result" : "results"}`;
+      const outcome = {
+        refused: "refused: over the limit", empty: "no results", failed: "failed",
+      }[call.status] || count;
       const time = call.status === "refused" ? "" : ` · ${call.seconds.toFixed(1)} s`;
-      this.last.append(element("p", { class: `call ${call.status}` }, `${told}${time}`));
-      announce(`Search: ${told}`);
+      this.lastTurn.append(element("p", { class: `call ${call.status}` }, `${outcome}${time}`));
+      announce(`Search: ${outcome}`);
     }
-    if (results.length) this.last.append(element("ol", { class: "results" }, results.map(resultOf)));
-    else if (said) this.last.append(folded("What the policy was told", () => element("p", { class: "said" }, said)));
-    this.say("Reading");
+    if (results.length) {
+      this.lastTurn.append(element("ol", { class: "results" }, results.map(resultNode)));
+    } else if (text) {
+      const body = () => element("p", { class: "reply-text" }, text);
+      this.lastTurn.append(folded("Reply to the policy", body));
+    }
+    this.setStatus("Reading");
   }
 
-  end({ end, answer, error }) {
-    this.over = true;
-    if (end === "error") return this.failed({ error });
-    const text = answer === null ? ENDS[end] || "It gave no answer." : answer || "(an empty answer)";
+  onEnd({ end, answer, error }) {
+    this.ended = true;
+    if (end === "error") return this.onFailure({ error });
+    const text = answer === null
+      ? ENDS[end] || "The policy gave no answer." : answer || "(an empty answer)";
     this.turns.before(element("div", { class: answer === null ? "final none" : "final" },
       element("h3", {}, answer === null ? "No answer" : "Answer"), element("p", {}, text)));
-    this.say("Done", false);
+    this.setStatus("Done", false);
     announce(answer === null ? text : `Answer: ${text}`);
   }
 
-  failed({ error }) {
-    this.over = true;
+  onFailure({ error }) {
+    this.ended = true;
     this.turns.before(element("div", { class: "final bad", role: "alert" },
-      element("h3", {}, "It did not work"), element("p", {}, error)));
-    this.say("Failed", false);
+      element("h3", {}, "Failed"), element("p", {}, error)));
+    this.setStatus("Failed", false);
   }
 
-  // Nothing more will come; `why` is said where it was not at its end.
-  close(why) {
-    if (this.over) return;
-    this.turn?.written.classList.remove("live");
-    this.say(why, false);
-    announce(why);
+  // Called when no more events will come; `reason` is shown if there was no final event.
+  close(reason) {
+    if (this.ended) return;
+    this.turn?.reason.classList.remove("live");
+    this.setStatus(reason, false);
+    announce(reason);
   }
 }
 
-// What is written so far without its tags: the reasoning, or all of it where it has no such form.
+// Returns the reasoning in an incomplete turn, or the whole text if it has another form.
 function reasonIn(text) {
-  const begun = text.match(/^\s*<reason>([^]*?)(?:<\/reason>[^]*)?$/);
-  if (begun) return begun[1].replace(/<\/?[a-z_]*$/, "").trimStart();
+  const match = text.match(/^\s*<reason>([^]*?)(?:<\/reason>[^]*)?$/);
+  if (match) return match[1].replace(/<\/?[a-z_]*$/, "").trimStart();
   return "<reason>".startsWith(text.trimStart()) ? "" : text;
 }
 
-function resultOf({ title, link, text, picture: url }) {
+function resultNode({ title, link, text, image: url }) {
   const address = link && (linkTo(link, link) || link);
   const image = url && url.startsWith("data:image/webp;base64,")
-    ? element("img", { src: url, alt: title ? `Found picture: ${title}` : "Found picture" }) : null;
+    ? element("img", { src: url, alt: title ? `Retrieved image: ${title}` : "Retrieved image" })
+    : null;
+  const paragraph = (body) => element("p", { class: "text" }, body);
   return element("li", {}, image, element("div", {},
     title ? element("p", { class: "title" }, title) : null,
     address ? element("p", { class: "link" }, address) : null,
-    text.length > LONG
-      ? [element("p", { class: "text" }, `${text.slice(0, LONG).trimEnd()} …`), folded("All of it", () => element("p", { class: "text" }, text))]
-      : text ? element("p", { class: "text" }, text) : null));
+    text.length > PREVIEW
+      ? [paragraph(`${text.slice(0, PREVIEW).trimEnd()} …`),
+        folded("Full text", () => paragraph(text))]
+      : text ? paragraph(text) : null));
 }
 
 form.addEventListener("submit", (event) => {

@@ -1,4 +1,4 @@
-"""What holds for every command of the package."""
+"""Properties of every command of the package."""
 
 import importlib
 import pathlib
@@ -16,14 +16,14 @@ COMMANDS = sorted(
 )
 
 
-def test_all_commands_are_known():
+def test_commands_are_discovered():
     assert {"mmsr1_jax.train", "mmsr1_jax.serve", "mmsr1_jax.scripts.random_policy"} < set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_importing_a_command_defines_no_flags(name):
-    """Flags of the same name belong to several commands, and a program may import more than one."""
+    """Several commands have flags of the same name, and a program may import more than one."""
     importlib.import_module(name)
     # `--config` counts as defined by `mmsr1_jax.cli`.
-    ours = [m for m in flags.FLAGS.flags_by_module_dict() if m.startswith("mmsr1_jax")]
-    assert ours == []
+    modules = [m for m in flags.FLAGS.flags_by_module_dict() if m.startswith("mmsr1_jax")]
+    assert modules == []

@@ -1,7 +1,6 @@
-"""The demo's table says what happened: hand-made episodes with known figures."""
+"""The demo's table of hand-lines episodes with known metrics."""
 
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -9,16 +8,16 @@ import pytest
 
 from mmsr1_jax.data import tiny_world, write_parquet
 from mmsr1_jax.scripts import demo
+from tests.programs import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 KINDS = ("image_search", "text_search")
 
 
-def line(number, workflow, category, right, searches, source="held out"):
+def line(number, workflow, category, correct, searches, source="held out"):
     calls = [{"action": KINDS[i], "status": "ok"} for i in range(searches)]
     return {
         "workflow": workflow, "group": number, "sample": 0, "id": str(number), "question": "?",
-        "source": source, "category": category, "answer": "a" if right else "b", "answers": ["a"],
+        "source": source, "category": category, "answer": "a" if correct else "b", "answers": ["a"],
         "reward": {"reward": 0.0, "format": True}, "calls": calls, "allowed": 2, "tokens": 9,
         "tokens_sampled": 3, "turns": [{}] * (searches + 1), "end": "answer",
     }  # fmt: skip
@@ -28,17 +27,17 @@ def write(folder, lines):
     folder.mkdir()
     text = "".join(json.dumps(one) + "\n" for one in lines)
     (folder / "episodes.jsonl").write_text(text)
-    return demo.outcomes(folder)
+    return demo.read_outcomes(folder)
 
 
-def test_table(tmp_path):
-    """Of four questions of each of two kinds: how many are right, and how many search."""
+def test_the_table_has_the_metrics_of_each_workflow(tmp_path):
+    """Four questions in each of two categories: (number correct, that search, searches of each)."""
 
     def workflow(name, free, both):
         parts = [("free", *free), ("both", *both)]
         return [
-            line(4 * place + i, name, category, i < right, searches * (i < searching))
-            for place, (category, right, searching, searches) in enumerate(parts)
+            line(4 * group + i, name, category, i < correct, searches * (i < searching))
+            for group, (category, correct, searching, searches) in enumerate(parts)
             for i in range(4)
         ]
 
@@ -55,10 +54,10 @@ def test_table(tmp_path):
         )
         for number in (0, 1)
     ]
-    text = demo.table(before, after, "held out").splitlines()
+    text = demo.format_table(before, after, "held out").splitlines()
     cells = {row[:18].strip(): " ".join(row[18:].split()) for row in text[2:6]}
     assert text[0].split()[-2:] == ["both", "free"]
-    # right, searches a question, search; then right / search of both and of free
+    # correct, searches/question, search; then correct / search of both and of free
     assert cells["direct"] == "50.0 0.00 0.0 0.0 / 0.0 100.0 / 0.0"
     assert cells["forced search"] == "87.5 2.00 100.0 100.0 / 100.0 75.0 / 100.0"
     assert cells["on demand, before"] == "37.5 0.75 50.0 25.0 / 50.0 50.0 / 50.0"
@@ -70,7 +69,7 @@ def test_table(tmp_path):
     )
 
 
-def test_a_category_that_is_not_there_after_training(tmp_path):
+def test_a_category_missing_after_training_is_an_error(tmp_path):
     def workflows(categories):
         return [
             line(number, name, category, True, 1)
@@ -81,35 +80,35 @@ def test_a_category_that_is_not_there_after_training(tmp_path):
     before = write(tmp_path / "before", workflows(["free", "both"]))
     after = write(tmp_path / "after", workflows(["free"]))
     with pytest.raises(ValueError, match="^direct: no episodes of --after .* the category 'both'"):
-        demo.table(before, [after], "held out")
+        demo.format_table(before, [after], "held out")
 
 
-def test_what_there_is_no_figure_of_is_a_dash(tmp_path):
-    """No episode of forced search could be run; and one question says little about a difference."""
-    made = [line(0, name, "free", True, 0) for name in ("direct", "rag", "on_demand")]
-    made[1]["end"] = "error"
-    found = write(tmp_path / "out", made)
-    text = demo.table(found, [found], "held out").splitlines()
+def test_undefined_metrics_are_dashes(tmp_path):
+    """No episode of forced search could be run; with one question the interval is wide."""
+    lines = [line(0, name, "free", True, 0) for name in ("direct", "rag", "on_demand")]
+    lines[1]["end"] = "error"
+    outcomes = write(tmp_path / "out", lines)
+    text = demo.format_table(outcomes, [outcomes], "held out").splitlines()
     assert text[3].split()[-5:] == ["-", "-", "100.0", "/", "-"]
     assert "of the searches" not in text[-2]
     assert text[-2].endswith("+0.0 points; 95 % interval: -79.3 to +79.3 points")
     assert text[-1] == "episodes that search: 0.0 % of questions that do not"
 
 
-def test_a_share_of_questions_is_of_all_of_them_whatever_their_category(tmp_path):
-    made = [
+def test_the_search_rate_weights_questions_equally(tmp_path):
+    lines = [
         line(number, name, category, True, searches)
         for name in ("direct", "rag", "on_demand")
         for number, (category, searches) in enumerate(
             [("free", 0), ("both", 1), ("text", 0), ("text", 0), ("text", 0)]
         )
     ]
-    found = write(tmp_path / "out", made)
-    text = demo.table(found, [found], "held out").splitlines()
+    outcomes = write(tmp_path / "out", lines)
+    text = demo.format_table(outcomes, [outcomes], "held out").splitlines()
     assert "25.0 % of questions that need it, 0.0 % of questions that do not" in text[-1]
 
 
-def test_curves(tmp_path):
+def test_curves_are_plotted(tmp_path):
     steps = [
         {"step": i, "reward": 0.1 * i, "accuracy": 0.1 * i, "search/any": 0.5, "search/text": 0.1,
          "search/image": 0.2, "search/both": 0.2, "search/none": 0.5,
@@ -117,13 +116,13 @@ def test_curves(tmp_path):
         for i in range(1, 5)
     ]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    demo.draw([tmp_path], tmp_path / "out" / "curves.png")
+    demo.plot_curves([tmp_path], tmp_path / "out" / "curves.png")
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.proof
-def test_the_table_is_that_of_evaluate(tmp_path):
-    """The tiny world's questions by all workflows: the demo's table has `evaluate`'s figures."""
+def test_the_table_agrees_with_evaluate(tmp_path):
+    """All workflows on questions of the tiny world."""
     world = tiny_world.World.generate()
     tiny_world.write_index(world, tmp_path / "index")
     write_parquet(tmp_path / "q.parquet", tiny_world.questions(world, "heldout", 24))
@@ -134,22 +133,25 @@ def test_the_table_is_that_of_evaluate(tmp_path):
          "--config.eval.workflows=('direct', 'rag', 'on_demand', 'agent')"],
         cwd=ROOT, check=True,
     )  # fmt: skip
-    found = demo.outcomes(tmp_path / "out")
-    table = demo.table(found, [found], "tiny_world heldout").splitlines()
+    outcomes = demo.read_outcomes(tmp_path / "out")
+    table = demo.format_table(outcomes, [outcomes], "tiny_world heldout").splitlines()
     names = {"direct": "direct", "forced search": "rag", "on demand, before": "on_demand",
              "on demand, after": "on_demand", "agent": "agent"}  # fmt: skip
     results = json.loads((tmp_path / "out" / "results.json").read_text())["workflows"]
     rows = {row[:18].strip(): row[18:].split() for row in table[2:7]}
     assert rows.keys() == names.keys()
     for row, name in names.items():
-        one = results[name]
-        parts = [one["by_category"][category] for category in sorted(one["by_category"])]
+        metrics = results[name]
+        parts = [metrics["by_category"][category] for category in sorted(metrics["by_category"])]
         assert len(parts) == 4
-        expected = [100 * one["accuracy"]["em"]["mean"], one["searches"]["an_episode"]]
-        expected.append(100 * one["searches"]["share"])
+        expected = [100 * metrics["accuracy"]["em"]["mean"], metrics["searches"]["per_episode"]]
+        expected.append(100 * metrics["searches"]["episode_fraction"])
         for part in parts:
-            expected += [100 * part["accuracy"]["em"]["mean"], 100 * part["searches"]["share"]]
+            expected += [
+                100 * part["accuracy"]["em"]["mean"],
+                100 * part["searches"]["episode_fraction"],
+            ]
         shown = [float(cell) for cell in rows[row] if cell != "/"]
         assert shown == pytest.approx(expected, abs=0.051), row
-    assert results["rag"]["searches"]["an_episode"] == 2
-    assert results["direct"]["searches"]["share"] == 0
+    assert results["rag"]["searches"]["per_episode"] == 2
+    assert results["direct"]["searches"]["episode_fraction"] == 0

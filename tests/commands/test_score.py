@@ -1,14 +1,11 @@
-"""`python -m mmsr1_jax.score`, as a user runs it."""
+"""`python -m mmsr1_jax.score`, run as a command."""
 
 import codecs
 import dataclasses
 import importlib.util
 import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import PIL.Image
@@ -16,34 +13,11 @@ import pytest
 
 from mmsr1_jax import score
 from mmsr1_jax.config import settings as config_module
+from mmsr1_jax.processing.batching import Bucket
 from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.processing.processor import Processor, Prompt
 from mmsr1_jax.scripts import random_policy
-from tests.programs import environment
-
-
-def run(*arguments, devices=1, module="mmsr1_jax.score", cwd=None):
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**environment(devices), "PYTHONPATH": root},
-        cwd=cwd or root,
-        timeout=300,
-    )
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_bytes().strip().split(b"\n")]
-
-
-def write(path, lines):
-    """Objects as JSON, unescaped as other programs write it; bytes as they are."""
-    encoded = [
-        x if isinstance(x, bytes) else json.dumps(x, ensure_ascii=False).encode() for x in lines
-    ]
-    path.write_bytes(b"\n".join(encoded) + b"\n")
+from tests.programs import ROOT, read_jsonl, run_module, write_jsonl
 
 
 def image_part(path):
@@ -56,7 +30,7 @@ def text_part(text):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A folder with pictures and conversations of many lengths, good and bad."""
+    """A folder with images, and with valid and invalid conversations of many lengths."""
     folder = tmp_path_factory.mktemp("inputs")
     rng = np.random.default_rng(0)
     for i, size in enumerate([(300, 500), (123, 77), (640, 200)]):
@@ -64,7 +38,7 @@ def inputs(tmp_path_factory):
         PIL.Image.fromarray(pixels).save(folder / f"{i}.png")
     PIL.Image.new("1", (12_000, 12_000)).save(folder / "bomb.png")
     (folder / "page.png").write_text("<html>")
-    good = [
+    valid = [
         {"id": "plain", "messages": [{"role": "user", "content": "What\u2028is\x85this?"}]},
         {
             "id": 7,
@@ -81,7 +55,7 @@ def inputs(tmp_path_factory):
             for n in (20, 150, 40, 200, 5, 60)
         ),
     ]
-    bad = [
+    invalid = [
         {"id": "gone", "messages": [{"role": "user", "content": [image_part("none.png")]}]},
         {"id": "html", "messages": [{"role": "user", "content": [image_part("page.png")]}]},
         {"id": "bomb", "messages": [{"role": "user", "content": [image_part("bomb.png")]}]},
@@ -98,9 +72,9 @@ def inputs(tmp_path_factory):
         b'{"id": "latin", "messages": [{"role": "user", "content": "caf\xe9"}]}',
         b'{"id": "deep", "messages": ' + b"[" * 100_000,
     ]
-    lines = [good[0], bad[0], good[1], *bad[1:4], *good[2:5], *bad[4:], *good[5:]]
-    write(folder / "in.jsonl", lines)
-    write(folder / "good.jsonl", good)
+    lines = [valid[0], invalid[0], valid[1], *invalid[1:4], *valid[2:5], *invalid[4:], *valid[5:]]
+    write_jsonl(folder / "in.jsonl", lines)
+    write_jsonl(folder / "good.jsonl", valid)
     (folder / "in.jsonl").write_bytes(codecs.BOM_UTF8 + (folder / "in.jsonl").read_bytes())
     return folder
 
@@ -109,13 +83,13 @@ def inputs(tmp_path_factory):
 def scored(tiny_dir, inputs):
     out = inputs / "out.jsonl"
     arguments = ["--config=tests/small_config.py", f"--model={tiny_dir}", f"--out={out}"]
-    return run(*arguments, f"--conversations={inputs / 'in.jsonl'}"), out
+    return run_module(*arguments, f"--conversations={inputs / 'in.jsonl'}"), out
 
 
-def test_bad_lines_are_reported_and_the_rest_goes_on(scored, inputs):
+def test_invalid_lines_are_reported_and_skipped(scored, inputs):
     process, out = scored
     assert process.returncode == 1, process.stderr
-    lines = read(out)
+    lines = read_jsonl(out)
     ids = ["plain", "gone", 7, "html", "bomb", "role", "two", "long 20", "long 150", "endless"]
     ids += [None, "url", "half", "\udfff", None, None, "long 40", "long 200", "long 5", "long 60"]
     assert [line["id"] for line in lines] == ids
@@ -133,8 +107,8 @@ def test_bad_lines_are_reported_and_the_rest_goes_on(scored, inputs):
         "line 16: not UTF-8",
         "line 17: not JSON",
     ]
-    for error, words in zip(errors, expected, strict=True):
-        assert error.startswith(words), error
+    for error, start in zip(errors, expected, strict=True):
+        assert error.startswith(start), error
         assert f", {error}" in process.stderr
     assert "11 of 20 lines could not be scored" in process.stderr
     assert "scored 9 of 20 conversations" in process.stdout
@@ -142,7 +116,7 @@ def test_bad_lines_are_reported_and_the_rest_goes_on(scored, inputs):
     assert sorted(p.name for p in inputs.iterdir() if "partial" in p.name) == []
 
 
-def test_scores_equal_torch(scored, tiny_dir, inputs):
+def test_logprobs_equal_those_of_torch(scored, tiny_dir, inputs):
     import jax
 
     from mmsr1_jax.models import qwen2_5_vl, sharding
@@ -151,8 +125,8 @@ def test_scores_equal_torch(scored, tiny_dir, inputs):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     reference = torch_model(qwen2_5_vl.load(tiny_dir, mesh=mesh))
     processor = Processor.from_directory(tiny_dir)
-    results = {line["id"]: line for line in read(scored[1])}
-    conversations = read(inputs / "good.jsonl")
+    results = {line["id"]: line for line in read_jsonl(scored[1])}
+    conversations = read_jsonl(inputs / "good.jsonl")
     for line in conversations:
         for message in line["messages"]:
             if isinstance(message["content"], list):
@@ -170,19 +144,19 @@ def test_scores_equal_torch(scored, tiny_dir, inputs):
         np.testing.assert_allclose(result["logprobs"][1:], expected, atol=2e-4, rtol=0)
 
 
-def test_results_do_not_depend_on_the_company(scored, tiny_dir, inputs):
-    """Alone in a file, in another order: the same bits."""
-    together = {line["id"]: line for line in read(scored[1])}
-    lines = read(inputs / "good.jsonl")
-    write(inputs / "few.jsonl", [lines[4], lines[1]])
-    process = run(
+def test_results_do_not_depend_on_other_lines(scored, tiny_dir, inputs):
+    """Results are bit-identical in a smaller file with another order."""
+    together = {line["id"]: line for line in read_jsonl(scored[1])}
+    lines = read_jsonl(inputs / "good.jsonl")
+    write_jsonl(inputs / "few.jsonl", [lines[4], lines[1]])
+    process = run_module(
         "--config=tests/small_config.py",
         f"--model={tiny_dir}",
         f"--conversations={inputs / 'few.jsonl'}",
         f"--out={inputs / 'few_out.jsonl'}",
     )
     assert process.returncode == 0, process.stderr
-    few = read(inputs / "few_out.jsonl")
+    few = read_jsonl(inputs / "few_out.jsonl")
     assert [line["id"] for line in few] == [lines[4]["id"], 7]
     for line in few:
         assert line == together[line["id"]]
@@ -190,9 +164,9 @@ def test_results_do_not_depend_on_the_company(scored, tiny_dir, inputs):
 
 @pytest.mark.proof
 def test_eight_devices_and_bfloat16(scored, tiny_dir, inputs):
-    exact = {line["id"]: line for line in read(scored[1])}
+    exact = {line["id"]: line for line in read_jsonl(scored[1])}
     out = inputs / "half.jsonl"
-    process = run(
+    process = run_module(
         "--config=tests/small_config.py",
         "--config.mesh.tensor=2",
         "--dtype=bfloat16",
@@ -202,14 +176,14 @@ def test_eight_devices_and_bfloat16(scored, tiny_dir, inputs):
         devices=8,
     )
     assert process.returncode == 0, process.stderr
-    for line in read(out):
+    for line in read_jsonl(out):
         assert line["tokens"] == exact[line["id"]]["tokens"]
         gap = np.subtract(line["logprobs"][1:], exact[line["id"]]["logprobs"][1:])
         assert 1e-5 < np.abs(gap).max() < 0.2
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "arguments, message",
     [
         (["--config.model.dtpe=float32"], "config.model.dtpe"),
         pytest.param(["--config.modl.dtype=float32"], "config.modl.dtype", marks=pytest.mark.proof),
@@ -242,25 +216,30 @@ def test_eight_devices_and_bfloat16(scored, tiny_dir, inputs):
         (["--model=/nowhere"], "/nowhere"),
         (["--conversations=/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--out=/nowhere/out.jsonl"], "--out=/nowhere/out.jsonl: must be a file"),
-        (["--config.images.min_pixels=9", "--config.images.max_pixels=5"], "is more than max_pi"),
+        (
+            ["--config.images.min_pixels=9", "--config.images.max_pixels=5"],
+            "must be at most max_pixels=5",
+        ),
     ],
 )
-def test_mistakes_end_with_one_line(tiny_dir, inputs, arguments, words):
+def test_user_errors_are_shown_in_one_line(tiny_dir, inputs, arguments, message):
     base = {
         "--model": tiny_dir,
         "--conversations": inputs / "good.jsonl",
         "--out": inputs / "never.jsonl",
     }
     given = {a.split("=")[0] for a in arguments}
-    process = run(*arguments, *(f"{k}={v}" for k, v in base.items() if k not in given))
+    process = run_module(*arguments, *(f"{k}={v}" for k, v in base.items() if k not in given))
     assert process.returncode == 1
     lines = [line for line in process.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], process.stderr
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], (
+        process.stderr
+    )
     assert not (inputs / "never.jsonl").exists()
 
 
 @pytest.mark.parametrize(
-    "body, words",
+    "body, message",
     [
         ("c.model.dtpe = 'float32'", "dtpe"),
         ("c.model.logprob_chunk = 'many'", "config.model.logprob_chunk must be of type int"),
@@ -270,13 +249,13 @@ def test_mistakes_end_with_one_line(tiny_dir, inputs, arguments, words):
         ("c = {}", "mine.py: get_config() must return"),
     ],
 )
-def test_config_files_are_checked(tmp_path, tiny_dir, inputs, body, words):
+def test_config_files_are_checked(tmp_path, tiny_dir, inputs, body, message):
     file = tmp_path / "mine.py"
     file.write_text(
         "from mmsr1_jax.config import Config\n"
         f"def get_config():\n    c = Config()\n    {body}\n    return c\n"
     )
-    process = run(
+    process = run_module(
         f"--config={file}",
         f"--model={tiny_dir}",
         f"--conversations={inputs / 'good.jsonl'}",
@@ -284,49 +263,53 @@ def test_config_files_are_checked(tmp_path, tiny_dir, inputs, body, words):
     )
     assert process.returncode == 1
     lines = [line for line in process.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and words in lines[0], process.stderr
+    assert len(lines) == 1 and message in lines[0], process.stderr
 
 
 @pytest.mark.parametrize(
-    "file, change, words",
+    "file, change, message",
     [
         ("preprocessor_config.json", {"patch_size": 16}, "patch_size=16, but the model's vision"),
         ("config.json", {"image_token_id": 9}, "<|image_pad|> has id 5, but config.json has"),
         ("config.json", {"vocab_size": 300}, "lm_head.weight has shape [512, 128]"),
     ],
 )
-def test_files_that_do_not_fit_together(tmp_path, tiny_dir, inputs, file, change, words):
+def test_inconsistent_checkpoint_files_are_named(tmp_path, tiny_dir, inputs, file, change, message):
     shutil.copytree(tiny_dir, tmp_path / "policy")
     path = tmp_path / "policy" / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    process = run(
+    process = run_module(
         f"--model={tmp_path / 'policy'}",
         f"--conversations={inputs / 'good.jsonl'}",
         f"--out={inputs / 'never.jsonl'}",
     )
     assert process.returncode == 1
-    assert process.stderr.startswith("error: ") and words in process.stderr
+    assert process.stderr.startswith("error: ") and message in process.stderr
     assert len(process.stderr.splitlines()) == 1
 
 
-def test_a_tokenizer_larger_than_the_vocabulary_is_refused(processor):
+def test_a_tokenizer_larger_than_the_vocabulary_is_rejected(processor):
     text = dataclasses.replace(random_policy.CONFIG.text, vocab_size=300)
     with pytest.raises(ValueError, match="token id 4.. is outside the model's vocabulary of 300"):
         processor.check_fits(dataclasses.replace(random_policy.CONFIG, text=text))
     processor.check_fits(random_policy.CONFIG)
 
 
-def test_log_probs_that_are_not_finite_are_an_error():
+def test_nonfinite_logprobs_are_an_error():
     prompt = Prompt(np.arange(5, dtype=np.int32), ())
     rows = np.array([[0, -1, -2, np.nan, -3, 0], [0, -1, -2, -1, -3, 0]], np.float32)
-    batch = [(4, {"id": "a"}, prompt), (9, {"id": "b"}, prompt)]
-    (_, bad), (number, good) = score.finish(batch, rows)
-    assert bad == {"id": "a", "error": "line 4: the log-prob of token 3 is not finite"}
-    assert number == 9 and good["logprobs"] == [None, -1, -2, -1, -3]
+    bucket = Bucket(length=8, rows=2, windows=0)
+    batch = [
+        score.Conversation(4, "a", prompt, bucket),
+        score.Conversation(9, "b", prompt, bucket),
+    ]
+    (_, invalid), (line_number, valid) = score.finish(batch, rows)
+    assert invalid == {"id": "a", "error": "line 4: the log-prob of token 3 is not finite"}
+    assert line_number == 9 and valid["logprobs"] == [None, -1, -2, -1, -3]
 
 
-def test_a_line_of_a_rare_shape_does_not_wait_for_ever(tiny_dir, processor, monkeypatch):
-    """Its batch goes without being full, and the result is the same."""
+def test_a_batch_of_a_rare_shape_is_not_delayed_forever(tiny_dir, processor, monkeypatch):
+    """Its batch is computed before it is full, with the same result."""
     import jax
 
     from mmsr1_jax.models import qwen2_5_vl, sharding
@@ -349,8 +332,8 @@ def test_a_line_of_a_rare_shape_does_not_wait_for_ever(tiny_dir, processor, monk
     patient = scored()
     monkeypatch.setattr(score, "_MAX_WAIT", 5)
     hasty = scored()
-    place = [[number for number, _ in results].index(0) for results in (patient, hasty)]
-    assert place[0] > 30 and place[1] == 0  # the line of the rare shape: at the end, at once
+    positions = [[number for number, _ in results].index(0) for results in (patient, hasty)]
+    assert positions[0] > 30 and positions[1] == 0
     assert dict(patient) == dict(hasty)
 
 
@@ -361,20 +344,20 @@ def load_config(file):
     return module.get_config()
 
 
-CONFIG_FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+CONFIG_FILES = sorted((ROOT / "configs").glob("*.py"))
 
 
 @pytest.mark.parametrize("file", [None, *CONFIG_FILES], ids=lambda f: f.stem if f else "default")
-def test_every_config_takes_every_picture_that_its_limits_allow(file):
+def test_the_buckets_of_every_config_fit_its_largest_images(file):
     config = config_module.validate(load_config(file) if file else config_module.get_config())
-    # configs/tiny.py is for what `random_policy` makes, the others for the released directories.
+    # configs/tiny.py is for policies of `random_policy`, the others for released checkpoints.
     directory = random_policy.IMAGES if file and file.stem == "tiny" else ImageProcessor()
     limits = directory.with_limits(config.images.min_pixels, config.images.max_pixels)
-    most = limits.max_pixels // 28**2
+    max_tokens = limits.max_pixels // 28**2
     windows = 0
-    for h in range(1, most + 1):
-        w = min(most // h, 200 * h)
+    for h in range(1, max_tokens + 1):
+        w = min(max_tokens // h, 200 * h)
         if h <= 200 * w:
             windows = max(windows, -(-h // 4) * -(-w // 4))
     assert windows <= config.buckets.image_windows[-1]
-    assert most + 256 <= config.buckets.lengths[-1]
+    assert max_tokens + 256 <= config.buckets.lengths[-1]

@@ -1,4 +1,4 @@
-"""`python -m mmsr1_jax.infer`, as a user runs it."""
+"""`python -m mmsr1_jax.infer`, run as a command."""
 
 import functools
 import json
@@ -6,11 +6,11 @@ import json
 import pytest
 
 from tests import scripted_policy
-from tests.test_score import run
+from tests.programs import run_module
 
-infer = functools.partial(run, module="mmsr1_jax.infer")
+infer = functools.partial(run_module, module="mmsr1_jax.infer")
 IMAGE = "docs/demo/bridge.jpg"
-# Every other token of this policy is a whole turn, most of them a search.
+# A policy of which every other token is a whole turn, usually a search.
 TURNS = {
     "<reason>because {}</reason> <text_search>bridge {}</text_search>\n": 280,
     "<reason>r{}</reason> <answer>a {}</answer>": 4,
@@ -39,7 +39,7 @@ def arguments(directory, index):
             "--config.sampling.temperature=1", "--config.sampling.seed=1"]  # fmt: skip
 
 
-def test_prints_the_turns(arguments):
+def test_turns_are_printed(arguments):
     done = infer(*arguments)
     assert done.returncode == 0, done.stderr
     for text in ("--- turn 1\n", "reasoning: because ", "text search: bridge ",
@@ -51,7 +51,7 @@ def test_prints_the_turns(arguments):
     assert "<|image_pad|><|image_pad|>" not in done.stdout
 
 
-def test_prints_the_episode_as_json(arguments):
+def test_the_episode_is_printed_as_json(arguments):
     done = infer(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     episode = json.loads(done.stdout)
@@ -72,7 +72,7 @@ def test_prints_the_episode_as_json(arguments):
     assert again == episode
 
 
-def test_mistakes_in_one_line(arguments, directory, tmp_path):
+def test_user_errors_are_shown_in_one_line(arguments, directory, tmp_path):
     def line(*others):
         done = infer(*arguments, *others)
         assert done.returncode == 1 and not done.stdout.startswith("{"), done

@@ -1,4 +1,4 @@
-"""The searches of a training step, by one process: `make proofs`."""
+"""Searches of a training step by one process."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 
 @pytest.mark.proof
-def test_2000_searches_64_at_a_time_with_faults():
+def test_2000_concurrent_searches_with_faults():
     command = [sys.executable, "-m", "tests.bench.tools", "--reader=jina", "--searches=2000"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     figures = json.loads(done.stdout.splitlines()[-1])

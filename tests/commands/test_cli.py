@@ -1,16 +1,15 @@
 """The program `mmsr1`: its commands, config files by name, and the list of settings."""
 
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
 from mmsr1_jax import cli
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.scripts import settings
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from tests.programs import ROOT
 
 
 def run(*arguments, cwd=ROOT):
@@ -21,7 +20,7 @@ def run(*arguments, cwd=ROOT):
     )  # fmt: skip
 
 
-def test_help_lists_every_command_with_its_first_sentence():
+def test_help_lists_every_command_with_its_summary():
     done = run("--help")
     assert done.returncode == 0
     for name in (*cli.COMMANDS, *cli.SCRIPTS):
@@ -43,7 +42,7 @@ def test_a_command_gets_its_arguments(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tiny", "qwen7b:script"])
-def test_a_config_is_found_by_its_name_from_any_directory(name, tmp_path, monkeypatch):
+def test_a_config_is_resolved_by_name_in_any_directory(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     stem, colon, variant = name.partition(":")
     assert cli.config_file(name) == f"{ROOT / 'configs' / stem}.py{colon}{variant}"
@@ -56,15 +55,22 @@ def test_other_names_are_paths(name, tmp_path, monkeypatch):
 
 
 def test_every_setting_has_a_meaning():
-    found = list(settings.all_settings())
-    assert len(found) > 100 and len({one.name for one in found}) == len(found)
-    assert [one.name for one in found if not one.meaning] == []
+    entries = list(settings.all_settings())
+    assert len(entries) > 100 and len({entry.name for entry in entries}) == len(entries)
+    assert [entry.name for entry in entries if not entry.meaning] == []
+
+
+def test_every_number_shows_its_bounds():
+    for entry in settings.all_settings():
+        if entry.type in ("int", "float"):
+            assert entry.allowed, entry.name
 
 
 def test_settings_are_printed_by_prefix(capsys):
-    assert settings.main(["settings", "config.run.group"]) == 0
+    settings.main(["settings", "config.run.group"])
     assert capsys.readouterr().out.startswith("config.run.group_size: int = 8  [>= 1, <= 65,536]\n")
-    assert settings.main(["settings", "nothing"]) == 1
+    with pytest.raises(UserError, match="no setting begins with config.nothing"):
+        settings.main(["settings", "nothing"])
 
 
 def test_settings_import_no_jax():
@@ -74,13 +80,15 @@ def test_settings_import_no_jax():
 
 @pytest.mark.proof
 def test_an_installed_package_runs_from_another_directory(tmp_path):
-    """Needs the package index, for setuptools; dependencies are those of this environment."""
+    """Needs the package index for setuptools; other dependencies are those of this environment."""
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", venv], check=True)
     pip = [venv / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps"]
     subprocess.run([*pip, ROOT], check=True)
-    here = [path for path in sys.path if path.endswith("site-packages")]
-    (next(venv.glob("lib/python*/site-packages")) / "here.pth").write_text("\n".join(here))
+    site_packages = [path for path in sys.path if path.endswith("site-packages")]
+    (next(venv.glob("lib/python*/site-packages")) / "tests.pth").write_text(
+        "\n".join(site_packages)
+    )
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     mmsr1 = venv / "bin" / "mmsr1"
     for arguments in (["--help"], ["settings"], ["tiny_world", "--out=world", "--stories=0"],
