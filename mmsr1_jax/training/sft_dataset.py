@@ -12,7 +12,7 @@ in `pictures/` next to it), or in one of `config.data.image_roots`.
 At the start of a run the files are read, the turns replayed with their searches, and the episodes
 checked. The result is stored in the run's directory:
 
-    files ──prepare──► RUN/examples.jsonl, RUN/pictures/ ──load──► examples ──choose──► a step
+    files ──prepare──► RUN/examples.jsonl, RUN/pictures/ ──load──► examples ──step_indices──► a step
 """
 
 import asyncio
@@ -39,9 +39,10 @@ from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 from mmsr1_jax.processing.images import ImageProcessor, read_image, write_image
 from mmsr1_jax.processing.processor import Processor, Prompt
 from mmsr1_jax.rl.packing import RowShape
-from mmsr1_jax.rollout.device import check_image
+from mmsr1_jax.rollout.image_store import check_image
 from mmsr1_jax.tools import Observation, Query, Tool
-from mmsr1_jax.tools.build import check_services, make_tools
+from mmsr1_jax.tools.build import make_tools
+from mmsr1_jax.tools.service_checks import check_services
 from mmsr1_jax.training import sft_lines
 from mmsr1_jax.training.sft_lines import LineError
 from mmsr1_jax.utils import checked_json, outputs
@@ -79,7 +80,7 @@ class SFTExample:
 
 
 def line_of(
-    episode: Episode, processor: Processor, folder: pathlib.Path, pictures: pathlib.Path
+    episode: Episode, processor: Processor, folder: pathlib.Path, image_folder: pathlib.Path
 ) -> dict[str, Any]:
     """Write an episode's images, and return the episode as a line of a JSONL file.
 
@@ -87,14 +88,14 @@ def line_of(
       episode: Episode to write.
       processor: Processor of the policy.
       folder: Folder of the JSONL file; paths in "images" are relative to it.
-      pictures: Folder of the images, created if it does not exist.
+      image_folder: Folder of the images, created if it does not exist.
     """
-    pictures.mkdir(parents=True, exist_ok=True)
-    paths = [write_image(image, processor.images, pictures) for image in episode.images]
+    image_folder.mkdir(parents=True, exist_ok=True)
+    paths = [write_image(image, processor.images, image_folder) for image in episode.images]
     return episode.to_json(processor, [os.path.relpath(path, folder) for path in paths])
 
 
-def choose(step: int, count: int, size: int, seed: int) -> list[int]:
+def step_indices(step: int, count: int, size: int, seed: int) -> list[int]:
     """Return the indices of a step's examples, from data that is reshuffled every epoch.
 
     Args:
@@ -135,7 +136,7 @@ def prepare(
     with outputs.new_text_file(path) as out:
         with bar:
             out.write(json.dumps({"made_with": _made_with(config)}) + "\n")
-            for where, content, episode in _episodes(files, config, processor, model_config):
+            for location, content, episode in _episodes(files, config, processor, model_config):
                 bar.update()
                 try:
                     if isinstance(episode, LineError):
@@ -145,11 +146,11 @@ def prepare(
                     sft_lines.check_episode(episode, model_config, shape)
                 except LineError as error:
                     num_skipped += 1
-                    log.warning("%s: %s; skipped", where, error)
+                    log.warning("%s: %s; skipped", location, error)
                     if num_skipped > config.data.max_bad_rows:
                         raise DataError(
                             f"skipped {num_skipped} lines, more than config.data.max_bad_rows="
-                            f"{config.data.max_bad_rows}; the last one is {where}: {error}"
+                            f"{config.data.max_bad_rows}; the last one is {location}: {error}"
                         ) from None
                     continue
                 episode.group = episode.index = num_written
@@ -222,7 +223,7 @@ def _episodes(
     """Yield the location, content and unchecked episode of each line, in order."""
     lines = ((file, *line) for file in files for line in _lines(file))
     rules, roots = make_rules(config, processor, model_config), config.data.image_roots
-    tools_of = functools.cache(lambda index: _tools(config, index))  # saved episodes need no tools
+    get_tools = functools.cache(lambda index: _tools(config, index))  # saved episodes need no tools
     while batch := list(itertools.islice(lines, _BATCH_SIZE)):
         contents = [
             sft_lines.read_line(file, line_number, text, processor.images, roots)
@@ -235,7 +236,7 @@ def _episodes(
                 for item in contents
                 if isinstance(item, ScriptedEpisode) and item.index == index
             ]
-            replayed[index] = iter(list(replay(rows, processor, rules, tools_of(index))))
+            replayed[index] = iter(list(replay(rows, processor, rules, get_tools(index))))
         for (file, line_number, _), item in zip(batch, contents, strict=True):
             episode = next(replayed[item.index]) if isinstance(item, ScriptedEpisode) else item
             yield f"{file}, line {line_number}", item, episode
@@ -281,16 +282,16 @@ def _tools(config: settings.Config, index: pathlib.Path | None) -> dict[str, Too
     }
 
 
-def _find_files(where: Sequence[str]) -> list[pathlib.Path]:
+def _find_files(patterns: Sequence[str]) -> list[pathlib.Path]:
     """Return the distinct JSONL files of paths, directories and patterns, each sorted by name."""
     files: dict[pathlib.Path, None] = {}
-    for item in where:
-        path = pathlib.Path(item)
+    for pattern in patterns:
+        path = pathlib.Path(pattern)
         names = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not path.exists():
-            names = sorted(map(pathlib.Path, glob.glob(item)))
+            names = sorted(map(pathlib.Path, glob.glob(pattern)))
         if not names:
-            raise DataError(f"config.data.train: {item} matches no JSONL file")
+            raise DataError(f"config.data.train: {pattern} matches no JSONL file")
         files |= dict.fromkeys(names)
     if not files:
         raise DataError("config.data.train names no JSONL file")

@@ -1,7 +1,7 @@
 """Counters for degraded operation: every fallback is counted, and logged the first time.
 
-    fallbacks.count("store/failed", "store: disk is full; searches continue without it")
-    fallbacks.take_counts()    # {"store/failed": 17}: metrics of a step
+    fallbacks.count("cache/failed", "cache: disk is full; searches continue without it")
+    fallbacks.take_counts()    # {"cache/failed": 17}: metrics of a step
 
 Counts are per process. All functions are thread-safe.
 """

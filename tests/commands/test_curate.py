@@ -15,12 +15,13 @@ from starlette.routing import Route
 
 from mmsr1_jax.data import Question, QuestionSource, curation, write_parquet
 from mmsr1_jax.processing.processor import Processor
-from mmsr1_jax.tools.local import build
+from mmsr1_jax.tools.index_builder import build_index
 from mmsr1_jax.training import sft_dataset
-from tests import acting
+from tests import scripted_policy
+from tests.programs import ROOT, kill_when, run, start
 from tests.question_files import png
 from tests.servers import serve
-from tests.test_train import ROOT, SMALL, kill_when, run, start
+from tests.train_runs import SMALL
 
 ROLLOUTS = 4
 ANSWERS = 60
@@ -37,7 +38,7 @@ VOCABULARY = 832
 def world(tmp_path_factory):
     """Policy, questions and index in a directory."""
     directory = tmp_path_factory.mktemp("world")
-    acting.write(directory / "policy", vocab_size=VOCABULARY, actions=ACTIONS)
+    scripted_policy.write(directory / "policy", vocab_size=VOCABULARY, actions=ACTIONS)
     write_parquet(
         directory / "questions.parquet",
         [
@@ -57,7 +58,7 @@ def world(tmp_path_factory):
     images = directory / "images.jsonl"
     titles = [{"image": f"{number}.png", "title": f"Bridge {number}"} for number in range(0, 12, 2)]
     images.write_text("\n".join(map(json.dumps, titles)))
-    build(directory / "index", [pages], [images])
+    build_index(directory / "index", [pages], [images])
     return directory
 
 
@@ -164,7 +165,7 @@ def test_sft_reads_the_selected_episodes(world, uninterrupted, tmp_path):
     config.data.train, config.data.max_bad_rows = (str(out / "sft.jsonl"),), 0
     processor = Processor.from_directory(world / "policy")
     path = tmp_path / "examples.jsonl"
-    sft_dataset.prepare(path, config, processor, acting.config_for(VOCABULARY))
+    sft_dataset.prepare(path, config, processor, scripted_policy.config_for(VOCABULARY))
     examples, lines = sft_dataset.load(path, config), read(out / "sft.jsonl")
     assert len(examples) == len(lines) > 5
     for example, line in zip(examples, lines, strict=True):

@@ -5,7 +5,7 @@ import json
 from mmsr1_jax.data import QuestionSource
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 from mmsr1_jax.processing.processor import Processor
-from mmsr1_jax.tools.local import LocalIndex
+from mmsr1_jax.tools.local_index import LocalIndex
 from tests.test_score import run
 
 

@@ -10,7 +10,7 @@ from mmsr1_jax.data.tiny_world import (
     train_tokenizer,
     write_index,
 )
-from mmsr1_jax.tools.local import LocalIndex
+from mmsr1_jax.tools.local_index import LocalIndex
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from mmsr1_jax.episodes.turns import parse
 from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.tools import Query
-from mmsr1_jax.tools.local import LocalIndex
+from mmsr1_jax.tools.local_index import LocalIndex
 from tests.landmarks import (
     ACTIONS,
     by_name,

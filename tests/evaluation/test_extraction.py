@@ -22,7 +22,7 @@ from mmsr1_jax.evaluation.run import line_of
 from mmsr1_jax.evaluation.scoring import rescore, results_of
 from mmsr1_jax.evaluation.table import main_match, table
 from mmsr1_jax.tools.build import make_judge
-from tests import acting
+from tests import scripted_policy
 from tests.benchmark_files import mmlongbench, write_pdf
 from tests.servers import serve
 from tests.test_evaluate import CONFIG, command, run
@@ -179,7 +179,7 @@ def test_short_forms_are_cached_as_they_arrive(server, tmp_path):
 def test_a_document_fits_its_token_budget_and_its_answers_are_graded(server, tmp_path):
     """The lower bound on photographs, which no page would fit, does not apply to pages."""
     pytest.importorskip("pypdfium2")
-    acting.write(tmp_path / "policy")
+    scripted_policy.write(tmp_path / "policy")
     (tmp_path / "config.py").write_text(CONFIG)
     (tmp_path / "samples.json").write_text(json.dumps([mmlongbench(answer="7")]))
     write_pdf(

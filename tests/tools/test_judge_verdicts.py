@@ -9,16 +9,17 @@ from starlette.routing import Route
 from mmsr1_jax.rewards import reward_function
 from mmsr1_jax.tools import judge as judges
 from mmsr1_jax.tools.cached_tool import CachedCalls
-from mmsr1_jax.tools.judge import Verdict, read_verdict
+from mmsr1_jax.tools.judge import Verdict
 from mmsr1_jax.tools.tool_cache import ToolCache
+from mmsr1_jax.tools.verdicts import parse_verdict
 from mmsr1_jax.tools.web import BodyError
-from tests.judge_server import JudgeServer
+from tests.constant_judge import ConstantJudge
 from tests.servers import serve
 
 
 @pytest.fixture(scope="module")
 def running():
-    server = JudgeServer()
+    server = ConstantJudge()
     route = Route("/v1/chat/completions", server.chat, methods=["POST"])
     with serve(Starlette(routes=[route])) as server.address:
         yield server
@@ -61,7 +62,7 @@ def test_untrusted_text_is_fenced(server):
 
 
 def test_obvious_cases_are_decided_without_a_request(server):
-    match = Verdict(True, "a gold answer, word for word", "match")
+    match = Verdict(True, "identical to a gold answer", "match")
     assert ask(server.judge(), answer=" tagus\n river.") == match
     for answer in ("", " \n", None):
         assert ask(server.judge(), answer=answer) == Verdict(False, "no answer", "match")
@@ -72,7 +73,7 @@ def test_obvious_cases_are_decided_without_a_request(server):
 def test_answers_that_differ_in_punctuation_are_judged(server):
     server.reply = '{"correct": false, "reason": "ten times as much"}'
     assert reward_function.exact_match("15 m", ["1.5 m"])
-    assert ask(server.judge(), golds=["1.5 m"], answer="15 m").by == "judge"
+    assert ask(server.judge(), golds=["1.5 m"], answer="15 m").source == "judge"
 
 
 @pytest.mark.parametrize(
@@ -85,23 +86,23 @@ def test_answers_that_differ_in_punctuation_are_judged(server):
 )  # fmt: skip
 def test_a_reply_without_a_verdict_counts_as_wrong(server, reply):
     with pytest.raises(BodyError, match="no verdict in the reply: "):
-        read_verdict(reply)
+        parse_verdict(reply)
     server.reply = reply
     verdict = ask(server.judge(), golds=["Tagus-River"], answer="the Tagus-River!")
-    assert (verdict.correct, verdict.by, verdict.outcome) == (False, "judge", "unreadable")
+    assert (verdict.correct, verdict.source, verdict.outcome) == (False, "judge", "unreadable")
     assert verdict.reason.startswith("no verdict in the reply: ")
 
 
 def test_a_verdict_may_be_in_a_code_fence():
     verdict = '{"correct": false,\n"reason": "r"}'
     for text in (verdict, f" \n{verdict}\n", f"```\n{verdict}\n```", f"```JSON\n{verdict}\n```\n"):
-        assert read_verdict(text) == (False, "r")
+        assert parse_verdict(text) == (False, "r")
 
 
 def test_a_failed_request_gives_no_verdict(server):
     for server.status in (500, 429):
         verdict = ask(server.judge())
-        assert (verdict.correct, verdict.by, verdict.outcome) == (None, "judge", "failed")
+        assert (verdict.correct, verdict.source, verdict.outcome) == (None, "judge", "failed")
         assert f"HTTP status {server.status}" in verdict.reason
         assert "sk-secret" not in verdict.reason and "127.0.0.1" not in verdict.reason
 
@@ -117,5 +118,5 @@ def test_verdicts_are_cached_and_replayed(server, tmp_path):
     replay = server.judge(CachedCalls(ToolCache(tmp_path / "store.sqlite", "replay")))
     assert ask(replay) == first
     unknown = ask(replay, answer="new")
-    assert unknown.correct is None and "not in the store" in unknown.reason
+    assert unknown.correct is None and "not in the cache" in unknown.reason
     assert len(server.requests) == 4

@@ -118,8 +118,8 @@ from mmsr1_jax.tools.services import fvqa
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = peak()
 for path in sys.argv[1:]:
-    try: fvqa.read(path)
-    except fvqa.CacheError: pass
+    try: fvqa.load_results(path)
+    except fvqa.FvqaCacheError: pass
 print((peak() - start) // 1024)
 """
 
@@ -176,7 +176,7 @@ def test_cached_images_of_all_modes_equal_those_of_pillow(tmp_path):
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         path = tmp_path / f"{protocol}.pkl"
         path.write_bytes(pickle.dumps(data, protocol))
-        results = fvqa.read(path)["a"]
+        results = fvqa.load_results(path)["a"]
         assert [title for title, _ in results] == titles
         for (_, image), original in zip(results, images, strict=True):
             assert image.tobytes() == upright_rgb(original).tobytes()
@@ -186,7 +186,7 @@ def test_a_shared_image_is_decoded_once_and_results_are_bounded(tmp_path):
     red, path = PIL.Image.new("RGB", (100, 100), "red"), tmp_path / "cache.pkl"
     shared = {"tool_returned_web_title_list": ["t"] * 500, "tool_returned_images_urls": [red] * 500}
     path.write_bytes(pickle.dumps({str(number): shared for number in range(50)}))
-    cache = fvqa.read(path)
+    cache = fvqa.load_results(path)
     assert {len(results) for results in cache.values()} == {100}
     assert len({id(image) for results in cache.values() for _, image in results}) == 1
     # Images that share their pixels take more memory than the size of the file.
@@ -195,8 +195,8 @@ def test_a_shared_image_is_decoded_once_and_results_are_bounded(tmp_path):
     states = [b"](NX\x03\0\0\0RGB](KdKdeN" + data + b"e" for data in (first, *[b"h\x63"] * 90)]
     images = b"".join(map(with_state, states))
     path.write_bytes(cached(images).replace(b"](X\x01\0\0\0t", b"](" + b"X\x01\0\0\0t" * 91))
-    with pytest.raises(fvqa.CacheError, match="have more bytes than the file"):
-        fvqa.read(path)
+    with pytest.raises(fvqa.FvqaCacheError, match="have more bytes than the file"):
+        fvqa.load_results(path)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_a_json_cache_is_validated(tmp_path, text, expected):
     path = tmp_path / "cache.json"
     path.write_text(text)
     if isinstance(expected, list):
-        assert fvqa.read(path) == {"a": expected}
+        assert fvqa.load_results(path) == {"a": expected}
     else:
-        with pytest.raises(fvqa.CacheError, match=f"cache.json: .*{expected}"):
-            fvqa.read(path)
+        with pytest.raises(fvqa.FvqaCacheError, match=f"cache.json: .*{expected}"):
+            fvqa.load_results(path)

@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from mmsr1_jax.data import QuestionSource, benchmarks
 from mmsr1_jax.scripts import random_policy
-from mmsr1_jax.tools import local
+from mmsr1_jax.tools.index_builder import build_index
 from mmsr1_jax.training import sft_lines
 from mmsr1_jax.utils import files
 
@@ -157,10 +157,10 @@ def test_an_index_contains_images_of_its_source_folder_only(folders, capsys):
     names = ["own.png", *outside(secret), *UNUSABLE]
     lines = [json.dumps({"image": name, "title": f"t{n}"}) for n, name in enumerate(names)]
     (data / "i.jsonl").write_text("\n".join(lines))
-    assert local.build(data / "index", [], [data / "i.jsonl"]) == (0, 1)
+    assert build_index(data / "index", [], [data / "i.jsonl"]) == (0, 1)
     assert capsys.readouterr().err.count("add its folder to --image_roots") == len(outside(secret))
     (data / "j.jsonl").write_text(json.dumps({"image": "link.png", "title": "t"}))
-    counts = local.build(data / "index", [], [data / "j.jsonl"], image_roots=[str(secret)])
+    counts = build_index(data / "index", [], [data / "j.jsonl"], image_roots=[str(secret)])
     assert counts == (0, 1)
 
 

@@ -16,7 +16,7 @@ import pytest
 from mmsr1_jax import curate, sft
 from mmsr1_jax.data import curation
 from mmsr1_jax.scripts import random_policy
-from mmsr1_jax.tools import local
+from mmsr1_jax.tools.index_builder import build_index
 from mmsr1_jax.utils import outputs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -156,7 +156,7 @@ def test_other_commands_on_a_locked_directory_fail(holder, monkeypatch, module, 
 def test_a_locked_index_or_policy_directory_is_not_written(holder, tmp_path):
     directory, _ = holder
     with pytest.raises(outputs.LockedError):
-        local.build(directory)
+        build_index(directory)
     with outputs.new_directory(tmp_path / "policy"), pytest.raises(outputs.LockedError):
         random_policy.write(tmp_path / "policy")
 

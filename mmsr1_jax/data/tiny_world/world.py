@@ -18,7 +18,7 @@ import numpy as np
 
 from mmsr1_jax.data.tiny_world import words
 from mmsr1_jax.data.tiny_world.emblems import FIELD_PIECES, SIZES, Emblem, reference_photo
-from mmsr1_jax.tools.local import hash_of
+from mmsr1_jax.tools.index_builder import image_hash
 
 Group = Literal["remembered", "new", "unmet"]
 
@@ -162,7 +162,7 @@ def _emblems(
             continue
         emblem = Emblem(*attributes.tolist())
         if index < landmarks:
-            bits = np.frombuffer(hash_of(reference_photo(emblem)), np.uint64)
+            bits = np.frombuffer(image_hash(reference_photo(emblem)), np.uint64)
             distances = np.bitwise_count(hashes[:index] ^ bits).sum(axis=1)
             if (distances < _MIN_HASH_BITS).any():
                 continue
