@@ -124,4 +124,4 @@ def test_benchmark_tables_are_bounded(tmp_path):
             table, path, compression="zstd", store_schema=False, dictionary_pagesize_limit=1 << 30
         )
         with pytest.raises(DataError, match="a.parquet: row group 0, column 'image'"):
-            list(tables.open_rows(path, {"question": "text", "image": "picture"}))
+            list(tables.open_rows(path, {"question": "text", "image": "image"}))

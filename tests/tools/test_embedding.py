@@ -133,7 +133,7 @@ def test_fingerprint_depends_on_tower_and_preprocessing_only(tiny_dir, embed, tm
     with pytest.raises(ImageError, match="has patch_size=16, but the vision tower has 14"):
         Embedder(tmp_path / "copy")
     file.unlink()
-    with pytest.raises(ImageError, match=r"copy: no preprocessor_config\.json"):
+    with pytest.raises(ImageError, match=r"copy: contains neither preprocessor_config\.json"):
         Embedder(tmp_path / "copy")
 
 

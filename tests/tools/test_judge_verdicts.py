@@ -13,13 +13,13 @@ from mmsr1_jax.tools.judge import Verdict
 from mmsr1_jax.tools.tool_cache import ToolCache
 from mmsr1_jax.tools.verdicts import parse_verdict
 from mmsr1_jax.tools.web import BodyError
-from tests.judge_server import JudgeServer
+from tests.constant_judge import ConstantJudge
 from tests.servers import serve
 
 
 @pytest.fixture(scope="module")
 def running():
-    server = JudgeServer()
+    server = ConstantJudge()
     route = Route("/v1/chat/completions", server.chat, methods=["POST"])
     with serve(Starlette(routes=[route])) as server.address:
         yield server
@@ -62,7 +62,7 @@ def test_untrusted_text_is_fenced(server):
 
 
 def test_obvious_cases_are_decided_without_a_request(server):
-    match = Verdict(True, "a gold answer, word for word", "match")
+    match = Verdict(True, "identical to a gold answer", "match")
     assert ask(server.judge(), answer=" tagus\n river.") == match
     for answer in ("", " \n", None):
         assert ask(server.judge(), answer=answer) == Verdict(False, "no answer", "match")
@@ -118,5 +118,5 @@ def test_verdicts_are_cached_and_replayed(server, tmp_path):
     replay = server.judge(CachedCalls(ToolCache(tmp_path / "store.sqlite", "replay")))
     assert ask(replay) == first
     unknown = ask(replay, answer="new")
-    assert unknown.correct is None and "not in the store" in unknown.reason
+    assert unknown.correct is None and "not in the cache" in unknown.reason
     assert len(server.requests) == 4

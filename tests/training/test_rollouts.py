@@ -15,9 +15,9 @@ from mmsr1_jax.rewards.reward_function import episode_reward
 from mmsr1_jax.tools.judge import Verdict
 from mmsr1_jax.train import roll_out
 from mmsr1_jax.training.rollouts import RolloutBatch, compute_rewards
+from tests.constant_judge import ConstantJudge
 from tests.episode_factory import TEXT, answer, episode_of
 from tests.fake_engine import FakeEngine, question_batches, step_config
-from tests.judge_server import JudgeServer
 from tests.servers import serve
 
 # Answers of a question's two episodes, by question ID; None is an episode that could not be run.
@@ -205,7 +205,7 @@ def test_the_first_step_of_a_run_is_step_0_of_the_penalty():
 def test_one_judge_serves_all_steps(monkeypatch):
     """`compute_rewards` runs a new event loop each time; the judge is used in all of them."""
     monkeypatch.setenv("JUDGE_API_KEY", "sk-secret")
-    server, config = JudgeServer(), step_config()
+    server, config = ConstantJudge(), step_config()
     questions = next(question_batches("ab", 2))
     episodes = [episode_of(answer(text), group=i) for i, text in enumerate(("x", "y"))]
     route = Route("/v1/chat/completions", server.chat, methods=["POST"])

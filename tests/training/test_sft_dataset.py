@@ -96,7 +96,7 @@ def invalid_lines(folder) -> dict[str, object]:
         "'logprobs' must be a list of a number": with_segment(logprobs=[1.0, 2.0]),
         "lacks 'images'": EPISODE | {"image_grids": [[1, 8, 8]]},
         "placeholders for 1 image tokens": with_segment(tokens=[5, 8]),
-        "named after": EPISODE | {"images": [str(folder / "0.png")]},
+        "does not match the digest": EPISODE | {"images": [str(folder / "0.png")]},
         "'turns' or 'calls'": EPISODE | {"turns": [{"nothing": 1}]},
     }
 
@@ -106,7 +106,7 @@ def test_invalid_lines_are_skipped_and_reported(folder, processor, tmp_path, cap
     path = write_lines(tmp_path / "rows.jsonl", [*lines.values(), EPISODE, ROW])
     with open(path, "ab") as file:
         file.write(b"\xff\n{\n\n" + b"[" * 100_000 + b"\n")
-    reasons = [*lines, "not UTF-8", "cannot be read (Expecting property name", "nested too deeply"]
+    reasons = [*lines, "not UTF-8", "not JSON (Expecting property name", "nested too deeply"]
     n = len(lines)
     # Two valid lines follow the invalid ones, and a blank line precedes the last one.
     line_numbers = [*range(1, n + 1), n + 3, n + 4, n + 6]

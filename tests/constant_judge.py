@@ -1,4 +1,4 @@
-"""A judge's server for the tests."""
+"""Judge behind a real server that gives the same reply to every request."""
 
 import json
 
@@ -11,7 +11,7 @@ from mmsr1_jax.tools.tool_cache import ToolCache
 from mmsr1_jax.tools.web import WebClient
 
 
-class JudgeServer:
+class ConstantJudge:
     """Chat server that replies `reply` and records the requests."""
 
     def __init__(self):
