@@ -19,6 +19,7 @@ uninterrupted one.
 import concurrent.futures
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,16 +73,11 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
             sft_dataset.prepare(dataset, config, processor, model.config)
         examples = sft_dataset.load(dataset, config)
         made_with = {"seed": seed, "prompts_per_step": prompts_per_step}
-        metadata = run.restore()
-        if metadata and metadata["made_with"] != made_with:
-            raise UserError(
-                f"{workdir}: already contains a run with {metadata['made_with']} of config.run; "
-                f"this command sets {made_with}. Use another --workdir"
-            )
+        _check_resumes(run.restore(), made_with, workdir)
         run.start()
 
         def pack(step: int) -> list[TrainBatch]:
-            indices = sft_dataset.choose(step, len(examples), prompts_per_step, seed)
+            indices = sft_dataset.step_indices(step, len(examples), prompts_per_step, seed)
             samples = make_samples([examples[i] for i in indices], processor.images)
             return packing.pack(samples, model.config, shape)
 
@@ -89,7 +85,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
             prefetched = pool.submit(pack, run.start_step + 1)
             for step in run.steps():
                 # ---------------------------------------------------- packed rows
-                with run.phase("pack"):  # waits for packing that the last step did not cover
+                with run.phase("pack"):  # waits if packing took longer than the last step
                     batches = prefetched.result()
                 if step < config.run.steps:
                     prefetched = pool.submit(pack, step + 1)
@@ -112,12 +108,20 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
                     step_metrics,
                     {"made_with": made_with},
                     tokens=sum(int((b.rows.segment_ids > 0).sum()) for b in batches),
-                    shown={
-                        "loss": f"{step_metrics['loss']:.4f}",
-                        "epoch": f"{step_metrics['epoch']:.1f}",
-                    },
+                    shown=("loss", "epoch"),
                 )
         return run.finish()
+
+
+def _check_resumes(
+    metadata: dict[str, Any] | None, made_with: dict[str, int], workdir: pathlib.Path
+) -> None:
+    """Raise UserError if a checkpoint was made with examples in another order."""
+    if metadata and metadata["made_with"] != made_with:
+        raise UserError(
+            f"{workdir}: already contains a run with {metadata['made_with']} of config.run; "
+            f"this command sets {made_with}. Use another --workdir"
+        )
 
 
 def likelihood_loss(
@@ -137,14 +141,14 @@ def make_samples(examples: Sequence[SFTExample], processor: ImageProcessor) -> l
     weights = token_weights(np.array([example.mask.sum() for example in examples]), "token")
     samples = []
     for example, weight in zip(examples, weights, strict=True):
-        nothing = np.zeros(len(example.tokens), np.float32)
+        zeros = np.zeros(len(example.tokens), np.float32)
         samples.append(
             Sample(
                 prompt=example.prompt(processor),
                 mask=example.mask,
                 weights=np.full(len(example.tokens), weight, np.float32),
-                advantages=nothing,
-                rollout_logprobs=nothing,
+                advantages=zeros,
+                rollout_logprobs=zeros,
             )
         )
     return samples
@@ -152,6 +156,8 @@ def make_samples(examples: Sequence[SFTExample], processor: ImageProcessor) -> l
 
 if __name__ == "__main__":
     _CONFIG = cli.define_flag()
-    _MODEL = flags.DEFINE_string("model", None, "HF directory to begin with; else config.run.model")
-    _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; else build/CONFIG")
+    _MODEL = flags.DEFINE_string(
+        "model", None, "HF directory of the initial policy; default: config.run.model"
+    )
+    _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; default: build/CONFIG")
     cli.run(main)

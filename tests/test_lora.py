@@ -17,13 +17,13 @@ from mmsr1_jax.models.qwen2_5_vl.layers import Adapter, Linear
 from mmsr1_jax.rl import lora, packing
 from mmsr1_jax.scripts import merge, random_policy
 from mmsr1_jax.training import metrics, train_utils
+from tests.programs import ROOT, run
 from tests.reference import (
     Qwen2_5_VLForConditionalGeneration,
     torch,
     torch_logits,
     torch_model,
 )
-from tests.test_train import ROOT, begin, command, questions, run  # noqa: F401
 from tests.test_update import (
     CONFIG,
     SHAPE,
@@ -35,6 +35,7 @@ from tests.test_update import (
     prepared,
     torch_loss,
 )
+from tests.train_runs import new_run_command, train_command, write_questions
 
 EVERYWHERE = dict(lora_rank=3, lora_alpha=6.0, lora_targets=tuple(lora.TARGETS))
 TEXT = EVERYWHERE | dict(lora_targets=("q", "out", "down"))
@@ -290,13 +291,13 @@ def test_the_merge_command(tiny_dir, tmp_path):
 
 
 @pytest.mark.proof
-def test_a_run_gone_on_with(tmp_path, questions):  # noqa: F811
-    workdir = tmp_path / "run"
+def test_a_run_gone_on_with(tmp_path):
+    workdir, questions = tmp_path / "run", write_questions(tmp_path)
     flags = ["lora_rank=4", "learning_rate=1e-2"]
     flags = ["--config.run.validate_every=0", *(f"--config.update.{flag}" for flag in flags)]
-    done = run(begin(workdir, questions, *flags, "--config.run.steps=1"))
+    done = run(new_run_command(workdir, questions, *flags, "--config.run.steps=1"))
     assert done.returncode == 0, done.stderr[-3000:]
-    done = run(command(workdir, "--config.run.steps=2"))
+    done = run(train_command(workdir, "--config.run.steps=2"))
     assert done.returncode == 0 and "resuming after step 1" in done.stderr, done.stderr[-3000:]
     first, second = metrics.read(workdir / "metrics.jsonl")
     for line in (first, second):  # the engine has the adapters merged, the trainer has not

@@ -27,7 +27,7 @@ from mmsr1_jax.rl.train_batch import (
     with_logprobs,
 )
 from mmsr1_jax.scripts import random_policy
-from tests.test_step import TEXT, episode_of, reward_of
+from tests.episode_factory import TEXT, episode_of, reward_of
 
 LIMIT, BUFFER = 60, 20  # tokens of an episode, and how many of them are too many
 WIDE = packing.RowShape(1, 128, 3)
@@ -49,7 +49,7 @@ def random_groups(seed=0):
             turns = int(rng.integers(1, 4))
             episode = episode_of(
                 *[TEXT["nonsense"]] * turns, sampled=int(rng.integers(1, 20)), seed=number,
-                end=str(rng.choice(["answer", "turns", "tokens"])), number=number,
+                end=str(rng.choice(["answer", "turns", "tokens"])), index=number,
             )  # fmt: skip
             value = 0.1 if size == 3 else rng.choice([0.0, 0.1, 0.81, 0.91, 1.0])
             group.append((episode, reward_of(float(value))))
@@ -163,10 +163,10 @@ def test_what_fits_no_row_is_named_and_the_others_stay():
     side = random_policy.CONFIG.vision.window_side * random_policy.CONFIG.vision.merge_size
     picture = Patches(np.zeros((4 * side**2, 1), np.float32), (1, 2 * side, 2 * side))  # 4 windows
     group = [
-        (episode_of(TEXT["nonsense"], sampled=10, number=3), reward_of(1.0)),
-        (episode_of(TEXT["nonsense"], sampled=124, number=4), reward_of(0.1)),
-        (episode_of(TEXT["nonsense"], sampled=20, number=5), reward_of(0.0)),
-        (episode_of(TEXT["nonsense"], number=6, images=[picture]), reward_of(0.5)),
+        (episode_of(TEXT["nonsense"], sampled=10, index=3), reward_of(1.0)),
+        (episode_of(TEXT["nonsense"], sampled=124, index=4), reward_of(0.1)),
+        (episode_of(TEXT["nonsense"], sampled=20, index=5), reward_of(0.0)),
+        (episode_of(TEXT["nonsense"], index=6, images=[picture]), reward_of(0.5)),
     ]
     samples, odd = samples_of([group], keeping(), 2 * LIMIT, random_policy.CONFIG, WIDE)
     assert odd == [
@@ -216,7 +216,7 @@ def groups_of():
     return [
         [
             (episode_of(TEXT["nonsense"], TEXT["nonsense"], sampled=int(rng.integers(4, 16)),
-                        seed=3 * question + i, number=3 * question + i), reward_of(value))
+                        seed=3 * question + i, index=3 * question + i), reward_of(value))
             for i, value in enumerate(rng.permutation([1.0, 0.1, 0.0]))
         ]
         for question in range(4)

@@ -151,6 +151,8 @@ class Run:
         neither. JSONL is always written.
       profile: First and last step of a JAX profiler trace, which is written to `profile/` in the
         directory of the run; empty for none.
+      timeline: Whether to record what the device, the lanes and the tools do in the rollouts of
+        each step, as a trace file `RUN/timelines/STEP.json` for https://ui.perfetto.dev.
     """
 
     model: str | None = None
@@ -164,6 +166,7 @@ class Run:
     saved_episodes: int = setting(4, at_least=0, at_most=2**20)
     log_to: str = "tensorboard"
     profile: tuple[int, ...] = ()
+    timeline: bool = False
 
 
 def mistake(objective: Objective, update: Update, run: Run) -> str | None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig, Rows
 from mmsr1_jax.models.qwen2_5_vl.vision import num_windows
-from mmsr1_jax.processing.batching import Bucket, TooLongError, make_rows, smallest
+from mmsr1_jax.processing.batching import Bucket, TooLongError, make_rows, smallest_bucket
 from mmsr1_jax.processing.processor import Prompt
 
 
@@ -137,7 +137,7 @@ def pack(samples: Sequence[Sample], config: ModelConfig, shape: RowShape) -> lis
     sizes = [(len(s.prompt.tokens), windows_of(s.prompt, config)) for s in samples]
     packed = first_fit(sizes, shape.length, shape.windows)
     most = max((sum(int(samples[i].mask[1:].sum()) for i in row) for row in packed), default=0)
-    loss = smallest("tokens with loss", most, _quarters(shape.length), "update.pack_length")
+    loss = smallest_bucket("tokens with loss", most, _quarters(shape.length), "update.pack_length")
     if not any(windows for _, windows in sizes):
         shape = dataclasses.replace(shape, windows=0)
     return [

@@ -30,9 +30,12 @@ class Checkpoints:
             keep_checkpoints_without_metrics=False,
         )
         self._checkpointer = ocp.training.Checkpointer(
-            pathlib.Path(directory).resolve(),
+            str(pathlib.Path(directory).resolve()),
             save_decision_policy=_Always(),
-            preservation_policy=_POLICIES.AnyPreservationPolicy([_POLICIES.LatestN(keep), best]),
+            # The protocol of Orbax and its own policies name different checkpoint types.
+            preservation_policy=_POLICIES.AnyPreservationPolicy(  # pyright: ignore[reportArgumentType]
+                [_POLICIES.LatestN(keep), best]
+            ),
             cleanup_tmp_directories=keep is not None,  # from a save that was killed
         )
 
@@ -45,8 +48,12 @@ class Checkpoints:
     @property
     def best(self) -> int | None:
         """Step with the best score, or None if no checkpoint has a score."""
-        scored = [c for c in self._checkpointer.checkpoints if c.metrics]
-        return max(scored, key=lambda c: (c.metrics["score"], c.step)).step if scored else None
+        scores = [
+            (c.metrics["score"], c.step)
+            for c in self._checkpointer.checkpoints
+            if isinstance(c.metrics, dict) and c.metrics
+        ]
+        return max(scores)[1] if scores else None
 
     def save(self, step: int, state: Any, metadata: dict[str, Any], *, score: float | None) -> None:
         """Start saving a checkpoint in the background, once the previous save has finished.
@@ -58,11 +65,11 @@ class Checkpoints:
           score: Score that determines the best checkpoint, if any.
         """
         self._checkpointer.save_async(
-            step, _named(state), custom_metadata=metadata,
+            step, _arrays_by_path(state), custom_metadata=metadata,
             metrics=None if score is None else {"score": score},
         )  # fmt: skip
 
-    def restore(self, step: int, like: Any) -> tuple[Any, dict]:
+    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """Restore (state, metadata) of a step.
 
         Args:
@@ -72,24 +79,27 @@ class Checkpoints:
         Raises:
           UserError: The checkpoint has other array names or shapes.
         """
-        names = _named(like)
+        arrays = _arrays_by_path(like)
         saved = self._checkpointer.metadata(step)
         shapes = {name: tuple(x.shape) for name, x in saved.metadata.items()}
-        expected = {name: tuple(x.shape) for name, x in names.items()}
+        expected = {name: tuple(x.shape) for name, x in arrays.items()}
         if shapes != expected:
             name = min(n for n in shapes | expected if shapes.get(n) != expected.get(n))
             raise UserError(
-                f"{self._checkpointer.directory}/{step}: a checkpoint of another model or of other "
-                f"settings config.update: {name} has shape {shapes.get(name)}, and this run needs "
-                f"{expected.get(name)}"
+                f"{self._checkpointer.directory}/{step}: the checkpoint is of another model, or of "
+                f"other settings in config.update: {name} has shape {shapes.get(name)}, and this "
+                f"run needs {expected.get(name)}. Resume with the settings that the run started "
+                f"with, or use another --workdir"
             )
         abstract = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            for name, x in names.items()
+            for name, x in arrays.items()
         }
-        arrays = self._checkpointer.load(step, abstract)
-        leaves = [arrays[name] for name in names]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), saved.custom_metadata
+        loaded = self._checkpointer.load(step, abstract)
+        leaves = [loaded[name] for name in arrays]
+        metadata = saved.custom_metadata
+        assert isinstance(metadata, dict)  # as `save` wrote it
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), metadata
 
     def close(self) -> None:
         """Wait for pending saves and close the checkpointer."""
@@ -104,7 +114,7 @@ class _Always:
         return True
 
 
-def _named(tree: Any) -> dict[str, jax.Array]:
+def _arrays_by_path(tree: Any) -> dict[str, jax.Array]:
     """Return the arrays of a tree, keyed by path, in tree order."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf

@@ -14,6 +14,7 @@ from mmsr1_jax.episodes.episode import Episode
 from mmsr1_jax.rewards.reward_function import Reward, episode_reward
 from mmsr1_jax.rl import train_batch
 from mmsr1_jax.rollout.engine import Engine
+from mmsr1_jax.rollout.pool import EnginePool
 from mmsr1_jax.tools.judge import Judge
 from mmsr1_jax.training import metrics
 from mmsr1_jax.training.sft_dataset import line_of
@@ -21,7 +22,7 @@ from mmsr1_jax.utils import fallbacks, outputs
 from mmsr1_jax.utils.logs import log
 
 # Log text for answers without a verdict, by `Verdict.outcome`.
-_OUTCOMES = {
+_OUTCOME_MESSAGES = {
     "failed": "could not be judged; their episodes are skipped",
     "unreadable": "got a reply without a verdict and count as wrong",
 }
@@ -64,7 +65,7 @@ class RolloutBatch:
             for call in episode.calls:
                 if call.notes and call.status in ("ok", "failed"):
                     message = f"searches fail or lack results, the first one: {call.notes[0]}"
-                    fallbacks.say(
+                    fallbacks.warn_once(
                         "tool", f"step {step}: {message}; see tool/failed and tool/partial"
                     )
 
@@ -95,7 +96,7 @@ def compute_rewards(
         ))  # fmt: skip
 
     verdicts = asyncio.run(judge_all())
-    for outcome, consequence in _OUTCOMES.items():
+    for outcome, consequence in _OUTCOME_MESSAGES.items():
         reasons = collections.Counter(v.reason for v in verdicts if v.outcome == outcome)
         if reasons:
             log.warning(
@@ -111,7 +112,10 @@ def compute_rewards(
 
 
 def validate(
-    engine: Engine, source: QuestionSource, config: settings.Config, judge: Judge | None
+    engine: Engine | EnginePool,
+    source: QuestionSource,
+    config: settings.Config,
+    judge: Judge | None,
 ) -> dict[str, float]:
     """Answer each held-out question once, greedily, and return the metrics.
 
@@ -130,14 +134,14 @@ def validate(
 
 def write_episodes(
     workdir: pathlib.Path, step: int, pairs: train_batch.Group, questions: Sequence[Question],
-    engine: Engine,
+    engine: Engine | EnginePool,
 ) -> None:  # fmt: skip
     """Write some episodes of a step as JSONL, with gold answers and rewards.
 
     Their images go to `workdir/pictures`.
     """
     path = workdir / "episodes" / f"{step:06d}.jsonl"
-    with outputs.new_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
+    with outputs.new_text_file(path) as file:
         for episode, reward in pairs:
             question = questions[episode.group]
             line = line_of(episode, engine.processor, path.parent, workdir / "pictures")

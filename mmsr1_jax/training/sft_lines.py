@@ -13,11 +13,11 @@ from mmsr1_jax.episodes.episode import Episode, Example
 from mmsr1_jax.episodes.scripted import ScriptedEpisode
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 from mmsr1_jax.processing.batching import TooLongError
-from mmsr1_jax.processing.images import ImageError, ImageProcessor, read_picture
+from mmsr1_jax.processing.images import ImageError, ImageProcessor, read_image
 from mmsr1_jax.rl.packing import RowShape, check_fits
 from mmsr1_jax.tools.index_builder import INDEX_FILE
 from mmsr1_jax.utils import checked_json
-from mmsr1_jax.utils.files import FileRefusedError, check_regular, inside
+from mmsr1_jax.utils.files import FileRefusedError, check_regular, resolve_inside
 
 
 class LineError(UserError):
@@ -29,11 +29,11 @@ def read_line(
     line_number: int,
     text: bytes,
     images: ImageProcessor,
-    roots: Sequence[str] = (),
+    roots: Sequence[str | pathlib.Path] = (),
 ) -> Episode | ScriptedEpisode | LineError:
     """Return the content of a line, or the reason why it cannot be used; never raise."""
     try:
-        data = checked_json.loads(text, surrogates=True, nan=True)
+        data: Any = checked_json.loads(text, surrogates=True, nan=True)
         if not isinstance(data, dict):
             return LineError("must be an object")
         if "segments" in data:
@@ -48,7 +48,10 @@ def read_line(
 
 
 def read_saved_episode(
-    data: dict[str, Any], folder: pathlib.Path, images: ImageProcessor, roots: Sequence[str]
+    data: dict[str, Any],
+    folder: pathlib.Path,
+    images: ImageProcessor,
+    roots: Sequence[str | pathlib.Path],
 ) -> Episode:
     """Return a saved episode with its images; raise ValueError if it cannot be used."""
     if data.get("end") == "error":
@@ -59,11 +62,14 @@ def read_saved_episode(
     if folder.name == "episodes":  # of a run, which keeps its images in a sibling folder
         roots = (*roots, folder.parent / "pictures")
     image_paths = [_image_path(path, folder, roots, "images") for path in paths]
-    return Episode.from_json(data, [read_picture(path, images) for path in image_paths])
+    return Episode.from_json(data, [read_image(path, images) for path in image_paths])
 
 
 def read_scripted_episode(
-    data: dict[str, Any], file: pathlib.Path, line_number: int, roots: Sequence[str] = ()
+    data: dict[str, Any],
+    file: pathlib.Path,
+    line_number: int,
+    roots: Sequence[str | pathlib.Path] = (),
 ) -> ScriptedEpisode:
     """Return a question with its scripted turns; raise LineError if the row is invalid."""
     for field in ("question", "turns"):
@@ -101,20 +107,22 @@ def _image_path(
 ) -> pathlib.Path:
     """Return the path of an image that a line names; raise LineError if it is not allowed."""
     try:
-        path = inside(name, folder, roots)
+        path = resolve_inside(name, folder, roots)
         check_regular(path)
         return path
     except FileRefusedError as error:
         raise LineError(f"{field!r}: {error}") from None
 
 
-def _index_path(name: str, folder: pathlib.Path, roots: Sequence[str]) -> pathlib.Path:
+def _index_path(
+    name: str, folder: pathlib.Path, roots: Sequence[str | pathlib.Path]
+) -> pathlib.Path:
     """Return the path of a local index that a line names; raise LineError if it is not allowed."""
     try:
-        path = inside(name, folder, roots)
+        path = resolve_inside(name, folder, roots)
         for file in (INDEX_FILE, "pages.jsonl"):
             if os.path.lexists(path / file):
-                inside(path / file, folder, roots)
+                resolve_inside(path / file, folder, roots)
         return path
     except FileRefusedError as error:
         raise LineError(f"'index': {error}") from None
@@ -138,18 +146,18 @@ def check_replay(episode: Episode, scripted: ScriptedEpisode) -> None:
     if episode.end == "error":
         raise LineError(episode.error)
     for call in episode.calls:
-        what = f"turns[{call.turn}]: the {call.action.replace('_', ' ')}"
+        search = f"turns[{call.turn}]: the {call.action.replace('_', ' ')}"
         if call.status == "failed":
-            raise LineError(f"{what} failed: {'; '.join(call.notes)}")
+            raise LineError(f"{search} failed: {'; '.join(call.notes)}")
         if call.num_results and not call.num_shown:
-            raise LineError(f"{what} returned only results longer than turns.max_result_tokens")
+            raise LineError(f"{search} returned only results longer than turns.max_result_tokens")
     num_turns, num_scripted = len(episode.turns), len(scripted.texts)
     if num_turns < num_scripted:
         reason = {
             "answer": "that turn answers",
             "turns": "config.turns.max_turns allows no more",
             "tokens": "config.turns.max_episode_tokens leaves no tokens for the next turn",
-        }[episode.end]
+        }.get(episode.end or "", "it has no end")
         raise LineError(f"the episode ends with turns[{num_turns - 1}] of {num_scripted}: {reason}")
 
 

@@ -18,7 +18,7 @@ from mmsr1_jax.apps.serve.connections import ConnectionLimits, make_protocol
 from mmsr1_jax.apps.serve.request_queue import RequestQueue
 from mmsr1_jax.config.settings import Config
 from mmsr1_jax.episodes.episode import Episode
-from tests.acting import acting_processor
+from tests.scripted_policy import scripted_processor
 from tests.test_serve import PICTURES, body, wait_for
 
 PATIENCE = 600.0  # seconds; generous, for busy machines
@@ -34,18 +34,18 @@ class SlowEngine:
         self.config.rollout.lanes = 1
         self.go = threading.Event()
 
-    def rollout_part(self, take, *, watch, **_):
+    def rollout_part(self, take, *, on_event, **_):
         while taken := take(1):
             self.go.wait(PATIENCE)
             for index, example in taken:
                 episode = Episode(example=example, group=index, index=index, end="answer")
-                watch(episode, "end")
+                on_event(episode, "end")
                 yield episode
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return acting_processor()
+    return scripted_processor()
 
 
 @contextlib.contextmanager
@@ -180,7 +180,7 @@ def test_pending_request_is_not_closed(processor):
     """However long it takes, and however many connections are open."""
     with served(processor, ConnectionLimits(idle=0.2, unread=LONG)) as (port, queue, engine, _):
         question = ask(port)
-        wait_for(lambda: any(queue._under_way))
+        wait_for(lambda: any(queue._active))
         many = [connect(port) for _ in range(300)]
         assert all(map(is_closed, many))
         engine.go.set()
@@ -255,7 +255,7 @@ def test_slow_bodies_are_closed_for_a_question(processor):
             connection.setblocking(False)
             with pytest.raises(BlockingIOError):
                 connection.recv(1)
-        wait_for(lambda: any(queue._under_way))
+        wait_for(lambda: any(queue._active))
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -305,7 +305,7 @@ def test_questions_of_a_busy_client_are_dropped_for_another_client(processor):
     limits = Limits(waiting=4)
     with served(processor, limits=limits) as (port, queue, engine, _):
         first = ask(port, "first")
-        wait_for(lambda: any(queue._under_way))
+        wait_for(lambda: any(queue._active))
         many = []
         for index in range(4):
             many.append(ask(port, str(index)))
@@ -323,7 +323,7 @@ def test_questions_of_a_busy_client_are_dropped_for_another_client(processor):
         assert status(ask(port, "?", "127.0.0.3")) == 200
         assert len(queue) == 4
         engine.go.set()
-        wait_for(lambda: not len(queue) and not any(queue._under_way))
+        wait_for(lambda: not len(queue) and not any(queue._active))
         for connection in (first, many[0], *others[:1]):
             events = b""
             while b'"event": "end"' not in events:
@@ -331,9 +331,9 @@ def test_questions_of_a_busy_client_are_dropped_for_another_client(processor):
 
 
 def test_single_client_may_fill_the_queue():
-    queue = types.SimpleNamespace(_waiting=[], _to_give_way=None)
+    queue = types.SimpleNamespace(_waiting=[], _evictable=None)
     for _ in range(31):
-        assert RequestQueue._to_give_way(queue, "a") is None
+        assert RequestQueue._evictable(queue, "a") is None
         queue._waiting.append(types.SimpleNamespace(client="a"))
-    assert RequestQueue._to_give_way(queue, "b") is queue._waiting[-1]
-    assert RequestQueue._to_give_way(queue, "a") is None
+    assert RequestQueue._evictable(queue, "b") is queue._waiting[-1]
+    assert RequestQueue._evictable(queue, "a") is None

@@ -46,7 +46,7 @@ class EventSerializer:
         self._text = ""
 
     def __call__(self, name: str, *what: Any) -> dict[str, Any]:
-        """Convert an item of `Question.happened` to an event."""
+        """Convert an item of `Question.events` to an event."""
         return {"event": name} | getattr(self, f"_{name}")(*what)
 
     def _begun(self) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class EventSerializer:
     def _thumbnail(self, picture: Patches) -> str | None:
         """Return a data URL of an image as the policy saw it, or None if that fails."""
         try:
-            image = self._processor.images.uncut(picture)
+            image = self._processor.images.unpatchify(picture)
         except ImageError:
             return None
         image.thumbnail((_THUMBNAIL, _THUMBNAIL))

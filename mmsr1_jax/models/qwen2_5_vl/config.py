@@ -10,7 +10,7 @@ from typing import Any
 
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.utils import checked_json
-from mmsr1_jax.utils.checked_json import shown
+from mmsr1_jax.utils.checked_json import short_repr
 
 MODEL_TYPE = "qwen2_5_vl"
 
@@ -118,7 +118,7 @@ class VisionConfig:
                 f"spatial_merge_size = {self.patch_size * self.merge_size}"
             )
         if any(not 0 <= i < self.num_layers for i in self.full_attention_layers):
-            blocks = shown(list(self.full_attention_layers))
+            blocks = short_repr(list(self.full_attention_layers))
             raise ConfigError(
                 f"vision_config: fullatt_block_indexes={blocks} names a block outside "
                 f"0..{self.num_layers - 1}"
@@ -192,7 +192,8 @@ class ModelConfig:
             raise ConfigError("must hold a JSON object")
         if raw.get("model_type") != MODEL_TYPE:
             raise ConfigError(
-                f"model_type {shown(raw.get('model_type'))} is not supported, only {MODEL_TYPE!r}"
+                f"model_type {short_repr(raw.get('model_type'))} is not supported, only "
+                f"{MODEL_TYPE!r}"
             )
         text = raw
         if raw.get("text_config") is not None:
@@ -201,7 +202,7 @@ class ModelConfig:
             text = {**_NESTED_TEXT_DEFAULTS, **raw["text_config"]}
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         if not isinstance(rope, dict):
-            raise ConfigError(f"field 'rope_scaling' must be an object, not {shown(rope)}")
+            raise ConfigError(f"field 'rope_scaling' must be an object, not {short_repr(rope)}")
         _refuse_unsupported(text, rope)
         defaults = {f.name: f.default for f in dataclasses.fields(cls)}
         return cls(
@@ -305,7 +306,7 @@ def _number(raw: dict, field: str, kind: type = int):
     if not plain or not 0 < value <= most or kind(value) != value:
         raise ConfigError(
             f"field {field!r} must be a positive {kind.__name__} of at most {most:g}, not "
-            f"{shown(value)}"
+            f"{short_repr(value)}"
         )
     return kind(value)
 
@@ -313,31 +314,35 @@ def _number(raw: dict, field: str, kind: type = int):
 def _flag(raw: dict, field: str) -> bool:
     value = raw.get(field)
     if value is not None and not isinstance(value, bool):
-        raise ConfigError(f"field {field!r} must be true or false, not {shown(value)}")
+        raise ConfigError(f"field {field!r} must be true or false, not {short_repr(value)}")
     return bool(value)
 
 
 def _token_id(raw: dict, field: str, default: int) -> int:
     value = raw.get(field, default)
     if type(value) is not int or not 0 <= value < _MOST_INT:
-        raise ConfigError(f"field {field!r} must be a token id, not {shown(value)}")
+        raise ConfigError(f"field {field!r} must be a token id, not {short_repr(value)}")
     return value
 
 
 def _refuse_unsupported(text: dict, rope: dict) -> None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("mrope", "default"):
-        raise ConfigError(f"rope type {shown(kind)} is not supported, only 'mrope' and 'default'")
+        raise ConfigError(
+            f"rope type {short_repr(kind)} is not supported, only 'mrope' and 'default'"
+        )
     if _flag(text, "use_sliding_window"):
         raise ConfigError("use_sliding_window=true is not supported")
     if text.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"hidden_act {shown(text['hidden_act'])} is not supported, only 'silu'")
+        raise ConfigError(
+            f"hidden_act {short_repr(text['hidden_act'])} is not supported, only 'silu'"
+        )
 
 
 def _mrope_section(rope: dict) -> tuple[int, int, int]:
     section = rope.get("mrope_section")
     if not isinstance(section, list) or list(map(type, section)) != [int] * 3 or min(section) < 0:
-        raise ConfigError(f"field 'mrope_section' must be three sizes, not {shown(section)}")
+        raise ConfigError(f"field 'mrope_section' must be three sizes, not {short_repr(section)}")
     return tuple(section)
 
 
@@ -345,13 +350,15 @@ def _vision_from_hf(raw: Any) -> VisionConfig:
     if not isinstance(raw, dict):
         raise ConfigError("field 'vision_config' must be an object")
     if raw.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"vision_config: hidden_act {shown(raw['hidden_act'])} is not supported")
+        raise ConfigError(
+            f"vision_config: hidden_act {short_repr(raw['hidden_act'])} is not supported"
+        )
     raw = {**_NESTED_VISION_DEFAULTS, **raw}
     full = raw["fullatt_block_indexes"]
     if not isinstance(full, list) or any(type(i) is not int for i in full):
         raise ConfigError(
             "vision_config: field 'fullatt_block_indexes' must be a list of integers, not "
-            f"{shown(full)}"
+            f"{short_repr(full)}"
         )
     try:
         return VisionConfig(
