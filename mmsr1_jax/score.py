@@ -150,7 +150,7 @@ def prepare(
         line_id = line["id"]
         messages = resolve_paths(line["messages"], folder)
         prompt = processor.conversation(messages, max_file_pixels=config.images.max_file_pixels)
-        ways = sharding.batch_ways(mesh)
+        ways = sharding.num_batch_shards(mesh)
         return line, prompt, bucket_of(prompt, model_config, config.buckets, ways)
     except (ConversationError, FileRefusedError, ImageError, TooLongError) as error:
         reason = str(error)

@@ -395,7 +395,7 @@ def _resumable(workdir: pathlib.Path, step: int) -> str:
 
 def _with(part: list[packing.TrainBatch], learner: Learner, field: str, trained):
     """Return micro-batches with `field` set to their log-probs under the `trained` parameters."""
-    scores = learner.score(part, trained)
+    scores = learner.logprobs(part, trained)
     return [b.replace(**{field: s}) for b, s in zip(part, scores, strict=True)]
 
 

@@ -22,13 +22,20 @@ import pathlib
 
 import pytest
 
+from tests import typechecker
+
+typechecker.install()
+
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.scripts import random_policy
+from mmsr1_jax.utils import logs
+
+logs.set_up()  # as `cli.run` does
 
 # Files that take longest, which begin first, so that no process is left with one of them alone.
-LONG = ("test_train.py", "test_engine.py", "test_update.py", "test_sharding.py", "test_pool.py",
+LONG = ("test_train.py", "test_engine.py", "test_learner.py", "test_sharding.py", "test_pool.py",
         "test_sft.py", "test_embedding.py", "test_faults.py", "test_lora.py",
-        "test_step.py", "test_ratio.py",
+        "test_step.py",
         "test_evaluate.py", "test_curation.py", "test_serve.py", "test_report.py")  # fmt: skip
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
