@@ -11,7 +11,7 @@ from mmsr1_jax.scripts.settings import all_settings  # noqa: E402
 project = "mmsr1_jax"
 copyright = "the mmsr1_jax authors"
 extensions = ["myst_parser"]
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = "mmsr1_jax"

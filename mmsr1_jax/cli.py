@@ -8,7 +8,6 @@ or the name of one in `configs/`, such as `tiny` or `qwen7b:script`.
 
 import ast
 import dataclasses
-import importlib.util
 import pathlib
 import runpy
 import sys
@@ -50,9 +49,9 @@ def _help() -> str:
     """Return the list of commands with their summary lines, without importing any of them."""
     lines = ["usage: mmsr1 COMMAND [--config=FILE] [--config.field=value ..]", ""]
     for name in (*COMMANDS, *SCRIPTS):
-        file = importlib.util.find_spec(_module_of(name)).origin
-        tree = ast.parse(pathlib.Path(file).read_text(encoding="utf-8"))
-        lines.append(f"  {name:14} {ast.get_docstring(tree).splitlines()[0]}")
+        file = _PACKAGE.parent / (_module_of(name).replace(".", "/") + ".py")
+        docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        lines.append(f"  {name:14} {docstring.partition(chr(10))[0]}")
     lines += [
         "",
         "`mmsr1 COMMAND --help` lists the flags of a command, `mmsr1 settings` all settings.",
@@ -122,7 +121,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     if len(rest) > 1:
         raise flags.Error(f"unexpected argument {rest[1]!r}")
     if "config" in flags.FLAGS:
-        file = flags.FLAGS["config"].config_filename.split(":")[0]
+        file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
         if not pathlib.Path(file).is_file():
             raise ConfigError(f"--config={file}: no such file")
         config = flags.FLAGS["config"].value

@@ -21,6 +21,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import pathlib
 
 import pytest
+from absl import flags
 
 from tests import typechecker
 
@@ -30,6 +31,7 @@ from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.utils import logs
 
+flags.FLAGS.mark_as_parsed()
 logs.set_up()  # as `cli.run` does
 
 # Files that take longest, which begin first, so that no process is left with one of them alone.

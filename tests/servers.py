@@ -1,16 +1,17 @@
-"""Real servers on loopback for the tests: ASGI apps under uvicorn, each in a thread."""
+"""Real servers on loopback for tests: ASGI apps under uvicorn, each in a thread."""
 
 import contextlib
 import threading
 import time
 from collections.abc import Iterator
 
+import httpcore
 import uvicorn
 
 
 @contextlib.contextmanager
 def serve(app) -> Iterator[str]:
-    """Runs an ASGI app; yields its address."""
+    """Run an ASGI app and yield its URL."""
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -24,3 +25,14 @@ def serve(app) -> Iterator[str]:
     finally:
         server.should_exit = server.force_exit = True
         thread.join(timeout=10)
+
+
+class RecordingBackend(httpcore.AnyIOBackend):
+    """Network backend that records the (host, port) pairs that it connects to."""
+
+    def __init__(self):
+        self.connections: list[tuple[str, int]] = []
+
+    async def connect_tcp(self, host, port, *args, **kwargs):
+        self.connections.append((host, port))
+        return await super().connect_tcp(host, port, *args, **kwargs)

@@ -28,7 +28,7 @@ from mmsr1_jax.evaluation.run import line_of
 from mmsr1_jax.evaluation.scoring import rescore, results_of
 from mmsr1_jax.evaluation.table import main_match, table
 from mmsr1_jax.tools.build import make_judge
-from tests import acting
+from tests import scripted_policy
 from tests.servers import serve
 from tests.test_benchmarks import mmlongbench, pdf
 from tests.test_evaluate import CONFIG, command, run
@@ -297,7 +297,7 @@ def test_short_forms_are_kept_as_they_come(server, tmp_path):
 def test_a_document_is_shown_within_its_tokens_and_its_answers_scored(server, tmp_path):
     """With a lower bound for photographs, at which no page would fit."""
     pytest.importorskip("pypdfium2")
-    acting.write(tmp_path / "policy")
+    scripted_policy.write(tmp_path / "policy")
     (tmp_path / "config.py").write_text(CONFIG)
     (tmp_path / "samples.json").write_text(json.dumps([mmlongbench(answer="7")]))
     pdf(tmp_path / "documents" / "report.pdf", [(280, 140), (140, 280), (280, 280), (280, 280)])

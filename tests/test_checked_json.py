@@ -13,7 +13,7 @@ from mmsr1_jax.apps.serve import app
 from mmsr1_jax.data import DataError
 from mmsr1_jax.episodes.episode import Episode
 from mmsr1_jax.evaluation import batched_queries, records
-from mmsr1_jax.tools.web import Answer, BodyError
+from mmsr1_jax.tools.web import BodyError, WebResponse
 from mmsr1_jax.training import metrics
 from mmsr1_jax.utils import checked_json
 from mmsr1_jax.utils.checked_json import FormatError, NotJsonError
@@ -187,9 +187,9 @@ def test_replies_kept_of_an_evaluation_are_checked(tmp_path, text):
         )
 
 
-def answer(body: bytes) -> Answer:
-    fields: dict[str, Any] = {field.name: None for field in dataclasses.fields(Answer)}
-    return Answer(**fields | {"body": body})
+def answer(body: bytes) -> WebResponse:
+    fields: dict[str, Any] = {field.name: None for field in dataclasses.fields(WebResponse)}
+    return WebResponse(**fields | {"body": body})
 
 
 @pytest.mark.parametrize("body", [b"[" * 100_000, b'{"a": NaN}', b"\xff", b'{"a": 1e999}', b"<p>"])

@@ -118,8 +118,8 @@ from mmsr1_jax.tools.services import fvqa
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
 for path in sys.argv[1:]:
-    try: fvqa.read(path)
-    except fvqa.CacheError: pass
+    try: fvqa.load_results(path)
+    except fvqa.FvqaCacheError: pass
 print((peak() - before) // 1024)
 """
 
@@ -176,7 +176,7 @@ def test_pictures_of_all_modes_come_out_of_the_cache_as_pillow_has_them(tmp_path
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         path = tmp_path / f"{protocol}.pkl"
         path.write_bytes(pickle.dumps(data, protocol))
-        found = fvqa.read(path)["a"]
+        found = fvqa.load_results(path)["a"]
         assert [title for title, _ in found] == titles
         for (_, picture), original in zip(found, pictures, strict=True):
             assert picture.tobytes() == upright_rgb(original).tobytes()
@@ -186,7 +186,7 @@ def test_a_picture_that_is_named_often_is_decoded_once_and_results_are_bounded(t
     red, path = PIL.Image.new("RGB", (100, 100), "red"), tmp_path / "cache.pkl"
     shared = {"tool_returned_web_title_list": ["t"] * 500, "tool_returned_images_urls": [red] * 500}
     path.write_bytes(pickle.dumps({str(number): shared for number in range(50)}))
-    found = fvqa.read(path)
+    found = fvqa.load_results(path)
     assert {len(results) for results in found.values()} == {100}
     assert len({id(picture) for results in found.values() for _, picture in results}) == 1
     # Pictures that share their pixels take more memory than the file has bytes.
@@ -195,8 +195,8 @@ def test_a_picture_that_is_named_often_is_decoded_once_and_results_are_bounded(t
     states = [b"](NX\x03\0\0\0RGB](KdKdeN" + data + b"e" for data in (first, *[b"h\x63"] * 90)]
     pictures = b"".join(map(with_state, states))
     path.write_bytes(cached(pictures).replace(b"](X\x01\0\0\0t", b"](" + b"X\x01\0\0\0t" * 91))
-    with pytest.raises(fvqa.CacheError, match="have more bytes than the file"):
-        fvqa.read(path)
+    with pytest.raises(fvqa.FvqaCacheError, match="have more bytes than the file"):
+        fvqa.load_results(path)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_a_cache_in_json_is_checked(tmp_path, text, found):
     path = tmp_path / "cache.json"
     path.write_text(text)
     if isinstance(found, list):
-        assert fvqa.read(path) == {"a": found}
+        assert fvqa.load_results(path) == {"a": found}
     else:
-        with pytest.raises(fvqa.CacheError, match=f"cache.json: .*{found}"):
-            fvqa.read(path)
+        with pytest.raises(fvqa.FvqaCacheError, match=f"cache.json: .*{found}"):
+            fvqa.load_results(path)

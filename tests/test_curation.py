@@ -22,9 +22,9 @@ from mmsr1_jax.data.curation import attempt_of, cheapest, choose, class_of, read
 from mmsr1_jax.episodes.episode import Episode, Example, ToolCall
 from mmsr1_jax.episodes.turns import parse
 from mmsr1_jax.processing.processor import Processor
-from mmsr1_jax.tools.local import build
+from mmsr1_jax.tools.index_builder import build_index
 from mmsr1_jax.training import sft_dataset
-from tests import acting
+from tests import scripted_policy
 from tests.servers import serve
 from tests.test_data import picture
 from tests.test_train import ROOT, SMALL, kill_when, run, start
@@ -249,7 +249,7 @@ VOCABULARY = 832
 def world(tmp_path_factory):
     """Policy, questions and index in a directory."""
     directory = tmp_path_factory.mktemp("world")
-    acting.write(directory / "policy", vocab_size=VOCABULARY, actions=ACTIONS)
+    scripted_policy.write(directory / "policy", vocab_size=VOCABULARY, actions=ACTIONS)
     write_parquet(
         directory / "questions.parquet",
         [
@@ -269,7 +269,7 @@ def world(tmp_path_factory):
     pictures = directory / "pictures.jsonl"
     titles = [{"image": f"{number}.png", "title": f"Bridge {number}"} for number in range(0, 12, 2)]
     pictures.write_text("\n".join(map(json.dumps, titles)))
-    build(directory / "index", [pages], [pictures])
+    build_index(directory / "index", [pages], [pictures])
     return directory
 
 
@@ -371,8 +371,8 @@ def test_sft_reads_it(world, unbroken, tmp_path):
     config = runpy.run_path(str(ROOT / "tests" / "small_config.py"))["get_config"]()
     config.data.train, config.data.max_bad_rows = (str(out / "sft.jsonl"),), 0
     processor = Processor.from_directory(world / "policy")
-    path = tmp_path / "stories.jsonl"
-    sft_dataset.prepare(path, config, processor, acting.config_for(VOCABULARY))
+    path = tmp_path / "examples.jsonl"
+    sft_dataset.prepare(path, config, processor, scripted_policy.config_for(VOCABULARY))
     lessons, taught = sft_dataset.load(path, config), read(out / "sft.jsonl")
     assert len(lessons) == len(taught) > 5
     for lesson, line in zip(lessons, taught, strict=True):

@@ -140,8 +140,8 @@ from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.utils import shutdown
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.episodes.episode import Example
-from tests.acting import acting_processor, config_for
-from tests.test_engine import VOCABULARY, make_config
+from tests.scripted_policy import scripted_processor, config_for
+from tests.engines import VOCAB_SIZE, make_config
 
 begun = []
 
@@ -160,8 +160,8 @@ async def tool(query):
 def main(argv):
     config = make_config()
     config.tools.timeout = config.tools.episode_timeout = 3600.0
-    model = random_policy.random_model(config_for(VOCABULARY), seed=3)
-    engine = Engine(model, acting_processor(VOCABULARY), config,
+    model = random_policy.random_model(config_for(VOCAB_SIZE), seed=3)
+    engine = Engine(model, scripted_processor(VOCAB_SIZE), config,
                     {"text_search": tool, "image_search": tool})
     list(engine.rollout([Example(question="Who built it?")], rollouts=8))
     engine.close()

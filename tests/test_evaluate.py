@@ -41,18 +41,18 @@ from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.tools.service import ServiceRefusedError
 from mmsr1_jax.training import run_config, train_utils
 from mmsr1_jax.training.checkpoint import Checkpoints
-from tests import acting
-from tests.acting import acting_processor, config_for
-from tests.programs import environment
-from tests.servers import serve
-from tests.test_engine import (
-    VOCABULARY,
-    by_number,
-    compare_with_score,
+from tests import scripted_policy
+from tests.engines import (
+    VOCAB_SIZE,
+    assert_logprobs_match_score,
+    by_index,
     examples,
     make_config,
     search_tools,
 )
+from tests.programs import environment
+from tests.scripted_policy import config_for, scripted_processor
+from tests.servers import serve
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -100,11 +100,11 @@ def test_a_query_that_is_not_written_is_the_question(text):
 
 @pytest.fixture(scope="module")
 def model():
-    return random_policy.random_model(config_for(VOCABULARY), seed=3)
+    return random_policy.random_model(config_for(VOCAB_SIZE), seed=3)
 
 
 def make_engine(model, **keywords):
-    return Engine(model, acting_processor(VOCABULARY), make_config(**keywords), search_tools())
+    return Engine(model, scripted_processor(VOCAB_SIZE), make_config(**keywords), search_tools())
 
 
 @pytest.fixture(scope="module")
@@ -164,30 +164,30 @@ def test_forced_tokens_are_told_from_sampled_ones(forced, engine):
 
 def test_logprobs_of_forced_episodes_are_those_of_score(forced, model):
     some = {name: sorted(episodes, key=lambda e: e.index) for name, episodes in forced.items()}
-    compare_with_score(model, [*some["rag"][3:13], *some["direct"][:3]], 1.0)
+    assert_logprobs_match_score(model, [*some["rag"][3:13], *some["direct"][:3]], 1.0)
 
 
 @pytest.mark.parametrize("lanes, chunk", [(4, 3)])
 def test_schedules_do_not_change_forced_episodes(model, forced, lanes, chunk):
     engine = make_engine(model, lanes=lanes, decode_steps=chunk)
     for name, episodes in forced.items():
-        assert by_number(rollout(engine, name)) == by_number(episodes)
+        assert by_index(rollout(engine, name)) == by_index(episodes)
     engine.close()
 
 
 def test_a_pool_forces_too(model, forced):
-    pool = EnginePool([model], acting_processor(VOCABULARY), make_config(), search_tools())
-    assert by_number(rollout(pool, "rag")) == by_number(forced["rag"])
-    part = rollout(pool, "direct", 1, numbers=[0])
+    pool = EnginePool([model], scripted_processor(VOCAB_SIZE), make_config(), search_tools())
+    assert by_index(rollout(pool, "rag")) == by_index(forced["rag"])
+    part = rollout(pool, "direct", 1, indices=[0])
     pool.close()
-    assert by_number(part) == {n: by_number(forced["direct"])[n] for n in range(4)}
+    assert by_index(part) == {n: by_index(forced["direct"])[n] for n in range(4)}
 
 
 def test_other_workflows_leave_the_trained_one_as_it_is(engine):
-    plain = by_number(engine.rollout(examples(4), rollouts=2))
-    assert by_number(rollout(engine, "on_demand", 4, 2)) == plain
-    part = engine.rollout(examples(4)[2:], rollouts=2, numbers=[2, 3])
-    assert by_number(part) == {number: plain[number] for number in range(4, 8)}
+    plain = by_index(engine.rollout(examples(4), rollouts=2))
+    assert by_index(rollout(engine, "on_demand", 4, 2)) == plain
+    part = engine.rollout(examples(4)[2:], rollouts=2, indices=[2, 3])
+    assert by_index(part) == {number: plain[number] for number in range(4, 8)}
 
 
 # The parameters of a run
@@ -453,10 +453,10 @@ def get_config():
 @pytest.fixture(scope="module")
 def material(tmp_path_factory, shared):
     """A random policy that acts, and an index of real pages and pictures."""
-    from mmsr1_jax.tools.local import build
+    from mmsr1_jax.tools.index_builder import build_index
 
     directory = tmp_path_factory.mktemp("evaluation")
-    acting.write(directory / "policy")
+    scripted_policy.write(directory / "policy")
     (directory / "config.py").write_text(CONFIG)
     known = json.loads((shared / "data" / "image_search_results.json").read_text("utf-8"))
     photographs = []
@@ -466,7 +466,7 @@ def material(tmp_path_factory, shared):
         photographs.append(json.dumps({"image": f"{row.id}.img", "titles": titles}) + "\n")
     (directory / "pictures.jsonl").write_text("".join(photographs))
     pages = shared / "data" / "web_pages.jsonl"
-    build(directory / "index", [pages], [directory / "pictures.jsonl"])
+    build_index(directory / "index", [pages], [directory / "pictures.jsonl"])
     return directory
 
 

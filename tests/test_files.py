@@ -15,8 +15,8 @@ from pyarrow import parquet
 
 from mmsr1_jax.data import QuestionSource, benchmarks
 from mmsr1_jax.scripts import random_policy
-from mmsr1_jax.tools import local
-from mmsr1_jax.training import sft_dataset
+from mmsr1_jax.tools.index_builder import build_index
+from mmsr1_jax.training import sft_lines
 from mmsr1_jax.utils import files
 
 
@@ -110,21 +110,24 @@ def test_a_story_names_pictures_and_indexes_of_its_folder_only(places):
     data, secret = places
     line = {"question": "q", "turns": ["t"]}
     file = data / "s.jsonl"
-    assert sft_dataset._row(line | {"image": "own.png"}, file, 1).example.images == [
+    assert sft_lines.read_scripted_episode(line | {"image": "own.png"}, file, 1).example.images == [
         data / "own.png"
     ]
     for name in [*outside(secret), *ODD]:
         for field, value in (("image", name), ("images", ["own.png", name])):
-            with pytest.raises(sft_dataset.LineError, match=f"^{field!r}: "):
-                sft_dataset._row(line | {field: value}, file, 1)
+            with pytest.raises(sft_lines.LineError, match=f"^{field!r}: "):
+                sft_lines.read_scripted_episode(line | {field: value}, file, 1)
     for name in [*outside(secret), "../secret", "folder", "pipe.png", "none", str(secret)]:
-        with pytest.raises(sft_dataset.LineError, match="^'index': "):
-            sft_dataset._row(line | {"index": name}, file, 1)
-    assert sft_dataset._row(line | {"index": "."}, file, 1).index == data
+        with pytest.raises(sft_lines.LineError, match="^'index': "):
+            sft_lines.read_scripted_episode(line | {"index": name}, file, 1)
+    assert sft_lines.read_scripted_episode(line | {"index": "."}, file, 1).index == data
     (data / "index.sqlite").symlink_to(secret / "private.png")  # a folder whose file is elsewhere
-    with pytest.raises(sft_dataset.LineError, match="outside of"):
-        sft_dataset._row(line | {"index": "."}, file, 1)
-    assert sft_dataset._row(line | {"index": "../secret"}, file, 1, [str(secret)]).index == secret
+    with pytest.raises(sft_lines.LineError, match="outside of"):
+        sft_lines.read_scripted_episode(line | {"index": "."}, file, 1)
+    assert (
+        sft_lines.read_scripted_episode(line | {"index": "../secret"}, file, 1, [str(secret)]).index
+        == secret
+    )
 
 
 def test_saved_episodes_name_pictures_of_their_run_only(places):
@@ -137,10 +140,12 @@ def test_saved_episodes_name_pictures_of_their_run_only(places):
     (run / "pictures" / "x.png").write_bytes((data / "own.png").read_bytes())
     episode = {"segments": [], "images": ["../pictures/x.png"]}
     with pytest.raises(ValueError, match="not the picture that the file is named after|multiples"):
-        sft_dataset._saved(episode, run / "episodes", random_policy.IMAGES, ())  # it was opened
+        sft_lines.read_saved_episode(
+            episode, run / "episodes", random_policy.IMAGES, ()
+        )  # it was opened
     for name in (str(secret / "private.png"), "../../own.png"):
-        with pytest.raises(sft_dataset.LineError, match="outside of"):
-            sft_dataset._saved(
+        with pytest.raises(sft_lines.LineError, match="outside of"):
+            sft_lines.read_saved_episode(
                 episode | {"images": [name]}, run / "episodes", random_policy.IMAGES, roots
             )
 
@@ -150,10 +155,10 @@ def test_an_index_holds_pictures_of_the_folder_of_its_lines_only(places, capsys)
     names = ["own.png", *outside(secret), *ODD]
     lines = [json.dumps({"image": name, "title": f"t{n}"}) for n, name in enumerate(names)]
     (data / "i.jsonl").write_text("\n".join(lines))
-    assert local.build(data / "index", [], [data / "i.jsonl"]) == (0, 1)
+    assert build_index(data / "index", [], [data / "i.jsonl"]) == (0, 1)
     assert capsys.readouterr().err.count("--image_roots allows") == len(outside(secret))
     (data / "j.jsonl").write_text(json.dumps({"image": "link.png", "title": "t"}))
-    made = local.build(data / "index", [], [data / "j.jsonl"], image_roots=[str(secret)])
+    made = build_index(data / "index", [], [data / "j.jsonl"], image_roots=[str(secret)])
     assert made == (0, 1)
 
 

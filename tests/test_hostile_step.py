@@ -22,9 +22,9 @@ from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.tools.build import make_tools
 from mmsr1_jax.tools.services import reader
 from mmsr1_jax.utils import workers
-from tests.acting import acting_processor, config_for
+from tests.engines import VOCAB_SIZE, make_config, random_image
+from tests.scripted_policy import config_for, scripted_processor
 from tests.servers import serve
-from tests.test_engine import VOCABULARY, make_config, picture
 from tests.test_image_files import EPS, icon, png, scans
 
 SHORT = workers.Limits(cpu_seconds=0.3, wall_seconds=600.0, memory_bytes=400 << 20)
@@ -73,7 +73,7 @@ IMAGES = {
 
 def jpeg(seed: int) -> bytes:
     file = io.BytesIO()
-    picture(seed).save(file, "jpeg")
+    random_image(seed).save(file, "jpeg")
     return file.getvalue()
 
 
@@ -128,8 +128,8 @@ def make_engine(address: str, lanes: int):
     services.upload_url, services.public_url = f"{address}/put/", "http://public.example/"
     services.allowed_hosts = (address.removeprefix("http://"),)
     services.timeout, services.max_qps, services.max_concurrency = seconds, 10_000.0, 256
-    processor = acting_processor(VOCABULARY, actions=ACTIONS)
-    model = random_policy.random_model(config_for(VOCABULARY), seed=3)
+    processor = scripted_processor(VOCAB_SIZE, actions=ACTIONS)
+    model = random_policy.random_model(config_for(VOCAB_SIZE), seed=3)
     return Engine(model, processor, config, make_tools(config))
 
 
@@ -139,7 +139,7 @@ def step(lanes: int, *, hostile: bool):
         engine = make_engine(address, lanes)
         try:
             questions = [
-                Example(id=str(i), question=f"Which bridge is it? {i}", images=[picture(i)])
+                Example(id=str(i), question=f"Which bridge is it? {i}", images=[random_image(i)])
                 for i in range(lanes)
             ]
             begun = time.monotonic()
@@ -209,10 +209,11 @@ PROGRAM = """
 import asyncio, sys, time
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.services.reader import Reader
-from mmsr1_jax.tools.web import Web, WebError
+from mmsr1_jax.tools.web import WebClient, WebError
 
 async def main(address):
-    reader = Reader(Service("reader", Web(allowed_hosts=[address], seconds=600), attempts=1))
+    web = WebClient(allowed_hosts=[address], timeout=600)
+    reader = Reader(Service("reader", web, max_attempts=1))
     pages = [asyncio.ensure_future(reader.read(f"{address}/bad/page")) for _ in range(8)]
     await asyncio.wait(pages, return_when=asyncio.FIRST_COMPLETED)
     print("one is done", flush=True)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests import acting
+from tests import scripted_policy
 from tests.test_score import run
 
 infer = functools.partial(run, module="mmsr1_jax.infer")
@@ -20,7 +20,7 @@ TURNS = {
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("policy") / "acting"
-    acting.write(directory, vocab_size=832, actions=TURNS)
+    scripted_policy.write(directory, vocab_size=832, actions=TURNS)
     return directory
 
 

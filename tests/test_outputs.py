@@ -16,7 +16,7 @@ import pytest
 from mmsr1_jax import curate, sft
 from mmsr1_jax.data import curation
 from mmsr1_jax.scripts import random_policy
-from mmsr1_jax.tools import local
+from mmsr1_jax.tools.index_builder import build_index
 from mmsr1_jax.utils import outputs
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -155,7 +155,7 @@ def test_so_do_the_other_commands(holder, monkeypatch, module, flag):
 def test_so_do_the_index_and_exported_policies(holder, tmp_path):
     directory, _ = holder
     with pytest.raises(outputs.LockedError):
-        local.build(directory)
+        build_index(directory)
     with outputs.new_directory(tmp_path / "policy"), pytest.raises(outputs.LockedError):
         random_policy.write(tmp_path / "policy")
 

@@ -19,10 +19,11 @@ from mmsr1_jax.episodes.turns import parse
 from mmsr1_jax.rewards import reward_function
 from mmsr1_jax.tools import judge as judges
 from mmsr1_jax.tools.cached_tool import CachedCalls
-from mmsr1_jax.tools.judge import Judge, Verdict, read_verdict
+from mmsr1_jax.tools.judge import Judge, Verdict
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.tool_cache import ToolCache
-from mmsr1_jax.tools.web import BodyError, Web
+from mmsr1_jax.tools.verdicts import parse_verdict
+from mmsr1_jax.tools.web import BodyError, WebClient
 from tests.servers import serve
 from tests.test_score import read, run, write
 
@@ -265,8 +266,8 @@ class Server:
         return JSONResponse({"choices": [{"message": {"content": self.reply}}]})
 
     def judge(self, stored=None):
-        web = Web(allowed_hosts=[self.address.removeprefix("http://")], seconds=2)
-        service = Service("judge", web, attempts=2, longest_wait=0.05)
+        web = WebClient(allowed_hosts=[self.address.removeprefix("http://")], timeout=2)
+        service = Service("judge", web, max_attempts=2, max_wait=0.05)
         return Judge(
             service, stored or CachedCalls(ToolCache(None, "off")), base_url=self.address, model="m"
         )
@@ -328,7 +329,7 @@ def test_the_judge_is_not_asked_what_is_obvious(server):
 def test_punctuation_may_matter_so_the_judge_is_asked(server):
     server.reply = '{"correct": false, "reason": "ten times as much"}'
     assert reward_function.exact_match("15 m", ["1.5 m"])
-    assert ask(server.judge(), golds=["1.5 m"], answer="15 m").by == "judge"
+    assert ask(server.judge(), golds=["1.5 m"], answer="15 m").source == "judge"
 
 
 @pytest.mark.parametrize(
@@ -341,23 +342,23 @@ def test_punctuation_may_matter_so_the_judge_is_asked(server):
 )  # fmt: skip
 def test_any_other_reply_counts_as_wrong_and_never_as_a_match(server, reply):
     with pytest.raises(BodyError, match="no verdict in the reply: "):
-        read_verdict(reply)
+        parse_verdict(reply)
     server.reply = reply
     verdict = ask(server.judge(), golds=["Tagus-River"], answer="the Tagus-River!")
-    assert (verdict.correct, verdict.by, verdict.outcome) == (False, "judge", "unreadable")
+    assert (verdict.correct, verdict.source, verdict.outcome) == (False, "judge", "unreadable")
     assert verdict.reason.startswith("no verdict in the reply: ")
 
 
 def test_a_verdict_is_read_with_or_without_a_fence():
     verdict = '{"correct": false,\n"reason": "r"}'
     for text in (verdict, f" \n{verdict}\n", f"```\n{verdict}\n```", f"```JSON\n{verdict}\n```\n"):
-        assert read_verdict(text) == (False, "r")
+        assert parse_verdict(text) == (False, "r")
 
 
 def test_a_judge_that_fails_gives_no_verdict(server):
     for server.status in (500, 429):
         verdict = ask(server.judge())
-        assert (verdict.correct, verdict.by, verdict.outcome) == (None, "judge", "failed")
+        assert (verdict.correct, verdict.source, verdict.outcome) == (None, "judge", "failed")
         assert f"HTTP status {server.status}" in verdict.reason
         assert "sk-secret" not in verdict.reason and "127.0.0.1" not in verdict.reason
 

@@ -26,7 +26,7 @@ from mmsr1_jax.tools.cached_tool import CachedCalls
 from mmsr1_jax.tools.judge import Judge
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.tool_cache import ToolCache
-from mmsr1_jax.tools.web import Web
+from mmsr1_jax.tools.web import WebClient
 from tests.servers import serve
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -70,10 +70,10 @@ def server():
 
 def judge_of(url, pauses):
     """A judge that is left alone for a tenth of a second after 20 failures in a row."""
-    web = Web(allowed_hosts=[url.removeprefix("http://")], seconds=2)
-    service = Service("judge", web, per_second=2000, longest_wait=0.02, pause=0.1)
+    web = WebClient(allowed_hosts=[url.removeprefix("http://")], timeout=2)
+    service = Service("judge", web, max_qps=2000, max_wait=0.02, cooldown=0.1)
     return Judge(
-        service, CachedCalls(ToolCache(None, "off")), base_url=url, model="m", pauses=pauses
+        service, CachedCalls(ToolCache(None, "off")), base_url=url, model="m", retry_waits=pauses
     )
 
 
@@ -184,9 +184,9 @@ def test_a_judge_that_stays_down_ends(tmp_path, server):
 
 def test_how_often_a_judge_is_asked_is_a_setting():
     config = config_of("http://127.0.0.1:1")
-    assert make_judge(config).pauses == ()
+    assert make_judge(config).retry_waits == ()
     config.services.max_attempts = 3
-    assert make_judge(config).pauses == (60.0, 60.0)
+    assert make_judge(config).retry_waits == (60.0, 60.0)
 
 
 # Files as users have them

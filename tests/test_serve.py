@@ -33,8 +33,8 @@ from mmsr1_jax.apps.serve.request_queue import RequestQueue
 from mmsr1_jax.config import settings
 from mmsr1_jax.episodes.episode import Example
 from mmsr1_jax.rollout.build import make_engine
-from mmsr1_jax.tools.local import build
-from tests import acting, browser
+from mmsr1_jax.tools.index_builder import build_index
+from tests import browser, scripted_policy
 from tests.programs import environment
 from tests.servers import serve
 
@@ -86,7 +86,7 @@ def places(tmp_path_factory):
     policy, index = tmp_path_factory.mktemp("policy") / "acting", tmp_path_factory.mktemp("index")
     settings_file = tmp_path_factory.mktemp("config") / "config.py"
     settings_file.write_text(CONFIG)
-    acting.write(policy, vocab_size=896, actions=TURNS)
+    scripted_policy.write(policy, vocab_size=896, actions=TURNS)
     page = {"url": "http://bridges/1?a=b&c", "title": HOSTILE, "summary": f"{HOSTILE} bridge\n2. x"}
     other = {"url": "javascript:window.hacked=1", "title": "bridge", "summary": "A bridge " * 60}
     (index / "p.jsonl").write_text("\n".join(map(json.dumps, (page, other))))
@@ -95,7 +95,7 @@ def places(tmp_path_factory):
         (index / f"{number}.png").write_bytes(file)
         lines.append(json.dumps({"image": f"{number}.png", "title": f"Picture {number} {HOSTILE}"}))
     (index / "i.jsonl").write_text("\n".join(lines))
-    build(index, [index / "p.jsonl"], [index / "i.jsonl"])
+    build_index(index, [index / "p.jsonl"], [index / "i.jsonl"])
     return policy, index, settings_file
 
 
@@ -294,8 +294,8 @@ def test_who_waits_who_leaves_and_who_is_too_many(engine, alone):
         for number in range(4):  # each something of their own, so that they are told apart
             asked = f"{QUESTIONS[0]} {number}"
             inside.append(threads.submit(ask, url, asked, PICTURES[0]))
-            wait_for(lambda: sum(map(len, desk._under_way)) == len(inside))
-            loads = [len(questions) for questions in desk._under_way]
+            wait_for(lambda: sum(map(len, desk._active)) == len(inside))
+            loads = [len(questions) for questions in desk._active]
             assert max(loads) - min(loads) <= 1
         left = httpx.Client(timeout=PATIENCE)
         request = left.build_request("POST", f"{url}/ask", content=body("Gone?", PICTURES[1]))
@@ -325,17 +325,17 @@ def test_who_leaves_an_episode_under_way_leaves_no_lane_behind(engine, alone):
                 next(reply.iter_lines())
         gate.open()
         check(ask(url, QUESTIONS[0], PICTURES[0]), alone[0], engine.processor)
-        wait_for(lambda: not any(desk._under_way))
+        wait_for(lambda: not any(desk._active))
 
 
 def _gone(device, *args, **keywords):
     """A program that fails after it was given lanes and store."""
-    for buffer in jax.tree.leaves((device._lanes, device._store)):
+    for buffer in jax.tree.leaves((device._lanes, device._image_tokens)):
         buffer.delete()
     raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("where", ["decode", "_encode"])
+@pytest.mark.parametrize("where", ["decode", "_encode_program"])
 def test_an_engine_that_fails_goes_on(engine, alone, monkeypatch, caplog, where):
     with served(engine) as (url, _, gate):
         gate.open()
@@ -378,7 +378,7 @@ def test_what_is_refused(engine):
         assert refused(good, host="[")[0] == 421
         assert httpx.get(f"{url}/ask").status_code == 405
         assert httpx.get(f"{url}/../desk.py").status_code == 404
-        assert len(desk) == 0 and not any(desk._under_way)
+        assert len(desk) == 0 and not any(desk._active)
         # A file that is damaged behind its header: the policy's own reader says so.
         events = ask(url, "What?", PICTURES[0][:2000])
         assert events[-1]["end"] == "error" and "cannot be decoded" in events[-1]["error"]
@@ -531,7 +531,7 @@ def test_mistakes_are_told_on_the_page(engine, open_page):
         _expect(tab.locator(".status").first).to_have_text("Stopped.")
         assert tab.locator("#send").is_enabled()
         gate.open()
-        wait_for(lambda: not any(desk._under_way))
+        wait_for(lambda: not any(desk._active))
 
 
 # The command

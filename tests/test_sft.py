@@ -31,11 +31,11 @@ from mmsr1_jax.rl import packing
 from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.scripts import random_policy
-from mmsr1_jax.tools.local import build
+from mmsr1_jax.tools.index_builder import build_index
 from mmsr1_jax.training import metrics, sft_dataset
-from tests.acting import acting_tokenizer, config_for
+from tests.engines import episode_record, examples, make_config, search_tools
 from tests.reference import torch, torch_inputs, torch_model
-from tests.test_engine import examples, make_config, record, search_tools
+from tests.scripted_policy import config_for, scripted_tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STORIES = 8
@@ -111,7 +111,7 @@ ACTIONS = {
 
 @pytest.fixture(scope="module")
 def whole_turns():
-    raw = json.loads(acting_tokenizer(2200, ACTIONS))
+    raw = json.loads(scripted_tokenizer(2200, ACTIONS))
     raw["model"]["ignore_merges"] = True  # a text that is a token becomes that token
     raw["pre_tokenizer"]["use_regex"] = False
     return json.dumps(raw)
@@ -154,7 +154,9 @@ def test_a_story_is_told_as_the_engine_would_have(rolled_out):
     told = list(replay(given, processor, rules, search_tools()))
 
     def without_probabilities(episode):
-        found = record(episode) | {"segments": [s.tokens.tolist() for s in episode.segments]}
+        found = episode_record(episode) | {
+            "segments": [s.tokens.tolist() for s in episode.segments]
+        }
         del found["logprobs"], found["sampling"]
         return found
 
@@ -190,14 +192,14 @@ def test_saved_episodes_are_learned_to_the_bit(rolled_out, whole_turns, tmp_path
     for line, episode in zip(lines, episodes, strict=True):
         images = [read_picture(path.parent / name, processor.images) for name in line["images"]]
         again = Episode.from_json(line, images)
-        assert record(again) == record(episode)
+        assert episode_record(again) == episode_record(episode)
         assert (again.index, again.group) == (episode.index, episode.group)
     assert sum(len(line["images"]) for line in lines) > len(list((tmp_path / "pictures").iterdir()))
 
     config = dataclasses.replace(config, data=settings.Data(train=(str(path.parent),)))
     (tmp_path / "run").mkdir()
-    sft_dataset.prepare(tmp_path / "run" / "stories.jsonl", config, processor, model_config)
-    lessons = sft_dataset.load(tmp_path / "run" / "stories.jsonl", config)
+    sft_dataset.prepare(tmp_path / "run" / "examples.jsonl", config, processor, model_config)
+    lessons = sft_dataset.load(tmp_path / "run" / "examples.jsonl", config)
     samples = sft.make_samples(lessons, processor.images)
     total = sum(int(episode.loss_mask.sum()) for episode in episodes)
     for sample, episode in zip(samples, episodes, strict=True):
@@ -223,7 +225,7 @@ def material(tmp_path_factory):
         for i in range(STORIES)
     ]
     pictures = [{"image": f"{i}.png", "title": f"bridge {i}"} for i in range(STORIES)]
-    build(
+    build_index(
         folder / "index",
         [write_lines(folder / "pages.jsonl", pages)],
         [write_lines(folder / "pictures.jsonl", pictures)],
@@ -271,7 +273,7 @@ def config_of(folder, **more):
 @pytest.fixture(scope="module")
 def lessons(material, tmp_path_factory):
     processor = Processor.from_directory(material / "policy")
-    path = tmp_path_factory.mktemp("run") / "stories.jsonl"
+    path = tmp_path_factory.mktemp("run") / "examples.jsonl"
     sft_dataset.prepare(path, config_of(material), processor, MODEL)
     return sft_dataset.load(path, config_of(material)), processor
 
@@ -286,21 +288,21 @@ def test_the_searches_of_a_story_are_made(material, lessons):
         assert ("title: bridge" in text) == (i % 3 == 1)
         assert (f"Opened in {1900 + i}." in text) == (i % 3 == 2)
         assert processor.decode(lesson.tokens[lesson.mask]) == "".join(row["turns"])
-        assert len(lesson.pictures) == (1, 2, 0)[i % 3]
+        assert len(lesson.images) == (1, 2, 0)[i % 3]
 
 
 def test_a_story_may_name_its_own_index(material, tmp_path):
     """Two lines, one after the other, ask the same and find different things."""
     page = [{"url": "other", "title": "tower 2", "summary": "It fell."}]
-    build(tmp_path / "other", [write_lines(tmp_path / "pages.jsonl", page)], [])
+    build_index(tmp_path / "other", [write_lines(tmp_path / "pages.jsonl", page)], [])
     row = json.loads((material / "rows.jsonl").read_text().splitlines()[2])
     lines = [row, row | {"index": "other"}, row, row | {"index": "none"}, row | {"index": 3}]
     rows = write_lines(tmp_path / "rows.jsonl", lines)
     config = config_of(material, data_train=(str(rows),))
     processor = Processor.from_directory(material / "policy")
-    sft_dataset.prepare(tmp_path / "stories.jsonl", config, processor, MODEL)
+    sft_dataset.prepare(tmp_path / "examples.jsonl", config, processor, MODEL)
     texts = [
-        processor.decode(x.tokens) for x in sft_dataset.load(tmp_path / "stories.jsonl", config)
+        processor.decode(x.tokens) for x in sft_dataset.load(tmp_path / "examples.jsonl", config)
     ]
     assert ["It fell." in text for text in texts] == [False, True, False]
     assert ["Opened in 1902." in text for text in texts] == [True, False, True]
@@ -362,26 +364,26 @@ def test_lines_that_cannot_be_used_are_named(material, tmp_path, capfd):
     bad = {
         "must be an object": [1],
         "has no 'question'": {"turns": ["x"]},
-        "'turns' must be a list of texts": row | {"turns": "x"},
-        "'turns' must be texts that are not empty": row | {"turns": []},
+        "'turns' must be a list of strings": row | {"turns": "x"},
+        "'turns' must be a list of one or more": row | {"turns": []},
         "'turns' is not valid Unicode": row | {"turns": ["\ud800"]},
-        "'question' must be a text": row | {"question": 5},
+        "'question' must be a non-empty string": row | {"question": 5},
         "nowhere.png: no such file": row | {"image": "nowhere.png"},
         "rows.jsonl: not an image": row | {"images": [str(material / "rows.jsonl")]},
         "has both 'image' and 'images'": row | {"image": "0.png", "images": ["0.png"]},
-        "ends with turns[0] of 2: that is an answer": row | {"turns": [answer] * 2},
+        "ends with turns[0] of 2: that turn answers": row | {"turns": [answer] * 2},
         "config.turns.max_turns allows no more": row | {"turns": ["x", "x", "x", "x"]},
         "the image search failed": row | {"turns": ["<search><img></search>", answer]},
         "update.pack_length=384": row | {"question": "long " * 300},
         "could not be run: ValueError": {"end": "error", "error": "ValueError", "segments": []},
         "must begin with a prompt": {"segments": []},
-        "nothing that the policy wrote": {"segments": episode["segments"][:1]},
+        "no tokens that the policy wrote": {"segments": episode["segments"][:1]},
         "outside the policy's vocabulary of 512": with_segment(tokens=[512]),
         "whose 'kind' is one of": with_segment(kind="?"),
         "'tokens' must be a list of token ids": with_segment(tokens=[-1]),
         "'logprobs' must be a list of a number": with_segment(logprobs=[1.0, 2.0]),
-        "does not say where they are": episode | {"image_grids": [[1, 8, 8]]},
-        "places for 1 tokens of pictures": with_segment(tokens=[5, 8]),
+        "lacks 'images'": episode | {"image_grids": [[1, 8, 8]]},
+        "placeholders for 1 image tokens": with_segment(tokens=[5, 8]),
         "named after": episode | {"images": [str(material / "0.png")]},
         "'turns' or 'calls'": episode | {"turns": [{"nothing": 1}]},
     }
@@ -394,31 +396,31 @@ def test_lines_that_cannot_be_used_are_named(material, tmp_path, capfd):
     config = config_of(
         material, data_train=(str(path),), data_max_bad_rows=len(bad), data_image_roots=roots
     )
-    sft_dataset.prepare(tmp_path / "stories.jsonl", config, processor, MODEL)
-    assert len(sft_dataset.load(tmp_path / "stories.jsonl", config)) == 2
-    said = [line for line in capfd.readouterr().err.splitlines() if "; left out" in line]
+    sft_dataset.prepare(tmp_path / "examples.jsonl", config, processor, MODEL)
+    assert len(sft_dataset.load(tmp_path / "examples.jsonl", config)) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if line.endswith("; skipped")]
     numbers = [*range(1, len(bad) - 2), len(bad), len(bad) + 1, len(bad) + 3]
     for number, reason, line in zip(numbers, bad, said, strict=True):
         assert f"bad.jsonl, line {number}: " in line and reason in line
 
     config.data.max_bad_rows = 5
-    with pytest.raises(DataError, match=r"6, more than config.data.max_bad_rows=5; .*line 6: "):
+    with pytest.raises(DataError, match="6 lines, more than .*max_bad_rows=5; .*line 6: "):
         sft_dataset.prepare(tmp_path / "other.jsonl", config, processor, MODEL)
     assert not list(tmp_path.glob("*other.jsonl*"))
     write_lines(path, [row | {"turns": ["<text_search> x</text_search>", answer]}])
     config.tools.index = None
-    with pytest.raises(DataError, match="no line that can be used"):
+    with pytest.raises(DataError, match="no line can be used"):
         sft_dataset.prepare(tmp_path / "other.jsonl", config, processor, MODEL)
     assert "no tool for text_search" in capfd.readouterr().err
-    with pytest.raises(DataError, match="nowhere: no JSONL file there"):
+    with pytest.raises(DataError, match="nowhere matches no JSONL file"):
         sft_dataset.prepare(
             tmp_path / "other.jsonl", config_of(material, data_train=("nowhere",)), processor, MODEL
         )
 
 
 def test_stories_belong_to_their_settings(material, lessons, tmp_path):
-    path = lessons[0][0].pictures[0].parents[1] / "stories.jsonl"
-    with pytest.raises(DataError, match="made with config.update.pack_length=384, not 400"):
+    path = lessons[0][0].images[0].parents[1] / "examples.jsonl"
+    with pytest.raises(DataError, match="made with config.update.pack_length=384, but .* sets 400"):
         sft_dataset.load(path, config_of(material, update_pack_length=400))
     (tmp_path / "cut.jsonl").write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match="damaged"):
@@ -427,12 +429,12 @@ def test_stories_belong_to_their_settings(material, lessons, tmp_path):
 
 @pytest.mark.parametrize("count, size", [(10, 4), (3, 7), (5, 5)])
 def test_each_lesson_once_an_epoch(count, size):
-    steps = [sft_dataset.chosen(step, count, size, seed=3) for step in range(1, count + 1)]
+    steps = [sft_dataset.choose(step, count, size, seed=3) for step in range(1, count + 1)]
     assert all(len(step) == size for step in steps)
     order = np.concatenate(steps).reshape(-1, count)
     assert all(sorted(epoch) == list(range(count)) for epoch in order)
     assert len({tuple(epoch) for epoch in order}) > 1
-    assert sft_dataset.chosen(1, 10, 10, seed=3) != sft_dataset.chosen(1, 10, 10, seed=4)
+    assert sft_dataset.choose(1, 10, 10, seed=3) != sft_dataset.choose(1, 10, 10, seed=4)
 
 
 # The command
@@ -468,7 +470,7 @@ def results(workdir):
     ]
     files = sorted((workdir / "policy").glob("*.safetensors"))
     assert files
-    return lines, [path.read_bytes() for path in files], (workdir / "stories.jsonl").read_text()
+    return lines, [path.read_bytes() for path in files], (workdir / "examples.jsonl").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -476,7 +478,10 @@ def unbroken(material, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "unbroken"
     done = run(command(workdir, f"--model={material / 'policy'}", *flags_of(material)))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "8 episodes to learn from, 8 of them told; 0 lines left out" in done.stderr
+    assert (
+        "8 training episodes, 8 of them replayed from scripted turns; skipped 0 lines"
+        in done.stderr
+    )
     return workdir
 
 
@@ -522,4 +527,4 @@ def test_killed_in_a_save_then_asked_to_stop_and_gone_on_with(unbroken, material
 def test_mistakes_are_said_in_one_line(material, tmp_path):
     done = run(command(tmp_path / "run", *flags_of(material, **{"run.model": ""})))
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: --model: the HF directory")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: a new run needs a policy")

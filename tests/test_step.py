@@ -124,7 +124,7 @@ STEP = {
 def rolled_out(config, answers=STEP, number=7):
     engine = Engine(answers)
     questions = questions_of(answers, config.run.prompts_per_step)
-    rolled = train.roll_out(engine, questions, config, None, seed=11, number=number)
+    rolled = train.roll_out(engine, questions, config, None, seed=11, step=number)
     return rolled, engine
 
 
@@ -132,17 +132,17 @@ def names(rolled):
     """The question of each group; its episodes and their rewards fit to it."""
     for group in rolled.groups:
         for episode, reward in group:
-            assert rolled.asked[episode.group].id == episode.example.id
+            assert rolled.questions[episode.group].id == episode.example.id
             assert reward.correct == (episode.answer in ("right", "correct"))
     return [group[0][0].example.id if group else None for group in rolled.groups]
 
 
 def check_episodes(rolled, answers=STEP):
     """All that was asked is there, in order, with the rewards of the answers that were chosen."""
-    given = [text for question in rolled.asked for text in answers[question.id]]
-    asked = [question.id for question in rolled.asked for _ in answers[question.id]]
+    given = [text for question in rolled.questions for text in answers[question.id]]
+    asked = [question.id for question in rolled.questions for _ in answers[question.id]]
     assert [episode.example.id for episode, _ in rolled.episodes] == asked
-    assert [rolled.asked[episode.group].id for episode, _ in rolled.episodes] == asked
+    assert [rolled.questions[episode.group].id for episode, _ in rolled.episodes] == asked
     assert [episode.answer for episode, _ in rolled.episodes] == given
     assert [episode.end for episode, _ in rolled.episodes] == [
         "error" if text is None else "answer" for text in given
@@ -157,12 +157,12 @@ def test_a_step_without_refill(capsys):
     rolled, engine = rolled_out(config_of())
     assert names(rolled) == ["a", "b", "c"] and len(engine.seeds) == 1
     assert [len(group) for group in rolled.groups] == [2, 2, 2]
-    assert rolled.spread == 1 and len(rolled.asked) == 3
+    assert rolled.num_with_variance == 1 and len(rolled.questions) == 3
     check_episodes(rolled)
     # No group takes another's place, not even one that teaches where others do not.
     answers = {name: STEP[name] for name in "ghe"}
     rolled, _ = rolled_out(config_of(), answers)
-    assert names(rolled) == [None, "h", "e"] and rolled.spread == 1
+    assert names(rolled) == [None, "h", "e"] and rolled.num_with_variance == 1
     check_episodes(rolled, answers)
     said = capsys.readouterr().err
     assert said.count("step 7, question g: no picture") == 2
@@ -180,8 +180,8 @@ def test_a_step_without_refill(capsys):
 def test_groups_without_spread_give_way_to_new_ones(refill, chosen, asked, spread, capsys):
     rolled, engine = rolled_out(config_of(max_resample_rounds=refill))
     assert names(rolled) == list(chosen)
-    assert len(rolled.asked) == asked and len(rolled.episodes) == 2 * asked
-    assert rolled.spread == spread
+    assert len(rolled.questions) == asked and len(rolled.episodes) == 2 * asked
+    assert rolled.num_with_variance == spread
     assert len(set(engine.seeds)) == len(engine.seeds) == asked // 3
     check_episodes(rolled)
     assert [len(group) for group in rolled.groups] == [2, 2, 2]
@@ -196,7 +196,7 @@ def test_an_episode_that_could_not_be_run_is_in_no_group():
     assert [[episode.answer for episode, _ in group] for group in rolled.groups] == [
         ["right", "wrong"], ["wrong"], [],
     ]  # fmt: skip
-    assert rolled.spread == 1 and len(rolled.episodes) == 9
+    assert rolled.num_with_variance == 1 and len(rolled.episodes) == 9
     check_episodes(rolled, answers)
 
 
@@ -204,7 +204,7 @@ def test_every_rollout_samples_by_another_seed():
     config, everything = config_of(max_resample_rounds=3), set()
     for seed in (500_016, 500_017, 2**31 - 1):
         engine = Engine(dict.fromkeys(STEP, RIGHT))
-        train.roll_out(engine, questions_of(STEP, 3), config, None, seed=seed, number=1)
+        train.roll_out(engine, questions_of(STEP, 3), config, None, seed=seed, step=1)
         assert len(engine.seeds) == 4
         everything |= set(engine.seeds)
     assert len(everything) == 12
@@ -240,7 +240,7 @@ def test_a_judge_decides_and_matching_never_takes_its_place():
     episodes = [episode_of(answer(text), group=i % 2) for i, text in enumerate(said)]
     for match in ("SubEM", "EM"):
         judge, config = Judging(said), config_of(rewards=settings.Rewards(match=match))
-        found = train.score(episodes, asked, config, judge, step=0)
+        found = train.compute_rewards(episodes, asked, config, judge, step=0)
         assert judge.asked == [
             (asked[i % 2].question, asked[i % 2].answers, text) for i, text in enumerate(said)
         ]
@@ -265,7 +265,7 @@ def test_without_a_judge_the_settings_and_the_step_decide():
     ]
     config = config_of(rewards=settings.Rewards(penalty_warmup=10, search_penalty=0.2))
     for step, penalty in ((0, -0.2), (5, 0.0), (10, 0.2), (99, 0.2)):
-        found = train.score(episodes, asked, config, None, step=step)
+        found = train.compute_rewards(episodes, asked, config, None, step=step)
         assert [reward.reward for reward in found] == pytest.approx(
             [0.9 * (1 - penalty) + 0.1, 0.1, 0.1]
         )
@@ -279,7 +279,7 @@ def test_without_a_judge_the_settings_and_the_step_decide():
             yield episode
 
     engine.rollout = searched
-    rolled = train.roll_out(engine, questions_of(answers, 3), config, None, seed=0, number=1)
+    rolled = train.roll_out(engine, questions_of(answers, 3), config, None, seed=0, step=1)
     best = max(reward.reward for _, reward in rolled.episodes)
     assert best == pytest.approx(0.9 * 1.2 + 0.1)
 
@@ -295,7 +295,7 @@ def test_one_judge_serves_all_steps(monkeypatch):
         judge = server.judge()
         for step, correct in enumerate((True, False, True)):
             server.reply = json.dumps({"correct": correct, "reason": ""})
-            found = train.score(episodes, asked, config, judge, step=step)
+            found = train.compute_rewards(episodes, asked, config, judge, step=step)
             assert [reward.correct for reward in found] == [correct, correct]
     assert len(server.asked) == 6
 
@@ -414,9 +414,8 @@ def test_updates_that_are_not_finite_end_the_run(tmp_path):
     )
     assert done.returncode == 1, done.stderr[-3000:]
     (path,) = workdir.glob("*.npz")
-    assert (
-        f"3 updates in a row were not finite; what they were made from is in {path}" in done.stderr
-    )
+    message = "error: step 2: the loss or gradient of 3 updates in a row was not finite"
+    assert message in done.stderr and f"Their micro-batches are in {path}" in done.stderr
     with np.load(path) as arrays:
         batches = {name.split(".")[0] for name in arrays}
         assert len(batches) > 1  # of both updates of the step

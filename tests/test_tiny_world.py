@@ -34,7 +34,7 @@ from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.tools import Query
-from mmsr1_jax.tools.local import LocalIndex
+from mmsr1_jax.tools.local_index import LocalIndex
 from tests.test_score import run
 
 SPLITS = ("train", "heldout", "unmet")

@@ -214,7 +214,7 @@ def test_a_run_is_gone_on_with_as_it_was_begun(unbroken, tmp_path, questions):
 @pytest.fixture(scope="module")
 def real_index(shared, tmp_path_factory):
     """The real pages, and the real photographs with their recorded titles."""
-    from mmsr1_jax.tools.local import build
+    from mmsr1_jax.tools.index_builder import build_index
 
     folder = tmp_path_factory.mktemp("real")
     known = json.loads((shared / "data" / "image_search_results.json").read_text("utf-8"))
@@ -224,7 +224,9 @@ def real_index(shared, tmp_path_factory):
         titles = [entry["title"] for entry in known.get(row.id, [])][:5]
         lines.append({"image": f"{len(lines)}.img", "titles": titles or [row.question]})
     (folder / "pictures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    build(folder / "index", [shared / "data" / "web_pages.jsonl"], [folder / "pictures.jsonl"])
+    build_index(
+        folder / "index", [shared / "data" / "web_pages.jsonl"], [folder / "pictures.jsonl"]
+    )
     return folder / "index"
 
 
@@ -299,8 +301,8 @@ def test_mistakes_are_said_in_one_line(tmp_path, policy):
         return done.stderr.strip().splitlines()[-1]
 
     nothing = run([sys.executable, "-m", "mmsr1_jax.train"])
-    assert nothing.returncode == 1 and "--config or --workdir" in nothing.stderr
-    assert "--model: the HF directory" in error(*SMALL, "--config.run.model=")
+    assert nothing.returncode == 1 and "give --config=FILE to start a run" in nothing.stderr
+    assert "a new run needs a policy" in error(*SMALL, "--config.run.model=")
     no_tools = ["--config.tools.text=none", "--config.tools.image=none"]
     data = "--config.data.train=('nowhere.parquet',)"
     nowhere = error(*SMALL, f"--model={policy}", data, *no_tools)

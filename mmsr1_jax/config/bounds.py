@@ -94,7 +94,7 @@ def check(settings: Any, where: str) -> None:
             hints[field.name],
             f"{where}.{field.name}",
         )
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             if not isinstance(value, hint):
                 raise ConfigError(f"{path} must be a {hint.__name__}, not {value!r:.100}")
             check(value, path)

@@ -25,9 +25,9 @@ _SECRET_NAMES = re.compile(
     r"(?:key|(?:key|session)[_-]?id|appid|token|secret|password|passwd|passphrase|passcode|pwd|pass"
     r"|pw|t?otp|signature|sig|hmac|credentials?|authorization|auth|bearer|jwt|session|sid))",
 )
-_MARKS = re.compile("([?#&;])")  # characters that precede a parameter
-HIDDEN = "***"
-_ROUNDS = 2  # levels of percent-encoding, for a URL inside another URL
+_PARAMETER_MARKS = re.compile("([?#&;])")  # characters that precede a parameter
+REDACTED = "***"
+_MAX_DECODINGS = 2  # levels of percent-encoding, for a URL inside another URL
 
 
 def find_secret(text: str) -> str | None:
@@ -41,12 +41,12 @@ def find_secret(text: str) -> str | None:
     Returns:
       The description, or None if no credential was found.
     """
-    for _ in range(_ROUNDS + 1):
+    for _ in range(_MAX_DECODINGS + 1):
         for match in _ADDRESS.finditer(text):
-            if found := _in_address(match[0]):
-                return found
-        text, before = urllib.parse.unquote(text), text
-        if text == before:
+            if description := _describe_secret(match[0]):
+                return description
+        text, previous = urllib.parse.unquote(text), text
+        if text == previous:
             break
     return None
 
@@ -60,8 +60,8 @@ def redact(value: Any) -> Any:
         text = _ADDRESS.sub(lambda match: _redact_address(match[0]), value)
         if _is_clean(text):
             return text
-        # The secret has no certain boundaries, as in an encoded URL, so whole words are hidden.
-        return re.sub(r"\S+", lambda word: word[0] if _is_clean(word[0]) else HIDDEN, text)
+        # The boundaries of the secret are unknown, as in an encoded URL: redact the whole word.
+        return re.sub(r"\S+", lambda word: word[0] if _is_clean(word[0]) else REDACTED, text)
     if isinstance(value, dict):
         return {name: redact(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -69,14 +69,18 @@ def redact(value: Any) -> Any:
     return value
 
 
-def _in_address(address: str) -> str | None:
-    scheme, rest = _split(address)
-    head = re.split("[?#]", rest, maxsplit=1)[0]
-    user = "@" in head.partition("/")[0] or _has_password(head) if scheme else _USER.match(rest)
-    inner = (re.split("[?#]", part, maxsplit=1)[0] for part in rest.split("//")[1:])
-    if user or any(one.partition("/")[0].find("@") > 0 or _has_password(one) for one in inner):
+def _describe_secret(address: str) -> str | None:
+    scheme, rest = _split_scheme(address)
+    authority = re.split("[?#]", rest, maxsplit=1)[0]
+    if scheme:
+        has_user = "@" in authority.partition("/")[0] or _has_password(authority)
+    else:
+        has_user = _USER.match(rest) is not None
+    nested = [re.split("[?#]", part, maxsplit=1)[0] for part in rest.split("//")[1:]]
+    has_user |= any(url.partition("/")[0].find("@") > 0 or _has_password(url) for url in nested)
+    if has_user:
         return "a user name or password before the host"
-    for parameter in _MARKS.split(rest)[2::2]:
+    for parameter in _PARAMETER_MARKS.split(rest)[2::2]:
         name, _, value = parameter.partition("=")
         name = urllib.parse.unquote_plus(name)
         if value and _is_secret(name):
@@ -87,25 +91,25 @@ def _in_address(address: str) -> str | None:
 def _redact_address(address: str) -> str:
     if find_secret(address) is None:
         return address
-    scheme, rest = _split(address)
+    scheme, rest = _split_scheme(address)
     head, *query = re.split("([?#])", rest, maxsplit=1)
     if "@" in head:
-        head = f"{HIDDEN}@{head.rpartition('@')[2]}"
-    done, *parts = _MARKS.split("".join([head, *query]))
-    is_hidden = False
+        head = f"{REDACTED}@{head.rpartition('@')[2]}"
+    result, *parts = _PARAMETER_MARKS.split("".join([head, *query]))
+    is_redacted = False
     for mark, parameter in zip(parts[::2], parts[1::2], strict=True):
         name, equals, value = parameter.partition("=")
         if equals:
-            is_hidden = bool(value) and _is_secret(urllib.parse.unquote_plus(name))
-            is_hidden = is_hidden or find_secret(value) is not None
-            done += f"{mark}{name}={HIDDEN if is_hidden else value}"
-        elif not is_hidden:  # otherwise it may be the rest of a hidden value
-            done += mark + parameter
-    return scheme + done
+            is_redacted = bool(value) and _is_secret(urllib.parse.unquote_plus(name))
+            is_redacted = is_redacted or find_secret(value) is not None
+            result += f"{mark}{name}={REDACTED if is_redacted else value}"
+        elif not is_redacted:  # otherwise it may be the rest of a redacted value
+            result += mark + parameter
+    return scheme + result
 
 
 def _is_clean(text: str) -> bool:
-    return find_secret(text.replace(f"{HIDDEN}@", "").replace(f"={HIDDEN}", "=")) is None
+    return find_secret(text.replace(f"{REDACTED}@", "").replace(f"={REDACTED}", "=")) is None
 
 
 def _has_password(head: str) -> bool:
@@ -116,7 +120,7 @@ def _has_password(head: str) -> bool:
     return "@" in head and bool(colon) and not is_port
 
 
-def _split(address: str) -> tuple[str, str]:
+def _split_scheme(address: str) -> tuple[str, str]:
     """Return the scheme with its slashes (empty if there is no scheme) and the rest."""
     scheme, slashes, rest = address.partition("//")
     is_scheme = slashes and not set(scheme) & set("/?#@&;=")

@@ -18,9 +18,9 @@ _SECRET_VARIABLES = {
     "jina_url": "JINA_API_KEY",
     "summariser_url": "SUMMARISER_API_KEY",
     "judge_url": "JUDGE_API_KEY",
-    "upload_url": "PUBLISHER_AUTHORIZATION or PUBLISHER_QUERY",
-    "public_url": "PUBLISHER_AUTHORIZATION or PUBLISHER_QUERY",
-    "cache": "STORE_PASSWORD",
+    "upload_url": "UPLOAD_AUTHORIZATION or UPLOAD_QUERY",
+    "public_url": "UPLOAD_AUTHORIZATION or UPLOAD_QUERY",
+    "cache": "CACHE_PASSWORD",
 }
 
 
@@ -62,7 +62,7 @@ class Services:
 
     API keys are read from environment variables only: SERPAPI_API_KEY, SERPER_API_KEY,
     JINA_API_KEY, SUMMARISER_API_KEY and JUDGE_API_KEY. The Redis password is read from
-    STORE_PASSWORD.
+    CACHE_PASSWORD.
 
     Attributes:
       serpapi_url, serper_url, jina_url: Base URL of the service.
@@ -77,15 +77,15 @@ class Services:
       fvqa_cache: File of the published search cache, pickle or JSON.
       upload_url, public_url: URLs for uploading a question's image, and for a service to download
         it. `{name}` is replaced with the image's name, which is otherwise appended. Credentials
-        come from the environment variables PUBLISHER_AUTHORIZATION or PUBLISHER_QUERY.
+        come from the environment variables UPLOAD_AUTHORIZATION or UPLOAD_QUERY.
       allowed_hosts: Private hosts, each `host` or `host:port`, that pages and images may be fetched
         from. The services above may be on any host.
       timeout: Time limit of connecting, and of each wait for data, in seconds.
       max_concurrency: Maximum number of concurrent requests to a service by one process.
       max_qps: Maximum number of requests per second to a service by one process, or by all
         processes together if `cache` is a Redis server.
-      limits: Other limits for individual services, each as `NAME=PER_SECOND/AT_ONCE`. The names are
-        listed in `tools/build.py`.
+      limits: Other limits for individual services, each as `NAME=MAX_QPS/MAX_CONCURRENCY`. The
+        names are listed in `tools/service_clients.py`.
       max_attempts: Maximum number of attempts of a request to a service. A page or image that fails
         is not retried; the next one is used instead. An evaluation queries an unavailable judge
         this many times in all, one minute apart.

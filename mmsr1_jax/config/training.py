@@ -149,6 +149,10 @@ class Run:
       saved_episodes: Number of episodes written to disk in each step.
       log_to: Metric loggers: `tensorboard`, `wandb`, both separated by a comma, or empty for
         neither. JSONL is always written.
+      profile: First and last step of a JAX profiler trace, which is written to `profile/` in the
+        directory of the run; empty for none.
+      timeline: Whether to record what the device, the lanes and the tools do in the rollouts of
+        each step, as a trace file `RUN/timelines/STEP.json` for https://ui.perfetto.dev.
     """
 
     model: str | None = None
@@ -161,6 +165,8 @@ class Run:
     keep_checkpoints: int = setting(2, at_least=1, at_most=2**20)
     saved_episodes: int = setting(4, at_least=0, at_most=2**20)
     log_to: str = "tensorboard"
+    profile: tuple[int, ...] = ()
+    timeline: bool = False
 
 
 def mistake(objective: Objective, update: Update, run: Run) -> str | None:
@@ -176,6 +182,9 @@ def mistake(objective: Objective, update: Update, run: Run) -> str | None:
             f"objective.num_minibatches={objective.num_minibatches} is more than "
             f"run.prompts_per_step={run.prompts_per_step}"
         )
+    profile = run.profile
+    if profile and not (len(profile) == 2 and 1 <= profile[0] <= profile[1]):
+        return f"run.profile={profile} must be empty, or (first step, last step)"
     return None
 
 

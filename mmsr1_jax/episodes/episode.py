@@ -13,16 +13,23 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.episodes.turns import Turn
 from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.processing.processor import Processor, Prompt
-from mmsr1_jax.tools import Picture
+from mmsr1_jax.tools import ImageLike
 from mmsr1_jax.utils import checked_json
 
 # Why an episode ended: an answer, the limit of turns, the limit of tokens, or an error.
-End = Literal["answer", "turns", "tokens", "error"]
-Kind = Literal["prompt", "model", "forced", "tool"]
-SEGMENTS: tuple[Kind, ...] = get_args(Kind)
+EndReason = Literal["answer", "turns", "tokens", "error"]
+SegmentKind = Literal["prompt", "model", "forced", "tool"]
+_SEGMENT_KINDS: tuple[SegmentKind, ...] = get_args(SegmentKind)
+_TYPE_NAMES = {str: "a text", int: "a whole number", list: "a list"}
+_MAX_TOKEN = 2**31 - 1
+
+
+class EpisodeError(UserError):
+    """Malformed JSON data of an episode; the message names the field."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +44,7 @@ class Example:
 
     id: str = ""
     question: str
-    images: Sequence[Picture] = ()
+    images: Sequence[ImageLike] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Segment:
         top-p, no control tokens), float32[n].
     """
 
-    kind: Kind
+    kind: SegmentKind
     tokens: np.ndarray
     logprobs: np.ndarray | None = None
     sampling_logprobs: np.ndarray | None = None
@@ -91,7 +98,7 @@ class ToolCall:
       seconds: Seconds that the tool took.
       num_results: Number of results that the tool returned.
       num_shown: Number of results that the policy saw.
-      notes: Results and images that were left out or changed, and why the search failed.
+      notes: Results and images that were dropped or changed, and why the search failed.
       results: Results that the policy saw; empty in records that do not have them. Excluded from
         equality, since the tokens already contain them.
     """
@@ -130,7 +137,7 @@ class Episode:
     images: list[Patches] = dataclasses.field(default_factory=list)
     turns: list[Turn] = dataclasses.field(default_factory=list)
     calls: list[ToolCall] = dataclasses.field(default_factory=list)
-    end: End | None = None
+    end: EndReason | None = None
     error: str | None = None
 
     def __len__(self) -> int:
@@ -168,8 +175,14 @@ class Episode:
         last = self.turns[-1] if self.turns else None
         return last.payload if last is not None and last.action == "answer" else None
 
+    @property
+    def last_call(self) -> ToolCall | None:
+        """Search that the last turn requested; None if it requested none, or no reply exists."""
+        call = self.calls[-1] if self.calls else None
+        return call if call is not None and call.turn == len(self.turns) - 1 else None
+
     def to_json(
-        self, processor: Processor, pictures: Sequence[str] | None = None
+        self, processor: Processor, image_paths: Sequence[str] | None = None
     ) -> dict[str, Any]:
         """Return the episode as JSON-compatible data, with both tokens and text.
 
@@ -178,11 +191,11 @@ class Episode:
 
         Args:
           processor: Decoder of the tokens.
-          pictures: Paths of the files of `images`; None: write only the grids of the images.
+          image_paths: Paths of the files of `images`; None: write only the grids of the images.
         """
 
-        def of_segment(segment: Segment) -> dict[str, Any]:
-            text, spans = _text_of(segment.tokens, processor)
+        def segment_json(segment: Segment) -> dict[str, Any]:
+            text, spans = _decode_segment(segment.tokens, processor)
             data: dict[str, Any] = {"kind": segment.kind, "text": text}
             data |= {"pictures": spans} if segment.kind in ("prompt", "tool") else {}
             data["tokens"] = segment.tokens.tolist()
@@ -203,8 +216,8 @@ class Episode:
             "turns": [dataclasses.asdict(turn) for turn in self.turns],
             "calls": [dataclasses.asdict(call) for call in self.calls],
             "image_grids": [list(image.grid) for image in self.images],
-            **({} if pictures is None else {"images": list(pictures)}),
-            "segments": [of_segment(segment) for segment in self.segments],
+            **({} if image_paths is None else {"images": list(image_paths)}),
+            "segments": [segment_json(segment) for segment in self.segments],
         }
 
     @classmethod
@@ -216,79 +229,78 @@ class Episode:
           images: All images, in order; they are not checked.
 
         Raises:
-          ValueError: The data are malformed; the message names the field.
+          EpisodeError: The data are malformed.
         """
         if not isinstance(data, dict):
-            raise ValueError("must be an object")
+            raise EpisodeError("must be an object")
 
         def field(name: str, kind: type, default: Any = None) -> Any:
             value = data.get(name, default)
             if not isinstance(value, kind):
-                raise ValueError(f"{name!r} must be {_KINDS[kind]}")
+                raise EpisodeError(f"{name!r} must be {_TYPE_NAMES[kind]}")
             return value
 
         segments = field("segments", list)
         try:
-            read = checked_json.convert(field("turns", list, []), list[Turn])
+            parsed_turns = checked_json.convert(field("turns", list, []), list[Turn])
             calls = checked_json.convert(field("calls", list, []), list[ToolCall])
         except checked_json.FormatError as error:
-            raise ValueError(f"'turns' or 'calls': {error}") from None
+            raise EpisodeError(f"'turns' or 'calls': {error}") from None
+        types: Any = (EndReason | None, str | None)
         try:
-            end = checked_json.convert(data.get("end"), End | None)
-            why = checked_json.convert(data.get("error"), str | None)
+            end = checked_json.convert(data.get("end"), types[0])
+            message = checked_json.convert(data.get("error"), types[1])
         except checked_json.FormatError as error:
-            raise ValueError(f"'end' or 'error': {error}") from None
+            raise EpisodeError(f"'end' or 'error': {error}") from None
         return cls(
             example=Example(id=field("id", str, ""), question=field("question", str, "")),
             group=field("group", int, 0),
             index=field("index", int, 0),
-            segments=[_segment_of(f"segments[{i}]", values) for i, values in enumerate(segments)],
+            segments=[_parse_segment(f"segments[{i}]", item) for i, item in enumerate(segments)],
             images=list(images),
-            turns=read,
+            turns=parsed_turns,
             calls=calls,
             end=end,
-            error=why,
+            error=message,
         )
 
 
-def _text_of(tokens: np.ndarray, processor: Processor) -> tuple[str, list[list[int]]]:
+def _decode_segment(tokens: np.ndarray, processor: Processor) -> tuple[str, list[list[int]]]:
     """Return the text of tokens, and the character spans of the image placeholders in it.
 
     Control tokens never split a character, so the pieces between them can be decoded separately.
     """
-    begins = np.flatnonzero(tokens == processor.control["<|vision_start|>"])
+    starts = np.flatnonzero(tokens == processor.control["<|vision_start|>"])
     ends = np.flatnonzero(tokens == processor.control["<|vision_end|>"]) + 1
-    if len(begins) != len(ends) or np.any(begins >= ends) or np.any(ends[:-1] > begins[1:]):
+    if len(starts) != len(ends) or np.any(starts >= ends) or np.any(ends[:-1] > starts[1:]):
         return processor.decode(tokens), []  # unpaired: sampled, or made by hand
-    text, spans, done = "", [], 0
-    for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
-        text += processor.decode(tokens[done:begin])
-        placeholder = processor.decode(tokens[begin:end])
+    text, spans, decoded = "", [], 0
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        text += processor.decode(tokens[decoded:start])
+        placeholder = processor.decode(tokens[start:end])
         spans.append([len(text), len(text) + len(placeholder)])
-        text, done = text + placeholder, end
-    return text + processor.decode(tokens[done:]), spans
+        text, decoded = text + placeholder, end
+    return text + processor.decode(tokens[decoded:]), spans
 
 
-_KINDS = {str: "a text", int: "a whole number", list: "a list"}
-_MOST_TOKEN = 2**31 - 1
-
-
-def _segment_of(name: str, data: Any) -> Segment:
-    """Return a segment from JSON data. Raises ValueError."""
-    if not isinstance(data, dict) or data.get("kind") not in SEGMENTS:
-        raise ValueError(f"{name} must be an object whose 'kind' is one of {', '.join(SEGMENTS)}")
+def _parse_segment(name: str, data: Any) -> Segment:
+    """Return a segment from JSON data. Raises EpisodeError."""
+    if not isinstance(data, dict) or data.get("kind") not in _SEGMENT_KINDS:
+        kinds = ", ".join(_SEGMENT_KINDS)
+        raise EpisodeError(f"{name} must be an object whose 'kind' is one of {kinds}")
     tokens = data.get("tokens")
-    whole = isinstance(tokens, list) and all(type(token) is int for token in tokens)
-    if not whole or not all(0 <= token <= _MOST_TOKEN for token in tokens):
-        raise ValueError(f"{name}: 'tokens' must be a list of token ids")
-    drawn = {}
+    if not isinstance(tokens, list) or not all(
+        type(token) is int and 0 <= token <= _MAX_TOKEN for token in tokens
+    ):
+        raise EpisodeError(f"{name}: 'tokens' must be a list of token ids")
+    logprobs = {}
     for field in ("logprobs", "sampling_logprobs"):
         values = data.get(field)
         if values is not None:
             try:
-                drawn[field] = np.array(values, np.float32)
+                logprobs[field] = np.array(values, np.float32)
             except (TypeError, ValueError):
-                drawn[field] = np.zeros(0)
-            if drawn[field].shape != (len(tokens),):
-                raise ValueError(f"{name}: {field!r} must be a list of a number for each token")
-    return Segment(data["kind"], np.array(tokens, np.int32), **drawn)
+                logprobs[field] = np.zeros(0)
+            if logprobs[field].shape != (len(tokens),):
+                raise EpisodeError(f"{name}: {field!r} must be a list of a number for each token")
+    return Segment(data["kind"], np.array(tokens, np.int32), **logprobs)

@@ -9,7 +9,7 @@
 
 Imitations are detected in a copy of the text as a reader sees it (`_View`): entities and escapes
 are decoded, characters are mapped to those that they resemble, and invisible ones are removed. The
-imitations are then escaped in the original text, of which nothing else changes. The running time is
+imitations are then escaped in the original text, which is otherwise unchanged. The running time is
 linear in the length of the text.
 
 Some text is not escaped because it cannot be confused with our markup: a word without a bracket
@@ -47,8 +47,8 @@ def _word(word: str, between: str = "") -> str:
     return between.join(_LETTERS.get(letter, letter) for letter in word)
 
 
-def _any(words: Sequence[str]) -> str:
-    ordered = sorted(words, key=len, reverse=True)
+def _any(names: Sequence[str]) -> str:
+    ordered = sorted(names, key=len, reverse=True)
     return "|".join(_word(word, _BETWEEN) for word in ordered)
 
 
@@ -126,12 +126,12 @@ def escape_tags(text: str, *, line_start: bool = True) -> str:
         edits |= _edits(text.translate(_INVISIBLE_ASCII), line_start)
     if not edits:
         return text
-    pieces, begin = [], 0
+    pieces, copied = [], 0
     for (start, end), replacement in sorted(edits.items()):
-        if start >= begin:
-            pieces += [text[begin:start], replacement]
-            begin = end
-    return "".join([*pieces, text[begin:]])
+        if start >= copied:
+            pieces += [text[copied:start], replacement]
+            copied = end
+    return "".join([*pieces, text[copied:]])
 
 
 class _View:
@@ -142,18 +142,18 @@ class _View:
     """
 
     def __init__(self, text: str):
-        self._characters, self._starts = _decoded(text)
+        self._characters, self._starts = _decode(text)
         self._length = len(text)
         self.text = self._characters.translate(LOOKS_LIKE)
-        self._places: array.array | None = None
+        self._indices: array.array | None = None
 
-    def span(self, place: int) -> tuple[int, int]:
-        """Return the span in the original text of a character of the view."""
-        if self._places is None:  # computed only if there is an imitation
+    def span(self, index: int) -> tuple[int, int]:
+        """Return the span in the original text of the character at an index of the view."""
+        if self._indices is None:  # computed only if there is an imitation
             counts = (len(LOOKS_LIKE[ord(character)]) for character in self._characters)
             repeated = map(itertools.repeat, range(len(self._characters)), counts)
-            self._places = array.array("q", itertools.chain.from_iterable(repeated))
-        character = self._places[place]
+            self._indices = array.array("q", itertools.chain.from_iterable(repeated))
+        character = self._indices[index]
         if self._starts is None:
             return character, character + 1
         start = self._starts[character]
@@ -166,40 +166,40 @@ class _View:
 def _edits(text: str, line_start: bool) -> dict[tuple[int, int], str]:
     """Return the replacements by span; an empty span is an insertion."""
     view = _View(text)
-    edits = {view.span(place): _BRACKET for place in _brackets(view, text)}
-    for place in _labels(view, text, line_start):
-        start = view.span(place)[0]
+    edits = {view.span(index): _BRACKET for index in _brackets(view, text)}
+    for index in _labels(view, text, line_start):
+        start = view.span(index)[0]
         edits[start, start] = _MARK
     return edits
 
 
 def _brackets(view: _View, text: str) -> Iterator[int]:
     """Yield the positions of the brackets of tags, control tokens and headers."""
-    for found in _TAG.finditer(view.text):
-        if found.lastgroup != "run" and _is_tag(view, text, found):
-            run = found["run"]
-            yield from (found.start() + i for i, sign in enumerate(run) if sign in "<«[{(")
-    yield from (found.start() for found in _CONTROL_TOKEN.finditer(view.text))
-    yield from (found.end() - 1 for found in _HEADER.finditer(view.text))
+    for match in _TAG.finditer(view.text):
+        if match.lastgroup != "run" and _is_tag(view, text, match):
+            run = match["run"]
+            yield from (match.start() + i for i, sign in enumerate(run) if sign in "<«[{(")
+    yield from (match.start() for match in _CONTROL_TOKEN.finditer(view.text))
+    yield from (match.end() - 1 for match in _HEADER.finditer(view.text))
 
 
-def _is_tag(view: _View, text: str, found: re.Match) -> bool:
+def _is_tag(view: _View, text: str, match: re.Match) -> bool:
     """Return whether brackets followed by a name look like a tag.
 
     Source code, quotations and Markdown links do not count as tags.
     """
-    run, name = found["run"], found.lastgroup
+    run, name = match["run"], match.lastgroup
     before, closing = (
-        view.text[max(found.start() - 1, 0) : found.start()],
-        _CLOSED.match(view.text, found.end()),
+        view.text[max(match.start() - 1, 0) : match.start()],
+        _CLOSED.match(view.text, match.end()),
     )
     if name == "control":
         return "|" in run or "<" in run
     if "/" in run or "\\" in run:
         if "<" in run or "«" in run:
             return True
-        alone = closing is not None and not run.strip("[{(/\\|_*!.~ \n")
-        return alone and ("(" not in run or (name == "information" and before != "]"))
+        complete = closing is not None and not run.strip("[{(/\\|_*!.~ \n")
+        return complete and ("(" not in run or (name == "information" and before != "]"))
     if "<" not in run:
         return False
     if name in ("information", "ours"):  # `i <= answer` is code
@@ -207,9 +207,9 @@ def _is_tag(view: _View, text: str, found: re.Match) -> bool:
             return False  # so is `i < answer`
         if name == "information":
             return True
-        first = text[view.span(found.end("run"))[0]]
-        generic = run == "<" and before.isalnum() and first in "ARST"  # `vector<Answer>`
-        return not generic and not run.strip("<|_*!¡.:#~`^? \n")
+        first = text[view.span(match.end("run"))[0]]
+        is_generic = run == "<" and before.isalnum() and first in "ARST"  # `vector<Answer>`
+        return not is_generic and not run.strip("<|_*!¡.:#~`^? \n")
     # `i < result` and `List<Result>` are code too.
     return closing is not None and run == "<" and not (name == "result" and before.isalnum())
 
@@ -217,35 +217,35 @@ def _is_tag(view: _View, text: str, found: re.Match) -> bool:
 def _labels(view: _View, text: str, line_start: bool) -> Iterator[int]:
     """Yield the positions of labels at the start of a line, or after a number."""
 
-    def begins_line(found: re.Match) -> bool:
-        return bool(line_start or found.start() or view.text.startswith("\n"))
+    def starts_line(match: re.Match) -> bool:
+        return bool(line_start or match.start() or view.text.startswith("\n"))
 
-    def capital(found: re.Match) -> bool:  # other programs capitalise labels
-        return text[view.span(found.start("label"))[0]] in "LTIS"
+    def is_capitalised(match: re.Match) -> bool:  # other programs capitalise labels
+        return text[view.span(match.start("label"))[0]] in "LTIS"
 
     lone = _LONE_NUMBER.search(view.text)
     first = lone.start() if lone else len(view.text)  # position of the first numbered label
-    for found in filter(begins_line, _NUMBERED_LINE.finditer(view.text)):
-        if not (capital(found) and _SUMMARY.match(found["label"])):  # cannot begin a result
-            first = min(first, found.start())
-            yield found.start("label")
-            yield found.start("number")  # so that the line does not begin with it
-    for found in _NUMBERED.finditer(view.text):
-        shown_before = view.text[max(found.start() - 24, 0) : found.start()].rpartition("\n")[2]
-        if not (capital(found) and _CAPTION.search(shown_before)):
-            first = min(first, found.start())
-            yield found.start("label")
-    for found in filter(begins_line, _UNNUMBERED.finditer(view.text)):
-        alone = _LINK.match(found["label"]) or (
-            _SUMMARY.match(found["label"]) and not found["before"]
+    for match in filter(starts_line, _NUMBERED_LINE.finditer(view.text)):
+        if not (is_capitalised(match) and _SUMMARY.match(match["label"])):  # cannot begin a result
+            first = min(first, match.start())
+            yield match.start("label")
+            yield match.start("number")  # so that the line does not begin with it
+    for match in _NUMBERED.finditer(view.text):
+        preceding = view.text[max(match.start() - 24, 0) : match.start()].rpartition("\n")[2]
+        if not (is_capitalised(match) and _CAPTION.search(preceding)):
+            first = min(first, match.start())
+            yield match.start("label")
+    for match in filter(starts_line, _UNNUMBERED.finditer(view.text)):
+        unambiguous = _LINK.match(match["label"]) or (
+            _SUMMARY.match(match["label"]) and not match["before"]
         )
-        if not capital(found) and (alone or first < found.start()):
-            yield found.start("label")
-    for found in filter(begins_line, _QUESTION.finditer(view.text)):
-        yield found.start("label")
+        if not is_capitalised(match) and (unambiguous or first < match.start()):
+            yield match.start("label")
+    for match in filter(starts_line, _QUESTION.finditer(view.text)):
+        yield match.start("label")
 
 
-def _decoded(text: str) -> tuple[str, array.array | None]:
+def _decode(text: str) -> tuple[str, array.array | None]:
     """Decode the entities and escapes in a text.
 
     Returns:
@@ -255,31 +255,35 @@ def _decoded(text: str) -> tuple[str, array.array | None]:
     starts: array.array | None = None
     for _ in range(_ROUNDS):
         pieces: list[str] = []
-        places = array.array("q")
-        begin = 0
-        for found in _ENCODED.finditer(text):
-            value = _value(found[0])
-            if value == found[0]:
+        round_starts = array.array("q")  # start of each character in the text of this round
+        copied = 0
+        for match in _ENCODED.finditer(text):
+            value = _value(match[0])
+            if value == match[0]:
                 continue
-            pieces += [text[begin : found.start()], value]
-            places.extend(range(begin, found.start()))
+            pieces += [text[copied : match.start()], value]
+            round_starts.extend(range(copied, match.start()))
             # The match of an entity without a semicolon may include letters after it.
-            plain = max(len(value) - 1, 0) if found[0].endswith(value[1:]) else 0
-            places.extend([found.start()] * (len(value) - plain))
-            places.extend(range(found.end() - plain, found.end()))
-            begin = found.end()
+            plain = max(len(value) - 1, 0) if match[0].endswith(value[1:]) else 0
+            round_starts.extend([match.start()] * (len(value) - plain))
+            round_starts.extend(range(match.end() - plain, match.end()))
+            copied = match.end()
         if not pieces:
             break
-        places.extend(range(begin, len(text)))
-        text = "".join([*pieces, text[begin:]])
-        starts = places if starts is None else array.array("q", (starts[i] for i in places))
+        round_starts.extend(range(copied, len(text)))
+        text = "".join([*pieces, text[copied:]])
+        starts = (
+            round_starts if starts is None else array.array("q", (starts[i] for i in round_starts))
+        )
     return text, starts
 
 
 def _value(encoded: str) -> str:
     """Return the character that an entity or escape encodes, or the input if it is neither."""
     if encoded[0] == "&":
-        encoded = "&" + encoded[_FIRST_AMPERSANDS.match(encoded).end() :]
+        ampersands = _FIRST_AMPERSANDS.match(encoded)
+        assert ampersands is not None  # matches any text that begins with `&`
+        encoded = "&" + encoded[ampersands.end() :]
         number = _NUMBER.match(encoded)
         if number and len(number[2]) > 8:  # beyond Unicode
             return "\ufffd"

@@ -65,44 +65,47 @@ def load(directory: str | pathlib.Path | None = None, workflow: str = "") -> dic
         required field or has one of another prompt; or the directory has a `question` prompt, but
         none for the workflow `agent`.
     """
-    found = _texts(_BUILT_IN)
+    texts = _read_texts(_BUILT_IN)
     if workflow:
-        found |= _texts(_BUILT_IN / workflow)
+        texts |= _read_texts(_BUILT_IN / workflow)
     if directory is None:
-        return found
-    directory = pathlib.Path(directory)
+        return texts
+    return texts | _load_directory(pathlib.Path(directory), workflow)
+
+
+def _load_directory(directory: pathlib.Path, workflow: str) -> dict[str, str]:
+    """Return the prompts of a user's directory."""
     if not directory.is_dir():
         raise PromptsError(f"{directory}: no such directory of prompts")
-    replaced = _texts(directory)
-    if not replaced:
-        replaced = _published(directory)
-    if not replaced:
+    texts = _read_texts(directory) or _read_published(directory)
+    if not texts:
         raise PromptsError(
-            f"{directory}: neither {', '.join(_FIELDS)} as .txt, nor pickled prompts"
+            f"{directory} contains no prompts: neither {', '.join(_FIELDS)} as .txt, nor published "
+            "pickles"
         )
     if workflow:
-        own = _texts(directory / workflow)
-        if workflow == "agent" and "question" in replaced.keys() - own.keys():
+        workflow_texts = _read_texts(directory / workflow)
+        if workflow == "agent" and "question" in texts.keys() - workflow_texts.keys():
             raise PromptsError(
-                f"{directory}: has a question prompt of its own, so the workflow agent, which is "
-                "told apart by that alone, wants one too: agent/question.txt"
+                f"{directory} replaces the prompt 'question' but lacks agent/question.txt; the "
+                "workflow agent needs its own, since it differs from on_demand in that prompt alone"
             )
-        replaced |= own
-    for name, text in replaced.items():
-        (needed, allowed), used = _FIELDS[name], _FIELD.findall(text)
-        for field in needed:
+        texts |= workflow_texts
+    for name, text in texts.items():
+        (required, optional), used = _FIELDS[name], _FIELD.findall(text)
+        for field in required:
             if field not in used:
                 raise PromptsError(f"{directory}: prompt {name!r} lacks {{{field}}}")
         for field in used:
-            if field not in needed + allowed:
-                raise PromptsError(f"{directory}: prompt {name!r} has no use for {{{field}}}")
-    return found | replaced
+            if field not in required + optional:
+                raise PromptsError(f"{directory}: prompt {name!r} has no field {{{field}}}")
+    return texts
 
 
-def _texts(directory: pathlib.Path) -> dict[str, str]:
+def _read_texts(directory: pathlib.Path) -> dict[str, str]:
     """Return the prompts that a directory has as text files."""
     paths = {name: directory / f"{name}.txt" for name in _FIELDS}
-    return {name: _read(path) for name, path in paths.items() if path.is_file()}
+    return {name: _read_text(path) for name, path in paths.items() if path.is_file()}
 
 
 def fill(template: str, fields: Mapping[str, Sequence[T | str]]) -> list[T | str]:
@@ -111,26 +114,28 @@ def fill(template: str, fields: Mapping[str, Sequence[T | str]]) -> list[T | str
     Replacements are not expanded again, so a question may contain "{results}".
     """
     parts: list[T | str] = []
-    for number, piece in enumerate(_FIELD.split(template)):
-        parts += fields[piece] if number % 2 else [piece]
+    for index, piece in enumerate(_FIELD.split(template)):  # texts and field names in turn
+        parts += fields[piece] if index % 2 else [piece]
     return [part for part in parts if part != ""]
 
 
-def _published(directory: pathlib.Path) -> dict[str, str]:
+def _read_published(directory: pathlib.Path) -> dict[str, str]:
     prompts = {}
-    for name, (beginning, around) in _PUBLISHED.items():
-        paths = sorted(directory.glob(f"{beginning}*.pkl"))
+    for name, (prefix, template) in _PUBLISHED.items():
+        paths = sorted(directory.glob(f"{prefix}*.pkl"))
         if len(paths) > 1:
-            raise PromptsError(f"{directory}: {paths[0].name} or {paths[1].name}? Keep one of them")
+            raise PromptsError(
+                f"{directory} contains both {paths[0].name} and {paths[1].name}; keep one of them"
+            )
         if paths:
-            instruction = _unpickled_text(paths[0]).replace("<image>", "").strip()
-            prompts[name] = around.replace("INSTRUCTION", instruction)
+            instruction = _unpickle_text(paths[0]).replace("<image>", "").strip()
+            prompts[name] = template.replace("INSTRUCTION", instruction)
     return prompts
 
 
-def _unpickled_text(path: pathlib.Path) -> str:
+def _unpickle_text(path: pathlib.Path) -> str:
     try:
-        value = checked_pickle.loads(_bytes(path))
+        value = checked_pickle.loads(_read_bytes(path))
     except checked_pickle.PickleError as error:
         raise PromptsError(f"{path}: not a pickle of text ({error})") from None
     if not isinstance(value, str):
@@ -138,17 +143,17 @@ def _unpickled_text(path: pathlib.Path) -> str:
     return value
 
 
-def _read(path: pathlib.Path) -> str:
+def _read_text(path: pathlib.Path) -> str:
     try:
-        return _bytes(path).decode("utf-8").rstrip("\n")
+        return _read_bytes(path).decode("utf-8").rstrip("\n")
     except UnicodeDecodeError as error:
         raise PromptsError(f"{path}: not UTF-8 ({error.reason})") from None
 
 
-def _bytes(path: pathlib.Path) -> bytes:
+def _read_bytes(path: pathlib.Path) -> bytes:
     try:
         if path.stat().st_size > _MAX_BYTES:
-            raise PromptsError(f"{path}: more than {_MAX_BYTES} bytes")
+            raise PromptsError(f"{path} is larger than {_MAX_BYTES} bytes")
         return path.read_bytes()
     except OSError as error:
         raise PromptsError(f"{path}: {error.strerror or error}") from None

@@ -13,11 +13,12 @@ import numpy as np
 
 from mmsr1_jax.episodes import turns
 from mmsr1_jax.episodes.episode import Episode, Example, Segment
-from mmsr1_jax.episodes.rules import Rules
+from mmsr1_jax.episodes.rules import Reply, Rules
+from mmsr1_jax.episodes.turn_machine import Search, TurnMachine
 from mmsr1_jax.processing.processor import Processor
-from mmsr1_jax.tools import Query, Tool
+from mmsr1_jax.tools import Tool
 
-_AT_ONCE = 64
+_MAX_CONCURRENCY = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,81 +37,67 @@ class ScriptedEpisode:
 
 
 def replay(
-    stories: Iterable[ScriptedEpisode],
+    scripts: Iterable[ScriptedEpisode],
     processor: Processor,
     rules: Rules,
     tools: Mapping[str, Tool],
 ) -> Iterator[Episode]:
-    """Yield an episode for each story, in order.
+    """Yield the episode of each script, in order.
 
     An episode with an unusable question or image has `end == "error"`. Turns after the end of an
     episode are dropped.
     """
-    stories = enumerate(stories)
+    machine = TurnMachine(rules, processor)
+    numbered = enumerate(scripts)
     with asyncio.Runner() as runner:
-        while batch := [story for story, _ in zip(stories, range(_AT_ONCE), strict=False)]:
-            yield from runner.run(_together(batch, processor, rules, tools))
+        while batch := [pair for pair, _ in zip(numbered, range(_MAX_CONCURRENCY), strict=False)]:
+            yield from runner.run(_replay_all(batch, processor, machine, tools))
 
 
-async def _together(batch, processor, rules, tools) -> list[Episode]:
+async def _replay_all(
+    batch: Sequence[tuple[int, ScriptedEpisode]],
+    processor: Processor,
+    machine: TurnMachine,
+    tools: Mapping[str, Tool],
+) -> list[Episode]:
     return await asyncio.gather(
-        *(_episode(number, story, processor, rules, tools) for number, story in batch)
+        *(_replay(index, script, processor, machine, tools) for index, script in batch)
     )
 
 
-async def _episode(number: int, story: ScriptedEpisode, processor, rules: Rules, tools) -> Episode:
-    episode = Episode(example=story.example, group=number, index=number)
+async def _replay(
+    index: int,
+    script: ScriptedEpisode,
+    processor: Processor,
+    machine: TurnMachine,
+    tools: Mapping[str, Tool],
+) -> Episode:
     try:
-        prompt = rules.initial_prompt(story.example)
+        prompt = machine.rules.initial_prompt(script.example)
     except Exception as error:  # an unusable image or question
-        episode.end, episode.error = "error", f"{type(error).__name__}: {error}"
-        return episode
-    episode.segments.append(Segment("prompt", prompt.tokens))
-    episode.images += prompt.images
-    for text in story.texts:
+        return machine.fail(script.example, error, group=index, index=index)
+    episode = machine.start(script.example, prompt, group=index, index=index)
+    for text in script.texts:
         tokens = np.array(processor.encode_text(text), np.int32)
-        nothing = np.zeros(len(tokens), np.float32)
-        episode.segments.append(Segment("model", tokens, nothing, nothing))
-        episode.turns.append(turns.parse(text))
-        step = rules.next_step(episode.turns, episode.calls, cut=False)
-        if step.kind == "end":
-            episode.end = step.end
+        logprobs = np.zeros(len(tokens), np.float32)
+        episode.segments.append(Segment("model", tokens, logprobs, logprobs))
+        step = machine.finish_turn(episode, turns.parse(text))
+        if isinstance(step, Search):
+            reply = await _execute(machine, step, tools)
+            step = machine.add_reply(episode, step, reply)
+        if step is None:
             return episode
-        closing = processor.closing()
-        room = rules.token_budget(episode, len(closing))
-        if step.kind == "search":
-            reply = await _searched(episode, rules, tools, room)
-        else:
-            reply = rules.notice(step, episode, room)
-        if reply.call is not None:
-            episode.calls.append(reply.call)
-        if reply.prompt is None:
-            episode.end = "tokens"
-            return episode
-        episode.segments.append(Segment("forced", np.array(closing, np.int32)))
-        episode.segments.append(Segment("tool", reply.prompt.tokens))
-        episode.images += reply.prompt.images
-    episode.end = "turns"
+    machine.end(episode, "turns")
     return episode
 
 
-async def _searched(episode: Episode, rules: Rules, tools, room: int):
-    turn, example = episode.turns[-1], episode.example
-    query = Query(
-        action=turn.action,
-        text=turn.payload,
-        question=example.question,
-        images=tuple(example.images),
-        example=example.id,
-    )
+async def _execute(machine: TurnMachine, search: Search, tools: Mapping[str, Tool]) -> Reply:
+    """Call the tool of a search, and return the user turn with its results."""
+    timeout = machine.rules.tool_timeout
     observation = error = None
     try:
-        async with asyncio.timeout(rules.tool_timeout):
-            observation = await rules.call_tool(tools[turn.action], query, rules.tool_timeout)
+        async with asyncio.timeout(timeout):
+            observation = await machine.call(search, tools[search.query.action], timeout)
     except Exception as raised:
         error = raised
-    turn_number = len(episode.turns) - 1
-    try:
-        return rules.tool_reply(query, example, turn_number, room, observation, error, seconds=0.0)
-    except Exception as unforeseen:  # a tool may return objects that raise
-        return rules.tool_reply(query, example, turn_number, room, None, unforeseen, seconds=0.0)
+    return machine.reply(search, observation, error, seconds=0.0)

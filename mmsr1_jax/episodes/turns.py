@@ -3,9 +3,9 @@
 The engine needs to know which action to execute (`parse`), and the reward whether the format is
 correct. There are two formats; the first is the default of `config.rewards`:
 
-    published   <reason>..</reason> any words <answer>..</answer>
-                <reason>..</reason> any words <search><img></search>
-                <reason>..</reason> any words <text_search>..</text_search>
+    published   <reason>..</reason> any text <answer>..</answer>
+                <reason>..</reason> any text <search><img></search>
+                <reason>..</reason> any text <text_search>..</text_search>
     strict      only whitespace between the reasoning and the action, which is not empty;
                 whitespace is allowed around <img>
 
@@ -30,7 +30,7 @@ WHOLE_IMAGE = "<img>"  # the only valid content of an image search
 _CLOSE = re.compile("|".join(map(re.escape, STOPS)))
 _REASON = re.compile(r"\s*<reason>(.*?)</reason>\s*", re.DOTALL)
 _REASON_TAGS = ("<reason>", "</reason>")
-_ACTION_OF = {f"</{tag}>": action for action, tag in TAGS.items()}
+_CLOSING_ACTIONS: dict[str, Action] = {f"</{tag}>": action for action, tag in TAGS.items()}
 # Tags of each action in the published format. Those of an image search are a single string:
 # `<search>` alone does not count.
 _PUBLISHED_TAGS: dict[Action, tuple[str, ...]] = {
@@ -63,12 +63,12 @@ class Turn:
     @property
     def form(self) -> Action | None:
         """Action whose published format the turn has, see `published_form`."""
-        return self._kept_form if self.text is None else published_form(self.text)
+        return self._recorded_form if self.text is None else published_form(self.text)
 
     @property
     def strict_form(self) -> Action | None:
         """Action whose strict format the turn has, see `strict_form`."""
-        return self._kept_form if self.text is None else strict_form(self.text)
+        return self._recorded_form if self.text is None else strict_form(self.text)
 
     @property
     def well_formed(self) -> bool:
@@ -76,7 +76,7 @@ class Turn:
         return self.form is not None
 
     @property
-    def _kept_form(self) -> Action | None:
+    def _recorded_form(self) -> Action | None:
         return self.action if self.problem is None else None
 
 
@@ -85,17 +85,17 @@ def parse(text: str) -> Turn:
 
     The action is the one whose closing tag comes first, since that is where the engine stops.
     """
-    begin = _REASON.match(text)
-    reason = begin[1].strip() if begin else None
-    action, start, end, found = _read_action(text)
+    reasoning = _REASON.match(text)
+    reason = reasoning[1].strip() if reasoning else None
+    action, start, end, content = _find_action(text)
     if action is None:
-        return Turn(None, None, reason, found, text)
-    payload: str | None = found
+        return Turn(None, None, reason, content, text)
+    payload: str | None = content
     if action != "text_search":
         payload = answer_in(text[:end]) if action == "answer" else None
     problem = None
     if published_form(text) != action:
-        problem = _problem(text, begin, action, start, end)
+        problem = _format_problem(text, reasoning, action, start, end)
     return Turn(action, payload, reason, problem, text)
 
 
@@ -137,11 +137,11 @@ def strict_form(text: str) -> Action | None:
     and the action, and after the action. The reasoning contains no second `<reason>`, and an answer
     or query is not empty. Whitespace is allowed around the `<img>` of an image search.
     """
-    begin = _REASON.match(text)
-    action, start, end, payload = _read_action(text)
-    if action is None or begin is None or begin.end() != start or text[end:].strip():
+    reasoning = _REASON.match(text)
+    action, start, end, content = _find_action(text)
+    if action is None or reasoning is None or reasoning.end() != start or text[end:].strip():
         return None
-    return action if payload and "<reason>" not in begin[1] else None
+    return action if content and "<reason>" not in reasoning[1] else None
 
 
 def answer_in(text: str) -> str | None:
@@ -151,15 +151,15 @@ def answer_in(text: str) -> str | None:
     are matched from the left, each from an opening tag to the first closing tag after it. An
     opening tag inside an answer is therefore part of the answer.
     """
-    found, begin = None, text.find("<answer>")
-    while begin >= 0:
-        begin += len("<answer>")
-        end = text.find("</answer>", begin)
+    answer, start = None, text.find("<answer>")
+    while start >= 0:
+        start += len("<answer>")
+        end = text.find("</answer>", start)
         if end < 0:
             break
-        found = text[begin:end].strip()
-        begin = text.find("<answer>", end)
-    return found
+        answer = text[start:end].strip()
+        start = text.find("<answer>", end)
+    return answer
 
 
 def asks_for_search(text: str) -> bool:
@@ -173,7 +173,7 @@ def asks_for_search(text: str) -> bool:
     )
 
 
-def _read_action(text: str) -> tuple[Action | None, int, int, str]:
+def _find_action(text: str) -> tuple[Action | None, int, int, str]:
     """Find the action that the engine executes.
 
     Returns:
@@ -183,22 +183,24 @@ def _read_action(text: str) -> tuple[Action | None, int, int, str]:
     close = _CLOSE.search(text)
     if close is None:
         return None, 0, 0, "no closing tag of an action"
-    action = _ACTION_OF[close[0]]
+    action = _CLOSING_ACTIONS[close[0]]
     opening = f"<{TAGS[action]}>"
     start = text.rfind(opening, 0, close.start())
     if start < 0:
         return None, 0, 0, f"{close[0]} without {opening}"
-    inside = text[start + len(opening) : close.start()].strip()
-    if action == "image_search" and inside != WHOLE_IMAGE:
+    content = text[start + len(opening) : close.start()].strip()
+    if action == "image_search" and content != WHOLE_IMAGE:
         return None, 0, 0, f"{opening} holds something else than {WHOLE_IMAGE}"
-    if action == "text_search" and not inside:
+    if action == "text_search" and not content:
         return None, 0, 0, "an empty query"
-    return action, start, close.end(), inside
+    return action, start, close.end(), content
 
 
-def _problem(text: str, begin: re.Match | None, action: Action, start: int, end: int) -> str:
+def _format_problem(
+    text: str, reasoning: re.Match | None, action: Action, start: int, end: int
+) -> str:
     """Describe how a turn violates the published format of its action."""
-    if begin is None or begin.end() > start:
+    if reasoning is None or reasoning.end() > start:
         return "does not begin with <reason>..</reason>"
     if text[end:].strip():
         return "text after the action"
@@ -208,6 +210,6 @@ def _problem(text: str, begin: re.Match | None, action: Action, start: int, end:
     for other, tags in _PUBLISHED_TAGS.items():
         for tag in tags:
             if text.count(tag) > (other == action):
-                fault = "comes more than once" if other == action else "stands beside the action"
-                return f"{tag} {fault}"
+                problem = "comes more than once" if other == action else "stands beside the action"
+                return f"{tag} {problem}"
     return f"{_PUBLISHED_TAGS['image_search'][0]} with white space inside"

@@ -148,7 +148,13 @@ def short_forms(
         return {"answer": None, "error": str(error), "model": model}
 
     return replies_to(
-        asked, ask, failed, path, shape=records.Extracted, pauses=judge.pauses, what="short forms"
+        asked,
+        ask,
+        failed,
+        path,
+        shape=records.Extracted,
+        pauses=judge.retry_waits,
+        what="short forms",
     )
 
 

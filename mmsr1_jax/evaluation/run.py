@@ -37,8 +37,9 @@ from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.rollout.build import make_engine, make_processor
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.pool import EnginePool
-from mmsr1_jax.tools import local
-from mmsr1_jax.tools.build import check_services, make_judge
+from mmsr1_jax.tools.build import make_judge
+from mmsr1_jax.tools.index_builder import INDEX_FILE
+from mmsr1_jax.tools.service_checks import check_services
 from mmsr1_jax.training import sft_dataset, train_utils
 from mmsr1_jax.training.checkpoint import Checkpoints
 from mmsr1_jax.utils import checked_json, outputs
@@ -173,7 +174,7 @@ def answer(
         rollouts=samples,
         sampling=sampling,
         rules=rules,
-        numbers=(number for number, _ in numbers),
+        indices=(number for number, _ in numbers),
     )
     total = source.count and source.count * samples
     with (
@@ -266,7 +267,7 @@ def _made_with(
     for name in _SERVICES:
         found[f"services.{name}"] = getattr(config.services, name)
     searched = [path for path in (config.tools.index, config.services.fvqa_cache) if path]
-    names = ("", local.FILE, "pages.jsonl")
+    names = ("", INDEX_FILE, "pages.jsonl")
     found["tools.files"] = _stamps(pathlib.Path(p, name) for p in searched for name in names)
     for name in config.eval.workflows:
         texts = json.dumps(prompts.load(config.turns.prompt_dir, name), sort_keys=True)

@@ -17,7 +17,8 @@ from mmsr1_jax.evaluation.metrics import Outcome, figures
 from mmsr1_jax.evaluation.records import EPISODES
 from mmsr1_jax.evaluation.workflows import WORKFLOWS
 from mmsr1_jax.tools.build import make_judge
-from mmsr1_jax.tools.judge import NO_VERDICT, Judge
+from mmsr1_jax.tools.judge import Judge
+from mmsr1_jax.tools.verdicts import NO_VERDICT
 from mmsr1_jax.tools.web import WebError
 from mmsr1_jax.utils import checked_json, fallbacks, outputs
 
@@ -182,11 +183,11 @@ def judged(
 ) -> dict[Key, dict[str, Any]]:  # fmt: skip
     """Return the judge's verdicts: {"correct", "reason", "by", "model"} by key.
 
-    `correct` is None if the judge could not be reached, even after the last of `judge.pauses`.
+    `correct` is None if the judge could not be reached, even after the last of `judge.retry_waits`.
 
     Args:
       asked: Question, gold answers and answer.
-      judge: Judge. If its server is down, requests are retried after each of `judge.pauses`.
+      judge: Judge. If its server is down, requests are retried after each of `judge.retry_waits`.
       model: Name of the judge's model, copied into the verdicts.
       path: File to which verdicts are appended as they arrive, each with a digest of its request.
         Its verdicts are reused; those on other answers are ignored.
@@ -198,7 +199,7 @@ def judged(
 
     async def ask(one: tuple[str, Sequence[str], str | None]) -> dict[str, Any]:
         said = await judge.verdict(*one)
-        return {"correct": said.correct, "reason": said.reason, "by": said.by, "model": model}
+        return {"correct": said.correct, "reason": said.reason, "by": said.source, "model": model}
 
     def failed(error: WebError) -> dict[str, Any]:
         reason = f"no verdict: {error}"
@@ -206,6 +207,6 @@ def judged(
 
     found = replies_to(
         {digest: asked[key] for key, digest in digests.items()}, ask, failed, path,
-        shape=records.Verdict, pauses=judge.pauses, what="judge",
+        shape=records.Verdict, pauses=judge.retry_waits, what="judge",
     )  # fmt: skip
     return {key: found[digest] for key, digest in digests.items()}

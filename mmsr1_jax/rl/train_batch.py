@@ -1,10 +1,12 @@
-"""Conversion of a step's episodes into training samples: shaped rewards, advantages, weights."""
+"""Conversion of a step's episodes into training samples, and metrics of its updates."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Float64
+from flax import nnx
+from jaxtyping import Float32, Float64
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.episodes.episode import Episode
@@ -12,7 +14,8 @@ from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 from mmsr1_jax.processing.batching import TooLongError
 from mmsr1_jax.rewards.reward_function import Reward
 from mmsr1_jax.rl import advantages, packing
-from mmsr1_jax.rl.learner import LossFunction
+from mmsr1_jax.rl.advantages import overlong_mask, overlong_penalty
+from mmsr1_jax.rl.learner import Learner, LossFunction
 from mmsr1_jax.rl.loss import LossOptions, policy_loss, token_weights
 from mmsr1_jax.rl.packing import RowShape, Sample, TrainBatch
 
@@ -75,7 +78,7 @@ def shape_rewards(
     rewards = np.array([reward.reward for _, reward in group], np.float64)
     if objective.overlong == "penalty":
         lengths = np.array([len(episode) for episode, _ in group])
-        rewards += advantages.overlong_penalty(lengths, limit, objective.overlong_buffer)
+        rewards += overlong_penalty(lengths, limit, objective.overlong_buffer)
     return rewards
 
 
@@ -84,8 +87,16 @@ def has_reward_variance(group: Group, objective: settings.Objective, limit: int)
     return len(group) > 1 and advantages.has_reward_variance(shape_rewards(group, objective, limit))
 
 
+def split(groups: Sequence[Group], num_minibatches: int) -> list[list[Group]]:
+    """Deal the groups that have episodes out to minibatches, one for each update of a step."""
+    return [
+        [group for group in groups[i::num_minibatches] if group] for i in range(num_minibatches)
+    ]
+
+
 def make_samples(
     groups: Sequence[Group],
+    group_advantages: Sequence[Float32[np.ndarray, "..."]],
     objective: settings.Objective,
     limit: int,
     config: ModelConfig,
@@ -95,22 +106,18 @@ def make_samples(
 
     Args:
       groups: Groups of the update; the loss is averaged over the tokens of all their episodes.
+      group_advantages: Advantages of each group, float32[G], see `advantages.group_advantages`.
       objective: Settings of the objective.
       limit: Maximum length of an episode in tokens.
       config: Model configuration of the policy.
       shape: Shape of the packed rows.
 
     Returns:
-      The samples, and the reasons why other episodes were skipped (they do not fit into a row).
+      The samples, and for each episode that does not fit into a row, why it was skipped.
     """
     kept, skipped = [], []
-    for group in groups:
-        if not group:
-            continue
-        group_advantages = advantages.group_advantages(
-            shape_rewards(group, objective, limit), objective.advantage
-        )
-        for (episode, _), advantage in zip(group, group_advantages, strict=True):
+    for group, values in zip(groups, group_advantages, strict=True):
+        for (episode, _), advantage in zip(group, values, strict=True):
             try:
                 packing.check_fits(episode.conversation, config, shape)
             except TooLongError as error:
@@ -118,11 +125,11 @@ def make_samples(
                 continue
             mask = episode.loss_mask
             if objective.overlong == "mask":
-                mask = advantages.overlong_mask(mask, episode.end == "tokens")
+                mask = overlong_mask(mask, episode.end == "tokens")
             kept.append((episode, mask, advantage))
     lengths = np.array([mask.sum() for _, mask, _ in kept], np.int64)
     weights = token_weights(lengths, objective.loss_aggregation, fixed_length=limit)
-    policy_term_only = not objective.kl_coef and not objective.entropy_coef
+    policy_loss_only = not objective.kl_coef and not objective.entropy_coef
     samples = [
         Sample(
             prompt=episode.conversation,
@@ -132,9 +139,24 @@ def make_samples(
             rollout_logprobs=episode.logprobs,
         )
         for (episode, mask, advantage), weight in zip(kept, weights, strict=True)
-        if not (policy_term_only and advantage == 0) and mask.any()  # else its gradient is zero
+        if mask.any() and not (policy_loss_only and advantage == 0)  # else its gradient is 0
     ]
     return samples, skipped
+
+
+def with_logprobs(
+    batches: Sequence[TrainBatch], field: str, learner: Learner, params: nnx.State | None = None
+) -> list[TrainBatch]:
+    """Return micro-batches with `field` set to the log-probs of their tokens.
+
+    Args:
+      batches: Micro-batches of host arrays.
+      field: `old_logprobs` or `ref_logprobs`.
+      learner: Learner that computes them.
+      params: Snapshot of the trained parameters to use; None: the current ones.
+    """
+    logprobs = learner.logprobs(batches, params)
+    return [dataclasses.replace(b, **{field: x}) for b, x in zip(batches, logprobs, strict=True)]
 
 
 def update_metrics(sums: dict[str, float]) -> dict[str, float]:
@@ -148,3 +170,10 @@ def update_metrics(sums: dict[str, float]) -> dict[str, float]:
             metrics[name] = value / tokens
     metrics["clip_fraction"] = metrics["clipped_low"] + metrics["clipped_high"]
     return metrics
+
+
+def mean_update_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the mean metrics of a step's updates as `update/NAME`, and `update/nonfinite`."""
+    names = sorted({name for update in updates for name in update})
+    means = {f"update/{n}": float(np.mean([update[n] for update in updates])) for n in names}
+    return means | {"update/nonfinite": float(sum(not update["finite"] for update in updates))}

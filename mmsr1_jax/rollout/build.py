@@ -8,8 +8,8 @@ from mmsr1_jax.config import settings
 from mmsr1_jax.models import qwen2_5_vl, sharding
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
 from mmsr1_jax.processing.processor import Processor
-from mmsr1_jax.rollout.device import place
 from mmsr1_jax.rollout.engine import Engine
+from mmsr1_jax.rollout.placement import transfer
 from mmsr1_jax.rollout.pool import EnginePool
 from mmsr1_jax.tools.build import make_tools
 
@@ -30,10 +30,10 @@ def make_engine(
       engines: Maximum number of engines; None: one on each group of devices.
 
     Raises:
-      ValueError, OSError: A file or setting is unusable; the message names it.
+      UserError, OSError: A file or setting is unusable; the message names it.
     """
     meshes = _meshes(config.mesh)[:engines]
-    tools = make_tools(config, loops=len(meshes))
+    tools = make_tools(config, num_loops=len(meshes))
     processor = make_processor(config, model_dir)
     model = qwen2_5_vl.load(
         model_dir,
@@ -63,7 +63,7 @@ def copies(model: Qwen2_5_VL, meshes: list[Mesh]) -> list[Qwen2_5_VL]:
     """
     graph, params = nnx.split(model)
     layouts = [sharding.param_shardings(params, mesh) for mesh in meshes]
-    return [nnx.merge(graph, place(params, layout)) for layout in layouts]
+    return [nnx.merge(graph, transfer(params, layout)) for layout in layouts]
 
 
 def _meshes(mesh: settings.Mesh) -> list[Mesh]:

@@ -18,8 +18,7 @@ from mmsr1_jax.models.attention import CACHE_BLOCK
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
 
 
-@flax.struct.dataclass
-class Lanes:
+class Lanes(flax.struct.PyTreeNode):
     """State of all lanes.
 
     Attributes:
@@ -40,8 +39,7 @@ class Lanes:
         return self.k.shape[3]
 
 
-@flax.struct.dataclass
-class PrefillBatch:
+class PrefillBatch(flax.struct.PyTreeNode):
     """A batch of tokens to write into some lanes, padded to a shape of the bucket table.
 
     Attributes:
@@ -123,8 +121,8 @@ def extend(
     """
     x = model.text.embed(new.tokens, model.dtype)
     if image_tokens is not None:
-        pictures = jnp.take(image_tokens, jnp.maximum(new.image_index, 0), axis=0)
-        x = jnp.where(new.image_index[..., None] >= 0, pictures, x)
+        images = jnp.take(image_tokens, jnp.maximum(new.image_index, 0), axis=0)
+        x = jnp.where(new.image_index[..., None] >= 0, images, x)
     hidden, lanes = write(model, lanes, new.lane, x, new.positions, new.count)
     return hidden, lanes.replace(hidden=lanes.hidden.at[new.lane].set(hidden, mode="drop"))
 

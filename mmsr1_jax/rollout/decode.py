@@ -24,8 +24,7 @@ from mmsr1_jax.rollout.cache import Lanes
 from mmsr1_jax.rollout.sampler import Sampling, sample, token_keys
 
 
-@flax.struct.dataclass
-class Rows:
+class Rows(flax.struct.PyTreeNode):
     """State of the turns being decoded, one per row.
 
     Attributes:
@@ -34,8 +33,8 @@ class Rows:
       stop_state: State of the stop automaton, int32[R]; 0 at the start of a turn.
       position: M-RoPE position of the next token, int32[R].
       episode: Index of the episode, int32[R], which seeds its random numbers.
-      drawn: Number of tokens sampled so far in all turns of the episode, int32[R].
-      left: Remaining token budget of the turn, int32[R].
+      num_sampled: Number of tokens sampled so far in all turns of the episode, int32[R].
+      budget: Remaining token budget of the turn, int32[R].
       sampling: Sampling parameters of each row.
     """
 
@@ -44,13 +43,12 @@ class Rows:
     stop_state: jax.Array
     position: jax.Array
     episode: jax.Array
-    drawn: jax.Array
-    left: jax.Array
+    num_sampled: jax.Array
+    budget: jax.Array
     sampling: Sampling
 
 
-@flax.struct.dataclass
-class SampledTokens:
+class SampledTokens(flax.struct.PyTreeNode):
     """Tokens sampled by one call of `decode`. Only the first `count` entries of a row are valid.
 
     Attributes:
@@ -98,41 +96,45 @@ def decode(
     R = len(rows.lane)
     zeros = functools.partial(jnp.zeros, (R, steps))
     out = (zeros(jnp.int32), zeros(jnp.float32), zeros(jnp.float32), jnp.zeros(R, jnp.int32))
+    hidden = jnp.take(lanes.hidden, rows.lane, axis=0, mode="clip")
 
-    def go_on(carry):
-        number, _, rows, _, _ = carry
-        return (number < steps) & (rows.active.sum() > leave_at)
+    def should_continue(carry):
+        index, _, rows, _, _ = carry
+        return (index < steps) & (rows.active.sum() > leave_at)
 
     def step(carry):
-        number, out, rows, hidden, lanes = carry
-        on, one = rows.active, rows.active.astype(jnp.int32)
-        logits = model.logits(hidden[:, None])[:, 0]
-        keys = token_keys(seed, rows.episode, rows.drawn)
-        token, sampling_logprob, logprob = sample(logits, keys, rows.sampling, allowed)
-        x = model.text.embed(token[:, None], model.dtype)
-        positions = jnp.tile(rows.position[:, None, None], (1, 3, 1))
-        new_hidden, lanes = cache.write(model, lanes, rows.lane, x, positions, one)
-        stop_state = jnp.where(on, next_state[rows.stop_state, token], rows.stop_state)
-        left = rows.left - one
-        # An active row samples from the first step until it stops, so its tokens are contiguous.
-        tokens, sampling_logprobs, logprobs, count = out
-        out = (
-            tokens.at[:, number].set(token),
-            sampling_logprobs.at[:, number].set(sampling_logprob),
-            logprobs.at[:, number].set(logprob),
-            count + one,
-        )
-        rows = rows.replace(
-            active=on & (stop_state < running) & (left > 0),
-            stop_state=stop_state.astype(jnp.int32),
-            position=rows.position + one,
-            drawn=rows.drawn + one,
-            left=left,
-        )
-        return number + 1, out, rows, jnp.where(on[:, None], new_hidden, hidden), lanes
+        return _step(model, next_state, allowed, seed, running, *carry)
 
-    hidden = jnp.take(lanes.hidden, rows.lane, axis=0, mode="clip")
     carry = (jnp.int32(0), out, rows, hidden, lanes)
-    number, out, rows, hidden, lanes = jax.lax.while_loop(go_on, step, carry)
+    num_steps, out, rows, hidden, lanes = jax.lax.while_loop(should_continue, step, carry)
     lanes = lanes.replace(hidden=lanes.hidden.at[rows.lane].set(hidden, mode="drop"))
-    return SampledTokens(*out, rows.stop_state, number), lanes
+    return SampledTokens(*out, rows.stop_state, num_steps), lanes
+
+
+def _step(model, next_state, allowed, seed, running, index, out, rows, hidden, lanes):
+    """Run decoding step `index`: sample a token for each active row, and write it to its lane."""
+    active, count = rows.active, rows.active.astype(jnp.int32)
+    logits = model.logits(hidden[:, None])[:, 0]
+    keys = token_keys(seed, rows.episode, rows.num_sampled)
+    token, sampling_logprob, logprob = sample(logits, keys, rows.sampling, allowed)
+    x = model.text.embed(token[:, None], model.dtype)
+    positions = jnp.tile(rows.position[:, None, None], (1, 3, 1))
+    new_hidden, lanes = cache.write(model, lanes, rows.lane, x, positions, count)
+    stop_state = jnp.where(active, next_state[rows.stop_state, token], rows.stop_state)
+    budget = rows.budget - count
+    # An active row samples from the first step until it stops, so its tokens are contiguous.
+    tokens, sampling_logprobs, logprobs, num_tokens = out
+    out = (
+        tokens.at[:, index].set(token),
+        sampling_logprobs.at[:, index].set(sampling_logprob),
+        logprobs.at[:, index].set(logprob),
+        num_tokens + count,
+    )
+    rows = rows.replace(
+        active=active & (stop_state < running) & (budget > 0),
+        stop_state=stop_state.astype(jnp.int32),
+        position=rows.position + count,
+        num_sampled=rows.num_sampled + count,
+        budget=budget,
+    )
+    return index + 1, out, rows, jnp.where(active[:, None], new_hidden, hidden), lanes

@@ -15,11 +15,13 @@ from mmsr1_jax.config import settings
 from mmsr1_jax.episodes import prompts, turns
 from mmsr1_jax.episodes.episode import Episode, Example
 from mmsr1_jax.episodes.rules import Rules
+from mmsr1_jax.episodes.turn_machine import OnEvent
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.rollout import stop
 from mmsr1_jax.rollout.device import Device, EngineStats
-from mmsr1_jax.rollout.scheduler import END_TOKENS, NextExamples, OnEvent, OnTokens, Scheduler
+from mmsr1_jax.rollout.scheduler import END_TOKENS, NextExamples, OnTokens, Scheduler
+from mmsr1_jax.rollout.timeline import EngineTimeline, Timeline
 from mmsr1_jax.tools import Tool
 from mmsr1_jax.tools.tool_executor import ToolExecutor
 
@@ -90,7 +92,7 @@ class Engine:
           RuntimeError: A rollout is in progress.
         """
         if self._busy:
-            raise RuntimeError("Engine.load: a rollout is under way")
+            raise RuntimeError("Engine.load: a rollout is in progress")
         self.device.load(params)
 
     def make_rules(
@@ -99,11 +101,11 @@ class Engine:
         """Return rules for a `rollout` that differ from those of the config; see `Rules`.
 
         Raises:
-          ValueError: `limits.max_episode_tokens` exceeds the config's, for which lanes are made.
+          ValueError: `limits.max_episode_tokens` exceeds the config's, the capacity of the lanes.
         """
         if limits.max_episode_tokens > self.config.turns.max_episode_tokens:
             raise ValueError(
-                f"turns.max_episode_tokens={limits.max_episode_tokens} of these rules is more than "
+                f"turns.max_episode_tokens={limits.max_episode_tokens} of these rules exceeds "
                 f"the engine's {self.config.turns.max_episode_tokens}"
             )
         return Rules(
@@ -129,32 +131,35 @@ class Engine:
         sampling: settings.Sampling | None = None,
         on_event: OnEvent = lambda episode, event: None,
         rules: Rules | None = None,
-        numbers: Iterable[int] | None = None,
+        indices: Iterable[int] | None = None,
+        timeline: Timeline | None = None,
     ) -> Iterator[Episode]:
-        """Yield episodes as they end, in any order; `group` and `number` identify them.
+        """Yield episodes as they end, in any order; `group` and `index` identify them.
 
         Args:
           examples: Questions. An unusable one yields episodes with `end == "error"`.
           rollouts: Number of episodes per question.
           sampling: Sampling settings; None: `config.sampling`. Random numbers depend on the seed,
-            the episode's number in this call and the token index, so different calls need different
+            the episode's index in this call and the token index, so different calls need different
             seeds.
           on_event: Callback for the progress of episodes, see `OnEvent`.
           rules: Rules from `make_rules`; None: those of the config.
-          numbers: Distinct indices of the examples; None: 0, 1, .. They determine the numbers of
+          indices: Distinct indices of the examples; None: 0, 1, .. They determine the indices of
             the episodes, so that part of a call can be repeated exactly.
+          timeline: Recorder of what the device and each lane do; None: nothing is recorded.
 
         Raises:
           RuntimeError: Another rollout of this engine is in progress.
-          ValueError: The sampling settings are invalid.
+          ConfigError: The sampling settings are invalid.
         """
-        numbered = zip(itertools.count() if numbers is None else numbers, examples, strict=False)
+        indexed = zip(itertools.count() if indices is None else indices, examples, strict=False)
         yield from self.rollout_part(
-            lambda count: list(itertools.islice(numbered, count)),
+            lambda count: list(itertools.islice(indexed, count)),
             rollouts=rollouts,
             sampling=sampling or self.config.sampling,
             on_event=on_event,
             rules=rules,
+            timeline=None if timeline is None else timeline.engine(0, self.config),
         )
 
     def rollout_part(
@@ -163,15 +168,15 @@ class Engine:
         *,
         rollouts: int,
         sampling: settings.Sampling,
-        on_event: OnEvent,
-        rules: Rules | None = None,
-        look_again: float | None = None,
+        on_event: OnEvent = lambda episode, event: None,
         on_tokens: OnTokens = lambda episode, tokens: None,
+        rules: Rules | None = None,
+        poll_interval: float | None = None,
+        timeline: EngineTimeline | None = None,
     ) -> Iterator[Episode]:
         """Yield episodes of the examples that `next_examples` returns.
 
-        The iterator ends once all episodes have ended and `next_examples` returns no
-        more examples.
+        The iterator ends once all episodes have ended and `next_examples` returns no more examples.
 
         Args:
           next_examples: Source of examples with their indices in the whole rollout, see
@@ -179,32 +184,35 @@ class Engine:
           rollouts: Number of episodes per example.
           sampling: Sampling settings.
           on_event: Callback for the progress of episodes, see `OnEvent`.
-          rules: Rules from `make_rules`; None: those of the config.
-          look_again: Seconds after which an engine that only waits for tools calls `next_examples`
-            again;
-            None: it sleeps until a tool responds.
           on_tokens: Callback for sampled tokens, see `OnTokens`.
+          rules: Rules from `make_rules`; None: those of the config.
+          poll_interval: Seconds after which an engine that only waits for tools calls
+            `next_examples` again; None: it sleeps until a tool replies.
+          timeline: Recorder of this engine; None: nothing is recorded.
 
         Raises:
           RuntimeError: Another rollout of this engine is in progress.
-          ValueError: The sampling settings are invalid.
+          ConfigError: The sampling settings are invalid.
         """
         settings.validate_sampling(sampling)
         if self._busy:
-            raise RuntimeError("Engine.rollout: another rollout is under way")
+            raise RuntimeError("Engine.rollout: another rollout is in progress")
         self._busy = True
-        run = Scheduler(
-            self,
-            rules or self._rules,
-            next_examples,
-            rollouts,
-            sampling,
-            on_event,
-            look_again,
-            on_tokens,
-        )
+        self.device.timeline = timeline
         try:
-            yield from run.episodes()
+            scheduler = Scheduler(
+                self,
+                rules or self._rules,
+                next_examples,
+                rollouts=rollouts,
+                sampling=sampling,
+                on_event=on_event,
+                on_tokens=on_tokens,
+                poll_interval=poll_interval,
+                timeline=timeline,
+            )
+            yield from scheduler.episodes()
         finally:
-            self.tool_executor.forget()
+            self.tool_executor.cancel_all()
+            self.device.timeline = None
             self._busy = False

@@ -15,11 +15,14 @@ words of the question are used as the query.
 """
 
 import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from mmsr1_jax.episodes.turns import TAGS, WHOLE_IMAGE, Action
 
 _TAG = re.compile("|".join(f"</?{tag}>" for tag in TAGS.values()))
-_REASON, _REASON_ENDS = "<reason>", "</reason>"
+_REASON, _REASON_END = "<reason>", "</reason>"
 _QUERY_WORDS = 32
 
 
@@ -35,16 +38,16 @@ def opened(text: str, action: Action) -> tuple[int, str]:
       first tag of an action; and the text to append to them, which is the opening tag, or the
       whole action for an image search.
     """
-    end = text.find(_REASON_ENDS)
-    if end >= 0:
-        stay, follows = end + len(_REASON_ENDS), ""
+    reason_end = text.find(_REASON_END)
+    if reason_end >= 0:
+        num_kept, suffix = reason_end + len(_REASON_END), ""
     else:
         tag = _TAG.search(text)
-        stay = tag.start() if tag else len(text)
-        follows = _REASON_ENDS if text.lstrip().startswith(_REASON) else ""
+        num_kept = tag.start() if tag else len(text)
+        suffix = _REASON_END if text.lstrip().startswith(_REASON) else ""
     name = TAGS[action]
-    inside = f"{WHOLE_IMAGE}</{name}>" if action == "image_search" else ""
-    return stay, f"{follows} <{name}>{inside}"
+    content = f"{WHOLE_IMAGE}</{name}>" if action == "image_search" else ""
+    return num_kept, f"{suffix} <{name}>{content}"
 
 
 def closed(text: str, action: Action, question: str) -> tuple[int, str]:
@@ -59,8 +62,46 @@ def closed(text: str, action: Action, question: str) -> tuple[int, str]:
       The number of characters to keep, and the text to append to them.
     """
     tag = _TAG.search(text)
-    stay = tag.start() if tag else len(text)
+    num_kept = tag.start() if tag else len(text)
     query = ""
-    if action == "text_search" and not text[:stay].strip():
+    if action == "text_search" and not text[:num_kept].strip():
         query = " ".join(_TAG.sub(" ", question).split()[:_QUERY_WORDS])
-    return stay, f"{query}</{TAGS[action]}>"
+    return num_kept, f"{query}</{TAGS[action]}>"
+
+
+def force_action(
+    token_bytes: Sequence[bytes],
+    action: Action,
+    *,
+    resumed: bool,
+    question: str,
+    max_tokens: int,
+    encode: Callable[[str], Sequence[int]],
+) -> tuple[int, np.ndarray]:
+    """Return the tokens that make a turn take the prescribed action.
+
+    Args:
+      token_bytes: Bytes of each sampled token, without an end token.
+      action: Prescribed action.
+      resumed: Whether the opening tag has been forced, and the policy resumed from it.
+      question: Question of the episode, used as the query if the policy wrote none.
+      max_tokens: Maximum number of tokens to keep and append; a question that exceeds it is not
+        used as the query.
+      encode: Tokenizer of plain text.
+
+    Returns:
+      The number of sampled tokens to keep, and the tokens to append, int32[n].
+    """
+    # One character per byte; tags are ASCII.
+    text = b"".join(token_bytes).decode("latin-1")
+    chars_kept, suffix = closed(text, action, question) if resumed else opened(text, action)
+    ends = np.cumsum([len(piece) for piece in token_bytes])
+    num_kept = int(np.searchsorted(ends, chars_kept, side="right"))
+    # The kept part of a token that is truncated is appended, too.
+    fraction = text[ends[num_kept - 1] if num_kept else 0 : chars_kept]
+    prefix = fraction.encode("latin-1").decode("utf-8", "replace")
+    forced = np.array(encode(prefix + suffix), np.int32)
+    if resumed and num_kept + len(forced) > max_tokens:
+        _, suffix = closed(text, action, "")
+        forced = np.array(encode(prefix + suffix), np.int32)
+    return num_kept, forced

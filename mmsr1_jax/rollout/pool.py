@@ -1,9 +1,9 @@
 """Data-parallel rollout: engines on all devices of a node behind one interface.
 
-    examples ──► the least loaded engine ──► its lanes, in a thread of its own
+    examples ──► dispatcher ──► the least loaded engine ──► its lanes, in its own thread
              ◄── episodes, as they end on any engine
 
-An episode is identical to one from a single engine: its number follows from the position of its
+An episode is identical to one from a single engine: its index follows from the position of its
 example in the whole call, and nothing else in it depends on the engine.
 """
 
@@ -15,22 +15,21 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 from flax import nnx
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.episodes.episode import Episode, Example
 from mmsr1_jax.episodes.rules import Rules
+from mmsr1_jax.episodes.turn_machine import Event, OnEvent
 from mmsr1_jax.episodes.turns import Action
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.rollout.device import EngineStats
+from mmsr1_jax.rollout.dispatcher import Dispatcher
 from mmsr1_jax.rollout.engine import Engine
-from mmsr1_jax.rollout.scheduler import OnEvent
+from mmsr1_jax.rollout.timeline import Timeline
 from mmsr1_jax.tools import Tool
-
-# Seconds after which an engine that only waits for tools looks for other work: short compared with
-# a search, and long compared with the cost of looking.
-_LOOK_AGAIN = 0.02
 
 
 class EnginePool:
@@ -38,7 +37,7 @@ class EnginePool:
 
     Each engine calls tools in its own asyncio loop. State that a tool keeps per loop (in `Service`:
     concurrency, rate limit, merging of identical calls) therefore applies to each engine
-    separately; `make_engine` gives each engine its share of the configured limits.
+    separately; `build.make_engine` gives each engine an equal part of the configured limits.
 
     Args:
       models: The same policy on disjoint groups of devices, one for each engine. The engines are
@@ -59,15 +58,15 @@ class EnginePool:
         self.config = config
         self.processor = processor
         with concurrent.futures.ThreadPoolExecutor(len(models)) as threads:
-            make = functools.partial(Engine, processor=processor, config=config, tools=tools)
-            self.engines = list(threads.map(make, models))
+            make_engine = functools.partial(Engine, processor=processor, config=config, tools=tools)
+            self.engines = list(threads.map(make_engine, models))
         self._busy = False
 
     @property
     def stats(self) -> EngineStats:
         """Counters of the work of all engines, summed."""
-        every = [dataclasses.asdict(engine.stats) for engine in self.engines]
-        return EngineStats(**{name: sum(one[name] for one in every) for name in every[0]})
+        stats = [dataclasses.asdict(engine.stats) for engine in self.engines]
+        return EngineStats(**{name: sum(counts[name] for counts in stats) for name in stats[0]})
 
     def load(self, params: nnx.State) -> None:
         """Load the trainer's parameters, as `Engine.load` does, with one program for all engines.
@@ -78,10 +77,10 @@ class EnginePool:
           RuntimeError: A rollout is in progress.
         """
         if self._busy:
-            raise RuntimeError("EnginePool.load: a rollout is under way")
+            raise RuntimeError("EnginePool.load: a rollout is in progress")
         prepared = self.engines[0].device.prepare(params)
         for engine in self.engines:
-            engine.device.take(prepared)
+            engine.device.install(prepared)
 
     def make_rules(
         self, limits: settings.Turns, texts: Mapping[str, str], forced: Sequence[Action] = ()
@@ -102,72 +101,51 @@ class EnginePool:
         sampling: settings.Sampling | None = None,
         on_event: OnEvent = lambda episode, event: None,
         rules: Rules | None = None,
-        numbers: Iterable[int] | None = None,
+        indices: Iterable[int] | None = None,
+        timeline: Timeline | None = None,
     ) -> Iterator[Episode]:
         """Yield episodes as they end, as `Engine.rollout` does.
 
-        The engines' threads read `examples` and call `on_event`, one thread at a time. Engines
-        do not
-        wait for the consumer of the episodes. If one fails, or the iterator is closed early, all
-        engines stop after their current round.
+        The engines' threads read `examples` and call `on_event`, one thread at a time. Engines do
+        not wait for the consumer of the episodes. If one fails, or the iterator is closed early,
+        all engines stop after their current round.
 
         Raises:
           RuntimeError: Another rollout of this pool is in progress.
-          ValueError: The sampling settings are invalid.
+          ConfigError: The sampling settings are invalid.
           Exception: Any exception raised by an engine, `examples` or `on_event`.
         """
         sampling = sampling or self.config.sampling
         settings.validate_sampling(sampling)
         if self._busy:
-            raise RuntimeError("EnginePool.rollout: another rollout is under way")
+            raise RuntimeError("EnginePool.rollout: another rollout is in progress")
         self._busy = True
-        lanes = self.config.rollout.lanes
-        shared = _Shared(examples, len(self.engines), rollouts, lanes, numbers)
-        watching = threading.Lock()
-
-        def watch_in_turn(episode: Episode, event: str) -> None:
-            with watching:
-                on_event(episode, event)
-
-        def work(number: int) -> None:
-            try:
-                episodes = self.engines[number].rollout_part(
-                    functools.partial(shared.take, number),
-                    rollouts=rollouts,
-                    sampling=sampling,
-                    on_event=watch_in_turn,
-                    rules=rules,
-                    look_again=_LOOK_AGAIN,
-                )
-                for episode in episodes:
-                    shared.ended(number)
-                    shared.found.put(episode)
-                shared.found.put(None)
-            except _Stopped:
-                pass
-            except BaseException as error:  # re-raised in the consumer's thread
-                shared.found.put(_Failure(error))
-
-        threads = [
-            threading.Thread(target=work, args=(number,), name=f"engine {number}", daemon=True)
-            for number in range(len(self.engines))
-        ]
+        timelines = None
+        if timeline is not None:
+            timelines = [timeline.engine(i, self.config) for i in range(len(self.engines))]
+        source = _Examples(examples, itertools.count() if indices is None else indices, on_event)
+        dispatcher = Dispatcher(
+            self.engines,
+            source,
+            max_load=self.config.rollout.lanes,
+            rollouts=rollouts,
+            sampling=sampling,
+            rules=rules,
+            timelines=timelines,
+        )
         try:
-            for thread in threads:
-                thread.start()
-            under_way = len(threads)
-            while under_way:
-                found = shared.found.get()
-                if isinstance(found, _Failure):
-                    raise found.error
-                if found is None:
-                    under_way -= 1
+            dispatcher.start()
+            running = len(self.engines)
+            while running:
+                result = source.results.get()
+                if isinstance(result, _Failure):
+                    raise result.error
+                if result is None:
+                    running -= 1
                 else:
-                    yield found
+                    yield result
         finally:
-            shared.stop()
-            for thread in threads:
-                thread.join()
+            dispatcher.stop()
             self._busy = False
 
 
@@ -178,64 +156,47 @@ class _Failure:
     error: BaseException
 
 
-class _Stopped(Exception):
-    """Signal that ends an engine's loop because its episodes are no longer needed."""
-
-
-class _Shared:
-    """State shared by the engines of one rollout: the examples to hand out and the ended episodes.
+class _Examples:
+    """Examples of one rollout, as a `Source`.
 
     Args:
-      examples, numbers: As in `EnginePool.rollout`.
-      engines: Number of engines.
-      rollouts: Number of episodes per example.
-      lanes: Number of lanes of each engine.
+      examples, indices, on_event: As in `EnginePool.rollout`.
 
     Attributes:
-      found: Queue of ended episodes. It also holds None for each engine that has finished, and a
+      results: Queue of ended episodes. It also holds None for each engine that has finished, and a
         `_Failure` for each that failed.
     """
 
-    def __init__(
-        self,
-        examples: Iterable[Example],
-        engines: int,
-        rollouts: int,
-        lanes: int,
-        numbers: Iterable[int] | None = None,
-    ):
-        self.found: queue.SimpleQueue[Episode | _Failure | None] = queue.SimpleQueue()
-        numbers = itertools.count() if numbers is None else numbers
-        self._numbered = zip(numbers, examples, strict=False)
-        self._rollouts, self._lanes = rollouts, lanes
-        self._left = [0] * engines  # unfinished episodes of each engine
-        self._lock = threading.Lock()
-        self._stopped = False
+    def __init__(self, examples: Iterable[Example], indices: Iterable[int], on_event: OnEvent):
+        self.results: queue.SimpleQueue[Episode | _Failure | None] = queue.SimpleQueue()
+        self._indexed = zip(indices, examples, strict=False)
+        self._exhausted = False
+        self._on_event, self._event_lock = on_event, threading.Lock()
 
-    def take(self, engine: int, count: int) -> list[tuple[int, Example]]:
-        """Return the next examples for an engine, at most `count` (a `NextExamples`).
+    def has_next(self) -> bool:
+        return not self._exhausted
 
-        An engine gets examples while no other has fewer unfinished episodes, up to one example more
-        than its lanes hold. An idle engine always gets an example if any remain.
-        """
-        taken = []
-        with self._lock:
-            if self._stopped:
-                raise _Stopped
-            while len(taken) < count and self._left[engine] <= min(self._lanes, *self._left):
-                numbered = next(self._numbered, None)
-                if numbered is None:
-                    break
-                taken.append(numbered)
-                self._left[engine] += self._rollouts
-        return taken
+    def is_exhausted(self) -> bool:
+        return self._exhausted
 
-    def ended(self, engine: int) -> None:
-        """Record that one episode of an engine has ended."""
-        with self._lock:
-            self._left[engine] -= 1
+    def next_example(self, engine: int) -> tuple[int, Example] | None:
+        indexed = next(self._indexed, None)
+        self._exhausted = indexed is None
+        return indexed
 
-    def stop(self) -> None:
-        """End the loops of all engines at their next `take`."""
-        with self._lock:
-            self._stopped = True
+    def on_event(self, engine: int, episode: Episode, event: Event) -> None:
+        with self._event_lock:
+            self._on_event(episode, event)
+
+    def on_tokens(self, episode: Episode, tokens: np.ndarray) -> None:
+        pass
+
+    def on_episode(self, engine: int, episode: Episode) -> None:
+        self.results.put(episode)
+
+    def on_failure(self, engine: int, error: BaseException) -> bool:
+        self.results.put(_Failure(error))  # raised in the consumer's thread
+        return False
+
+    def on_thread_end(self, engine: int) -> None:
+        self.results.put(None)

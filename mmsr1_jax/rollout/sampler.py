@@ -6,12 +6,12 @@ All settings are per lane and traced, so that lanes with different settings shar
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-_NEVER = -jnp.inf
+_IMPOSSIBLE = -jnp.inf
 
 
-@flax.struct.dataclass
-class Sampling:
+class Sampling(flax.struct.PyTreeNode):
     """Sampling parameters of B lanes.
 
     Attributes:
@@ -22,16 +22,22 @@ class Sampling:
       greedy: Whether to choose the most likely token and ignore the other parameters, bool[B].
     """
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    greedy: jax.Array
+    temperature: jax.Array | np.ndarray
+    top_k: jax.Array | np.ndarray
+    top_p: jax.Array | np.ndarray
+    greedy: jax.Array | np.ndarray
 
     @classmethod
     def uniform(
-        cls, lanes: int, *, temperature=1.0, top_k=0, top_p=1.0, greedy=False
+        cls,
+        lanes: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        greedy: bool = False,
     ) -> "Sampling":
-        """Return the same parameters for all lanes. A temperature of 0 means greedy.
+        """Return the same parameters for all lanes, on the host. A temperature of 0 means greedy.
 
         Raises:
           ValueError: `temperature` or `top_k` is negative, or `top_p` is outside (0, 1].
@@ -43,10 +49,10 @@ class Sampling:
             )
         greedy = greedy or temperature == 0
         return cls(
-            temperature=jnp.full(lanes, temperature or 1.0, jnp.float32),
-            top_k=jnp.full(lanes, top_k, jnp.int32),
-            top_p=jnp.full(lanes, top_p, jnp.float32),
-            greedy=jnp.full(lanes, greedy),
+            temperature=np.full(lanes, temperature or 1.0, np.float32),
+            top_k=np.full(lanes, top_k, np.int32),
+            top_p=np.full(lanes, top_p, np.float32),
+            greedy=np.full(lanes, greedy),
         )
 
 
@@ -86,29 +92,35 @@ def sample(
         as computed by the trainer and `score`.
     """
     scaled = logits / sampling.temperature[:, None]
-    candidates = jnp.where(allowed, scaled, _NEVER)
+    candidates = jnp.where(allowed, scaled, _IMPOSSIBLE)
     limited = ~sampling.greedy & ((sampling.top_k > 0) | (sampling.top_p < 1))
     candidates = jax.lax.cond(
-        limited.any(), lambda c: _keep_likeliest(c, sampling), lambda c: c, candidates
+        limited.any(), lambda x: _mask_unlikely(x, sampling), lambda x: x, candidates
     )
-    drawn = jax.vmap(jax.random.categorical)(keys, candidates)
-    tokens = jnp.where(sampling.greedy, jnp.argmax(candidates, axis=-1), drawn).astype(jnp.int32)
+    sampled = jax.vmap(jax.random.categorical)(keys, candidates)
+    greedy = jnp.argmax(candidates, axis=-1)
+    tokens = jnp.where(sampling.greedy, greedy, sampled).astype(jnp.int32)
 
-    def logprob(values):
-        chosen = jnp.take_along_axis(values, tokens[:, None], axis=-1)[:, 0]
-        return chosen - jax.nn.logsumexp(values, axis=-1)
+    def logprob(logits):
+        logit = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+        return logit - jax.nn.logsumexp(logits, axis=-1)
 
     return tokens, jnp.where(sampling.greedy, 0.0, logprob(candidates)), logprob(scaled)
 
 
-def _keep_likeliest(candidates: jax.Array, sampling: Sampling) -> jax.Array:
-    """Mask tokens by top-k, then top-p. Tokens tied with the least likely one kept are kept too."""
+def _mask_unlikely(candidates: jax.Array, sampling: Sampling) -> jax.Array:
+    """Mask logits by top-k, then top-p. Tokens tied with the least likely one kept are kept too.
+
+    Args:
+      candidates: Logits divided by the temperature, float32[B, V].
+      sampling: Sampling parameters.
+    """
     V = candidates.shape[-1]
-    likeliest = -jnp.sort(-candidates, axis=-1)
+    ordered = -jnp.sort(-candidates, axis=-1)
     k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, V), V)[:, None]
-    likeliest = jnp.where(jnp.arange(V) < k, likeliest, _NEVER)
-    probabilities = jax.nn.softmax(likeliest, axis=-1)
+    ordered = jnp.where(jnp.arange(V) < k, ordered, _IMPOSSIBLE)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = (before < sampling.top_p[:, None]) & (likeliest > _NEVER)
-    least = jnp.min(jnp.where(kept, likeliest, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(candidates >= least, candidates, _NEVER)
+    kept = (before < sampling.top_p[:, None]) & (ordered > _IMPOSSIBLE)
+    threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(candidates >= threshold, candidates, _IMPOSSIBLE)

@@ -1,45 +1,41 @@
 """The scheduler of a rollout: continuous batching of episodes over the lanes of an engine.
 
 while examples or active episodes remain:
-    collect tool responses              they become pending tokens of their lanes
+    collect tool replies                they become pending chunks of their lanes
     admit episodes into free lanes      a group's prompt is written once and forked to the others
-    extend lanes with pending tokens
+    extend lanes with pending chunks
     decode some steps of ready lanes    a turn that ends starts a search, gets a reply or frees
                                         the lane
+
+What follows a turn is decided by `episodes/turn_machine.py`.
 """
 
 import collections
 import concurrent.futures
-import dataclasses
-import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
-import jax
 import numpy as np
 
-from mmsr1_jax.config import Config
+from mmsr1_jax.config import Config, settings
 from mmsr1_jax.episodes import turns
 from mmsr1_jax.episodes.episode import Episode, Example, Segment
-from mmsr1_jax.episodes.rules import Reply, Rules
-from mmsr1_jax.models.qwen2_5_vl import mrope_positions
+from mmsr1_jax.episodes.rules import Rules
+from mmsr1_jax.episodes.turn_machine import OnEvent, Search, TurnMachine
 from mmsr1_jax.processing.processor import Processor, Prompt
 from mmsr1_jax.rollout import forcing
-from mmsr1_jax.rollout.device import Device, PrefillChunk
+from mmsr1_jax.rollout.active import NO_TOKENS, SAMPLED, ActiveEpisode, Group
+from mmsr1_jax.rollout.device import DecodeRow, Device
+from mmsr1_jax.rollout.prefill import make_chunks
 from mmsr1_jax.rollout.sampler import Sampling
 from mmsr1_jax.rollout.stop import StopTable
-from mmsr1_jax.tools import Query, Tool
+from mmsr1_jax.rollout.timeline import DECODE, FORK, PREFILL, SCHEDULER, EngineTimeline
+from mmsr1_jax.tools import Tool
 from mmsr1_jax.tools.tool_executor import Call, ToolExecutor
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
-_DRAWN = ("tokens", "logprobs", "sampling_logprobs")
-_NOTHING = np.zeros(0, np.int32)
-
-# Callback for the progress of an episode. The event is "turn" (the policy's turn has ended),
-# "reply" (the user turn after it has been added) or "end".
-OnEvent = Callable[[Episode, str], None]
 
 # Callback for newly sampled tokens, int32[n]: the next tokens of the episode's current turn. They
 # become part of the episode when the turn ends.
@@ -56,432 +52,372 @@ class Engine(Protocol):
     config: Config
     processor: Processor
     device: Device
-    tools: Mapping[str, Tool]
+    tools: dict[str, Tool]
     stops: StopTable
-    token_bytes: Sequence[bytes]
+    token_bytes: list[bytes]
     image_token: int
     merge_size: int
     pool: concurrent.futures.ThreadPoolExecutor
     tool_executor: ToolExecutor
 
 
-@dataclasses.dataclass(eq=False)
-class _Group:
-    """An example and its rollouts.
-
-    Attributes:
-      index: Index of the example.
-      example: The example.
-      waiting: Numbers of the episodes that have no lane yet.
-      prompt: Future of the tokenized prompt, computed in the pool.
-      lanes: Lanes that begin with the prompt, any of which can be forked.
-      hidden: Final hidden state of the last prompt token, set after prefill.
-      position: M-RoPE position of the token after the prompt.
-    """
-
-    index: int
-    example: Example
-    waiting: collections.deque[int]
-    prompt: concurrent.futures.Future
-    lanes: set[int] = dataclasses.field(default_factory=set)
-    hidden: jax.Array | None = None
-    position: int = 0
-
-
-@dataclasses.dataclass(eq=False)
-class _ActiveEpisode:
-    """An active episode and its lane.
-
-    Attributes:
-      episode: Record of the episode so far.
-      group: Group of the episode.
-      lane: Lane of the episode.
-      to_write: Pieces still to be written into the lane, in reverse order.
-      position: M-RoPE position of the next token.
-      length: Number of tokens in the lane.
-      drawn: Number of tokens sampled in all turns.
-      left: Remaining token budget of the current turn.
-      stop_state: State of the stop automaton.
-      parts: Outputs of the decoding calls of the current turn, by the names in `_DRAWN`.
-      opened: Tokens of the current turn up to a forced opening tag; None if none was forced.
-      unwritten: Forced tokens at the end of the episode that are not in the lane yet.
-      waited: Seconds spent on tools.
-    """
-
-    episode: Episode
-    group: _Group
-    lane: int
-    to_write: list[PrefillChunk] = dataclasses.field(default_factory=list)
-    position: int = 0
-    length: int = 0
-    drawn: int = 0
-    left: int = 0
-    stop_state: int = 0
-    parts: dict[str, list] = dataclasses.field(default_factory=lambda: {n: [] for n in _DRAWN})
-    opened: np.ndarray | None = None
-    unwritten: np.ndarray = dataclasses.field(default_factory=lambda: _NOTHING)
-    waited: float = 0.0
-
-
 class Scheduler:
-    """Scheduler of one call of `Engine.rollout_part`, with the state of its loop."""
+    """Scheduler of one call of `Engine.rollout_part`, with the state of its loop.
+
+    Args:
+      engine: The engine.
+      rules: Rules of the episodes.
+      next_examples: Source of examples.
+      rollouts: Number of episodes per example.
+      sampling: Sampling settings.
+      on_event, on_tokens: Callbacks for the progress of episodes.
+      poll_interval: Seconds after which a scheduler that only waits for tools calls `next_examples`
+        again; None: it sleeps until a tool replies.
+      timeline: Recorder of what each lane does; None: nothing is recorded.
+    """
 
     def __init__(
         self,
         engine: Engine,
         rules: Rules,
         next_examples: NextExamples,
+        *,
         rollouts: int,
-        sampling,
+        sampling: settings.Sampling,
         on_event: OnEvent,
-        look_again: float | None,
         on_tokens: OnTokens,
+        poll_interval: float | None,
+        timeline: EngineTimeline | None,
     ):
-        self._device, self._rules = engine.device, rules
-        self._engine, self._on_event, self._on_tokens = engine, on_event, on_tokens
-        self._settings = engine.config
-        rows = engine.config.rollout.decode_batch_size
-        self._seed = sampling.seed
-        self._sampling = Sampling.uniform(
-            rows, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
+        self._engine, self._device, self._rules = engine, engine.device, rules
+        self._machine = TurnMachine(rules, engine.processor, on_event)
+        self._next_examples, self._poll_interval = next_examples, poll_interval
+        self._on_tokens, self._timeline = on_tokens, timeline
+        self._rollouts, self._seed = rollouts, sampling.seed
+        config = engine.config.rollout
+        self._decode_batch_size = config.decode_batch_size
+        self._sampling = engine.device.put(
+            Sampling.uniform(
+                config.decode_batch_size,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+            )
         )
-        self._next_examples, self._look_again = next_examples, look_again
-        self._rollouts = rollouts
         # Number of examples to prepare in advance: enough for all lanes, and one more.
-        self._ahead = math.ceil(engine.config.rollout.lanes / rollouts) + 1
-        self._groups: collections.deque[_Group] = collections.deque()
-        self._free = set(range(engine.config.rollout.lanes))
-        self._holder: dict[int, _Group] = {}  # group whose prompt a lane begins with
-        self._live: dict[int, _ActiveEpisode] = {}
-        # Lanes ready to decode, the longest idle first.
-        self._turn: collections.deque[int] = collections.deque()
+        self._num_prefetched = math.ceil(config.lanes / rollouts) + 1
+        self._groups: collections.deque[Group] = collections.deque()
+        self._free_lanes = set(range(config.lanes))
+        self._lane_groups: dict[int, Group] = {}  # group whose prompt a lane begins with
+        self._active: dict[int, ActiveEpisode] = {}  # by lane
+        # Lanes that are ready to decode, in the order in which they became ready.
+        self._ready_lanes: collections.deque[int] = collections.deque()
         self._ended: list[Episode] = []
 
     def episodes(self) -> Iterator[Episode]:
+        """Run the loop, and yield episodes as they end."""
         while True:
-            self._look_ahead()
-            if not self._groups and not self._live:
+            self._prefetch()
+            if not self._groups and not self._active:
                 return
-            self._take_answers(wait=self._must_wait_for_tools())
-            admitted = self._admit()
-            self._write()
-            self._fork(admitted)
+            self._collect_replies(wait=self._must_wait_for_tools())
+            forked = self._admit()
+            self._write_chunks()
+            self._fork(forked)
             self._decode()
             yield from self._ended
             self._ended.clear()
 
     # Admission
 
-    def _look_ahead(self) -> None:
+    def _prefetch(self) -> None:
         """Start preparing the prompts of the next examples in the pool."""
-        for number, example in self._next_examples(self._ahead - len(self._groups)):
-            numbers = range(number * self._rollouts, (number + 1) * self._rollouts)
+        for index, example in self._next_examples(self._num_prefetched - len(self._groups)):
+            episodes = range(index * self._rollouts, (index + 1) * self._rollouts)
             prompt = self._engine.pool.submit(self._rules.initial_prompt, example)
-            self._groups.append(_Group(number, example, collections.deque(numbers), prompt))
+            self._groups.append(Group(index, example, collections.deque(episodes), prompt))
 
     def _must_wait_for_tools(self) -> bool:
         """Return whether all active episodes wait for tools and no other can be admitted."""
         waiting = len(self._engine.tool_executor)
-        return waiting > 0 and waiting == len(self._live) and not (self._free and self._groups)
+        can_admit = bool(self._free_lanes and self._groups)
+        return waiting > 0 and waiting == len(self._active) and not can_admit
 
-    def _admit(self) -> list[_ActiveEpisode]:
+    def _admit(self) -> list[ActiveEpisode]:
         """Assign free lanes to episodes; return those to fork from their group's prompt."""
         forked = []
-        while self._groups and self._free:
+        while self._groups and self._free_lanes:
             group = self._groups[0]
-            if not group.prompt.done() and (self._turn or self._unwritten()):
+            if not group.prompt.done() and (self._ready_lanes or self._unwritten()):
                 break  # other lanes have work to do in the meantime
             try:
                 prompt = group.prompt.result()
             except Exception as error:  # an unusable image or question
                 self._fail(self._groups.popleft(), error)
-                self._look_ahead()
+                self._prefetch()
                 continue
-            live = self._place(group, prompt)
+            active = self._assign_lane(group, prompt)
             if group.position == 0:
-                self._device.clear(live.lane)
-                live.position = group.position = self._to_write(live, prompt, position=0)
+                self._device.clear(active.lane)
+                self._set_chunks(active, prompt)
+                group.position = active.position
             else:
-                forked.append(live)
+                forked.append(active)
             if not group.waiting:
                 self._groups.popleft()
-                self._look_ahead()
+                self._prefetch()
         return forked
 
-    def _place(self, group: _Group, prompt: Prompt) -> _ActiveEpisode:
+    def _assign_lane(self, group: Group, prompt: Prompt) -> ActiveEpisode:
         """Assign a free lane to the group's next episode, preferably one with its prompt."""
-        lane = min(self._free & group.lanes or self._free)
-        self._free.remove(lane)
-        if lane in self._holder and self._holder[lane] is not group:
-            self._holder[lane].lanes.discard(lane)
-        self._holder[lane] = group
-        number = group.waiting.popleft()
-        episode = Episode(example=group.example, group=group.index, index=number)
-        episode.segments.append(Segment("prompt", prompt.tokens))
-        episode.images += prompt.images
-        self._live[lane] = live = _ActiveEpisode(episode, group, lane)
-        return live
+        lane = min(self._free_lanes & group.lanes or self._free_lanes)
+        self._free_lanes.remove(lane)
+        previous = self._lane_groups.get(lane)
+        if previous is not None and previous is not group:
+            previous.lanes.discard(lane)
+        self._lane_groups[lane] = group
+        index = group.waiting.popleft()
+        episode = self._machine.start(group.example, prompt, group=group.index, index=index)
+        self._active[lane] = active = ActiveEpisode(episode, group, lane)
+        return active
 
-    def _fail(self, group: _Group, error: Exception) -> None:
-        for number in group.waiting:
-            episode = Episode(example=group.example, group=group.index, index=number)
-            episode.end, episode.error = "error", f"{type(error).__name__}: {error}"
-            self._on_event(episode, "end")
-            self._ended.append(episode)
+    def _fail(self, group: Group, error: Exception) -> None:
+        """End all episodes of a group whose prompt cannot be prepared."""
+        for index in group.waiting:
+            self._ended.append(
+                self._machine.fail(group.example, error, group=group.index, index=index)
+            )
 
-    def _fork(self, admitted: list[_ActiveEpisode]) -> None:
-        for live in admitted:
-            group, length = live.group, len(live.episode)
-            source = live.lane if live.lane in group.lanes else min(group.lanes)
-            self._device.fork(source, live.lane, length, group.hidden)
-            group.lanes.add(live.lane)
-            live.position = group.position
-            self._begin_turn(live)
+    def _fork(self, forked: list[ActiveEpisode]) -> None:
+        """Copy the prompts of admitted episodes from other lanes, and start their turns."""
+        for active in forked:
+            group, length = active.group, len(active.episode)
+            assert group.hidden is not None
+            source = active.lane if active.lane in group.lanes else min(group.lanes)
+            start = time.perf_counter()
+            self._device.fork(source, active.lane, length, group.hidden)
+            if self._timeline is not None:
+                self._timeline.record_episode(active.lane, FORK, start, active.episode, length)
+            group.lanes.add(active.lane)
+            active.position = group.position
+            self._start_turn(active)
 
     # Writing into lanes
 
-    def _to_write(self, live: _ActiveEpisode, prompt: Prompt, position: int) -> int:
-        """Split tokens into pieces of the bucket table; return the M-RoPE position after them."""
-        token, merge = self._engine.image_token, self._engine.merge_size
-        positions, after = mrope_positions(
-            prompt.tokens, prompt.grids, image_token_id=token, merge_size=merge, start=position
+    def _set_chunks(self, active: ActiveEpisode, prompt: Prompt) -> None:
+        """Schedule tokens with their images to be written at the end of a lane."""
+        chunks, active.position = make_chunks(
+            prompt,
+            active.lane,
+            active.position,
+            buckets=self._engine.config.rollout.prefill_buckets,
+            image_token=self._engine.image_token,
+            merge_size=self._engine.merge_size,
         )
-        sizes = [len(image.values) // merge**2 for image in prompt.images]
-        owner = np.repeat(np.arange(len(sizes)), sizes)  # image of each image token
-        is_image = prompt.tokens == token
-        begin, pieces = 0, []
-        while begin < len(prompt.tokens):
-            end = begin + self._device.piece_length(len(prompt.tokens) - begin)
-            seen, inside = int(is_image[:begin].sum()), is_image[begin:end]
-            images = np.unique(owner[seen : seen + inside.sum()])
-            skipped = seen - sum(sizes[: images[0]]) if len(images) else 0
-            index = np.where(inside, np.cumsum(inside) - 1 + skipped, -1)
-            pieces.append(
-                PrefillChunk(
-                    lane=live.lane,
-                    tokens=prompt.tokens[begin:end],
-                    positions=positions[:, begin:end],
-                    images=tuple(prompt.images[number] for number in images),
-                    image_index=index,
-                )
-            )
-            begin = end
-        live.to_write = pieces[::-1]
-        return after
+        active.chunks = chunks[::-1]
 
-    def _unwritten(self) -> list[_ActiveEpisode]:
-        return [live for live in self._live.values() if live.to_write]
+    def _unwritten(self) -> list[ActiveEpisode]:
+        return [active for active in self._active.values() if active.chunks]
 
-    def _write(self) -> None:
-        """Write all pending tokens, and begin the turns of the lanes written to."""
-        while todo := self._unwritten():
-            hidden = self._device.extend([live.to_write.pop() for live in todo])
-            for live, last in zip(todo, hidden, strict=True):
-                if not live.to_write:
-                    if live.group.hidden is None:
-                        live.group.hidden = last
-                        live.group.lanes.add(live.lane)
-                    self._begin_turn(live)
+    def _write_chunks(self) -> None:
+        """Write all pending chunks, and start the turns of the lanes written to."""
+        while pending := self._unwritten():
+            start = time.perf_counter()
+            chunks = [active.chunks.pop() for active in pending]
+            hidden = self._device.extend(chunks)
+            for active, chunk, last_hidden in zip(pending, chunks, hidden, strict=True):
+                if self._timeline is not None:
+                    tokens = len(chunk.tokens)
+                    self._timeline.record_episode(
+                        active.lane, PREFILL, start, active.episode, tokens
+                    )
+                if not active.chunks:
+                    if active.group.hidden is None:
+                        active.group.hidden = last_hidden
+                        active.group.lanes.add(active.lane)
+                    self._start_turn(active)
 
-    def _begin_turn(self, live: _ActiveEpisode) -> None:
-        limits = self._rules.limits
-        live.left = min(limits.max_new_tokens, limits.max_episode_tokens - len(live.episode))
-        if (
-            self._rules.forced_action(live.episode) is not None
-        ):  # reserve tokens for a tag and its content
-            live.left -= limits.min_turn_tokens // (2 if live.opened is None else 4)
-        live.stop_state, live.length = 0, len(live.episode)
-        live.parts = {name: [] for name in _DRAWN}
-        self._turn.append(live.lane)
+    def _start_turn(self, active: ActiveEpisode) -> None:
+        """Make a lane ready to decode a turn, or the rest of one with a forced opening tag."""
+        limits, length = self._rules.limits, len(active.episode)
+        active.budget = min(limits.max_new_tokens, limits.max_episode_tokens - length)
+        if self._rules.forced_action(active.episode) is not None:
+            # Reserve tokens for a tag and its content.
+            active.budget -= limits.min_turn_tokens // (2 if active.forced_prefix is None else 4)
+        active.stop_state, active.length = 0, length
+        active.sampled = {name: [] for name in SAMPLED}
+        self._ready_lanes.append(active.lane)
 
     # Decoding
 
     def _decode(self) -> None:
-        if not self._turn:
+        """Decode some steps of the lanes that have been ready for longest."""
+        if not self._ready_lanes:
             return
-        count = min(len(self._turn), self._settings.rollout.decode_batch_size)
-        chosen = [self._live[self._turn.popleft()] for _ in range(count)]
-        chosen.sort(key=lambda live: live.length)  # see `cached_attention`
+        count = min(len(self._ready_lanes), self._decode_batch_size)
+        batch = [self._active[self._ready_lanes.popleft()] for _ in range(count)]
+        batch.sort(key=lambda active: active.length)  # see `cached_attention`
         rows = [
-            {
-                "lane": live.lane,
-                "stop_state": live.stop_state,
-                "position": live.position,
-                "episode": live.episode.index,
-                "drawn": live.drawn,
-                "left": live.left,
-            }
-            for live in chosen
+            DecodeRow(
+                lane=active.lane,
+                stop_state=active.stop_state,
+                position=active.position,
+                episode=active.episode.index,
+                num_sampled=active.num_sampled,
+                budget=active.budget,
+            )
+            for active in batch
         ]
+        start = time.perf_counter()
         # Return once an eighth of the rows have stopped, so that their tools can start and other
         # lanes can take their place.
-        drawn = self._device.decode(
+        output = self._device.decode(
             rows, self._sampling, seed=self._seed, leave_at=count - max(1, count // 8)
         )
-        for row, live in enumerate(chosen):
-            n = int(drawn.count[row])
-            for name in _DRAWN:
-                live.parts[name].append(getattr(drawn, name)[row, :n])
-            self._on_tokens(live.episode, live.parts["tokens"][-1])
-            live.position += n
-            live.length += n
-            live.drawn += n
-            live.left -= n
-            live.stop_state = int(drawn.stop_state[row])
-            if live.left > 0 and live.stop_state < self._engine.stops.running:
-                self._turn.append(live.lane)
+        if self._timeline is not None:
+            for row, active in enumerate(batch):
+                tokens = int(output.count[row])
+                self._timeline.record_episode(active.lane, DECODE, start, active.episode, tokens)
+        for row, active in enumerate(batch):
+            n = int(output.count[row])
+            for name in SAMPLED:
+                active.sampled[name].append(getattr(output, name)[row, :n])
+            self._on_tokens(active.episode, active.sampled["tokens"][-1])
+            active.position += n
+            active.length += n
+            active.num_sampled += n
+            active.budget -= n
+            active.stop_state = int(output.stop_state[row])
+            if active.budget > 0 and active.stop_state < self._engine.stops.running:
+                self._ready_lanes.append(active.lane)
             else:
-                self._end_turn(live)
+                self._end_turn(active)
 
-    def _end_turn(self, live: _ActiveEpisode) -> None:
+    def _end_turn(self, active: ActiveEpisode) -> None:
         """Parse the turn that the policy wrote, and take the next step of the episode."""
-        values = {name: np.concatenate(parts) for name, parts in live.parts.items()}
-        episode, processor = live.episode, self._engine.processor
-        ended_by = self._engine.stops.reason(live.stop_state)
-        tokens = values["tokens"][:-1] if ended_by in END_TOKENS else values["tokens"]
-        begun, live.opened = live.opened, None
-        turn = turns.parse(processor.decode([*(() if begun is None else begun), *tokens]))
-        wanted = self._rules.forced_action(episode)
-        if wanted is None or turn.action == wanted:
-            episode.segments.append(Segment("model", **values))
+        sampled = {name: np.concatenate(parts) for name, parts in active.sampled.items()}
+        episode, processor = active.episode, self._engine.processor
+        stop_reason = self._engine.stops.reason(active.stop_state)
+        tokens = sampled["tokens"][:-1] if stop_reason in END_TOKENS else sampled["tokens"]
+        prefix = NO_TOKENS if active.forced_prefix is None else active.forced_prefix
+        turn = turns.parse(processor.decode(np.concatenate([prefix, tokens]).tolist()))
+        required = self._rules.forced_action(episode)
+        if required is None or turn.action == required:
+            active.forced_prefix = None
+            episode.segments.append(Segment("model", **sampled))
+            has_end_token, truncated = stop_reason == END_TOKENS[0], stop_reason is None
         else:
-            turn, ended_by = self._force(live, values, tokens, begun, wanted), ""
-            if turn is None:
+            forced_turn = self._force(active, sampled, tokens, required)
+            if forced_turn is None:  # the policy has to complete it first
                 return
-        episode.turns.append(turn)
-        self._on_event(episode, "turn")
-        step = self._rules.next_step(episode.turns, episode.calls, cut=ended_by is None)
-        if step.kind == "end":
-            self._end(live, step.end)
-            return
-        closing = processor.closing()
-        closing = closing[1:] if ended_by == END_TOKENS[0] else closing
-        room = self._rules.token_budget(episode, len(closing))
-        if step.kind == "search":
-            self._search(live, closing, room)
+            turn, has_end_token, truncated = forced_turn, False, False
+        step = self._machine.finish_turn(
+            episode, turn, has_end_token=has_end_token, truncated=truncated
+        )
+        if isinstance(step, Search):
+            self._search(active, step)
         else:
-            self._reply(live, closing, self._rules.notice(step, episode, room))
+            self._continue(active, step)
 
     def _force(
         self,
-        live: _ActiveEpisode,
-        values: dict,
+        active: ActiveEpisode,
+        sampled: dict[str, np.ndarray],
         tokens: np.ndarray,
-        begun: np.ndarray | None,
-        wanted,
+        action: turns.Action,
     ) -> turns.Turn | None:
         """Make a turn take the prescribed action, see `forcing`.
 
         Args:
-          live: The active episode.
-          values: Sampled tokens and log-probs, by the names in `_DRAWN`.
-          tokens: Sampled tokens, without an end token.
-          begun: Earlier tokens of the turn, up to a forced opening tag; None if none was forced.
-          wanted: Prescribed action.
+          active: The active episode.
+          sampled: Sampled tokens and log-probs, by the names in `SAMPLED`.
+          tokens: Sampled tokens without an end token, int32[n].
+          action: Prescribed action.
 
         Returns:
           The turn, or None if the policy has to complete it first.
         """
-        episode, processor = live.episode, self._engine.processor
-        pieces = [self._engine.token_bytes[token] for token in tokens]
-        text = b"".join(pieces).decode("latin-1")  # one character per byte; tags are ASCII
-        if begun is None:
-            stay, follows = forcing.opened(text, wanted)
-        else:
-            stay, follows = forcing.closed(text, wanted, episode.example.question)
-        ends = np.cumsum([len(piece) for piece in pieces])
-        kept = int(np.searchsorted(ends, stay, side="right"))  # whole tokens; the rest is forced
-        rest = (
-            text[ends[kept - 1] if kept else 0 : stay].encode("latin-1").decode("utf-8", "replace")
+        episode, limits = active.episode, self._rules.limits
+        prefix, active.forced_prefix = active.forced_prefix, None
+        num_kept, forced = forcing.force_action(
+            [self._engine.token_bytes[token] for token in tokens],
+            action,
+            resumed=prefix is not None,
+            question=episode.example.question,
+            max_tokens=limits.max_episode_tokens - len(episode),
+            encode=self._engine.processor.encode_text,
         )
-        forced = np.array(processor.encode_text(rest + follows), np.int32)
-        if (
-            begun is not None
-            and len(forced) > self._rules.limits.max_episode_tokens - len(episode) - kept
-        ):
-            _, follows = forcing.closed(text, wanted, "")  # no room for the question as a query
-            forced = np.array(processor.encode_text(rest + follows), np.int32)
-        dropped = len(values["tokens"]) - kept
-        if kept:
-            values = {name: value[:kept] for name, value in values.items()}
-            episode.segments.append(Segment("model", **values))
-        if dropped:
-            live.position -= dropped
-            live.length -= dropped
-            self._device.fork(live.lane, live.lane, live.length, live.group.hidden)
+        num_dropped = len(sampled["tokens"]) - num_kept
+        if num_kept:
+            kept = {name: values[:num_kept] for name, values in sampled.items()}
+            episode.segments.append(Segment("model", **kept))
+        if num_dropped:
+            assert active.group.hidden is not None
+            active.position -= num_dropped
+            active.length -= num_dropped
+            self._device.fork(active.lane, active.lane, active.length, active.group.hidden)
         episode.segments.append(Segment("forced", forced))
-        written = np.concatenate([_NOTHING if begun is None else begun, tokens[:kept], forced])
-        room = self._rules.limits.max_episode_tokens - len(episode)
-        if (
-            begun is None
-            and wanted != "image_search"
-            and room > self._rules.limits.min_turn_tokens // 4
-        ):
-            live.opened = written
-            live.position = self._to_write(live, Prompt(forced, ()), live.position)
+        turn_tokens = [NO_TOKENS if prefix is None else prefix, tokens[:num_kept], forced]
+        remaining = limits.max_episode_tokens - len(episode)
+        can_resume = prefix is None and action != "image_search"
+        if can_resume and remaining > limits.min_turn_tokens // 4:
+            active.forced_prefix = np.concatenate(turn_tokens)
+            self._set_chunks(active, Prompt(forced, ()))
             return None
-        live.unwritten = forced
-        return turns.parse(processor.decode(written))
+        active.unwritten = forced
+        return turns.parse(self._engine.processor.decode(np.concatenate(turn_tokens).tolist()))
 
-    def _search(self, live: _ActiveEpisode, closing: list[int], room: int) -> None:
-        """Submit the search requested by the turn to its tool."""
-        episode, turn, limits = live.episode, live.episode.turns[-1], self._settings.tools
-        tool, number = self._engine.tools.get(turn.action), len(episode.turns) - 1
-        example = episode.example
-        query = Query(
-            action=turn.action, text=turn.payload, question=example.question,
-            images=tuple(example.images), example=example.id,
-        )  # fmt: skip
+    # After a turn
 
-        async def begin():
-            return await self._rules.call_tool(tool, query, seconds)
-
-        def finish(observation, error, seconds) -> tuple[list[int], Reply]:
-            observed = functools.partial(self._rules.tool_reply, query, example, number, room)
-            try:
-                return closing, observed(observation, error, seconds)
-            except Exception as unforeseen:  # a tool may return objects that raise
-                return closing, observed(None, unforeseen, seconds)
-
-        seconds = min(limits.timeout, limits.episode_timeout - live.waited)
-        if seconds > 0:
-            self._engine.tool_executor.submit(Call(live.lane, begin, finish, seconds))
-        else:
+    def _search(self, active: ActiveEpisode, search: Search) -> None:
+        """Submit a search to its tool."""
+        limits, machine = self._engine.config.tools, self._machine
+        tool = self._engine.tools.get(search.query.action)
+        timeout = min(limits.timeout, limits.episode_timeout - active.tool_seconds)
+        if timeout <= 0:
             error = TimeoutError("the episode's time for tools is used up")
-            self._reply(live, *finish(None, error, 0.0))
+            reply = machine.reply(search, None, error, seconds=0.0)
+            self._continue(active, machine.add_reply(active.episode, search, reply))
+            return
+        active.search_start = time.perf_counter()
+        self._engine.tool_executor.submit(
+            Call(
+                active.lane,
+                lambda: machine.call(search, tool, timeout),
+                lambda *outcome: (search, machine.reply(search, *outcome)),
+                timeout,
+            )
+        )
 
-    def _take_answers(self, wait: bool) -> None:
-        look_again = self._look_again if wait else None
-        answers = self._engine.tool_executor.answers(wait and look_again is None)
-        if look_again is not None and not answers:
-            time.sleep(look_again)
+    def _collect_replies(self, wait: bool) -> None:
+        """Add the replies of tools that have ended.
+
+        Args:
+          wait: Whether to wait for a reply, for at most `poll_interval` seconds if it is set.
+        """
+        start = time.perf_counter()
+        poll_interval = self._poll_interval if wait else None
+        answers = self._engine.tool_executor.poll(wait and poll_interval is None)
+        if poll_interval is not None and not answers:
+            time.sleep(poll_interval)
+        if wait and self._timeline is not None:
+            self._timeline.record(SCHEDULER, "wait for tools", start, time.perf_counter())
         for lane, answer in answers:
             if isinstance(answer, Exception):
                 raise answer
-            live = self._live[lane]
-            live.waited += answer[1].call.seconds
-            self._reply(live, *answer)
+            active, (search, reply) = self._active[lane], answer
+            active.tool_seconds += reply.call.seconds
+            if self._timeline is not None:
+                self._timeline.record_search(lane, active.search_start, active.episode, reply.call)
+            self._continue(active, self._machine.add_reply(active.episode, search, reply))
 
-    def _reply(self, live: _ActiveEpisode, closing: list[int], reply: Reply) -> None:
-        """Close the policy's turn and append the user turn, or end the episode for lack of room."""
-        episode = live.episode
-        if reply.call is not None:
-            episode.calls.append(reply.call)
-        if reply.prompt is None:
-            self._end(live, "tokens")
+    def _continue(self, active: ActiveEpisode, new: Prompt | None) -> None:
+        """Write the tokens added after a turn, or free the lane if the episode has ended."""
+        if new is None:
+            self._ended.append(active.episode)
+            del self._active[active.lane]
+            self._free_lanes.add(active.lane)
             return
-        closing = np.array(closing, np.int32)
-        episode.segments.append(Segment("forced", closing))
-        episode.segments.append(Segment("tool", reply.prompt.tokens))
-        episode.images += reply.prompt.images
-        self._on_event(episode, "reply")
-        new, live.unwritten = [live.unwritten, closing, reply.prompt.tokens], _NOTHING
-        whole = Prompt(np.concatenate(new), reply.prompt.images)
-        live.position = self._to_write(live, whole, live.position)
-
-    def _end(self, live: _ActiveEpisode, why) -> None:
-        live.episode.end = why
-        self._on_event(live.episode, "end")
-        self._ended.append(live.episode)
-        del self._live[live.lane]
-        self._free.add(live.lane)
+        tokens = np.concatenate([active.unwritten, new.tokens])
+        active.unwritten = NO_TOKENS
+        self._set_chunks(active, Prompt(tokens, new.images))

@@ -87,16 +87,16 @@ def _byte_automaton(stops: Sequence[bytes]) -> np.ndarray:
     state = {prefix: i for i, prefix in enumerate(prefixes)}
     longest_first = sorted(range(len(stops)), key=lambda i: -len(stops[i]))
     delta = np.zeros((len(prefixes) + len(stops), 256), np.int16)
-    for prefix, number in state.items():
+    for prefix, index in state.items():
         for byte in range(256):
             read = prefix + bytes([byte])
-            done = next((i for i in longest_first if read.endswith(stops[i])), None)
-            if done is not None:
-                delta[number, byte] = len(prefixes) + done
+            complete = next((i for i in longest_first if read.endswith(stops[i])), None)
+            if complete is not None:
+                delta[index, byte] = len(prefixes) + complete
                 continue
             while read not in state:  # find the longest suffix that begins a stop string
                 read = read[1:]
-            delta[number, byte] = state[read]
+            delta[index, byte] = state[read]
     for i in range(len(prefixes), len(delta)):
         delta[i] = i
     return delta

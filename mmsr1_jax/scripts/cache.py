@@ -35,7 +35,7 @@ def main(argv) -> None:
             raise ToolCacheError(f"{needed}: no such store")
         if action == "import":
             store = open_cache(paths[0])
-            print(f"{store.take(paths[1])} entries taken from {paths[1]}")
+            print(f"{store.import_entries(paths[1])} entries taken from {paths[1]}")
         else:
             store = open_cache(paths[0], "replay")
             if action == "export":

@@ -19,7 +19,7 @@ import sys
 from absl import flags
 
 from mmsr1_jax import cli
-from mmsr1_jax.tools import local
+from mmsr1_jax.tools.index_builder import build_index
 
 
 def main(argv) -> None:
@@ -30,7 +30,7 @@ def main(argv) -> None:
             from mmsr1_jax.tools.embedding import Embedder  # only if needed, as it takes a second
 
             embed = Embedder(_MODEL.value)
-        pages, pictures = local.build(
+        pages, pictures = build_index(
             _OUT.value, _PAGES.value, _IMAGES.value, embed=embed, image_roots=_ROOTS.value
         )
     except (ValueError, OSError) as error:  # invalid model, pages or images: a one-line error

@@ -3,9 +3,9 @@
 services (`services/`)."""
 
 from mmsr1_jax.tools.tool import (
+    ImageLike,
     Observation,
     Part,
-    Picture,
     Query,
     Result,
     Tool,
@@ -14,9 +14,9 @@ from mmsr1_jax.tools.tool import (
 )
 
 __all__ = [
+    "ImageLike",
     "Observation",
     "Part",
-    "Picture",
     "Query",
     "Result",
     "Tool",

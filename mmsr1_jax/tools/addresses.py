@@ -60,13 +60,13 @@ def parse_host(text: str) -> tuple[str, int | None]:
     parts = urllib.parse.urlsplit(text if "://" in text else f"//{text}")
     host, port = parts.hostname, parts.port
     if not host:
-        raise ValueError(f"{text!r} names no host")
+        raise ValueError(f"{text!r} does not name a host")
     if port is None:
         port = {"http": 80, "https": 443}.get(parts.scheme)
-    return normal_host(host), port
+    return normalise_host(host), port
 
 
-def normal_host(host: str) -> str:
+def normalise_host(host: str) -> str:
     """Return a host in the normal form that `parse_host` describes."""
     host = host.strip("[]").rstrip(".").lower()
     try:
@@ -79,31 +79,31 @@ def normal_host(host: str) -> str:
         return host
 
 
-class _Lookups:
+class _Resolver:
     """Name resolver with its own thread pool; concurrent lookups of a name share one thread.
 
     `getaddrinfo` cannot be cancelled and takes as long as the name servers take. The threads are
     daemons, so the interpreter does not wait for them at exit.
 
     Args:
-      threads: Maximum number of concurrent lookups.
+      max_threads: Maximum number of concurrent lookups.
     """
 
-    def __init__(self, threads: int):
-        self._threads = threads
+    def __init__(self, max_threads: int):
+        self._max_threads = max_threads
         self._lock = threading.Lock()
         self._pool: pebble.ThreadPool | None = None
         self._running: dict[tuple[str, int], concurrent.futures.Future] = {}
 
-    async def find(self, host: str, port: int) -> list[str]:
+    async def resolve(self, host: str, port: int) -> list[str]:
         """Return the addresses of a host. Raises OSError, UnicodeError."""
         key = (host, port)
         with self._lock:
             if self._pool is None:
-                self._pool = pebble.ThreadPool(self._threads)
+                self._pool = pebble.ThreadPool(self._max_threads)
             future = self._running.get(key)
             if future is None:
-                call = functools.partial(_addresses, host, port)
+                call = functools.partial(_look_up, host, port)
                 future = self._running[key] = self._pool.schedule(call)
         future.add_done_callback(functools.partial(self._forget, key))
         # Shielded, since other callers may wait for the same lookup.
@@ -115,11 +115,11 @@ class _Lookups:
                 del self._running[key]
 
 
-def _addresses(host: str, port: int) -> list[str]:
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(entry[4][0] for entry in found))
+def _look_up(host: str, port: int) -> list[str]:
+    entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in entries))
 
 
-# Separate pools, so that hosts that the settings allow never wait behind names from web pages.
-own_names = _Lookups(8)
-foreign_names = _Lookups(32)
+# Separate pools, so that lookups of configured hosts never wait behind those of names from pages.
+trusted_resolver = _Resolver(8)
+untrusted_resolver = _Resolver(32)

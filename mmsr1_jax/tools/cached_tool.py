@@ -6,14 +6,15 @@ The kinds of cached values are:
     page         URL -> text
     summary      page and question -> text
     matches      image -> pages with similar images
-    picture      URL -> image file
-    published    public URL of an uploaded image
-    answer       query and question -> complete result of a text search
+    image        URL -> image file
+    upload       public URL of an uploaded image
+    search       query and question -> complete result of a text search
+    passages     query -> passages of an index
     verdict      question, gold answers and answer -> whether the answer is correct, and the reason
     short form   question and answer -> the part of the answer that is scored
 
 Failures are cached too, so that a replay fails where the recorded run did. A cache file may come
-from an untrusted source: a value that does not match `SHAPES` is treated as missing.
+from an untrusted source: a value that does not match `VALUE_TYPES` is treated as missing.
 """
 
 import asyncio
@@ -22,28 +23,28 @@ import dataclasses
 import functools
 import hashlib
 import json
-import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
 from mmsr1_jax.tools.redis_cache import RedisCache
-from mmsr1_jax.tools.services import Hit
-from mmsr1_jax.tools.tool import Observation, Query, Tool, text_result_of
+from mmsr1_jax.tools.services import Finder, Hit, PageReader, PageSummariser
+from mmsr1_jax.tools.tool import Observation, Query, Tool, parse_text_result
 from mmsr1_jax.tools.tool_cache import ToolCache, ToolCacheError
 from mmsr1_jax.tools.web import WebError
 from mmsr1_jax.utils import checked_json, fallbacks
+from mmsr1_jax.utils.logs import log
 
 _Hits = list[tuple[str, str, str]]
 # JSON type of each kind's values. A failure is always a string.
-SHAPES: dict[str, Any] = {
+VALUE_TYPES: dict[str, Any] = {
     "links": _Hits,  # link, title, snippet
     "page": str,
     "summary": str,
     "matches": _Hits,  # link, title, thumbnail
-    "picture": str,  # base64
-    "published": Literal[True],
+    "image": str,  # base64
+    "upload": Literal[True],
     # Fields of an `Observation`: status, error, and the texts of each result.
-    "answer": tuple[Literal["ok", "empty"], str | None, list[list[str]]],
+    "search": tuple[Literal["ok", "empty"], str | None, list[list[str]]],
     "passages": list[tuple[str, str]],  # title, text
     "verdict": tuple[bool, str],
     "short form": str,
@@ -51,129 +52,135 @@ SHAPES: dict[str, Any] = {
 
 
 class NotCachedError(WebError):
-    """A value that a replay needs and that was not recorded."""
+    """Value that was not recorded and that replay mode may not request."""
 
 
 class CachedCalls:
-    """Read-through cache over a store."""
+    """Read-through cache of async calls with JSON results."""
 
-    def __init__(self, store: ToolCache | RedisCache):
-        self._store = store
-        self._remote = isinstance(store, RedisCache)
-        self._complained = False
+    def __init__(self, cache: ToolCache | RedisCache):
+        self._cache = cache
+        self._has_warned = False
 
     @property
-    def keeps_all(self) -> bool:
+    def is_recording(self) -> bool:
         """Whether all values are recorded for a replay, including failures."""
-        return self._store.mode == "record"
+        return self._cache.mode == "record"
 
-    async def get(self, kind: str, key: str, ask: Callable[[], Awaitable[Any]]) -> Any:
-        """Return the cached JSON value, or call `ask` and cache its result on a miss.
+    async def get(self, kind: str, key: str, call: Callable[[], Awaitable[Any]]) -> Any:
+        """Return the cached JSON value, or the result of `call`, which is cached, on a miss.
 
         Raises:
-          WebError: Raised by `ask`, now or when the value was recorded.
-          NotCachedError: The value is missing and the store is in replay mode.
+          WebError: Raised by `call`, now or when the value was recorded.
+          NotCachedError: The value is missing and the cache is in replay mode.
         """
-        found = await self.look(kind, key)
-        if found is not None:
-            return found
-        if self._store.mode == "replay":
-            raise NotCachedError("not in the store, and a replay asks nobody")
+        cached = await self.look_up(kind, key)
+        if cached is not None:
+            return cached
+        if self._cache.mode == "replay":
+            raise NotCachedError("not in the cache; replay mode sends no requests")
         try:
-            value = await ask()
+            value = await call()
         except WebError as error:
             await self.put(kind, key, str(error), failed=True)
             raise
         await self.put(kind, key, value)
         return value
 
-    async def look(self, kind: str, key: str) -> Any:
-        """Return the cached JSON value, of the type in `SHAPES`, or None on a miss.
+    async def look_up(self, kind: str, key: str) -> Any:
+        """Return the cached JSON value, of the type in `VALUE_TYPES`, or None on a miss.
 
         Raises:
           WebError: The cached entry is a failure.
-          NotCachedError: The value is malformed and the store is in replay mode.
+          NotCachedError: The value is malformed and the cache is in replay mode.
         """
         # Reading from a file is no slower than handing the call to a thread.
-        found = await self._try(self._remote, self._store.get, kind, key)
-        if found is None:
+        in_thread = isinstance(self._cache, RedisCache)
+        entry = await self._try(in_thread, self._cache.get, kind, key)
+        if entry is None:
             return None
+        data, failed = entry
         try:
-            value = checked_json.loads(found[0], str if found[1] else SHAPES[kind])
-            if kind == "picture" and not found[1]:
+            value = checked_json.loads(data, str if failed else VALUE_TYPES[kind])
+            if kind == "image" and not failed:
                 base64.b64decode(value, validate=True)
         except ValueError as error:  # damaged, or written by another program
             fallbacks.note(
-                "store/damaged",
-                f"store: a malformed value of kind {kind!r} is treated as missing ({error})",
+                "cache/malformed",
+                f"cache: a malformed value of kind {kind!r} is treated as missing ({error})",
             )
-            if self._store.mode == "replay":
-                raise NotCachedError("malformed in the store, and a replay asks nobody") from None
+            if self._cache.mode == "replay":
+                raise NotCachedError(
+                    "malformed in the cache; replay mode sends no requests"
+                ) from None
             return None
-        if found[1]:
+        if failed:
             raise WebError(value)
         return value
 
     async def put(self, kind: str, key: str, value: Any, *, failed: bool = False) -> None:
         """Store a JSON value, or the message of a failure, unless the mode is `off` or `replay`."""
-        if self._store.mode in ("off", "replay"):
+        if self._cache.mode in ("off", "replay"):
             return
         data = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
         # Runs in a thread, since another process may briefly hold the lock of the file.
-        await self._try(True, self._store.put, kind, key, data, failed=failed)
+        await self._try(True, self._cache.put, kind, key, data, failed=failed)
 
-    async def _try(self, in_thread: bool, act: Callable, *arguments, **keywords) -> Any:
-        """Call the store, or return None if it fails: searches continue without it, logged once."""
+    async def _try(
+        self, in_thread: bool, method: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Call a method of the cache. If it fails, return None; the first failure is logged."""
+        method = functools.partial(method, *args, **kwargs)
         try:
             if not in_thread:
-                return act(*arguments, **keywords)
-            threads = self._store.threads if self._remote else None
-            act = functools.partial(act, *arguments, **keywords)
-            return await asyncio.get_running_loop().run_in_executor(threads, act)
+                return method()
+            threads = self._cache.threads if isinstance(self._cache, RedisCache) else None
+            return await asyncio.get_running_loop().run_in_executor(threads, method)
         except ToolCacheError as error:
-            fallbacks.note("store/failed")
-            if not self._complained:
-                self._complained = True
-                alone = ", each process with its own limits" if self._remote else ""
-                print(f"store: {error}; searches go on without it{alone}", file=sys.stderr)
+            fallbacks.note("cache/failed")
+            if not self._has_warned:
+                self._has_warned = True
+                is_shared = isinstance(self._cache, RedisCache)
+                limits = ", and each process with its own rate limits" if is_shared else ""
+                log.warning("cache: %s; searches continue without it%s", error, limits)
             return None
 
 
 class CachedFinder:
     """Cached search for links. `name` identifies the service, as results differ by service."""
 
-    def __init__(self, finder, stored: CachedCalls, name: str):
-        self._finder, self._stored, self._name = finder, stored, name
+    def __init__(self, finder: Finder, cached_calls: CachedCalls, name: str):
+        self._finder, self._cached_calls, self._name = finder, cached_calls, name
 
     async def search(self, query: str, count: int) -> list[Hit]:
-        async def ask():
+        async def call() -> list[tuple[str, str, str]]:
             hits = await self._finder.search(query, count)
             return [dataclasses.astuple(hit) for hit in hits]
 
         key = json.dumps([self._name, query, count])
-        return [Hit(*hit) for hit in await self._stored.get("links", key, ask)]
+        return [Hit(*hit) for hit in await self._cached_calls.get("links", key, call)]
 
 
 class CachedReader:
     """Cached page reader. `name` identifies the service, as the text differs by service."""
 
-    def __init__(self, reader, stored: CachedCalls, name: str):
-        self._reader, self._stored, self._name = reader, stored, name
+    def __init__(self, reader: PageReader, cached_calls: CachedCalls, name: str):
+        self._reader, self._cached_calls, self._name = reader, cached_calls, name
 
     async def read(self, url: str) -> str:
         key = json.dumps([self._name, url])
-        return await self._stored.get("page", key, lambda: self._reader.read(url))
+        return await self._cached_calls.get("page", key, lambda: self._reader.read(url))
 
 
 class CachedSummariser:
     """Cached summariser. `name` identifies the model."""
 
-    def __init__(self, summariser, stored: CachedCalls, name: str):
-        self._summariser, self._stored, self._name = summariser, stored, name
+    def __init__(self, summariser: PageSummariser, cached_calls: CachedCalls, name: str):
+        self._summariser, self._cached_calls, self._name = summariser, cached_calls, name
 
     async def summarise(self, page: str, question: str) -> str:
         key = json.dumps([self._name, digest(page.encode("utf-8", "replace")), question])
-        return await self._stored.get(
+        return await self._cached_calls.get(
             "summary", key, lambda: self._summariser.summarise(page, question)
         )
 
@@ -181,14 +188,14 @@ class CachedSummariser:
 class CachedImages:
     """Cached image download. `fetch` returns the file at a URL."""
 
-    def __init__(self, fetch: Callable[[str], Awaitable[bytes]], stored: CachedCalls):
-        self._fetch, self._stored = fetch, stored
+    def __init__(self, fetch: Callable[[str], Awaitable[bytes]], cached_calls: CachedCalls):
+        self._fetch, self._cached_calls = fetch, cached_calls
 
     async def __call__(self, url: str) -> bytes:
-        async def ask():
+        async def call() -> str:
             return base64.b64encode(await self._fetch(url)).decode()
 
-        return base64.b64decode(await self._stored.get("picture", url, ask))
+        return base64.b64decode(await self._cached_calls.get("image", url, call))
 
 
 class CachedSearch:
@@ -196,32 +203,34 @@ class CachedSearch:
 
     Args:
       tool: Tool to wrap, whose results consist of text only.
-      stored: Cache of results.
+      cached_calls: Cache of results.
       name: Identifies everything that the results depend on besides the query and its question.
     """
 
-    def __init__(self, tool: Tool, stored: CachedCalls, name: str):
-        self._tool, self._stored, self._name = tool, stored, name
+    def __init__(self, tool: Tool, cached_calls: CachedCalls, name: str):
+        self._tool, self._cached_calls, self._name = tool, cached_calls, name
 
     async def __call__(self, query: Query) -> Observation:
         key = json.dumps([self._name, query.text, query.question])
         try:
-            found = await self._stored.look("answer", key)
+            cached = await self._cached_calls.look_up("search", key)
         except WebError as error:
             return Observation(status="failed", error=str(error))
-        if found is not None:
-            status, error, texts = found
-            results = [sum(map(text_result_of, result), ()) for result in texts]
+        if cached is not None:
+            status, error, texts = cached
+            results = [sum(map(parse_text_result, result), ()) for result in texts]
             return Observation(status=status, error=error, results=results)
-        made = await self._tool(query)
-        if made.status == "failed":
-            await self._stored.put("answer", key, made.error, failed=True)
-        elif made.error is None or self._stored.keeps_all:
+        observation = await self._tool(query)
+        if observation.status == "failed":
+            await self._cached_calls.put("search", key, observation.error, failed=True)
+        elif observation.error is None or self._cached_calls.is_recording:
             # Outside of `record`, an incomplete result is not cached, so that it is retried.
-            texts = [[part.text for part in result] for result in made.results]
-            await self._stored.put("answer", key, [made.status, made.error, texts])
-        return made
+            texts = [[part.text for part in result] for result in observation.results]
+            value = [observation.status, observation.error, texts]
+            await self._cached_calls.put("search", key, value)
+        return observation
 
 
 def digest(data: bytes) -> str:
+    """Return 32 hex digits that identify data."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()

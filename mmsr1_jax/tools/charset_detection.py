@@ -8,7 +8,7 @@ import re
 
 import charset_normalizer
 
-_EASTERN = ["gb18030", "big5hkscs", "cp932", "euc_jp", "cp949"]
+_EAST_ASIAN = ["gb18030", "big5hkscs", "cp932", "euc_jp", "cp949"]
 _ALPHABETS = ["cp1251", "cp1253", "cp1255", "cp1256", "cp874", "koi8_u", "iso8859_5", "iso8859_7"]
 # Non-ASCII letters, one string per language. On a tie, the first charset wins.
 _LATIN = {
@@ -22,9 +22,9 @@ _LATIN = {
     "cp1254": ("çğıöşüâîû",),
     "cp1257": ("ąčęėįšųūž", "āčēģīķļņšūž"),
 }  # fmt: skip
-_SAMPLE = 8192  # bytes
+_SAMPLE_BYTES = 8192
 _LETTER = re.compile(b"[A-Za-z]")
-_OTHER = re.compile(b"[\x80-\xff]")
+_NON_ASCII = re.compile(b"[\x80-\xff]")
 _RUN = re.compile(b"[\xc0-\xff]{4}")
 _CONTROL = re.compile(b"[\x80-\x9f]")
 _BETWEEN_TAGS = re.compile(b"[^<>]+")
@@ -33,37 +33,37 @@ _PUNCTUATION = re.compile(
 )
 
 
-def detected(body: bytes) -> str:
+def detect_charset(body: bytes) -> str:
     """Return the codec of a page that is not UTF-8, detected on a sample of its text."""
     sample = _sample(body)
     # In Latin script, accented letters occur among ASCII letters, hardly ever four in a row.
-    if len(_LETTER.findall(sample)) > len(_OTHER.findall(sample)) and not _RUN.search(sample):
-        return _latin(sample)
-    names = [*_EASTERN, *_ALPHABETS]
+    if len(_LETTER.findall(sample)) > len(_NON_ASCII.findall(sample)) and not _RUN.search(sample):
+        return _latin_codec(sample)
+    names = [*_EAST_ASIAN, *_ALPHABETS]
     if _CONTROL.search(sample):  # control characters in ISO 8859, which pages do not use
         names = [name for name in names if not name.startswith("iso8859")]
-    found = charset_normalizer.from_bytes(sample, cp_isolation=names, threshold=0.5)
+    matches = charset_normalizer.from_bytes(sample, cp_isolation=names, threshold=0.5)
     # Japanese decoded as Thai is as coherent as Japanese, so ties go to East Asian codecs. Russian
     # decoded as half-width Japanese is somewhat coherent, but less than Russian.
     best = min(
-        found,
-        key=lambda m: (round(m.chaos, 2), -round(m.coherence, 1), m.encoding not in _EASTERN),
+        matches,
+        key=lambda m: (round(m.chaos, 2), -round(m.coherence, 1), m.encoding not in _EAST_ASIAN),
         default=None,
     )
     return best.encoding if best else "cp1252"
 
 
-def _latin(sample: bytes) -> str:
+def _latin_codec(sample: bytes) -> str:
     """Return the codec that leaves the fewest letters outside the alphabet of a single language."""
-    best, fewest = "cp1252", len(sample)
+    best, min_foreign = "cp1252", len(sample)
     for codec, languages in _LATIN.items():
         if codec == "cp1250" and not _CONTROL.search(sample):
             codec = "iso8859_2"  # cp1250 text nearly always has these bytes
         letters = _PUNCTUATION.sub("", sample.decode(codec, "replace").lower())
         for language in languages:
             foreign = len(letters.translate(dict.fromkeys(map(ord, language))))
-            if foreign < fewest:
-                best, fewest = codec, foreign
+            if foreign < min_foreign:
+                best, min_foreign = codec, foreign
     return best
 
 
@@ -73,11 +73,11 @@ def _sample(body: bytes) -> bytes:
     for match in _BETWEEN_TAGS.finditer(body):
         if match[0].isascii():
             continue
-        text = match[0][:_SAMPLE]
-        if len(match[0]) > _SAMPLE:
+        text = match[0][:_SAMPLE_BYTES]
+        if len(match[0]) > _SAMPLE_BYTES:
             # No charset has bytes below 0x30 inside a multibyte character.
             text = text[: max(text.rfind(byte) for byte in (b" ", b"\n", b".")) + 1] or text
         sample += text + b"\n"
-        if len(sample) >= _SAMPLE:
+        if len(sample) >= _SAMPLE_BYTES:
             break
     return bytes(sample)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import webencodings
 
-from mmsr1_jax.tools.charset_detection import detected
+from mmsr1_jax.tools.charset_detection import detect_charset
 
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -22,7 +22,7 @@ _BOMS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _MULTIBYTE = ("gb18030", "big5hkscs", "cp932", "euc_jp", "euc_jis_2004", "iso2022_jp_2", "cp949")
-_DECLARATIONS = 1000  # maximum number of elements searched for a declaration
+_MAX_ELEMENTS = 1000  # maximum number of elements searched for a declaration
 _DECLARED = re.compile(rb"""charset\s{0,9}=[\s"']{0,9}([\w.:+-]{1,40})""", re.IGNORECASE)
 _XML_DECLARED = re.compile(rb"""<\?xml\b[^>]{0,200}?\bencoding\s{0,9}=\s{0,9}["']([\w.:-]{1,40})""")
 _ASCII = bytes(range(0x80))
@@ -43,29 +43,29 @@ def decode(body: bytes, charset: str | None = None, *, markup: bool = True) -> s
         return body.decode(codec, "replace")
     labels = [charset] if charset else []
     if markup:
-        labels += _declared(body)
+        labels += _declared_labels(body)
     for label in labels:
-        if (text := _decoded_as(label, body)) is not None:
+        if (text := _decode_as(label, body)) is not None:
             return text
     if _is_mostly(text := body.decode("utf-8", "replace"), body):
         return text
-    return body.decode(detected(body), "replace")
+    return body.decode(detect_charset(body), "replace")
 
 
-def _decoded_as(label: str, body: bytes) -> str | None:
+def _decode_as(label: str, body: bytes) -> str | None:
     """Return the body decoded in the labelled charset, or None if the label is not a charset of the
     web or does not fit the bytes."""
-    found = webencodings.lookup(label.strip())
-    if found is None or found.name == "replacement":
+    encoding = webencodings.lookup(label.strip())
+    if encoding is None or encoding.name == "replacement":
         return None
-    codec = {"gbk": "gb18030", "iso2022_jp": "iso2022_jp_2"}.get(found.codec_info.name)
-    codec = codec or found.codec_info.name
+    codec = {"gbk": "gb18030", "iso2022_jp": "iso2022_jp_2"}.get(encoding.codec_info.name)
+    codec = codec or encoding.codec_info.name
     # Text in another charset can be valid UTF-8 by chance. This is likelier in multibyte charsets,
     # which therefore require more non-ASCII characters as evidence of UTF-8.
     if codec != "utf-8" and _is_utf_8(body, 8 if codec in _MULTIBYTE else 2):
         return None
     if codec == "x-user-defined":  # not a codec of Python
-        return found.codec_info.decode(body, "replace")[0]
+        return encoding.codec_info.decode(body, "replace")[0]
     for wider in (codec, "euc_jis_2004") if codec == "euc_jp" else (codec,):
         text = body.decode(wider, "replace")
         if _is_mostly(text, body):
@@ -75,36 +75,36 @@ def _decoded_as(label: str, body: bytes) -> str | None:
 
 def _is_mostly(text: str, body: bytes) -> bool:
     """Return whether damaged characters number at most a tenth of the body's non-ASCII bytes."""
-    other = len(body.translate(None, _ASCII))
-    if not other and not text.count("\ufffd"):
+    num_other = len(body.translate(None, _ASCII))
+    if not num_other and not text.count("\ufffd"):
         return True
-    bad = text.count("\ufffd") + sum(text.count(control) for control in _CONTROLS)
-    return bad <= other / 10
+    num_damaged = text.count("\ufffd") + sum(text.count(control) for control in _CONTROLS)
+    return num_damaged <= num_other / 10
 
 
 # Decoded bytes 0x80 to 0x9F, in charsets without letters in that range.
 _CONTROLS = [chr(code) for code in range(0x80, 0xA0) if code != 0x85]
 
 
-def _is_utf_8(body: bytes, characters: int) -> bool:
-    """Return whether a body is valid UTF-8 with at least `characters` non-ASCII characters."""
+def _is_utf_8(body: bytes, min_characters: int) -> bool:
+    """Return whether a body is valid UTF-8 with at least `min_characters` non-ASCII characters."""
     if body.isascii() or b"\0" in body:
         return False
-    text = codecs.getincrementaldecoder("utf-8")("strict")
+    decoder = codecs.getincrementaldecoder("utf-8")("strict")
     try:
-        decoded = text.decode(body)
+        text = decoder.decode(body)
     except UnicodeDecodeError:
         return False
-    return len(decoded) - len(decoded.encode("ascii", "ignore")) >= characters
+    return len(text) - len(text.encode("ascii", "ignore")) >= min_characters
 
 
 def _utf_16_codec(body: bytes) -> str | None:
     """Return the UTF-16 codec whose byte order the positions of zero bytes indicate, if any."""
     sample = body[:4096]
-    even, odd, many = sample[0::2].count(0), sample[1::2].count(0), len(sample) / 50
-    if odd > many and even * 10 < odd:
+    even, odd, threshold = sample[0::2].count(0), sample[1::2].count(0), len(sample) / 50
+    if odd > threshold and even * 10 < odd:
         return "utf-16-le"
-    if even > many and odd * 10 < even:
+    if even > threshold and odd * 10 < even:
         return "utf-16-be"
     return None
 
@@ -114,25 +114,25 @@ def _escape_codec(body: bytes) -> str | None:
     return "iso2022_jp_2" if b"\x1b$B" in body or b"\x1b$@" in body else None
 
 
-def _declared(body: bytes) -> Iterator[str]:
+def _declared_labels(body: bytes) -> Iterator[str]:
     """Yield the charset labels declared anywhere in a page, except in comments."""
     if xml := _XML_DECLARED.match(body.lstrip()[:300]):
         yield xml[1].decode("ascii", "ignore")
-    lower, place = body.lower(), 0
+    lower = body.lower()
     comment, meta = lower.find(b"<!--"), lower.find(b"<meta")
-    for _ in range(_DECLARATIONS):
+    for _ in range(_MAX_ELEMENTS):
         if meta < 0:
             return
         if 0 <= comment < meta:
-            place = lower.find(b"-->", comment)
-            if place < 0:
+            end = lower.find(b"-->", comment)
+            if end < 0:
                 return
-            comment = lower.find(b"<!--", place)
-            meta = meta if meta > place else lower.find(b"<meta", place)
+            comment = lower.find(b"<!--", end)
+            meta = meta if meta > end else lower.find(b"<meta", end)
             continue
         end = lower.find(b">", meta, meta + 1000)
-        if found := _DECLARED.search(body, meta, end if end > 0 else meta + 1000):
-            label = found[1].decode("ascii", "ignore")
+        if match := _DECLARED.search(body, meta, end if end > 0 else meta + 1000):
+            label = match[1].decode("ascii", "ignore")
             # A declaration that is readable as ASCII is not in UTF-16.
             yield "utf-8" if label.lower().startswith("utf-16") else label
         meta = lower.find(b"<meta", meta + 5)

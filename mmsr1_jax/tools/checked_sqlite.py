@@ -7,9 +7,10 @@ used. Pages that are linked many times can turn a small file into an endless tab
 import os
 import pathlib
 import sqlite3
+from typing import Any
 
-_STEPS = 100_000  # steps of SQLite's virtual machine between two checks of the budget
-_LEAST_BUDGET = 20_000_000  # steps per statement: about a second
+_STEPS_PER_CHECK = 100_000  # of SQLite's virtual machine, between two checks of the budget
+_MIN_BUDGET = 20_000_000  # steps per statement: about a second
 _STEPS_PER_BYTE = 10  # per byte of the file; a row takes about 20 steps and a dozen bytes
 
 
@@ -24,33 +25,33 @@ class Connection(sqlite3.Connection):
     `sqlite3.OperationalError` (interrupted).
     """
 
-    def __init__(self, *arguments, **keywords):
-        super().__init__(*arguments, **keywords)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         # Invalid UTF-8 must not raise in the middle of a search.
         self.text_factory = lambda text: text.decode("utf-8", "replace")
-        self._left = self._budget = _LEAST_BUDGET
+        self._remaining = self._budget = _MIN_BUDGET
         super().execute("PRAGMA trusted_schema = OFF")
         super().execute("PRAGMA cell_size_check = ON")
-        self.set_progress_handler(self._progress, _STEPS)
+        self.set_progress_handler(self._on_progress, _STEPS_PER_CHECK)
 
     def allow_for(self, path: str | os.PathLike) -> None:
         """Set the step budget of statements according to the size of a file."""
-        self._budget = self._left = _LEAST_BUDGET + _STEPS_PER_BYTE * os.stat(path).st_size
+        self._budget = self._remaining = _MIN_BUDGET + _STEPS_PER_BYTE * os.stat(path).st_size
 
-    def execute(self, *arguments):
-        self._left = self._budget
-        return super().execute(*arguments)
+    def execute(self, *args: Any) -> sqlite3.Cursor:
+        self._remaining = self._budget
+        return super().execute(*args)
 
-    def executemany(self, *arguments):
-        self._left = self._budget
-        return super().executemany(*arguments)
+    def executemany(self, *args: Any) -> sqlite3.Cursor:
+        self._remaining = self._budget
+        return super().executemany(*args)
 
-    def _progress(self) -> bool:
-        self._left -= _STEPS
-        return self._left < 0
+    def _on_progress(self) -> bool:
+        self._remaining -= _STEPS_PER_CHECK
+        return self._remaining < 0
 
 
-def connect(path: pathlib.Path, mode: str, **options) -> Connection:
+def connect(path: pathlib.Path, mode: str, **options: Any) -> Connection:
     """Open an SQLite file.
 
     Args:
@@ -77,20 +78,20 @@ def check_schema(connection: sqlite3.Connection, modules: tuple[str, ...] = ()) 
     Raises:
       SchemaError: The file contains anything else, or more than 1000 tables and indexes.
     """
-    found = connection.execute(
-        "SELECT type, name, tbl_name, coalesce(sql, '') FROM sqlite_master LIMIT 1001"
+    objects = connection.execute(
+        "SELECT type, name, coalesce(sql, '') FROM sqlite_master LIMIT 1001"
     ).fetchall()
-    if len(found) > 1000:
-        raise SchemaError("more than 1000 tables")
-    for kind, name, _, sql in found:
+    if len(objects) > 1000:
+        raise SchemaError("more than 1000 tables and indexes")
+    for kind, name, sql in objects:
         if kind not in ("table", "index"):
             raise SchemaError(f"{kind} {name!r}: only ordinary tables are allowed")
-        words = sql.upper().split(None, 3)
-        if kind == "table" and words[1:2] == ["VIRTUAL"]:
-            used = sql.upper().partition(" USING ")[2].partition("(")[0].strip()
-            if used.lower() not in modules:
+        tokens = sql.upper().split(None, 3)
+        if kind == "table" and tokens[1:2] == ["VIRTUAL"]:
+            module = sql.upper().partition(" USING ")[2].partition("(")[0].strip()
+            if module.lower() not in modules:
                 raise SchemaError(f"virtual table {name!r}: only ordinary tables are allowed")
         elif kind == "table":
             columns = connection.execute("SELECT hidden FROM pragma_table_xinfo(?)", (name,))
             if any(hidden for (hidden,) in columns):
-                raise SchemaError(f"table {name!r}: has generated columns")
+                raise SchemaError(f"table {name!r}: generated columns are not allowed")

@@ -1,4 +1,4 @@
-"""Image embeddings by a policy's vision tower, for the local index (`tools/local.py`).
+"""Image embeddings by a policy's vision tower, for the local index (`local_index.py`).
 
 The embedding of an image is the mean of its merged visual tokens, normalised to length 1, so images
 that look alike to the tower lie close together. Only the tower is loaded. Parameters and arithmetic
@@ -52,11 +52,11 @@ class Embedder:
         tower = load_vision(directory, mesh=self._mesh, param_dtype=jnp.float32)
         self._config = tower.config
         for field in ("patch_size", "temporal_patch_size", "merge_size"):
-            ours, model = getattr(images, field), getattr(tower.config, field)
-            if ours != model:
+            value, required = getattr(images, field), getattr(tower.config, field)
+            if value != required:
                 raise ImageError(
-                    f"{directory}: the preprocessor's {field}={ours}, but the vision tower has "
-                    f"{model}"
+                    f"{directory}: preprocessor_config.json has {field}={value}, but the vision "
+                    f"tower has {required}"
                 )
         graph, self._params = nnx.split(tower)
         self.fingerprint = _fingerprint(self._images, tower)
@@ -78,16 +78,19 @@ class Embedder:
           ImageError: The image takes too many windows, or its embedding is not finite.
         """
         patches = self._images(image)
-        need = num_windows(patches.grid, self._config)
-        windows = next((n for n in WINDOWS if need <= n), None)
+        num_windows_needed = num_windows(patches.grid, self._config)
+        windows = next((n for n in WINDOWS if num_windows_needed <= n), None)
         if windows is None:  # a tower with smaller windows than the released ones
             raise ImageError(
-                f"{image.width}x{image.height} pixels take {need} windows of the vision tower, "
-                f"more than {WINDOWS[-1]}: preprocessor_config.json needs a smaller max_pixels"
+                f"{image.width}x{image.height} pixels take {num_windows_needed} windows of the "
+                f"vision tower, more than {WINDOWS[-1]}; set a smaller max_pixels in "
+                "preprocessor_config.json"
             )
         vector = self._run(windows, patches.values, patches.grid)
         if not np.isfinite(vector).all():
-            raise ImageError("the picture's embedding is not finite: check the model's parameters")
+            raise ImageError(
+                "the embedding of the image is not finite; check the parameters of the model"
+            )
         return vector
 
     def warm_up(self) -> None:
@@ -98,6 +101,7 @@ class Embedder:
             self._run(windows, black, (1, side, side))
 
     def _run(self, windows: int, patches: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
+        """Return the embedding, float32[D], of float32[P, C] patches."""
         images, _ = pack_images([[(patches, grid)]], windows, self._config)
         # The lock ensures that each program is compiled once, and bounds device memory. The mesh is
         # set explicitly so that the caller's mesh does not enter the compiled program.
@@ -105,17 +109,17 @@ class Embedder:
             return np.asarray(self._program(self._params, images))
 
 
-def mean_direction(tokens: jax.Array, real: jax.Array) -> jax.Array:
-    """Return the mean of the real tokens, normalised to length 1.
+def mean_direction(tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """Return the mean of the tokens in a mask, normalised to length 1.
 
     Args:
       tokens: float[M, D] visual tokens.
-      real: bool[M] mask of tokens that are not padding.
+      mask: bool[M], False for padding.
 
     Returns:
       float[D] unit vector.
     """
-    mean = jnp.where(real[:, None], tokens, 0).sum(axis=0) / real.sum()
+    mean = jnp.where(mask[:, None], tokens, 0).sum(axis=0) / mask.sum()
     return mean / jnp.linalg.norm(mean)
 
 
@@ -124,9 +128,9 @@ def _fingerprint(images: ImageProcessor, tower: VisionTower) -> str:
     for field in ("resample", "rescale_factor"):  # added later; keeps older indexes valid
         if settings[field] == getattr(ImageProcessor, field):
             del settings[field]
-    shape = [settings, dataclasses.asdict(tower.config)]
-    digest = hashlib.blake2b(json.dumps(shape, sort_keys=True).encode(), digest_size=16)
+    description = [settings, dataclasses.asdict(tower.config)]
+    digest = hashlib.blake2b(json.dumps(description, sort_keys=True).encode(), digest_size=16)
     for path, parameter in nnx.to_flat_state(nnx.state(tower, nnx.Param)):
-        digest.update("/".join(path).encode())
-        digest.update(np.ascontiguousarray(parameter.get_value()))
+        digest.update("/".join(map(str, path)).encode())
+        digest.update(np.ascontiguousarray(parameter.get_value()).data)
     return digest.hexdigest()

@@ -11,8 +11,12 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-async def first_that_work(
-    items: Sequence[T], count: int, work: Callable[[T], Awaitable[R]], *, until: float | None = None
+async def first_successful(
+    items: Sequence[T],
+    count: int,
+    work: Callable[[T], Awaitable[R]],
+    *,
+    deadline: float | None = None,
 ) -> tuple[list[R], list[str]]:
     """Return the results of up to `count` items for which `work` succeeds.
 
@@ -20,43 +24,45 @@ async def first_that_work(
 
     Args:
       items: Items in order of preference.
-      count: Number of results wanted.
+      count: Maximum number of results.
       work: Async function that processes an item.
-      until: Deadline on the monotonic clock, after which pending items are dropped. None means no
+      deadline: Time on the monotonic clock after which pending items are dropped. None means no
         deadline.
 
     Returns:
       The results in the order of the items, and one message per failed or late item, which begins
-      with its number, counted from 1.
+      with the item's number, counted from 1.
     """
-    waiting = iter(enumerate(items))
+    pending = iter(enumerate(items))
     running: dict[asyncio.Task, int] = {}
-    found: dict[int, R] = {}
+    results: dict[int, R] = {}
     errors: dict[int, str] = {}
 
-    def start(more: int) -> None:
-        for _, (number, item) in zip(range(more), waiting, strict=False):
-            running[asyncio.ensure_future(work(item))] = number
+    def start(count: int) -> None:
+        for _, (index, item) in zip(range(count), pending, strict=False):
+            running[asyncio.ensure_future(work(item))] = index
 
     start(count)
     try:
         while running:
-            left = None if until is None else max(0.0, until - time.monotonic())
-            done, _ = await asyncio.wait(running, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+            done, _ = await asyncio.wait(
+                running, timeout=remaining, return_when=asyncio.FIRST_COMPLETED
+            )
             if not done:
-                errors |= {number: f"{number + 1}: too slow" for number in running.values()}
+                errors |= {index: f"{index + 1}: too slow" for index in running.values()}
                 break
             for task in done:
-                number = running.pop(task)
+                index = running.pop(task)
                 try:
-                    found[number] = task.result()
+                    results[index] = task.result()
                 except WebError as error:
-                    errors[number] = f"{number + 1}: {error}"
+                    errors[index] = f"{index + 1}: {error}"
                     start(1)
                 except Exception as error:  # pages may break parsers in unforeseen ways
-                    errors[number] = f"{number + 1}: {type(error).__name__}"
+                    errors[index] = f"{index + 1}: {type(error).__name__}"
                     start(1)
     finally:
         for task in running:
             task.cancel()
-    return [found[n] for n in sorted(found)], [errors[n] for n in sorted(errors)]
+    return [results[n] for n in sorted(results)], [errors[n] for n in sorted(errors)]

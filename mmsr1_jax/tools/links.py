@@ -3,7 +3,7 @@
 import re
 import urllib.parse
 
-from mmsr1_jax.tools.lookalikes import LOOKS_LIKE, deceives
+from mmsr1_jax.tools.lookalikes import LOOKS_LIKE, is_lookalike
 
 _MAX_LINK = 1000  # characters; the host is near the beginning
 # Characters that some program treats as a line break, and control characters.
@@ -21,7 +21,7 @@ def one_line(text: str) -> str:
     return _BREAK.sub(" ", text)
 
 
-def shown_link(link: str) -> str:
+def display_link(link: str) -> str:
     """Return the first 1,000 characters of a link as one line.
 
     In a web address, the user name before the host is removed, host labels that imitate another
@@ -36,20 +36,22 @@ def shown_link(link: str) -> str:
         if not _WEB.match(address[:20].translate(LOOKS_LIKE).lstrip()):
             return one_line(link)
         return urllib.parse.quote(address, safe=":/?#@")  # a lookalike of a web address
-    host, port = _PORT.fullmatch(web[2].rpartition("@")[2]).groups(default="")
-    host = ".".join(map(_shown_label, _DOTS.sub(".", host).split(".")))
-    rest = _UNSAFE.sub(lambda found: urllib.parse.quote(found[0]), address[web.end() :])
+    authority = _PORT.fullmatch(web[2].rpartition("@")[2])
+    assert authority is not None  # the pattern matches any text
+    host, port = authority.groups(default="")
+    host = ".".join(map(_display_label, _DOTS.sub(".", host).split(".")))
+    rest = _UNSAFE.sub(lambda match: urllib.parse.quote(match[0]), address[web.end() :])
     slashes = address[web.end(1) : web.start(2)]
     return f"{web[1]}{slashes}{host}{port}{rest}"
 
 
-def _shown_label(label: str) -> str:
+def _display_label(label: str) -> str:
     """Return the display form of one label of a host name."""
     if not label.isascii():
-        odd = [character for character in label if not character.isascii()]
-        deceiving = [character for character in odd if deceives(character)]
-        latin = any(character.isascii() and character.isalpha() for character in label)
-        if deceiving and (latin or len(deceiving) == len(odd)):
+        other = [character for character in label if not character.isascii()]
+        lookalikes = [character for character in other if is_lookalike(character)]
+        has_latin = any(character.isascii() and character.isalpha() for character in label)
+        if lookalikes and (has_latin or len(lookalikes) == len(other)):
             return f"xn--{label.encode('punycode').decode('ascii')}"
         return label
     return urllib.parse.quote(label, safe="-._~:[]%!$&'()*+,;=")

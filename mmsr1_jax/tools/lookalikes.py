@@ -16,7 +16,7 @@ _INVISIBLE = frozenset("\u115f\u1160\u2800\u3164\uffa0\ufffc\U0001d159")
 # Additions to Unicode's list of confusables: Cyrillic and Greek letters that resemble Latin ones,
 # and symbols that resemble `<`, `>` and `|`. « and » represent all brackets that are legitimate
 # quotation marks in some language, or mathematical symbols.
-_MORE = (
+_EXTRA = (
     ("кκ", "k"), ("пηԥ", "n"), ("гᴦ", "r"), ("тτ", "t"), ("м", "m"), ("вβ", "b"), ("ε", "e"),
     ("ѡω", "w"), ("ςѕ", "s"), ("υ", "u"), ("хχ", "x"), ("ɢ", "g"), ("ʜ", "h"), ("ꜰ", "f"),
     ("∣⏽ǀ׀│┃❘｜丨￨", "|"), ("‖║", "|"), ("＼﹨∖⧵", "\\"), ("∕⁄╱⧸⟋⫽", "/"),
@@ -36,29 +36,29 @@ class _Table(dict):
     def __missing__(self, code: int) -> str:
         decomposed = unicodedata.normalize("NFKD", chr(code))
         sign = len(decomposed) == 1 and decomposed.isascii() and not decomposed.isalnum()
-        if chr(code) in _listed() and not sign and unicodedata.digit(chr(code), None) is None:
+        if chr(code) in _confusables() and not sign and unicodedata.digit(chr(code), None) is None:
             decomposed = chr(code)
-        self[code] = "".join(_resembled(character) for character in decomposed).casefold()
+        self[code] = "".join(_resemblance(character) for character in decomposed).casefold()
         return self[code]
 
 
 LOOKS_LIKE = _Table()
-"""Text by code point: lower-case ASCII where a character resembles that; "" for what is invisible
-or a combining mark; a space or a newline for white space."""
+"""Text by code point: lower-case ASCII for a character that resembles it, "" for an invisible
+character or a combining mark, and a space or a newline for white space."""
 
 
-def deceives(character: str) -> bool:
+def is_lookalike(character: str) -> bool:
     """Return whether a non-ASCII character is invisible or resembles an ASCII one. Accented Latin
     letters (ü, ß) do not count."""
     if character.isascii():
         return False
     if LOOKS_LIKE[ord(character)] == "":
         return True
-    alike = _listed().get(character) or unicodedata.normalize("NFKC", character)
-    return alike.isascii()
+    form = _confusables().get(character) or unicodedata.normalize("NFKC", character)
+    return form.isascii()
 
 
-def _resembled(character: str) -> str:
+def _resemblance(character: str) -> str:
     category = unicodedata.category(character)
     if character.isspace() or category in ("Zl", "Zp"):
         return "\n" if character in "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029" else " "
@@ -69,9 +69,9 @@ def _resembled(character: str) -> str:
     digit = unicodedata.digit(character, None)
     if digit is not None:
         return str(digit)
-    listed = _listed().get(character)
-    if listed is not None:
-        return listed
+    confusable = _confusables().get(character)
+    if confusable is not None:
+        return confusable
     name = unicodedata.name(character, "")
     if category in ("Ps", "Pi", "Pe", "Pf") and "QUOTATION MARK" not in name:
         opening = category in ("Ps", "Pi")
@@ -83,13 +83,13 @@ def _resembled(character: str) -> str:
 
 
 @functools.cache
-def _listed() -> dict[str, str]:
-    """Return the ASCII lookalikes in Unicode's list of confusables (UTS 39), plus `_MORE`."""
-    found: dict[str, str] = {}
+def _confusables() -> dict[str, str]:
+    """Return the ASCII lookalikes in Unicode's list of confusables (UTS 39), plus `_EXTRA`."""
+    lookalikes: dict[str, str] = {}
     for character, others in confusables.confusables_data.items():
         character = character.strip("\u200e")  # surrounds letters of right-to-left scripts
         for other in others:
             text = other["c"].strip("\u200e")
             if len(character) == 1 and not character.isascii() and text.isascii():
-                found.setdefault(character, text)
-    return found | {character: text for characters, text in _MORE for character in characters}
+                lookalikes.setdefault(character, text)
+    return lookalikes | {character: text for characters, text in _EXTRA for character in characters}

@@ -8,11 +8,12 @@ import re
 
 import regex
 
-_SHORT = 4000  # characters; longer pages are assumed to have content
+_MAX_SHORT_CHARS = 4000  # longer pages are assumed to have content
 # A page with such a sentence needs at least this many letters of other text.
-_REFUSAL_LETTERS = 120
-_NOTICE_LETTERS = 25
-_TITLE_LETTERS = 20  # for a refusal that may also be the title of a work
+_MIN_REFUSAL_LETTERS = 120
+_MIN_NOTICE_LETTERS = 25
+_REFUSED = "the page is a bot check or an error page"
+_MIN_TITLE_LETTERS = 20  # for a refusal that may also be the title of a work
 
 _TITLE = regex.compile(
     r"^\W*(?:forbidden|page not found|not found|error|access denied|just a moment|un instant"
@@ -102,30 +103,33 @@ _LETTER = re.compile(r"[^\W_]")  # or a digit
 _WIDE = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}]")
 
 
-def nothing_said(page: str) -> str | None:
+def missing_content(page: str) -> str | None:
     """Return why a page (plain text or Markdown) has no content, or None if it has some."""
-    if len(page) > _SHORT:
-        return None if _LETTER.search(page) else "no text in it"
+    if len(page) > _MAX_SHORT_CHARS:
+        return None if _LETTER.search(page) else "the page has no text"
     text = _ADDRESS.sub(" ", _IMAGE.sub(" ", page))
-    refusals = titles = notices = removed = 0
-    left = []
+    num_refusals = num_titles = num_notices = num_removed = 0
+    remaining = []
     for sentence in _SENTENCE.findall(text):
-        refused = bool(_REFUSAL.search(sentence))
-        title = not refused and bool(_TITLE.search(sentence))
-        if refused or title or _NOTICE.search(sentence):
-            refusals, titles = refusals + refused, titles + title
-            notices += not (refused or title)
-            removed += _letters(sentence)
+        is_refusal = bool(_REFUSAL.search(sentence))
+        is_title = not is_refusal and bool(_TITLE.search(sentence))
+        if is_refusal or is_title or _NOTICE.search(sentence):
+            num_refusals, num_titles = num_refusals + is_refusal, num_titles + is_title
+            num_notices += not (is_refusal or is_title)
+            num_removed += _count_letters(sentence)
         else:
-            left.append(sentence)
-    letters = _letters(" ".join(left))
-    if (refusals and letters < _REFUSAL_LETTERS) or (titles and letters < _TITLE_LETTERS):
-        return "a check for humans, or an error page"
-    if notices and (letters < _NOTICE_LETTERS or (notices > 2 and letters * 2 < removed)):
-        return "only a request for cookies, scripts or consent"
-    return None if letters else "no text in it"
+            remaining.append(sentence)
+    num_letters = _count_letters(" ".join(remaining))
+    if num_refusals and num_letters < _MIN_REFUSAL_LETTERS:
+        return _REFUSED
+    if num_titles and num_letters < _MIN_TITLE_LETTERS:
+        return _REFUSED
+    is_mostly_notices = num_notices > 2 and num_letters * 2 < num_removed
+    if num_notices and (num_letters < _MIN_NOTICE_LETTERS or is_mostly_notices):
+        return "the page only asks for cookies, scripts or consent"
+    return None if num_letters else "the page has no text"
 
 
-def _letters(text: str) -> int:
+def _count_letters(text: str) -> int:
     """Count letters and digits; a Chinese, Japanese or Korean letter counts as four."""
     return len(_LETTER.findall(text)) + 3 * len(_WIDE.findall(text))

@@ -15,7 +15,7 @@ from mmsr1_jax.tools.charsets import decode
 
 PLAIN = ("text/plain", "text/markdown")
 _MAX_OPENING_TAGS, _MAX_TAGS = 20_000, 40_000
-_FILES = {
+_SIGNATURES = {
     b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz",
     b"PK\x03\x04": "zip", b"%PDF-": "PDF", b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG",
     b"GIF8": "GIF", b"\x7fELF": "ELF",
@@ -28,7 +28,7 @@ _MANY_MARKS = regex.compile(r"(\p{M}{16})\p{M}++")
 
 
 class PageError(UserError):
-    """Bytes that are not a page; the message says what they are."""
+    """Bytes that are not a page; the message says why."""
 
 
 def read_page(body: bytes, charset: str | None = None, media_type: str = "text/html") -> str:
@@ -46,8 +46,8 @@ def read_page(body: bytes, charset: str | None = None, media_type: str = "text/h
       PageError: The bytes are compressed, another type of file, not text, or cannot be parsed.
       MemoryError: The parser ran out of memory.
     """
-    for beginning, kind in _FILES.items():
-        if body.startswith(beginning):
+    for signature, kind in _SIGNATURES.items():
+        if body.startswith(signature):
             raise PageError(f"the page is a {kind} file")
     text = decode(body, charset, markup=media_type not in PLAIN)
     if len(_BROKEN.findall(sample := text[:4096])) > len(sample) / 10:
@@ -55,7 +55,7 @@ def read_page(body: bytes, charset: str | None = None, media_type: str = "text/h
     if media_type in PLAIN:
         return text
     try:
-        tree = _parsed(text)
+        tree = _parse(text)
         if tree is None:
             return ""
         return trafilatura.extract(tree, include_comments=False, include_tables=True) or ""
@@ -73,13 +73,13 @@ def extract(html: bytes) -> str:
         return ""
 
 
-def _parsed(text: str) -> lxml.html.HtmlElement | None:
+def _parse(text: str) -> lxml.html.HtmlElement | None:
     """Return a page's element tree, or None if the text is not markup.
 
     trafilatura would decompress bytes, and repairs text with regular expressions that do not run in
     linear time. A tree skips both steps.
     """
-    text = _cut(_CONTROLS.sub("", text))
+    text = _truncate(_CONTROLS.sub("", text))
     is_html = "html" in text[:50].lower()
     if text.lstrip()[:2] == "<!":  # a doctype may be of any length
         text = text.partition(">")[2]
@@ -100,13 +100,13 @@ def _parsed(text: str) -> lxml.html.HtmlElement | None:
     return tree
 
 
-def _cut(text: str) -> str:
+def _truncate(text: str) -> str:
     """Return the text up to the first tag beyond the limits."""
     if text.count("<") <= _MAX_OPENING_TAGS:
         return text
-    opening = 0
-    for number, tag in enumerate(_TAG.finditer(text)):
-        opening += not tag[1]
-        if opening > _MAX_OPENING_TAGS or number == _MAX_TAGS:
+    num_opening = 0
+    for index, tag in enumerate(_TAG.finditer(text)):
+        num_opening += not tag[1]
+        if num_opening > _MAX_OPENING_TAGS or index == _MAX_TAGS:
             return text[: tag.start()]
     return text

@@ -5,7 +5,7 @@
 - Status 429, 5xx, timeouts and connection failures are retried with exponential backoff, and no
   earlier than the server asks.
 - After several consecutive failures the service is not contacted for a while, which is logged once.
-- Requests that fail after all retries and requests that are refused are counted
+- Requests that fail after all retries, and requests that the service refuses, are counted
   (`utils/fallbacks.py`).
 """
 
@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import socket
 import ssl
-import sys
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
@@ -24,12 +23,13 @@ import aiolimiter
 import tenacity
 
 from mmsr1_jax.config.errors import UserError
-from mmsr1_jax.tools.web import Answer, RefusedError, StatusError, Web, WebError
+from mmsr1_jax.tools.web import RefusedError, StatusError, WebClient, WebError, WebResponse
 from mmsr1_jax.utils import fallbacks
+from mmsr1_jax.utils.logs import log
 
-_KEY_REFUSED = (401, 402, 403)
+_KEY_REFUSED_STATUS = (401, 402, 403)
 _NO_LOOKUP = "its name cannot be looked up"
-_PASSING = (408, 425)  # client errors that may be transient
+_TRANSIENT_STATUS = (408, 425)  # client errors that may be transient
 
 
 class ServiceDownError(WebError):
@@ -49,17 +49,17 @@ class Service:
     Args:
       name: Name of the service in messages.
       web: HTTP client that sends the requests.
-      at_once: Maximum number of concurrent requests, per asyncio loop.
-      per_second: Maximum number of requests per second, per asyncio loop.
-      attempts: Maximum number of attempts per call.
-      longest_wait: Maximum wait between two attempts, in seconds. If the server asks for a longer
-        one, the call is not retried.
-      failures: Number of consecutive failures that opens the circuit breaker. None disables it, for
-        instance for requests to many hosts.
-      pause: Seconds for which an open circuit breaker rejects calls.
-      turn: Function awaited before each attempt, for a rate limit shared with other processes. It
-        applies in addition to `per_second`.
-      counted: Whether failures are counted as metrics (`utils/fallbacks.py`).
+      max_concurrency: Maximum number of concurrent requests, per asyncio loop.
+      max_qps: Maximum number of requests per second, per asyncio loop.
+      max_attempts: Maximum number of attempts per call.
+      max_wait: Maximum wait between two attempts, in seconds. If the server asks for a longer one,
+        the call is not retried.
+      max_failures: Number of consecutive failures that opens the circuit breaker. None disables it,
+        for instance for requests to many hosts.
+      cooldown: Seconds for which an open circuit breaker rejects calls.
+      wait_for_slot: Function awaited before each attempt, for a rate limit shared with other
+        processes. It applies in addition to `max_qps`.
+      count_failures: Whether failures are counted as metrics (`utils/fallbacks.py`).
       address: Address of the service without secrets, for messages.
       settings: Names of the settings that configure the service, for messages.
     """
@@ -67,38 +67,39 @@ class Service:
     def __init__(
         self,
         name: str,
-        web: Web,
+        web: WebClient,
         *,
-        at_once: int = 32,
-        per_second: float = 50.0,
-        attempts: int = 3,
-        longest_wait: float = 20.0,
-        failures: int | None = 20,
-        pause: float = 30.0,
-        turn: Callable[[], Awaitable[None]] | None = None,
-        counted: bool = True,
+        max_concurrency: int = 32,
+        max_qps: float = 50.0,
+        max_attempts: int = 3,
+        max_wait: float = 20.0,
+        max_failures: int | None = 20,
+        cooldown: float = 30.0,
+        wait_for_slot: Callable[[], Awaitable[None]] | None = None,
+        count_failures: bool = True,
         address: str = "",
         settings: str = "",
     ):
         self.name = name
-        self._where = f"{name} at {address}" if address else name
-        self._settings, self._is_counted = settings, counted
+        self._label = f"{name} at {address}" if address else name
+        self._settings, self._count_failures = settings, count_failures
         self._web = web
-        self._at_once, self._per_second = at_once, per_second
-        self._attempts, self._longest_wait = attempts, longest_wait
-        self._most_failures, self._pause = failures, pause
-        self._turn = turn
-        self._failures, self._closed_until, self._said = 0, 0.0, False
-        self._last: WebError | None = None
-        self._of_loop: weakref.WeakKeyDictionary[Any, _Limits] = weakref.WeakKeyDictionary()
+        self._max_concurrency, self._max_qps = max_concurrency, max_qps
+        self._max_attempts, self._max_wait = max_attempts, max_wait
+        self._max_failures, self._cooldown = max_failures, cooldown
+        self._wait_for_slot = wait_for_slot
+        # State of the circuit breaker: it is open until a time on the monotonic clock.
+        self._num_failures, self._open_until, self._has_warned = 0, 0.0, False
+        self._last_error: WebError | None = None
+        self._loops: weakref.WeakKeyDictionary[Any, _LoopState] = weakref.WeakKeyDictionary()
 
     async def call(
         self,
         method: str,
         url: str,
         *,
-        read: Callable[[Answer], Any] | None = None,
-        even_if_down: bool = False,
+        parse: Callable[[WebResponse], Any] | None = None,
+        ignore_breaker: bool = False,
         **request: Any,
     ) -> Any:
         """Send a request as `Web.request` does, with retries, rate limits and a circuit breaker.
@@ -106,123 +107,132 @@ class Service:
         Args:
           method: HTTP method.
           url: URL of the request.
-          read: Function that parses the response. A WebError that it raises counts as a failure of
+          parse: Function that parses the response. A WebError that it raises counts as a failure of
             the request, which is retried if the error is transient. If None, return the response.
-          even_if_down: Whether to send the request even if the circuit breaker is open.
+          ignore_breaker: Whether to send the request even if the circuit breaker is open.
           **request: Further arguments of `Web.request`.
 
         Returns:
-          Result of `read`, or the response.
+          Result of `parse`, or the response.
 
         Raises:
           WebError: The last attempt failed.
           ServiceDownError: The circuit breaker is open.
         """
         loop = asyncio.get_running_loop()
-        if loop not in self._of_loop:
-            self._of_loop[loop] = _Limits(self._at_once, self._per_second)
-        under_way = self._of_loop[loop].under_way
-        key = _key(method, url, request)
-        if key not in under_way:
-            asked = self._counted(
-                self._call(self._of_loop[loop], method, url, request, read, even_if_down)
-            )
-            task = asyncio.ensure_future(asked)
-            under_way[key] = _Shared(task)
-            task.add_done_callback(lambda done: self._ended(under_way, key, done))
-        shared = under_way[key]
-        shared.waiting += 1
+        if loop not in self._loops:
+            self._loops[loop] = _LoopState(self._max_concurrency, self._max_qps)
+        pending = self._loops[loop].pending
+        key = _request_key(method, url, request)
+        if key not in pending:
+
+            async def send() -> Any:
+                return await self._send(method, url, request, parse)
+
+            task = asyncio.ensure_future(self._call(self._loops[loop], send, ignore_breaker))
+            pending[key] = _PendingCall(task)
+            task.add_done_callback(lambda done: self._remove(pending, key, done))
+        shared = pending[key]
+        shared.num_waiters += 1
         try:
             return await asyncio.shield(shared.task)
         finally:
-            shared.waiting -= 1
-            if not shared.waiting and not shared.task.done():
+            shared.num_waiters -= 1
+            if not shared.num_waiters and not shared.task.done():
                 # No caller waits any more. A later identical call sends a new request.
-                del under_way[key]
+                del pending[key]
                 shared.task.cancel()
 
     @staticmethod
-    def _ended(under_way: "dict[bytes, _Shared]", key: bytes, task: asyncio.Task) -> None:
-        if key in under_way and under_way[key].task is task:
-            del under_way[key]
+    def _remove(pending: "dict[bytes, _PendingCall]", key: bytes, task: asyncio.Task) -> None:
+        if key in pending and pending[key].task is task:
+            del pending[key]
         if not task.cancelled():
             task.exception()  # mark the exception as retrieved, even if no caller waits
 
-    async def _counted(self, asked: Awaitable[Any]) -> Any:
+    async def _call(
+        self, loop: "_LoopState", send: Callable[[], Awaitable[Any]], ignore_breaker: bool
+    ) -> Any:
+        """Send a request with retries, and count it if it fails after all of them."""
         try:
-            return await asked
+            return await self._retry(loop, send, ignore_breaker)
         except WebError as error:
-            if self._is_counted:
-                figure = f"service/{self.name}"
-                if _key_is_refused(error):
-                    fallbacks.note(f"{figure}/refused", f"warning: {self.refusal(error)}")
-                fallbacks.note(f"{figure}/failed")
+            if self._count_failures:
+                metric = f"service/{self.name}"
+                if _is_key_refused(error):
+                    fallbacks.note(f"{metric}/refused", f"warning: {self.refusal_message(error)}")
+                fallbacks.note(f"{metric}/failed")
             raise
 
-    async def _call(
-        self, limits: "_Limits", method: str, url: str, request: dict,
-        read: Callable[[Answer], Any] | None, even_if_down: bool,
-    ) -> Any:  # fmt: skip
+    async def _retry(
+        self, loop: "_LoopState", send: Callable[[], Awaitable[Any]], ignore_breaker: bool
+    ) -> Any:
         async for attempt in tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(self._attempts),
+            stop=tenacity.stop_after_attempt(self._max_attempts),
             wait=self._wait,
-            retry=tenacity.retry_if_exception(self._again),
+            retry=tenacity.retry_if_exception(self._is_retryable),
             reraise=True,
         ):
             with attempt:
-                async with limits.at_once, limits.rate:
-                    if time.monotonic() < self._closed_until and not even_if_down:
+                async with loop.slots, loop.rate:
+                    if time.monotonic() < self._open_until and not ignore_breaker:
                         raise ServiceDownError(
-                            f"{self.name} failed too often and is not asked for now"
-                        ) from self._last
-                    if self._turn is not None:
-                        await self._turn()
-                    answer = await self._asked(method, url, request, read)
-        return answer
+                            f"{self.name} failed too often; no requests are sent for now"
+                        ) from self._last_error
+                    if self._wait_for_slot is not None:
+                        await self._wait_for_slot()
+                    return await send()
 
-    async def _asked(
-        self, method: str, url: str, request: dict, read: Callable[[Answer], Any] | None
+    async def _send(
+        self,
+        method: str,
+        url: str,
+        request: dict[str, Any],
+        parse: Callable[[WebResponse], Any] | None,
     ) -> Any:
+        """Send a request once, and update the circuit breaker."""
         try:
-            answer = await self._web.request(method, url, **request)
-            answer = answer if read is None else read(answer)
+            response = await self._web.request(method, url, **request)
+            result = response if parse is None else parse(response)
         except WebError as error:
             if error.transient:
-                self._failed(error)
+                self._record_failure(error)
             raise
-        self._failures, self._closed_until, self._said = 0, 0.0, False
-        return answer
+        self._num_failures, self._open_until, self._has_warned = 0, 0.0, False
+        return result
 
-    def refusal(self, error: WebError) -> str:
+    def refusal_message(self, error: WebError) -> str:
         """Return a one-line message that names the service and why it refuses requests."""
         reason = _connection_refusal(error) or str(error)
         settings = f" (settings: {self._settings})" if self._settings else ""
-        return f"{self._where} refuses requests: {reason}{settings}"
+        return f"{self._label} refuses requests: {reason}{settings}"
 
-    def _again(self, error: BaseException) -> bool:
+    def _is_retryable(self, error: BaseException) -> bool:
         return (
             isinstance(error, WebError)
             and error.transient
-            and (error.retry_after or 0.0) <= self._longest_wait
+            and (error.retry_after or 0.0) <= self._max_wait
         )
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
-        jittered = tenacity.wait_random_exponential(multiplier=0.5, max=self._longest_wait)(state)
-        return max(state.outcome.exception().retry_after or 0.0, jittered)
+        """Return the seconds to wait before the next attempt."""
+        jittered = tenacity.wait_random_exponential(multiplier=0.5, max=self._max_wait)(state)
+        error = None if state.outcome is None else state.outcome.exception()
+        retry_after = error.retry_after if isinstance(error, WebError) else None
+        return max(retry_after or 0.0, jittered)
 
-    def _failed(self, error: WebError) -> None:
-        self._failures += 1
-        self._last = error
-        if self._most_failures is None or self._failures < self._most_failures:
+    def _record_failure(self, error: WebError) -> None:
+        self._num_failures += 1
+        self._last_error = error
+        if self._max_failures is None or self._num_failures < self._max_failures:
             return
-        self._closed_until = time.monotonic() + self._pause
-        if not self._said:
-            self._said = True
-            print(
-                f"{self.name}: {self._failures} failures in a row ({error}); it is asked again "
-                f"every {self._pause:g} s",
-                file=sys.stderr,
-            )
+        self._open_until = time.monotonic() + self._cooldown
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "%s: %d consecutive failures (%s); it is contacted at most every %g s",
+                self.name, self._num_failures, error, self._cooldown,
+            )  # fmt: skip
 
 
 def is_refusal(error: WebError, *, at_start: bool = False) -> bool:
@@ -239,7 +249,7 @@ def is_refusal(error: WebError, *, at_start: bool = False) -> bool:
         counts as well.
     """
     if isinstance(error, StatusError):
-        return not error.transient and error.status not in _PASSING
+        return not error.transient and error.status not in _TRANSIENT_STATUS
     if isinstance(error, RefusedError):
         return True
     reason = _connection_refusal(error)
@@ -260,43 +270,43 @@ def _connection_refusal(error: WebError) -> str | None:
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and its causes, outermost first."""
-    waiting, seen = [error], set()
-    while waiting:
-        error = waiting.pop(0)
+    queue, seen = [error], set()
+    while queue:
+        error = queue.pop(0)
         if id(error) in seen:
             continue
         seen.add(id(error))
         yield error
-        waiting += getattr(error, "exceptions", ())
-        waiting += [e for e in (error.__cause__ or error.__context__,) if e is not None]
+        queue += getattr(error, "exceptions", ())
+        queue += [e for e in (error.__cause__ or error.__context__,) if e is not None]
 
 
-def _key_is_refused(error: WebError) -> bool:
+def _is_key_refused(error: WebError) -> bool:
     if isinstance(error, StatusError):
-        return error.status in _KEY_REFUSED
+        return error.status in _KEY_REFUSED_STATUS
     return is_refusal(error)
 
 
-class _Limits:
+class _LoopState:
     """Limits and pending calls of one asyncio loop."""
 
-    def __init__(self, at_once: int, per_second: float):
-        self.at_once = asyncio.Semaphore(at_once)
+    def __init__(self, max_concurrency: int, max_qps: float):
+        self.slots = asyncio.Semaphore(max_concurrency)
         # A small bucket avoids bursts of a whole second's worth of calls.
-        burst = max(1.0, per_second / 10)
-        self.rate = aiolimiter.AsyncLimiter(burst, burst / per_second)
-        self.under_way: dict[bytes, _Shared] = {}
+        burst = max(1.0, max_qps / 10)
+        self.rate = aiolimiter.AsyncLimiter(burst, burst / max_qps)
+        self.pending: dict[bytes, _PendingCall] = {}
 
 
 @dataclasses.dataclass(eq=False)
-class _Shared:
-    """Pending request and the number of calls that wait for it."""
+class _PendingCall:
+    """Task of a request and the number of calls that wait for it."""
 
     task: asyncio.Task
-    waiting: int = 0
+    num_waiters: int = 0
 
 
-def _key(method: str, url: str, request: dict[str, Any]) -> bytes:
+def _request_key(method: str, url: str, request: dict[str, Any]) -> bytes:
     """Return a hash that identifies a request without revealing API keys or images."""
     digest = hashlib.blake2b(repr((method, url)).encode("utf-8", "replace"), digest_size=16)
     for name, value in sorted(request.items()):

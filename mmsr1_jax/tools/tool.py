@@ -21,9 +21,9 @@ from typing import Literal
 
 import PIL.Image
 
-from mmsr1_jax.tools.links import one_line, shown_link
+from mmsr1_jax.tools.links import display_link, one_line
 
-Picture = PIL.Image.Image | bytes | str | pathlib.Path  # bytes: contents of a file; str: its path
+ImageLike = PIL.Image.Image | bytes | str | pathlib.Path  # bytes: contents of a file; str: path
 Status = Literal["ok", "empty", "failed"]
 
 
@@ -42,7 +42,7 @@ class Query:
     action: str
     text: str | None
     question: str
-    images: Sequence[Picture] = ()
+    images: Sequence[ImageLike] = ()
     example: str = ""
 
 
@@ -52,14 +52,14 @@ class Part:
 
     Attributes:
       text: Text to show, unless `fields` is set.
-      image: Image, in one of the forms of `Picture`.
+      image: Image, in one of the forms of `ImageLike`.
       fields: Pairs (label, value) of a labelled text, in order, each shown on its own line as
         `label: value`. Labels are written by the tool. Values are untrusted, and all except a
         `summary` are single lines.
     """
 
     text: str | None = None
-    image: Picture | None = None
+    image: ImageLike | None = None
     fields: tuple[tuple[str, str], ...] = ()
 
 
@@ -71,8 +71,7 @@ class Observation:
     """Output of a search tool.
 
     Attributes:
-      status: Outcome of the search: `ok`, `empty` (nothing was found) or `failed` (the search could
-        not be made).
+      status: Outcome of the search: `ok`, `empty` (no results) or `failed`.
       results: Results, best first.
       error: Reason of a failure, for the records. It is not shown to the policy, as it may contain
         addresses.
@@ -88,12 +87,12 @@ Tool = Callable[[Query], Awaitable[Observation]]
 
 def text_result(link: str, summary: str) -> Result:
     """Return a page as a result: its link, and its summary for the question."""
-    link, summary = shown_link(str(link)), str(summary)  # stores from elsewhere are untrusted
+    link, summary = display_link(str(link)), str(summary)  # cached results may be untrusted
     fields = (("link", link), ("summary", summary))
     return (Part(text=f"link: {link}\nsummary: {summary}", fields=fields),)
 
 
-def image_result(image: Picture, title: str) -> Result:
+def image_result(image: ImageLike, title: str) -> Result:
     """Return a page with a similar image as a result: the image and the page's title."""
     title = one_line(str(title))
     return (
@@ -103,8 +102,8 @@ def image_result(image: Picture, title: str) -> Result:
     )
 
 
-def text_result_of(text: str) -> Result:
-    """Rebuild a result of `text_result` from its stored text.
+def parse_text_result(text: str) -> Result:
+    """Rebuild a result of `text_result` from its text.
 
     A text in another form becomes a result without labels.
     """

@@ -19,25 +19,31 @@ from typing import Any
 import httpcore
 import httpx
 
-from mmsr1_jax.tools.addresses import foreign_names, is_public, normal_host, own_names, parse_host
-from mmsr1_jax.tools.connection_pool import Connections
+from mmsr1_jax.tools.addresses import (
+    is_public,
+    normalise_host,
+    parse_host,
+    trusted_resolver,
+    untrusted_resolver,
+)
+from mmsr1_jax.tools.connection_pool import ConnectionPool
 from mmsr1_jax.utils import checked_json
 
-# At lower levels it logs requests, including the API keys in them.
+# At lower levels, httpcore logs requests, including the API keys in them.
 logging.getLogger("httpcore").setLevel(logging.WARNING)
 
-JSON = ("application/json",)
-PAGES = ("text/html", "application/xhtml+xml", "text/plain", "text/markdown")
-IMAGES = ("image/",)
+JSON_TYPES = ("application/json",)
+PAGE_TYPES = ("text/html", "application/xhtml+xml", "text/plain", "text/markdown")
+IMAGE_TYPES = ("image/",)
 _HEADERS = {"User-Agent": "mmsr1_jax", "Accept": "*/*", "Accept-Encoding": "gzip"}
 _MAX_REDIRECTS = 5
-_CHUNK = 65536
-_ERROR_BYTES = 4096
+_CHUNK_BYTES = 65536
+_MAX_ERROR_BYTES = 4096  # of the body of an error response
 _HOST = re.compile(r"[^\s/@\\%]+")
 
 
 class WebError(Exception):
-    """Failed request. The message contains neither the address nor an API key.
+    """Failed request. The message contains neither the URL nor an API key.
 
     Attributes:
       transient: Whether a retry may succeed.
@@ -48,10 +54,10 @@ class WebError(Exception):
     retry_after: float | None = None
 
     def __reduce__(self):  # by default, an exception is unpickled from its message alone
-        return _rebuilt, (type(self), self.args, self.__dict__)
+        return _unpickle, (type(self), self.args, self.__dict__)
 
 
-def _rebuilt(kind: type[WebError], args: tuple, state: dict[str, Any]) -> WebError:
+def _unpickle(kind: type[WebError], args: tuple, state: dict[str, Any]) -> WebError:
     error = kind.__new__(kind)
     error.args = args
     error.__dict__.update(state)
@@ -59,7 +65,7 @@ def _rebuilt(kind: type[WebError], args: tuple, state: dict[str, Any]) -> WebErr
 
 
 class RefusedError(WebError):
-    """Request that this client refuses, for instance because its address is not public."""
+    """Request rejected by this client, for instance because its address is not public."""
 
 
 class BodyError(WebError):
@@ -90,7 +96,7 @@ class StatusError(WebError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class WebResponse:
     """HTTP response.
 
     Attributes:
@@ -113,17 +119,17 @@ class Answer:
             raise BodyError(str(error)) from None
 
 
-class Web:
+class WebClient:
     """HTTP client with one connection pool per asyncio loop.
 
     Args:
       allowed_hosts: `host`, `host:port` or URLs of trusted services, whose addresses may be
         private.
-      seconds: Time limit for connecting, and for each wait for data.
-      total_seconds: Time limit of a whole request, including redirects and body. None means three
-        times `seconds`.
+      timeout: Time limit in seconds for connecting, and for each wait for data.
+      total_timeout: Time limit in seconds of a whole request, including redirects and body. None
+        means three times `timeout`.
       max_bytes: Maximum size of a body, both as received and decompressed.
-      connections: Maximum number of concurrent connections per loop.
+      max_connections: Maximum number of concurrent connections per loop.
       backend: Network backend that opens connections, replaced in tests.
     """
 
@@ -131,26 +137,30 @@ class Web:
         self,
         *,
         allowed_hosts: Collection[str] = (),
-        seconds: float = 20.0,
-        total_seconds: float | None = None,
+        timeout: float = 20.0,
+        total_timeout: float | None = None,
         max_bytes: int = 10_000_000,
-        connections: int = 256,
+        max_connections: int = 256,
         backend: httpcore.AsyncNetworkBackend | None = None,
     ):
         self._allowed = frozenset(map(parse_host, allowed_hosts))
-        self._seconds = seconds
-        self._total = 3 * seconds if total_seconds is None else total_seconds
+        self._timeout = timeout
+        self._total_timeout = 3 * timeout if total_timeout is None else total_timeout
         self._max_bytes = max_bytes
-        self._connections = connections
+        self._max_connections = max_connections
         self._backend = backend
-        self._transports: weakref.WeakKeyDictionary[Any, _Transport] = weakref.WeakKeyDictionary()
+        self._pools: weakref.WeakKeyDictionary[Any, ConnectionPool] = weakref.WeakKeyDictionary()
 
-    def _transport(self) -> "_Transport":
+    def _transport(self) -> ConnectionPool:
+        """Return the connection pool of the running loop."""
         loop = asyncio.get_running_loop()
-        if loop not in self._transports:
-            checked = CheckedBackend(self._allowed, self._backend or httpcore.AnyIOBackend())
-            self._transports[loop] = _Transport(checked, self._connections)
-        return self._transports[loop]
+        if loop not in self._pools:
+            # httpcore defines another class of this name for environments without anyio.
+            default: Any = httpcore.AnyIOBackend()
+            backend = CheckedBackend(self._allowed, self._backend or default)
+            tls = httpx.create_ssl_context(trust_env=False)
+            self._pools[loop] = ConnectionPool(backend, tls, limit=self._max_connections)
+        return self._pools[loop]
 
     async def request(
         self,
@@ -163,7 +173,7 @@ class Web:
         content: bytes | None = None,
         headers: Mapping[str, str] | None = None,
         max_bytes: int | None = None,
-    ) -> Answer:
+    ) -> WebResponse:
         """Send a request, following redirects of GET requests.
 
         `headers` are dropped once a redirect leads to another origin.
@@ -183,49 +193,54 @@ class Web:
         """
         request = {"params": params, "json": json, "content": content}
         try:
-            async with asyncio.timeout(self._total):
+            async with asyncio.timeout(self._total_timeout):
                 return await self._follow(
                     method, url, request, dict(headers or {}), tuple(accept), max_bytes
                 )
         except (TimeoutError, httpx.TimeoutException):
-            raise TimedOutError("the server did not answer in time") from None
+            raise TimedOutError("the server did not respond in time") from None
         except httpx.HTTPError as error:
             if isinstance(error, httpx.UnsupportedProtocol):
-                raise RefusedError("not a valid address") from None
+                raise RefusedError("not a valid URL") from None
             raise UnreachableError(f"the connection failed ({type(error).__name__})") from None
         except (httpx.InvalidURL, ValueError, KeyError) as error:
             # Raised by the libraries for malformed addresses and headers.
-            raise RefusedError(f"not a valid address or answer ({type(error).__name__})") from None
+            raise RefusedError(f"invalid URL or response ({type(error).__name__})") from None
 
     async def _follow(
-        self, method: str, url: str, request: dict, headers: dict, accept: tuple[str, ...],
+        self,
+        method: str,
+        url: str,
+        request: dict[str, Any],
+        headers: dict[str, str],
+        accept: tuple[str, ...],
         max_bytes: int | None,
-    ) -> Answer:  # fmt: skip
+    ) -> WebResponse:
         """Return the response after following redirects."""
-        timeout = {"timeout": httpx.Timeout(self._seconds).as_dict()}
+        extensions = {"timeout": httpx.Timeout(self._timeout).as_dict()}
         for _ in range(_MAX_REDIRECTS + 1):
             # httpx.Client is not used: it keeps cookies, and logs URLs with the API keys in them.
-            made = httpx.Request(
-                method, url, headers=_HEADERS | headers, extensions=timeout, **request
+            sent = httpx.Request(
+                method, url, headers=_HEADERS | headers, extensions=extensions, **request
             )
-            _check(made.url)
-            response = await self._transport().handle_async_request(made)
-            response.request = made
+            _check_url(sent.url)
+            response = await self._transport().handle_async_request(sent)
+            response.request = sent
             try:
                 if not (response.has_redirect_location and method == "GET"):
                     return await self._read(response, accept, max_bytes)
             finally:
                 await response.aclose()
-            target = made.url.join(response.headers["location"])
-            headers = headers if _origin(target) == _origin(made.url) else {}
+            target = sent.url.join(response.headers["location"])
+            headers = headers if _origin(target) == _origin(sent.url) else {}
             url, request = str(target), {}
-        raise RefusedError("too many redirects")
+        raise RefusedError(f"more than {_MAX_REDIRECTS} redirects")
 
     async def _read(
         self, response: httpx.Response, accept: tuple[str, ...], max_bytes: int | None
-    ) -> Answer:
+    ) -> WebResponse:
         if not response.is_success:
-            body = await _beginning(response)
+            body = await _error_body(response)
             raise StatusError(response.status_code, _retry_after(response), body)
         media_type, _, _ = response.headers.get("content-type", "").lower().partition(";")
         media_type = media_type.strip()
@@ -236,31 +251,22 @@ class Web:
             raise BodyError(f"more than {limit} bytes")
         encoding = response.headers.get("content-encoding", "identity").lower()
         if encoding not in ("identity", "gzip"):
-            raise BodyError(f"content encoding {encoding[:20]!r}")
+            raise BodyError(f"unsupported content encoding {encoding[:20]!r}")
         body = bytearray()
         inflate = zlib.decompressobj(wbits=31) if encoding == "gzip" else None
-        came = 0
-        async for chunk in response.aiter_raw(_CHUNK):
-            came += len(chunk)
+        num_received = 0
+        async for chunk in response.aiter_raw(_CHUNK_BYTES):
+            num_received += len(chunk)
             try:
                 # One byte beyond the limit suffices to detect that it is exceeded.
                 body += inflate.decompress(chunk, limit - len(body) + 1) if inflate else chunk
             except zlib.error:
-                raise BodyError("damaged gzip") from None
-            if max(len(body), came) > limit:
+                raise BodyError("damaged gzip data") from None
+            if max(len(body), num_received) > limit:
                 raise BodyError(f"more than {limit} bytes")
         if inflate is not None and not inflate.eof:
-            raise BodyError("gzip is cut off")
-        return Answer(str(response.url), media_type, response.charset_encoding, bytes(body))
-
-
-class _Transport(httpx.AsyncHTTPTransport):
-    """httpx's transport with our own connection pool."""
-
-    def __init__(self, backend: httpcore.AsyncNetworkBackend, connections: int):
-        context = httpx.create_ssl_context(trust_env=False)
-        super().__init__(verify=context, trust_env=False)
-        self._pool = Connections(backend, context, limit=connections)
+            raise BodyError("truncated gzip data")
+        return WebResponse(str(response.url), media_type, response.charset_encoding, bytes(body))
 
 
 class CheckedBackend(httpcore.AsyncNetworkBackend):
@@ -278,57 +284,67 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
         self._inner = inner
 
     async def connect_tcp(
-        self, host, port, timeout=None, local_address=None, socket_options=None
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        name = normal_host(host)
+        name = normalise_host(host)
         allowed = not {(name, port), (name, None)}.isdisjoint(self._allowed)
-        names = own_names if allowed else foreign_names
+        resolver = trusted_resolver if allowed else untrusted_resolver
         try:
-            addresses = await asyncio.wait_for(names.find(host, port), timeout)
+            addresses = await asyncio.wait_for(resolver.resolve(host, port), timeout)
         except TimeoutError:
             raise httpcore.ConnectTimeout("name lookup") from None
         except (OSError, UnicodeError):
             raise httpcore.ConnectError("name lookup") from None
         if not allowed and not all(map(is_public, addresses)):
-            raise RefusedError("an address that is not public")
-        error: Exception = httpcore.ConnectError("no address")
+            raise RefusedError("the address is not public")
+        last_error: Exception = httpcore.ConnectError("no address")
         for address in addresses:
             try:
                 return await self._inner.connect_tcp(
                     address, port, timeout, local_address, socket_options
                 )
-            except (httpcore.ConnectError, httpcore.ConnectTimeout) as failed:
-                error = failed
-        raise error
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                last_error = error
+        raise last_error
 
-    async def connect_unix_socket(self, path, timeout=None, socket_options=None):
-        raise RefusedError("not an address of the web")
+    async def connect_unix_socket(
+        self,
+        path: str,
+        timeout: float | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        raise RefusedError("Unix sockets are not allowed")
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
 
 
-def _origin(url: httpx.URL) -> tuple:
+def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
     return url.scheme, url.host, url.port
 
 
-def _check(url: httpx.URL) -> None:
+def _check_url(url: httpx.URL) -> None:
     if url.scheme not in ("http", "https") or not _HOST.fullmatch(url.host):
-        raise RefusedError("not an http or https address")
+        raise RefusedError("not an http or https URL")
     if url.port is not None and not 0 < url.port < 65536:
-        raise RefusedError("not a port")
+        raise RefusedError("invalid port")
     if url.userinfo:
-        raise RefusedError("an address with a password in it")
+        raise RefusedError("the URL contains a user name or password")
 
 
-async def _beginning(response: httpx.Response) -> bytes:
-    """Return at most the first `_ERROR_BYTES` of an error response."""
-    unpack = response.headers.get("content-encoding", "").lower() == "gzip"
-    inflate = zlib.decompressobj(wbits=31) if unpack else None
+async def _error_body(response: httpx.Response) -> bytes:
+    """Return at most the first `_MAX_ERROR_BYTES` of an error response."""
+    is_gzip = response.headers.get("content-encoding", "").lower() == "gzip"
+    inflate = zlib.decompressobj(wbits=31) if is_gzip else None
     try:
-        async for chunk in response.aiter_raw(_ERROR_BYTES):
-            part = inflate.decompress(chunk, _ERROR_BYTES) if inflate else chunk
-            return part[:_ERROR_BYTES]
+        async for chunk in response.aiter_raw(_MAX_ERROR_BYTES):
+            part = inflate.decompress(chunk, _MAX_ERROR_BYTES) if inflate else chunk
+            return part[:_MAX_ERROR_BYTES]
     except (httpx.HTTPError, zlib.error):  # the status alone is enough
         pass
     return b""

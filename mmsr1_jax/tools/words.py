@@ -45,9 +45,9 @@ _FOREIGN = re.compile(
 )
 
 
-def _ranges(*ends: tuple[int, int]) -> list[int]:
+def _ranges(*ranges: tuple[int, int]) -> list[int]:
     """Return the code points of ranges, both ends included."""
-    return list(itertools.chain.from_iterable(range(low, high + 1) for low, high in ends))
+    return list(itertools.chain.from_iterable(range(first, last + 1) for first, last in ranges))
 
 
 _INVISIBLE = _ranges(
@@ -70,7 +70,7 @@ _ZEROS = (
 _SIGNS = dict.fromkeys(_INVISIBLE) | dict.fromkeys(map(ord, "\0™℠"), " ")
 # Applied after decomposition: Arabic yeh (three), kaf and heh (two); sharp s (two), dotless i,
 # final sigma.
-_FOLDED = (
+_FOLDING = (
     dict.fromkeys([*_OPTIONAL_MARKS, 0x0640])
     | {zero + digit: str(digit) for zero in _ZEROS for digit in range(10)}
     | {0x0649: "\u064a", 0x06CC: "\u064a", 0x06D2: "\u064a", 0x06A9: "\u0643", 0x0629: "\u0647"}
@@ -80,41 +80,41 @@ _FOLDED = (
 
 def search_form(text: str) -> str:
     """Return a text rewritten for indexing by FTS5 with `TOKENIZER`; English text is unchanged."""
-    return text if text.isascii() else _RUN.sub(_terms, _FOREIGN.sub(_folded, text))
+    return text if text.isascii() else _RUN.sub(_index_terms, _FOREIGN.sub(_fold, text))
 
 
-def words_of(text: str) -> str:
+def fts_query(text: str) -> str:
     """Return an FTS5 query that matches any word of a text; empty if the text has no words.
 
     Operators of the query language are treated as ordinary words.
     """
-    text = _RUN.sub(_wanted_terms, _FOREIGN.sub(_folded, text))
+    text = _RUN.sub(_query_terms, _FOREIGN.sub(_fold, text))
     words = dict.fromkeys(_WORD.findall(text))
     return " OR ".join(f'"{word[1:]}" *' if word[0] == "\0" else f'"{word}"' for word in words)
 
 
-def _folded(match: re.Match[str]) -> str:
+def _fold(match: re.Match[str]) -> str:
     """Return the match with equivalent forms of letters unified."""
     text = _MANY_MARKS.sub(r"\1", match[0].translate(_SIGNS))
-    decomposed = unicodedata.normalize("NFKD", text).translate(_FOLDED)
+    decomposed = unicodedata.normalize("NFKD", text).translate(_FOLDING)
     return _INDIAN_JOINER.sub("", unicodedata.normalize("NFC", decomposed))
 
 
-def _run_of(match: regex.Match[str]) -> tuple[str, int]:
+def _parse_run(match: regex.Match[str]) -> tuple[str, int]:
     """Return the letters of a run, and the number of letters per term."""
     return _ZERO_WIDTH.sub("", match[0]), 2 if match[1] else 3
 
 
-def _terms(match: regex.Match[str]) -> str:
+def _index_terms(match: regex.Match[str]) -> str:
     """Return a run's terms for the index. A term starts at every letter, so that a query shorter
     than a term matches as a prefix."""
-    run, length = _run_of(match)
+    run, length = _parse_run(match)
     return f" {' '.join(run[i : i + length] for i in range(len(run)))} "
 
 
-def _wanted_terms(match: regex.Match[str]) -> str:
+def _query_terms(match: regex.Match[str]) -> str:
     """Return a run's terms for a query; a leading NUL marks a prefix query."""
-    run, length = _run_of(match)
+    run, length = _parse_run(match)
     if len(run) < length:
         return f" \0{run} "
     return f" {' '.join(run[i : i + length] for i in range(len(run) - length + 1))} "

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from orbax.checkpoint.experimental import v1 as ocp
 
+from mmsr1_jax.config.errors import UserError
+
 _POLICIES = ocp.training.preservation_policies
 
 
@@ -28,65 +30,75 @@ class Checkpoints:
             keep_checkpoints_without_metrics=False,
         )
         self._checkpointer = ocp.training.Checkpointer(
-            pathlib.Path(directory).resolve(),
+            str(pathlib.Path(directory).resolve()),
             save_decision_policy=_Always(),
-            preservation_policy=_POLICIES.AnyPreservationPolicy([_POLICIES.LatestN(keep), best]),
+            # The protocol of Orbax and its own policies name different checkpoint types.
+            preservation_policy=_POLICIES.AnyPreservationPolicy(  # pyright: ignore[reportArgumentType]
+                [_POLICIES.LatestN(keep), best]
+            ),
             cleanup_tmp_directories=keep is not None,  # from a save that was killed
         )
 
     @property
     def latest(self) -> int | None:
         """Last saved step, or None if no checkpoint exists."""
-        found = self._checkpointer.latest
-        return None if found is None else found.step
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
 
     @property
     def best(self) -> int | None:
         """Step with the best score, or None if no checkpoint has a score."""
-        scored = [c for c in self._checkpointer.checkpoints if c.metrics]
-        return max(scored, key=lambda c: (c.metrics["score"], c.step)).step if scored else None
+        scores = [
+            (c.metrics["score"], c.step)
+            for c in self._checkpointer.checkpoints
+            if isinstance(c.metrics, dict) and c.metrics
+        ]
+        return max(scores)[1] if scores else None
 
-    def save(self, step: int, state: Any, notes: dict, *, score: float | None) -> None:
+    def save(self, step: int, state: Any, metadata: dict[str, Any], *, score: float | None) -> None:
         """Start saving a checkpoint in the background, once the previous save has finished.
 
         Args:
           step: Last completed step.
           state: Tree of arrays, which may be donated when this method returns.
-          notes: JSON-serialisable metadata.
+          metadata: JSON data to store with it.
           score: Score that determines the best checkpoint, if any.
         """
         self._checkpointer.save_async(
-            step, _named(state), custom_metadata=notes,
+            step, _named(state), custom_metadata=metadata,
             metrics=None if score is None else {"score": score},
         )  # fmt: skip
 
-    def restore(self, step: int, like: Any) -> tuple[Any, dict]:
-        """Restore (state, notes) of a step.
+    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        """Restore (state, metadata) of a step.
 
         Args:
           step: Step of an existing checkpoint.
           like: Tree of arrays with the shapes, dtypes and shardings to restore.
 
         Raises:
-          ValueError: The checkpoint has other array names or shapes.
+          UserError: The checkpoint has other array names or shapes.
         """
         names = _named(like)
         saved = self._checkpointer.metadata(step)
-        known = {name: tuple(x.shape) for name, x in saved.metadata.items()}
-        wanted = {name: tuple(x.shape) for name, x in names.items()}
-        if known != wanted:
-            odd = sorted(n for n in known | wanted if known.get(n) != wanted.get(n))
-            raise ValueError(
-                f"{self._checkpointer.directory}/{step}: of another model or other settings of the "
-                f"update ({odd[0]}: {known.get(odd[0])} there, {wanted.get(odd[0])} here)"
+        shapes = {name: tuple(x.shape) for name, x in saved.metadata.items()}
+        expected = {name: tuple(x.shape) for name, x in names.items()}
+        if shapes != expected:
+            name = min(n for n in shapes | expected if shapes.get(n) != expected.get(n))
+            raise UserError(
+                f"{self._checkpointer.directory}/{step}: a checkpoint of another model or of other "
+                f"settings config.update: {name} has shape {shapes.get(name)}, and this run needs "
+                f"{expected.get(name)}"
             )
         abstract = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for name, x in names.items()
         }
-        found = self._checkpointer.load(step, abstract)
-        leaves = [found[name] for name in names]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), saved.custom_metadata
+        arrays = self._checkpointer.load(step, abstract)
+        leaves = [arrays[name] for name in names]
+        metadata = saved.custom_metadata
+        assert isinstance(metadata, dict)  # as `save` wrote it
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), metadata
 
     def close(self) -> None:
         """Wait for pending saves and close the checkpointer."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypedDict
 
 import msgspec
 
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.config.redaction import redact
 from mmsr1_jax.episodes.episode import Episode
 from mmsr1_jax.rewards.reward_function import Reward
@@ -45,73 +46,91 @@ def episode_metrics(
       absent if no episode of the category remains.
     """
     ran = [i for i, episode in enumerate(episodes) if episode.end != "error"]
-    figures = {"errors": float(len(episodes) - len(ran))}
+    values = {"errors": float(len(episodes) - len(ran))}
     if not ran:
-        return figures
-    kinds = {i: {c.action for c in episodes[i].calls if c.status != "refused"} for i in ran}
-    calls = [call for i in ran for call in episodes[i].calls]
-    made = [call for call in calls if call.status != "refused"]
-
-    def mean(values: Iterable[float]) -> float:
-        return float(statistics.fmean(list(values) or [0.0]))
-
-    known = [i for i in ran if rewards[i].known]
-    outcomes = [rewards[i].judge for i in ran if rewards[i].judge]
-    asked = [outcome for outcome in outcomes if outcome != "match"]
-    if known and not (asked and set(asked) == {"failed"}):
-        figures["reward"] = mean(rewards[i].reward for i in known)
-        figures["accuracy"] = mean(rewards[i].correct for i in known)
-    figures |= {
-        "format": mean(rewards[i].format for i in ran),
-        "searches": len(made) / len(ran),
-        "search/any": mean(bool(kinds[i]) for i in ran),
-        "search/text": mean(kinds[i] == {"text_search"} for i in ran),
-        "search/image": mean(kinds[i] == {"image_search"} for i in ran),
-        "search/both": mean(len(kinds[i]) == 2 for i in ran),
-        "search/none": mean(not kinds[i] for i in ran),
-        "turns": mean(len(episodes[i].turns) for i in ran),
-        "tokens": mean(len(episodes[i]) for i in ran),
-        "tokens_sampled": mean(int(episodes[i].loss_mask.sum()) for i in ran),
-        "tool/calls": float(len(made)),
-        "tool/failed": mean(call.status == "failed" for call in made),
-        "tool/refused": float(len(calls) - len(made)),
-        "tool/seconds": mean(call.seconds for call in made),
+        return values
+    episodes, rewards = [episodes[i] for i in ran], [rewards[i] for i in ran]
+    kinds = [{c.action for c in e.calls if c.status != "refused"} for e in episodes]
+    known = [reward for reward in rewards if reward.known]
+    outcomes = [reward.judge for reward in rewards if reward.judge]
+    requests = [outcome for outcome in outcomes if outcome != "match"]
+    if known and not (requests and set(requests) == {"failed"}):
+        values["reward"] = _mean(reward.reward for reward in known)
+        values["accuracy"] = _mean(reward.correct for reward in known)
+    values |= _call_metrics(episodes)
+    values |= {
+        "format": _mean(reward.format for reward in rewards),
+        "search/any": _mean(bool(actions) for actions in kinds),
+        "search/text": _mean(actions == {"text_search"} for actions in kinds),
+        "search/image": _mean(actions == {"image_search"} for actions in kinds),
+        "search/both": _mean(len(actions) == 2 for actions in kinds),
+        "search/none": _mean(not actions for actions in kinds),
+        "turns": _mean(len(episode.turns) for episode in episodes),
+        "tokens": _mean(len(episode) for episode in episodes),
+        "tokens_sampled": _mean(int(episode.loss_mask.sum()) for episode in episodes),
     }
     for end in ("answer", "turns", "tokens"):
-        figures[f"end/{end}"] = mean(episodes[i].end == end for i in ran)
+        values[f"end/{end}"] = _mean(episode.end == end for episode in episodes)
     if outcomes:
-        figures["judge/requests"] = float(len(asked))
+        values["judge/requests"] = float(len(requests))
         for outcome in ("failed", "unreadable"):
-            figures[f"judge/{outcome}"] = mean(one == outcome for one in asked)
-    by_category = collections.defaultdict(list)
-    for i in ran:
-        by_category[categories[i]].append(i)
+            values[f"judge/{outcome}"] = _mean(request == outcome for request in requests)
+    return values | _category_metrics(rewards, kinds, [categories[i] for i in ran])
+
+
+def _category_metrics(
+    rewards: Sequence[Reward], kinds: Sequence[set[str]], categories: Sequence[str]
+) -> dict[str, float]:
+    """Return `accuracy_by_category/..` and `search_by_category/..`; `kinds`: searches made."""
+    values, by_category = {}, collections.defaultdict(list)
+    for category, reward, actions in zip(categories, rewards, kinds, strict=True):
+        by_category[category].append((reward, actions))
     for category in sorted(set(by_category) - {""}):
-        chosen = by_category[category]
-        if judged := [i for i in chosen if rewards[i].known]:
-            figures[f"accuracy_by_category/{category}"] = mean(rewards[i].correct for i in judged)
-        figures[f"search_by_category/{category}"] = mean(bool(kinds[i]) for i in chosen)
-    return figures
+        members = by_category[category]
+        if judged := [reward for reward, _ in members if reward.known]:
+            accuracy = _mean(reward.correct for reward in judged)
+            values[f"accuracy_by_category/{category}"] = accuracy
+        values[f"search_by_category/{category}"] = _mean(bool(actions) for _, actions in members)
+    return values
+
+
+def _call_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+    """Return `searches` per episode, and the metrics `tool/..` of all calls."""
+    calls = [call for episode in episodes for call in episode.calls]
+    executed = [call for call in calls if call.status != "refused"]
+    return {
+        "searches": len(executed) / len(episodes),
+        "tool/calls": float(len(executed)),
+        "tool/failed": _mean(call.status == "failed" for call in executed),
+        "tool/refused": float(len(calls) - len(executed)),
+        "tool/seconds": _mean(call.seconds for call in executed),
+    }
+
+
+def _mean(values: Iterable[float]) -> float:
+    """Return the mean; 0 if there are no values."""
+    return float(statistics.fmean(list(values) or [0.0]))
 
 
 def partial_searches(episodes: Sequence[Episode]) -> float:
     """Return the fraction of executed searches that succeeded with omitted or repaired results."""
     calls = [call for episode in episodes for call in episode.calls if call.status != "refused"]
-    partial = [call.status == "ok" and bool(call.notes) for call in calls]
-    return float(statistics.fmean(partial or [0.0]))
+    return _mean(call.status == "ok" and bool(call.notes) for call in calls)
 
 
-def check(also: str) -> None:
-    """Raise ValueError if the settings name wandb but it is not installed."""
-    if "wandb" in _names(also):
+def check(log_to: str) -> None:
+    """Raise UserError if `run.log_to` names wandb but it is not installed."""
+    if "wandb" in _names(log_to):
         try:
-            import wandb  # noqa: F401
+            import wandb  # noqa: F401  # pyright: ignore[reportMissingImports]
         except ImportError:
-            raise ValueError("config.run.log_to names wandb: pip install wandb") from None
+            raise UserError(
+                "config.run.log_to names wandb, which is not installed: pip install wandb"
+            ) from None
 
 
-def _names(also: str) -> set[str]:
-    return {name.strip() for name in also.split(",")} - {""}
+def _names(log_to: str) -> set[str]:
+    return {name.strip() for name in log_to.split(",")} - {""}
 
 
 class Log:
@@ -119,18 +138,18 @@ class Log:
 
     Args:
       directory: Directory of the run.
-      also: Additional loggers, `tensorboard` and `wandb`, separated by commas.
+      log_to: Additional loggers, `tensorboard` and `wandb`, separated by commas.
       step: Step from which the run resumes. Lines of later steps are dropped, since these steps
         will be logged again.
       config: Configuration of the run, for wandb.
     """
 
-    def __init__(self, directory: pathlib.Path, also: str, *, step: int, config: Mapping):
+    def __init__(self, directory: pathlib.Path, log_to: str, *, step: int, config: Mapping):
         self._path = directory / "metrics.jsonl"
         lines = [line for line in read(self._path) if line["step"] <= step]
         with outputs.new_file(self._path) as partial:
             partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        names = _names(also)
+        names = _names(log_to)
         self._board = self._wandb = None
         if "tensorboard" in names:
             import tensorboardX
@@ -139,7 +158,7 @@ class Log:
                 str(directory / "tensorboard"), purge_step=step + 1
             )
         if "wandb" in names:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
 
             path = directory / "wandb_id"  # so that a resumed run has the same ID in wandb
             if not path.is_file():
@@ -149,15 +168,15 @@ class Log:
                 name=directory.name, id=path.read_text(), resume="allow",
             )  # fmt: skip
 
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
+            file.write(json.dumps({"step": step, **values}) + "\n")
         if self._board is not None:
-            for name, value in figures.items():
+            for name, value in values.items():
                 self._board.add_scalar(name, value, step)
             self._board.flush()
         if self._wandb is not None:
-            self._wandb.log(dict(figures), step=step)
+            self._wandb.log(dict(values), step=step)
 
     def close(self) -> None:
         if self._board is not None:
@@ -179,8 +198,8 @@ def read(path: pathlib.Path) -> list[dict]:
     if not path.is_file():
         return lines
     with open(path, "rb") as file:
-        for number, text in checked_json.lines(file):
-            name = f"{path}, line {number}"
+        for line_number, text in checked_json.lines(file):
+            name = f"{path}, line {line_number}"
             try:
                 # Metrics of a diverged run may be NaN.
                 line = checked_json.loads(text, dict[str, Any], name=name, nan=True)

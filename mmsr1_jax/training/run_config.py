@@ -36,7 +36,7 @@ def read(path: pathlib.Path) -> tuple[settings.Config, str]:
         data = checked_json.load(path, _File)
         config = bounds.made(settings.Config, data.config, "config")
         if config.services.cache is not None:  # the file does not contain its password
-            config.services.cache = config.services.cache.replace(f"{redaction.HIDDEN}@", "")
+            config.services.cache = config.services.cache.replace(f"{redaction.REDACTED}@", "")
         return settings.validate(config), data.model
     except checked_json.FormatError as error:
         raise settings.ConfigError(str(error)) from None

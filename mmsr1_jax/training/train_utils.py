@@ -1,41 +1,39 @@
-"""Helpers of the training commands: settings, policy, step timing, SIGTERM handling."""
+"""Helpers of the training commands: settings, directory and policy of a run."""
 
-import collections
-import contextlib
 import dataclasses
-import itertools
 import pathlib
-import signal
 import sys
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import jax
-import numpy as np
 from absl import flags
 from jax.sharding import Mesh
+from ml_collections import config_flags
 
 from mmsr1_jax.config import settings
+from mmsr1_jax.config.errors import UserError
+from mmsr1_jax.data import QuestionSource
 from mmsr1_jax.models import qwen2_5_vl, sharding
 from mmsr1_jax.rl import lora
 from mmsr1_jax.rl.learner import Learner
-from mmsr1_jax.rl.packing import RowShape, TrainBatch
+from mmsr1_jax.rl.packing import RowShape
 from mmsr1_jax.rl.schedules import Schedule, make_schedule
 from mmsr1_jax.training import run_config
 from mmsr1_jax.utils import outputs
+from mmsr1_jax.utils.logs import log
 
 
 def resolve_workdir(given: str | None) -> pathlib.Path:
     """Return the run's directory: `--workdir`, or `build/` plus the config file's name and variant.
 
     Raises:
-      ValueError: The command line has neither `--workdir` nor `--config`.
+      UserError: The command line has neither `--workdir` nor `--config`.
     """
     if given is not None:
         return pathlib.Path(given)
     if _no_config():
-        raise ValueError("--config or --workdir: the settings of a new run, or a run to go on with")
-    name, _, variant = flags.FLAGS["config"].config_filename.partition(":")
+        raise UserError("give --config=FILE to start a run, or --workdir=RUN of the run to resume")
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    name, _, variant = file.partition(":")
     return pathlib.Path("build", pathlib.Path(name).stem + (f"_{variant}" if variant else ""))
 
 
@@ -51,7 +49,7 @@ def resolve_settings(
         run.
 
     Raises:
-      ValueError: A new run has no policy, or a setting is invalid.
+      UserError: A new run has no policy, or a setting is invalid.
     """
     path = workdir / "config.json"
     if path.is_file() and _no_config():
@@ -60,7 +58,9 @@ def resolve_settings(
         return settings.validate(config), model or model_dir
     model = model or given.run.model
     if not model:
-        raise ValueError("--model: the HF directory of a policy is needed to begin a run")
+        raise UserError(
+            "a new run needs a policy: give its HF directory as --model or config.run.model"
+        )
     return given, model
 
 
@@ -73,7 +73,7 @@ _LEARNED_BY: dict[str, tuple[str, ...] | None] = {
 
 
 def check_matches_existing_run(workdir: pathlib.Path, given: settings.Config, model: str) -> None:
-    """Raise ValueError if the command's config file contradicts an existing run in `workdir`.
+    """Raise UserError if the command's config file contradicts an existing run in `workdir`.
 
     Only a run with a checkpoint counts, and only the policy and the settings in `_LEARNED_BY` are
     compared.
@@ -81,24 +81,24 @@ def check_matches_existing_run(workdir: pathlib.Path, given: settings.Config, mo
     path = workdir / "config.json"
     if _no_config() or not path.is_file() or not any(workdir.glob("checkpoints/[0-9]*")):
         return
-    there, model_there = run_config.read(path)
-    found = [("model", model_there, model)]
-    for part, names in _LEARNED_BY.items():
-        then, now = getattr(there, part), getattr(given, part)
-        for name in names or [field.name for field in dataclasses.fields(then)]:
-            found.append((f"config.{part}.{name}", getattr(then, name), getattr(now, name)))
-    for name, then, now in found:
-        if then != now:
-            raise ValueError(
-                f"{workdir}: already contains a run with {name}={then}; this command sets "
-                f"{name}={now}. Use another --workdir, or resume the run with --workdir={workdir} "
+    existing, existing_model = run_config.read(path)
+    pairs = [("model", existing_model, model)]
+    for section, names in _LEARNED_BY.items():
+        old, new = getattr(existing, section), getattr(given, section)
+        for name in names or [field.name for field in dataclasses.fields(old)]:
+            pairs.append((f"config.{section}.{name}", getattr(old, name), getattr(new, name)))
+    for name, old, new in pairs:
+        if old != new:
+            raise UserError(
+                f"{workdir}: already contains a run with {name}={old}; this command sets "
+                f"{name}={new}. Use another --workdir, or resume the run with --workdir={workdir} "
                 f"alone (--{name}=.. changes it)"
             )
 
 
 def _no_config() -> bool:
     """Return whether the command line has no config file."""
-    file = pathlib.Path(flags.FLAGS["config"].config_filename)
+    file = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     return file.resolve() == pathlib.Path(settings.__file__).resolve()
 
 
@@ -125,26 +125,36 @@ def save_policy(
 
     Nothing is written if `policy/` already holds the policy of the last step.
     """
-    update, done = config.update, workdir / "policy_step"
-    there = done.is_file() and (workdir / "policy").is_dir()
-    if there and done.read_text() == str(config.run.steps):
-        print(f"{workdir / 'policy'}: the run is over, its policy is there", file=sys.stderr)
+    update, marker = config.update, workdir / "policy_step"
+    exists = marker.is_file() and (workdir / "policy").is_dir()
+    if exists and marker.read_text() == str(config.run.steps):
+        log.info("%s: the run is complete, and its policy is saved here", workdir / "policy")
         return
-    done.unlink(missing_ok=True)
+    marker.unlink(missing_ok=True)
     policy = learner.model()
     if update.lora_rank:
         lora.save(
             learner.trained, workdir / "adapter", policy.config, alpha=update.lora_alpha,
             source=model_dir,
         )  # fmt: skip
-        print(f"{workdir / 'adapter'}: what was trained", file=sys.stderr)
+        log.info("%s: saved the trained adapter", workdir / "adapter")
     qwen2_5_vl.save(policy, workdir / "policy", source=model_dir)
-    with outputs.new_file(done) as partial:
+    with outputs.new_file(marker) as partial:
         partial.write_text(str(config.run.steps))
-    print(f"{workdir / 'policy'}: the trained policy", file=sys.stderr)
+    log.info("%s: saved the trained policy", workdir / "policy")
 
 
-def learning_rate(config: settings.Config) -> Schedule:
+def question_source(config: settings.Config, files: Sequence[str]) -> QuestionSource:
+    """Return the questions of parquet files, with the settings of `config.data`."""
+    return QuestionSource(
+        files,
+        image_roots=config.data.image_roots,
+        max_bad_rows=config.data.max_bad_rows,
+        max_file_pixels=config.images.max_file_pixels,
+    )
+
+
+def learning_rate_schedule(config: settings.Config) -> Schedule:
     """Return the learning rate schedule of a run, by step counted from 0."""
     update = config.update
     return make_schedule(
@@ -162,51 +172,6 @@ def row_shape(update: settings.Update, mesh: Mesh) -> RowShape:
     return RowShape(rows, update.pack_length, update.pack_windows)
 
 
-def write_batch(
-    workdir: pathlib.Path, number: int, updates: Sequence[Iterable[TrainBatch]]
-) -> pathlib.Path:
-    """Write the micro-batches of a step's updates to a file for inspection, and return its path."""
-    path = workdir / f"not_finite_{number:06d}.npz"
-    arrays = {}
-    for place, batch in enumerate(itertools.chain(*updates)):
-        for name, value in jax.tree_util.tree_leaves_with_path(batch):
-            arrays[f"{place}{jax.tree_util.keystr(name)}"] = value
-    np.savez(path, **arrays)
-    return path
-
-
-class Clock:
-    """Timer for the phases of a step, in seconds."""
-
-    def __init__(self):
-        self._begin = time.perf_counter()
-        self._seconds: dict[str, float] = collections.defaultdict(float)
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str):
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[phase] += time.perf_counter() - begin
-
-    def figures(self, tokens: int) -> dict[str, float]:
-        """Return `time/PHASE`, `time/step`, and `time/tokens_per_second` for `tokens` tokens."""
-        total = time.perf_counter() - self._begin
-        found = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
-        return found | {"time/step": total, "time/tokens_per_second": tokens / total}
-
-
-class StopSignal:
-    """Flag that is set when the process receives SIGTERM."""
-
-    def __init__(self):
-        self._set = False
-        signal.signal(signal.SIGTERM, self._stop)
-
-    def _stop(self, *_) -> None:
-        self._set = True
-        print("SIGTERM: finishing and saving this step, then exiting", file=sys.stderr)
-
-    def is_set(self) -> bool:
-        return self._set
+def validates(run: settings.Run, step: int) -> bool:
+    """Return whether the policy is validated after a step: every `validate_every`, and the last."""
+    return bool(run.validate_every) and (step % run.validate_every == 0 or step == run.steps)

@@ -1,7 +1,7 @@
 """Counters for degraded operation: every fallback is counted, and logged the first time.
 
-    fallbacks.note("store/failed", "store: disk is full; searches continue without it")
-    fallbacks.take()    # {"store/failed": 17}: metrics of a step
+    fallbacks.note("cache/failed", "cache: disk is full; searches continue without it")
+    fallbacks.take()    # {"cache/failed": 17}: metrics of a step
 
 EngineStats are per process. All functions are thread-safe.
 """

@@ -7,6 +7,7 @@
 The logger is not absl's own, which Orbax and other libraries write to as well.
 """
 
+import io
 import logging
 import sys
 
@@ -16,14 +17,18 @@ from tqdm import tqdm
 log = logging.getLogger("mmsr1_jax")
 
 
-class _AboveProgressBars:
+class _AboveProgressBars(io.TextIOBase):
     """Text stream that writes lines to the current `sys.stderr`, above active progress bars."""
 
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
         tqdm.write(text, file=sys.stderr, end="")
+        return len(text)
 
     def flush(self) -> None:
         sys.stderr.flush()
+
+    def close(self) -> None:
+        """Do nothing: the stream is not ours, and logging may close its handlers early."""
 
 
 def set_up() -> None:

@@ -1,12 +1,12 @@
-"""Rollouts: beside `transformers` `generate`, beside an engine that is held to rounds, and decoding
-against the memory's bandwidth.
+"""Rollouts compared with `generate` of transformers and with a synchronous engine, and decoding
+compared with the memory bandwidth.
 
     python -m tests.bench.rollout                        a table; CPU, about 15 minutes
     python -m tests.bench.rollout --decode --shape=7b    bf16, 64 lanes of 2k tokens; on a GPU
 
 The policy is random, about 24M parameters, float32. Its tokenizer has tokens whose bytes are whole
 searches, one in 64, so that turns end at random lengths; an episode has three of them. A question
-has a picture of 144 tokens and eight rollouts.
+has an image of 144 tokens and eight rollouts.
 """
 
 import argparse
@@ -33,17 +33,17 @@ from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.sampler import Sampling
 from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.tools import Observation, Part
-from tests.acting import acting_processor
 from tests.bench.model import SHAPES
+from tests.scripted_policy import scripted_processor
 
 GROUP = 8
 SEARCHES = {"<reason>r{}</reason> <text_search>q{}</text_search>\n": 8192 // 64}
-# Short, so that what is re-sent is mostly the conversation itself.
+# Short, so that recomputed tokens are mostly those of the conversation itself.
 PROMPTS = {
     "question": "{images}\nQuestion: {question}",
     "after_text_search": "<information>\n{results}\n</information>\n{question}",
 }
-MEDIAN, P95 = 0.5, 4.0  # seconds that a tool takes, log-normal
+MEDIAN, P95 = 0.5, 4.0  # latency of a tool in seconds, log-normal
 
 
 def engine_config(prompts: str, lanes: int, rows: int) -> settings.Config:
@@ -63,17 +63,18 @@ def engine_config(prompts: str, lanes: int, rows: int) -> settings.Config:
 
 
 def examples(count: int) -> list[Example]:
-    def picture(seed: int) -> PIL.Image.Image:
+    def random_image(seed: int) -> PIL.Image.Image:
         pixels = np.random.default_rng(seed).integers(0, 255, (336, 336, 3), np.uint8)
         return PIL.Image.fromarray(pixels)
 
     return [
-        Example(id=str(i), question=f"What is it? {i}", images=[picture(i)]) for i in range(count)
+        Example(id=str(i), question=f"What is it? {i}", images=[random_image(i)])
+        for i in range(count)
     ]
 
 
 def search(latency: bool):
-    """A tool whose results have 64 to 512 tokens, and which takes no time, or its time."""
+    """Return a tool whose results have 64 to 512 tokens, with or without latency."""
     sigma = np.log(P95 / MEDIAN) / 1.645
     rng = np.random.default_rng(0)
 
@@ -88,31 +89,32 @@ def search(latency: bool):
     return {"text_search": call}
 
 
-class Rounds(engine_module.Run):
-    """The same engine, held to rounds: all lanes begin together, and each turn waits for the
-    slowest tool of the round before."""
+class SynchronousScheduler(engine_module.Scheduler):
+    """Scheduler that works in rounds: all lanes start together, and each turn waits for the slowest
+    tool of the previous round."""
 
-    def _take_answers(self, wait: bool) -> None:
-        if not self._turn and not self._unwritten():
+    def _collect_replies(self, wait: bool) -> None:
+        if not self._ready_lanes and not self._unwritten():
             while len(self._engine.tool_executor):
-                super()._take_answers(True)
+                super()._collect_replies(True)
 
     def _admit(self):
-        return [] if self._live else super()._admit()
+        return [] if self._active else super()._admit()
 
 
 @contextlib.contextmanager
-def held_to_rounds():
-    free, engine_module.Run = engine_module.Run, Rounds
+def synchronous():
+    """Make new rollouts of all engines synchronous."""
+    asynchronous, engine_module.Scheduler = engine_module.Scheduler, SynchronousScheduler
     try:
         yield
     finally:
-        engine_module.Run = free
+        engine_module.Scheduler = asynchronous
 
 
 def timed_rollout(engine: Engine, count: int, seed: int = 0) -> tuple[float, list[Episode]]:
-    """Seconds, and the episodes of `count` questions."""
-    engine.device.load(engine.device._params)  # no picture is known from before
+    """Return the seconds taken and the episodes of `count` questions."""
+    engine.device.load(engine.device._params)  # discards the encoded images
     begin = time.perf_counter()
     sampling = settings.Sampling(seed=seed)
     episodes = list(engine.rollout(examples(count), rollouts=GROUP, sampling=sampling))
@@ -126,8 +128,10 @@ def sampled(episodes) -> int:
 
 
 def transformers_seconds(reference, config, episodes: list[Episode], batch: int) -> float:
-    """Seconds that `generate` takes for the same turns: before each, the whole conversation is sent
-    again, `batch` at a time, each batch until its longest turn is done."""
+    """Return the seconds that `generate` takes for the same turns.
+
+    Each turn recomputes its whole conversation, in batches that run until their longest turn ends.
+    """
     from tests.reference import torch
 
     def inputs_of(conversations):
@@ -181,7 +185,7 @@ def beside_transformers(model, processor, prompts: str) -> list[tuple]:
     padding = 1 - counts.extended / counts.extended_padded
     print(f"{len(episodes)} episodes, {tokens} tokens sampled, "
           f"{sum(map(len, episodes))} in all; decoding rows filled {filled:.0%}, "
-          f"{padding:.0%} of what was written into lanes padding")  # fmt: skip
+          f"{padding:.0%} of the tokens written into lanes padding")  # fmt: skip
     print(f"transformers, tokens/s by batch: { {b: round(tokens / s) for b, s in theirs.items()} }")
     return [
         ("tokens/s, engine", f"{tokens / ours:,.0f}", ""),
@@ -199,22 +203,22 @@ def with_latency(model, processor, prompts: str, lanes: int) -> list[tuple]:
     engine.tools = search(True)
     seconds["free"], free = timed_rollout(engine, questions)
     engine.tools = search(True)
-    with held_to_rounds():
+    with synchronous():
         seconds["rounds"], rounds = timed_rollout(engine, questions)
     engine.close()
     same = [[e.tokens.tolist() for e in run] for run in (plain, free, rounds)]
-    assert same[0] == same[1] == same[2]  # what is compared is the same work
+    assert same[0] == same[1] == same[2]  # the same work is compared
     return [
         (f"s, no latency, {lanes} lanes, {4 * lanes} episodes", f"{seconds['none']:.1f}", ">= 30"),
         ("s, long-tailed latency", f"{seconds['free']:.1f}", ""),
-        ("s, the same in rounds", f"{seconds['rounds']:.1f}", ""),
-        ("rounds / engine", f"{seconds['rounds'] / seconds['free']:.2f}", ">= 2"),
+        ("s, the same, synchronous", f"{seconds['rounds']:.1f}", ""),
+        ("synchronous / engine", f"{seconds['rounds'] / seconds['free']:.2f}", ">= 2"),
         ("engine / no latency", f"{seconds['free'] / seconds['none']:.2f}", "<= 1.2"),
     ]
 
 
 def decoding(shape: str, lanes: int, context: int, dtype) -> list[tuple]:
-    """Decoding alone, against the time that it takes to copy what a step has to read."""
+    """Compare decoding with the time needed to copy the bytes that a step reads."""
     config = SHAPES[shape] if shape == "small" else random_policy.qwen2_5_vl.PRESETS[shape]
     model = nnx.eval_shape(
         lambda: random_policy.qwen2_5_vl.Qwen2_5_VL(
@@ -230,7 +234,7 @@ def decoding(shape: str, lanes: int, context: int, dtype) -> list[tuple]:
     nothing = np.zeros(lanes, np.int32)
     rows = decode.Rows(
         lane=np.arange(lanes, dtype=np.int32), active=np.ones(lanes, bool), stop_state=nothing,
-        position=nothing + context, episode=nothing, on_tokens=nothing, left=nothing + 10_000,
+        position=nothing + context, episode=nothing, num_sampled=nothing, budget=nothing + 10_000,
         sampling=Sampling.uniform(lanes),
     )  # fmt: skip
     vocabulary = config.text.vocab_size
@@ -244,8 +248,8 @@ def decoding(shape: str, lanes: int, context: int, dtype) -> list[tuple]:
     times = []
     for _ in range(5):
         begin = time.perf_counter()
-        drawn, state = program(params, state, *rest)
-        jax.block_until_ready(drawn)
+        sampled, state = program(params, state, *rest)
+        jax.block_until_ready(sampled)
         times.append((time.perf_counter() - begin) / steps)
     step = min(times)
     text = sum(x.nbytes for x in jax.tree.leaves(params["text"]))
@@ -256,12 +260,12 @@ def decoding(shape: str, lanes: int, context: int, dtype) -> list[tuple]:
     bound = read / copy_bandwidth()
     return [
         (f"tokens/s, decoding, {lanes} lanes, {context} tokens each", f"{lanes / step:,.0f}", ""),
-        ("share of the memory bandwidth", f"{bound / step:.0%}", ">= 60 %"),
+        ("fraction of the memory bandwidth", f"{bound / step:.0%}", ">= 60 %"),
     ]
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second that a copy reads and writes."""
+    """Return the bytes per second that a copy reads and writes."""
     size = 2**30 if jax.default_backend() != "cpu" else 2**28
     x = jnp.zeros(size // 4, jnp.float32)
     copy = jax.jit(lambda x: x + 1)
@@ -288,7 +292,7 @@ def main():
         rows += decoding(options.shape, options.lanes, options.context, dtype)
     else:
         images = ImageProcessor(min_pixels=336 * 336, max_pixels=336 * 336)
-        processor = acting_processor(8192, actions=SEARCHES, images=images)
+        processor = scripted_processor(8192, actions=SEARCHES, images=images)
         config = dataclasses.replace(
             SHAPES["small"],
             image_token_id=processor.control["<|image_pad|>"],

@@ -56,9 +56,9 @@ def episodes(rng, config, count: int) -> list[packing.Sample]:
     return samples
 
 
-def jax_update(model, samples, row_tokens: int, rows: int):
+def jax_update(model, samples, pack_length: int, rows: int):
     windows = max(packing.num_prompt_windows(s.prompt, model.config) for s in samples)
-    shape = packing.RowShape(rows, row_tokens, windows * (row_tokens // 200))
+    shape = packing.RowShape(rows, pack_length, windows * (pack_length // 200))
     update = settings.Update(freeze_vision=False)
     objective = settings.Objective(kl_coef=0.0)
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])

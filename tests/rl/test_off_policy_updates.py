@@ -1,7 +1,5 @@
 """Importance ratios that differ from 1: several updates per step, or the engine's log-probs."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -12,12 +10,9 @@ from mmsr1_jax.models import sharding
 from mmsr1_jax.models.qwen2_5_vl import checkpoint
 from mmsr1_jax.rl import packing
 from mmsr1_jax.rl.learner import Learner
-from mmsr1_jax.rl.train_batch import (
-    make_loss,
-    make_samples,
-    update_metrics,
-)
+from mmsr1_jax.rl.train_batch import make_loss, update_metrics, with_logprobs
 from mmsr1_jax.scripts import random_policy
+from tests.rl.groups import group_samples
 from tests.test_step import TEXT, episode_of, reward_of
 
 LIMIT, BUFFER = 60, 20  # tokens of an episode, and how many of them are too many
@@ -54,7 +49,7 @@ def make_learner_and_batches(objective):
     learner = Learner(nnx.merge(graph, params), make_loss(objective), settings.Update(), mesh)
     groups, packed = random_groups(), []
     for part in (groups[0::2], groups[1::2]):
-        samples, skipped = make_samples(part, objective, LIMIT, random_policy.CONFIG, SHAPE)
+        samples, skipped = group_samples(part, objective, LIMIT, random_policy.CONFIG, SHAPE)
         assert len(samples) == 6 and not skipped
         packed.append(packing.pack(samples, random_policy.CONFIG, SHAPE))
         assert len(packed[-1]) > 1  # gradients of several micro-batches are accumulated
@@ -113,13 +108,7 @@ def test_the_second_update_of_a_step_is_off_policy():
     """Old log-probs come from `Learner.logprobs`, new ones from the gradient program."""
     learner, packed = make_learner_and_batches(make_objective(old_logprobs="trainer"))
     start = learner.snapshot()
-    packed = [
-        [
-            dataclasses.replace(batch, old_logprobs=logprobs)
-            for batch, logprobs in zip(part, learner.logprobs(part), strict=True)
-        ]
-        for part in packed
-    ]
+    packed = [with_logprobs(part, "old_logprobs", learner) for part in packed]
     for part in packed:
         old = loss_token_values(part, "old_logprobs")
         assert old.std() > 0.1 and (old < 0).all()

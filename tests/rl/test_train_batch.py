@@ -11,10 +11,10 @@ from mmsr1_jax.rl.advantages import ADVANTAGES
 from mmsr1_jax.rl.loss import LOSS_AGGREGATIONS
 from mmsr1_jax.rl.train_batch import (
     has_reward_variance,
-    make_samples,
     shape_rewards,
 )
 from mmsr1_jax.scripts import random_policy
+from tests.rl.groups import group_samples
 from tests.test_step import TEXT, episode_of, reward_of
 
 LIMIT, BUFFER = 60, 20  # tokens of an episode, and how many of them are too many
@@ -91,7 +91,7 @@ def test_samples_make_up_the_objective_of_the_papers(kind, aggregation, overlong
     rng = np.random.default_rng(1)
     groups = random_groups()
     objective = make_objective(advantage=kind, loss_aggregation=aggregation, overlong=overlong)
-    samples, skipped = make_samples(groups, objective, LIMIT, random_policy.CONFIG, WIDE)
+    samples, skipped = group_samples(groups, objective, LIMIT, random_policy.CONFIG, WIDE)
     assert not skipped
     terms, actual, remaining = [], 0.0, list(samples)
     for group in groups:
@@ -146,7 +146,7 @@ def test_episodes_longer_than_a_row_are_skipped_and_reported():
         (episode_of(TEXT["nonsense"], sampled=20, number=5), reward_of(0.0)),
         (episode_of(TEXT["nonsense"], number=6, images=[image]), reward_of(0.5)),
     ]
-    samples, skipped = make_samples(
+    samples, skipped = group_samples(
         [group], make_objective(), 2 * LIMIT, random_policy.CONFIG, WIDE
     )
     assert skipped == [
@@ -173,7 +173,7 @@ def test_samples_without_gradient_are_omitted_and_weights_unchanged(aggregation)
 
     def weights_by_length(**terms):
         objective = make_objective(loss_aggregation=aggregation, **terms)
-        samples, skipped = make_samples(groups, objective, LIMIT, random_policy.CONFIG, WIDE)
+        samples, skipped = group_samples(groups, objective, LIMIT, random_policy.CONFIG, WIDE)
         assert not skipped
         return {int(sample.mask.sum()): sample.weights[0] for sample in samples}
 

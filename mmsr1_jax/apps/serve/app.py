@@ -210,12 +210,12 @@ class _Answers:
             return Response(status_code=400)  # the client has disconnected
         self._check_room(client)
         question = Question(text, picture, client)
-        self._desk.ask(question, self._limits.waiting)
-        return _Stream(self._events(question), functools.partial(self._desk.leave, question))
+        self._desk.submit(question, self._limits.waiting)
+        return _Stream(self._events(question), functools.partial(self._desk.withdraw, question))
 
     def _check_room(self, client: str) -> None:
         """Raise Refused if the queue cannot accept a question of the client."""
-        if not self._desk.has_room(client, self._limits.waiting):
+        if not self._desk.has_capacity(client, self._limits.waiting):
             reason = f"{self._limits.waiting} questions are waiting. Try again in a minute."
             raise Refused(503, reason)
 
@@ -255,17 +255,17 @@ class _Answers:
     async def _events(self, question: Question) -> AsyncIterator[bytes]:
         teller = EventSerializer(self._processor, self._bytes)
         while True:
-            ahead = self._desk.ahead(question)
+            ahead = self._desk.position(question)
             if ahead is not None:
                 yield _line({"event": "waiting", "ahead": ahead})
             try:
                 async with asyncio.timeout(_BEAT):
-                    what = await question.happened.get()
+                    what = await question.events.get()
             except TimeoutError:
                 if ahead is None:
                     yield b"\n"
                 continue
-            if what[0] == "gave way":
+            if what[0] == "evicted":
                 reason = "Too many questions are waiting, several of them yours. Ask again later."
                 yield _line({"event": "failed", "error": reason})
                 return

@@ -46,7 +46,7 @@ class EventSerializer:
         self._text = ""
 
     def __call__(self, name: str, *what: Any) -> dict[str, Any]:
-        """Convert an item of `Question.happened` to an event."""
+        """Convert an item of `Question.events` to an event."""
         return {"event": name} | getattr(self, f"_{name}")(*what)
 
     def _begun(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import tempfile
 
 from mmsr1_jax.data.tiny_world.emblems import jpeg, photo
 from mmsr1_jax.data.tiny_world.world import CHANGING, LAST_YEAR, LASTING, THIS_YEAR, World
-from mmsr1_jax.tools import local
+from mmsr1_jax.tools.index_builder import build_index
 
 # Titles of each landmark's images, with one photo per title.
 TITLES = ("{name}, {city}", "{name} in {city}", "View of {name}, {city}", "{city}: {name}")
@@ -81,4 +81,4 @@ def write_index(world: World, out: str | pathlib.Path) -> tuple[int, int]:
         files = {"pages.jsonl": pages(world), "pictures.jsonl": lines}
         for file, entries in files.items():
             (folder / file).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-        return local.build(out, [folder / "pages.jsonl"], [folder / "pictures.jsonl"])
+        return build_index(out, [folder / "pages.jsonl"], [folder / "pictures.jsonl"])

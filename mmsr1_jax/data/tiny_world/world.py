@@ -18,7 +18,7 @@ import numpy as np
 
 from mmsr1_jax.data.tiny_world import words
 from mmsr1_jax.data.tiny_world.emblems import FIELD_PIECES, SIZES, Emblem, plain
-from mmsr1_jax.tools.local import hash_of
+from mmsr1_jax.tools.index_builder import image_hash
 
 Group = Literal["remembered", "new", "unmet"]
 
@@ -156,7 +156,7 @@ def _emblems(rng, landmarks: int, strangers: int) -> tuple[list[Emblem], tuple[E
             continue
         emblem = Emblem(*drawn.tolist())
         if number < landmarks:
-            bits = np.frombuffer(hash_of(plain(emblem)), np.uint64)
+            bits = np.frombuffer(image_hash(plain(emblem)), np.uint64)
             differ = np.bitwise_count(hashes[:number] ^ bits).sum(axis=1)
             if (differ < _LEAST_BITS).any():
                 continue

@@ -1,7 +1,7 @@
 """Clients of web APIs for search and page reading, one per file.
 
-Answers are untrusted: an entry with a missing field or a field of the wrong type is skipped, and
-only an answer without the expected structure or without usable entries raises an error
+Responses are untrusted: an entry with a missing field or a field of the wrong type is skipped, and
+only a response without the expected structure or without usable entries raises an error
 (`WebError`). API keys come from the environment and never appear in messages.
 """
 
@@ -9,16 +9,16 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.tools.service import Service
-from mmsr1_jax.tools.web import JSON, BodyError, StatusError, UnreachableError
+from mmsr1_jax.tools.web import JSON_TYPES, BodyError, StatusError, UnreachableError
 from mmsr1_jax.utils.checked_json import valid_text
 
 T = TypeVar("T")
 # Phrases of temporary limits, which take precedence over `_REFUSALS`.
-_PASSING = re.compile(r"hour|minute|second|rate limit|too many|try again", re.IGNORECASE)
+_TRANSIENT = re.compile(r"hour|minute|second|rate limit|too many|try again", re.IGNORECASE)
 # Phrases of permanent refusals, which a retry does not change, by the status that they stand for.
 _REFUSALS = {
     402: re.compile(
@@ -38,19 +38,23 @@ _REFUSALS = {
         re.IGNORECASE,
     ),
 }
-
-
-_MAX_BYTES = 2_000_000  # per answer, because answers are parsed on the event loop
+_REFUSAL_MESSAGES = {401: "the key is refused", 402: "no credit is left", 403: "access is refused"}
+_MAX_BYTES = 2_000_000  # per response, because responses are parsed on the event loop
 
 
 class KeyMissingError(UserError):
-    """A required API key that is not set in the environment."""
+    """Required API key that is not set in the environment."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Hit:
-    """A page found by a text search, or, without a link, an answer of the search engine itself in
-    `snippet`."""
+    """Result of a text search.
+
+    Attributes:
+      link: URL of the page. Empty for an answer of the search engine itself.
+      title: Title of the page.
+      snippet: Excerpt of the page, or the answer.
+    """
 
     link: str
     title: str
@@ -72,106 +76,132 @@ class Match:
     thumbnail: str
 
 
-def key_of(variable: str, *, needed: bool = True) -> str:
-    """Return a key from the environment. Raises KeyMissingError if it is needed but missing."""
+class Finder(Protocol):
+    """Client that finds pages by a text query."""
+
+    async def search(self, query: str, count: int) -> list[Hit]: ...
+
+
+class PageReader(Protocol):
+    """Client that returns the text of a page."""
+
+    async def read(self, url: str) -> str: ...
+
+
+class PageSummariser(Protocol):
+    """Client that summarises a page for a question."""
+
+    async def summarise(self, page: str, question: str) -> str: ...
+
+
+class Lens(Protocol):
+    """Client that finds pages with images similar to the one at a URL."""
+
+    async def lens(self, url: str) -> list[Match]: ...
+
+
+def api_key(variable: str, *, required: bool = True) -> str:
+    """Return a key from the environment. Raises KeyMissingError if it is required but missing."""
     key = os.environ.get(variable, "").strip()
-    if needed and not key:
+    if required and not key:
         raise KeyMissingError(f"the environment variable {variable} is not set")
     return key
 
 
-def text_of(entry: dict, name: str) -> str:
-    """Return a text field as valid Unicode, or an empty text if the entry has none."""
-    value = entry.get(name)
+def text_field(entry: Any, name: str) -> str:
+    """Return a field of an object as valid Unicode, or an empty text if that is not a text."""
+    value = entry.get(name) if isinstance(entry, dict) else None
     return valid_text(value) if isinstance(value, str) else ""
 
 
-async def ask(service: Service, method: str, url: str, **request: Any) -> dict:
-    """Return the JSON object with which a service answers.
+async def request_json(service: Service, method: str, url: str, **request: Any) -> dict[str, Any]:
+    """Send a request and return the JSON object in the response.
 
     Raises:
-      StatusError: The status is not success. The error has status 401, 402 or 403 if the answer
+      StatusError: The status is not success. The error has status 401, 402 or 403 if the response
         has one of 400, 401, 402, 403 and 429 and says that the key, the credit or the account is
         refused.
-      BodyError: The answer is not a JSON object.
+      BodyError: The response is not a JSON object.
       WebError: The request failed, see `Service.call`.
     """
     try:
-        answer = await service.call(method, url, accept=JSON, max_bytes=_MAX_BYTES, **request)
+        response = await service.call(
+            method, url, accept=JSON_TYPES, max_bytes=_MAX_BYTES, **request
+        )
     except StatusError as error:
-        status = _refused(error.body.decode("utf-8", "replace"))
+        status = _refusal_status(error.body.decode("utf-8", "replace"))
         if status and error.status in (400, 401, 402, 403, 429):
-            raise _refusal(status, f"HTTP status {error.status}") from None
+            raise _status_error(status, f"HTTP status {error.status}") from None
         raise
-    data = answer.json()
+    data = response.json()
     if not isinstance(data, dict):
-        raise BodyError("not a JSON object")
+        raise BodyError("the response is not a JSON object")
     return data
 
 
-def found_in(
-    data: dict,
+def parse_results(
+    data: dict[str, Any],
     name: str,
-    read: Callable[[dict], T | None],
+    parse: Callable[[dict[str, Any]], T | None],
     *,
-    instead: Sequence[T] = (),
-    none_found: bool = False,
+    fallback: Sequence[T] = (),
+    is_empty: bool = False,
 ) -> list[T]:
     """Return the results of a search.
 
     Args:
-      data: Answer of the service.
+      data: Response of the service.
       name: Field that contains the list of results.
-      read: Function that parses an entry. It returns None for an unusable entry, which is skipped.
-      instead: Results to return if the list has no usable entry.
-      none_found: Whether another part of the answer says that there are no results.
+      parse: Function that parses an entry. It returns None for an unusable entry, which is skipped.
+      fallback: Results to return if the list has no usable entry.
+      is_empty: Whether another part of the response says that there are no results.
 
     Returns:
       The parsed results. They are empty only if the service says so, by an empty list or by
-      `none_found`.
+      `is_empty`.
 
     Raises:
-      WebError: The answer is an error, has no such list, or has no usable entry.
+      WebError: The response is an error, has no such list, or has no usable entry.
     """
-    listed = data.get(name)
-    entries = listed if isinstance(listed, list) else []
-    values = [read(entry) for entry in entries if isinstance(entry, dict)]
-    if found := [value for value in values if value is not None] or list(instead):
-        return found
-    if none_found:
+    value = data.get(name)
+    entries = value if isinstance(value, list) else []
+    parsed = [parse(entry) for entry in entries if isinstance(entry, dict)]
+    if results := [result for result in parsed if result is not None] or list(fallback):
+        return results
+    if is_empty:
         return []
-    raise_failure(data)
+    raise_reported_error(data)
     if name not in data:
-        raise UnreachableError(f"an answer without '{name}'")
-    if listed:
-        raise BodyError(f"nothing in '{name}' can be used")
+        raise UnreachableError(f"the response has no field '{name}'")
+    if value:
+        raise BodyError(f"field '{name}' of the response has no usable entry")
     return []
 
 
-def raise_failure(data: dict) -> None:
-    """Raise the error that an answer with status 200 reports, if any.
+def raise_reported_error(data: dict[str, Any]) -> None:
+    """Raise the error that a response with status 200 reports, if any.
 
     Raises:
-      StatusError: The answer contains an error status or the phrase of a refusal.
-      UnreachableError: The answer reports another error.
+      StatusError: The response contains an error status or the phrase of a refusal.
+      UnreachableError: The response reports another error.
     """
     error = data.get("error")
     inner = error if isinstance(error, dict) else {}
-    numbers = (part.get(key) for part in (data, inner) for key in ("statusCode", "code", "status"))
-    status = next((n for n in numbers if type(n) is int and 400 <= n < 600), None)
+    codes = (part.get(key) for part in (data, inner) for key in ("statusCode", "code", "status"))
+    status = next((n for n in codes if type(n) is int and 400 <= n < 600), None)
     texts = [data.get("error"), inner.get("message")]
     if status is not None:
         texts += [data.get("message"), data.get("detail")]
-    words = " ".join(text for text in texts if isinstance(text, str))
-    if refused := _refused(words[:1000]):
-        raise _refusal(refused, "an error in the answer")
+    message = " ".join(text for text in texts if isinstance(text, str))
+    if refusal := _refusal_status(message[:1000]):
+        raise _status_error(refusal, "the response reports an error")
     if status is not None:
-        raise _refusal(status, "an error in the answer")
+        raise _status_error(status, "the response reports an error")
     if error:
-        raise UnreachableError("the service answered with an error")
+        raise UnreachableError("the response reports an error")
 
 
-def snippet_hit(title: str, text: str) -> Hit | None:
+def answer_box_hit(title: str, text: str) -> Hit | None:
     """Return an answer of the search engine itself as a hit, or None if it has no text."""
     return Hit("", title or "answer of the search engine", text) if has_text(text) else None
 
@@ -181,14 +211,14 @@ def has_text(text: str) -> bool:
     return re.search(r"[^\W_]", text) is not None
 
 
-def _refused(words: str) -> int | None:
-    if _PASSING.search(words):
+def _refusal_status(message: str) -> int | None:
+    """Return the HTTP status that a message of a permanent refusal stands for, or None."""
+    if _TRANSIENT.search(message):
         return None
-    return next((status for status, said in _REFUSALS.items() if said.search(words)), None)
+    return next((status for status, phrase in _REFUSALS.items() if phrase.search(message)), None)
 
 
-def _refusal(status: int, where: str) -> StatusError:
-    meaning = {401: "the key is refused", 402: "no credit is left", 403: "access is refused"}
+def _status_error(status: int, context: str) -> StatusError:
     error = StatusError(status)
-    error.args = (f"{where}: {meaning.get(status, f'status {status}')}",)
+    error.args = (f"{context}: {_REFUSAL_MESSAGES.get(status, f'status {status}')}",)
     return error

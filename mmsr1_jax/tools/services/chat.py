@@ -8,7 +8,7 @@
                      has no thoughts, and only text that begins with `<|channel|>` or `<|start|>`
                      has channels
     EmptyReplyError  a server fault: not JSON, no message, an error with status 200, or an empty
-                     message although the model ended by itself
+                     message although the model was not cut off
 
 Any output of the model counts as a reply, however useless: output that a prompt provokes must not
 be mistaken for a server fault.
@@ -20,17 +20,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmsr1_jax.tools.service import Service
-from mmsr1_jax.tools.services import key_of, text_of
-from mmsr1_jax.tools.web import Answer, WebError
+from mmsr1_jax.tools.services import api_key, text_field
+from mmsr1_jax.tools.web import WebError, WebResponse
 from mmsr1_jax.utils import checked_json
 
-_ENDED = (None, "", "stop")
-_OPENINGS = ("{", "```")  # prefixes of a reply without thoughts
-_CUT_OFF = ("length", "max_tokens", "content_filter")
+_COMPLETE = (None, "", "stop")
+_NO_THOUGHTS = ("{", "```")  # prefixes of a reply without thoughts
+_TRUNCATED = ("length", "max_tokens", "content_filter")
 
 
 class EmptyReplyError(WebError):
-    """A server answer without a reply of the model; a retry may succeed."""
+    """Response without a reply of the model; a retry may succeed."""
 
     transient = True
 
@@ -42,14 +42,14 @@ class Reply:
     Attributes:
       text: Reply without the model's thoughts; empty if the model wrote only thoughts.
       thoughts: Content of the separate reasoning field; empty if the server sends no such field.
-      whole: Whether the model ended the reply by itself, as far as the server reports.
+      is_complete: Whether the reply is complete, as far as the server reports.
       raw: Content of the message before thoughts are removed. `text` is unreliable where the model
         may quote the markers that end thoughts.
     """
 
     text: str
     thoughts: str = ""
-    whole: bool = True
+    is_complete: bool = True
     raw: str = ""
 
 
@@ -61,17 +61,19 @@ class Chat:
       base_url: Base URL of the server, with or without `/v1` and a trailing slash.
       model: Name of the model on the server.
       max_tokens: Maximum number of tokens in a reply.
-      key: Environment variable that may contain the API key.
+      key_variable: Environment variable that may contain the API key.
     """
 
-    def __init__(self, service: Service, *, base_url: str, model: str, max_tokens: int, key: str):
+    def __init__(
+        self, service: Service, *, base_url: str, model: str, max_tokens: int, key_variable: str
+    ):
         self.service, self.model = service, model
         self._url, self._max_tokens = completions_url(base_url), max_tokens
-        token = key_of(key, needed=False)
+        token = api_key(key_variable, required=False)
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
 
     async def __call__(
-        self, messages: Sequence[Mapping[str, str]], *, even_if_down: bool = False
+        self, messages: Sequence[Mapping[str, str]], *, ignore_breaker: bool = False
     ) -> Reply:
         """Return the model's reply.
 
@@ -81,7 +83,7 @@ class Chat:
             `Service.call`.
 
         Raises:
-          EmptyReplyError: The answer contains no reply.
+          EmptyReplyError: The response contains no reply.
           WebError: The request failed.
         """
         body = {
@@ -95,7 +97,7 @@ class Chat:
         # Some servers label their JSON as text, so the content type is not checked.
         return await self.service.call(
             "POST", self._url, json=body, headers=self._headers, accept=(),
-            read=read_reply, even_if_down=even_if_down,
+            parse=parse_reply, ignore_breaker=ignore_breaker,
         )  # fmt: skip
 
 
@@ -108,46 +110,46 @@ def completions_url(base_url: str) -> str:
     return parts._replace(path=path).geturl()
 
 
-def read_reply(answer: Answer) -> Reply:
-    """Return the reply in a server's answer. Raises EmptyReplyError, see the module docstring."""
+def parse_reply(response: WebResponse) -> Reply:
+    """Return the reply in a server's response. Raises EmptyReplyError, see the module docstring."""
     try:
-        data = checked_json.loads(answer.body)
+        data = checked_json.loads(response.body)
     except checked_json.FormatError as error:
-        raise EmptyReplyError(f"the reply cannot be read: {error}") from None
+        raise EmptyReplyError(f"the response is not valid: {error}") from None
     choices = data.get("choices") if isinstance(data, dict) else None
     choice = choices[0] if isinstance(choices, list) and choices else None
     message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(message, dict):
-        failed = isinstance(data, dict) and data.get("error")
+    if not isinstance(choice, dict) or not isinstance(message, dict):
+        error = isinstance(data, dict) and data.get("error")
         raise EmptyReplyError(
-            "an error in place of a reply" if failed else "an answer without a message"
+            "the response reports an error" if error else "the response has no message"
         )
-    content = _joined(message.get("content")) or text_of(message, "refusal")
-    thoughts = text_of(message, "reasoning_content") or text_of(message, "reasoning")
-    finish = choice.get("finish_reason")
-    if not content and not thoughts and finish in _ENDED:
-        raise EmptyReplyError("an empty message")
-    text, raw = _without_thoughts(content).strip(), content.strip()
-    return Reply(text, thoughts.strip(), finish not in _CUT_OFF, raw)
+    content = _join_parts(message.get("content")) or text_field(message, "refusal")
+    thoughts = text_field(message, "reasoning_content") or text_field(message, "reasoning")
+    finish_reason = choice.get("finish_reason")
+    if not content and not thoughts and finish_reason in _COMPLETE:
+        raise EmptyReplyError("the message is empty")
+    text, raw = _strip_thoughts(content).strip(), content.strip()
+    return Reply(text, thoughts.strip(), finish_reason not in _TRUNCATED, raw)
 
 
-def _joined(content: Any) -> str:
+def _join_parts(content: Any) -> str:
     """Return the text of a message's content: a string or a list of parts."""
     if not isinstance(content, list):
-        return text_of({"content": content}, "content")
+        return text_field({"content": content}, "content")
     parts = [part if isinstance(part, dict) else {"text": part} for part in content]
     kinds = (None, "text", "output_text")
-    return "".join(text_of(part, "text") for part in parts if part.get("type") in kinds)
+    return "".join(text_field(part, "text") for part in parts if part.get("type") in kinds)
 
 
-def _without_thoughts(text: str) -> str:
+def _strip_thoughts(text: str) -> str:
     """Return the text after a model's thoughts; empty if the thoughts were cut off."""
     if text.lstrip().startswith(("<|channel|>", "<|start|>")):
-        head, _, rest = text.rpartition("<|message|>")
-        channel = head.rpartition("<|channel|>")[2].strip()
-        final = channel.startswith("final") or "<|channel|>" not in head
-        text = rest.partition("<|return|>")[0].partition("<|end|>")[0] if final else ""
-    if text.lstrip().startswith(_OPENINGS):  # no thoughts, but it may quote their markers
+        header, _, rest = text.rpartition("<|message|>")
+        channel = header.rpartition("<|channel|>")[2].strip()
+        is_final = channel.startswith("final") or "<|channel|>" not in header
+        text = rest.partition("<|return|>")[0].partition("<|end|>")[0] if is_final else ""
+    if text.lstrip().startswith(_NO_THOUGHTS):  # no thoughts, but it may quote their markers
         return text
     rest = text.rpartition("</think>")[2]
     return "" if "<think>" in rest else rest

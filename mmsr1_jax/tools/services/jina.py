@@ -4,10 +4,10 @@ import re
 from typing import Any
 
 from mmsr1_jax.tools.charsets import decode
-from mmsr1_jax.tools.page_checks import nothing_said
+from mmsr1_jax.tools.page_checks import missing_content
 from mmsr1_jax.tools.service import Service
-from mmsr1_jax.tools.services import key_of, raise_failure, text_of
-from mmsr1_jax.tools.web import JSON, Answer, BodyError
+from mmsr1_jax.tools.services import api_key, raise_reported_error, text_field
+from mmsr1_jax.tools.web import JSON_TYPES, BodyError, WebResponse
 from mmsr1_jax.utils import workers
 
 BASE_URL = "https://r.jina.ai"
@@ -22,9 +22,11 @@ _FAILED = re.compile(r"Target URL returned error (\d{3})\b")
 
 
 class Jina:
+    """Client of Jina Reader."""
+
     def __init__(self, service: Service, *, base_url: str = BASE_URL):
         self._service, self._base = service, base_url
-        key = key_of(KEY, needed=False)
+        key = api_key(KEY, required=False)
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     async def read(self, url: str) -> str:
@@ -33,65 +35,65 @@ class Jina:
         Raises:
           WebError: The request failed, or the page is missing, an error page or without content.
         """
-        answer = await self._service.call(
-            "GET", f"{self._base}/{url}", headers=self._headers, accept=("text/", *JSON),
+        response = await self._service.call(
+            "GET", f"{self._base}/{url}", headers=self._headers, accept=("text/", *JSON_TYPES),
             max_bytes=_MAX_BYTES,
         )  # fmt: skip
         try:
-            return await workers.run_async(_page, answer)
+            return await workers.run_async(_page, response)
         except workers.WorkerError as error:
-            raise BodyError(f"reading the answer {error}") from None
+            raise BodyError(f"reading the response {error}") from None
 
 
-def _page(answer: Answer) -> str:
-    """Return the Markdown of an answer; runs in a worker. Raises WebError, see `Jina.read`."""
-    text = _markdown(answer)
-    _check(text)
+def _page(response: WebResponse) -> str:
+    """Return the Markdown in a response; runs in a worker. Raises WebError, see `Jina.read`."""
+    text = _markdown(response)
+    _check_content(text)
     return text
 
 
-def _markdown(answer: Answer) -> str:
-    text = decode(answer.body, answer.charset, markup=False)
-    if not (answer.media_type in JSON or text.lstrip()[:1] == "{"):
+def _markdown(response: WebResponse) -> str:
+    text = decode(response.body, response.charset, markup=False)
+    if not (response.media_type in JSON_TYPES or text.lstrip()[:1] == "{"):
         return text
     try:
-        data: Any = answer.json()
+        data: Any = response.json()
     except BodyError:
-        if answer.media_type in JSON:
+        if response.media_type in JSON_TYPES:
             raise
         return text
     if not isinstance(data, dict) or "data" not in data:
-        if answer.media_type in JSON:
-            raise BodyError("not an answer of Jina")
+        if response.media_type in JSON_TYPES:
+            raise BodyError("not a response of Jina Reader")
         return text  # a page that is JSON itself
-    raise_failure(data)
+    raise_reported_error(data)
     page = data["data"] if isinstance(data["data"], dict) else {}
-    content = text_of(page, "content") or text_of(page, "text")
-    title = text_of(page, "title")
+    content = text_field(page, "content") or text_field(page, "text")
+    title = text_field(page, "title")
     return f"Title: {title}\n\n{_CONTENT}\n{content}" if title else content
 
 
-def _check(text: str) -> None:
+def _check_content(text: str) -> None:
     """Raise BodyError if no page with content follows the header, or the page is an error."""
-    title, place = "", 0
-    while place < len(text):
-        end = text.find("\n", place)
+    title, position = "", 0
+    while position < len(text):
+        end = text.find("\n", position)
         end = len(text) if end < 0 else end
-        line = text[place:end]
+        line = text[position:end]
         if line.startswith(_CONTENT):
-            place += len(_CONTENT)
+            position += len(_CONTENT)
             break
         field = _FIELD.match(line)
         if field is None and line.strip():
             break
-        place = end + 1
+        position = end + 1
         if field and field[1] == "Title":
             title = field[2]
         if field and field[1] == "Warning":
-            if failed := _FAILED.search(line):
-                raise BodyError(f"HTTP status {failed[1]} of the page itself")
+            if match := _FAILED.search(line):
+                raise BodyError(f"the page has HTTP status {match[1]}")
             if "CAPTCHA" in line:
-                raise BodyError("a check for humans")
-    page = text[place:]
-    if why := nothing_said(page) or nothing_said(f"{title}\n{page}"):
-        raise BodyError(why)
+                raise BodyError("the page is a bot check")
+    page = text[position:]
+    if reason := missing_content(page) or missing_content(f"{title}\n{page}"):
+        raise BodyError(reason)

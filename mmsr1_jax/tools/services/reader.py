@@ -1,9 +1,9 @@
 """Page reader without an external service; the text is extracted in a worker process."""
 
-from mmsr1_jax.tools.page_checks import nothing_said
+from mmsr1_jax.tools.page_checks import missing_content
 from mmsr1_jax.tools.page_text import PLAIN, PageError, extract, read_page
 from mmsr1_jax.tools.service import Service
-from mmsr1_jax.tools.web import PAGES, BodyError
+from mmsr1_jax.tools.web import PAGE_TYPES, BodyError
 from mmsr1_jax.utils import workers
 
 __all__ = ["LIMITS", "Reader", "extract"]
@@ -18,24 +18,31 @@ class Reader:
     Args:
       service: HTTP client for the requests.
       max_bytes: Maximum size of a page in bytes, decompressed.
-      max_html: Number of bytes of an HTML page from which text is extracted; the rest is ignored.
+      max_html_bytes: Number of bytes of an HTML page from which text is extracted; the rest is
+        ignored.
     """
 
-    def __init__(self, service: Service, *, max_bytes: int = 5_000_000, max_html: int = 1_000_000):
-        self._service, self._max_bytes, self._max_html = service, max_bytes, max_html
+    def __init__(
+        self, service: Service, *, max_bytes: int = 5_000_000, max_html_bytes: int = 1_000_000
+    ):
+        self._service, self._max_bytes, self._max_html_bytes = service, max_bytes, max_html_bytes
 
     async def read(self, url: str) -> str:
         """Return the text of a page. Raises WebError, also if the page has no content."""
-        answer = await self._service.call("GET", url, accept=PAGES, max_bytes=self._max_bytes)
-        body = answer.body if answer.media_type in PLAIN else answer.body[: self._max_html]
+        response = await self._service.call(
+            "GET", url, accept=PAGE_TYPES, max_bytes=self._max_bytes
+        )
+        body = (
+            response.body if response.media_type in PLAIN else response.body[: self._max_html_bytes]
+        )
         try:
             text = await workers.run_async(
-                read_page, body, answer.charset, answer.media_type, limits=LIMITS
+                read_page, body, response.charset, response.media_type, limits=LIMITS
             )
         except PageError as error:
             raise BodyError(str(error)) from None
         except workers.WorkerError as error:
             raise BodyError(f"reading the page {error}") from None
-        if why := nothing_said(text):
-            raise BodyError(why)
+        if reason := missing_content(text):
+            raise BodyError(reason)
         return text

@@ -3,7 +3,15 @@
 from typing import Any
 
 from mmsr1_jax.tools.service import Service
-from mmsr1_jax.tools.services import Hit, Match, ask, found_in, key_of, snippet_hit, text_of
+from mmsr1_jax.tools.services import (
+    Hit,
+    Match,
+    answer_box_hit,
+    api_key,
+    parse_results,
+    request_json,
+    text_field,
+)
 
 BASE_URL = "https://google.serper.dev"
 KEY = "SERPER_API_KEY"
@@ -28,40 +36,42 @@ class Serper:
         language: str = "en",
     ):
         self._service, self._base = service, base_url
-        self._headers = {"X-API-KEY": key_of(KEY)}
-        self._place = {"gl": country, "hl": language}
+        self._headers = {"X-API-KEY": api_key(KEY)}
+        self._locale = {"gl": country, "hl": language}
 
     async def search(self, query: str, count: int) -> list[Hit]:
         """Return the hits of a text search. Raises WebError."""
-        data = await self._post("/search", {"q": query, "num": count} | self._place)
-        return found_in(data, "organic", _hit, instead=_boxes(data))
+        data = await self._post("/search", {"q": query, "num": count} | self._locale)
+        return parse_results(data, "organic", _hit, fallback=_answer_hits(data))
 
     async def lens(self, url: str) -> list[Match]:
         """Return the pages with images similar to the one at a URL. Raises WebError."""
-        data = await self._post("/lens", {"url": url} | self._place)
-        return found_in(data, "organic", _match)
+        data = await self._post("/lens", {"url": url} | self._locale)
+        return parse_results(data, "organic", _match)
 
-    async def _post(self, path: str, body: dict[str, Any]) -> dict:
-        return await ask(self._service, "POST", self._base + path, json=body, headers=self._headers)
+    async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return await request_json(
+            self._service, "POST", self._base + path, json=body, headers=self._headers
+        )
 
 
-def _hit(entry: dict) -> Hit | None:
-    hit = Hit(text_of(entry, "link"), text_of(entry, "title"), text_of(entry, "snippet"))
+def _hit(entry: dict[str, Any]) -> Hit | None:
+    hit = Hit(text_field(entry, "link"), text_field(entry, "title"), text_field(entry, "snippet"))
     return hit if hit.link else None
 
 
-def _match(entry: dict) -> Match | None:
-    thumbnail = text_of(entry, "thumbnailUrl") or text_of(entry, "imageUrl")
-    match = Match(text_of(entry, "link"), text_of(entry, "title"), thumbnail)
+def _match(entry: dict[str, Any]) -> Match | None:
+    thumbnail = text_field(entry, "thumbnailUrl") or text_field(entry, "imageUrl")
+    match = Match(text_field(entry, "link"), text_field(entry, "title"), thumbnail)
     return match if match.title else None
 
 
-def _boxes(data: dict) -> list[Hit]:
+def _answer_hits(data: dict[str, Any]) -> list[Hit]:
     """Return the answers that Google shows above its results, as hits."""
-    made = []
+    hits = []
     for name in ("answerBox", "knowledgeGraph"):
         box = data.get(name)
         if isinstance(box, dict):
-            texts = (text_of(box, key) for key in ("answer", "snippet", "description"))
-            made.append(snippet_hit(text_of(box, "title"), next(filter(None, texts), "")))
-    return [hit for hit in made if hit is not None]
+            texts = (text_field(box, key) for key in ("answer", "snippet", "description"))
+            hits.append(answer_box_hit(text_field(box, "title"), next(filter(None, texts), "")))
+    return [hit for hit in hits if hit is not None]

@@ -32,7 +32,9 @@ class Summariser:
     """
 
     def __init__(self, service: Service, *, base_url: str, model: str, max_tokens: int = 300):
-        self._chat = Chat(service, base_url=base_url, model=model, max_tokens=max_tokens, key=KEY)
+        self._chat = Chat(
+            service, base_url=base_url, model=model, max_tokens=max_tokens, key_variable=KEY
+        )
 
     async def summarise(self, page: str, question: str) -> str:
         """Return at most five sentences. Raises WebError, also if the reply has no text."""
@@ -41,7 +43,7 @@ class Summariser:
         except EmptyReplyError as error:
             raise EmptyReplyError(f"no summary: {error}") from None
         if not has_text(reply.text):
-            raise BodyError("no summary: blank, or the model was cut off while it thought")
+            raise BodyError("no summary: the reply is blank, or was truncated within the thoughts")
         return " ".join(_SENTENCE_END.split(reply.text)[:MAX_SENTENCES])
 
 

@@ -1,0 +1,252 @@
+"""A training run in its directory: restore, progress, metrics, checkpoints, and how a run ends.
+
+`train` and `sft` share it:
+
+    with TrainingRun(config, model_dir, workdir, learner) as run:
+        metadata = run.restore()        # of the latest checkpoint; None: a new run
+        run.start()
+        for step in run.steps():        # up to the last step, or until SIGTERM
+            ...
+            run.check_finite(step, [..], micro_batches)
+            run.finish_step(step, metrics, metadata)
+        return run.finish()             # writes the policy of a complete run
+"""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import pathlib
+import signal
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from mmsr1_jax.config import settings
+from mmsr1_jax.config.errors import UserError
+from mmsr1_jax.rl.learner import Learner
+from mmsr1_jax.rl.packing import TrainBatch
+from mmsr1_jax.training import metrics, run_config, train_utils
+from mmsr1_jax.training.checkpoint import Checkpoints
+from mmsr1_jax.utils import compile_counter
+from mmsr1_jax.utils.logs import log
+
+
+class NonfiniteUpdatesError(UserError):
+    """`update.max_nonfinite_updates` updates in a row had a loss or gradient that is not finite."""
+
+
+class TrainingRun:
+    """A run of `train` or `sft`; a context manager that closes checkpoints, log and bar.
+
+    Args:
+      config: Settings of the run.
+      model_dir: HF directory of the policy that training starts from.
+      workdir: Directory of the run.
+      learner: Trained parameters and optimiser state, which checkpoints hold.
+    """
+
+    def __init__(
+        self, config: settings.Config, model_dir: str, workdir: pathlib.Path, learner: Learner
+    ):
+        self.workdir = workdir
+        self._config, self._model_dir, self._learner = config, model_dir, learner
+        self._checkpoints = Checkpoints(workdir / "checkpoints", keep=config.run.keep_checkpoints)
+        self.start_step = self._checkpoints.latest or 0
+        self._saved_step = self.start_step
+        self._nonfinite_streak = 0
+        self._stopping = False
+        self._clock = Clock()
+        self._resources = contextlib.ExitStack()
+        self._resources.callback(self._checkpoints.close)
+
+    def __enter__(self) -> "TrainingRun":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._resources.close()
+
+    def restore(self) -> dict[str, Any] | None:
+        """Restore the latest checkpoint into the learner, and return its metadata.
+
+        Return None, and change nothing, if there is no checkpoint.
+        """
+        if not self.start_step:
+            return None
+        state, metadata = self._checkpoints.restore(self.start_step, self._state())
+        self._learner.trained, self._learner.optimizer = state["trained"], state["optimizer"]
+        self._nonfinite_streak = metadata["nonfinite_streak"]
+        log.info("%s: resuming after step %d", self.workdir, self.start_step)
+        return metadata
+
+    def start(self) -> None:
+        """Write `config.json`, open the metrics log, and handle SIGTERM from here on."""
+        run_config.write(self.workdir / "config.json", self._config, self._model_dir)
+        config = dataclasses.asdict(self._config)
+        self._log = metrics.Log(
+            self.workdir, self._config.run.log_to, step=self.start_step, config=config
+        )
+        self._resources.callback(self._log.close)
+        self._sigterm = StopSignal()
+
+    def steps(self) -> Iterator[int]:
+        """Yield the remaining steps, counted from 1, until the last one or SIGTERM.
+
+        A profiler trace of the steps in `run.profile` is written to `profile/`.
+        """
+        step, last = self.start_step, self._config.run.steps
+        first = step + 1
+        self._bar = tqdm(range(first, last + 1), initial=first - 1, total=last, unit="step")
+        profile = self._config.run.profile
+        with self._bar, contextlib.ExitStack() as trace:
+            for step in self._bar:
+                if profile and max(first, profile[0]) == step <= profile[1]:
+                    trace.enter_context(jax.profiler.trace(self.workdir / "profile"))
+                self._clock = Clock()
+                yield step
+                if profile and step == profile[1]:
+                    trace.close()
+                if self._stopping and step < last:
+                    break
+        if self._stopping and step < last:
+            log.info(
+                "%s: stopped after step %d, which is saved; the same command resumes the run",
+                self.workdir, step,
+            )  # fmt: skip
+
+    def phase(self, name: str) -> contextlib.AbstractContextManager:
+        """Return a context that adds its time to `time/NAME` of this step."""
+        return self._clock.phase(name)
+
+    def check_finite(
+        self, step: int, finite: Sequence[float], batches: Iterable[Sequence[TrainBatch]]
+    ) -> None:
+        """Count updates in a row that were skipped because they were not finite.
+
+        Args:
+          step: Step of the updates.
+          finite: Whether the loss and gradient of each update of the step were finite.
+          batches: Micro-batches of each update, written to a file if the run is aborted.
+
+        Raises:
+          NonfiniteUpdatesError: There were `update.max_nonfinite_updates` such updates in a row.
+        """
+        limit = self._config.update.max_nonfinite_updates
+        for is_finite in finite:
+            self._nonfinite_streak = 0 if is_finite else self._nonfinite_streak + 1
+            if self._nonfinite_streak >= limit:
+                self._bar.close()
+                path = self.workdir / f"nonfinite_{step:06d}.npz"
+                _write_batches(path, itertools.chain(*batches))
+                raise NonfiniteUpdatesError(
+                    f"step {step}: the loss or gradient of {limit} updates in a row was not finite "
+                    f"(update.max_nonfinite_updates). Their micro-batches are in {path}"
+                )
+
+    def finish_step(
+        self,
+        step: int,
+        step_metrics: dict[str, float],
+        metadata: dict[str, Any],
+        *,
+        tokens: int,
+        shown: dict[str, str],
+        score: float | None = None,
+        save: bool = False,
+    ) -> None:
+        """Log the metrics of a step, and save a checkpoint if one is due.
+
+        A checkpoint is due every `run.save_every` steps, after the last step, and on SIGTERM.
+        Metrics are written before the checkpoint, so that a resumed run has both or neither.
+
+        Args:
+          step: The completed step.
+          step_metrics: Metrics of the step; times and the number of compilations are added.
+          metadata: Metadata of the checkpoint, as JSON data.
+          tokens: Number of tokens that the step processed, for `time/tokens_per_second`.
+          shown: Metrics to show beside the progress bar.
+          score: Validation score of the step, if any, which selects the best checkpoint.
+          save: Whether to save a checkpoint in any case.
+        """
+        run = self._config.run
+        step_metrics = step_metrics | self._clock.metrics(tokens)
+        step_metrics["time/compiles"] = float(compile_counter.count())
+        self._log.write(step, step_metrics)
+        self._stopping = self._sigterm.is_set()
+        due = run.save_every and step % run.save_every == 0
+        if save or due or step == run.steps or self._stopping:
+            self.save(step, metadata, score)
+        self._bar.set_postfix(shown | {"tokens_s": f"{step_metrics['time/tokens_per_second']:.0f}"})
+
+    def save(self, step: int, metadata: dict[str, Any], score: float | None = None) -> None:
+        """Save a checkpoint of a step unless it is saved already."""
+        if step > self._saved_step:
+            metadata = metadata | {"nonfinite_streak": self._nonfinite_streak}
+            self._checkpoints.save(step, self._state(), metadata, score=score)
+            self._saved_step = step
+
+    def resumable(self, error: UserError, step: int) -> UserError:
+        """Return the error that ends the run after `step`, saying how to resume it."""
+        self._bar.close()
+        saved = f"step {step} is saved" if step else "no step is complete yet"
+        return type(error)(f"{error}; {self.workdir}: {saved}; the same command resumes the run")
+
+    def finish(self) -> int:
+        """Wait for the last checkpoint and, if the run is complete, write its policy; return 0."""
+        self._resources.close()
+        if self._saved_step == self._config.run.steps:
+            train_utils.save_policy(self._learner, self._config, self._model_dir, self.workdir)
+        return 0
+
+    def _state(self) -> dict[str, Any]:
+        return {"trained": self._learner.trained, "optimizer": self._learner.optimizer}
+
+
+def _write_batches(path: pathlib.Path, batches: Iterable[TrainBatch]) -> None:
+    """Write micro-batches to an `.npz` file for inspection."""
+    arrays = {}
+    for index, batch in enumerate(batches):
+        for name, value in jax.tree_util.tree_leaves_with_path(batch):
+            arrays[f"{index}{jax.tree_util.keystr(name)}"] = value
+    np.savez(path, **arrays)
+
+
+class Clock:
+    """Timer for the phases of a step, in seconds."""
+
+    def __init__(self):
+        self._start = time.perf_counter()
+        self._seconds: dict[str, float] = collections.defaultdict(float)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - start
+
+    def metrics(self, tokens: int) -> dict[str, float]:
+        """Return `time/PHASE`, `time/step`, and `time/tokens_per_second` for `tokens` tokens."""
+        total = time.perf_counter() - self._start
+        phases = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
+        return phases | {"time/step": total, "time/tokens_per_second": tokens / total}
+
+
+class StopSignal:
+    """Flag that is set when the process receives SIGTERM."""
+
+    def __init__(self):
+        self._set = False
+        signal.signal(signal.SIGTERM, self._stop)
+
+    def _stop(self, *_) -> None:
+        self._set = True
+        log.info("SIGTERM: finishing and saving this step, then exiting")
+
+    def is_set(self) -> bool:
+        return self._set
