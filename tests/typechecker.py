@@ -35,9 +35,10 @@ def check(function):
 
     @functools.wraps(function)
     def init(self, *args, **keywords):
-        # JAX also builds pytrees of shardings, specs and placeholders, which have no shapes.
+        # JAX also builds pytrees of shardings, specs, None and placeholders, without any shape.
         is_pytree = not jax.tree_util.all_leaves([self])
-        if is_pytree and not all(map(_is_array, jax.tree.leaves((args, keywords)))):
+        leaves = jax.tree.leaves((args, keywords))
+        if is_pytree and not (leaves and all(map(_is_array, leaves))):
             return None
         return checked(self, *args, **keywords)
 

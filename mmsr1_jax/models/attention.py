@@ -89,10 +89,10 @@ def cached_attention(
     k: Float[jax.Array, "L lanes K S H"],
     v: Float[jax.Array, "L lanes K S H"],
     *,
-    layer: Int32[jax.Array, ""],
-    lane: Int32[jax.Array, "B"],
-    start: Int32[jax.Array, "B"],
-    count: Int32[jax.Array, "B"],
+    layer: Int32[AnyArray, ""],
+    lane: Int32[AnyArray, "B"],
+    start: Int32[AnyArray, "B"],
+    count: Int32[AnyArray, "B"],
 ) -> Float[jax.Array, "B T N H"]:
     """Compute attention of new tokens over lanes of a KV cache that already contain them.
 

@@ -57,8 +57,7 @@ class RowShape:
     windows: int
 
 
-@flax.struct.dataclass
-class TrainBatch:
+class TrainBatch(flax.struct.PyTreeNode):
     """Micro-batch of packed rows.
 
     Tokens that carry loss are gathered into C columns, so that the output head is computed only for
@@ -170,7 +169,7 @@ def _make_batch(
     prompts = [[sample.prompt for sample in row] for row in packed]
     rows = make_rows(prompts, bucket, config, config.image_token_id)
     # The same program is used whether or not every row holds a single episode.
-    rows = dataclasses.replace(rows, single_segment=False)
+    rows = rows.replace(single_segment=False)
     size = (shape.rows, columns)
     batch = TrainBatch(
         rows=rows,

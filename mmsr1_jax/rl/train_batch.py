@@ -1,6 +1,5 @@
 """Conversion of a step's episodes into training samples, and metrics of its updates."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -156,7 +155,7 @@ def with_logprobs(
       params: Snapshot of the trained parameters to use; None: the current ones.
     """
     logprobs = learner.logprobs(batches, params)
-    return [dataclasses.replace(b, **{field: x}) for b, x in zip(batches, logprobs, strict=True)]
+    return [b.replace(**{field: x}) for b, x in zip(batches, logprobs, strict=True)]
 
 
 def update_metrics(sums: dict[str, float]) -> dict[str, float]:

@@ -20,8 +20,7 @@ from mmsr1_jax.models.sharding import constrain
 from mmsr1_jax.utils.arrays import AnyArray
 
 
-@flax.struct.dataclass
-class Rows:
+class Rows(flax.struct.PyTreeNode):
     """Rows of packed conversations with their images. Rows are independent of each other.
 
     Attributes:

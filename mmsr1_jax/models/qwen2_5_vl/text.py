@@ -149,13 +149,13 @@ class TextDecoder(nnx.Module):
     def cached(
         self,
         x: Float[jax.Array, "B T D"],
-        positions: Int32[jax.Array, "B 3 T"],
+        positions: Int32[AnyArray, "B 3 T"],
         k: Float[jax.Array, "L lanes K S H"],
         v: Float[jax.Array, "L lanes K S H"],
         *,
-        lane: Int32[jax.Array, "B"],
-        start: Int32[jax.Array, "B"],
-        count: Int32[jax.Array, "B"],
+        lane: Int32[AnyArray, "B"],
+        start: Int32[AnyArray, "B"],
+        count: Int32[AnyArray, "B"],
     ) -> tuple[
         Float[jax.Array, "B T D"],
         Float[jax.Array, "L lanes K S H"],

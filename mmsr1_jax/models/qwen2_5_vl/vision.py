@@ -28,8 +28,7 @@ from mmsr1_jax.models.sharding import constrain
 from mmsr1_jax.utils.arrays import AnyArray
 
 
-@flax.struct.dataclass
-class ImageRows:
+class ImageRows(flax.struct.PyTreeNode):
     """Image patches, one row for each row of text.
 
     Attributes:
