@@ -54,11 +54,11 @@ def main(argv) -> int:
             found = decide(_CONFIG.value, made_with, out, mix, _KEEP.value)
     except (ValueError, OSError) as error:  # invalid settings, checkpoint, data or tools
         sys.exit(f"error: {error}")
-    print(curation.table(found))
+    print(curation.format_table(found))
     for part, one in found["parts"].items():
-        short = isinstance(one["wanted"], int) and one["chosen"] < one["wanted"]
-        if short or not one["there"]:
-            print(f"{part}: {one['wanted']} of the set were asked for, there are {one['there']}")
+        short = isinstance(one["requested"], int) and one["chosen"] < one["requested"]
+        if short or not one["available"]:
+            print(f"{part}: requested {one['requested']} questions, available {one['available']}")
     if found["no_verdict"]:
         print(f"{found['no_verdict']} episodes that the judge could not be asked about were left "
               "out; the same command asks again", file=sys.stderr)  # fmt: skip
@@ -89,7 +89,7 @@ def roll_out(config: settings.Config, model_dir: str | None, out: pathlib.Path) 
     if model_dir is None:
         if not (out / EPISODES).is_file():
             raise ValueError(f"--model: needed, as {out} has no {EPISODES}")
-        records.mend(out / EPISODES)
+        records.truncate_partial_line(out / EPISODES)
         return rescore(config, out / EPISODES, None)["made_with"]
     if config.sampling.temperature == 0 and config.run.group_size > 1:
         raise ValueError(
@@ -123,7 +123,7 @@ def decide(
       keep: Maximum number of episodes per question in `sft.jsonl`, see `curation.cheapest`.
 
     Returns:
-      The contents of `curation.json`: `curation.figures`; `sft`, the number of episodes and
+      The contents of `curation.json`: `curation.summarize`; `sft`, the number of episodes and
       questions in `sft.jsonl`; `no_verdict`, the number of episodes left out because the judge
       could not be reached; `bad_rows`, the number of unusable rows of the data; and `made_with`.
 
@@ -148,7 +148,7 @@ def decide(
         verdict = judged["correct"] if judged else None
         unjudged = judged is not None and verdict is None
         no_verdict += unjudged
-        attempt = curation.attempt_of(line, config.rewards, verdict, config.run.steps)
+        attempt = curation.read_attempt(line, config.rewards, verdict, config.run.steps)
         if unjudged:
             attempt = dataclasses.replace(attempt, ran=False)
         attempts.setdefault(attempt.question, []).append(attempt)
@@ -166,21 +166,20 @@ def decide(
 
     # Classes and selection
     groups = [attempts[number] for number in range(len(attempts))]
-    classes = [curation.class_of(group) for group in groups]
+    classes = [curation.classify(group) for group in groups]
     chosen = curation.choose(classes, mix, config.run.seed)
     kept = [curation.cheapest(group, keep) for group in groups]
 
     (out / FIGURES).unlink(missing_ok=True)  # written last: marks the other files as complete
     write_sft(out, [(a, classes[a.question]) for a in itertools.chain(*kept)], places)
     write_curated(out / CURATED, source, {number: classes[number] for number in chosen})
-    found = curation.figures(groups, classes, chosen, mix)
+    found = curation.summarize(groups, classes, chosen, mix)
     found["sft"] = {"episodes": sum(map(len, kept)), "questions": sum(map(bool, kept))}
     found["no_verdict"] = no_verdict
-    found["bad_rows"] = len(source.bad)
+    found["bad_rows"] = len(source.bad_rows)
     found["made_with"] = {**made_with, "keep": keep, "run.seed": config.run.seed}
-    with outputs.new_file(out / FIGURES) as partial:
-        text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-        partial.write_text(text, encoding="utf-8")
+    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    outputs.write_text(out / FIGURES, text)
     return found
 
 
@@ -202,8 +201,7 @@ def write_sft(
         return
     with (
         open(out / EPISODES, "rb") as old,
-        outputs.new_file(out / SFT) as partial,
-        open(partial, "w", encoding="utf-8") as new,
+        outputs.new_text_file(out / SFT) as new,
     ):
         for attempt, name in kept:
             place, number = places[attempt.index]

@@ -28,7 +28,7 @@ from mmsr1_jax import cli
 from mmsr1_jax.config import settings
 from mmsr1_jax.models import qwen2_5_vl, sharding
 from mmsr1_jax.models.qwen2_5_vl import Rows
-from mmsr1_jax.processing.batching import Bucket, TooLongError, bucket_of, make_rows
+from mmsr1_jax.processing.batching import Bucket, TooLongError, make_rows, select_bucket
 from mmsr1_jax.processing.images import ImageError
 from mmsr1_jax.processing.processor import ConversationError, Processor, Prompt
 from mmsr1_jax.utils import checked_json, outputs
@@ -151,7 +151,7 @@ def prepare(
         messages = resolve_paths(line["messages"], folder)
         prompt = processor.conversation(messages, max_file_pixels=config.images.max_file_pixels)
         ways = sharding.num_batch_shards(mesh)
-        return line, prompt, bucket_of(prompt, model_config, config.buckets, ways)
+        return line, prompt, select_bucket(prompt, model_config, config.buckets, ways)
     except (ConversationError, FileRefusedError, ImageError, TooLongError) as error:
         reason = str(error)
     except Exception as error:  # no line may end the run, whatever its content
@@ -177,8 +177,7 @@ def finish(
 
 def read_lines(source: pathlib.Path) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, bytes) of non-blank lines; only a newline ends a line."""
-    with open(source, "rb") as file:
-        yield from checked_json.lines(file)
+    return checked_json.jsonl_lines(source)
 
 
 def parse_line(text: bytes) -> dict:
@@ -232,7 +231,7 @@ def write_in_order(results: Iterator[tuple[int, dict]], order: list[int], out: p
     done: dict[int, dict] = {}
     remaining, failed, tokens, total = iter(order), 0, 0, 0.0
     expected = next(remaining, None)
-    with outputs.new_file(out) as partial, open(partial, "w", encoding="utf-8") as file:
+    with outputs.new_text_file(out) as file:
         for number, result in tqdm(results, total=len(order), unit=" lines", desc="score"):
             if "error" in result:
                 failed += 1

@@ -77,7 +77,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
         run.start()
 
         def pack(step: int) -> list[TrainBatch]:
-            indices = sft_dataset.choose(step, len(examples), prompts_per_step, seed)
+            indices = sft_dataset.step_indices(step, len(examples), prompts_per_step, seed)
             samples = make_samples([examples[i] for i in indices], processor.images)
             return packing.pack(samples, model.config, shape)
 
@@ -85,7 +85,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
             prefetched = pool.submit(pack, run.start_step + 1)
             for step in run.steps():
                 # ---------------------------------------------------- packed rows
-                with run.phase("pack"):  # waits for packing that the last step did not cover
+                with run.phase("pack"):  # waits if packing took longer than the last step
                     batches = prefetched.result()
                 if step < config.run.steps:
                     prefetched = pool.submit(pack, step + 1)
@@ -108,10 +108,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
                     step_metrics,
                     {"made_with": made_with},
                     tokens=sum(int((b.rows.segment_ids > 0).sum()) for b in batches),
-                    shown={
-                        "loss": f"{step_metrics['loss']:.4f}",
-                        "epoch": f"{step_metrics['epoch']:.1f}",
-                    },
+                    shown=("loss", "epoch"),
                 )
         return run.finish()
 
@@ -144,14 +141,14 @@ def make_samples(examples: Sequence[SFTExample], processor: ImageProcessor) -> l
     weights = token_weights(np.array([example.mask.sum() for example in examples]), "token")
     samples = []
     for example, weight in zip(examples, weights, strict=True):
-        nothing = np.zeros(len(example.tokens), np.float32)
+        zeros = np.zeros(len(example.tokens), np.float32)
         samples.append(
             Sample(
                 prompt=example.prompt(processor),
                 mask=example.mask,
                 weights=np.full(len(example.tokens), weight, np.float32),
-                advantages=nothing,
-                rollout_logprobs=nothing,
+                advantages=zeros,
+                rollout_logprobs=zeros,
             )
         )
     return samples
@@ -159,6 +156,8 @@ def make_samples(examples: Sequence[SFTExample], processor: ImageProcessor) -> l
 
 if __name__ == "__main__":
     _CONFIG = cli.define_flag()
-    _MODEL = flags.DEFINE_string("model", None, "HF directory to begin with; else config.run.model")
-    _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; else build/CONFIG")
+    _MODEL = flags.DEFINE_string(
+        "model", None, "HF directory of the initial policy; default: config.run.model"
+    )
+    _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; default: build/CONFIG")
     cli.run(main)

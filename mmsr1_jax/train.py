@@ -13,10 +13,9 @@ RUN contains `config.json`, `metrics.jsonl`, `episodes/` with their images in `p
 `checkpoints/`, and at the end `policy/`, an HF directory (with LoRA also `adapter/`). A run may be
 killed at any time; a resumed run is bit-identical to an uninterrupted one.
 
-Every web service receives a test request before the first step, and the run ends if one refuses it.
-If the judge refuses requests later, the run saves its last completed step and ends. Episodes whose
-judge request failed are excluded from the update and counted (`judge/failed`). All other degraded
-operation is counted too (`utils/fallbacks.py`).
+Every web service gets a test request before the first step. If one refuses it, or the judge
+refuses requests later, the run ends with its last complete step saved. Episodes whose judge
+request failed are excluded from the update. All fallbacks are counted (`utils/fallbacks.py`).
 """
 
 import contextlib
@@ -40,6 +39,7 @@ from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.rollout.build import make_engine
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.pool import EnginePool
+from mmsr1_jax.rollout.timeline import Timeline
 from mmsr1_jax.tools.build import make_judge
 from mmsr1_jax.tools.judge import Judge
 from mmsr1_jax.tools.service import ServiceRefusedError
@@ -68,19 +68,19 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
     (workdir / "episodes").mkdir(parents=True, exist_ok=True)
     if not (workdir / "checkpoints" / str(config.run.steps)).is_dir():  # the run is not complete
         check_services(config, [config.turns])
-    with contextlib.ExitStack() as resources:  # closed at every exit
-        return _train(config, model_dir, workdir, resources)
+    with contextlib.ExitStack() as stack:  # closes the engine and the run at every exit
+        return _train(config, model_dir, workdir, stack)
 
 
 def _train(
-    config: settings.Config, model_dir: str, workdir: pathlib.Path, resources: contextlib.ExitStack
+    config: settings.Config, model_dir: str, workdir: pathlib.Path, stack: contextlib.ExitStack
 ) -> int:
     objective, update, limit = config.objective, config.update, config.turns.max_episode_tokens
 
     # ---------------------------------------------------------------- policy, engine and judge
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
     model = train_utils.load_policy(config, model_dir, mesh)
-    engine = resources.enter_context(contextlib.closing(make_engine(config, model_dir)))
+    engine = stack.enter_context(contextlib.closing(make_engine(config, model_dir)))
     judge = make_judge(config)
 
     # ---------------------------------------------------------------- questions
@@ -104,22 +104,24 @@ def _train(
     reference = learner.snapshot(memory) if objective.kl_coef else None
     learning_rate = train_utils.learning_rate_schedule(config)
     shape = train_utils.row_shape(update, mesh)
-    run = resources.enter_context(TrainingRun(config, model_dir, workdir, learner))
+    run = stack.enter_context(TrainingRun(config, model_dir, workdir, learner))
     if metadata := run.restore():
         questions.restore(metadata["questions"])
     engine.load(learner.params)
     run.start()
-    fallbacks.take()  # events before the first step belong to no step
+    fallbacks.take_counts()  # events before the first step belong to no step
 
     for step in run.steps():
         # ------------------------------------------------------------ sample, roll out, reward
-        position = questions.state()
+        data_position = questions.state()
         seed = (config.run.seed * 100_003 + step) % 2**31
         try:
-            with run.phase("rollout"):
-                rollouts = roll_out(engine, questions, config, judge, seed=seed, step=step)
+            with run.phase("rollout"), run.timeline(step) as timeline:
+                rollouts = roll_out(
+                    engine, questions, config, judge, seed=seed, step=step, timeline=timeline
+                )
         except ServiceRefusedError as error:
-            run.save(step - 1, {"questions": position})
+            run.save(step - 1, {"questions": data_position})
             raise run.resumable(error, step - 1) from None
 
         # ------------------------------------------------------------ advantages, packed rows
@@ -155,8 +157,8 @@ def _train(
         # ------------------------------------------------------------ clipped loss and update
         with run.phase("update"):
             sums = [learner.update(b, float(learning_rate(step - 1))) for b in minibatches if b]
-        updates = [train_batch.update_metrics(one) for one in sums]
-        run.check_finite(step, [one["finite"] for one in updates], minibatches)
+        updates = [train_batch.update_metrics(values) for values in sums]
+        run.check_finite(step, [values["finite"] for values in updates], minibatches)
 
         # ------------------------------------------------------------ sync
         with run.phase("load"):
@@ -172,7 +174,7 @@ def _train(
             workdir, step, rollouts.usable[: config.run.saved_episodes], rollouts.questions, engine
         )
         refusal = None
-        if held_out and train_utils.validates(config.run, step):
+        if held_out and train_utils.is_validation_step(config.run, step):
             try:
                 with run.phase("validation"):
                     step_metrics |= validate(engine, held_out, config, judge)
@@ -180,16 +182,12 @@ def _train(
                 refusal = error
         run.finish_step(
             step,
-            step_metrics | fallbacks.take(),
+            step_metrics | fallbacks.take_counts(),
             {"questions": questions.state()},
             tokens=sum(len(episode) for episode, _ in rollouts.episodes),
             score=step_metrics.get("validation/accuracy"),
             save=refusal is not None,
-            shown={
-                "reward": f"{step_metrics.get('reward', 0):.3f}",
-                "accuracy": f"{step_metrics.get('accuracy', 0):.2f}",
-                "search": f"{step_metrics.get('search/any', 0):.2f}",
-            },
+            shown=("reward", "accuracy", "search/any"),
         )
         if refusal is not None:
             raise run.resumable(refusal, step)
@@ -198,7 +196,7 @@ def _train(
 
 def roll_out(
     engine: Engine | EnginePool, questions: Iterator[list[Question]], config: settings.Config,
-    judge: Judge | None, *, seed: int, step: int,
+    judge: Judge | None, *, seed: int, step: int, timeline: Timeline | None = None,
 ) -> RolloutBatch:  # fmt: skip
     """Sample the episodes of a step (counted from 1), and compute their rewards.
 
@@ -207,16 +205,17 @@ def roll_out(
     """
     objective, run, limit = config.objective, config.run, config.turns.max_episode_tokens
     all_groups: list[train_batch.Group] = []
-    with_variance: list[train_batch.Group] = []
-    zero_variance: list[train_batch.Group] = []
+    with_variance, zero_variance = list[train_batch.Group](), list[train_batch.Group]()
     all_questions: list[Question] = []
     all_episodes: list[tuple[Episode, Reward]] = []
     for attempt in range(objective.max_resample_rounds + 1):
         prompts = next(questions)
         sampling = dataclasses.replace(config.sampling, seed=(seed + attempt * 7919) % 2**31)
         examples = [question.example() for question in prompts]
-        episodes = list(engine.rollout(examples, rollouts=run.group_size, sampling=sampling))
-        episodes.sort(key=lambda episode: episode.index)
+        rollout = engine.rollout(
+            examples, rollouts=run.group_size, sampling=sampling, timeline=timeline
+        )
+        episodes = sorted(rollout, key=lambda episode: episode.index)
         rewards = compute_rewards(episodes, prompts, config, judge, step=step - 1)
         groups: list[list[tuple[Episode, Reward]]] = [[] for _ in prompts]
         for episode, reward in zip(episodes, rewards, strict=True):
@@ -228,8 +227,8 @@ def roll_out(
             episode.group += len(all_questions)
             episode.index += len(all_episodes)
         for group in groups:
-            differs = train_batch.has_reward_variance(group, objective, limit)
-            (with_variance if differs else zero_variance).append(group)
+            varies = train_batch.has_reward_variance(group, objective, limit)
+            (with_variance if varies else zero_variance).append(group)
         all_groups += groups
         all_questions += prompts
         all_episodes += zip(episodes, rewards, strict=True)
@@ -243,6 +242,8 @@ def roll_out(
 
 if __name__ == "__main__":
     _CONFIG = cli.define_flag()
-    _MODEL = flags.DEFINE_string("model", None, "HF directory to begin with; else config.run.model")
-    _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; else build/CONFIG")
+    _MODEL = flags.DEFINE_string(
+        "model", None, "HF directory of the initial policy; default: config.run.model"
+    )
+    _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; default: build/CONFIG")
     cli.run(main)

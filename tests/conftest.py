@@ -37,8 +37,9 @@ logs.set_up()  # as `cli.run` does
 # Files that take longest, which begin first, so that no process is left with one of them alone.
 LONG = ("test_train.py", "test_engine.py", "test_learner.py", "test_sharding.py", "test_pool.py",
         "test_sft.py", "test_embedding.py", "test_faults.py", "test_lora.py",
-        "test_step.py",
-        "test_evaluate.py", "test_curation.py", "test_serve.py", "test_report.py")  # fmt: skip
+        "test_off_policy_updates.py", "test_scripted.py", "test_saved_episodes.py",
+        "test_profile.py",
+        "test_evaluate.py", "test_curate.py", "test_serve.py", "test_report.py")  # fmt: skip
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -1,4 +1,4 @@
-"""Settings for the small random policies of the tests; their pictures are larger than tiny's."""
+"""Settings for the small random policies of the tests, which see larger images than `tiny`."""
 
 from mmsr1_jax.config.settings import Buckets, Config, Mesh, Model, Rollout, Tools, Turns
 from mmsr1_jax.config.training import Run, Update
@@ -22,7 +22,7 @@ def get_config() -> Config:
             decode_batch_size=16,
             decode_steps=16,
             prefill_buckets=(32, 64, 128, 256),
-            prefill_tokens=32,  # one lane at a time: padding would cost as much as real rows
+            prefill_tokens=32,  # one lane at a time, as padded rows cost as much as real ones
             encode_windows=16,
             image_cache_tokens=8192,
         ),

@@ -124,7 +124,7 @@ def test_curves(tmp_path):
 @pytest.mark.proof
 def test_the_table_is_that_of_evaluate(tmp_path):
     """The tiny world's questions by all workflows: the demo's table has `evaluate`'s figures."""
-    world = tiny_world.World.make()
+    world = tiny_world.World.generate()
     tiny_world.write_index(world, tmp_path / "index")
     write_parquet(tmp_path / "q.parquet", tiny_world.questions(world, "heldout", 24))
     subprocess.run(

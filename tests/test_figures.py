@@ -269,7 +269,7 @@ def test_a_benchmark_is_read_and_scored_by_its_own_rules(tmp_path, processor):
     assert found["mean"] == pytest.approx(0.45) and "pass@k" not in found
     assert "45.0 [0.0, 90.0]" in table(results)
     config.eval.benchmark = "nothing"
-    with pytest.raises(DataError, match="no benchmark 'nothing'"):
+    with pytest.raises(DataError, match="unknown benchmark 'nothing'"):
         Source(config, processor.images)
 
 

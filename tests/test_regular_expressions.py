@@ -1,9 +1,9 @@
 """Every regular expression of the package takes time in proportion to its text.
 
-A text from outside (a page, a reply of a judge, a turn of the policy) may be written to make an
-expression backtrack, and Python cannot interrupt one that does. So all are listed here, and each is
-tried with texts made of its own parts. A new one has to be added to `EXPRESSIONS`, with texts of
-its own where a person can think of a worse one.
+Untrusted text (a page, a reply of a judge, a turn of the policy) may be crafted to make an
+expression backtrack, which Python cannot interrupt. Therefore all expressions are listed here, and
+each is timed on texts made of its own parts. Add a new one to `EXPRESSIONS`, with texts of its own
+if you can think of worse ones.
 """
 
 import ast
@@ -25,24 +25,24 @@ ROOT = pathlib.Path(mmsr1_jax.__file__).parent
 LIBRARIES = ("re", "regex")
 METHODS = ("match", "fullmatch", "search", "findall", "finditer", "split", "sub", "subn")
 Text = Callable[[int], str]
-LEAST, MUCH = 0.0005, 0.03  # seconds: what can be timed; what is far too long for ..
-SHORT = 1024  # .. so many characters, for which 0.0001 is much
-BEYOND = 2048  # above all limits of repetition, such as `{0,500}`: till there time may grow faster
-# Small steps first: a text that takes twice as long with each letter must be seen in time.
+MIN_TIME, MAX_TIME = 0.0005, 0.03  # seconds: shortest measurable time; limit for SHORT characters
+SHORT = 1024
+BEYOND = 2048  # above all repetition limits, such as `{0,500}`, up to which time may grow faster
+# Small steps first, to detect exponential growth before it takes too long.
 SIZES = [*range(8, 48, 4), *(2**i for i in range(6, 22))]
 
-# Where an expression stands: module, and the name that it is assigned to or the function that it
-# is in -> texts of about n characters that are tried besides those of `texts_for`.
+# Location of an expression (module, and the name or function that it belongs to) -> functions that
+# return texts of about n characters, in addition to those of `texts_for`.
 EXPRESSIONS: dict[str, tuple[Text, ...]] = {
     "tools.verdicts._HARMONY_FRAME": (),
     "tools.verdicts._THINK_FRAME": (lambda n: "</think" * (n // 7),),
     "data.benchmarks.readers._slidevqa": (),
-    "data.benchmarks.scores._EXACT": (lambda n: "a." * n, lambda n: "a@" + "b." * n),
-    "data.benchmarks.scores._EXTRACTED": (),
-    "data.benchmarks.scores._FORMAT": (),
-    "data.benchmarks.scores._clean": (lambda n: " " * n + "x", lambda n: "'" * n),
-    "data.benchmarks.scores.read_extraction": (),
-    "data.benchmarks.scores.vqa_normalise": (),
+    "data.benchmarks.grading._EXACT": (lambda n: "a." * n, lambda n: "a@" + "b." * n),
+    "data.benchmarks.grading._EXTRACTED": (),
+    "data.benchmarks.grading._FORMAT": (),
+    "data.benchmarks.grading._clean": (lambda n: " " * n + "x", lambda n: "'" * n),
+    "data.benchmarks.grading.parse_extraction": (),
+    "data.benchmarks.grading.vqa_normalise": (),
     "apps.report.records._PICTURE": (lambda n: "<|vision_start|>" + "<|image_pad|>" * (n // 13),),
     "rewards.reward_function._ARTICLES": (),
     "rollout.forcing._TAG": (),
@@ -62,7 +62,7 @@ EXPRESSIONS: dict[str, tuple[Text, ...]] = {
     "tools.web._retry_after": (),
     "utils.checked_json._SURROGATE": (),
     "utils.outputs._HOLDER": (),
-    "utils.outputs._LEFT_OVER": (),
+    "utils.outputs._LEFTOVER": (),
     "scripts.settings.meanings_of": (),  # reads docstrings of this package
     "config.redaction._ADDRESS": (lambda n: "a:b@" * (n // 4), lambda n: "a" * n + "?"),
     "config.redaction._PARAMETER_MARKS": (),
@@ -139,31 +139,31 @@ EXPRESSIONS: dict[str, tuple[Text, ...]] = {
     "tools.words._WORD": (),
     "tools.words._ZERO_WIDTH": (),
 }
-# Expressions that are made where they are used: what is given there.
-MADE: dict[str, tuple[str, ...]] = {"data.benchmarks.tables.open_rows": (r"page_\d+", "image")}
+# Expressions that are compiled where they are used, with their possible patterns.
+DYNAMIC: dict[str, tuple[str, ...]] = {"data.benchmarks.tables.open_rows": (r"page_\d+", "image")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Use:
     """An expression, and the method that it is used by."""
 
-    place: str
+    location: str
     pattern: re.Pattern
     method: str
 
-    def seconds(self, text: str) -> float:
-        """Processor time of one use."""
+    def cpu_time(self, text: str) -> float:
+        """Return the CPU time of one use, in seconds."""
         text = text if isinstance(self.pattern.pattern, str) else text.encode("latin-1", "replace")
         arguments = (text[:0], text) if self.method.startswith("sub") else (text,)
-        begin = time.thread_time()
-        found = getattr(self.pattern, self.method)(*arguments)
+        start = time.thread_time()
+        result = getattr(self.pattern, self.method)(*arguments)
         if self.method == "finditer":
-            collections.deque(found, maxlen=0)
-        return time.thread_time() - begin
+            collections.deque(result, maxlen=0)
+        return time.thread_time() - start
 
 
 def uses() -> Iterator[Use]:
-    """All expressions of the package. Fails where one cannot be known from the source."""
+    """Yield all expressions of the package. Fail if one cannot be determined from the source."""
     for path in sorted(ROOT.rglob("*.py")):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -172,7 +172,9 @@ def uses() -> Iterator[Use]:
             if isinstance(node, ast.Import):
                 other = any(name.name in LIBRARIES and name.asname for name in node.names)
             if other:
-                pytest.fail(f"{path}: import it by its own name, so that its use can be found")
+                pytest.fail(
+                    f"{path}: import the library under its own name, so that its uses can be found"
+                )
         yield from _of_module(module, tree)
 
 
@@ -187,7 +189,7 @@ def _of_module(module: str, tree: ast.Module) -> Iterator[Use]:
                 and node.func.attr in ("compile", *METHODS)
             ):
                 continue
-            place = f"{module}.{_name_of(top, node)}"
+            location = f"{module}.{_name_of(top, node)}"
             names = {ast.unparse(node), *_targets(top)}
             methods = {node.func.attr}
             if node.func.attr == "compile":
@@ -199,9 +201,9 @@ def _of_module(module: str, tree: ast.Module) -> Iterator[Use]:
                     and ast.unparse(other.value) in names
                 } or {"search"}
             for pattern, method in itertools.product(
-                _patterns(module, place, node), sorted(methods)
+                _patterns(module, location, node), sorted(methods)
             ):
-                yield Use(place, pattern, method)
+                yield Use(location, pattern, method)
 
 
 def _targets(top: ast.stmt) -> list[str]:
@@ -209,28 +211,28 @@ def _targets(top: ast.stmt) -> list[str]:
 
 
 def _name_of(top: ast.stmt, node: ast.Call) -> str:
-    """The name that is assigned to, or the innermost function, or class and function."""
-    names, found = _targets(top)[:1], top
-    while isinstance(found, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        names.append(found.name)
-        inside = (
+    """Return the assigned name, or the innermost function, with its class."""
+    names, scope = _targets(top)[:1], top
+    while isinstance(scope, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        names.append(scope.name)
+        inner = (
             child
-            for child in found.body
+            for child in scope.body
             if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
             and any(other is node for other in ast.walk(child))
         )
-        found = next(inside, None)
+        scope = next(inner, None)
     return ".".join(names)
 
 
-def _patterns(module: str, place: str, node: ast.Call) -> Iterator[re.Pattern]:
+def _patterns(module: str, location: str, node: ast.Call) -> Iterator[re.Pattern]:
     library = importlib.import_module(node.func.value.id)
     flags = [word.value for word in node.keywords if word.arg == "flags"]
     at = {"compile": 1, "sub": 4, "subn": 4, "split": 3}.get(node.func.attr, 2)
     flags += node.args[at : at + 1]
     flag = eval(ast.unparse(flags[0]), {node.func.value.id: library}) if flags else 0
-    if place in MADE:
-        yield from (library.compile(pattern, flag) for pattern in MADE[place])
+    if location in DYNAMIC:
+        yield from (library.compile(pattern, flag) for pattern in DYNAMIC[location])
         return
     try:
         pattern = ast.literal_eval(node.args[0])
@@ -239,13 +241,15 @@ def _patterns(module: str, place: str, node: ast.Call) -> Iterator[re.Pattern]:
         try:
             pattern = eval(ast.unparse(node.args[0]), dict(known))
         except NameError:
-            pytest.fail(f"{place}: MADE has to say what {ast.unparse(node.args[0])} may be")
+            pytest.fail(f"{location}: DYNAMIC must list the values of {ast.unparse(node.args[0])}")
     yield library.compile(pattern, flag) if isinstance(pattern, (str, bytes)) else pattern
 
 
 def texts_for(pattern: re.Pattern) -> list[Text]:
-    """Texts of what the expression is made of: its words and letters, one or two of them again and
-    again, after one of its words, and before a letter at which it fails."""
+    """Return texts that repeat one or two words or letters of the expression.
+
+    They may begin with one of its words, and end with a letter at which the match fails.
+    """
     try:
         words, letters = _atoms(re._parser.parse(pattern.pattern, pattern.flags & re.VERBOSE))
     except re.error:  # what only `regex` knows, such as scripts
@@ -263,7 +267,7 @@ def texts_for(pattern: re.Pattern) -> list[Text]:
 
 
 def _atoms(parsed) -> tuple[list[str], list[str]]:
-    """The words (letters in a row) and the single letters of a parsed expression, each once."""
+    """Return the words (sequences of letters) and single letters of a parsed expression."""
     words: dict[str, None] = {}
     letters: dict[str, None] = {}
 
@@ -278,7 +282,7 @@ def _atoms(parsed) -> tuple[list[str], list[str]]:
                 letters[row[0]] = letters[row[-1]] = None
             row = ""
             if str(code) in ("IN", "NOT_LITERAL", "ANY"):
-                letters.update(dict.fromkeys(_of_class(code, value)))
+                letters.update(dict.fromkeys(_letters_of_class(code, value)))
             for inner in value if isinstance(value, (tuple, list)) else ():
                 for part in inner if isinstance(inner, list) else [inner]:
                     if isinstance(part, re._parser.SubPattern):
@@ -288,74 +292,76 @@ def _atoms(parsed) -> tuple[list[str], list[str]]:
     return list(words), list(letters)
 
 
-def _of_class(code, value) -> list[str]:
-    """Some letters that a class of letters holds."""
+def _letters_of_class(code, value) -> list[str]:
+    """Return some letters of a character class."""
     if str(code) != "IN":
         return ["x"]
     samples = {"CATEGORY_SPACE": " ", "CATEGORY_DIGIT": "1", "CATEGORY_WORD": "a"}
-    found = []
-    for kind, inside in value:
+    letters = []
+    for kind, content in value:
         if str(kind) == "LITERAL":
-            found.append(chr(inside))
+            letters.append(chr(content))
         elif str(kind) == "RANGE":
-            found.append(chr(inside[0]))
+            letters.append(chr(content[0]))
         else:
-            found.append(samples.get(str(inside), "-"))
-    return found
+            letters.append(samples.get(str(content), "-"))
+    return letters
 
 
 def growth(use: Use, text: Text) -> float:
-    """How many times as long 10 times the text takes, of a text that is long enough to be timed;
-    an estimate by 4 times the text, or infinity, where that is far too long already."""
+    """Return the factor by which the time grows if a measurable text becomes 10 times as long.
+
+    If 4 times the text takes far too long already, the result is an estimate or infinity.
+    """
     for n in SIZES:
-        took = use.seconds(text(n))
-        if n <= SHORT and took > MUCH:
+        seconds = use.cpu_time(text(n))
+        if n <= SHORT and seconds > MAX_TIME:
             return math.inf
-        if n >= BEYOND and took > LEAST:
+        if n >= BEYOND and seconds > MIN_TIME:
             break
     else:
-        return 0.0  # not even the longest text takes a time that can be measured
+        return 0.0  # even the longest text takes no measurable time
     ratio = math.inf
-    for attempt in range(4):  # others at work can only make it look longer
-        took = min(use.seconds(text(n)) for _ in range(5 if took < 0.001 else 2))
-        by_four = use.seconds(text(4 * n)) / took
+    for attempt in range(4):  # other processes can only increase the time
+        seconds = min(use.cpu_time(text(n)) for _ in range(5 if seconds < 0.001 else 2))
+        by_four = use.cpu_time(text(4 * n)) / seconds
         if by_four > 12:
             ratio = min(ratio, by_four ** math.log(10, 4))
             if attempt:
                 break
             continue
         long = text(10 * n)
-        ratio = min(ratio, min(use.seconds(long) for _ in range(3 + 2 * attempt)) / took)
+        ratio = min(ratio, min(use.cpu_time(long) for _ in range(3 + 2 * attempt)) / seconds)
         if ratio < 13:
             break
     return ratio
 
 
 def worst(use: Use) -> list[Text]:
-    """The texts with which an expression is slowest; only one that is far too slow already."""
-    found = []
+    """Return the texts that are slowest for an expression, or the first that is far too slow."""
+    timed = []
     for text in texts_for(use.pattern):
         for n in SIZES[: SIZES.index(SHORT) + 1]:
-            took = use.seconds(text(n))
-            if took > MUCH:
+            seconds = use.cpu_time(text(n))
+            if seconds > MAX_TIME:
                 return [text]
-        found.append((took, len(found), text))
-    return [text for _, _, text in sorted(found)[-2:]]
+        timed.append((seconds, len(timed), text))
+    return [text for _, _, text in sorted(timed)[-2:]]
 
 
 USES = list(uses())
 
 
-def test_all_expressions_are_listed():
-    places = {use.place for use in USES}
-    missing, gone = places - {*EXPRESSIONS, *MADE}, {*EXPRESSIONS, *MADE} - places
+def test_every_regular_expression_is_listed():
+    locations = {use.location for use in USES}
+    missing, gone = locations - {*EXPRESSIONS, *DYNAMIC}, {*EXPRESSIONS, *DYNAMIC} - locations
     assert not missing, f"add them to EXPRESSIONS: {sorted(missing)}"
     assert not gone, f"no longer in the package: {sorted(gone)}"
 
 
-@pytest.mark.parametrize("use", USES, ids=lambda use: f"{use.place}-{use.method}")
+@pytest.mark.parametrize("use", USES, ids=lambda use: f"{use.location}-{use.method}")
 def test_ten_times_the_text_takes_at_most_fifteen_times_as_long(use):
-    for text in [*EXPRESSIONS.get(use.place, ()), *worst(use)]:
+    for text in [*EXPRESSIONS.get(use.location, ()), *worst(use)]:
         assert growth(use, text) <= 15, f"{use.pattern.pattern!r} with {text(60)!r}"
 
 
@@ -367,6 +373,6 @@ def test_ten_times_the_text_takes_at_most_fifteen_times_as_long(use):
         (rb"charset=.*?;", "search"), (r"(\w+\s?)+:", "match"),
     ],
 )  # fmt: skip
-def test_one_that_backtracks_is_found(pattern, method):
+def test_a_backtracking_expression_is_detected(pattern, method):
     use = Use("", re.compile(pattern, re.DOTALL), method)
     assert any(growth(use, text) > 15 for text in worst(use))

@@ -129,7 +129,7 @@ def test_bad_lines_are_reported_and_the_rest_goes_on(scored, inputs):
         "line 11: not JSON",
         "line 13: data:xxx",
         "line 14: message 1: text is not valid Unicode",
-        "line 15: messages must be a list",
+        "line 15: messages must be a non-empty list",
         "line 16: not UTF-8",
         "line 17: not JSON",
     ]
@@ -291,7 +291,7 @@ def test_config_files_are_checked(tmp_path, tiny_dir, inputs, body, words):
     "file, change, words",
     [
         ("preprocessor_config.json", {"patch_size": 16}, "patch_size=16, but the model's vision"),
-        ("config.json", {"image_token_id": 9}, "<|image_pad|> is 5, but config.json says"),
+        ("config.json", {"image_token_id": 9}, "<|image_pad|> has id 5, but config.json has"),
         ("config.json", {"vocab_size": 300}, "lm_head.weight has shape [512, 128]"),
     ],
 )

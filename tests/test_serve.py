@@ -270,7 +270,7 @@ def test_thumbnails_are_what_the_policy_saw(engine, alone):
     kind, _, data = found[0]["picture"].partition(",")
     assert kind == "data:image/webp;base64"
     image = PIL.Image.open(io.BytesIO(base64.b64decode(data)))
-    saw = engine.processor.images.uncut(alone[number].images[1])
+    saw = engine.processor.images.unpatchify(alone[number].images[1])
     difference = np.asarray(image, float) - np.asarray(saw, float)
     assert image.size == saw.size and np.abs(difference).mean() < 8
 

@@ -1,35 +1,35 @@
-"""How the time of a function grows with its input."""
+"""Assertions on how the running time of a function grows with its input."""
 
 import time
 from collections.abc import Callable
 
 ATTEMPTS = 6  # other programs can only make a function look slower
-TIMES = 15  # as long, at most, for ten times the input
-LEAST = 2e-4  # seconds; below that a measurement is rounding
+MAX_RATIO = 15  # of the times of two inputs, one of them ten times as long
+MIN_SECONDS = 2e-4  # measurements below are rounded up to this
 
 
 def cpu_seconds(function: Callable[[], object], *, runs: int = 2) -> float:
-    """Return the least processor time that a call took on this thread."""
-    taken = []
+    """Return the shortest CPU time of a call on this thread."""
+    times = []
     for _ in range(runs):
-        begin = time.thread_time()
+        start = time.thread_time()
         function()
-        taken.append(time.thread_time() - begin)
-    return min(taken)
+        times.append(time.thread_time() - start)
+    return min(times)
 
 
 def assert_linear(function: Callable[[int], object], length: int, *, slack: float = 0.0) -> None:
-    """Assert that ten times the input takes at most fifteen times as long.
+    """Assert that an input ten times as long takes at most fifteen times as long.
 
     Args:
-      function: Makes a call whose input has this length; it is made before the time is taken.
-      length: Of the shorter input.
-      slack: Seconds that the longer one may take beyond.
+      function: Returns the call to be timed, given the length of its input.
+      length: Length of the shorter input.
+      slack: Seconds by which the longer input may exceed the limit.
     """
     for _ in range(ATTEMPTS):
-        short, long = function(length), function(10 * length)
-        least = max(cpu_seconds(short), LEAST)
-        taken = cpu_seconds(long)
-        if taken <= TIMES * least + slack:
+        short_call, long_call = function(length), function(10 * length)
+        short = max(cpu_seconds(short_call), MIN_SECONDS)
+        long = cpu_seconds(long_call)
+        if long <= MAX_RATIO * short + slack:
             return
-    raise AssertionError(f"{length}: {least:.4f} s, {10 * length}: {taken:.4f} s")
+    raise AssertionError(f"{length}: {short:.4f} s, {10 * length}: {long:.4f} s")

@@ -7,7 +7,7 @@ whole number, 1932.0            1932, also in columns of floats (pandas converts
                                 floats if a row lacks one) and of decimals
 other number, 0.1               its shortest decimal form at the column's own precision, never with
                                 an exponent
-true, a date, bytes, ..         rejected: the way their answers are written is unknown
+true, a date, bytes, ..         rejected: the spelling of the answer is unknown
 """
 
 import decimal
@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-_EXACT = 2**53  # above this, neighbouring floats are more than 1 apart
-_MOST_DIGITS = 400  # maximum number of digits of a whole JSON number that is expanded
+from mmsr1_jax.utils.checked_json import valid_text
+
+_MAX_EXACT = 2**53  # above this, neighbouring floats are more than 1 apart
+_MAX_DIGITS = 400  # maximum number of digits of a whole JSON number that is expanded
 
 
-def text_of(value: Any) -> str:
+def to_text(value: Any) -> str:
     """Return the text of an Arrow or JSON value; "" for null, NaN and infinity.
 
     Raises:
@@ -33,37 +35,38 @@ def text_of(value: Any) -> str:
         return ""
     if isinstance(value, str):
         text = value.strip()
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError("half a character (a lone surrogate)")
+        if valid_text(text) != text:
+            raise ValueError("contains a lone surrogate, which is not valid Unicode")
         return text
     is_number = isinstance(value, (numbers.Real, decimal.Decimal))
     if not is_number or isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"holds a {type(value).__name__}, not text")
+        raise ValueError(f"must be text or a number, not {type(value).__name__}")
     if isinstance(value, numbers.Integral):
         return str(int(value))
-    if not math.isfinite(value):
+    number: Any = value
+    if not math.isfinite(number):
         return ""
-    if float(abs(value)) < _EXACT and value == int(value):
-        return str(int(value))
-    if isinstance(value, decimal.Decimal):
-        text = format(value, "f")
+    if float(abs(number)) < _MAX_EXACT and number == int(number):
+        return str(int(number))
+    if isinstance(number, decimal.Decimal):
+        text = format(number, "f")
         return text.rstrip("0").rstrip(".") if "." in text else text
-    return np.format_float_positional(value, trim="-")
+    return np.format_float_positional(number, trim="-")
 
 
 def json_number(text: str) -> str:
-    """Return a JSON number as text, for use as `number` of `checked_json.loads`.
+    """Return a JSON number as text, for use as `parse_number` of `checked_json.loads`.
 
-    Whole numbers are converted as by `text_of`. Others keep their spelling, because trailing zeros
+    Whole numbers are converted as by `to_text`. Others keep their spelling, because trailing zeros
     may be significant.
     """
     number = decimal.Decimal(text)
-    if number.adjusted() < _MOST_DIGITS and number == number.to_integral_value():
+    if number.adjusted() < _MAX_DIGITS and number == number.to_integral_value():
         return str(int(number))
     return text
 
 
-def value_of(scalar: pa.Scalar) -> Any:
+def to_python(scalar: pa.Scalar) -> Any:
     """Return the Python value of an Arrow scalar, as `as_py` does.
 
     Floats of less than double precision become numpy floats instead, so that 0.1 stays 0.1.
@@ -77,7 +80,7 @@ def value_of(scalar: pa.Scalar) -> Any:
     if pa.types.is_float16(kind) or pa.types.is_float32(kind):
         return kind.to_pandas_dtype()(scalar.as_py())
     if isinstance(scalar, pa.StructScalar):
-        return {field.name: value_of(scalar[place]) for place, field in enumerate(kind)}
+        return {field.name: to_python(scalar[index]) for index, field in enumerate(kind)}
     if isinstance(scalar, pa.ListScalar):
-        return [value_of(item) for item in scalar.values]
+        return [to_python(item) for item in scalar.values]
     return scalar.as_py()

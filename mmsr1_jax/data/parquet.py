@@ -29,14 +29,14 @@ from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.data import cells, parquet_sizes
 from mmsr1_jax.episodes.episode import Example
 from mmsr1_jax.utils import checked_json, outputs
-from mmsr1_jax.utils.files import FileRefusedError, inside, read_regular
+from mmsr1_jax.utils.files import FileRefusedError, read_regular, resolve_inside
 
-_MARK = "<image>"
-_PICTURE_ROWS = 8  # rows of images in memory at a time
+_IMAGE_MARK = "<image>"
+_IMAGE_ROWS = 8  # rows of images in memory at a time
 _TEXT_ROWS = 1024
 _GROUP_BYTES = 16 << 20  # image bytes per written row group
-# Required columns with their fields, and those of them that are lists of such structs.
-_NEEDED = {
+# Required columns with their fields, and the columns that are lists of such structs.
+_REQUIRED = {
     "prompt": ("content", "role"),
     "images": ("bytes",),
     "reward_model": ("ground_truth",),
@@ -120,7 +120,7 @@ class QuestionFile:
     stamp: tuple[int, int]
 
     @classmethod
-    def of(cls, path: pathlib.Path) -> "QuestionFile":
+    def open(cls, path: pathlib.Path) -> "QuestionFile":
         """Open a file and check its schema and size.
 
         Raises:
@@ -132,12 +132,12 @@ class QuestionFile:
             with parquet.ParquetFile(path) as file:
                 schema, metadata = file.schema_arrow, file.metadata
         except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{path}: not a parquet file that can be read ({error})") from None
-        for column, fields in _NEEDED.items():
+            raise DataError(f"{path}: not a readable parquet file ({error})") from None
+        for column, fields in _REQUIRED.items():
             if column not in schema.names:
                 raise DataError(f"{path}: no column {column!r}; it has {', '.join(schema.names)}")
             kind = schema.field(column).type
-            if not _fits(kind, column in _LISTS, fields):
+            if not _has_fields(kind, column in _LISTS, fields):
                 shape = f"{'a list of ' * (column in _LISTS)}{{{', '.join(fields)}}}"
                 raise DataError(f"{path}: column {column!r} must be {shape}; it is {kind}")
         sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
@@ -153,9 +153,9 @@ class QuestionFile:
         """Return the row group that contains a row."""
         return bisect.bisect_right(self.starts, row) - 1
 
-    def texts(self) -> Iterator[Question | BadRow]:
+    def read_texts(self) -> Iterator[Question | BadRow]:
         """Yield all rows, without images. Raises DataError if the file cannot be read."""
-        row, left = 0, parquet_sizes.most_memory(self.stamp[0])
+        row, remaining = 0, parquet_sizes.max_memory(self.stamp[0])
         for batch in self._batches(_TEXT_ROWS, self.columns, None):
             unbounded = [n for n in self.columns if not parquet_sizes.is_small(batch.column(n))]
             for i in range(batch.num_rows):
@@ -164,18 +164,18 @@ class QuestionFile:
                         _check_bounded(name, batch.column(name).slice(i, 1))
                     values = {name: _cell(name, batch.column(name)[i]) for name in self.columns}
                     question = _question(values, self.path, row)
-                    left -= len(question.question) + sum(map(len, question.answers))
-                    if left < 0:
+                    remaining -= len(question.question) + sum(map(len, question.answers))
+                    if remaining < 0:
                         raise DataError(
-                            f"{self.path}, row {row}: column 'prompt': up to this row, "
-                            f"texts take much more memory than the file of {self.stamp[0]} bytes"
+                            f"{self.path}, row {row}: column 'prompt': the texts up to this row "
+                            f"take far more memory than the file of {self.stamp[0]} bytes"
                         )
                     yield question
                 except _BadFieldError as error:
                     yield BadRow(str(self.path), row, error.field, error.reason)
                 row += 1
 
-    def pictures(
+    def read_images(
         self, group: int, rows: Iterable[int], image_roots: Sequence[str] = ()
     ) -> Iterator[tuple[int, tuple[bytes, ...] | BadRow]]:
         """Yield rows of a row group in ascending order, each with its undecoded image files.
@@ -188,11 +188,11 @@ class QuestionFile:
         Raises:
           DataError: The file cannot be read, or has changed since it was opened.
         """
-        wanted, row = set(rows), self.starts[group]
-        last = max(wanted)
-        for batch in self._batches(_PICTURE_ROWS, ("images",), [group]):
+        requested, row = set(rows), self.starts[group]
+        last = max(requested)
+        for batch in self._batches(_IMAGE_ROWS, ("images",), [group]):
             for i in range(batch.num_rows):
-                if row in wanted:
+                if row in requested:
                     try:
                         _check_bounded("images", batch.column(0).slice(i, 1), texts=False)
                         yield row, _images(batch.column(0)[i], self.path.parent, image_roots)
@@ -209,7 +209,9 @@ class QuestionFile:
         try:
             stat = self.path.stat()
             if (stat.st_size, stat.st_mtime_ns) != self.stamp:
-                raise DataError(f"{self.path}: was changed while in use")
+                raise DataError(
+                    f"{self.path}: changed while in use; data must not change during a run"
+                )
             yield from parquet_sizes.batches(self.path, rows, columns, groups)
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{self.path}: cannot be read ({error})") from None
@@ -223,13 +225,15 @@ def write_parquet(path: str | pathlib.Path, questions: Iterable[Question]) -> in
     The file appears when it is complete. About 16 MB of images are in memory at a time.
     """
     count = 0
+    # Pages of few images, so that a reader holds few at a time. Images are all different, so a
+    # dictionary would not help.
+    options: dict[str, Any] = {
+        "use_dictionary": ["data_source", "category"],
+        "write_batch_size": 4,
+    }
     with (
         outputs.new_file(path) as partial,
-        # Pages of few images, so that a reader holds few at a time. Images are all different, so a
-        # dictionary would not help.
-        parquet.ParquetWriter(
-            partial, _SCHEMA, use_dictionary=["data_source", "category"], write_batch_size=4
-        ) as writer,
+        parquet.ParquetWriter(partial, _SCHEMA, **options) as writer,
     ):
         rows, size = [], 0
         for question in questions:
@@ -269,7 +273,7 @@ class _BadFieldError(Exception):
         self.field, self.reason = field, reason
 
 
-def find_files(where: str | pathlib.Path | Sequence[str | pathlib.Path]) -> list[pathlib.Path]:
+def find_files(paths: str | pathlib.Path | Sequence[str | pathlib.Path]) -> list[pathlib.Path]:
     """Return the parquet files that a path, a directory, a glob or a sequence of these names.
 
     Files of a directory or glob are sorted by name. Duplicates are dropped.
@@ -277,33 +281,33 @@ def find_files(where: str | pathlib.Path | Sequence[str | pathlib.Path]) -> list
     Raises:
       DataError: No file was found for an item, or no item was given.
     """
-    found: dict[pathlib.Path, None] = {}
-    for item in [where] if isinstance(where, (str, pathlib.Path)) else where:
+    files: dict[pathlib.Path, None] = {}
+    for item in [paths] if isinstance(paths, (str, pathlib.Path)) else paths:
         path = pathlib.Path(item)
         if path.is_dir():
-            names = [p for p in sorted(path.glob("*.parquet")) if not p.name.startswith(".")]
+            matches = [p for p in sorted(path.glob("*.parquet")) if not p.name.startswith(".")]
         else:
-            names = [path] if path.exists() else sorted(map(pathlib.Path, glob.glob(str(item))))
-        if not names:
-            raise DataError(f"{item}: no parquet file there")
-        found |= dict.fromkeys(names)
-    if not found:
-        raise DataError("no parquet file was named")
-    return list(found)
+            matches = [path] if path.exists() else sorted(map(pathlib.Path, glob.glob(str(item))))
+        if not matches:
+            raise DataError(f"{item}: no parquet file found")
+        files |= dict.fromkeys(matches)
+    if not files:
+        raise DataError("no parquet file given")
+    return list(files)
 
 
-def _fits(kind: pa.DataType, listed: bool, fields: Sequence[str]) -> bool:
+def _has_fields(kind: pa.DataType, is_list: bool, fields: Sequence[str]) -> bool:
     """Return whether a column has the fields; a column of type null always does."""
-    if listed and isinstance(kind, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
-        kind, listed = kind.value_type, False
+    if is_list and isinstance(kind, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
+        kind, is_list = kind.value_type, False
     if pa.types.is_null(kind):
         return True
-    return not listed and pa.types.is_struct(kind) and set(fields) <= {f.name for f in kind}
+    return not is_list and pa.types.is_struct(kind) and set(fields) <= {f.name for f in kind}
 
 
 def _cell(field: str, scalar: pa.Scalar) -> Any:
     try:
-        return cells.value_of(scalar)
+        return cells.to_python(scalar)
     except UnicodeDecodeError:
         raise _BadFieldError(field, "not UTF-8") from None
 
@@ -313,7 +317,7 @@ def _check_bounded(field: str, cell: pa.Array, texts: bool = True) -> None:
     if not parquet_sizes.is_bounded(cell, texts):
         raise _BadFieldError(
             field,
-            f"holds more than {parquet_sizes.MAX_ITEMS} items"
+            f"contains more than {parquet_sizes.MAX_ITEMS} items"
             + f" or {parquet_sizes.MAX_TEXT} bytes of text" * texts,
         )
 
@@ -321,12 +325,12 @@ def _check_bounded(field: str, cell: pa.Array, texts: bool = True) -> None:
 def _question(values: dict[str, Any], path: pathlib.Path, row: int) -> Question:
     """Build a question from the values of a row. Raises _BadFieldError."""
     return Question(
-        id=_plain(values.get("data_id"), "data_id") or f"{path.stem}_{row}",
+        id=_text(values.get("data_id"), "data_id") or f"{path.stem}_{row}",
         question=_question_text(values["prompt"]),
         images=(),
         answers=_answers(values["reward_model"]),
-        source=_plain(values.get("data_source"), "data_source") or path.stem,
-        category=_plain(values.get("category"), "category"),
+        source=_text(values.get("data_source"), "data_source") or path.stem,
+        category=_text(values.get("category"), "category"),
         file=str(path),
         row=row,
     )
@@ -335,21 +339,21 @@ def _question(values: dict[str, Any], path: pathlib.Path, row: int) -> Question:
 def _question_text(messages: Any) -> str:
     """Return the text of the user message.
 
-    It is not split: an instruction that a data set puts around its questions is kept.
+    Instructions that a data set puts around its questions are kept.
     """
     roles = [message and message["role"] for message in messages or ()]
     if roles.count("user") != 1 or any(role not in ("user", "system") for role in roles):
-        raise _BadFieldError("prompt", f"must be one message of the user, has the roles {roles}")
-    text = _plain(messages[roles.index("user")]["content"], "prompt.content")
-    while text.startswith(_MARK) or text.endswith(_MARK):
-        text = text.removeprefix(_MARK).removesuffix(_MARK).strip()
+        raise _BadFieldError("prompt", f"must have exactly one user message; its roles are {roles}")
+    text = _text(messages[roles.index("user")]["content"], "prompt.content")
+    while text.startswith(_IMAGE_MARK) or text.endswith(_IMAGE_MARK):
+        text = text.removeprefix(_IMAGE_MARK).removesuffix(_IMAGE_MARK).strip()
     if not text:
-        raise _BadFieldError("prompt.content", "no question")
+        raise _BadFieldError("prompt.content", "empty")
     return text
 
 
 def _answers(reward: Any) -> tuple[str, ...]:
-    truth = _plain(reward and reward["ground_truth"], "reward_model.ground_truth")
+    truth = _text(reward and reward["ground_truth"], "reward_model.ground_truth")
     if not truth:
         raise _BadFieldError("reward_model.ground_truth", "empty")
     field = "reward_model.candidate_answers"
@@ -357,7 +361,7 @@ def _answers(reward: Any) -> tuple[str, ...]:
     if isinstance(others, str):
         try:
             others = (
-                checked_json.loads(others, number=_json_number, surrogates=True)
+                checked_json.loads(others, parse_number=_json_number, surrogates=True)
                 if others.strip()
                 else None
             )
@@ -365,7 +369,7 @@ def _answers(reward: Any) -> tuple[str, ...]:
             raise _BadFieldError(field, str(error)) from None
     if not isinstance(others, (list, type(None))):
         raise _BadFieldError(field, "not a list")
-    texts = [_plain(other, field) for other in others or ()]
+    texts = [_text(other, field) for other in others or ()]
     return tuple(dict.fromkeys([truth, *filter(None, texts)]))
 
 
@@ -374,10 +378,10 @@ def _json_number(text: str) -> str | None:
     return None if text.strip("-") in ("NaN", "Infinity") else cells.json_number(text)
 
 
-def _plain(value: Any, field: str) -> str:
-    """Convert a value with `cells.text_of`. Raises _BadFieldError."""
+def _text(value: Any, field: str) -> str:
+    """Convert a value with `cells.to_text`. Raises _BadFieldError."""
     try:
-        return cells.text_of(value)
+        return cells.to_text(value)
     except ValueError as error:
         raise _BadFieldError(field, str(error)) from None
 
@@ -385,16 +389,16 @@ def _plain(value: Any, field: str) -> str:
 def _images(cell: pa.Scalar, folder: pathlib.Path, image_roots: Sequence[str]) -> tuple[bytes, ...]:
     """Return the contents of a row's image files. Raises _BadFieldError."""
     images = []
-    for number, entry in enumerate(_cell("images", cell) or ()):
-        field, entry = f"images[{number}]", entry or {}
-        data, path = entry.get("bytes"), _plain(entry.get("path"), f"{field}.path")
+    for index, entry in enumerate(_cell("images", cell) or ()):
+        field, entry = f"images[{index}]", entry or {}
+        data, path = entry.get("bytes"), _text(entry.get("path"), f"{field}.path")
         if data is None and path:
             try:
-                data = read_regular(inside(path, folder, image_roots))
+                data = read_regular(resolve_inside(path, folder, image_roots))
             except FileRefusedError as error:
                 raise _BadFieldError(field, str(error)) from None
         if not isinstance(data, bytes) or not data:
-            raise _BadFieldError(field, "neither bytes nor path")
+            raise _BadFieldError(field, "has neither bytes nor path")
         images.append(data)
     if not images:
         raise _BadFieldError("images", "has no image")

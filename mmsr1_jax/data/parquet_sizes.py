@@ -10,23 +10,22 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 from pyarrow import parquet
 
 from mmsr1_jax.config.errors import UserError
 
 MAX_TEXT = 1_000_000  # total bytes of text in a cell
 MAX_ITEMS = 1000  # items of a list in a cell
-_FREE = 64 << 20  # bytes of memory that a column of a row group may always take
+_MIN_BYTES = 64 << 20  # memory always allowed for a column of a row group
 _MAX_RATIO = 100  # further bytes of memory allowed per byte in the file
-_FREE_ROWS = 1_000_000  # rows of a file, or values of a column chunk, always allowed
-_MAX_VALUES = 64  # further values of a column allowed per row
+_MIN_ROWS = 1_000_000  # rows of a file, or values of a column chunk, always allowed
+_VALUES_PER_ROW = 64  # further values of a column allowed per row
 
-# Read in pieces. Without a buffer size, a whole row group is read at once.
-_STREAMED = {"pre_buffer": False, "buffer_size": 1 << 20}
+# Read in chunks. Without a buffer size, a whole row group is read at once.
+_STREAMED: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1 << 20}
 
-Group = parquet.RowGroupMetaData
-Column = parquet.ColumnChunkMetaData
+pc: Any = pyarrow.compute  # it defines its functions when it is imported
 
 
 class SizeError(UserError):
@@ -44,19 +43,19 @@ def check_sizes(
       columns: Names of top-level columns.
     """
     size = os.stat(path).st_size
-    if metadata.num_rows > _FREE_ROWS + size:
+    if metadata.num_rows > _MIN_ROWS + size:
         raise SizeError(f"claims {metadata.num_rows} rows in {size} bytes")
     in_file = 0
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
+    for group_index in range(metadata.num_row_groups):
+        group = metadata.row_group(group_index)
         for column in _columns(group):
             if column.path_in_schema.partition(".")[0] not in columns:
                 continue
-            where = f"row group {number}, column {column.path_in_schema!r}"
+            where = f"row group {group_index}, column {column.path_in_schema!r}"
             in_file += column.total_compressed_size
             if in_file > size:
                 raise SizeError(f"{where}: claims more bytes than the file has")
-            if column.num_values > _FREE_ROWS + _MAX_VALUES * group.num_rows:
+            if column.num_values > _MIN_ROWS + _VALUES_PER_ROW * group.num_rows:
                 rows, values = group.num_rows, column.num_values
                 raise SizeError(f"{where}: claims {values} values in {rows} rows")
             _check_ratio(column.total_uncompressed_size, column, where)
@@ -87,47 +86,47 @@ def batches(
         metadata = file.metadata
     schema = [metadata.schema.column(i) for i in range(len(metadata.schema))]
     leaves = [leaf for leaf in schema if leaf.physical_type == "BYTE_ARRAY"]
-    texts, pictures = [], []
+    texts, images = [], []
     for leaf in leaves:
         name = leaf.path.partition(".")[0]
         if name in columns:
-            (pictures if name in large else texts).append(leaf)
+            (images if name in large else texts).append(leaf)
     for group in range(metadata.num_row_groups) if groups is None else groups:
-        for leaf in pictures:
+        for leaf in images:
             _check_dictionary(path, metadata, group, leaf, rows)
         # Reopened for each row group, because Arrow does not merge their dictionaries.
-        options = _STREAMED | {"read_dictionary": [leaf.path for leaf in texts]}
-        with parquet.ParquetFile(path, **options) as file:
+        dictionaries = [leaf.path for leaf in texts]
+        with parquet.ParquetFile(path, **_STREAMED, read_dictionary=dictionaries) as file:
             yield from file.iter_batches(rows, [group], list(columns), use_threads=False)
 
 
 def _check_dictionary(
-    path: pathlib.Path, metadata: parquet.FileMetaData, number: int, leaf: Any, rows: int
+    path: pathlib.Path, metadata: parquet.FileMetaData, group_index: int, leaf: Any, rows: int
 ) -> None:
     """Raise SizeError if expanding dictionary-encoded values takes disproportionate memory.
 
     Such values are stored once, in the dictionary page of the column chunk.
     """
-    group = metadata.row_group(number)
+    group = metadata.row_group(group_index)
     (column,) = (column for column in _columns(group) if column.path_in_schema == leaf.path)
     if not column.has_dictionary_page:
         return
     with parquet.ParquetFile(path, **_STREAMED, read_dictionary=[leaf.path]) as file:
-        batch = next(file.iter_batches(1, [number], [leaf.path], use_threads=False), None)
+        batch = next(file.iter_batches(1, [group_index], [leaf.path], use_threads=False), None)
     if batch is not None:
         longest = max((_longest(part) for part, _ in _parts(batch.column(0))), default=0)
         values = column.num_values if leaf.max_repetition_level else rows
-        _check_ratio(longest * values, column, f"row group {number}, column {leaf.path!r}")
+        _check_ratio(longest * values, column, f"row group {group_index}, column {leaf.path!r}")
 
 
-def most_memory(in_file: int) -> int:
+def max_memory(in_file: int) -> int:
     """Return the maximum memory, in bytes, that `in_file` bytes of a file may take."""
-    return _FREE + _MAX_RATIO * in_file
+    return _MIN_BYTES + _MAX_RATIO * in_file
 
 
-def _check_ratio(size: int, column: Column, where: str) -> None:
+def _check_ratio(size: int, column: parquet.ColumnChunkMetaData, where: str) -> None:
     in_file = column.total_compressed_size
-    if size > most_memory(in_file):
+    if size > max_memory(in_file):
         raise SizeError(f"{where}: up to {size} bytes of memory for {in_file} bytes in the file")
 
 
@@ -175,7 +174,7 @@ def _parts(array: pa.Array, items: int = 0) -> Iterator[tuple[pa.Array, int]]:
         yield array, items
 
 
-def _columns(group: Group) -> Iterator[Column]:
+def _columns(group: parquet.RowGroupMetaData) -> Iterator[parquet.ColumnChunkMetaData]:
     return (group.column(i) for i in range(group.num_columns))
 
 

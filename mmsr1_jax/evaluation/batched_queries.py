@@ -67,7 +67,7 @@ def replies_to(
     errors: dict[str, WebError] = {}
     records.truncate_partial_line(path)
     if path.is_file():
-        for number, (*_, digest, reply) in checked_json.load_lines(path, _Line):
+        for number, (*_, digest, reply) in checked_json.load_jsonl(path, _Line):
             if isinstance(digest, str) and digest in asked:
                 checked_json.convert(reply, shape, name=f"{path}, line {number}")
                 found[digest] = reply

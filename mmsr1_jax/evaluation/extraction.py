@@ -19,7 +19,7 @@ from typing import Any
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.data.benchmarks import accuracy_and_f1
-from mmsr1_jax.data.benchmarks.scores import document_score, extraction, read_extraction
+from mmsr1_jax.data.benchmarks.grading import document_grade, extraction_messages, parse_extraction
 from mmsr1_jax.data.parquet import DataError
 from mmsr1_jax.evaluation import records
 from mmsr1_jax.evaluation.batched_queries import digest_of, replies_to
@@ -85,10 +85,7 @@ def finish_documents(
     scored: dict[str, list[tuple[float | None, str, str | None]]] = {}
     short, failed = [], 0
     pages: dict[int, int] = {}
-    with (
-        outputs.new_file(path) as partial,
-        open(partial, "w", encoding="utf-8", errors="backslashreplace") as new,
-    ):
+    with outputs.new_text_file(path, errors="backslashreplace") as new:
         for _, number, line in records.scan(path):
             if line.get("answer_format"):
                 gold = (line["answers"] or [""])[0]
@@ -97,7 +94,7 @@ def finish_documents(
                 if extracted is not None:
                     line["extracted"], answer = extracted, extracted["answer"]
                     try:
-                        score = document_score(answer, gold, line["answer_format"])
+                        score = document_grade(answer, gold, line["answer_format"])
                     except ValueError as error:
                         raise DataError(f"{path}, line {number}: {error}") from None
                     line["score"] = None if extracted["error"] is not None else score
@@ -167,14 +164,14 @@ async def _short_form(judge: Judge, question: str, answer: str) -> str | None:
     question, answer = (valid_text(text) for text in (question, answer))
 
     async def ask() -> str:
-        reply = await judge.chat(extraction(question, answer))
+        reply = await judge.chat(extraction_messages(question, answer))
         try:
-            return read_extraction(reply.text) or ""  # the cache cannot hold None
+            return parse_extraction(reply.text) or ""  # the cache cannot hold None
         except ValueError as error:
             raise BodyError(str(error)) from None
 
     key = json.dumps([judge.model, question, answer])
-    return await judge.stored.get("short form", key, ask) or None
+    return await judge.cached_calls.get("short form", key, ask) or None
 
 
 def _digest(line: Mapping[str, Any], model: str) -> str:

@@ -239,9 +239,9 @@ def _recorded(line: Mapping[str, Any], number: int) -> dict[str, Any]:
         for place, turn in enumerate(read)
         if turn.action in KINDS
     ]
-    reward = reward_function.score(
+    reward = reward_function.compute_reward(
         read,
-        reward_function.exact_match(reward_function.answer_of(read), answers),
+        reward_function.exact_match(reward_function.final_answer(read), answers),
         Rewards(),
     )
     return {
@@ -253,7 +253,7 @@ def _recorded(line: Mapping[str, Any], number: int) -> dict[str, Any]:
         "workflow": RECORDED,
         "end": "answer" if read and read[-1].action == "answer" else "turns",
         "error": None,
-        "answer": reward_function.answer_of(read),
+        "answer": reward_function.final_answer(read),
         "turns": [dataclasses.asdict(turn) for turn in read],
         "recorded_actions": recorded,
         "calls": searches,

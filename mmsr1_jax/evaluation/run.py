@@ -77,7 +77,7 @@ def evaluate(
     """
     out.mkdir(parents=True, exist_ok=True)
     images = make_processor(config, str(model_dir)).images
-    if config.eval.benchmark in benchmarks.OF_DOCUMENTS:
+    if config.eval.benchmark in benchmarks.DOCUMENT_BENCHMARKS:
         least = benchmarks.page_processor(images).min_pixels
         shown = dataclasses.replace(config.images, min_pixels=least)
         config = dataclasses.replace(config, images=shown)
@@ -216,12 +216,12 @@ def line_of(
         "tokens_sampled": int(episode.loss_mask.sum()),
     }
     line["em"], line["subem"] = records.matched(line)
-    score = benchmarks.score(config.eval.benchmark) if config.eval.benchmark else None
+    score = benchmarks.grader(config.eval.benchmark) if config.eval.benchmark else None
     if score is not None:
         line["score"] = score(episode.answer, question)
         line["answer_format"] = question.answer_format
-    if config.eval.benchmark in benchmarks.OF_DOCUMENTS:
-        line["pages_left_out"] = question.pages_left_out
+    if config.eval.benchmark in benchmarks.DOCUMENT_BENCHMARKS:
+        line["pages_left_out"] = question.omitted_pages
     return line | {"judge": None}
 
 
@@ -301,8 +301,7 @@ def _check_same(path: pathlib.Path, made_with: Mapping[str, Any]) -> dict[str, A
             "settings"
         )
     if both != known:
-        with outputs.new_file(path) as partial:
-            partial.write_text(json.dumps(both, indent=1) + "\n", encoding="utf-8")
+        outputs.write_text(path, json.dumps(both, indent=1) + "\n")
     return both
 
 

@@ -119,9 +119,8 @@ def finish(
     open_ones = unreadable = partial_searches = 0
     with (
         open(path, "rb") as old,
-        outputs.new_file(out / EPISODES) as partial,
         # A lone surrogate, which JSON can hold, is written as its JSON escape: \udXXX.
-        open(partial, "w", encoding="utf-8", errors="backslashreplace") as new,
+        outputs.new_text_file(out / EPISODES, errors="backslashreplace") as new,
     ):
         for key in sorted(found, key=lambda key: (names.index(key[0]), key[1])):
             place, number = found[key]
@@ -146,7 +145,7 @@ def finish(
     results = results_of(outcomes, made_with) | {
         "no_verdict": open_ones, "unreadable": unreadable, "partial_searches": partial_searches,
     }  # fmt: skip
-    for name, count in fallbacks.take().items():
+    for name, count in fallbacks.take_counts().items():
         print(f"{out}: {name}: {count:g}", file=sys.stderr)
     if recorded:
         results["recorded"] = {"episodes": len(recorded), "same_actions": sum(recorded)}
@@ -157,8 +156,7 @@ def finish(
 def write_results(out: pathlib.Path, results: Mapping[str, Any]) -> None:
     """Write `results.json` atomically."""
     text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-    with outputs.new_file(out / RESULTS) as partial:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    outputs.write_text(out / RESULTS, text, errors="backslashreplace")
 
 
 def results_of(

@@ -7,6 +7,7 @@ depend on the rest of the batch.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,9 @@ class Bucket:
     rows: int
 
 
-def bucket_of(prompt: Prompt, config: ModelConfig, table: Buckets, row_multiple: int = 1) -> Bucket:
+def select_bucket(
+    prompt: Prompt, config: ModelConfig, table: Buckets, row_multiple: int = 1
+) -> Bucket:
     """Return the bucket of a conversation.
 
     Args:
@@ -44,8 +47,8 @@ def bucket_of(prompt: Prompt, config: ModelConfig, table: Buckets, row_multiple:
       TooLongError: If the conversation's tokens or images exceed the largest bucket.
     """
     windows = sum(num_windows(grid, config.vision) for grid in prompt.grids)
-    length = smallest("tokens", len(prompt.tokens), table.lengths, "buckets.lengths")
-    windows = windows and smallest(
+    length = smallest_bucket("tokens", len(prompt.tokens), table.lengths, "buckets.lengths")
+    windows = windows and smallest_bucket(
         "image windows", windows, table.image_windows, "buckets.image_windows"
     )
     rows = table.batch_tokens // length
@@ -54,11 +57,16 @@ def bucket_of(prompt: Prompt, config: ModelConfig, table: Buckets, row_multiple:
     return Bucket(length, windows, max(1, -(-rows // row_multiple)) * row_multiple)
 
 
-def smallest(what: str, size: int, sizes: Sequence[int], field: str) -> int:
+def smallest_bucket(unit: str, size: int, sizes: Sequence[int], field: str) -> int:
+    """Return the first of the ascending `sizes` that is at least `size`.
+
+    Raises:
+      TooLongError: If none is. The message names the unit of the size and the field of `sizes`.
+    """
     for candidate in sizes:
         if size <= candidate:
             return candidate
-    raise TooLongError(f"{size} {what}, more than the largest of {field}, {sizes[-1]}")
+    raise TooLongError(f"{size} {unit}, more than the largest of {field}, {sizes[-1]}")
 
 
 def make_rows(
@@ -94,16 +102,19 @@ def make_rows(
             start = end
     images = None
     if bucket.windows:
-        pictures = [[(i.values, i.grid) for p in prompts for i in p.images] for prompts in rows]
-        pictures += [[]] * (bucket.rows - len(rows))
-        images, indices = pack_images(pictures, bucket.windows, config.vision)
+        patches = [[(i.values, i.grid) for p in prompts for i in p.images] for prompts in rows]
+        patches += [[]] * (bucket.rows - len(rows))
+        images, indices = pack_images(patches, bucket.windows, config.vision)
         for row, index in enumerate(indices):
             image_index[row, tokens[row] == image_token_id] = index
+    arrays: dict[str, Any] = {  # of numpy, until a program takes them
+        "tokens": tokens,
+        "positions": positions,
+        "segment_ids": segment_ids,
+        "image_index": image_index,
+    }
     return Rows(
-        tokens=tokens,
-        positions=positions,
-        segment_ids=segment_ids,
-        image_index=image_index,
+        **arrays,
         images=images,
         single_segment=all(len(prompts) <= 1 for prompts in rows),
     )

@@ -29,15 +29,15 @@ from mmsr1_jax.utils.files import FileRefusedError, read_regular
 ImageSource = PIL.Image.Image | bytes | str | pathlib.Path  # bytes: contents of a file; str: a path
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG includes MPO
-DEFAULT_MAX_FILE_PIXELS = 100_000_000  # before resizing; more is taken for a decompression bomb
+DEFAULT_MAX_FILE_PIXELS = 100_000_000  # before resizing; larger files count as decompression bombs
 MAX_FILE_BYTES = 512 * 2**20
 # Encoders write about 10 scans. Decoding time is proportional to scans times pixels.
 _MAX_JPEG_SCANS = 100
 _MAX_SCANNED_PIXELS = 2_000_000_000
-_READING = threading.Lock()
-_MAX_HOSTILE = 10_000
-_hostile: dict[tuple[bytes, int], str] = {}  # error of each file over a limit, by `_key`
-_STRIP = 256  # rows of a transparent image composited at a time
+_LOCK = threading.Lock()
+_MAX_REJECTED = 10_000
+_rejected: dict[tuple[bytes, int], str] = {}  # error of each file over a limit, by `_key`
+_STRIP_ROWS = 256  # rows of a transparent image composited at a time
 
 
 class ImageError(UserError):
@@ -89,12 +89,12 @@ async def process_image_async(
     """Run `process_image` from a coroutine. Cancelling it stops the worker."""
     function, args = _task(processor, source, max_pixels)
     if function is None:
-        return _held(processor, source, max_pixels)
-    _refuse_again(args[0], max_pixels)
+        return _in_process(processor, source, max_pixels)
+    _check_rejected(args[0], max_pixels)
     try:
         return await workers.run_async(function, *args, limits=_limits(max_pixels))
     except workers.WorkerError as error:
-        raise _refused(args[0], max_pixels, error) from None
+        raise _rejection(args[0], max_pixels, error) from None
 
 
 def image_size(
@@ -122,7 +122,7 @@ def read_header(data: bytes) -> tuple[str, int, int]:
     try:
         return workers.run(_header, data)
     except workers.WorkerError as error:
-        raise ImageError(f"{_name(data)}: reading its header {error}") from None
+        raise ImageError(f"{_name(data)}: its header cannot be read: {error}") from None
 
 
 async def public_jpeg(
@@ -144,8 +144,8 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
     out = PIL.Image.new("RGB", image.size)
-    for top in range(0, image.height, _STRIP):  # strips bound the memory of the three copies
-        bottom = min(top + _STRIP, image.height)
+    for top in range(0, image.height, _STRIP_ROWS):  # strips bound the memory of the three copies
+        bottom = min(top + _STRIP_ROWS, image.height)
         strip = image.crop((0, top, image.width, bottom)).convert("RGBA")
         white = PIL.Image.new("RGBA", strip.size, (255, 255, 255, 255))
         out.paste(PIL.Image.alpha_composite(white, strip).convert("RGB"), (0, top))
@@ -161,31 +161,31 @@ def _in_worker(function: Callable, source: ImageSource, max_pixels: int) -> Any:
     """Return `function` of the opened image. Raises ImageError."""
     task, args = _task(function, source, max_pixels)
     if task is None:
-        return _held(function, source, max_pixels)
-    _refuse_again(args[0], max_pixels)
+        return _in_process(function, source, max_pixels)
+    _check_rejected(args[0], max_pixels)
     try:
         return workers.run(task, *args, limits=_limits(max_pixels))
     except workers.WorkerError as error:
-        raise _refused(args[0], max_pixels, error) from None
+        raise _rejection(args[0], max_pixels, error) from None
 
 
-def _refuse_again(file: bytes | str, max_pixels: int) -> None:
+def _check_rejected(file: bytes | str, max_pixels: int) -> None:
     """Raise ImageError for a file that exceeded a limit before.
 
-    All rollouts of a question use the same image, so a bad file would cost its limit each time.
+    All rollouts of a question use the same image, and each would run into the limit again.
     """
-    if isinstance(file, bytes) and (reason := _hostile.get(_key(file, max_pixels))):
+    if isinstance(file, bytes) and (reason := _rejected.get(_key(file, max_pixels))):
         raise ImageError(f"{_name(file)}: {reason}")
 
 
-def _refused(file: bytes | str, max_pixels: int, error: workers.WorkerError) -> ImageError:
+def _rejection(file: bytes | str, max_pixels: int, error: workers.WorkerError) -> ImageError:
     """Return the error for a file that could not be decoded. Remember files that hit a limit."""
-    reason = f"decoding it {error}"
+    reason = f"cannot be decoded: {error}"
     if isinstance(file, bytes) and isinstance(error, workers.LimitError):
-        with _READING:
-            while len(_hostile) >= _MAX_HOSTILE:
-                del _hostile[next(iter(_hostile))]
-            _hostile[_key(file, max_pixels)] = reason
+        with _LOCK:
+            while len(_rejected) >= _MAX_REJECTED:
+                del _rejected[next(iter(_rejected))]
+            _rejected[_key(file, max_pixels)] = reason
     return ImageError(f"{_name(file)}: {reason}")
 
 
@@ -206,12 +206,13 @@ def _task(
     elif isinstance(source, (str, pathlib.Path)):
         source = os.path.abspath(source)
     elif not isinstance(source, bytes):
-        raise ImageError(f"{name}: neither an image, nor the bytes or the path of its file")
+        raise ImageError(f"{name}: must be an image, the bytes of an image file, or its path")
     return _open, (source, name, frame, max_pixels, function)
 
 
-def _held(function: Callable, image: PIL.Image.Image, max_pixels: int) -> Any:
+def _in_process(function: Callable, image: ImageSource, max_pixels: int) -> Any:
     """Return `function` of an image whose pixels are already loaded. Raises ImageError."""
+    assert isinstance(image, PIL.Image.Image)  # see `_task`
     try:
         _check_size(_name(image), image, max_pixels)
         return function(upright_rgb(image))
@@ -226,11 +227,12 @@ def _held(function: Callable, image: PIL.Image.Image, max_pixels: int) -> Any:
 def _file_of(image: PIL.ImageFile.ImageFile) -> bytes:
     """Return the file contents of an image that Pillow has opened but not decoded."""
     try:
-        with _READING:  # several threads may share the image
-            place = image.fp.tell()
-            image.fp.seek(0)
-            data = image.fp.read(MAX_FILE_BYTES + 1)
-            image.fp.seek(place)
+        with _LOCK:  # several threads may share the image
+            file: Any = image.fp  # None if the image is closed
+            position = file.tell()
+            file.seek(0)
+            data = file.read(MAX_FILE_BYTES + 1)
+            file.seek(position)
     except Exception as error:  # a closed file
         raise ImageError(
             f"{_name(image)}: cannot be read ({type(error).__name__}: {error})"
@@ -241,10 +243,10 @@ def _file_of(image: PIL.ImageFile.ImageFile) -> bytes:
 
 def _limits(max_pixels: int) -> workers.Limits:
     """Return worker limits that suffice to decode any image of up to `max_pixels` pixels."""
-    millions = max_pixels / 1e6
+    megapixels = max_pixels / 1e6
     return workers.Limits(
-        cpu_seconds=1.5 + millions / 15,
-        wall_seconds=60 + millions,
+        cpu_seconds=1.5 + megapixels / 15,
+        wall_seconds=60 + megapixels,
         memory_bytes=(128 << 20) + 20 * max_pixels,
     )
 
@@ -280,13 +282,13 @@ def _open(source: bytes | str, name: str, frame: int, max_pixels: int, function:
         )
         scans = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 0
         if scans > _MAX_JPEG_SCANS:
-            raise ImageError(f"{name}: a JPEG with more than {_MAX_JPEG_SCANS} scans")
+            raise ImageError(f"{name}: a JPEG with more than the {_MAX_JPEG_SCANS} scans allowed")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(name, image, max_pixels)
                 if scans * image.width * image.height > _MAX_SCANNED_PIXELS:
-                    raise ImageError(f"{name}: a JPEG of {scans} scans is too large")
+                    raise ImageError(f"{name}: too large for a JPEG with {scans} scans")
                 if frame:
                     image.seek(frame)
                 return function(upright_rgb(image))
@@ -312,8 +314,8 @@ def _header(data: bytes) -> tuple[str, int, int]:
             warnings.simplefilter("ignore")
             with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 # An MPO file is a JPEG followed by further images.
-                form = "JPEG" if image.format == "MPO" else image.format
-                return form, image.width, image.height
+                name = "JPEG" if image.format == "MPO" else str(image.format)
+                return name, image.width, image.height
     except Exception as error:
         raise ImageError(f"{_name(data)}: not an image ({type(error).__name__})") from None
     finally:

@@ -6,12 +6,12 @@ rejected with an error that names it.
 
 import dataclasses
 import pathlib
-import sys
 from typing import Annotated, Any
 
 import msgspec
 
 from mmsr1_jax.utils.checked_json import FormatError, load
+from mmsr1_jax.utils.logs import log
 
 NESTED, FLAT = "processor_config.json", "preprocessor_config.json"
 MAX_MIN_PIXELS = 100_000_000  # a larger lower bound could exhaust memory on any image
@@ -72,8 +72,7 @@ def read(directory: str | pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
     """Return the settings file in use and the `ImageProcessor` arguments that it defines.
 
     Like `transformers`, this reads the section `image_processor` of `processor_config.json` if it
-    exists, else `preprocessor_config.json`. If both exist, a warning on stderr names the one in
-    use.
+    exists, else `preprocessor_config.json`. If both exist, a warning names the one in use.
 
     Raises:
       FormatError: If neither exists, or the settings cannot be used. The message names file and
@@ -82,22 +81,23 @@ def read(directory: str | pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
     nested, flat = (pathlib.Path(directory) / name for name in (NESTED, FLAT))
     section = None
     if nested.is_file():
-        whole = load(nested, dict[str, Any], large=True)
-        section = _dictionary(whole.get("image_processor"), f"{nested}: image_processor")
+        content = load(nested, dict[str, Any], large=True)
+        section = _check_object(content.get("image_processor"), f"{nested}: image_processor")
     if section is None and not flat.is_file():
-        raise FormatError(f"{directory}: no {FLAT}, nor {NESTED} with a section image_processor")
+        raise FormatError(
+            f"{directory}: contains neither {FLAT} nor a {NESTED} with a section image_processor"
+        )
     if section is None:
         return flat, _arguments(load(flat, dict[str, Any], large=True), str(flat))
     if flat.is_file():
-        print(
-            f"{directory}: image_processor of {NESTED} is used and {FLAT} ignored, as in "
-            "transformers",
-            file=sys.stderr,
-        )
+        log.warning(
+            "%s: using image_processor of %s and ignoring %s, as transformers does",
+            directory, NESTED, FLAT,
+        )  # fmt: skip
     return nested, _arguments(section, f"{nested}: image_processor")
 
 
-def _dictionary(value: Any, name: str) -> dict[str, Any] | None:
+def _check_object(value: Any, name: str) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, dict):
         raise FormatError(f"{name}: must be an object, not {value!r:.50}")
     return value
@@ -110,18 +110,18 @@ def _arguments(raw: dict[str, Any], name: str) -> dict[str, Any]:
         raise FormatError(f"{name}: {error}") from None
     known = {field.name for field in dataclasses.fields(_Fields)} | _WITHOUT_EFFECT
     if unknown := sorted(raw.keys() - known):
-        print(
-            f"{name}: {', '.join(unknown)}: unknown to Qwen2-VL's image processor, without effect",
-            file=sys.stderr,
-        )
+        log.warning(
+            "%s: ignoring %s, which Qwen2-VL's image processor does not know",
+            name, ", ".join(unknown),
+        )  # fmt: skip
     try:
-        _refuse_unsupported(fields, raw)
+        _check_supported(fields, raw)
         low, high = _limits(fields)
         mean, std = _normalisation(fields)
     except FormatError as error:
         raise FormatError(f"{name}: {error}") from None
     scale = 1 / 255 if fields.rescale_factor is None else fields.rescale_factor
-    given = {
+    arguments = {
         "min_pixels": low,
         "max_pixels": high,
         "patch_size": fields.patch_size,
@@ -132,10 +132,10 @@ def _arguments(raw: dict[str, Any], name: str) -> dict[str, Any]:
         "mean": mean,
         "std": std,
     }
-    return {field: value for field, value in given.items() if value is not None}
+    return {field: value for field, value in arguments.items() if value is not None}
 
 
-def _refuse_unsupported(fields: _Fields, raw: dict[str, Any]) -> None:
+def _check_supported(fields: _Fields, raw: dict[str, Any]) -> None:
     for field in _NOT_NULL:
         if field in raw and raw[field] is None:
             raise FormatError(f"{field}=null: give a value, or remove the field for its default")
@@ -146,16 +146,16 @@ def _refuse_unsupported(fields: _Fields, raw: dict[str, Any]) -> None:
         )
     if fields.auto_map and "AutoImageProcessor" in fields.auto_map:
         raise FormatError(
-            "auto_map: the image processor is code of the checkpoint, which never runs"
+            "auto_map: the checkpoint defines its own image processor; its code is never executed"
         )
     if fields.do_resize is False:
         raise FormatError(
             "do_resize=false: images must be resized to multiples of a merged token's side"
         )
     if fields.resample is not None and fields.resample not in _FILTERS:
-        raise FormatError(f"resample={fields.resample}: filters of Pillow are 0 to 5")
+        raise FormatError(f"resample={fields.resample} must be one of Pillow's filters, 0 to 5")
     if fields.do_center_crop and raw.get("crop_size") is None:
-        raise FormatError("do_center_crop=true needs crop_size")
+        raise FormatError("do_center_crop=true requires crop_size")
 
 
 def _limits(fields: _Fields) -> tuple[int, int]:
@@ -166,14 +166,14 @@ def _limits(fields: _Fields) -> tuple[int, int]:
         if (value := getattr(fields, name)) is not None:
             size.pop(name, None)
             size[edge] = value
-    if size.keys() != {"shortest_edge", "longest_edge"} or None in size.values():
+    low, high = size.get("shortest_edge"), size.get("longest_edge")
+    if low is None or high is None or len(size) > 2:
         raise FormatError(
             f"size={fields.size}: must have shortest_edge and longest_edge (pixels of area), and "
             "nothing else"
         )
-    low, high = size["shortest_edge"], size["longest_edge"]
     if low > high:
-        raise FormatError(f"min_pixels and max_pixels do not fit together: {low} > {high}")
+        raise FormatError(f"min_pixels={low} is more than max_pixels={high}")
     if low > MAX_MIN_PIXELS:
         raise FormatError(f"min_pixels={low} is more than {MAX_MIN_PIXELS}")
     return low, high
@@ -186,5 +186,5 @@ def _normalisation(fields: _Fields) -> tuple[tuple[float, ...], tuple[float, ...
     std = _CLIP_STD if fields.image_std is None else fields.image_std
     mean, std = ((x,) * 3 if isinstance(x, float) else tuple(x) for x in (mean, std))
     if min(map(abs, std)) == 0:
-        raise FormatError(f"image_std={list(std)}: must not be zero")
+        raise FormatError(f"image_std={list(std)} must not contain zero")
     return mean, std

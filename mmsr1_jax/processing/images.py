@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-import os
 import pathlib
 from typing import Any
 
@@ -26,9 +25,9 @@ __all__ = [
     "ImageProcessor",
     "Patches",
     "open_image",
-    "read_picture",
+    "read_image",
     "to_rgb",
-    "write_picture",
+    "write_image",
 ]
 
 MAX_ASPECT_RATIO = 200  # long side / short side; the published processor rejects more
@@ -97,8 +96,8 @@ class ImageProcessor:
         if not exact:
             raise ImageError(
                 f"{path}: rescale_factor={processor.rescale_factor}, "
-                f"image_mean={list(processor.mean)}, image_std={list(processor.std)}: the 256 "
-                "values of a pixel cannot be told apart"
+                f"image_mean={list(processor.mean)}, image_std={list(processor.std)}: some of the "
+                "256 pixel values become equal"
             )
         return processor
 
@@ -135,7 +134,7 @@ class ImageProcessor:
         """
         if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
             raise ImageError(
-                f"{width}x{height} pixels: the sides differ by more than {MAX_ASPECT_RATIO} times"
+                f"{width}x{height} pixels: the aspect ratio is more than {MAX_ASPECT_RATIO}"
             )
         side = self.patch_size * self.merge_size
         h, w = (round(x / side) * side for x in (height, width))
@@ -154,9 +153,9 @@ class ImageProcessor:
           ImageError: If the image is too elongated, see `target_size`.
         """
         height, width = self.target_size(image.height, image.width)
-        return self.cut(image.resize((width, height), self.resample))
+        return self.patchify(image.resize((width, height), self.resample))
 
-    def cut(self, image: PIL.Image.Image) -> Patches:
+    def patchify(self, image: PIL.Image.Image) -> Patches:
         """Normalise an RGB image and split it into patches, without resizing.
 
         Raises:
@@ -165,7 +164,7 @@ class ImageProcessor:
         p, m = self.patch_size, self.merge_size
         height, width = image.height, image.width
         if height % (p * m) or width % (p * m):
-            raise ImageError(f"{width}x{height} pixels: the sides are no multiples of {p * m}")
+            raise ImageError(f"{width}x{height} pixels: the sides must be multiples of {p * m}")
         pixels = self._normalise(np.asarray(image))
         h, w = height // p, width // p
         blocks = pixels.reshape(h // m, m, p, w // m, m, p, -1)
@@ -173,8 +172,8 @@ class ImageProcessor:
         frames = np.repeat(blocks[:, :, :, :, :, None], self.temporal_patch_size, axis=5)
         return Patches(frames.reshape(h * w, -1), (1, h, w))
 
-    def uncut(self, patches: Patches) -> PIL.Image.Image:
-        """Recover the RGB image from patches. Its `cut` yields the same patches, bit for bit.
+    def unpatchify(self, patches: Patches) -> PIL.Image.Image:
+        """Recover the RGB image from patches. Its `patchify` yields the same patches, bit for bit.
 
         Raises:
           ImageError: If there are several frames, or the patches have another size.
@@ -183,7 +182,9 @@ class ImageProcessor:
         frames, h, w = patches.grid
         shape = (frames * h * w, c * self.temporal_patch_size * p * p)
         if frames != 1 or h % m or w % m or patches.values.shape != shape:
-            raise ImageError(f"patches {patches.values.shape} in a grid {patches.grid}: no picture")
+            raise ImageError(
+                f"patches of shape {patches.values.shape} and grid {patches.grid} are not an image"
+            )
         blocks = patches.values.reshape(h // m, w // m, m, m, c, self.temporal_patch_size, p, p)
         pixels = blocks[:, :, :, :, :, 0].transpose(0, 2, 5, 1, 3, 6, 4).reshape(h * p, w * p, c)
         return PIL.Image.fromarray(self._restore(pixels))
@@ -199,29 +200,28 @@ class ImageProcessor:
         return np.rint(scaled / self.rescale_factor).clip(0, 255).astype(np.uint8)
 
 
-def write_picture(
+def write_image(
     patches: Patches, processor: ImageProcessor, directory: pathlib.Path
 ) -> pathlib.Path:
     """Write an image as `directory/DIGEST.png` unless the file exists, and return its path.
 
     Raises:
-      ImageError: If the image cannot be recovered from the patches, see `ImageProcessor.uncut`.
+      ImageError: If the image cannot be recovered, see `ImageProcessor.unpatchify`.
     """
     path = directory / f"{patches.digest}.png"
     if not path.is_file():
-        partial = outputs.partial_path(path)
-        processor.uncut(patches).save(partial, "png", compress_level=1)
-        os.replace(partial, path)
+        with outputs.new_file(path) as partial:
+            processor.unpatchify(patches).save(partial, "png", compress_level=1)
     return path
 
 
-def read_picture(
+def read_image(
     path: str | pathlib.Path,
     processor: ImageProcessor,
     *,
     max_pixels: int = DEFAULT_MAX_FILE_PIXELS,
 ) -> Patches:
-    """Return the patches of an image written by `write_picture`, bit for bit.
+    """Return the patches of an image written by `write_image`, bit for bit.
 
     Raises:
       ImageError: If the file cannot be opened, see `open_image`, or its patches do not match the
@@ -229,12 +229,12 @@ def read_picture(
     """
     image = open_image(path, max_pixels=max_pixels)
     try:
-        patches = processor.cut(image)
+        patches = processor.patchify(image)
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from None
     if patches.digest != pathlib.Path(path).stem:
         raise ImageError(
-            f"{path}: not the picture that the file is named after; it was changed, or written "
-            "with other settings of the image processor"
+            f"{path}: the image does not match the digest in its file name; the file was changed, "
+            "or written with other image processor settings"
         )
     return patches

@@ -22,9 +22,9 @@ def page_sizes(path: str) -> list[tuple[float, float]]:
 
     try:
         with pypdfium2.PdfDocument(path) as document:
-            return [document.get_page_size(number) for number in range(len(document))]
+            return [document.get_page_size(index) for index in range(len(document))]
     except (pypdfium2.PdfiumError, OSError) as error:
-        raise ImageError(f"{path}: not a PDF that can be read ({error})") from None
+        raise ImageError(f"{path}: not a readable PDF ({error})") from None
 
 
 def render_pages(path: str, sizes: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -38,18 +38,20 @@ def render_pages(path: str, sizes: Sequence[tuple[int, int]]) -> list[bytes]:
     pages = []
     try:
         with pypdfium2.PdfDocument(path) as document:
-            for number, (rows, columns) in enumerate(sizes):
-                width, height = document.get_page_size(number)
+            for index, (rows, columns) in enumerate(sizes):
+                width, height = document.get_page_size(index)
                 # The sides round differently, so render at least this large, then resize exactly.
-                bitmap = document[number].render(scale=max(rows / height, columns / width))
+                bitmap = document[index].render(scale=max(rows / height, columns / width))
                 pages.append(resized_png(bitmap.to_pil().convert("RGB"), (rows, columns)))
     except (pypdfium2.PdfiumError, OSError) as error:
-        raise ImageError(f"{path}: not a PDF that can be read ({error})") from None
+        raise ImageError(f"{path}: not a readable PDF ({error})") from None
     return pages
 
 
 def resized_png(image: PIL.Image.Image, size: tuple[int, int]) -> bytes:
     """Return an image resized to (height, width) pixels as a PNG file."""
     file = io.BytesIO()
-    image.resize(size[::-1], PIL.Image.Resampling.BICUBIC).save(file, "png", compress_level=1)
+    image.resize((size[1], size[0]), PIL.Image.Resampling.BICUBIC).save(
+        file, "png", compress_level=1
+    )
     return file.getvalue()

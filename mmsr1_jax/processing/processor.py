@@ -71,10 +71,10 @@ class Processor:
           images: Image processor.
 
         Raises:
-          TokenizerError: If the contents are unusable, see `tokenizer_files.checked`, or a control
+          TokenizerError: If the contents are unusable, see `tokenizer_files.validate`, or a control
             token is missing.
         """
-        raw = tokenizer_files.checked(tokenizer_json)
+        raw = tokenizer_files.validate(tokenizer_json)
         self.control = {t["content"]: t["id"] for t in raw.get("added_tokens") or []}
         missing = [name for name in CONTROL_TOKENS if name not in self.control]
         if missing:
@@ -82,15 +82,15 @@ class Processor:
         try:
             self._all = tokenizers.Tokenizer.from_str(json.dumps(raw))
             self._text = tokenizers.Tokenizer.from_str(
-                json.dumps(tokenizer_files.without_control(raw))
+                json.dumps(tokenizer_files.without_added_tokens(raw))
             )
         except Exception as error:  # the library has no error class
             raise TokenizerError(f"tokenizer.json: {error}") from None
-        for token, number in self.control.items():
-            if self._all.token_to_id(token) != number:
+        for token, token_id in self.control.items():
+            if self._all.token_to_id(token) != token_id:
                 raise TokenizerError(
-                    f"tokenizer.json: added token {token!r} cannot have id {number}: ids of added "
-                    "tokens must follow those of model.vocab without gaps"
+                    f"tokenizer.json: added token {token!r} cannot have id {token_id}: ids of "
+                    "added tokens must follow those of model.vocab without gaps"
                 )
         self.images = images
 
@@ -121,15 +121,15 @@ class Processor:
         image_token = self.control["<|image_pad|>"]
         if image_token != config.image_token_id:
             raise TokenizerError(
-                f"tokenizer.json: <|image_pad|> is {image_token}, but config.json says "
+                f"tokenizer.json: <|image_pad|> has id {image_token}, but config.json has "
                 f"image_token_id={config.image_token_id}"
             )
         for field in ("patch_size", "temporal_patch_size", "merge_size"):
-            ours, model = getattr(self.images, field), getattr(config.vision, field)
-            if ours != model:
+            value, expected = getattr(self.images, field), getattr(config.vision, field)
+            if value != expected:
                 raise ImageError(
-                    f"preprocessor_config.json or processor_config.json: {field}={ours}, but the "
-                    f"model's vision tower has {model}"
+                    f"preprocessor_config.json or processor_config.json: {field}={value}, but the "
+                    f"model's vision tower has {expected}"
                 )
 
     def encode_text(self, text: str) -> list[int]:
@@ -141,11 +141,11 @@ class Processor:
         vocabulary = self._all.get_vocab(with_added_tokens=True)
         table = [b""] * (max(vocabulary.values()) + 1)
         byte_of = tokenizer_files.byte_alphabet()
-        for token, number in vocabulary.items():
+        for token, token_id in vocabulary.items():
             if token in self.control:
-                table[number] = token.encode("utf-8")
+                table[token_id] = token.encode("utf-8")
             else:
-                table[number] = bytes(byte_of[character] for character in token)
+                table[token_id] = bytes(byte_of[character] for character in token)
         return table
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -175,16 +175,16 @@ class Processor:
           ImageError: If an image cannot be used.
         """
         if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-            raise ConversationError("messages must be a list that is not empty")
+            raise ConversationError("messages must be a non-empty list")
         items: list[str | int | Patches] = []
         first = messages[0]
         if not (isinstance(first, dict) and first.get("role") == "system"):
             items += self._turn("system", [DEFAULT_SYSTEM])
-        for number, message in enumerate(messages, start=1):
+        for index, message in enumerate(messages, start=1):
             try:
                 role, parts = _parse_message(message)
             except ConversationError as error:
-                raise ConversationError(f"message {number}: {error}") from None
+                raise ConversationError(f"message {index}: {error}") from None
             items += self._turn(role, [self._part(part, max_file_pixels) for part in parts])
         return self._prompt(items + self._opening() if generation_prompt else items)
 
@@ -204,7 +204,7 @@ class Processor:
     def _opening(self) -> list[str | int | Patches]:
         return [self.control["<|im_start|>"], "assistant\n"]
 
-    def _part(self, part, max_file_pixels: int) -> str | Patches:
+    def _part(self, part: str | dict[str, Any], max_file_pixels: int) -> str | Patches:
         if isinstance(part, str):
             return part
         return process_image(part["image"], self.images, max_pixels=max_file_pixels)
@@ -236,7 +236,7 @@ class Processor:
         return Prompt(np.array(tokens, np.int32), tuple(images))
 
 
-def _parse_message(message: Any) -> tuple[str, list[str | dict]]:
+def _parse_message(message: Any) -> tuple[str, list[str | dict[str, Any]]]:
     """Return the role and the parts of the content: texts, and images as `{"image": ..}`."""
     if not isinstance(message, dict):
         raise ConversationError("must be an object with 'role' and 'content'")
@@ -244,25 +244,25 @@ def _parse_message(message: Any) -> tuple[str, list[str | dict]]:
     if role not in ROLES:
         raise ConversationError(f"unknown role {role!r}, not one of {', '.join(ROLES)}")
     if isinstance(content, str):
-        return role, [_checked_text(content)]
+        return role, [_check_text(content)]
     if not isinstance(content, list):
         raise ConversationError("content must be a string or a list of parts")
-    parts: list[str | dict] = []
-    for number, part in enumerate(content, start=1):
+    parts: list[str | dict[str, Any]] = []
+    for index, part in enumerate(content, start=1):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            parts.append(_checked_text(part["text"]))
+            parts.append(_check_text(part["text"]))
         elif kind == "image" and isinstance(part.get("image"), (str, bytes, PIL.Image.Image)):
             parts.append({"image": part["image"]})
         else:
             raise ConversationError(
-                f"part {number} must be {{'type': 'text', 'text': ..}} or "
+                f"part {index} must be {{'type': 'text', 'text': ..}} or "
                 "{'type': 'image', 'image': ..}"
             )
     return role, parts
 
 
-def _checked_text(text: str) -> str:
+def _check_text(text: str) -> str:
     """Return `text`. Raise ConversationError for a lone surrogate, as JSON escapes can encode."""
     try:
         text.encode("utf-8")

@@ -10,14 +10,14 @@ import itertools
 import json
 import pathlib
 import re
-import sys
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypedDict
 
 import msgspec
 
 from mmsr1_jax.config.errors import UserError
-from mmsr1_jax.utils.checked_json import FormatError, load, loads
+from mmsr1_jax.utils.checked_json import FormatError, load, loads, utf8
+from mmsr1_jax.utils.logs import log
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 # Tags that the policy writes, or that enclose tool results, as ordinary text.
@@ -106,8 +106,7 @@ def read(directory: str | pathlib.Path) -> str:
     """Return the contents of a `tokenizer.json` that encodes text as `AutoTokenizer` would.
 
     The source is the directory's `tokenizer.json`, else the conversion by `transformers` of an
-    older `vocab.json` and `merges.txt`. Warnings on stderr report files and fields that are
-    ignored.
+    older `vocab.json` and `merges.txt`. Warnings report files and fields that are ignored.
 
     Raises:
       TokenizerError: If there is no tokenizer or it cannot be used. The message names file and
@@ -133,7 +132,7 @@ def read(directory: str | pathlib.Path) -> str:
     return json.dumps(raw, ensure_ascii=False)
 
 
-def checked(text: str) -> dict[str, Any]:
+def validate(text: str) -> dict[str, Any]:
     """Return the contents of a `tokenizer.json` after checking them, without its state.
 
     Raises:
@@ -165,18 +164,18 @@ def byte_alphabet() -> dict[str, int]:
     return alphabet | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def without_control(raw: dict[str, Any]) -> dict[str, Any]:
+def without_added_tokens(raw: dict[str, Any]) -> dict[str, Any]:
     """Return `checked` contents without added tokens, including those in the vocabulary."""
-    control = {in_bytes(token["content"]) for token in raw.get("added_tokens") or []}
+    control = {to_byte_level(token["content"]) for token in raw.get("added_tokens") or []}
     model = raw["model"]
-    vocabulary = {t: number for t, number in model["vocab"].items() if t not in control}
+    vocabulary = {t: token_id for t, token_id in model["vocab"].items() if t not in control}
     return raw | {"added_tokens": [], "model": model | {"vocab": vocabulary}}
 
 
-def in_bytes(text: str) -> str:
+def to_byte_level(text: str) -> str:
     """Return text in the characters of a byte-level vocabulary."""
     letters = {byte: character for character, byte in byte_alphabet().items()}
-    return "".join(letters[byte] for byte in text.encode("utf-8", "replace"))
+    return "".join(letters[byte] for byte in utf8(text))
 
 
 def _check_pipeline(file: _Tokenizer) -> None:
@@ -192,7 +191,7 @@ def _check_pipeline(file: _Tokenizer) -> None:
         if kind == "ByteLevel" and step.get("add_prefix_space", True):
             raise TokenizerError("pre_tokenizer: add_prefix_space=true is not supported")
     if not steps or steps[-1]["type"] != "ByteLevel":
-        raise TokenizerError("pre_tokenizer: does not end with ByteLevel")
+        raise TokenizerError("pre_tokenizer: must end with ByteLevel")
     decoder = file.get("decoder") or {}
     if decoder.get("type") != "ByteLevel":
         raise TokenizerError(f"decoder: {decoder.get('type')!r} is not supported, only ByteLevel")
@@ -203,7 +202,7 @@ def _steps(part: dict[str, Any] | None, field: str) -> Iterator[dict[str, Any]]:
     if part is None:
         return
     if not isinstance(part, dict):
-        raise TokenizerError(f"{field}: must be objects")
+        raise TokenizerError(f"{field}: each must be an object")
     if part.get("type") != "Sequence":
         yield part
         return
@@ -216,44 +215,49 @@ def _steps(part: dict[str, Any] | None, field: str) -> Iterator[dict[str, Any]]:
 
 def _check_model(model: _Model) -> None:
     for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model.get(field):
-            raise TokenizerError(f"model.{field}={model[field]!r} is not supported")
+        if value := model.get(field):
+            raise TokenizerError(f"model.{field}={value!r} is not supported")
     vocabulary, alphabet = model["vocab"], byte_alphabet()
     if len(set(vocabulary.values())) != len(vocabulary):
         raise TokenizerError("model.vocab: two tokens have the same id")
     for token in vocabulary:
         if not alphabet.keys() >= set(token):
-            raise TokenizerError(f"model.vocab: {token!r} is not written in bytes")
-    if model.get("unk_token") is not None and not vocabulary.keys() >= alphabet.keys():
+            raise TokenizerError(
+                f"model.vocab: {token!r} contains characters outside the byte-level alphabet"
+            )
+    unknown = model.get("unk_token")
+    if unknown is not None and not vocabulary.keys() >= alphabet.keys():
         raise TokenizerError(
-            f"model.unk_token={model['unk_token']!r}: some bytes have no token, and would become it"
+            f"model.unk_token={unknown!r}: some bytes have no token and would become it"
         )
 
 
 def _check_added(file: _Tokenizer) -> None:
     model, added = file["model"], file.get("added_tokens") or []
     vocabulary = model["vocab"]
-    ids = {number: token for token, number in vocabulary.items()}
+    tokens = {token_id: token for token, token_id in vocabulary.items()}
     merges = model.get("merges") or []
     # Ordinary text can become a control token only through merges, as no control token is one byte.
     products = {"".join(m) if isinstance(m, tuple) else m.replace(" ", "") for m in merges}
     seen: dict[str | int, str] = {}
     for token in added:
-        content, number = token["content"], token["id"]
+        content, token_id = token["content"], token["id"]
         _check_name(content)
-        if content in seen or number in seen:
-            raise TokenizerError(f"added_tokens: {content!r} (id {number}) is there twice")
-        seen |= {content: content, number: content}
-        written = in_bytes(content)
-        if ids.get(number, content) not in (content, written):
+        if content in seen or token_id in seen:
+            raise TokenizerError(f"added_tokens: {content!r} (id {token_id}) occurs twice")
+        seen |= {content: content, token_id: content}
+        encoded = to_byte_level(content)
+        if tokens.get(token_id, content) not in (content, encoded):
             raise TokenizerError(
-                f"added_tokens: {content!r} has id {number}, in model.vocab that is {ids[number]!r}"
+                f"added_tokens: {content!r} has id {token_id}, which is {tokens[token_id]!r} in "
+                "model.vocab"
             )
-        if vocabulary.get(content, number) != number:
+        if vocabulary.get(content, token_id) != token_id:
             raise TokenizerError(
-                f"added_tokens: {content!r} has id {number}, in model.vocab {vocabulary[content]}"
+                f"added_tokens: {content!r} has id {token_id}, but {vocabulary[content]} in "
+                "model.vocab"
             )
-        if written in products:
+        if encoded in products:
             raise TokenizerError(
                 f"added_tokens: ordinary text can become {content!r} (model.merges)"
             )
@@ -282,26 +286,31 @@ def _check_declared(directory: pathlib.Path, settings: dict[str, Any], raw: dict
         if (directory / name).is_file():
             sources.append((name, _settings(directory / name)))
     for name, data in sources:
-        for content, number in _declared(data, whole=name == "added_tokens.json"):
+        for content, token_id in _declared(data, is_map=name == "added_tokens.json"):
             try:
                 if content not in known:
                     _check_name(content)
-                elif number is not None and number != known[content]:
+                elif token_id is not None and token_id != known[content]:
                     raise TokenizerError(
-                        f"token {content!r} has id {number}, but {known[content]} in {FILE}"
+                        f"token {content!r} has id {token_id}, but {known[content]} in {FILE}"
                     )
             except TokenizerError as error:
                 raise TokenizerError(f"{directory / name}: {error}") from None
 
 
-def _declared(data: dict[str, Any], whole: bool) -> Iterator[tuple[str, int | None]]:
-    """Yield the tokens that a settings file declares, each with its id or None."""
-    if whole:
-        yield from ((content, number) for content, number in data.items())
+def _declared(data: dict[str, Any], is_map: bool) -> Iterator[tuple[str, int | None]]:
+    """Yield the tokens that a settings file declares, each with its id or None.
+
+    Args:
+      data: Contents of the file.
+      is_map: Whether the file maps tokens to ids, as `added_tokens.json` does.
+    """
+    if is_map:
+        yield from data.items()
         return
     decoder = data.get("added_tokens_decoder")
-    for number, token in decoder.items() if isinstance(decoder, dict) else ():
-        yield from ((c, int(number)) for c in _contents(token) if number.isdecimal())
+    for token_id, token in decoder.items() if isinstance(decoder, dict) else ():
+        yield from ((c, int(token_id)) for c in _contents(token) if token_id.isdecimal())
     for field, value in data.items():
         if field.endswith("_token") or field in (
             "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"
@@ -338,28 +347,27 @@ def _as_qwen(path: pathlib.Path, raw: dict[str, Any]) -> dict[str, Any]:
     model = raw.get("model")
     if not isinstance(model, dict):
         raise TokenizerError(f"{path}: model: must be an object")
-    compared = _QWEN | {"decoder": {"type": "ByteLevel"}}  # its other fields have no effect
-    changed = [field for field in compared if not _same(raw.get(field), compared[field])]
+    expected = _QWEN | {"decoder": {"type": "ByteLevel"}}  # its other fields have no effect
+    changed = [field for field in expected if not _equivalent(raw.get(field), expected[field])]
     changed += [
         f"model.{f}" for f, x in _QWEN_MODEL.items() if (model.get(f) or None) != (x or None)
     ]
     if changed:
-        print(
-            f"{path}: {', '.join(changed)}: replaced by those of Qwen2Tokenizer, as transformers "
-            f"does ({SETTINGS}, or its absence, names that class)",
-            file=sys.stderr,
-        )
+        log.warning(
+            "%s: replacing %s by those of Qwen2Tokenizer, as transformers does (the class is "
+            "named by %s, or is its default)", path, ", ".join(changed), SETTINGS,
+        )  # fmt: skip
     return raw | _QWEN | {"model": model | _QWEN_MODEL}
 
 
-def _same(found: Any, wanted: Any) -> bool:
-    """Return whether two parts of a tokenizer are equivalent, ignoring the unused offsets."""
-    if isinstance(wanted, dict) and isinstance(found, dict):
-        keys = wanted.keys() - {"trim_offsets"}
-        return all(_same(found.get(key), wanted[key]) for key in keys)
-    if isinstance(wanted, list) and isinstance(found, list):
-        return len(found) == len(wanted) and all(map(_same, found, wanted))
-    return found == wanted
+def _equivalent(part: Any, expected: Any) -> bool:
+    """Return whether a part of a tokenizer is as expected, ignoring the unused offsets."""
+    if isinstance(expected, dict) and isinstance(part, dict):
+        keys = expected.keys() - {"trim_offsets"}
+        return all(_equivalent(part.get(key), expected[key]) for key in keys)
+    if isinstance(expected, list) and isinstance(part, list):
+        return len(part) == len(expected) and all(map(_equivalent, part, expected))
+    return part == expected
 
 
 def _compare_vocabulary(directory: pathlib.Path, raw: dict[str, Any]) -> None:
@@ -367,7 +375,7 @@ def _compare_vocabulary(directory: pathlib.Path, raw: dict[str, Any]) -> None:
     if not path.is_file() or not isinstance(model, dict):
         return
     if load(path) != model.get("vocab"):
-        print(f"{path}: differs from {FILE}, which counts, as in transformers", file=sys.stderr)
+        log.warning("%s: differs from %s, which is used, as transformers does", path, FILE)
 
 
 def _convert_slow(directory: pathlib.Path) -> str:
@@ -375,7 +383,7 @@ def _convert_slow(directory: pathlib.Path) -> str:
     if not directory.is_dir():
         raise TokenizerError(f"{directory}: no such directory")
     if not (directory / "vocab.json").is_file():
-        raise TokenizerError(f"{directory}: no {FILE}, nor vocab.json and merges.txt")
+        raise TokenizerError(f"{directory}: contains neither {FILE} nor vocab.json and merges.txt")
     from transformers import AutoTokenizer  # slow to import and needed only here
 
     try:
@@ -384,5 +392,5 @@ def _convert_slow(directory: pathlib.Path) -> str:
     except Exception as error:  # transformers has no single error for this
         reason = str(error).split("\n")[0]
         raise TokenizerError(
-            f"{directory}: vocab.json and merges.txt cannot be used ({reason})"
+            f"{directory}: vocab.json and merges.txt cannot be converted ({reason})"
         ) from None

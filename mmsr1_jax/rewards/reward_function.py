@@ -15,13 +15,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mmsr1_jax.config.rewards import SEQUENCES, Rewards
-from mmsr1_jax.episodes.turns import Action, Turn, answer_in, asks_for_search
+from mmsr1_jax.episodes.turns import Turn, answer_in, asks_for_search
 
 if TYPE_CHECKING:
     from mmsr1_jax.episodes.episode import Episode
 
 # Names of actions in `Rewards.sequences`.
-NAMES: dict[Action, str] = {"answer": "answer", "image_search": "image", "text_search": "text"}
+ACTION_NAMES: dict[str, str] = {
+    "answer": "answer",
+    "image_search": "image",
+    "text_search": "text",
+}
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
@@ -38,8 +42,8 @@ class Reward:
       searches: Number of searches made.
       penalty: Factor on `correct`; 1 if no penalty applies.
       judge: Outcome of the judge; empty if none is configured. `match`: no request was needed;
-        `verdict`: `correct` is the judge's verdict; `unreadable`: the reply held no verdict, which
-        counts as wrong; `failed`: the request failed, so the reward is meaningless.
+        `verdict`: `correct` is the judge's verdict; `unreadable`: the reply contained no verdict,
+        which counts as wrong; `failed`: the request failed, so the reward is meaningless.
     """
 
     reward: float
@@ -71,7 +75,7 @@ def exact_match(answer: str | None, golds: Sequence[str]) -> bool:
     Blank answers never match, and blank gold answers are ignored. As published, a gold answer that
     normalises to nothing (`A`, `The The`, `+`) matches any answer that does so too.
     """
-    golds = _texts(golds)
+    golds = _check_list(golds)
     if not answer or not answer.strip():
         return False
     return normalise(answer) in {normalise(gold) for gold in golds if gold.strip()}
@@ -84,20 +88,20 @@ def sub_exact_match(answer: str | None, golds: Sequence[str]) -> bool:
     a gold answer matches if `exact_match` holds, or if it occurs verbatim in the answer outside of
     a word, ignoring case: `A` is in `It is A.` and in `Vitamin A`, but not in `Tagus`.
     """
-    golds = _texts(golds)
+    golds = _check_list(golds)
     if not answer:
         return False
-    normalised, spaced = normalise(answer), _spaced(answer)
+    normalised, verbatim = normalise(answer), _collapse_spaces(answer)
     for gold in golds:
         part = normalise(gold)
         if part and part in normalised:
             return True
-        if not part and gold.strip() and _stands_in(_spaced(gold), spaced):
+        if not part and gold.strip() and _occurs_outside_words(_collapse_spaces(gold), verbatim):
             return True
     return exact_match(answer, golds)
 
 
-def answer_of(turns: Sequence[Turn]) -> str | None:
+def final_answer(turns: Sequence[Turn]) -> str | None:
     """Return the last `<answer>..</answer>` of the last turn, or None if it is missing or blank."""
     if not turns:
         return None
@@ -107,23 +111,23 @@ def answer_of(turns: Sequence[Turn]) -> str | None:
     return (last.payload or None) if last.action == "answer" else None
 
 
-def searches_in(turns: Sequence[Turn]) -> int:
+def count_searches(turns: Sequence[Turn]) -> int:
     """Return the number of turns that ask for a search, by `turns.asks_for_search`.
 
     As published, a search next to the answer in the last of several turns does not count.
     """
-    counted = [
+    is_search = [
         turn.action in ("image_search", "text_search")
         if turn.text is None
         else asks_for_search(turn.text)
         for turn in turns
     ]
-    if len(turns) > 1 and answer_of(turns) is not None:
-        counted.pop()
-    return sum(counted)
+    if len(turns) > 1 and final_answer(turns) is not None:
+        is_search.pop()
+    return sum(is_search)
 
 
-def format_right(
+def has_valid_format(
     turns: Sequence[Turn], allowed: Sequence[str] = SEQUENCES, *, strict: bool = False
 ) -> bool:
     """Return whether each turn is well formed and the actions form an `allowed` sequence.
@@ -135,7 +139,8 @@ def format_right(
       strict: See `Rewards.strict_form`.
     """
     forms = [turn.strict_form if strict else turn.form for turn in turns]
-    return None not in forms and ",".join(NAMES[form] for form in forms) in allowed
+    names = [ACTION_NAMES[form] for form in forms if form is not None]
+    return len(names) == len(forms) and ",".join(names) in allowed
 
 
 def penalty_at(settings: Rewards, step: int) -> float:
@@ -144,7 +149,7 @@ def penalty_at(settings: Rewards, step: int) -> float:
     return -p + 2 * p * min(step / steps, 1.0) if steps else p
 
 
-def score(
+def compute_reward(
     turns: Sequence[Turn],
     correct: bool | float,
     settings: Rewards,
@@ -159,24 +164,24 @@ def score(
       correct: Correctness of the answer, in [0, 1]; treated as 0 if the last turn has no answer.
       settings: Settings of the rewards.
       step: Training step, from 0, for the warm-up of the penalty.
-      searches: Number of searches made. None counts them with `searches_in`, which uses only the
+      searches: Number of searches made. None counts them with `count_searches`, which uses only the
         turns; the two differ if the engine refused a search, see `episode_reward`.
 
     Raises:
       ValueError: `correct` is outside [0, 1].
     """
-    if answer_of(turns) is None:
+    if final_answer(turns) is None:
         correct = False
     if not 0 <= correct <= 1:
         raise ValueError(f"correct={correct} must be in [0, 1]")
-    searches = searches_in(turns) if searches is None else searches
+    searches = count_searches(turns) if searches is None else searches
     penalty = 1.0
     if correct and searches:
-        times = searches if settings.per_search_penalty else 1
-        penalty = (1.0 - penalty_at(settings, step)) ** times
-    right = format_right(turns, settings.sequences, strict=settings.strict_form)
+        count = searches if settings.per_search_penalty else 1
+        penalty = (1.0 - penalty_at(settings, step)) ** count
+    valid = has_valid_format(turns, settings.sequences, strict=settings.strict_form)
     a = settings.format_penalty
-    return Reward((1.0 - a) * correct * penalty + a * right, correct, right, searches, penalty)
+    return Reward((1.0 - a) * correct * penalty + a * valid, correct, valid, searches, penalty)
 
 
 def episode_reward(
@@ -195,13 +200,13 @@ def episode_reward(
       episode: Finished episode.
       answers: Gold answers, including aliases.
       settings: Settings of the rewards.
-      step: Training step, see `score`.
+      step: Training step, see `compute_reward`.
       correct: Verdict of the judge; None matches the answer by `settings.match`.
     """
     if correct is None:
-        correct = matches(answer_of(episode.turns), answers, settings)
-    made = sum(call.status != "refused" for call in episode.calls)
-    return score(episode.turns, correct, settings, step, searches=made)
+        correct = matches(final_answer(episode.turns), answers, settings)
+    searches = sum(call.status != "refused" for call in episode.calls)
+    return compute_reward(episode.turns, correct, settings, step, searches=searches)
 
 
 def matches(answer: str | None, golds: Sequence[str], settings: Rewards) -> bool:
@@ -209,25 +214,25 @@ def matches(answer: str | None, golds: Sequence[str], settings: Rewards) -> bool
     return (exact_match if settings.match == "EM" else sub_exact_match)(answer, golds)
 
 
-def _spaced(text: str) -> str:
+def _collapse_spaces(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def _stands_in(part: str, text: str) -> bool:
+def _occurs_outside_words(part: str, text: str) -> bool:
     """Return whether `part`, without outer white space, occurs in `text` outside of a word."""
-    text, begin = f" {text} ", -1
-    while (begin := text.find(part, begin + 1)) >= 0:
-        ends = (text[begin - 1], part[0]), (part[-1], text[begin + len(part)])
-        if not any(_in_word(left) and _in_word(right) for left, right in ends):
+    text, start = f" {text} ", -1
+    while (start := text.find(part, start + 1)) >= 0:
+        ends = (text[start - 1], part[0]), (part[-1], text[start + len(part)])
+        if not any(_is_word_letter(left) and _is_word_letter(right) for left, right in ends):
             return True
     return False
 
 
-def _in_word(letter: str) -> bool:
+def _is_word_letter(letter: str) -> bool:
     return letter.isalnum() or letter == "_"
 
 
-def _texts(golds: Sequence[str]) -> Sequence[str]:
+def _check_list(golds: Sequence[str]) -> Sequence[str]:
     """Return `golds`; reject a single text, whose letters would count as gold answers."""
     if isinstance(golds, str):
         raise TypeError("golds must be a list of texts, not one text")

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float32, Int32
 
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig, Rows
 from mmsr1_jax.models.qwen2_5_vl.vision import num_windows
-from mmsr1_jax.processing.batching import Bucket, TooLongError, make_rows, smallest
+from mmsr1_jax.processing.batching import Bucket, TooLongError, make_rows, smallest_bucket
 from mmsr1_jax.processing.processor import Prompt
 from mmsr1_jax.utils.arrays import AnyArray
 
@@ -137,7 +137,7 @@ def pack(samples: Sequence[Sample], config: ModelConfig, shape: RowShape) -> lis
     sizes = [(len(s.prompt.tokens), num_prompt_windows(s.prompt, config)) for s in samples]
     packed = first_fit(sizes, shape.length, shape.windows)
     loss_tokens = (sum(int(samples[i].mask[1:].sum()) for i in row) for row in packed)
-    columns = smallest(
+    columns = smallest_bucket(
         "loss tokens", max(loss_tokens, default=0), _column_sizes(shape.length),
         "update.pack_length",
     )  # fmt: skip

@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from mmsr1_jax.config import settings
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
 from mmsr1_jax.models.qwen2_5_vl.vision import ImageRows
-from mmsr1_jax.processing.batching import smallest
+from mmsr1_jax.processing.batching import smallest_bucket
 from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.rollout import cache, decode, placement
 from mmsr1_jax.rollout.image_store import ImageStore, check_image
@@ -260,7 +260,7 @@ class Device:
         """
         by_length: dict[int, list[int]] = {}
         for index, chunk in enumerate(chunks):
-            length = smallest(
+            length = smallest_bucket(
                 "tokens", len(chunk.tokens), self.config.prefill_buckets, "rollout.prefill_buckets"
             )
             by_length.setdefault(length, []).append(index)

@@ -14,7 +14,7 @@ import numpy as np
 from mmsr1_jax.config import settings
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 from mmsr1_jax.models.qwen2_5_vl.vision import ImageRows, num_windows, pack_images
-from mmsr1_jax.processing.batching import TooLongError, smallest
+from mmsr1_jax.processing.batching import TooLongError, smallest_bucket
 from mmsr1_jax.processing.images import Patches
 
 # Encodes packed images and writes their tokens to slots, int32[rows, M].
@@ -32,7 +32,7 @@ def check_image(
       rollout: Settings of the engine.
       windows: Image window buckets, `buckets.image_windows`.
     """
-    smallest(
+    smallest_bucket(
         "image windows", num_windows(image.grid, model.vision), windows, "buckets.image_windows"
     )
     size = len(image.values) // model.vision.merge_size**2
@@ -102,7 +102,9 @@ class ImageStore:
         by_windows: dict[int, list[tuple[Patches, np.ndarray]]] = {}
         for image in missing:
             windows = num_windows(image.grid, self._vision)
-            bucket = smallest("image windows", windows, self._windows, "buckets.image_windows")
+            bucket = smallest_bucket(
+                "image windows", windows, self._windows, "buckets.image_windows"
+            )
             by_windows.setdefault(bucket, []).append((image, self._allocate(self._size(image))))
         for windows, allocated in by_windows.items():
             rows = self._rows(windows)

@@ -9,8 +9,8 @@ end tokens, and the gold answer with its aliases.
 
 Each line of OUT, in the order of IN, is {"reward": .., "correct": .., "format": .., "searches": ..}
 or, if the line cannot be scored, {"error": ..}, in which case the exit code is 1. Searches are
-counted by the published rule (`reward_function.searches_in`), because the text does not show which
-searches the engine refused.
+counted by the published rule (`reward_function.count_searches`), because the text does not show
+which searches the engine refused.
 """
 
 import json
@@ -71,8 +71,7 @@ def reward_file(settings: Rewards, source: pathlib.Path, out: pathlib.Path) -> i
     lines, failed, total, correct, searching = 0, 0, 0.0, 0, 0
     with (
         open(source, "rb") as episodes,
-        outputs.new_file(out) as partial,
-        open(partial, "w", encoding="utf-8") as file,
+        outputs.new_text_file(out) as file,
     ):
         for number, text in read_lines(episodes):
             result = reward_line(number, text, settings)
@@ -101,8 +100,8 @@ def reward_line(number: int, text: bytes, settings: Rewards) -> dict[str, Any]:
     try:
         written, answers = parse_line(text)
         read = [turns.parse(turn) for turn in written]
-        correct = reward_function.matches(reward_function.answer_of(read), answers, settings)
-        reward = reward_function.score(read, correct, settings)
+        correct = reward_function.matches(reward_function.final_answer(read), answers, settings)
+        reward = reward_function.compute_reward(read, correct, settings)
     except LineError as error:
         return {"error": f"line {number}: {error}"}
     except Exception as error:  # no line may end the run, whatever it contains
@@ -143,7 +142,7 @@ def _kind(value) -> str:
 
 def read_lines(file) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, bytes) for each non-blank line. Only a newline ends a line."""
-    yield from checked_json.lines(file)
+    yield from checked_json.jsonl_lines(file)
 
 
 if __name__ == "__main__":

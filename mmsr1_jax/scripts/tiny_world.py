@@ -71,7 +71,7 @@ def main(argv) -> None:
 
 def write(out: pathlib.Path) -> None:
     """Write the task specified by the flags."""
-    world = tiny_world.World.make(_SEED.value)
+    world = tiny_world.World.generate(_SEED.value)
     random_policy.write(
         out / "policy", config=CONFIG, images=IMAGES, seed=_SEED.value,
         tokenizer=tiny_world.train_tokenizer(), param_dtype=jnp.bfloat16,
@@ -90,7 +90,7 @@ def write_stories(world: tiny_world.World, out: pathlib.Path, count: int) -> Non
     """
     practised = []
     for number in range(min(_PRACTICE, count)):
-        other = tiny_world.World.make(
+        other = tiny_world.World.generate(
             world.seed + 1 + number, landmarks=100, remembered=1, unmet=1, strangers=1
         )
         index = f"practice/{number:02d}"
@@ -109,7 +109,7 @@ def _write(stories: Sequence[Mapping[str, Any]], out: pathlib.Path, name: str) -
     (out / folder).mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.jsonl"
     path.unlink(missing_ok=True)  # first, so that no old line refers to a new image
-    with outputs.new_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
+    with outputs.new_text_file(path) as file:
         for number, story in enumerate(stories):
             images = []
             if story["image"] is not None:

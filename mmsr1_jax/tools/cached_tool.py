@@ -105,7 +105,7 @@ class CachedCalls:
             if kind == "image" and not failed:
                 base64.b64decode(value, validate=True)
         except ValueError as error:  # damaged, or written by another program
-            fallbacks.note(
+            fallbacks.count(
                 "cache/malformed",
                 f"cache: a malformed value of kind {kind!r} is treated as missing ({error})",
             )
@@ -137,7 +137,7 @@ class CachedCalls:
             threads = self._cache.threads if isinstance(self._cache, RedisCache) else None
             return await asyncio.get_running_loop().run_in_executor(threads, method)
         except ToolCacheError as error:
-            fallbacks.note("cache/failed")
+            fallbacks.count("cache/failed")
             if not self._has_warned:
                 self._has_warned = True
                 is_shared = isinstance(self._cache, RedisCache)

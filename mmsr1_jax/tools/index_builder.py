@@ -24,7 +24,7 @@ from mmsr1_jax.processing.image_files import open_image
 from mmsr1_jax.tools.words import TOKENIZER, search_form
 from mmsr1_jax.utils import checked_json, outputs
 from mmsr1_jax.utils.checked_json import valid_text
-from mmsr1_jax.utils.files import check_regular, inside
+from mmsr1_jax.utils.files import check_regular, resolve_inside
 from mmsr1_jax.utils.logs import log
 
 INDEX_FILE = "index.sqlite"
@@ -145,10 +145,9 @@ def _read_rows(path: str | pathlib.Path, parse: _Parser) -> Iterator[_Row]:
     """Yield the rows that `parse(object, folder)` makes of a JSONL file; log invalid lines."""
     path = pathlib.Path(path)
     try:
-        with open(path, "rb") as file:
-            yield from _parse_lines(path, checked_json.lines(file), parse)
+        yield from _parse_lines(path, checked_json.jsonl_lines(path), parse)
     except (OSError, checked_json.FormatError) as error:
-        raise LocalIndexError(f"{path}: {checked_json.shown_error(error)}") from None
+        raise LocalIndexError(f"{path}: {checked_json.error_reason(error)}") from None
 
 
 def _parse_lines(
@@ -182,7 +181,7 @@ def _image_rows(
         raise ValueError("'image' is missing")
     if not isinstance(titles, list) or not titles or not all(isinstance(t, str) for t in titles):
         raise ValueError("'title' must be a string, or 'titles' a list of strings")
-    file = inside(path, folder, image_roots, allow="--image_roots")
+    file = resolve_inside(path, folder, image_roots, allow="--image_roots")
     check_regular(file)
     image = open_image(file)
     bits = image_hash(image)

@@ -160,8 +160,8 @@ class Service:
             if self._count_failures:
                 metric = f"service/{self.name}"
                 if _is_key_refused(error):
-                    fallbacks.note(f"{metric}/refused", f"warning: {self.refusal_message(error)}")
-                fallbacks.note(f"{metric}/failed")
+                    fallbacks.count(f"{metric}/refused", f"warning: {self.refusal_message(error)}")
+                fallbacks.count(f"{metric}/failed")
             raise
 
     async def _retry(

@@ -65,7 +65,7 @@ class Checkpoints:
           score: Score that determines the best checkpoint, if any.
         """
         self._checkpointer.save_async(
-            step, _named(state), custom_metadata=metadata,
+            step, _arrays_by_path(state), custom_metadata=metadata,
             metrics=None if score is None else {"score": score},
         )  # fmt: skip
 
@@ -79,23 +79,24 @@ class Checkpoints:
         Raises:
           UserError: The checkpoint has other array names or shapes.
         """
-        names = _named(like)
+        arrays = _arrays_by_path(like)
         saved = self._checkpointer.metadata(step)
         shapes = {name: tuple(x.shape) for name, x in saved.metadata.items()}
-        expected = {name: tuple(x.shape) for name, x in names.items()}
+        expected = {name: tuple(x.shape) for name, x in arrays.items()}
         if shapes != expected:
             name = min(n for n in shapes | expected if shapes.get(n) != expected.get(n))
             raise UserError(
-                f"{self._checkpointer.directory}/{step}: a checkpoint of another model or of other "
-                f"settings config.update: {name} has shape {shapes.get(name)}, and this run needs "
-                f"{expected.get(name)}"
+                f"{self._checkpointer.directory}/{step}: the checkpoint is of another model, or of "
+                f"other settings in config.update: {name} has shape {shapes.get(name)}, and this "
+                f"run needs {expected.get(name)}. Resume with the settings that the run started "
+                f"with, or use another --workdir"
             )
         abstract = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            for name, x in names.items()
+            for name, x in arrays.items()
         }
-        arrays = self._checkpointer.load(step, abstract)
-        leaves = [arrays[name] for name in names]
+        loaded = self._checkpointer.load(step, abstract)
+        leaves = [loaded[name] for name in arrays]
         metadata = saved.custom_metadata
         assert isinstance(metadata, dict)  # as `save` wrote it
         return jax.tree.unflatten(jax.tree.structure(like), leaves), metadata
@@ -113,7 +114,7 @@ class _Always:
         return True
 
 
-def _named(tree: Any) -> dict[str, jax.Array]:
+def _arrays_by_path(tree: Any) -> dict[str, jax.Array]:
     """Return the arrays of a tree, keyed by path, in tree order."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf

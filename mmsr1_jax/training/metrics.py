@@ -45,12 +45,12 @@ def episode_metrics(
       failed, since answers that need no judge are not representative; `accuracy_by_category` is
       absent if no episode of the category remains.
     """
-    ran = [i for i, episode in enumerate(episodes) if episode.end != "error"]
-    values = {"errors": float(len(episodes) - len(ran))}
-    if not ran:
+    indices = [i for i, episode in enumerate(episodes) if episode.end != "error"]
+    values = {"errors": float(len(episodes) - len(indices))}
+    if not indices:
         return values
-    episodes, rewards = [episodes[i] for i in ran], [rewards[i] for i in ran]
-    kinds = [{c.action for c in e.calls if c.status != "refused"} for e in episodes]
+    episodes, rewards = [episodes[i] for i in indices], [rewards[i] for i in indices]
+    action_sets = [{c.action for c in e.calls if c.status != "refused"} for e in episodes]
     known = [reward for reward in rewards if reward.known]
     outcomes = [reward.judge for reward in rewards if reward.judge]
     requests = [outcome for outcome in outcomes if outcome != "match"]
@@ -60,11 +60,11 @@ def episode_metrics(
     values |= _call_metrics(episodes)
     values |= {
         "format": _mean(reward.format for reward in rewards),
-        "search/any": _mean(bool(actions) for actions in kinds),
-        "search/text": _mean(actions == {"text_search"} for actions in kinds),
-        "search/image": _mean(actions == {"image_search"} for actions in kinds),
-        "search/both": _mean(len(actions) == 2 for actions in kinds),
-        "search/none": _mean(not actions for actions in kinds),
+        "search/any": _mean(bool(actions) for actions in action_sets),
+        "search/text": _mean(actions == {"text_search"} for actions in action_sets),
+        "search/image": _mean(actions == {"image_search"} for actions in action_sets),
+        "search/both": _mean(len(actions) == 2 for actions in action_sets),
+        "search/none": _mean(not actions for actions in action_sets),
         "turns": _mean(len(episode.turns) for episode in episodes),
         "tokens": _mean(len(episode) for episode in episodes),
         "tokens_sampled": _mean(int(episode.loss_mask.sum()) for episode in episodes),
@@ -75,15 +75,21 @@ def episode_metrics(
         values["judge/requests"] = float(len(requests))
         for outcome in ("failed", "unreadable"):
             values[f"judge/{outcome}"] = _mean(request == outcome for request in requests)
-    return values | _category_metrics(rewards, kinds, [categories[i] for i in ran])
+    return values | _category_metrics(rewards, action_sets, [categories[i] for i in indices])
 
 
 def _category_metrics(
-    rewards: Sequence[Reward], kinds: Sequence[set[str]], categories: Sequence[str]
+    rewards: Sequence[Reward], action_sets: Sequence[set[str]], categories: Sequence[str]
 ) -> dict[str, float]:
-    """Return `accuracy_by_category/..` and `search_by_category/..`; `kinds`: searches made."""
+    """Return `accuracy_by_category/..` and `search_by_category/..`.
+
+    Args:
+      rewards: Rewards of the episodes.
+      action_sets: Kinds of search that each episode executed.
+      categories: Categories of their questions; an empty string means no category.
+    """
     values, by_category = {}, collections.defaultdict(list)
-    for category, reward, actions in zip(categories, rewards, kinds, strict=True):
+    for category, reward, actions in zip(categories, rewards, action_sets, strict=True):
         by_category[category].append((reward, actions))
     for category in sorted(set(by_category) - {""}):
         members = by_category[category]
@@ -147,8 +153,7 @@ class Log:
     def __init__(self, directory: pathlib.Path, log_to: str, *, step: int, config: Mapping):
         self._path = directory / "metrics.jsonl"
         lines = [line for line in read(self._path) if line["step"] <= step]
-        with outputs.new_file(self._path) as partial:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        outputs.write_text(self._path, "".join(json.dumps(line) + "\n" for line in lines))
         names = _names(log_to)
         self._board = self._wandb = None
         if "tensorboard" in names:
@@ -198,7 +203,7 @@ def read(path: pathlib.Path) -> list[dict]:
     if not path.is_file():
         return lines
     with open(path, "rb") as file:
-        for line_number, text in checked_json.lines(file):
+        for line_number, text in checked_json.jsonl_lines(file):
             name = f"{path}, line {line_number}"
             try:
                 # Metrics of a diverged run may be NaN.

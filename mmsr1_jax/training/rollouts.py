@@ -22,7 +22,7 @@ from mmsr1_jax.utils import fallbacks, outputs
 from mmsr1_jax.utils.logs import log
 
 # Log text for answers without a verdict, by `Verdict.outcome`.
-_OUTCOMES = {
+_OUTCOME_MESSAGES = {
     "failed": "could not be judged; their episodes are skipped",
     "unreadable": "got a reply without a verdict and count as wrong",
 }
@@ -65,7 +65,7 @@ class RolloutBatch:
             for call in episode.calls:
                 if call.notes and call.status in ("ok", "failed"):
                     message = f"searches fail or lack results, the first one: {call.notes[0]}"
-                    fallbacks.say(
+                    fallbacks.warn_once(
                         "tool", f"step {step}: {message}; see tool/failed and tool/partial"
                     )
 
@@ -96,7 +96,7 @@ def compute_rewards(
         ))  # fmt: skip
 
     verdicts = asyncio.run(judge_all())
-    for outcome, consequence in _OUTCOMES.items():
+    for outcome, consequence in _OUTCOME_MESSAGES.items():
         reasons = collections.Counter(v.reason for v in verdicts if v.outcome == outcome)
         if reasons:
             log.warning(
@@ -141,7 +141,7 @@ def write_episodes(
     Their images go to `workdir/pictures`.
     """
     path = workdir / "episodes" / f"{step:06d}.jsonl"
-    with outputs.new_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
+    with outputs.new_text_file(path) as file:
         for episode, reward in pairs:
             question = questions[episode.group]
             line = line_of(episode, engine.processor, path.parent, workdir / "pictures")

@@ -21,8 +21,7 @@ class _File:
 def write(path: pathlib.Path, config: settings.Config, model: str) -> None:
     """Write the settings, with secrets redacted, and the policy's source directory to `path`."""
     data = redaction.redact({"model": str(model), "config": dataclasses.asdict(config)})
-    with outputs.new_file(path) as partial:
-        partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    outputs.write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 def read(path: pathlib.Path) -> tuple[settings.Config, str]:

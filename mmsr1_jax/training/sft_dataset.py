@@ -12,7 +12,7 @@ in `pictures/` next to it), or in one of `config.data.image_roots`.
 At the start of a run the files are read, the turns replayed with their searches, and the episodes
 checked. The result is stored in the run's directory:
 
-    files ──prepare──► RUN/examples.jsonl, RUN/pictures/ ──load──► examples ──choose──► a step
+    files ──prepare──► RUN/examples.jsonl, RUN/pictures/ ──load──► examples ──step_indices──► a step
 """
 
 import asyncio
@@ -36,7 +36,7 @@ from mmsr1_jax.episodes.episode import Episode
 from mmsr1_jax.episodes.rules import Rules
 from mmsr1_jax.episodes.scripted import ScriptedEpisode, replay
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig
-from mmsr1_jax.processing.images import ImageProcessor, read_picture, write_picture
+from mmsr1_jax.processing.images import ImageProcessor, read_image, write_image
 from mmsr1_jax.processing.processor import Processor, Prompt
 from mmsr1_jax.rl.packing import RowShape
 from mmsr1_jax.rollout.image_store import check_image
@@ -46,7 +46,7 @@ from mmsr1_jax.tools.service_checks import check_services
 from mmsr1_jax.training import sft_lines
 from mmsr1_jax.training.sft_lines import LineError
 from mmsr1_jax.utils import checked_json, outputs
-from mmsr1_jax.utils.files import inside
+from mmsr1_jax.utils.files import resolve_inside
 from mmsr1_jax.utils.logs import log
 
 _BATCH_SIZE = 64  # number of lines whose images are in memory at a time
@@ -74,13 +74,13 @@ class SFTExample:
         """Return the whole episode as model input.
 
         Raises:
-          ImageError: An image cannot be read, see `read_picture`.
+          ImageError: An image cannot be read, see `read_image`.
         """
-        return Prompt(self.tokens, tuple(read_picture(path, processor) for path in self.images))
+        return Prompt(self.tokens, tuple(read_image(path, processor) for path in self.images))
 
 
 def line_of(
-    episode: Episode, processor: Processor, folder: pathlib.Path, pictures: pathlib.Path
+    episode: Episode, processor: Processor, folder: pathlib.Path, image_folder: pathlib.Path
 ) -> dict[str, Any]:
     """Write an episode's images, and return the episode as a line of a JSONL file.
 
@@ -88,14 +88,14 @@ def line_of(
       episode: Episode to write.
       processor: Processor of the policy.
       folder: Folder of the JSONL file; paths in "images" are relative to it.
-      pictures: Folder of the images, created if it does not exist.
+      image_folder: Folder of the images, created if it does not exist.
     """
-    pictures.mkdir(parents=True, exist_ok=True)
-    paths = [write_picture(image, processor.images, pictures) for image in episode.images]
+    image_folder.mkdir(parents=True, exist_ok=True)
+    paths = [write_image(image, processor.images, image_folder) for image in episode.images]
     return episode.to_json(processor, [os.path.relpath(path, folder) for path in paths])
 
 
-def choose(step: int, count: int, size: int, seed: int) -> list[int]:
+def step_indices(step: int, count: int, size: int, seed: int) -> list[int]:
     """Return the indices of a step's examples, from data that is reshuffled every epoch.
 
     Args:
@@ -133,10 +133,10 @@ def prepare(
     num_skipped = num_written = num_scripted = 0
     shape = RowShape(1, config.update.pack_length, config.update.pack_windows)
     bar = tqdm(total=sum(1 for file in files for _ in _lines(file)), unit="line")
-    with outputs.new_file(path) as partial:
-        with open(partial, "w", encoding="utf-8") as out, bar:
+    with outputs.new_text_file(path) as out:
+        with bar:
             out.write(json.dumps({"made_with": _made_with(config)}) + "\n")
-            for where, content, episode in _episodes(files, config, processor, model_config):
+            for location, content, episode in _episodes(files, config, processor, model_config):
                 bar.update()
                 try:
                     if isinstance(episode, LineError):
@@ -146,11 +146,11 @@ def prepare(
                     sft_lines.check_episode(episode, model_config, shape)
                 except LineError as error:
                     num_skipped += 1
-                    log.warning("%s: %s; skipped", where, error)
+                    log.warning("%s: %s; skipped", location, error)
                     if num_skipped > config.data.max_bad_rows:
                         raise DataError(
                             f"skipped {num_skipped} lines, more than config.data.max_bad_rows="
-                            f"{config.data.max_bad_rows}; the last one is {where}: {error}"
+                            f"{config.data.max_bad_rows}; the last one is {location}: {error}"
                         ) from None
                     continue
                 episode.group = episode.index = num_written
@@ -189,7 +189,8 @@ def load(path: pathlib.Path, config: settings.Config) -> list[SFTExample]:
                 data = checked_json.loads(line, dict[str, Any], surrogates=True, nan=True)
                 episode = Episode.from_json(data)
                 files = tuple(
-                    inside(name, path.parent) for name in sft_lines.string_list(data, "images")
+                    resolve_inside(name, path.parent)
+                    for name in sft_lines.string_list(data, "images")
                 )
                 examples.append(SFTExample(episode.tokens, episode.loss_mask, files))
         except DataError:
@@ -222,7 +223,7 @@ def _episodes(
     """Yield the location, content and unchecked episode of each line, in order."""
     lines = ((file, *line) for file in files for line in _lines(file))
     rules, roots = make_rules(config, processor, model_config), config.data.image_roots
-    tools_of = functools.cache(lambda index: _tools(config, index))  # saved episodes need no tools
+    get_tools = functools.cache(lambda index: _tools(config, index))  # saved episodes need no tools
     while batch := list(itertools.islice(lines, _BATCH_SIZE)):
         contents = [
             sft_lines.read_line(file, line_number, text, processor.images, roots)
@@ -235,7 +236,7 @@ def _episodes(
                 for item in contents
                 if isinstance(item, ScriptedEpisode) and item.index == index
             ]
-            replayed[index] = iter(list(replay(rows, processor, rules, tools_of(index))))
+            replayed[index] = iter(list(replay(rows, processor, rules, get_tools(index))))
         for (file, line_number, _), item in zip(batch, contents, strict=True):
             episode = next(replayed[item.index]) if isinstance(item, ScriptedEpisode) else item
             yield f"{file}, line {line_number}", item, episode
@@ -281,16 +282,16 @@ def _tools(config: settings.Config, index: pathlib.Path | None) -> dict[str, Too
     }
 
 
-def _find_files(where: Sequence[str]) -> list[pathlib.Path]:
+def _find_files(patterns: Sequence[str]) -> list[pathlib.Path]:
     """Return the distinct JSONL files of paths, directories and patterns, each sorted by name."""
     files: dict[pathlib.Path, None] = {}
-    for item in where:
-        path = pathlib.Path(item)
+    for pattern in patterns:
+        path = pathlib.Path(pattern)
         names = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not path.exists():
-            names = sorted(map(pathlib.Path, glob.glob(item)))
+            names = sorted(map(pathlib.Path, glob.glob(pattern)))
         if not names:
-            raise DataError(f"config.data.train: {item} matches no JSONL file")
+            raise DataError(f"config.data.train: {pattern} matches no JSONL file")
         files |= dict.fromkeys(names)
     if not files:
         raise DataError("config.data.train names no JSONL file")
@@ -299,5 +300,4 @@ def _find_files(where: Sequence[str]) -> list[pathlib.Path]:
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, bytes) of the non-blank lines; only a newline ends a line."""
-    with open(path, "rb") as file:
-        yield from checked_json.lines(file)
+    return checked_json.jsonl_lines(path)

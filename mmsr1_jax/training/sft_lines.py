@@ -13,11 +13,11 @@ from mmsr1_jax.episodes.episode import Episode, Example
 from mmsr1_jax.episodes.scripted import ScriptedEpisode
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 from mmsr1_jax.processing.batching import TooLongError
-from mmsr1_jax.processing.images import ImageError, ImageProcessor, read_picture
+from mmsr1_jax.processing.images import ImageError, ImageProcessor, read_image
 from mmsr1_jax.rl.packing import RowShape, check_fits
 from mmsr1_jax.tools.index_builder import INDEX_FILE
 from mmsr1_jax.utils import checked_json
-from mmsr1_jax.utils.files import FileRefusedError, check_regular, inside
+from mmsr1_jax.utils.files import FileRefusedError, check_regular, resolve_inside
 
 
 class LineError(UserError):
@@ -62,7 +62,7 @@ def read_saved_episode(
     if folder.name == "episodes":  # of a run, which keeps its images in a sibling folder
         roots = (*roots, folder.parent / "pictures")
     image_paths = [_image_path(path, folder, roots, "images") for path in paths]
-    return Episode.from_json(data, [read_picture(path, images) for path in image_paths])
+    return Episode.from_json(data, [read_image(path, images) for path in image_paths])
 
 
 def read_scripted_episode(
@@ -107,7 +107,7 @@ def _image_path(
 ) -> pathlib.Path:
     """Return the path of an image that a line names; raise LineError if it is not allowed."""
     try:
-        path = inside(name, folder, roots)
+        path = resolve_inside(name, folder, roots)
         check_regular(path)
         return path
     except FileRefusedError as error:
@@ -119,10 +119,10 @@ def _index_path(
 ) -> pathlib.Path:
     """Return the path of a local index that a line names; raise LineError if it is not allowed."""
     try:
-        path = inside(name, folder, roots)
+        path = resolve_inside(name, folder, roots)
         for file in (INDEX_FILE, "pages.jsonl"):
             if os.path.lexists(path / file):
-                inside(path / file, folder, roots)
+                resolve_inside(path / file, folder, roots)
         return path
     except FileRefusedError as error:
         raise LineError(f"'index': {error}") from None
@@ -146,11 +146,11 @@ def check_replay(episode: Episode, scripted: ScriptedEpisode) -> None:
     if episode.end == "error":
         raise LineError(episode.error)
     for call in episode.calls:
-        what = f"turns[{call.turn}]: the {call.action.replace('_', ' ')}"
+        search = f"turns[{call.turn}]: the {call.action.replace('_', ' ')}"
         if call.status == "failed":
-            raise LineError(f"{what} failed: {'; '.join(call.notes)}")
+            raise LineError(f"{search} failed: {'; '.join(call.notes)}")
         if call.num_results and not call.num_shown:
-            raise LineError(f"{what} returned only results longer than turns.max_result_tokens")
+            raise LineError(f"{search} returned only results longer than turns.max_result_tokens")
     num_turns, num_scripted = len(episode.turns), len(scripted.texts)
     if num_turns < num_scripted:
         reason = {

@@ -30,7 +30,7 @@ def resolve_workdir(given: str | None) -> pathlib.Path:
     """
     if given is not None:
         return pathlib.Path(given)
-    if _no_config():
+    if _without_config_file():
         raise UserError("give --config=FILE to start a run, or --workdir=RUN of the run to resume")
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     name, _, variant = file.partition(":")
@@ -52,7 +52,7 @@ def resolve_settings(
       UserError: A new run has no policy, or a setting is invalid.
     """
     path = workdir / "config.json"
-    if path.is_file() and _no_config():
+    if path.is_file() and _without_config_file():
         config, model_dir = run_config.read(path)
         run_config.override(config, given, sys.argv)
         return settings.validate(config), model or model_dir
@@ -65,7 +65,7 @@ def resolve_settings(
 
 
 # Settings that affect the trained policy, by section of the config; None means the whole section.
-_LEARNED_BY: dict[str, tuple[str, ...] | None] = {
+_TRAINING_SETTINGS: dict[str, tuple[str, ...] | None] = {
     **dict.fromkeys(("images", "turns", "tools", "sampling", "rewards", "objective", "update")),
     "data": ("train",),
     "run": ("prompts_per_step", "group_size", "seed"),
@@ -75,15 +75,15 @@ _LEARNED_BY: dict[str, tuple[str, ...] | None] = {
 def check_matches_existing_run(workdir: pathlib.Path, given: settings.Config, model: str) -> None:
     """Raise UserError if the command's config file contradicts an existing run in `workdir`.
 
-    Only a run with a checkpoint counts, and only the policy and the settings in `_LEARNED_BY` are
-    compared.
+    Only a run with a checkpoint counts. Only the policy and the settings in `_TRAINING_SETTINGS`
+    are compared.
     """
     path = workdir / "config.json"
-    if _no_config() or not path.is_file() or not any(workdir.glob("checkpoints/[0-9]*")):
+    if _without_config_file() or not path.is_file() or not any(workdir.glob("checkpoints/[0-9]*")):
         return
     existing, existing_model = run_config.read(path)
     pairs = [("model", existing_model, model)]
-    for section, names in _LEARNED_BY.items():
+    for section, names in _TRAINING_SETTINGS.items():
         old, new = getattr(existing, section), getattr(given, section)
         for name in names or [field.name for field in dataclasses.fields(old)]:
             pairs.append((f"config.{section}.{name}", getattr(old, name), getattr(new, name)))
@@ -96,7 +96,7 @@ def check_matches_existing_run(workdir: pathlib.Path, given: settings.Config, mo
             )
 
 
-def _no_config() -> bool:
+def _without_config_file() -> bool:
     """Return whether the command line has no config file."""
     file = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     return file.resolve() == pathlib.Path(settings.__file__).resolve()
@@ -139,8 +139,7 @@ def save_policy(
         )  # fmt: skip
         log.info("%s: saved the trained adapter", workdir / "adapter")
     qwen2_5_vl.save(policy, workdir / "policy", source=model_dir)
-    with outputs.new_file(marker) as partial:
-        partial.write_text(str(config.run.steps))
+    outputs.write_text(marker, str(config.run.steps))
     log.info("%s: saved the trained policy", workdir / "policy")
 
 
@@ -172,6 +171,6 @@ def row_shape(update: settings.Update, mesh: Mesh) -> RowShape:
     return RowShape(rows, update.pack_length, update.pack_windows)
 
 
-def validates(run: settings.Run, step: int) -> bool:
+def is_validation_step(run: settings.Run, step: int) -> bool:
     """Return whether the policy is validated after a step: every `validate_every`, and the last."""
     return bool(run.validate_every) and (step % run.validate_every == 0 or step == run.steps)

@@ -30,6 +30,7 @@ from mmsr1_jax.config import settings
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.rl.packing import TrainBatch
+from mmsr1_jax.rollout.timeline import Timeline
 from mmsr1_jax.training import metrics, run_config, train_utils
 from mmsr1_jax.training.checkpoint import Checkpoints
 from mmsr1_jax.utils import compile_counter
@@ -122,6 +123,17 @@ class TrainingRun:
         """Return a context that adds its time to `time/NAME` of this step."""
         return self._clock.phase(name)
 
+    @contextlib.contextmanager
+    def timeline(self, step: int) -> Iterator[Timeline | None]:
+        """Yield a recorder of a step's rollout, and write `timelines/STEP.json` afterwards.
+
+        Yield None unless `run.timeline` is set.
+        """
+        timeline = Timeline() if self._config.run.timeline else None
+        yield timeline
+        if timeline is not None:
+            timeline.write(self.workdir / "timelines" / f"{step:06d}.json")
+
     def check_finite(
         self, step: int, finite: Sequence[float], batches: Iterable[Sequence[TrainBatch]]
     ) -> None:
@@ -154,7 +166,7 @@ class TrainingRun:
         metadata: dict[str, Any],
         *,
         tokens: int,
-        shown: dict[str, str],
+        shown: Sequence[str],
         score: float | None = None,
         save: bool = False,
     ) -> None:
@@ -168,7 +180,7 @@ class TrainingRun:
           step_metrics: Metrics of the step; times and the number of compilations are added.
           metadata: Metadata of the checkpoint, as JSON data.
           tokens: Number of tokens that the step processed, for `time/tokens_per_second`.
-          shown: Metrics to show beside the progress bar.
+          shown: Names of metrics to show beside the progress bar.
           score: Validation score of the step, if any, which selects the best checkpoint.
           save: Whether to save a checkpoint in any case.
         """
@@ -180,7 +192,9 @@ class TrainingRun:
         due = run.save_every and step % run.save_every == 0
         if save or due or step == run.steps or self._stopping:
             self.save(step, metadata, score)
-        self._bar.set_postfix(shown | {"tokens_s": f"{step_metrics['time/tokens_per_second']:.0f}"})
+        values = {name: f"{step_metrics.get(name, 0):.3f}" for name in shown}
+        values["tokens/s"] = f"{step_metrics['time/tokens_per_second']:.0f}"
+        self._bar.set_postfix(values)
 
     def save(self, step: int, metadata: dict[str, Any], score: float | None = None) -> None:
         """Save a checkpoint of a step unless it is saved already."""

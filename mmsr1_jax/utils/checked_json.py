@@ -38,10 +38,10 @@ class NotJsonError(FormatError):
 
 def loads(
     data: bytes | str,
-    type: type[T] = Any,
+    type: type[T] | Any = Any,
     *,
     name: str = "",
-    number: Callable[[str], Any] | None = None,
+    parse_number: Callable[[str], Any] | None = None,
     surrogates: bool = False,
     nan: bool = False,
     large: bool = False,
@@ -55,8 +55,8 @@ def loads(
         not declare are ignored. A float is not accepted for an int, even if it is integral; an int
         is accepted for a float.
       name: Source named in errors, such as a path. If empty, errors begin with the field.
-      number: Function that converts the source text of each number, including NaN and Infinity, to
-        its value.
+      parse_number: Function that converts the source text of each number, including NaN and
+        Infinity, to its value.
       surrogates: Whether strings may contain lone surrogates, which are not valid Unicode.
       nan: Whether numbers may be NaN or infinite, as Python writes them.
       large: Whether integers may have more than 64 bits. `transformers` writes such numbers, such
@@ -69,11 +69,12 @@ def loads(
         message names the source and the field.
     """
     prefix = f"{name}: " if name else ""
-    numbers = ("parse_int", "parse_float", "parse_constant")
-    kept: dict[str, Any] = dict.fromkeys(numbers, number) if number else {}
+    hooks: dict[str, Any] = {}
+    if parse_number:
+        hooks = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), parse_number)
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
-        value = json.loads(text, **kept)
+        value = json.loads(text, **hooks)
         _check_values(value, nan, math.inf if large else _MAX_INT)
         escaped = "\\ud" in text or "\\uD" in text  # much faster than a regular expression
         if not surrogates and (escaped or (isinstance(data, str) and _SURROGATE.search(text))):
@@ -82,11 +83,11 @@ def loads(
     except UnicodeDecodeError as error:
         raise NotJsonError(f"{prefix}not UTF-8 ({error.reason} at byte {error.start})") from None
     except RecursionError:
-        raise FormatError(f"{prefix}not JSON that can be read (nested too deeply)") from None
+        raise FormatError(f"{prefix}not JSON (nested too deeply)") from None
     except FormatError as error:
         raise error.__class__(f"{prefix}{error}") from None
     except ValueError as error:
-        raise NotJsonError(f"{prefix}not JSON, cannot be read ({error})") from None
+        raise NotJsonError(f"{prefix}not JSON ({error})") from None
 
 
 def convert(value: Any, type: type[T], *, name: str = "") -> T:
@@ -104,7 +105,7 @@ def convert(value: Any, type: type[T], *, name: str = "") -> T:
 
 def load(
     path: str | pathlib.Path,
-    type: type[T] = Any,
+    type: type[T] | Any = Any,
     *,
     max_bytes: int = MAX_BYTES,
     surrogates: bool = False,
@@ -125,65 +126,84 @@ def load(
     return loads(data, type, name=str(path), surrogates=surrogates, nan=nan, large=large)
 
 
-def lines(file: BinaryIO, *, max_bytes: int = MAX_BYTES) -> Iterator[tuple[int, bytes]]:
+def jsonl_lines(
+    source: str | pathlib.Path | BinaryIO, *, max_bytes: int = MAX_BYTES
+) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, bytes) for each non-blank line of a JSONL file.
 
     Only a newline ends a line. A byte order mark at the beginning is skipped.
 
+    Args:
+      source: Path, which is opened when the first line is requested, or a file opened for reading
+        bytes.
+      max_bytes: Maximum size of a line.
+
     Raises:
       FormatError: A line is longer than `max_bytes`.
+      OSError: The file cannot be opened or read.
     """
-    number = 0
-    while line := file.readline(max_bytes + 1):
-        number += 1
+    if isinstance(source, (str, pathlib.Path)):
+        with open(source, "rb") as file:
+            yield from jsonl_lines(file, max_bytes=max_bytes)
+        return
+    line_number = 0
+    while line := source.readline(max_bytes + 1):
+        line_number += 1
         if len(line) > max_bytes:
-            raise FormatError(f"line {number}: longer than {max_bytes} bytes")
-        if number == 1:
+            raise FormatError(f"line {line_number}: longer than {max_bytes} bytes")
+        if line_number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         if line.strip():
-            yield number, line
+            yield line_number, line
 
 
-def load_lines(
-    path: str | pathlib.Path, type: type[T] = Any, *, surrogates: bool = False
+def load_jsonl(
+    path: str | pathlib.Path, type: type[T] | Any = Any, *, surrogates: bool = False
 ) -> Iterator[tuple[int, T]]:
-    """Yield (line number from 1, value) for each line of a JSONL file (see `loads` and `lines`).
+    """Yield (line number from 1, value) for each line of a JSONL file.
+
+    See `loads` and `jsonl_lines`.
 
     Raises:
       FormatError: The file cannot be read, or a line is invalid. The message names the file and, if
         a value is invalid, the line.
     """
     try:
-        with open(path, "rb") as file:
-            for number, line in lines(file):
-                name = f"{path}, line {number}"
-                yield number, loads(line, type, name=name, surrogates=surrogates)
+        for line_number, line in jsonl_lines(path):
+            name = f"{path}, line {line_number}"
+            yield line_number, loads(line, type, name=name, surrogates=surrogates)
     except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({shown_error(error)})") from None
+        raise FormatError(f"{path}: cannot be read ({error_reason(error)})") from None
 
 
 def valid_text(text: str) -> str:
     """Return a string with lone surrogates replaced by question marks."""
-    return text.encode("utf-8", "replace").decode()
+    return utf8(text).decode()
 
 
-def shown(value: Any) -> str:
+def utf8(text: str) -> bytes:
+    """Encode a string as UTF-8, with lone surrogates replaced by question marks."""
+    return text.encode("utf-8", "replace")
+
+
+def short_repr(value: Any) -> str:
     """Format a value for an error message, in at most 100 characters."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def shown_error(error: Exception) -> str:
+def error_reason(error: Exception) -> str:
+    """Return the reason of an error, without the file name that an OSError adds."""
     return getattr(error, "strerror", None) or str(error)
 
 
 def _with_field(message: str) -> str:
     """Rewrite a msgspec error to begin with the field: `a.b[0]: expected int, got str`."""
-    said, where, field = message.rpartition(" - at `$")
-    said = (said if where else message).replace("`", "")
-    said = said[:1].lower() + said[1:200]  # the message may quote an invalid string
-    field = field.removeprefix(".").removesuffix("`") if where else ""
-    return f"{field}: {said}" if field else said
+    problem, separator, field = message.rpartition(" - at `$")
+    problem = (problem if separator else message).replace("`", "")
+    problem = problem[:1].lower() + problem[1:200]  # the message may quote an invalid string
+    field = field.removeprefix(".").removesuffix("`") if separator else ""
+    return f"{field}: {problem}" if field else problem
 
 
 def _check_values(value: Any, nan: bool, limit: float) -> None:
@@ -194,26 +214,26 @@ def _check_values(value: Any, nan: bool, limit: float) -> None:
     level, depth = [[value]], 0
     while level:
         if depth > MAX_DEPTH:
-            raise FormatError(f"not JSON that can be read (nested deeper than {MAX_DEPTH} levels)")
+            raise FormatError(f"not JSON (nested deeper than {MAX_DEPTH} levels)")
         below: list[Any] = []
         for container in level:
             items = container.values() if isinstance(container, dict) else container
-            kinds = set(map(type, items))
-            if dict in kinds or list in kinds:
+            types = set(map(type, items))
+            if dict in types or list in types:
                 below += [item for item in items if isinstance(item, (dict, list))]
-            numbers = [i for i in items if isinstance(i, int)] if kinds != {int} else items
-            good = not numbers or (min(numbers) > -limit and max(numbers) < limit)
-            if float in kinds and not nan:
-                good &= all(math.isfinite(i) for i in items if isinstance(i, float))
-            if not good:
-                _name_number(value, "", nan, limit)
+            numbers = [i for i in items if isinstance(i, int)] if types != {int} else items
+            valid = not numbers or (min(numbers) > -limit and max(numbers) < limit)
+            if float in types and not nan:
+                valid &= all(math.isfinite(i) for i in items if isinstance(i, float))
+            if not valid:
+                _raise_for_number(value, "", nan, limit)
         level, depth = below, depth + 1
 
 
-def _name_number(value: Any, field: str, nan: bool, limit: float) -> None:
+def _raise_for_number(value: Any, field: str, nan: bool, limit: float) -> None:
     """Raise a FormatError that names the first number out of range."""
     for child, path in _children(value, field):
-        _name_number(child, path, nan, limit)
+        _raise_for_number(child, path, nan, limit)
     prefix = f"{field}: " if field else ""
     if isinstance(value, int) and not -limit < value < limit:
         raise FormatError(f"{prefix}must not be an integer of more than 64 bits")
@@ -228,7 +248,7 @@ def _check_texts(value: Any, field: str) -> None:
     texts = value if isinstance(value, dict) else [value] if isinstance(value, str) else ()
     if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
         prefix = f"{field}: " if field else ""
-        raise FormatError(f"{prefix}half a character (a lone surrogate)")
+        raise FormatError(f"{prefix}contains a lone surrogate, which is not valid Unicode")
 
 
 def _children(value: Any, field: str) -> Iterator[tuple[Any, str]]:

@@ -7,7 +7,7 @@ dies.
 
 import pickle
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mmsr1_jax.config.errors import UserError
@@ -17,15 +17,15 @@ _MAX_DEPTH = 64  # of nested containers, and of marks
 _MAX_ITEMS = 3_000_000  # opcodes that allocate more memory than their size in the file
 _MAX_INT = 2**63
 
-# Opcodes, of all protocols, that encode plain data and instances with a state. PrefillBatch codes,
+# Opcodes, of all protocols, that encode plain data and instances with a state. Extension codes,
 # persistent ids, INST and OBJ (old-style classes), sets and out-of-band buffers are not supported.
 _ATOMS = frozenset(
     ("NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "FLOAT",
      "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "BINUNICODE8",
      "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "GLOBAL")
 )  # fmt: skip
-_EMPTY = frozenset(("EMPTY_LIST", "EMPTY_DICT", "EMPTY_TUPLE"))
-_OF_MARK = frozenset(("LIST", "DICT", "TUPLE"))
+_EMPTY_CONTAINERS = frozenset(("EMPTY_LIST", "EMPTY_DICT", "EMPTY_TUPLE"))
+_MARKED = frozenset(("LIST", "DICT", "TUPLE"))
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _PUTS = frozenset(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"))
 _GETS = frozenset(("GET", "BINGET", "LONG_BINGET"))
@@ -36,14 +36,17 @@ class PickleError(UserError):
 
 
 def loads(
-    data: bytes, find: Callable[[str, str], Any] | None = None, *, max_bytes: int = MAX_BYTES
+    data: bytes,
+    find_class: Callable[[str, str], Any] | None = None,
+    *,
+    max_bytes: int = MAX_BYTES,
 ) -> Any:
-    """Unpickle plain data. No code runs except the objects that `find` returns.
+    """Unpickle plain data. No code runs except the objects that `find_class` returns.
 
     Args:
       data: Pickled data.
-      find: Function of a global's module and name that returns a harmless object to use in its
-        place. With None, globals are rejected.
+      find_class: Function of a global's module and name that returns a harmless object to use
+        instead. With None, globals are rejected.
       max_bytes: Maximum size of the pickle.
 
     Raises:
@@ -56,40 +59,40 @@ def loads(
         raise PickleError(f"larger than {max_bytes} bytes")
     try:
         _vet(data)
-        return _Unpickler(data, find).load()
+        return _RestrictedUnpickler(data, find_class).load()
     except PickleError:
         raise
     except Exception as error:  # a corrupt pickle may raise anything
-        raise PickleError(f"damaged ({type(error).__name__}: {error})") from None
+        raise PickleError(f"corrupt ({type(error).__name__}: {error})") from None
 
 
 class _Reader:
     """File interface to bytes, without the copy that io.BytesIO makes of a slice."""
 
     def __init__(self, data: bytes):
-        self._data, self._place = data, 0
+        self._data, self._offset = data, 0
 
     def tell(self) -> int:
-        return self._place
+        return self._offset
 
     def read(self, count: int) -> bytes:
-        begin, self._place = self._place, min(len(self._data), self._place + count)
-        return self._data[begin : self._place]
+        start, self._offset = self._offset, min(len(self._data), self._offset + count)
+        return self._data[start : self._offset]
 
     def readline(self) -> bytes:
-        end = self._data.find(b"\n", self._place)
-        return self.read((end + 1 or len(self._data)) - self._place)
+        end = self._data.find(b"\n", self._offset)
+        return self.read((end + 1 or len(self._data)) - self._offset)
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, find: Callable[[str, str], Any] | None):
+class _RestrictedUnpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, find_class: Callable[[str, str], Any] | None):
         super().__init__(_Reader(data))
-        self._find = find
+        self._find_class = find_class
 
     def find_class(self, module: str, name: str) -> Any:
-        if self._find is None:
-            raise PickleError(f"it wants to run {module}.{name}")
-        return self._find(module, name)
+        if self._find_class is None:
+            raise PickleError(f"refers to {module}.{name}, which plain data does not need")
+        return self._find_class(module, name)
 
 
 def _vet(data: bytes) -> None:
@@ -97,35 +100,41 @@ def _vet(data: bytes) -> None:
     stack = _Stack()
     items = 0
     # genops rejects a claimed length that exceeds the remaining bytes, before unpickling starts.
-    for count, (opcode, argument, place) in enumerate(pickletools.genops(_Reader(data))):
+    for count, (opcode, argument, offset) in enumerate(_operations(data)):
         name = opcode.name
         if name in _ATOMS:
             if type(argument) is int and not -_MAX_INT <= argument < _MAX_INT:
-                raise PickleError(f"an integer of more than 64 bits at byte {place}")
+                raise PickleError(f"an integer of more than 64 bits at byte {offset}")
             stack.push(0)
         elif name in _PUTS:
             # Picklers number memoised objects, each of which takes at least one opcode.
             index = len(stack.memo) if argument is None else argument
             if not 0 <= index <= count:
-                raise PickleError(f"memo index {index} at byte {place}")
+                raise PickleError(f"memo index {index} at byte {offset}")
             stack.memo[index] = stack.top()
         elif name in _GETS:
             if argument not in stack.memo:
-                raise PickleError(f"memo index {argument} at byte {place}, which is not set")
+                raise PickleError(f"memo index {argument} at byte {offset}, which is not set")
             stack.push(stack.memo[argument])
         elif name == "STOP":
             stack.check_end()
             return
         elif name == "FRAME":
-            if argument > len(data) - place:
-                raise PickleError(f"a frame of {argument} bytes at byte {place}")
+            if argument > len(data) - offset:
+                raise PickleError(f"a frame of {argument} bytes at byte {offset}")
         elif name != "PROTO":
             items += 1
             if items > _MAX_ITEMS:
                 raise PickleError(f"more than {_MAX_ITEMS} containers")
             if not stack.build(name):
-                raise PickleError(f"opcode {name} at byte {place}, which plain data does not need")
-    raise PickleError("cut off: no STOP")
+                raise PickleError(f"opcode {name} at byte {offset}, which plain data does not need")
+    raise PickleError("truncated: no STOP")
+
+
+def _operations(data: bytes) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield (opcode, argument, offset) for each operation of a pickle."""
+    reader: Any = _Reader(data)
+    yield from pickletools.genops(reader)
 
 
 class _Stack:
@@ -142,12 +151,12 @@ class _Stack:
         self._depths.append(depth)
 
     def top(self) -> int:
-        self._need(1)
+        self._require(1)
         return self._depths[-1]
 
     def check_end(self) -> None:
         if len(self._depths) != 1 or self._marks:
-            raise PickleError("damaged: values are left over at its end")
+            raise PickleError("corrupt: more than one value at its end")
 
     def build(self, name: str) -> bool:
         """Apply an opcode that creates or fills a container. Return False for any other opcode."""
@@ -155,17 +164,17 @@ class _Stack:
             if len(self._marks) >= _MAX_DEPTH:
                 raise PickleError(f"nested deeper than {_MAX_DEPTH} levels")
             self._marks.append(len(self._depths))
-        elif name in _EMPTY:
+        elif name in _EMPTY_CONTAINERS:
             self.push(1)
-        elif name in _OF_MARK:
-            items = self._of_mark()
+        elif name in _MARKED:
+            items = self._pop_to_mark()
             self._check_keys(items if name == "DICT" else ())
             self.push(1 + max(items, default=0))
         elif name in _TUPLES:
             self.push(1 + max(self._pop(_TUPLES[name])))
         elif name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS"):
             single = {"APPEND": 1, "SETITEM": 2}.get(name)
-            items = self._of_mark() if single is None else self._pop(single)
+            items = self._pop_to_mark() if single is None else self._pop(single)
             self._check_keys(items if name.startswith("SETITEM") else ())
             self._fill(items)
         elif name == "STACK_GLOBAL":
@@ -184,24 +193,24 @@ class _Stack:
         self._depths.pop()
         self.push(depth)
 
-    def _check_keys(self, items) -> None:
+    def _check_keys(self, items: Sequence[int]) -> None:
         if len(items) % 2 or any(items[::2]):
             raise PickleError("a key that is not a plain value")
 
     def _pop(self, count: int) -> list[int]:
-        self._need(count)
+        self._require(count)
         items = self._depths[-count:]
         del self._depths[-count:]
         return items
 
-    def _of_mark(self) -> list[int]:
+    def _pop_to_mark(self) -> list[int]:
         if not self._marks:
-            raise PickleError("damaged: no mark")
-        begin = self._marks.pop()
-        items = self._depths[begin:]
-        del self._depths[begin:]
+            raise PickleError("corrupt: no mark")
+        start = self._marks.pop()
+        items = self._depths[start:]
+        del self._depths[start:]
         return items
 
-    def _need(self, count: int) -> None:
+    def _require(self, count: int) -> None:
         if len(self._depths) - (self._marks[-1] if self._marks else 0) < count:
-            raise PickleError("damaged: the stack is empty")
+            raise PickleError("corrupt: the stack is empty")

@@ -14,7 +14,7 @@ def count() -> int:
     return _count
 
 
-def _listen(event: str, duration: float, **_) -> None:
+def _listen(event: str, duration_secs: float, **_: str | int) -> None:
     global _count
     with _lock:  # each engine compiles in its own thread
         _count += event == _EVENT

@@ -1,46 +1,47 @@
 """Counters for degraded operation: every fallback is counted, and logged the first time.
 
-    fallbacks.note("cache/failed", "cache: disk is full; searches continue without it")
-    fallbacks.take()    # {"cache/failed": 17}: metrics of a step
+    fallbacks.count("cache/failed", "cache: disk is full; searches continue without it")
+    fallbacks.take_counts()    # {"cache/failed": 17}: metrics of a step
 
-EngineStats are per process. All functions are thread-safe.
+Counts are per process. All functions are thread-safe.
 """
 
 import collections
-import sys
 import threading
+
+from mmsr1_jax.utils.logs import log
 
 _lock = threading.Lock()
 _counts: collections.Counter[str] = collections.Counter()
 _logged: set[str] = set()
 
 
-def note(name: str, words: str = "") -> None:
+def count(name: str, message: str = "") -> None:
     """Count a fallback.
 
     Args:
       name: Name of the metric, such as `service/serper/refused`.
-      words: Log line, printed the first time that this process counts the name. If empty, nothing
-        is printed.
+      message: Warning, logged the first time that this process counts the name. If empty, nothing
+        is logged.
     """
     with _lock:
         _counts[name] += 1
-    if words:
-        say(name, words)
+    if message:
+        warn_once(name, message)
 
 
-def say(name: str, words: str) -> None:
-    """Print a line the first time that this process calls this for a name, without counting it."""
+def warn_once(name: str, message: str) -> None:
+    """Log a warning the first time that this process calls this for a name, without counting it."""
     with _lock:
         first = name not in _logged
         _logged.add(name)
     if first:
-        print(words, file=sys.stderr)
+        log.warning("%s", message)
 
 
-def take() -> dict[str, float]:
+def take_counts() -> dict[str, float]:
     """Return the nonzero counts by name since the last call, and reset them."""
     with _lock:
-        taken = {name: float(count) for name, count in sorted(_counts.items())}
+        counts = {name: float(value) for name, value in sorted(_counts.items())}
         _counts.clear()
-    return taken
+    return counts

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 from mmsr1_jax.config.errors import UserError
 
-MAX_PICTURE_BYTES = 100_000_000
-_PIECE = 1 << 20  # bytes
+MAX_IMAGE_BYTES = 100_000_000
+_CHUNK = 1 << 20  # bytes
 
 
 class FileRefusedError(UserError):
@@ -24,7 +24,7 @@ class FileRefusedError(UserError):
         self.strerror = reason
 
 
-def inside(
+def resolve_inside(
     name: str | os.PathLike,
     folder: str | os.PathLike,
     roots: Iterable[str | os.PathLike] = (),
@@ -48,7 +48,7 @@ def inside(
         real = pathlib.Path(os.path.realpath(path))
         if not any(real.is_relative_to(os.path.realpath(root)) for root in (folder, *roots)):
             raise FileRefusedError(
-                path, f"outside of {folder}, the folder of the data; {allow} allows other folders"
+                path, f"outside of {folder}, the folder of the data; add its folder to {allow}"
             )
         mode = real.stat().st_mode
     except FileRefusedError:
@@ -62,12 +62,12 @@ def inside(
     return real
 
 
-def check_regular(path: str | os.PathLike, *, max_bytes: int = MAX_PICTURE_BYTES) -> None:
+def check_regular(path: str | os.PathLike, *, max_bytes: int = MAX_IMAGE_BYTES) -> None:
     """Raise FileRefusedError unless `path` is a regular file of at most `max_bytes`."""
     os.close(_open_regular(path, max_bytes))
 
 
-def read_regular(path: str | os.PathLike, *, max_bytes: int = MAX_PICTURE_BYTES) -> bytes:
+def read_regular(path: str | os.PathLike, *, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
     """Return the bytes of a regular file.
 
     Raises:
@@ -75,10 +75,10 @@ def read_regular(path: str | os.PathLike, *, max_bytes: int = MAX_PICTURE_BYTES)
         than `max_bytes`, or unreadable.
     """
     with open(_open_regular(path, max_bytes), "rb") as file:
-        # The size is not reliable: files in /proc report 0, and a file may grow. Reading in pieces
+        # The size is not reliable: files in /proc report 0, and a file may grow. Reading in chunks
         # bounds the memory, as a read allocates all of the bytes that it requests.
-        pieces = iter(lambda: file.read(_PIECE), b"")
-        data = b"".join(itertools.islice(pieces, max_bytes // _PIECE + 2))
+        chunks = iter(lambda: file.read(_CHUNK), b"")
+        data = b"".join(itertools.islice(chunks, max_bytes // _CHUNK + 2))
     if len(data) > max_bytes:
         raise FileRefusedError(path, f"larger than {max_bytes} bytes")
     return data
@@ -90,10 +90,10 @@ def _open_regular(path: str | os.PathLike, max_bytes: int) -> int:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         raise FileRefusedError(path, getattr(error, "strerror", None) or str(error)) from None
-    found = os.fstat(descriptor)
-    if stat.S_ISREG(found.st_mode) and found.st_size <= max_bytes:
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_size <= max_bytes:
         return descriptor
     os.close(descriptor)
-    if stat.S_ISREG(found.st_mode):
-        raise FileRefusedError(path, f"{found.st_size} bytes are more than {max_bytes}")
+    if stat.S_ISREG(status.st_mode):
+        raise FileRefusedError(path, f"{status.st_size} bytes are more than {max_bytes}")
     raise FileRefusedError(path, "not a regular file")

@@ -19,20 +19,21 @@ import pathlib
 import re
 import shutil
 import socket
-import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 from mmsr1_jax.config.errors import UserError
+from mmsr1_jax.utils.logs import log
 
 # No other program uses these names, so such files may be removed.
-_LEFT_OVER = re.compile(r"\.(.+)\.mmsr1-(?:partial(?:-journal|-wal|-shm)?|old|lock)")
+_LEFTOVER = re.compile(r"\.(.+)\.mmsr1-(?:partial(?:-journal|-wal|-shm)?|old|lock)")
 _HOLDER = re.compile(r"process \d+ on [\w.-]+")  # content of a lock file
-_FOLDERS = ("", "episodes", "pictures")  # subfolders of a locked directory to clean up
+_SUBFOLDERS = ("", "episodes", "pictures")  # subfolders of a locked directory to clean up
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
-_held: list[pathlib.Path] = []
+_locked_directories: list[pathlib.Path] = []
 
 
 class LockedError(UserError):
@@ -51,29 +52,29 @@ def lock(directory: str | os.PathLike) -> Iterator[None]:
       OSError: The directory cannot be created or written.
     """
     path = pathlib.Path(directory)
-    made = not path.exists()
+    created = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     try:
         with _locked(path / ".mmsr1-lock", path):
-            for name in _FOLDERS:
+            for name in _SUBFOLDERS:
                 _sweep(path / name)
-            _held.append(path)
+            _locked_directories.append(path)
             try:
                 yield
             finally:
-                _held.remove(path)
+                _locked_directories.remove(path)
     except KeyboardInterrupt as interrupt:
-        interrupt.interrupted = [*getattr(interrupt, "interrupted", ()), path]
+        vars(interrupt)["interrupted"] = [*getattr(interrupt, "interrupted", ()), path]
         raise
     finally:
-        if made:
+        if created:
             with contextlib.suppress(OSError):
                 path.rmdir()  # succeeds only if nothing was written
 
 
-def held() -> list[pathlib.Path]:
+def locked_directories() -> list[pathlib.Path]:
     """Return the directories that this process has locked."""
-    return list(_held)
+    return list(_locked_directories)
 
 
 def partial_path(path: str | os.PathLike) -> pathlib.Path:
@@ -102,6 +103,25 @@ def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         raise
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def new_text_file(path: str | os.PathLike, *, errors: str = "strict") -> Iterator[TextIO]:
+    """Yield a UTF-8 text stream whose content replaces `path` like `new_file`.
+
+    Args:
+      path: File to write.
+      errors: Handling of lone surrogates, as for `open`: `backslashreplace` writes them as the
+        escape that JSON uses, `replace` as question marks.
+    """
+    with new_file(path) as partial, open(partial, "w", encoding="utf-8", errors=errors) as file:
+        yield file
+
+
+def write_text(path: str | os.PathLike, text: str, *, errors: str = "strict") -> None:
+    """Replace a file by a text, encoded as UTF-8 (see `new_text_file`)."""
+    with new_text_file(path, errors=errors) as file:
+        file.write(text)
 
 
 @contextlib.contextmanager
@@ -144,7 +164,9 @@ def _beside(target: pathlib.Path, kind: str) -> pathlib.Path:
 
 def _check_no_file(target: pathlib.Path) -> None:
     if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{target}: a file has this name; name another directory")
+        raise NotADirectoryError(
+            errno.ENOTDIR, "a file, not a directory; choose another path", str(target)
+        )
 
 
 def _exchange(partial: pathlib.Path, target: pathlib.Path) -> None:
@@ -152,8 +174,10 @@ def _exchange(partial: pathlib.Path, target: pathlib.Path) -> None:
     if not target.exists():
         partial.rename(target)
     elif not _swap(partial, target):
-        print(f"{target}: this filesystem cannot exchange directories in one step; it is moved in "
-              "two steps", file=sys.stderr)  # fmt: skip
+        log.warning(
+            "%s: this filesystem cannot exchange two directories atomically; replacing the "
+            "directory in two steps", target,
+        )  # fmt: skip
         target.rename(_beside(target, "old"))
         try:
             partial.rename(target)
@@ -162,10 +186,10 @@ def _exchange(partial: pathlib.Path, target: pathlib.Path) -> None:
     _sync(target.parent)
 
 
-def _swap(one: pathlib.Path, other: pathlib.Path) -> bool:
+def _swap(first: pathlib.Path, second: pathlib.Path) -> bool:
     """Exchange two names atomically. Return False if the system or filesystem cannot."""
     library = ctypes.CDLL(None, use_errno=True)
-    arguments = os.fsencode(one), os.fsencode(other)
+    arguments = os.fsencode(first), os.fsencode(second)
     if hasattr(library, "renameat2"):
         failed = library.renameat2(
             _AT_FDCWD, arguments[0], _AT_FDCWD, arguments[1], ctypes.c_uint(_RENAME_EXCHANGE)
@@ -175,7 +199,7 @@ def _swap(one: pathlib.Path, other: pathlib.Path) -> bool:
     else:
         return False
     if failed and ctypes.get_errno() not in _NO_EXCHANGE:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(second))
     return not failed
 
 
@@ -188,14 +212,14 @@ def _recover(target: pathlib.Path) -> None:
         shutil.rmtree(old)
     else:
         old.rename(target)
-        print(f"{target}: restored; its replacement was interrupted", file=sys.stderr)
+        log.warning("%s: restored the old directory, as its replacement was interrupted", target)
 
 
 def _sweep(folder: pathlib.Path) -> None:
     """Remove leftovers of killed processes in a folder, but no files that a process is writing."""
     entries = list(os.scandir(folder)) if folder.is_dir() and not folder.is_symlink() else []
     for entry in entries:
-        match = _LEFT_OVER.fullmatch(entry.name)
+        match = _LEFTOVER.fullmatch(entry.name)
         if match is None or entry.is_symlink():
             continue
         path = folder / entry.name
@@ -212,9 +236,9 @@ def _sweep(folder: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: pathlib.Path, what: pathlib.Path) -> Iterator[None]:
+def _locked(path: pathlib.Path, output: pathlib.Path) -> Iterator[None]:
     """Hold a lock file, which names the process that holds it."""
-    descriptor = _acquire(path, what)
+    descriptor = _acquire(path, output)
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
@@ -224,32 +248,39 @@ def _locked(path: pathlib.Path, what: pathlib.Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _acquire(path: pathlib.Path, what: pathlib.Path) -> int:
-    """Open and lock a file, and return its descriptor. Raise LockedError or OSError on failure."""
+def _acquire(path: pathlib.Path, output: pathlib.Path) -> int:
+    """Open and lock a file, and return its descriptor. Errors name `output`, which it protects.
+
+    Raises:
+      LockedError: Another process holds the lock.
+      OSError: The file cannot be created or locked.
+    """
     while True:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         descriptor = os.open(path, flags, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            found = os.fstat(descriptor)
+            status = os.fstat(descriptor)
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(found, os.stat(path, follow_symlinks=False)):
+                if os.path.samestat(status, os.stat(path, follow_symlinks=False)):
                     return descriptor
             os.close(descriptor)  # its holder has just removed or renamed it
         except (BlockingIOError, PermissionError):
             holder = os.pread(descriptor, 100, 0).decode("utf-8", "replace")
             os.close(descriptor)
-            known = _HOLDER.fullmatch(holder)
+            if not _HOLDER.fullmatch(holder):
+                holder = "another process"
             raise LockedError(
-                f"{what}: in use by {holder if known else 'another process'}; wait until it has "
-                "ended, or name another place"
+                f"{output}: in use by {holder}; wait until it has ended, or choose another output"
             ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 os.close(descriptor)
                 raise
-            print(f"{what}: this filesystem has no locks; let no other process write there",
-                  file=sys.stderr)  # fmt: skip
+            log.warning(
+                "%s: this filesystem does not support locks; make sure that no other process "
+                "writes this output", output,
+            )  # fmt: skip
             return descriptor
 
 

@@ -6,7 +6,7 @@ running. That is as safe as SIGKILL, after which every command can resume.
 """
 
 import atexit
-import concurrent.futures.thread  # noqa: F401  its exit hook has to be older than ours
+import concurrent.futures.thread  # noqa: F401  its exit hook must be registered before ours
 import contextlib
 import multiprocessing
 import os
@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from mmsr1_jax.utils import outputs
 
 INTERRUPTED = 128 + signal.SIGINT  # exit code by the convention of shells
-_UNWIND = 2.0  # seconds after Ctrl-C until the process is forced to exit
-_JOIN = 3.0  # seconds that threads may take to end at exit
+_UNWIND_TIMEOUT = 2.0  # seconds after Ctrl-C until the process is forced to exit
+_JOIN_TIMEOUT = 3.0  # seconds that threads may take to end at exit
 
 
 def guard(
@@ -59,44 +59,51 @@ def _watching(code: int) -> Iterator[None]:
 
     def watch() -> None:
         timer = None
-        while caught := os.read(reader, 64):  # signal numbers, written by Python's C handler
-            for _ in range(caught.count(signal.SIGINT)):
+        while signals := os.read(reader, 64):  # signal numbers, written by Python's C handler
+            for _ in range(signals.count(signal.SIGINT)):
                 if timer is not None:
                     _end(code)
-                timer = threading.Timer(_UNWIND, _end, (code,))
+                timer = threading.Timer(_UNWIND_TIMEOUT, _end, (code,))
                 timer.daemon = True
                 timer.start()
         os.close(reader)
 
-    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=watch, name="interrupts", daemon=True).start()
     try:
         yield
     finally:
-        signal.set_wakeup_fd(before)
+        signal.set_wakeup_fd(previous)
         os.close(writer)
 
 
-_said = threading.Event()
+_reported = threading.Event()
 
 
-def _say_interrupted(left: Iterable[pathlib.Path]) -> None:
-    if _said.is_set():
+def _report_interrupt(released: Iterable[pathlib.Path]) -> None:
+    if _reported.is_set():
         return
-    _said.set()
-    places = ", ".join(map(str, [*outputs.held(), *left]))
-    more = f"; the same command resumes {places} from what is saved" if places else ""
+    _reported.set()
+    directories = ", ".join(map(str, [*outputs.locked_directories(), *released]))
+    hint = f"; the same command resumes {directories} from its saved state" if directories else ""
     with contextlib.suppress(Exception):
-        print(f"\ninterrupted{more}", file=sys.stderr)
+        # Not logged: a thread that hangs may hold the lock of a log handler.
+        print(f"\ninterrupted{hint}", file=sys.stderr)
 
 
-def _end(code: int, left: Iterable[pathlib.Path] = ()) -> None:
-    """End the process. `left` are directories whose locks the command has already released."""
-    _say_interrupted(left)
-    _leave(code)
+def _end(code: int, released: Iterable[pathlib.Path] = ()) -> None:
+    """End the process after Ctrl-C.
+
+    Args:
+      code: Exit code.
+      released: Directories of the command whose locks have already been released.
+    """
+    _report_interrupt(released)
+    _exit_now(code)
 
 
-def _leave(code: int) -> None:
+def _exit_now(code: int) -> None:
+    """End the process without finalisation, after killing its child processes."""
     with contextlib.suppress(Exception):
         for child in multiprocessing.active_children():
             child.kill()
@@ -115,7 +122,7 @@ def _bound_exit(code: int) -> None:
     atexit.register(joined.set)
 
     def watch() -> None:
-        if not joined.wait(_JOIN):
-            _leave(code)
+        if not joined.wait(_JOIN_TIMEOUT):
+            _exit_now(code)
 
     threading.Thread(target=watch, name="exit", daemon=True).start()

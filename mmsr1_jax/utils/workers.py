@@ -41,10 +41,12 @@ _ENVIRONMENT = frozenset((
     "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE",
 ))  # fmt: skip
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-_FIRST_RUN = 0.5  # seconds of CPU time after which a task yields to tasks that have not run yet
-_START = 5.0  # seconds that starting or ending a worker may take
+_FIRST_RUN_CPU_TIME = (
+    0.5  # seconds of CPU time after which a task yields to tasks that have not run yet
+)
+_START_TIMEOUT = 5.0  # seconds that starting or ending a worker may take
 _CPU_TIME_CODES = (-signal.SIGPROF, -signal.SIGXCPU)  # exit codes of a process out of CPU time
-_POLL = 0.2  # seconds between checks for interpreter shutdown
+_POLL_INTERVAL = 0.2  # seconds between checks for interpreter shutdown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,7 @@ def run(function: Callable[..., Any], *args: Any, limits: Limits = DEFAULT_LIMIT
     future = _POOL.submit(function, args, limits)
     while True:
         try:
-            return future.result(timeout=_POLL)
+            return future.result(timeout=_POLL_INTERVAL)
         except concurrent.futures.TimeoutError:
             # The interpreter joins threads at shutdown, so they must not wait for a worker.
             if not threading.main_thread().is_alive():
@@ -119,15 +121,15 @@ def close() -> None:
 @dataclasses.dataclass(eq=False)
 class _Task:
     function: Callable[..., Any]
-    args: tuple
+    args: tuple[Any, ...]
     limits: Limits
     future: concurrent.futures.Future
     deadline: float = math.inf  # on the monotonic clock, after which the task is abandoned
-    long: bool = False  # exceeded `_FIRST_RUN`, so it runs again with its full limit
+    long: bool = False  # exceeded `_FIRST_RUN_CPU_TIME`, so it runs again with its full limit
 
     def limits_now(self) -> Limits:
         """Return the limits of the next run."""
-        first = min(_FIRST_RUN, self.limits.cpu_seconds)
+        first = min(_FIRST_RUN_CPU_TIME, self.limits.cpu_seconds)
         return self.limits if self.long else dataclasses.replace(self.limits, cpu_seconds=first)
 
 
@@ -151,7 +153,9 @@ class _Pool:
         self._running: dict[_Task, pebble.ProcessPool] = {}
         self._watching = False
 
-    def submit(self, function: Callable, args: tuple, limits: Limits) -> concurrent.futures.Future:
+    def submit(
+        self, function: Callable[..., Any], args: tuple[Any, ...], limits: Limits
+    ) -> concurrent.futures.Future:
         future: concurrent.futures.Future = concurrent.futures.Future()
         with self._lock:
             self._waiting.append(_Task(function, args, limits, future))
@@ -191,10 +195,10 @@ class _Pool:
                 except Exception as error:
                     _settle(task, WorkerError(f"no worker could be started: {error}"))
                     continue
-                task.deadline = time.monotonic() + task.limits.wall_seconds + _START
+                task.deadline = time.monotonic() + task.limits.wall_seconds + _START_TIMEOUT
                 self._running[task] = worker
                 task.future.add_done_callback(lambda outer, inner=inner: inner.cancel())
-                inner.add_done_callback(lambda done, task=task: self._finished(task, done))
+                inner.add_done_callback(lambda ended, task=task: self._finished(task, ended))
                 if not self._watching:
                     self._watching = True
                     threading.Thread(target=self._watch, name="workers", daemon=True).start()
@@ -202,22 +206,22 @@ class _Pool:
     def _finished(self, task: _Task, inner: concurrent.futures.Future) -> None:
         with self._lock:
             worker = self._running.pop(task, None)
-            sound = not inner.cancelled() and inner.exception() is None
-            again = (
+            succeeded = not inner.cancelled() and inner.exception() is None
+            retry = (
                 worker is not None
                 and not task.long
-                and task.limits.cpu_seconds > _FIRST_RUN
+                and task.limits.cpu_seconds > _FIRST_RUN_CPU_TIME
                 and _out_of_cpu_time(inner)
             )
-            if worker is not None and sound:
+            if worker is not None and succeeded:
                 self._idle.append(worker)
-            if again:
+            if retry:
                 task.long = True
                 self._long.append(task)
         if worker is not None:  # otherwise the task was abandoned
-            if not sound:  # it was killed, perhaps in the middle of writing to its pipe
+            if not succeeded:  # it was killed, perhaps in the middle of writing to its pipe
                 _end(worker)
-            if not again:
+            if not retry:
                 _settle(task, *_outcome(task, inner))
         self._dispatch()
 
@@ -238,7 +242,8 @@ class _Pool:
 
 
 def _new_worker() -> pebble.ProcessPool:
-    return pebble.ProcessPool(1, initializer=_initialize, context=_CleanContext())
+    context: Any = _CleanContext()  # its locks are loky's, not those that pebble declares
+    return pebble.ProcessPool(1, initializer=_initialize, context=context)
 
 
 def _end(worker: pebble.ProcessPool, *, wait: bool = False) -> None:
@@ -252,7 +257,7 @@ def _end(worker: pebble.ProcessPool, *, wait: bool = False) -> None:
     thread = threading.Thread(target=join, name="ending worker", daemon=True)
     thread.start()
     if wait:
-        thread.join(_START)
+        thread.join(_START_TIMEOUT)
 
 
 def _outcome(task: _Task, inner: concurrent.futures.Future) -> tuple[Any, BaseException | None]:
@@ -265,9 +270,9 @@ def _outcome(task: _Task, inner: concurrent.futures.Future) -> tuple[Any, BaseEx
     except concurrent.futures.CancelledError:
         return None, WorkerError("the task was cancelled")
     except pebble.ProcessExpired as expired:
-        return None, _why_it_died(expired.exitcode, task.limits)
-    except BaseException as failed:
-        return None, WorkerError(f"the worker failed ({type(failed).__name__}: {failed})")
+        return None, _exit_error(expired.exitcode, task.limits)
+    except BaseException as error:
+        return None, WorkerError(f"the worker failed ({type(error).__name__}: {error})")
 
 
 def _settle(task: _Task, result: Any, error: BaseException | None = None) -> None:
@@ -281,13 +286,13 @@ def _settle(task: _Task, result: Any, error: BaseException | None = None) -> Non
             task.future.set_exception(error)
 
 
-def _out_of_cpu_time(done: concurrent.futures.Future) -> bool:
+def _out_of_cpu_time(inner: concurrent.futures.Future) -> bool:
     """Return whether a run ended because its process exceeded its CPU time."""
-    error = None if done.cancelled() else done.exception()
+    error = None if inner.cancelled() else inner.exception()
     return isinstance(error, pebble.ProcessExpired) and error.exitcode in _CPU_TIME_CODES
 
 
-def _why_it_died(exit_code: int, limits: Limits) -> WorkerError:
+def _exit_error(exit_code: int, limits: Limits) -> WorkerError:
     if exit_code in _CPU_TIME_CODES:
         return LimitError(f"used more than {limits.cpu_seconds:g} s of CPU time")
     return WorkerError(f"its process died (exit code {exit_code})")
@@ -337,9 +342,9 @@ def _resource_limits(limits: Limits):
     """
     used = resource.getrusage(resource.RUSAGE_SELF)
     cpu = math.ceil(used.ru_utime + used.ru_stime + limits.cpu_seconds) + 1
-    before = {}
+    previous = {}
     for kind, soft in ((resource.RLIMIT_CPU, cpu), (resource.RLIMIT_AS, _address_space(limits))):
-        before[kind] = _, hard = resource.getrlimit(kind)
+        previous[kind] = _, hard = resource.getrlimit(kind)
         with contextlib.suppress(ValueError, OSError):  # a system without this limit
             resource.setrlimit(kind, (soft, hard))
     # RLIMIT_CPU counts whole seconds. The timer's signal ends the process even within C code.
@@ -348,7 +353,7 @@ def _resource_limits(limits: Limits):
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        for kind, values in before.items():
+        for kind, values in previous.items():
             with contextlib.suppress(ValueError, OSError):
                 resource.setrlimit(kind, values)
 
@@ -357,10 +362,10 @@ def _address_space(limits: Limits) -> int:
     """Return the limit on the address space of this process, in bytes."""
     try:
         with open("/proc/self/statm") as file:
-            held = int(file.read().split()[0]) * resource.getpagesize()
+            used = int(file.read().split()[0]) * resource.getpagesize()
     except OSError:  # not Linux
         return resource.RLIM_INFINITY
-    return held + limits.memory_bytes
+    return used + limits.memory_bytes
 
 
 _POOL = _Pool(max(2, min(16, os.cpu_count() or 2)))

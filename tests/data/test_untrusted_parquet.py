@@ -93,10 +93,10 @@ def test_rows_with_long_cells_are_skipped_and_reported(tmp_path):
                      use_dictionary=False)  # fmt: skip
     source = QuestionSource(path)
     assert [question.row for question in source] == [0, 5]
-    assert [(bad.row, bad.field) for bad in source.bad] == [
+    assert [(bad.row, bad.field) for bad in source.bad_rows] == [
         (1, "prompt"), (2, "reward_model"), (3, "reward_model"), (4, "images")
     ]  # fmt: skip
-    assert all("more than 1000 items" in bad.reason for bad in source.bad)
+    assert all("more than 1000 items" in bad.reason for bad in source.bad_rows)
 
 
 def test_questions_do_not_depend_on_the_parquet_encoding(tmp_path):

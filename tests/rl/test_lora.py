@@ -17,6 +17,7 @@ from mmsr1_jax.models.qwen2_5_vl.layers import Adapter, Linear
 from mmsr1_jax.rl import lora, packing
 from mmsr1_jax.scripts import merge, random_policy
 from mmsr1_jax.training import metrics, train_utils
+from tests.programs import ROOT, run
 from tests.reference import (
     Qwen2_5_VLForConditionalGeneration,
     torch,
@@ -35,7 +36,7 @@ from tests.rl.learners import (
     off_policy_batches,
     torch_loss,
 )
-from tests.test_train import ROOT, begin, command, questions, run  # noqa: F401
+from tests.train_runs import new_run_command, train_command, write_questions
 
 ALL_TARGETS = dict(lora_rank=3, lora_alpha=6.0, lora_targets=tuple(lora.TARGETS))
 SOME_TARGETS = ALL_TARGETS | dict(lora_targets=("q", "out", "down"))
@@ -300,13 +301,13 @@ def test_merge_equals_the_saved_policy(tiny_dir, tmp_path):
 
 
 @pytest.mark.proof
-def test_a_run_with_adapters_resumes(tmp_path, questions):  # noqa: F811
-    workdir = tmp_path / "run"
+def test_a_run_with_adapters_resumes(tmp_path):
+    workdir, questions = tmp_path / "run", write_questions(tmp_path)
     flags = ["lora_rank=4", "learning_rate=1e-2"]
     flags = ["--config.run.validate_every=0", *(f"--config.update.{flag}" for flag in flags)]
-    process = run(begin(workdir, questions, *flags, "--config.run.steps=1"))
+    process = run(new_run_command(workdir, questions, *flags, "--config.run.steps=1"))
     assert process.returncode == 0, process.stderr[-3000:]
-    process = run(command(workdir, "--config.run.steps=2"))
+    process = run(train_command(workdir, "--config.run.steps=2"))
     assert process.returncode == 0 and "resuming metrics_and_moments step 1" in process.stderr, (
         process.stderr[-3000:]
     )

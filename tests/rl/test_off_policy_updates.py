@@ -12,8 +12,8 @@ from mmsr1_jax.rl import packing
 from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.rl.train_batch import make_loss, update_metrics, with_logprobs
 from mmsr1_jax.scripts import random_policy
+from tests.episode_factory import TEXT, episode_of, reward_of
 from tests.rl.groups import group_samples
-from tests.test_step import TEXT, episode_of, reward_of
 
 LIMIT, BUFFER = 60, 20  # tokens of an episode, and how many of them are too many
 SHAPE = packing.RowShape(2, 64, 0)
@@ -27,7 +27,7 @@ def random_groups():
     return [
         [
             (episode_of(TEXT["nonsense"], TEXT["nonsense"], sampled=int(rng.integers(4, 16)),
-                        seed=3 * question + i, number=3 * question + i), reward_of(value))
+                        seed=3 * question + i, index=3 * question + i), reward_of(value))
             for i, value in enumerate(rng.permutation([1.0, 0.1, 0.0]))
         ]
         for question in range(4)

@@ -14,8 +14,8 @@ from mmsr1_jax.rl.train_batch import (
     shape_rewards,
 )
 from mmsr1_jax.scripts import random_policy
+from tests.episode_factory import TEXT, episode_of, reward_of
 from tests.rl.groups import group_samples
-from tests.test_step import TEXT, episode_of, reward_of
 
 LIMIT, BUFFER = 60, 20  # tokens of an episode, and how many of them are too many
 WIDE = packing.RowShape(1, 128, 3)
@@ -31,7 +31,7 @@ def random_groups(seed=0):
             turns = int(rng.integers(1, 4))
             episode = episode_of(
                 *[TEXT["nonsense"]] * turns, sampled=int(rng.integers(1, 20)), seed=index,
-                end=str(rng.choice(["answer", "turns", "tokens"])), number=index,
+                end=str(rng.choice(["answer", "turns", "tokens"])), index=index,
             )  # fmt: skip
             value = 0.1 if size == 3 else rng.choice([0.0, 0.1, 0.81, 0.91, 1.0])
             group.append((episode, reward_of(float(value))))
@@ -141,10 +141,10 @@ def test_episodes_longer_than_a_row_are_skipped_and_reported():
     side = random_policy.CONFIG.vision.window_side * random_policy.CONFIG.vision.merge_size
     image = Patches(np.zeros((4 * side**2, 1), np.float32), (1, 2 * side, 2 * side))  # 4 windows
     group = [
-        (episode_of(TEXT["nonsense"], sampled=10, number=3), reward_of(1.0)),
-        (episode_of(TEXT["nonsense"], sampled=124, number=4), reward_of(0.1)),
-        (episode_of(TEXT["nonsense"], sampled=20, number=5), reward_of(0.0)),
-        (episode_of(TEXT["nonsense"], number=6, images=[image]), reward_of(0.5)),
+        (episode_of(TEXT["nonsense"], sampled=10, index=3), reward_of(1.0)),
+        (episode_of(TEXT["nonsense"], sampled=124, index=4), reward_of(0.1)),
+        (episode_of(TEXT["nonsense"], sampled=20, index=5), reward_of(0.0)),
+        (episode_of(TEXT["nonsense"], index=6, images=[image]), reward_of(0.5)),
     ]
     samples, skipped = group_samples(
         [group], make_objective(), 2 * LIMIT, random_policy.CONFIG, WIDE

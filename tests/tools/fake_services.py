@@ -67,7 +67,7 @@ def reset(services, monkeypatch):
         monkeypatch.setenv(name, SECRET)
     monkeypatch.setattr("mmsr1_jax.tools.judge._CONFIRMATION_WAIT", 0.0)
     services.faults, services.requests = {}, collections.Counter()
-    fallbacks.take()
+    fallbacks.take_counts()
 
 
 def configured(url, text="none", image="none", judge=True, **options):

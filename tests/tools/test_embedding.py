@@ -173,7 +173,7 @@ def test_search_results_are_ordered_by_cosine_similarity(indexed, embed):
     directory, process, images = indexed
     assert process.returncode == 0, process.stderr
     assert process.stdout.startswith("0 pages and 24 titles of pictures in ")
-    assert "i.jsonl, line 13: skipped: 1000x2 pixels: the sides differ" in process.stderr
+    assert "i.jsonl, line 13: skipped: 1000x2 pixels: the aspect ratio" in process.stderr
     index, vectors = (
         LocalIndex(directory, max_results=6, embed=embed),
         np.stack(list(map(embed, images))),

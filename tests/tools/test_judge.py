@@ -14,7 +14,7 @@ from mmsr1_jax.episodes.turns import parse
 from mmsr1_jax.tools.build import make_judge
 from mmsr1_jax.tools.service import ServiceRefusedError
 from mmsr1_jax.training import metrics
-from tests.test_step import Engine, config_of, questions_of
+from tests.fake_engine import FakeEngine, question_batches, step_config
 from tests.tools import judge_server
 from tests.tools.judge_server import RIGHT, SECRET, WRONG, message
 
@@ -103,7 +103,8 @@ def test_episode_without_verdict_is_excluded_from_its_group(server):
     server.reply = lambda answer: Response(status_code=503) if "maybe" in answer else message(RIGHT)
     answers = {"m": ("right", "maybe", "sure"), "n": ("maybe", "maybe 2", "y")}
     rolled = train.roll_out(
-        Engine(answers), questions_of(answers, 2), config_of(questions=2, rollouts=3),
+        FakeEngine(answers), question_batches(answers, 2),
+        step_config(prompts_per_step=2, group_size=3),
         server.judge(max_failures=None), seed=0, step=1,
     )  # fmt: skip
     assert [[episode.answer for episode, _ in group] for group in rolled.groups] == [

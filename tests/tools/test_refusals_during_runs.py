@@ -19,7 +19,7 @@ from mmsr1_jax.tools.service import ServiceRefusedError
 from mmsr1_jax.tools.tool_cache import ToolCache
 from mmsr1_jax.training import metrics
 from mmsr1_jax.utils import fallbacks
-from tests.test_step import episode_of, reward_of
+from tests.episode_factory import episode_of, reward_of
 from tests.tools import fake_services
 from tests.tools.fake_services import SECRET, configured, questions
 
@@ -48,10 +48,10 @@ def test_refused_search_is_reported_and_counted(services, capsys):
 
     for found in asyncio.run(ask()):
         assert found.status == "failed" and SECRET not in found.error
-    assert fallbacks.take() == {"service/searxng/failed": 3, "service/searxng/refused": 3}
+    assert fallbacks.take_counts() == {"service/searxng/failed": 3, "service/searxng/refused": 3}
     (line,) = capsys.readouterr().err.splitlines()
     assert f"searxng at {services.url} refuses" in line and "config.services.searxng_url" in line
-    assert fallbacks.take() == {}
+    assert fallbacks.take_counts() == {}
 
 
 def test_failed_summaries_and_malformed_cache_values_are_counted(services, tmp_path, monkeypatch):
@@ -60,13 +60,13 @@ def test_failed_summaries_and_malformed_cache_values_are_counted(services, tmp_p
     services.faults["summariser"] = 500
     query = Query(action="text_search", text="q", question="What?")
     assert asyncio.run(tool(query)).status == "failed"
-    assert fallbacks.take() == {"service/summariser/failed": 1}
+    assert fallbacks.take_counts() == {"service/summariser/failed": 1}
     cached_calls = CachedCalls(ToolCache(tmp_path / "t.sqlite"))
     asyncio.run(cached_calls.put("page", "k", "text"))
     (tmp_path / "t.sqlite").chmod(0o600)
     monkeypatch.setattr(cached_calls._cache, "get", lambda kind, key: (b'{"cut off', False))
     assert asyncio.run(cached_calls.look_up("page", "k")) is None
-    assert fallbacks.take() == {"cache/malformed": 1}
+    assert fallbacks.take_counts() == {"cache/malformed": 1}
 
 
 def test_partial_and_failed_searches_are_metrics():
@@ -124,7 +124,7 @@ def stubbed_config(services, monkeypatch, tmp_path):
     config.run.save_every, config.run.log_to = 0, ""
     engine = types.SimpleNamespace(load=lambda params: None, close=lambda: None)
 
-    def roll_out(engine, source, config, judge, *, seed, step):
+    def roll_out(engine, source, config, judge, *, seed, step, timeline):
         drawn = next(source)
         episodes = [episode_of(f"<reason>r</reason><answer>{q.id} {step}</answer>", group=i)
                     for i, q in enumerate(drawn)]  # fmt: skip
@@ -198,7 +198,7 @@ def test_service_failures_are_metrics_of_their_step(services, stubbed_config, tm
     services.faults["judge"] = lambda body: (
         503 if services.requests["judge"] in (2, 3) else None  # both answers of the first step
     )
-    fallbacks.note("cache/failed")  # before the first step, so it belongs to no step
+    fallbacks.count("cache/failed")  # before the first step, so it belongs to no step
     assert train.train(stubbed_config, "policy", tmp_path / "run") == 0
     lines = update_metrics(tmp_path / "run")
     assert [line["judge/failed"] for line in lines] == [1, 0, 0, 0]

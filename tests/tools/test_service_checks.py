@@ -60,7 +60,7 @@ def test_every_used_service_gets_one_test_request(services, capsys, text, image,
     config = configured(services.url, text, image, judge)
     check_services(config, [config.turns])
     assert services.requests == collections.Counter(asked.split())
-    assert capsys.readouterr().err == "" and fallbacks.take() == {}
+    assert capsys.readouterr().err == "" and fallbacks.take_counts() == {}
 
 
 def test_services_of_forbidden_searches_are_skipped(services):

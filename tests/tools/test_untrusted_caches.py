@@ -46,7 +46,7 @@ async def must_not_be_called():
 @pytest.mark.parametrize("kind", VALUE_TYPES)
 def test_value_of_wrong_type_is_treated_as_missing(tmp_path, kind, capsys, monkeypatch):
     monkeypatch.setattr(fallbacks, "_logged", set())
-    fallbacks.take()
+    fallbacks.take_counts()
     path, valid = tmp_path / "cache.sqlite", json.dumps(VALID[kind]).encode()
     cache = ToolCache(path, "record")
     others = [json.dumps(value).encode() for value in VALID.values()]
@@ -68,7 +68,7 @@ def test_value_of_wrong_type_is_treated_as_missing(tmp_path, kind, capsys, monke
     for key in keys:
         with pytest.raises(NotCachedError):
             asyncio.run(replaying.get(kind, key, must_not_be_called))
-    assert fallbacks.take() == {"cache/malformed": len(keys)}
+    assert fallbacks.take_counts() == {"cache/malformed": len(keys)}
     assert capsys.readouterr().err.count(f"a malformed value of kind {kind!r}") == 1
 
     using = CachedCalls(ToolCache(path))

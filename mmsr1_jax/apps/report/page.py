@@ -28,9 +28,8 @@ def write(out: pathlib.Path, found: Found) -> int:
     Missing images are added to `found.skipped`.
     """
     text = page(found)
-    with outputs.new_file(out) as partial:
-        # A lone surrogate, which JSON can hold, cannot be encoded as UTF-8.
-        partial.write_text(text, encoding="utf-8", errors="replace")
+    # A lone surrogate, which JSON can hold, cannot be encoded as UTF-8.
+    outputs.write_text(out, text, errors="replace")
     return out.stat().st_size
 
 

@@ -184,8 +184,7 @@ def _object(text: bytes) -> dict[str, Any]:
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, bytes) of non-blank lines; only a newline ends a line."""
-    with open(path, "rb") as file:
-        yield from checked_json.lines(file)
+    return checked_json.jsonl_lines(path)
 
 
 def _token_bytes(source: pathlib.Path, model: str | None, skipped: list[str]) -> list[bytes] | None:

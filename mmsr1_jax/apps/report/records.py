@@ -11,7 +11,7 @@ from typing import Any
 from mmsr1_jax.apps.report.pictures import QUESTION, RESULT, Pictures
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.episodes.episode import Episode, Segment, ToolCall
-from mmsr1_jax.rewards.reward_function import NAMES
+from mmsr1_jax.rewards.reward_function import ACTION_NAMES
 
 _PICTURE = re.compile(r"<\|vision_start\|>((?:<\|image_pad\|>)++)<\|vision_end\|>")
 _PAD = len("<|image_pad|>")
@@ -97,7 +97,7 @@ def record(
         "question": episode.example.question,
         "answers": [str(a) for a in answers] if isinstance(answers, list) else [],
         "answer": episode.answer if isinstance(episode.answer, str) else None,
-        "actions": ",".join(NAMES.get(turn["action"], "none") for turn in turns),
+        "actions": ",".join(ACTION_NAMES.get(turn["action"], "none") for turn in turns),
         **{field: _text(data.get(field)) or "" for field in _TEXTS},
         "step": step,
         "reward": {str(name): finite(value) for name, value in reward.items() if name != "judge"},

@@ -118,7 +118,7 @@ class EventSerializer:
     def _thumbnail(self, picture: Patches) -> str | None:
         """Return a data URL of an image as the policy saw it, or None if that fails."""
         try:
-            image = self._processor.images.uncut(picture)
+            image = self._processor.images.unpatchify(picture)
         except ImageError:
             return None
         image.thumbnail((_THUMBNAIL, _THUMBNAIL))

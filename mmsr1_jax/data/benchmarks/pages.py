@@ -16,11 +16,11 @@ from mmsr1_jax.processing.pdf_files import page_sizes, render_pages, resized_png
 from mmsr1_jax.utils import workers
 
 POINTS_TO_PIXELS = 2.0  # 144 dpi, as in MMLongBench-Doc; a point is 1/72 inch
-_LEAST_TOKENS = 4  # per page: the lower bound of the released preprocessor_config.json
+_MIN_TOKENS = 4  # per page: the lower bound of the released preprocessor_config.json
 
 
 @dataclasses.dataclass(frozen=True)
-class Fit:
+class PageFit:
     """Result of fitting pages into a token budget.
 
     Attributes:
@@ -38,14 +38,14 @@ class Fit:
 def page_processor(processor: ImageProcessor) -> ImageProcessor:
     """Return the image processor with which pages are fitted and shown.
 
-    A lower bound meant for photographs would leave room for only a few pages, so the bound for
+    A lower bound meant for photographs would leave space for only a few pages, so the bound for
     pages is at most that of the released Qwen2.5-VL, four tokens.
     """
     side = processor.patch_size * processor.merge_size
-    return processor.with_limits(min(processor.min_pixels, _LEAST_TOKENS * side**2), None)
+    return processor.with_limits(min(processor.min_pixels, _MIN_TOKENS * side**2), None)
 
 
-def fit_pages(sizes: Sequence[tuple[int, int]], tokens: int, processor: ImageProcessor) -> Fit:
+def fit_pages(sizes: Sequence[tuple[int, int]], tokens: int, processor: ImageProcessor) -> PageFit:
     """Find the largest bound on a page's pixels with which pages take at most `tokens` tokens.
 
     A token covers a square with sides of `patch_size * merge_size` pixels (28 in Qwen2.5-VL). One
@@ -76,58 +76,55 @@ def fit_pages(sizes: Sequence[tuple[int, int]], tokens: int, processor: ImagePro
         bounded = processor.with_limits(None, max_pixels)
         return tuple(target(height, width, bounded) for height, width in sizes[:pages])
 
-    def costs(found: Sequence[tuple[int, int]]) -> list[int]:
-        return [height * width // side**2 for height, width in found]
+    def num_tokens(page_sizes: Sequence[tuple[int, int]]) -> list[int]:
+        return [height * width // side**2 for height, width in page_sizes]
 
-    least = list(itertools.accumulate(costs(targets(processor.min_pixels, len(sizes)))))
-    pages = bisect.bisect_right(least, tokens)
+    min_tokens = list(itertools.accumulate(num_tokens(targets(processor.min_pixels, len(sizes)))))
+    pages = bisect.bisect_right(min_tokens, tokens)
     if not pages:
         raise DataError(
-            f"the first page needs {least[0] if least else 1} tokens at the least, more than the "
-            f"{tokens} that are allowed for all pages"
+            f"the first page needs at least {min_tokens[0] if min_tokens else 1} tokens, more than "
+            f"the page_tokens={tokens} allowed for all pages"
         )
     low, high = processor.min_pixels, processor.max_pixels
     while low < high:  # invariant: `low` fits
         middle = (low + high + 1) // 2
-        if sum(costs(targets(middle, pages))) <= tokens:
+        if sum(num_tokens(targets(middle, pages))) <= tokens:
             low = middle
         else:
             high = middle - 1
-    return Fit(pages, low, targets(low, pages))
+    return PageFit(pages, low, targets(low, pages))
 
 
-def shrink_pictures(
-    pictures: Sequence[bytes], tokens: int, processor: ImageProcessor, *, max_file_pixels: int
+def shrink_pages(
+    images: Sequence[bytes], tokens: int, processor: ImageProcessor, *, max_file_pixels: int
 ) -> tuple[tuple[bytes, ...], int]:
     """Shrink page images to fit into `tokens` tokens.
 
     Files are returned unchanged if they fit without resizing.
 
     Returns:
-      The image files of the pages that fit, and the number of pages left out.
+      The image files of the pages that fit, and the number of omitted pages.
 
     Raises:
       DataError: See `fit_pages`.
       ImageError: An image is unusable; the message names its page, counting from 1.
     """
     sizes = []
-    for number, picture in enumerate(pictures, 1):
+    for page, image in enumerate(images, 1):
         try:
-            sizes.append(image_size(picture, max_pixels=max_file_pixels))
+            sizes.append(image_size(image, max_pixels=max_file_pixels))
             processor.target_size(*sizes[-1])  # raises for extreme aspect ratios
         except ImageError as error:
-            raise ImageError(f"page {number}: {error}") from None
+            raise ImageError(f"page {page}: {error}") from None
     fit = fit_pages(sizes, tokens, processor)
-    left_out = len(pictures) - fit.pages
+    omitted = len(images) - fit.pages
     if fit.max_pixels == processor.max_pixels:
-        return tuple(pictures[: fit.pages]), left_out
-    shown = zip(pictures, fit.sizes, strict=False)
+        return tuple(images[: fit.pages]), omitted
     return tuple(
-        process_image(
-            picture, functools.partial(resized_png, size=size), max_pixels=max_file_pixels
-        )
-        for picture, size in shown
-    ), left_out
+        process_image(image, functools.partial(resized_png, size=size), max_pixels=max_file_pixels)
+        for image, size in zip(images, fit.sizes, strict=False)
+    ), omitted
 
 
 def render_pdf(
@@ -138,7 +135,7 @@ def render_pdf(
     Pages are rendered at 144 dpi if the budget and the processor allow it, and smaller otherwise.
 
     Returns:
-      The pages that fit as PNG files, and the number of pages left out.
+      The pages that fit as PNG files, and the number of omitted pages.
 
     Raises:
       DataError: See `fit_pages`; or `pypdfium2` is not installed.
@@ -153,11 +150,11 @@ def render_pdf(
             for width, height in shapes
         ]
         if not sizes or min(map(min, sizes)) < 1:
-            raise ImageError(f"{path}: no page, or one without area")
+            raise ImageError(f"{path}: has no pages, or a page without area")
         fit = fit_pages(sizes, tokens, processor)
         pages = workers.run(render_pages, file, fit.sizes, limits=PDF_LIMITS)
     except workers.WorkerError as error:
-        raise ImageError(f"{path}: rendering it {error}") from None
+        raise ImageError(f"{path}: cannot be rendered: {error}") from None
     return tuple(pages), len(sizes) - len(pages)
 
 

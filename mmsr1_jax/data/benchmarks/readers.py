@@ -22,18 +22,17 @@ import dataclasses
 import hashlib
 import pathlib
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from mmsr1_jax.data.benchmarks import scores
-from mmsr1_jax.data.benchmarks.pages import load_pdfium, page_processor, render_pdf, shrink_pictures
+from mmsr1_jax.data.benchmarks import grading
+from mmsr1_jax.data.benchmarks.pages import load_pdfium, page_processor, render_pdf, shrink_pages
 from mmsr1_jax.data.benchmarks.tables import (
     BadFieldError,
     Row,
-    find,
+    find_files,
+    image_bytes,
     open_rows,
-    picture,
     text,
     texts,
 )
@@ -41,35 +40,36 @@ from mmsr1_jax.data.parquet import BadRow, DataError, Question
 from mmsr1_jax.data.questions import QuestionSource
 from mmsr1_jax.processing.image_files import DEFAULT_MAX_FILE_PIXELS, ImageError, image_size
 from mmsr1_jax.processing.images import ImageProcessor
-from mmsr1_jax.utils.files import FileRefusedError, check_regular, inside, read_regular
+from mmsr1_jax.utils.files import FileRefusedError, check_regular, read_regular, resolve_inside
+from mmsr1_jax.utils.logs import log
 
-_PEOPLE = 10  # annotators of each OK-VQA question
-_PAGE = r"page_\d+"
-_DOCUMENT_BYTES = 500_000_000  # maximum size of a PDF
+_NUM_ANNOTATORS = 10  # annotators of each OK-VQA question
+_PAGE_COLUMN = r"page_\d+"
+_MAX_DOCUMENT_BYTES = 500_000_000  # maximum size of a PDF
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchmarkQuestion(Question):
-    """A question with the additional fields that scoring needs.
+    """A question with the additional fields that grading needs.
 
     Attributes:
       references: Answers of all annotators, with repeats (OK-VQA); empty for other benchmarks.
-      answer_format: Format of the gold answer (MMLongBench-Doc), one of `scores.FORMATS`; "" for
+      answer_format: Format of the gold answer (MMLongBench-Doc), one of `grading.FORMATS`; "" for
         other benchmarks.
-      pages_left_out: Number of document pages that are not among the images because they exceed the
+      omitted_pages: Number of document pages that are not among the images because they exceed the
         token budget.
     """
 
     references: tuple[str, ...] = ()
     answer_format: str = ""
-    pages_left_out: int = 0
+    omitted_pages: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class _Context:
     """The settings of `read`, the file, and a cache of the last document.
 
-    `document` maps the last document's name to its pages and the number of pages left out, because
+    `document` maps the last document's name to its pages and the number of omitted pages, because
     several consecutive questions are about one document.
     """
 
@@ -86,13 +86,13 @@ class _Benchmark:
     """Published format of a benchmark.
 
     Attributes:
-      files, needed, optional, expand: Arguments of `tables.find` and `tables.open_rows`.
+      files, required, optional, expand: Arguments of `tables.find_files` and `tables.open_rows`.
       question: Function that returns the fields of a row's question, or the reason why the row is
         not part of the benchmark. Raises BadFieldError, and ImageError for pages.
     """
 
     files: tuple[str, ...]
-    needed: dict[str, str]
+    required: dict[str, str]
     question: Callable[[Row, _Context], dict[str, Any] | str]
     optional: tuple[str, ...] = ()
     expand: Callable[[Row], Sequence[Row]] | None = None
@@ -100,7 +100,7 @@ class _Benchmark:
 
 def read(
     name: str,
-    where: str | pathlib.Path | Sequence[str | pathlib.Path],
+    paths: str | pathlib.Path | Sequence[str | pathlib.Path],
     *,
     processor: ImageProcessor | None = None,
     page_tokens: int = 6144,
@@ -111,11 +111,11 @@ def read(
     """Iterate over the questions of a benchmark, in the order of files and rows.
 
     Files are checked immediately. Rows are read lazily, with few in memory at a time. Unusable rows
-    are reported on stderr and skipped.
+    are logged and skipped.
 
     Args:
       name: Name of the benchmark, one of NAMES.
-      where: Directory in its published layout, file, path with wildcards, or several of these.
+      paths: Directory in its published layout, file, path with wildcards, or several of these.
       processor: Image processor of the policy; None means Qwen2.5-VL's. Document pages are resized
         with its `page_processor`, which must also be the one that shows them to the policy.
       page_tokens: Token budget for all pages of a question, see `pages.fit_pages`. The default
@@ -129,11 +129,11 @@ def read(
       DataError: The benchmark or a file does not exist, a file cannot be read or lacks a column, no
         question is usable, or too many rows are unusable.
     """
-    paths = files(name, where)
+    sources = files(name, paths)
     if name in _VERL:
         return iter(
             QuestionSource(
-                paths,
+                sources,
                 image_roots=image_roots,
                 max_bad_rows=max_bad_rows,
                 max_file_pixels=max_file_pixels,
@@ -141,22 +141,22 @@ def read(
         )
     benchmark = _BENCHMARKS[name]
     if benchmark.question is _mmlongbench:
-        load_pdfium()  # no row can be read without it
+        load_pdfium()  # required for every row
     processor = processor or ImageProcessor()
-    if name in OF_DOCUMENTS:
+    if name in DOCUMENT_BENCHMARKS:
         processor = page_processor(processor)
     tables = [
         (
             _Context(path, processor, page_tokens, max_file_pixels, tuple(image_roots)),
-            open_rows(path, benchmark.needed, benchmark.optional, benchmark.expand),
+            open_rows(path, benchmark.required, benchmark.optional, benchmark.expand),
         )
-        for path in paths
+        for path in sources
     ]
     return _questions(name, benchmark, tables, max_bad_rows)
 
 
 def files(
-    name: str, where: str | pathlib.Path | Sequence[str | pathlib.Path]
+    name: str, paths: str | pathlib.Path | Sequence[str | pathlib.Path]
 ) -> list[pathlib.Path]:
     """Return the files that `read` reads questions from, without images and documents beside them.
 
@@ -164,22 +164,22 @@ def files(
       DataError: The benchmark or a file does not exist.
     """
     _check(name)
-    given = [where] if isinstance(where, (str, pathlib.Path)) else where
+    items = [paths] if isinstance(paths, (str, pathlib.Path)) else paths
     patterns = _VERL[name] if name in _VERL else _BENCHMARKS[name].files
-    return [path for item in given for path in find(pathlib.Path(item), patterns)]
+    return [path for item in items for path in find_files(pathlib.Path(item), patterns)]
 
 
-def score(name: str) -> Callable[[str | None, Question], float] | None:
-    """Return a benchmark's scoring function, or None if its paper uses a judge instead.
+def grader(name: str) -> Callable[[str | None, Question], float] | None:
+    """Return a benchmark's grading function, or None if its paper uses a judge instead.
 
-    OK-VQA, SlideVQA and MMLongBench-Doc have rules of their own (`scores.py`). The function maps an
-    answer (None if the episode has none) and its question to a score in [0, 1].
+    OK-VQA, SlideVQA and MMLongBench-Doc have rules of their own (`grading.py`). The function maps
+    an answer (None if the episode has none) and its question to a grade in [0, 1].
 
     Raises:
       DataError: The benchmark does not exist.
     """
     _check(name)
-    return _SCORES.get(name)
+    return _GRADERS.get(name)
 
 
 def _questions(
@@ -188,44 +188,44 @@ def _questions(
     tables: Sequence[tuple[_Context, Iterator[tuple[int, Row]]]],
     max_bad_rows: int,
 ) -> Iterator[Question]:
-    bad = good = 0
+    num_bad = num_questions = 0
     for context, rows in tables:
-        file, others = str(context.path), collections.Counter[str]()
-        for number, row in rows:
+        file, excluded = str(context.path), collections.Counter[str]()
+        for index, row in rows:
             try:
                 fields = benchmark.question(row, context)
             except (BadFieldError, ImageError) as error:
                 field = error.field if isinstance(error, BadFieldError) else "pages"
-                found = BadRow(file, number, field, str(error))
-                print(f"{found}; left out", file=sys.stderr)
-                bad += 1
-                if bad > max_bad_rows:
+                bad_row = BadRow(file, index, field, str(error))
+                log.warning("%s; skipped", bad_row)
+                num_bad += 1
+                if num_bad > max_bad_rows:
                     raise DataError(
-                        f"rows that cannot be used: {bad}, more than "
-                        f"config.data.max_bad_rows={max_bad_rows}; the last one is {found}"
+                        f"{num_bad} unusable rows, more than "
+                        f"config.data.max_bad_rows={max_bad_rows}; the last one is {bad_row}"
                     ) from None
                 continue
             if isinstance(fields, str):
-                others[fields] += 1
+                excluded[fields] += 1
                 continue
-            good += 1
-            yield BenchmarkQuestion(**fields, source=name, file=file, row=number)
-        for why, count in others.items():
-            print(f"{file}: {count} rows left out, {why}", file=sys.stderr)
-    if not good:
+            num_questions += 1
+            yield BenchmarkQuestion(**fields, source=name, file=file, row=index)
+        for reason, count in excluded.items():
+            log.info("%s: skipped %d rows: %s", file, count, reason)
+    if not num_questions:
         paths = ", ".join(str(context.path) for context, _ in tables)
-        raise DataError(f"{paths}: no question that can be used")
+        raise DataError(f"{paths}: no usable question")
 
 
 def _check(name: str) -> None:
     if name not in NAMES:
-        raise DataError(f"no benchmark {name!r}; there are {', '.join(NAMES)}")
+        raise DataError(f"unknown benchmark {name!r}; it must be one of {', '.join(NAMES)}")
 
 
-def _sound(data: bytes | None, field: str, context: _Context) -> tuple[bytes, ...]:
+def _validated(data: bytes | None, field: str, context: _Context) -> tuple[bytes, ...]:
     """Return a question's only image, after decoding it once for validation."""
     if data is None:
-        raise BadFieldError(field, "no picture")
+        raise BadFieldError(field, "has no image")
     try:
         size = image_size(data, max_pixels=context.max_file_pixels)
         context.processor.target_size(*size)  # raises for extreme aspect ratios
@@ -234,62 +234,62 @@ def _sound(data: bytes | None, field: str, context: _Context) -> tuple[bytes, ..
     return (data,)
 
 
-def _once(answers: Sequence[str]) -> tuple[str, ...]:
+def _unique(answers: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(filter(None, answers)))
 
 
 def _mmsearch(row: Row, context: _Context) -> dict[str, Any] | str:
-    shown = picture(row, "query_image")
-    if shown is None:
-        return "whose question has no picture"
+    data = image_bytes(row, "query_image")
+    if data is None:
+        return "the question has no image"
     return {
         "id": text(row, "sample_id"),
         "question": text(row, "query"),
-        "images": _sound(shown, "query_image", context),
-        "answers": _once([text(row, "gt_answer"), *texts(row, "alternative_gt_answers")]),
-        "category": text(row, "area", needed=False),
+        "images": _validated(data, "query_image", context),
+        "answers": _unique([text(row, "gt_answer"), *texts(row, "alternative_gt_answers")]),
+        "category": text(row, "area", required=False),
     }
 
 
 def _simplevqa(row: Row, context: _Context) -> dict[str, Any] | str:
     if text(row, "language") != "EN":
-        return "which are not in English"
+        return "the question is not in English"
     return {
         "id": text(row, "data_id"),
         "question": text(row, "question"),
-        "images": _sound(picture(row, "image"), "image", context),
+        "images": _validated(image_bytes(row, "image"), "image", context),
         "answers": (text(row, "answer"),),
-        "category": text(row, "vqa_category", needed=False),
+        "category": text(row, "vqa_category", required=False),
     }
 
 
 def _livevqa(row: Row, context: _Context) -> dict[str, Any]:
-    answers = _once(texts(row, "gt_answer"))
+    answers = _unique(texts(row, "gt_answer"))
     if not answers:
         raise BadFieldError("gt_answer", "empty")
     name, folder = text(row, "query_image").lstrip("/"), context.path.parent
     # Try the path as given, then in each folder beside the file.
-    places = [folder, *sorted(place for place in folder.iterdir() if place.is_dir())]
-    path = next((place / name for place in places if (place / name).is_file()), None)
+    folders = [folder, *sorted(child for child in folder.iterdir() if child.is_dir())]
+    path = next((f / name for f in folders if (f / name).is_file()), None)
     if path is None or ".." in pathlib.PurePath(name).parts:
-        raise BadFieldError("query_image", f"{folder / name}: no such file, nor a folder deeper")
+        raise BadFieldError("query_image", f"{folder / name}: no such file, here or in a subfolder")
     try:
-        data = read_regular(inside(path, folder, context.image_roots))
+        data = read_regular(resolve_inside(path, folder, context.image_roots))
     except FileRefusedError as error:
         raise BadFieldError("query_image", str(error)) from None
     return {
         "id": text(row, "sample_id"),
         "question": text(row, "query"),
-        "images": _sound(data, "query_image", context),
+        "images": _validated(data, "query_image", context),
         "answers": answers,
-        "category": text(row, "category", needed=False),
+        "category": text(row, "category", required=False),
     }
 
 
 def _levels(item: Row) -> Sequence[Row]:
     """Return a benchmark.json object's two questions in qa.json's form; others unchanged."""
-    asked = {level: item.get(f"{level}_qa") for level in ("level1", "level2")}
-    if not any(asked.values()):
+    questions = {level: item.get(f"{level}_qa") for level in ("level1", "level2")}
+    if not any(questions.values()):
         return [item]
     return [
         {
@@ -299,49 +299,51 @@ def _levels(item: Row) -> Sequence[Row]:
             "gt_answer": question.get("Ground_Truth_List"),
             "category": level,
         }
-        for level, question in asked.items()
+        for level, question in questions.items()
         if isinstance(question, dict)
     ]
 
 
 def _okvqa(row: Row, context: _Context) -> dict[str, Any]:
     references = texts(row, "answers")
-    if len(references) != _PEOPLE or not any(references):
-        raise BadFieldError("answers", f"{len(references)}; they must be those of {_PEOPLE} people")
+    if len(references) != _NUM_ANNOTATORS or not any(references):
+        raise BadFieldError(
+            "answers", f"{len(references)} answers; must be {_NUM_ANNOTATORS}, not all empty"
+        )
     return {
         "id": text(row, "question_id"),
         "question": text(row, "question"),
-        "images": _sound(picture(row, "image"), "image", context),
-        "answers": _once([answer for answer, _ in collections.Counter(references).most_common()]),
+        "images": _validated(image_bytes(row, "image"), "image", context),
+        "answers": _unique([answer for answer, _ in collections.Counter(references).most_common()]),
         "references": references,
-        "category": text(row, "question_type", needed=False),
+        "category": text(row, "question_type", required=False),
     }
 
 
 def _slidevqa(row: Row, context: _Context) -> dict[str, Any]:
-    columns = sorted(filter(re.compile(_PAGE).fullmatch, row), key=lambda c: int(c[5:]))
-    slides = [slide for slide in (picture(row, column) for column in columns) if slide]
+    columns = sorted(filter(re.compile(_PAGE_COLUMN).fullmatch, row), key=lambda c: int(c[5:]))
+    slides = [slide for slide in (image_bytes(row, column) for column in columns) if slide]
     if not slides:
-        raise BadFieldError("page_1", "no page has a picture")
-    shown, left_out = shrink_pictures(
+        raise BadFieldError("page_1", "no page has an image")
+    images, omitted = shrink_pages(
         slides, context.page_tokens, context.processor, max_file_pixels=context.max_file_pixels
     )
     name = text(row, "qa_id")
-    _tell(f"{context.path}, question {name}", left_out, context)
+    _log_omitted(f"{context.path}, question {name}", omitted, context)
     return {
         "id": name,
         "question": text(row, "question"),
-        "images": shown,
+        "images": images,
         "answers": (text(row, "answer"),),
-        "category": text(row, "reasoning_type", needed=False),
-        "pages_left_out": left_out,
+        "category": text(row, "reasoning_type", required=False),
+        "omitted_pages": omitted,
     }
 
 
 def _mmlongbench(row: Row, context: _Context) -> dict[str, Any]:
     answer_format, name = text(row, "answer_format"), text(row, "doc_id")
-    if answer_format not in scores.FORMATS:
-        formats = ", ".join(scores.FORMATS)
+    if answer_format not in grading.FORMATS:
+        formats = ", ".join(grading.FORMATS)
         raise BadFieldError("answer_format", f"{answer_format!r} is not one of {formats}")
     question = text(row, "question")
     digest = hashlib.blake2b(question.encode(), digest_size=4).hexdigest()
@@ -350,7 +352,7 @@ def _mmlongbench(row: Row, context: _Context) -> dict[str, Any]:
         "question": question,
         "answers": (text(row, "answer"),),
         "answer_format": answer_format,
-        "category": text(row, "doc_type", needed=False),
+        "category": text(row, "doc_type", required=False),
     }
     if name not in context.document:
         folders = [folder / "documents" for folder in context.path.parents[:2]]
@@ -358,25 +360,24 @@ def _mmlongbench(row: Row, context: _Context) -> dict[str, Any]:
         if path is None or pathlib.PurePath(name).name != name:
             raise BadFieldError("doc_id", f"{folders[0] / name}: no such file")
         try:
-            path = inside(path.name, path.parent, context.image_roots)
-            check_regular(path, max_bytes=_DOCUMENT_BYTES)
+            path = resolve_inside(path.name, path.parent, context.image_roots)
+            check_regular(path, max_bytes=_MAX_DOCUMENT_BYTES)
         except FileRefusedError as error:
             raise BadFieldError("doc_id", str(error)) from None
-        shown, left_out = render_pdf(path, context.page_tokens, context.processor)
+        images, omitted = render_pdf(path, context.page_tokens, context.processor)
         context.document.clear()
-        context.document[name] = shown, left_out
-        _tell(str(path), left_out, context)
-    shown, left_out = context.document[name]
-    return fields | {"images": shown, "pages_left_out": left_out}
+        context.document[name] = images, omitted
+        _log_omitted(str(path), omitted, context)
+    images, omitted = context.document[name]
+    return fields | {"images": images, "omitted_pages": omitted}
 
 
-def _tell(what: str, left_out: int, context: _Context) -> None:
-    if left_out:
-        print(
-            f"{what}: the last {left_out} pages left out; even at the least size they do not fit "
-            f"into page_tokens={context.page_tokens}",
-            file=sys.stderr,
-        )
+def _log_omitted(document: str, omitted: int, context: _Context) -> None:
+    if omitted:
+        log.warning(
+            "%s: omitted the last %d pages, which exceed page_tokens=%d even at minimum size",
+            document, omitted, context.page_tokens,
+        )  # fmt: skip
 
 
 _VERL = {
@@ -386,10 +387,10 @@ _VERL = {
 _BENCHMARKS = {
     "mmsearch": _Benchmark(
         files=("end2end*.parquet", "*.parquet"),
-        needed={
+        required={
             "sample_id": "text",
             "query": "text",
-            "query_image": "picture",
+            "query_image": "image",
             "gt_answer": "text",
             "alternative_gt_answers": "texts",
         },
@@ -398,9 +399,9 @@ _BENCHMARKS = {
     ),
     "simplevqa": _Benchmark(
         files=("*.parquet", "*/*.parquet"),
-        needed={
+        required={
             "data_id": "text",
-            "image": "picture",
+            "image": "image",
             "language": "text",
             "question": "text",
             "answer": "text",
@@ -410,33 +411,33 @@ _BENCHMARKS = {
     ),
     "livevqa": _Benchmark(
         files=("qa.json", "benchmark.json", "*/benchmark.json"),
-        needed={"sample_id": "text", "query": "text", "query_image": "text", "gt_answer": "any"},
+        required={"sample_id": "text", "query": "text", "query_image": "text", "gt_answer": "any"},
         expand=_levels,
         question=_livevqa,
     ),
     "okvqa": _Benchmark(
         files=("data/val2014-*.parquet", "*.parquet"),
-        needed={"question_id": "text", "image": "picture", "question": "text", "answers": "texts"},
+        required={"question_id": "text", "image": "image", "question": "text", "answers": "texts"},
         optional=("question_type",),
         question=_okvqa,
     ),
     "slidevqa": _Benchmark(
         files=("test-*.parquet", "*/test-*.parquet", "*.parquet"),
-        needed={"qa_id": "text", "question": "text", "answer": "text", "page_1": "picture"},
-        optional=(_PAGE, "reasoning_type"),
+        required={"qa_id": "text", "question": "text", "answer": "text", "page_1": "image"},
+        optional=(_PAGE_COLUMN, "reasoning_type"),
         question=_slidevqa,
     ),
     "mmlongbench": _Benchmark(
         files=("data/train-*.parquet", "samples.json", "data/samples.json", "*.parquet"),
-        needed={"doc_id": "text", "question": "text", "answer": "text", "answer_format": "text"},
+        required={"doc_id": "text", "question": "text", "answer": "text", "answer_format": "text"},
         optional=("doc_type",),
         question=_mmlongbench,
     ),
 }
 NAMES = (*_VERL, *_BENCHMARKS)
-OF_DOCUMENTS = ("slidevqa", "mmlongbench")  # benchmarks whose images are document pages
-_SCORES: dict[str, Callable[[str | None, Any], float]] = {
-    "okvqa": lambda answer, q: scores.vqa_accuracy(answer, q.references),
-    "slidevqa": lambda answer, q: scores.token_f1(answer, q.answers[0]),
-    "mmlongbench": lambda answer, q: scores.document_score(answer, q.answers[0], q.answer_format),
+DOCUMENT_BENCHMARKS = ("slidevqa", "mmlongbench")  # benchmarks whose images are document pages
+_GRADERS: dict[str, Callable[[str | None, Any], float]] = {
+    "okvqa": lambda answer, q: grading.vqa_accuracy(answer, q.references),
+    "slidevqa": lambda answer, q: grading.token_f1(answer, q.answers[0]),
+    "mmlongbench": lambda answer, q: grading.document_grade(answer, q.answers[0], q.answer_format),
 }

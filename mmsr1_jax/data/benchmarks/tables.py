@@ -28,7 +28,7 @@ class BadFieldError(Exception):
         self.field = field
 
 
-def find(path: pathlib.Path, patterns: Sequence[str]) -> list[pathlib.Path]:
+def find_files(path: pathlib.Path, patterns: Sequence[str]) -> list[pathlib.Path]:
     """Return the files that a path names, sorted by name.
 
     They are the file itself, or the matches of a path with wildcards, or, for a directory, the
@@ -39,17 +39,17 @@ def find(path: pathlib.Path, patterns: Sequence[str]) -> list[pathlib.Path]:
     """
     if path.is_dir():
         for pattern in patterns:
-            if found := sorted(file for file in path.glob(pattern) if file.is_file()):
-                return found
-        raise DataError(f"{path}: has none of the files {', '.join(patterns)}")
-    if found := [path] if path.is_file() else sorted(map(pathlib.Path, glob.glob(str(path)))):
-        return found
+            if files := sorted(file for file in path.glob(pattern) if file.is_file()):
+                return files
+        raise DataError(f"{path}: contains none of {', '.join(patterns)}")
+    if files := [path] if path.is_file() else sorted(map(pathlib.Path, glob.glob(str(path)))):
+        return files
     raise DataError(f"{path}: no such file")
 
 
 def open_rows(
     path: pathlib.Path,
-    needed: dict[str, str],
+    required: dict[str, str],
     optional: Sequence[str] = (),
     expand: Callable[[Row], Sequence[Row]] | None = None,
 ) -> Iterator[tuple[int, Row]]:
@@ -58,7 +58,7 @@ def open_rows(
     Problems with the file as a whole are raised immediately, not when the first row is requested.
 
     Args:
-      needed: Required columns and their kinds: `text`, `texts`, `picture`, `any`. JSON has no
+      required: Required columns and their kinds: `text`, `texts`, `image`, `any`. JSON has no
         column types, so a field only has to occur in some object.
       optional: Other columns to read, as regular expressions.
       expand: Function that makes rows of an object of a JSON file, which then share its number.
@@ -68,20 +68,20 @@ def open_rows(
         file is damaged inside.
     """
     if path.suffix == ".json":
-        return _json_rows(path, needed, expand)
+        return _json_rows(path, required, expand)
     try:
         with parquet.ParquetFile(path) as file:
             schema, metadata = file.schema_arrow, file.metadata
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: not a parquet file that can be read ({error})") from None
-    for column, kind in needed.items():
+        raise DataError(f"{path}: not a readable parquet file ({error})") from None
+    for column, kind in required.items():
         if column not in schema.names:
             raise DataError(f"{path}: no column {column!r}; it has {', '.join(schema.names)}")
-        words, fits = _KINDS[kind]
-        if not fits(schema.field(column).type):
-            found = schema.field(column).type
-            raise DataError(f"{path}: column {column!r} must be {words}; it is {found}")
-    patterns = [*map(re.escape, needed), *optional]
+        description, matches = _KINDS[kind]
+        column_type = schema.field(column).type
+        if not matches(column_type):
+            raise DataError(f"{path}: column {column!r} must be {description}; it is {column_type}")
+    patterns = [*map(re.escape, required), *optional]
     columns = [c for c in schema.names if any(re.fullmatch(p, c) for p in patterns)]
     try:
         parquet_sizes.check_sizes(path, metadata, columns)
@@ -90,16 +90,16 @@ def open_rows(
     return _parquet_rows(path, columns)
 
 
-def text(row: Row, field: str, *, needed: bool = True) -> str:
-    """Return text or a number, converted by `cells.text_of`; "" for null unless `needed`.
+def text(row: Row, field: str, *, required: bool = True) -> str:
+    """Return text or a number, converted by `cells.to_text`; "" for null unless `required`.
 
     Raises:
-      BadFieldError: The value has another type, or is empty although `needed`.
+      BadFieldError: The value has another type, or is empty although `required`.
     """
-    found = _plain(value(row, field), field)
-    if needed and not found:
+    content = _text(value(row, field), field)
+    if required and not content:
         raise BadFieldError(field, "empty")
-    return found
+    return content
 
 
 def texts(row: Row, field: str) -> tuple[str, ...]:
@@ -110,12 +110,12 @@ def texts(row: Row, field: str) -> tuple[str, ...]:
     Raises:
       BadFieldError: An item is neither text nor a number.
     """
-    found = value(row, field)
-    items = found if isinstance(found, list) else [] if found is None else [found]
-    return tuple(_plain(item, field) for item in items)
+    content = value(row, field)
+    items = content if isinstance(content, list) else [] if content is None else [content]
+    return tuple(_text(item, field) for item in items)
 
 
-def picture(row: Row, field: str) -> bytes | None:
+def image_bytes(row: Row, field: str) -> bytes | None:
     """Return the undecoded image file in a column of bytes, {bytes} or base64; None for null.
 
     Base64 may be broken into lines, follow `data:image/png;base64,`, lack the `=` at its end, and
@@ -124,31 +124,31 @@ def picture(row: Row, field: str) -> bytes | None:
     Raises:
       BadFieldError: Text is not base64.
     """
-    found = value(row, field)
-    if isinstance(found, dict):
-        found = found.get("bytes")
-    if isinstance(found, str):
+    content = value(row, field)
+    if isinstance(content, dict):
+        content = content.get("bytes")
+    if isinstance(content, str):
         try:
-            found = _from_base64(found)
+            content = _from_base64(content)
         except ValueError:
             raise BadFieldError(field, "not base64") from None
-    return found or None
+    return content or None
 
 
 def value(row: Row, field: str) -> Any:
     """Return a column's value, or None if missing. Raises BadFieldError if not UTF-8."""
-    found = row.get(field)
-    if not isinstance(found, pa.Scalar):
-        return found
+    cell = row.get(field)
+    if not isinstance(cell, pa.Scalar):
+        return cell
     try:
-        return cells.value_of(found)
+        return cells.to_python(cell)
     except UnicodeDecodeError:
         raise BadFieldError(field, "not UTF-8") from None
 
 
-def _plain(found: Any, field: str) -> str:
+def _text(content: Any, field: str) -> str:
     try:
-        return cells.text_of(found)
+        return cells.to_text(content)
     except ValueError as error:
         raise BadFieldError(field, str(error)) from None
 
@@ -161,12 +161,12 @@ def _from_base64(text: str) -> bytes:
 
 
 def _parquet_rows(path: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
-    number = 0
+    index = 0
     try:
         for batch in parquet_sizes.batches(path, _ROWS, columns, large=columns):
             for i in range(batch.num_rows):
-                yield number, {name: batch.column(name)[i] for name in columns}
-                number += 1
+                yield index, {name: batch.column(name)[i] for name in columns}
+                index += 1
     except parquet_sizes.SizeError as error:
         raise DataError(f"{path}: {error}") from None
     except (OSError, pa.ArrowException) as error:
@@ -175,7 +175,7 @@ def _parquet_rows(path: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[
 
 def _json_rows(
     path: pathlib.Path,
-    needed: dict[str, str],
+    required: dict[str, str],
     expand: Callable[[Row], Sequence[Row]] | None,
 ) -> Iterator[tuple[int, Row]]:
     try:
@@ -184,19 +184,17 @@ def _json_rows(
         raise DataError(str(error)) from None
     if not isinstance(objects, list) or not all(isinstance(item, dict) for item in objects):
         raise DataError(f"{path}: must be a list of objects")
-    rows = [(i, row) for i, item in enumerate(objects) for row in (expand or _itself)(item)]
+    rows = [
+        (i, row) for i, item in enumerate(objects) for row in (expand(item) if expand else [item])
+    ]
     fields = dict.fromkeys(field for _, row in rows for field in row)
-    for field in needed:
+    for field in required:
         if field not in fields:
             raise DataError(
                 f"{path}: no object has a field {field!r}; their fields are "
                 f"{', '.join(fields) or 'none'}"
             )
     return iter(rows)
-
-
-def _itself(row: Row) -> Sequence[Row]:
-    return [row]
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -212,7 +210,7 @@ def _is_texts(kind: pa.DataType) -> bool:
     return pa.types.is_null(kind) or (isinstance(kind, lists) and _is_text(kind.value_type))
 
 
-def _is_picture(kind: pa.DataType) -> bool:
+def _is_image(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return "bytes" in [field.name for field in kind]
     data = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
@@ -222,6 +220,6 @@ def _is_picture(kind: pa.DataType) -> bool:
 _KINDS: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
     "text": ("text or a number", _is_text),
     "texts": ("a list of texts", _is_texts),
-    "picture": ("a picture: {bytes, path}, bytes, or base64 text", _is_picture),
+    "image": ("an image: {bytes, path}, bytes, or base64 text", _is_image),
     "any": ("anything", lambda _: True),
 }

@@ -8,10 +8,12 @@ tone. The field is what the difference hash of the local index distinguishes bes
 import functools
 import io
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
+import PIL.ImageColor
 import PIL.ImageDraw
 
 PHOTO = 84  # side length in pixels: 9 merged tokens of 28 x 28
@@ -54,19 +56,19 @@ SIZES = Emblem(2**FIELD_PIECES, len(_DARK), len(_LIGHT), _CHARGES, len(_TONES))
 def _drawing(emblem: Emblem) -> PIL.Image.Image:
     """Return the RGB image that photos are sampled from, with a margin around it."""
     side = _VIEW + 2 * _MARGIN
-    at = np.clip((np.arange(side) + 0.5 - _MARGIN) / _VIEW, 0, 1 - 1e-6)  # 0 to 1 in the view
+    position = np.clip((np.arange(side) + 0.5 - _MARGIN) / _VIEW, 0, 1 - 1e-6)  # in the view
     bits = (emblem.field >> np.arange(FIELD_PIECES)).reshape(_ROWS, 2) & 1
-    half, inside = np.divmod(2 * at, 1)
-    bits = bits[(_ROWS * at).astype(int)][:, half.astype(int)]
-    share = np.where(bits, inside, 1 - inside)[..., None]
+    half, offset = np.divmod(2 * position, 1)
+    bits = bits[(_ROWS * position).astype(int)][:, half.astype(int)]
+    mix = np.where(bits, offset, 1 - offset)[..., None]
     colours = (_DARK[emblem.dark], _LIGHT[emblem.light])
     dark, light = (np.array(PIL.ImageColor.getrgb(colour), np.float64) for colour in colours)
-    image = PIL.Image.fromarray((dark + share * (light - dark)).astype(np.uint8))
+    image = PIL.Image.fromarray((dark + mix * (light - dark)).astype(np.uint8))
     _draw_charge(PIL.ImageDraw.Draw(image), emblem, side / 2)
     return image
 
 
-def plain(emblem: Emblem) -> PIL.Image.Image:
+def reference_photo(emblem: Emblem) -> PIL.Image.Image:
     """Return the unaltered photo of an emblem: RGB, `PHOTO` pixels a side."""
     box = (_MARGIN, _MARGIN, _MARGIN + _VIEW, _MARGIN + _VIEW)
     return _drawing(emblem).resize((PHOTO, PHOTO), PIL.Image.Resampling.BOX, box)
@@ -76,16 +78,16 @@ def _draw_charge(pen: PIL.ImageDraw.ImageDraw, emblem: Emblem, centre: float) ->
     fill, outline = _TONES[emblem.tone], _TONES[1 - emblem.tone]
     r = 0.22 * _VIEW
 
-    def shape(points, radius=r):
-        path = [(centre + radius * x, centre + radius * y) for x, y in points]
+    def shape(points: Sequence[tuple[float, float]]) -> None:
+        path = [(centre + r * x, centre + r * y) for x, y in points]
         pen.polygon(path, fill=fill, outline=outline, width=4)
 
-    def disc(x, y, radius, inner=fill):
-        box = (x - radius, y - radius, x + radius, y + radius)
-        pen.ellipse(box, fill=inner, outline=outline, width=4)
+    def disc(radius: float, colour: str = fill) -> None:
+        box = (centre - radius, centre - radius, centre + radius, centre + radius)
+        pen.ellipse(box, fill=colour, outline=outline, width=4)
 
     if emblem.charge == 0:
-        disc(centre, centre, r)
+        disc(r)
     elif emblem.charge == 1:
         shape([(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)])
     elif emblem.charge == 2:
@@ -95,11 +97,11 @@ def _draw_charge(pen: PIL.ImageDraw.ImageDraw, emblem: Emblem, centre: float) ->
     elif emblem.charge == 4:
         arm = 0.35
         corners = [(arm, 1.15), (arm, arm), (1.15, arm)]
-        turned = [[(x, y), (y, -x), (-x, -y), (-y, x)] for x, y in corners]
-        shape([turned[k][q] for q in range(4) for k in range(3)])
+        rotated = [[(x, y), (y, -x), (-x, -y), (-y, x)] for x, y in corners]
+        shape([rotated[k][q] for q in range(4) for k in range(3)])
     elif emblem.charge == 5:
-        disc(centre, centre, 1.1 * r)
-        disc(centre, centre, 0.5 * r, outline)
+        disc(1.1 * r)
+        disc(0.5 * r, outline)
     elif emblem.charge == 6:
         for side in (-1, 1):
             shape([(side * x, y) for x, y in ((0.25, -1.1), (0.9, -1.1), (0.9, 1.1), (0.25, 1.1))])
@@ -116,19 +118,19 @@ def photo(emblem: Emblem, rng: np.random.Generator) -> PIL.Image.Image:
     the local index compares neighbours in a row.
     """
     drawing = _drawing(emblem)
-    turn = math.radians(rng.uniform(-4, 4))
+    angle = math.radians(rng.uniform(-4, 4))
     scale = _VIEW / PHOTO * rng.uniform(0.93, 1.03)
     dx, dy = rng.uniform(-0.03, 0.03, 2) * _VIEW + drawing.width / 2
-    cos, sin = scale * math.cos(turn), scale * math.sin(turn)
+    cos, sin = scale * math.cos(angle), scale * math.sin(angle)
     middle = PHOTO / 2
     matrix = (
         cos, -sin, dx - middle * (cos - sin),
         sin, cos, dy - middle * (sin + cos),
     )  # fmt: skip
-    shot = drawing.transform(
+    view = drawing.transform(
         (PHOTO, PHOTO), PIL.Image.Transform.AFFINE, matrix, PIL.Image.Resampling.BILINEAR
     )
-    pixels = np.asarray(shot, np.float32)
+    pixels = np.asarray(view, np.float32)
     slope = np.linspace(-1, 1, PHOTO, dtype=np.float32)
     light = rng.uniform(0.75, 1.15) * rng.uniform(0.93, 1.07, 3).astype(np.float32)
     light = light * (1 + 0.1 * np.float32(rng.uniform(-1, 1)) * slope[:, None, None])

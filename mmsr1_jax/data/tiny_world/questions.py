@@ -14,14 +14,14 @@ memory, which is outdated for facts that change and a blind guess for facts that
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from mmsr1_jax.data.parquet import Question
 from mmsr1_jax.data.tiny_world.emblems import Emblem, jpeg, photo
-from mmsr1_jax.data.tiny_world.pages import query
+from mmsr1_jax.data.tiny_world.pages import search_query
 from mmsr1_jax.data.tiny_world.world import (
     CATEGORIES,
     FACTS,
@@ -31,8 +31,9 @@ from mmsr1_jax.data.tiny_world.world import (
     World,
     category,
 )
-from mmsr1_jax.episodes.turns import TAGS, WHOLE_IMAGE
+from mmsr1_jax.episodes.turns import TAGS, WHOLE_IMAGE, Action
 
+T = TypeVar("T")
 Split = Literal["train", "heldout", "unmet"]
 Workflow = Literal["direct", "image", "text", "image+text"]
 WORKFLOWS: tuple[Workflow, ...] = ("direct", "image", "text", "image+text")
@@ -52,7 +53,7 @@ REASONS = {True: "This is {name}.", False: "This may be {name}."}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked(Question):
+class LandmarkQuestion(Question):
     """A question about a photo of a landmark.
 
     Attributes:
@@ -66,18 +67,18 @@ class Asked(Question):
 
 def pairs(world: World, split: Split) -> list[tuple[Landmark, str]]:
     """Return all (landmark, fact) pairs that a split asks about."""
-    asked = []
+    members = []
     for landmark, fact in itertools.product(world.landmarks, FACTS):
         if landmark.group == "unmet":
-            where = "unmet"
+            own_split = "unmet"
         else:
-            where = "heldout" if fact in landmark.held_out else "train"
-        if where == split:
-            asked.append((landmark, fact))
-    return asked
+            own_split = "heldout" if fact in landmark.held_out else "train"
+        if own_split == split:
+            members.append((landmark, fact))
+    return members
 
 
-def questions(world: World, split: Split, count: int, *, seed: int = 0) -> list[Asked]:
+def questions(world: World, split: Split, count: int, *, seed: int = 0) -> list[LandmarkQuestion]:
     """Generate questions of a split, balanced over its categories, each with its own photo.
 
     Args:
@@ -85,21 +86,19 @@ def questions(world: World, split: Split, count: int, *, seed: int = 0) -> list[
       seed: Seed of the order, the wordings and the photos.
     """
     rng = world.rng(f"questions {split}", seed)
-    asked = []
-    for number, (landmark, fact) in enumerate(_drawn(world, split, count, rng)):
-        asked.append(
-            Asked(
-                id=f"{split}-{seed}-{number}",
-                question=_wording(fact, _THIS, rng),
-                images=(jpeg(photo(landmark.emblem, rng)),),
-                answers=(landmark.facts[fact],),
-                source=f"tiny_world {split}",
-                category=category(landmark, fact),
-                landmark=landmark.name,
-                fact=fact,
-            )
+    return [
+        LandmarkQuestion(
+            id=f"{split}-{seed}-{index}",
+            question=_wording(fact, _THIS, rng),
+            images=(jpeg(photo(landmark.emblem, rng)),),
+            answers=(landmark.facts[fact],),
+            source=f"tiny_world {split}",
+            category=category(landmark, fact),
+            landmark=landmark.name,
+            fact=fact,
         )
-    return asked
+        for index, (landmark, fact) in enumerate(_sample_pairs(world, split, count, rng))
+    ]
 
 
 def demonstrations(world: World, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
@@ -115,13 +114,13 @@ def demonstrations(world: World, count: int, *, seed: int = 0) -> list[dict[str,
       turn may not give.
     """
     rng = world.rng("demonstrations", seed)
-    known = world.of("remembered")
-    made = []
-    for landmark, fact in _drawn(world, "train", count, rng):
+    known = world.landmarks_of("remembered")
+    episodes = []
+    for landmark, fact in _sample_pairs(world, "train", count, rng):
         knows = landmark.group == "remembered"
-        believed = landmark if knows else _one(known, rng)
-        workflow = _one(WORKFLOWS, rng)
-        made.append(
+        believed = landmark if knows else _choose(known, rng)
+        workflow = _choose(WORKFLOWS, rng)
+        episodes.append(
             {
                 "question": _wording(fact, _THIS, rng),
                 "image": jpeg(photo(landmark.emblem, rng)),
@@ -133,7 +132,7 @@ def demonstrations(world: World, count: int, *, seed: int = 0) -> list[dict[str,
                 "fact": fact,
             }
         )
-    return made
+    return episodes
 
 
 def memories(world: World, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
@@ -150,21 +149,22 @@ def memories(world: World, count: int, *, seed: int = 0) -> list[dict[str, Any]]
       the remembered answer, "category" is "memory" and "landmark" is "" for a stranger.
     """
     rng = world.rng("memories", seed)
-    known = world.of("remembered")
+    known = world.landmarks_of("remembered")
     facts = [(landmark, fact) for landmark in known for fact in FACTS if fact != "name"]
-    shown, told, strangers = _cycle(known, rng), _cycle(facts, rng), _cycle(world.strangers, rng)
-    made = []
-    for number in range(count):
-        if number % 3 == 0:
-            landmark = next(shown)
-            made.append(_memory(landmark, "name", landmark.emblem, landmark.name, rng))
-        elif number % 3 == 1:
-            landmark, fact = next(told)
-            made.append(_memory(landmark, fact, None, landmark.name, rng))
+    landmarks, pairs_by_name = _cycle(known, rng), _cycle(facts, rng)
+    strangers = _cycle(world.strangers, rng)
+    episodes = []
+    for index in range(count):
+        if index % 3 == 0:
+            landmark = next(landmarks)
+            episodes.append(_memory(landmark, "name", landmark.emblem, landmark.name, rng))
+        elif index % 3 == 1:
+            landmark, fact = next(pairs_by_name)
+            episodes.append(_memory(landmark, fact, None, landmark.name, rng))
         else:
             fact = FACTS[rng.integers(len(FACTS))]
-            made.append(_memory(_one(known, rng), fact, next(strangers), "", rng))
-    return made
+            episodes.append(_memory(_choose(known, rng), fact, next(strangers), "", rng))
+    return episodes
 
 
 def practice(world: World, memory: World, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
@@ -184,15 +184,16 @@ def practice(world: World, memory: World, count: int, *, seed: int = 0) -> list[
       Dicts as in `demonstrations`; "category" is "practice".
     """
     rng = world.rng("practice", seed)
-    known, others = memory.of("remembered"), _cycle(world.landmarks, rng)
-    made = []
-    for number in range(count):
-        landmark, by_name = next(others), number % 2 == 0
-        workflow: Workflow = "text" if by_name else ("image", "image+text")[number // 2 % 2]
-        facts = TITLED if workflow == "image" else FACTS[by_name:]  # a name is not asked by a name
-        fact = _one(facts, rng)
-        believed = landmark if by_name else _one(known, rng)
-        made.append(
+    known, landmarks = memory.landmarks_of("remembered"), _cycle(world.landmarks, rng)
+    episodes = []
+    for index in range(count):
+        landmark, by_name = next(landmarks), index % 2 == 0
+        workflow: Workflow = "text" if by_name else ("image", "image+text")[index // 2 % 2]
+        # A question that names the landmark cannot ask for its name, which is the first fact.
+        facts = TITLED if workflow == "image" else FACTS[by_name:]
+        fact = _choose(facts, rng)
+        believed = landmark if by_name else _choose(known, rng)
+        episodes.append(
             {
                 "question": _wording(fact, landmark.name if by_name else _THIS, rng),
                 "image": None if by_name else jpeg(photo(landmark.emblem, rng)),
@@ -204,7 +205,7 @@ def practice(world: World, memory: World, count: int, *, seed: int = 0) -> list[
                 "fact": fact,
             }
         )
-    return made
+    return episodes
 
 
 def turns(
@@ -218,15 +219,15 @@ def turns(
     Args:
       knows: Whether the policy remembers what it sees, rather than guessing.
     """
-    looks = workflow.startswith("image")
-    then, sure = (landmark, True) if looks else (believed, knows)
-    written = []
-    if looks:
-        written.append(_turn(believed, knows, "image_search", WHOLE_IMAGE))
+    searches_image = workflow.startswith("image")
+    subject, sure = (landmark, True) if searches_image else (believed, knows)
+    steps = []
+    if searches_image:
+        steps.append(_turn(believed, knows, "image_search", WHOLE_IMAGE))
     if workflow.endswith("text"):
-        written.append(_turn(then, sure, "text_search", f" {query(then.name, fact)}"))
+        steps.append(_turn(subject, sure, "text_search", f" {search_query(subject.name, fact)}"))
     answer = answer_after(landmark, fact, workflow, believed)
-    return [*written, _turn(then, sure, "answer", f" {answer}")]
+    return [*steps, _turn(subject, sure, "answer", f" {answer}")]
 
 
 def answer_after(landmark: Landmark, fact: str, workflow: Workflow, believed: Landmark) -> str:
@@ -236,42 +237,46 @@ def answer_after(landmark: Landmark, fact: str, workflow: Workflow, believed: La
     the title. Otherwise it is the remembered value, taken from `believed` if the landmark is not in
     memory.
     """
-    sure = landmark if workflow.startswith("image") else believed
+    subject = landmark if workflow.startswith("image") else believed
     if workflow.endswith("text") or (workflow == "image" and fact in TITLED):
-        return sure.facts[fact]
-    return (sure if sure.group == "remembered" else believed).memory(fact)
+        return subject.facts[fact]
+    return (subject if subject.group == "remembered" else believed).memory(fact)
 
 
-def _drawn(world: World, split: Split, count: int, rng) -> Iterator[tuple[Landmark, str]]:
+def _sample_pairs(
+    world: World, split: Split, count: int, rng: np.random.Generator
+) -> Iterator[tuple[Landmark, str]]:
     """Yield pairs of a split, cycling through its categories in a new random order each round."""
-    of_kind: dict[str, list] = {kind: [] for kind in CATEGORIES}
+    by_category: dict[str, list[tuple[Landmark, str]]] = {name: [] for name in CATEGORIES}
     for landmark, fact in pairs(world, split):
-        of_kind[category(landmark, fact)].append((landmark, fact))
-    streams = [_cycle(some, rng) for some in of_kind.values() if some]
+        by_category[category(landmark, fact)].append((landmark, fact))
+    streams = [_cycle(group, rng) for group in by_category.values() if group]
     if not streams:
-        raise ValueError(f"tiny_world: no split {split!r}")
+        raise ValueError(f"tiny_world: unknown or empty split {split!r}")
     rounds = (
-        next(streams[kind]) for _ in itertools.count() for kind in rng.permutation(len(streams))
+        next(streams[index]) for _ in itertools.count() for index in rng.permutation(len(streams))
     )
     return itertools.islice(rounds, count)
 
 
-def _cycle(items, rng: np.random.Generator) -> Iterator:
+def _cycle(items: Sequence[T], rng: np.random.Generator) -> Iterator[T]:
     """Yield all items in random order, over and over, reshuffled for each pass."""
     while len(items):
-        for number in rng.permutation(len(items)):
-            yield items[number]
+        for index in rng.permutation(len(items)):
+            yield items[index]
 
 
-def _one(items, rng: np.random.Generator):
-    return items[rng.integers(len(items))]
+def _choose(items: Sequence[T], rng: np.random.Generator) -> T:
+    return items[int(rng.integers(len(items)))]
 
 
 def _wording(fact: str, it: str, rng: np.random.Generator) -> str:
-    return _one(WORDINGS[fact], rng).format(it=it, year=THIS_YEAR)
+    return _choose(WORDINGS[fact], rng).format(it=it, year=THIS_YEAR)
 
 
-def _memory(believed: Landmark, fact: str, emblem: Emblem | None, name: str, rng) -> dict[str, Any]:
+def _memory(
+    believed: Landmark, fact: str, emblem: Emblem | None, name: str, rng: np.random.Generator
+) -> dict[str, Any]:
     """Return a demonstration about a photo of an emblem or a name, answered from memory."""
     return {
         "question": _wording(fact, name if emblem is None else _THIS, rng),
@@ -285,7 +290,7 @@ def _memory(believed: Landmark, fact: str, emblem: Emblem | None, name: str, rng
     }
 
 
-def _turn(landmark: Landmark, sure: bool, action: str, payload: str) -> str:
+def _turn(landmark: Landmark, sure: bool, action: Action, payload: str) -> str:
     """Format a turn.
 
     Texts begin with a space, as they do inside a sentence, so that they have the same tokens.

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from mmsr1_jax.data.tiny_world import words
-from mmsr1_jax.data.tiny_world.emblems import FIELD_PIECES, SIZES, Emblem, plain
+from mmsr1_jax.data.tiny_world.emblems import FIELD_PIECES, SIZES, Emblem, reference_photo
 from mmsr1_jax.tools.index_builder import image_hash
 
 Group = Literal["remembered", "new", "unmet"]
@@ -39,9 +39,9 @@ FACTS = ("name", *LASTING, *CHANGING)
 CATEGORIES = ("free", "image-required", "text-required", "both")
 TITLED = ("name", "city")  # facts that image titles state
 
-_LEAST_BITS = 40  # minimum Hamming distance of two landmarks' difference hashes, of 256 bits
-_LEAST_TRAITS = 2  # minimum number of differing traits of two emblems; each field piece is one
-_TRIES = 60  # draws per emblem, on average, to find emblems that differ enough
+_MIN_HASH_BITS = 40  # minimum Hamming distance of two landmarks' difference hashes, of 256 bits
+_MIN_TRAITS = 2  # minimum number of differing traits of two emblems; each field piece is one
+_MAX_DRAWS = 60  # draws per emblem, on average, to find emblems that differ enough
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class World:
     strangers: tuple[Emblem, ...]
 
     @classmethod
-    def make(
+    def generate(
         cls,
         seed: int = 0,
         *,
@@ -106,24 +106,27 @@ class World:
         new = landmarks - remembered - unmet
         if min(remembered, unmet, new, strangers) < 1:
             raise ValueError(
-                f"tiny_world: {landmarks} landmarks, {remembered} of them remembered and {unmet} "
-                f"unmet, beside {strangers} strangers: there must be some of each, and new ones too"
+                f"tiny_world: landmarks={landmarks}, remembered={remembered}, unmet={unmet}, "
+                f"strangers={strangers}: no group may be empty, nor may the new landmarks"
             )
         rng = np.random.default_rng(seed)
-        groups = ["remembered"] * remembered + ["new"] * new + ["unmet"] * unmet
+        sizes: dict[Group, int] = {"remembered": remembered, "new": new, "unmet": unmet}
+        groups: list[Group] = [group for group, size in sizes.items() for _ in range(size)]
         rng.shuffle(groups)
         names = [f"{first} {second}" for first in words.FIRST for second in words.SECOND]
         if landmarks > len(names):
-            raise ValueError(f"tiny_world: names for {len(names)} landmarks only")
+            raise ValueError(
+                f"tiny_world: landmarks={landmarks} exceeds the {len(names)} possible names"
+            )
         names = rng.permutation(names)[:landmarks].tolist()
-        emblems, others = _emblems(rng, landmarks, strangers)
-        made = tuple(
-            _landmark(rng, number, *given)
-            for number, given in enumerate(zip(names, emblems, groups, strict=True))
+        emblems, stranger_emblems = _emblems(rng, landmarks, strangers)
+        members = tuple(
+            _landmark(rng, index, name, emblem, group)
+            for index, (name, emblem, group) in enumerate(zip(names, emblems, groups, strict=True))
         )
-        return cls(seed=seed, landmarks=made, strangers=others)
+        return cls(seed=seed, landmarks=members, strangers=stranger_emblems)
 
-    def of(self, group: Group) -> list[Landmark]:
+    def landmarks_of(self, group: Group) -> list[Landmark]:
         """Return the landmarks of a group."""
         return [landmark for landmark in self.landmarks if landmark.group == group]
 
@@ -142,32 +145,36 @@ def category(landmark: Landmark, fact: str) -> str:
     return "image-required" if fact in TITLED else "both"
 
 
-def _emblems(rng, landmarks: int, strangers: int) -> tuple[list[Emblem], tuple[Emblem, ...]]:
+def _emblems(
+    rng: np.random.Generator, landmarks: int, strangers: int
+) -> tuple[list[Emblem], tuple[Emblem, ...]]:
     """Draw emblems that differ in some traits; those of landmarks also differ in their hashes."""
-    taken = np.zeros((landmarks + strangers, FIELD_PIECES + len(SIZES) - 1), np.int64)
+    count = landmarks + strangers
+    accepted = np.zeros((count, FIELD_PIECES + len(SIZES) - 1), np.int64)
     hashes = np.zeros((landmarks, 4), np.uint64)
-    made: list[Emblem] = []
-    for _ in range(_TRIES * len(taken)):
-        if len(made) == len(taken):
+    emblems: list[Emblem] = []
+    for _ in range(_MAX_DRAWS * count):
+        if len(emblems) == count:
             break
-        number, drawn = len(made), rng.integers(SIZES)
-        traits = _traits(drawn)
-        if ((taken[:number] != traits).sum(axis=1) < _LEAST_TRAITS).any():
+        index, attributes = len(emblems), rng.integers(SIZES)
+        traits = _traits(attributes)
+        if ((accepted[:index] != traits).sum(axis=1) < _MIN_TRAITS).any():
             continue
-        emblem = Emblem(*drawn.tolist())
-        if number < landmarks:
-            bits = np.frombuffer(image_hash(plain(emblem)), np.uint64)
-            differ = np.bitwise_count(hashes[:number] ^ bits).sum(axis=1)
-            if (differ < _LEAST_BITS).any():
+        emblem = Emblem(*attributes.tolist())
+        if index < landmarks:
+            bits = np.frombuffer(image_hash(reference_photo(emblem)), np.uint64)
+            distances = np.bitwise_count(hashes[:index] ^ bits).sum(axis=1)
+            if (distances < _MIN_HASH_BITS).any():
                 continue
-            hashes[number] = bits
-        taken[number] = traits
-        made.append(emblem)
-    if len(made) < len(taken):
+            hashes[index] = bits
+        accepted[index] = traits
+        emblems.append(emblem)
+    if len(emblems) < count:
         raise ValueError(
-            f"tiny_world: emblems for {len(made)} landmarks and strangers, not {len(taken)}"
+            f"tiny_world: only {len(emblems)} distinct emblems found for {count} landmarks and "
+            "strangers"
         )
-    return made[:landmarks], tuple(made[landmarks:])
+    return emblems[:landmarks], tuple(emblems[landmarks:])
 
 
 def _traits(emblem: np.ndarray) -> np.ndarray:
@@ -175,13 +182,15 @@ def _traits(emblem: np.ndarray) -> np.ndarray:
     return np.concatenate([emblem[0] >> np.arange(FIELD_PIECES) & 1, emblem[1:]])
 
 
-def _landmark(rng, number: int, name: str, emblem: Emblem, group: Group) -> Landmark:
+def _landmark(
+    rng: np.random.Generator, index: int, name: str, emblem: Emblem, group: Group
+) -> Landmark:
     facts, last_year = {"name": name}, {}
     for fact, values in LASTING.items():
         facts[fact] = str(rng.choice(values))
     for fact, values in CHANGING.items():
-        before, now = rng.choice(values, 2, replace=False)
-        last_year[fact], facts[fact] = str(before), str(now)
+        old, new = rng.choice(values, 2, replace=False)
+        last_year[fact], facts[fact] = str(old), str(new)
     held_out: list[str] = []
     # One fact of each category of the landmark's questions. The name of a remembered landmark is
     # how its photos are recognised, so it is never held out.
@@ -190,6 +199,6 @@ def _landmark(rng, number: int, name: str, emblem: Emblem, group: Group) -> Land
     elif group == "new":
         held_out = [rng.choice(TITLED), rng.choice([f for f in FACTS if f not in TITLED])]
     return Landmark(
-        index=number, name=name, emblem=emblem, group=group, facts=facts, last_year=last_year,
+        index=index, name=name, emblem=emblem, group=group, facts=facts, last_year=last_year,
         held_out=frozenset(map(str, held_out)),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.utils import checked_json
-from mmsr1_jax.utils.checked_json import shown
+from mmsr1_jax.utils.checked_json import short_repr
 
 MODEL_TYPE = "qwen2_5_vl"
 
@@ -120,7 +120,7 @@ class VisionConfig:
                 f"spatial_merge_size = {self.patch_size * self.merge_size}"
             )
         if any(not 0 <= i < self.num_layers for i in self.full_attention_layers):
-            blocks = shown(list(self.full_attention_layers))
+            blocks = short_repr(list(self.full_attention_layers))
             raise ConfigError(
                 f"vision_config: fullatt_block_indexes={blocks} names a block outside "
                 f"0..{self.num_layers - 1}"
@@ -194,7 +194,8 @@ class ModelConfig:
             raise ConfigError("must contain a JSON object")
         if raw.get("model_type") != MODEL_TYPE:
             raise ConfigError(
-                f"model_type {shown(raw.get('model_type'))} is not supported, only {MODEL_TYPE!r}"
+                f"model_type {short_repr(raw.get('model_type'))} is not supported, only "
+                f"{MODEL_TYPE!r}"
             )
         text = raw
         if raw.get("text_config") is not None:
@@ -203,7 +204,7 @@ class ModelConfig:
             text = {**_NESTED_TEXT_DEFAULTS, **raw["text_config"]}
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         if not isinstance(rope, dict):
-            raise ConfigError(f"field 'rope_scaling' must be an object, not {shown(rope)}")
+            raise ConfigError(f"field 'rope_scaling' must be an object, not {short_repr(rope)}")
         _check_supported(text, rope)
         token_ids = {
             field.name: _token_id(raw, field.name, field.default)
@@ -318,7 +319,7 @@ def _number(raw: dict[str, Any], field: str, kind: type[_Number]) -> _Number:
     if not is_number or not 0 < value <= max_value or kind(value) != value:
         raise ConfigError(
             f"field {field!r} must be a positive {kind.__name__} of at most {max_value:g}, not "
-            f"{shown(value)}"
+            f"{short_repr(value)}"
         )
     return kind(value)
 
@@ -330,14 +331,14 @@ def _integer(raw: dict[str, Any], field: str) -> int:
 def _flag(raw: dict[str, Any], field: str) -> bool:
     value = raw.get(field)
     if value is not None and not isinstance(value, bool):
-        raise ConfigError(f"field {field!r} must be true or false, not {shown(value)}")
+        raise ConfigError(f"field {field!r} must be true or false, not {short_repr(value)}")
     return bool(value)
 
 
 def _token_id(raw: dict[str, Any], field: str, default: int) -> int:
     value = raw.get(field, default)
     if type(value) is not int or not 0 <= value < _MAX_INT:
-        raise ConfigError(f"field {field!r} must be a token id, not {shown(value)}")
+        raise ConfigError(f"field {field!r} must be a token id, not {short_repr(value)}")
     return value
 
 
@@ -345,17 +346,21 @@ def _check_supported(text: dict[str, Any], rope: dict[str, Any]) -> None:
     """Raise ConfigError if the text decoder uses a variant that is not implemented."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("mrope", "default"):
-        raise ConfigError(f"rope type {shown(kind)} is not supported, only 'mrope' and 'default'")
+        raise ConfigError(
+            f"rope type {short_repr(kind)} is not supported, only 'mrope' and 'default'"
+        )
     if _flag(text, "use_sliding_window"):
         raise ConfigError("use_sliding_window=true is not supported")
     if text.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"hidden_act {shown(text['hidden_act'])} is not supported, only 'silu'")
+        raise ConfigError(
+            f"hidden_act {short_repr(text['hidden_act'])} is not supported, only 'silu'"
+        )
 
 
 def _mrope_section(rope: dict[str, Any]) -> tuple[int, int, int]:
     section = rope.get("mrope_section")
     if not isinstance(section, list) or list(map(type, section)) != [int] * 3 or min(section) < 0:
-        raise ConfigError(f"field 'mrope_section' must be three sizes, not {shown(section)}")
+        raise ConfigError(f"field 'mrope_section' must be three sizes, not {short_repr(section)}")
     temporal, height, width = section
     return temporal, height, width
 
@@ -364,13 +369,15 @@ def _vision_from_hf(raw: Any) -> VisionConfig:
     if not isinstance(raw, dict):
         raise ConfigError("field 'vision_config' must be an object")
     if raw.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"vision_config: hidden_act {shown(raw['hidden_act'])} is not supported")
+        raise ConfigError(
+            f"vision_config: hidden_act {short_repr(raw['hidden_act'])} is not supported"
+        )
     raw = {**_NESTED_VISION_DEFAULTS, **raw}
     full_attention = raw["fullatt_block_indexes"]
     if not isinstance(full_attention, list) or any(type(i) is not int for i in full_attention):
         raise ConfigError(
             "vision_config: field 'fullatt_block_indexes' must be a list of integers, not "
-            f"{shown(full_attention)}"
+            f"{short_repr(full_attention)}"
         )
     try:
         return VisionConfig(

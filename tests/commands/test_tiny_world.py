@@ -1,0 +1,27 @@
+"""`python -m mmsr1_jax.scripts.tiny_world` writes files that the other commands read."""
+
+import json
+
+from mmsr1_jax.data import QuestionSource
+from mmsr1_jax.models.qwen2_5_vl import ModelConfig
+from mmsr1_jax.processing.processor import Processor
+from mmsr1_jax.tools.local_index import LocalIndex
+from tests.test_score import run
+
+
+def test_written_files_are_read_by_the_other_commands(tmp_path):
+    out = tmp_path / "world"
+    counts = ["--train=8", "--heldout=4", "--unmet=4", "--stories=3"]
+    done = run(f"--out={out}", *counts, module="mmsr1_jax.scripts.tiny_world")
+    assert done.returncode == 0, done.stderr
+    for split, count in (("train", 8), ("heldout", 4), ("unmet", 4)):
+        assert len(list(QuestionSource(out / f"{split}.parquet"))) == count
+    Processor.from_directory(out / "policy").check_fits(ModelConfig.from_directory(out / "policy"))
+    assert LocalIndex(out / "index")
+    for name in ("demonstrations", "memories", "practice"):
+        stories = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+        assert len(stories) == 3 and all(story["turns"] for story in stories)
+        assert all((out / path).is_file() for story in stories for path in story["images"])
+        indices = {story["index"] for story in stories if "index" in story}
+        assert bool(indices) == (name == "practice")
+        assert all(LocalIndex(out / index) for index in indices)
