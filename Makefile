@@ -19,7 +19,7 @@ $(VENV)/.tests: tests/requirements.txt $(VENV)/.runtime
 # A small policy learns when to search, in a small world: some minutes of training on two cores, and
 # what it answers before and after.
 demo: $(VENV)/.runtime
-	$(RUN) -m mmsr1_jax.scripts.tiny_world --stories=0
+	$(RUN) -m mmsr1_jax.scripts.tiny_world --sft_examples=0
 	$(RUN) -m mmsr1_jax.evaluate --config=configs/tiny.py --model=$(WARM_START) \
 	    --config.eval.workflows="('on_demand',)" --out=$(DEMO)/before
 	$(RUN) -m mmsr1_jax.train --config=configs/tiny.py --workdir=$(DEMO)/run

@@ -11,7 +11,7 @@ Classes and mixes are defined in `data/curation.py`. The episodes are an evaluat
 of each question, sampled with `sampling` (temperature 1 by default), and correct according to the
 judge, or to `rewards.match` without a judge. Episodes for which the judge could not be reached are
 skipped, like those that could not be run, and counted. `eval` is ignored. OUT contains the files
-of an evaluation (`episodes.jsonl`, `pictures/`, `results.json`), and
+of an evaluation (`episodes.jsonl`, `images/`, `results.json`), and
 
     curated.parquet   the questions of the mix, for `train`; their category is the class
     sft.jsonl         correct episodes of all questions, at most `keep` per question, those with the

@@ -8,7 +8,7 @@
 
     questions ─► workflow ─► episodes ─► verdicts ─► metrics
 
-OUT contains `episodes.jsonl` (`evaluation/records.py`) with the `pictures/` of the episodes, and
+OUT contains `episodes.jsonl` (`evaluation/records.py`) with the `images/` of the episodes, and
 `results.json`. An evaluation may be killed at any time; the same command resumes it and produces
 the same results. Every web service receives one test request before the first episode. The command
 ends if a service refuses it, or if the judge refuses requests later; completed work is kept.

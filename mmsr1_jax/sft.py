@@ -11,7 +11,7 @@ A step:
 A line of the training data is a saved episode, or a question with the policy's turns, whose
 searches are executed when the run starts (`training/sft_dataset.py`). `config.run.prompts_per_step`
 is the number of examples per step. RUN contains `config.json`, `metrics.jsonl`, `examples.jsonl`
-with its images in `pictures/`, `checkpoints/`, and at the end `policy/`, an HF directory (with LoRA
+with its images in `images/`, `checkpoints/`, and at the end `policy/`, an HF directory (with LoRA
 also `adapter/`). A run may be killed at any time; a resumed run is bit-identical to an
 uninterrupted one.
 """

@@ -9,7 +9,7 @@ A step:
     questions ─► episodes ─► rewards ─► advantages ─► packed rows ─► updates ─► engine
                  with tools             per group                              loads parameters
 
-RUN contains `config.json`, `metrics.jsonl`, `episodes/` with their images in `pictures/`,
+RUN contains `config.json`, `metrics.jsonl`, `episodes/` with their images in `images/`,
 `checkpoints/`, and at the end `policy/`, an HF directory (with LoRA also `adapter/`). A run may be
 killed at any time; a resumed run is bit-identical to an uninterrupted one.
 

@@ -21,7 +21,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 5
 QUESTION = "When was it opened?"
 # Names at the earlier commit -> names here.
-SCRIPTS = {"tiny_world": ("mmsr1_jax.tiny_world", "mmsr1_jax.scripts.tiny_world")}
+TINY_WORLD = (
+    ("mmsr1_jax.tiny_world", "--stories=0"),
+    ("mmsr1_jax.scripts.tiny_world", "--sft_examples=0"),
+)
 METRICS = {
     "groups/asked": "groups/sampled",
     "groups/spread": "groups/with_variance",
@@ -36,7 +39,9 @@ METRICS = {
     "time/compiled": "time/compiles",
 }
 PREFIXES = {"accuracy_of/": "accuracy_by_category/", "search_of/": "search_by_category/"}
-FIELDS = {"number": "index", "found": "num_results", "shown": "num_shown"}
+FIELDS = {
+    "number": "index", "found": "num_results", "shown": "num_shown", "pictures": "image_spans"
+}  # fmt: skip
 IGNORED = ("seconds", "made_with", "images")  # times, settings, paths
 
 
@@ -66,7 +71,7 @@ def run_all(tree: pathlib.Path, out: pathlib.Path, index: int) -> None:
 
     world = out / "world"
     out.mkdir(parents=True)
-    run(SCRIPTS["tiny_world"][index], f"--out={world}", "--stories=0")
+    run(*TINY_WORLD[index], f"--out={world}")
     config = ["--config=configs/tiny.py", f"--config.tools.index={world / 'index'}"]
     run(
         "mmsr1_jax.train", *config, f"--workdir={out / 'run'}", f"--config.run.steps={STEPS}",

@@ -37,7 +37,7 @@ def random_image(seed: int, width: int = 80, height: int = 60) -> PIL.Image.Imag
 
 
 def examples(count: int) -> list[Example]:
-    """Questions of different lengths with 0 to 2 pictures."""
+    """Questions of different lengths with 0 to 2 images."""
     return [
         Example(
             id=str(i),

@@ -64,7 +64,7 @@ def line(index: int = 0, answer: str = "Paris", **fields: Any) -> dict[str, Any]
         "id": f"q{index}", "question": "Where?", "group": index, "index": index, "sample": 0,
         "workflow": "direct", "end": "answer", "error": None, "answer": answer,
         "turns": [dataclasses.asdict(Turn("answer", answer, "r", None))], "calls": [],
-        "images": ["pictures/a.png"], "segments": [], "answers": ["paris"], "category": "c",
+        "images": ["images/a.png"], "segments": [], "answers": ["paris"], "category": "c",
         "source": "s", "reward": {"reward": 1.0, "format": True}, "allowed": 0, "tokens": 9,
         "tokens_sampled": 4, "em": None, "subem": None, "judge": None,
     }  # fmt: skip

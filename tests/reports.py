@@ -96,7 +96,7 @@ def make_line(
     """Return the episode's line in a file of `folder`, and write its images."""
     folder.mkdir(exist_ok=True)
     reward = reward_function.episode_reward(episode, answers, Rewards())
-    line = line_of(episode, processor, folder, folder.parent / "pictures")
+    line = line_of(episode, processor, folder, folder.parent / "images")
     return line | {"answers": answers, "reward": dataclasses.asdict(reward)} | fields
 
 

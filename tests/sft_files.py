@@ -56,7 +56,7 @@ def write(folder: pathlib.Path) -> None:
     build_index(
         folder / "index",
         [write_lines(folder / "pages.jsonl", pages)],
-        [write_lines(folder / "pictures.jsonl", images)],
+        [write_lines(folder / "images.jsonl", images)],
     )
     rows = []
     for i in range(NUM_ROWS):

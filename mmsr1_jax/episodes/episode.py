@@ -186,7 +186,7 @@ class Episode:
     ) -> dict[str, Any]:
         """Return the episode as JSON-compatible data, with both tokens and text.
 
-        A prompt or tool segment has a field `pictures`: the start and end of each image's
+        A prompt or tool segment has a field `image_spans`: the start and end of each image's
         placeholder in the segment's `text`, in characters and in order.
 
         Args:
@@ -197,7 +197,7 @@ class Episode:
         def segment_json(segment: Segment) -> dict[str, Any]:
             text, spans = _decode_segment(segment.tokens, processor)
             data: dict[str, Any] = {"kind": segment.kind, "text": text}
-            data |= {"pictures": spans} if segment.kind in ("prompt", "tool") else {}
+            data |= {"image_spans": spans} if segment.kind in ("prompt", "tool") else {}
             data["tokens"] = segment.tokens.tolist()
             for field in ("logprobs", "sampling_logprobs"):
                 values = getattr(segment, field)

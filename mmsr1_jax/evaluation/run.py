@@ -205,7 +205,7 @@ def to_line(
     out: pathlib.Path,
 ) -> dict[str, Any]:
     """Convert an episode to an unjudged line of `out/episodes.jsonl`, see `records`."""
-    line = sft_dataset.line_of(episode, processor, out, out / "pictures")
+    line = sft_dataset.line_of(episode, processor, out, out / "images")
     reward = reward_function.episode_reward(
         episode, question.answers, config.rewards, config.run.steps
     )

@@ -79,14 +79,14 @@ def write(out: pathlib.Path) -> None:
     for split in typing.get_args(Split):
         questions = tiny_world.questions(world, split, _COUNTS[split].value)
         write_parquet(out / f"{split}.parquet", questions)
-    if _STORIES.value:
-        write_stories(world, out, _STORIES.value)
+    if _SFT_EXAMPLES.value:
+        write_sft_examples(world, out, _SFT_EXAMPLES.value)
 
 
-def write_stories(world: tiny_world.World, out: pathlib.Path, count: int) -> None:
+def write_sft_examples(world: tiny_world.World, out: pathlib.Path, count: int) -> None:
     """Write the warm-start data, `count` lines in each of three files.
 
-    Their images are written to `out/stories/`, and the indexes of other worlds to `out/practice/`.
+    Their images are written to `out/sft/`, and the indexes of other worlds to `out/practice/`.
     """
     practice = []
     for index in range(min(_NUM_PRACTICE_WORLDS, count)):
@@ -97,26 +97,26 @@ def write_stories(world: tiny_world.World, out: pathlib.Path, count: int) -> Non
         tiny_world.write_index(other, out / folder)
         num_lines = count // _NUM_PRACTICE_WORLDS + (index < count % _NUM_PRACTICE_WORLDS)
         practice += [
-            story | {"index": folder} for story in tiny_world.practice(other, world, num_lines)
+            example | {"index": folder} for example in tiny_world.practice(other, world, num_lines)
         ]
     _write_jsonl(tiny_world.demonstrations(world, count), out, "demonstrations")
     _write_jsonl(tiny_world.memories(world, count), out, "memories")
     _write_jsonl(practice, out, "practice")
 
 
-def _write_jsonl(stories: Sequence[Mapping[str, Any]], out: pathlib.Path, name: str) -> None:
-    """Write `out/NAME.jsonl`, and the images of its lines to `out/stories/NAME/`."""
-    folder = pathlib.Path("stories", name)
+def _write_jsonl(examples: Sequence[Mapping[str, Any]], out: pathlib.Path, name: str) -> None:
+    """Write `out/NAME.jsonl`, and the images of its lines to `out/sft/NAME/`."""
+    folder = pathlib.Path("sft", name)
     (out / folder).mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.jsonl"
     path.unlink(missing_ok=True)  # first, so that no old line refers to a new image
     with outputs.new_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
-        for index, story in enumerate(stories):
+        for index, example in enumerate(examples):
             images = []
-            if story["image"] is not None:
+            if example["image"] is not None:
                 images = [str(folder / f"{index:06d}.jpg")]
-                (out / images[0]).write_bytes(story["image"])
-            line = {"id": f"{name}-{index}", **story, "images": images}
+                (out / images[0]).write_bytes(example["image"])
+            line = {"id": f"{name}-{index}", **example, "images": images}
             del line["image"]
             file.write(json.dumps(line) + "\n")
 
@@ -128,8 +128,8 @@ if __name__ == "__main__":
         split: flags.DEFINE_integer(split, count, f"number of questions in {split}.parquet")
         for split, count in _DEFAULT_COUNTS.items()
     }
-    _STORIES = flags.DEFINE_integer(
-        "stories",
+    _SFT_EXAMPLES = flags.DEFINE_integer(
+        "sft_examples",
         6000,
         "number of lines in each of demonstrations.jsonl, memories.jsonl and practice.jsonl",
     )

@@ -138,13 +138,13 @@ def write_episodes(
 ) -> None:  # fmt: skip
     """Write some episodes of a step as JSONL, with gold answers and rewards.
 
-    Their images go to `workdir/pictures`.
+    Their images go to `workdir/images`.
     """
     path = workdir / "episodes" / f"{step:06d}.jsonl"
     with outputs.new_text_file(path) as file:
         for episode, reward in pairs:
             question = questions[episode.group]
-            line = line_of(episode, engine.processor, path.parent, workdir / "pictures")
+            line = line_of(episode, engine.processor, path.parent, workdir / "images")
             line |= {"answers": question.answers, "category": question.category}
             line |= {"source": question.source, "reward": dataclasses.asdict(reward)}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -7,12 +7,12 @@
                       or in a local index with "index": path
 
 Images and indexes must lie in the folder of the file that names them (for a run's `episodes/`, also
-in `pictures/` next to it), or in one of `config.data.image_roots`.
+in `images/` next to it), or in one of `config.data.image_roots`.
 
 At the start of a run the files are read, the turns replayed with their searches, and the episodes
 checked. The result is stored in the run's directory:
 
-    files ──prepare──► RUN/examples.jsonl, RUN/pictures/ ──load──► examples ──step_indices──► a step
+    files ──prepare──► RUN/examples.jsonl, RUN/images/ ──load──► examples ──step_indices──► a step
 """
 
 import asyncio
@@ -121,7 +121,7 @@ def prepare(
     processor: Processor,
     model_config: ModelConfig,
 ) -> None:
-    """Write the episodes of `config.data.train` to `path`, their images to `pictures/` beside it.
+    """Write the episodes of `config.data.train` to `path`, their images to `images/` beside it.
 
     `path` appears once it is complete. Lines that cannot be used are skipped and logged.
 
@@ -154,7 +154,7 @@ def prepare(
                         ) from None
                     continue
                 episode.group = episode.index = num_written
-                line = line_of(episode, processor, path.parent, path.parent / "pictures")
+                line = line_of(episode, processor, path.parent, path.parent / "images")
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
                 num_written += 1
                 num_scripted += isinstance(content, ScriptedEpisode)

@@ -60,7 +60,7 @@ def read_saved_episode(
         raise LineError("a saved episode with images lacks 'images', the paths of its image files")
     paths = string_list(data, "images") if data.get("images") else []
     if folder.name == "episodes":  # of a run, which keeps its images in a sibling folder
-        roots = (*roots, folder.parent / "pictures")
+        roots = (*roots, folder.parent / "images")
     image_paths = [_image_path(path, folder, roots, "images") for path in paths]
     return Episode.from_json(data, [read_image(path, images) for path in image_paths])
 

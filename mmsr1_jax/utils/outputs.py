@@ -28,7 +28,7 @@ from mmsr1_jax.utils.logs import log
 # No other program uses these names, so such files may be removed.
 _LEFTOVER = re.compile(r"\.(.+)\.mmsr1-(?:partial(?:-journal|-wal|-shm)?|old|lock)")
 _HOLDER = re.compile(r"process \d+ on [\w.-]+")  # content of a lock file
-_SUBFOLDERS = ("", "episodes", "pictures")  # subfolders of a locked directory to clean up
+_SUBFOLDERS = ("", "episodes", "images")  # subfolders of a locked directory to clean up
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2

@@ -146,9 +146,9 @@ def test_images_are_stored_once_and_bounded_in_size(tmp_path, monkeypatch):
 def private(tmp_path):
     """The parent folder of a run, with an image that is outside of the run."""
     (tmp_path / "run" / "episodes").mkdir(parents=True)
-    (tmp_path / "run" / "pictures").mkdir()
+    (tmp_path / "run" / "images").mkdir()
     PIL.Image.new("RGB", (56, 56), (200, 10, 10)).save(tmp_path / "private.png")
-    PIL.Image.new("RGB", (56, 56), (10, 200, 10)).save(tmp_path / "run" / "pictures" / "own.png")
+    PIL.Image.new("RGB", (56, 56), (10, 200, 10)).save(tmp_path / "run" / "images" / "own.png")
     return tmp_path
 
 
@@ -168,10 +168,10 @@ def read_images(run, names, source=None, image_dir=None):
 
 def test_images_outside_the_run_are_not_shown(private):
     run = private / "run"
-    (run / "pictures" / "link.png").symlink_to(private / "private.png")
-    names = ["../pictures/own.png", str(run / "pictures" / "own.png"), str(private / "private.png"),
-             "../../private.png", "../pictures/../../private.png", "../pictures/link.png",
-             "../../run/pictures/own.png", "../../nowhere.png"]  # fmt: skip
+    (run / "images" / "link.png").symlink_to(private / "private.png")
+    names = ["../images/own.png", str(run / "images" / "own.png"), str(private / "private.png"),
+             "../../private.png", "../images/../../private.png", "../images/link.png",
+             "../../run/images/own.png", "../../nowhere.png"]  # fmt: skip
     shown, messages = read_images(run, names)
     assert shown == [True, True, False, False, False, False, True, False]
     assert len(messages) == 5
@@ -184,13 +184,13 @@ def test_images_outside_the_run_are_not_shown(private):
 def test_invalid_image_paths_are_reported(private):
     """None of them ends the report, fills the memory, or blocks."""
     run = private / "run"
-    os.mkfifo(run / "pictures" / "pipe.png")
-    (run / "pictures" / "round.png").symlink_to(run / "pictures" / "round.png")
-    with open(run / "pictures" / "large.png", "wb") as file:
+    os.mkfifo(run / "images" / "pipe.png")
+    (run / "images" / "round.png").symlink_to(run / "images" / "round.png")
+    with open(run / "images" / "large.png", "wb") as file:
         file.truncate(10**9)  # a sparse file
-    names = ["../pictures/own.png", "/dev/zero", "../pictures/pipe.png", "../pictures",
-             "../pictures/large.png", "../pictures/nothing.png", "a\0b.png", "\ud800.png",
-             "x" * 5000, "../pictures/round.png", ""]  # fmt: skip
+    names = ["../images/own.png", "/dev/zero", "../images/pipe.png", "../images",
+             "../images/large.png", "../images/nothing.png", "a\0b.png", "\ud800.png",
+             "x" * 5000, "../images/round.png", ""]  # fmt: skip
     shown, messages = read_images(run, names, image_dir=pathlib.Path("/dev"))
     assert shown == [True] + [False] * 10
     reasons = ["not a regular file", "not a regular file", "not a regular file",

@@ -70,7 +70,7 @@ def make_search(address: str, store: pathlib.Path | None, mode: str = "use"):
     services.reader = _READER.value
     services.summariser_url = f"{address}/v1" if _SUMMARISER.value else None
     services.allowed_hosts = (address.removeprefix("http://"),)
-    services.timeout = 2.0  # for a server that says nothing
+    services.timeout = 2.0  # for a server that does not reply
     services.max_concurrency, services.max_qps = 512, 10_000.0
     services.cache, services.cache_mode = store and str(store), mode
     return make_tools(config)["text_search"]

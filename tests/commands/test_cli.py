@@ -91,7 +91,7 @@ def test_an_installed_package_runs_from_another_directory(tmp_path):
     )
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     mmsr1 = venv / "bin" / "mmsr1"
-    for arguments in (["--help"], ["settings"], ["tiny_world", "--out=world", "--stories=0"],
+    for arguments in (["--help"], ["settings"], ["tiny_world", "--out=world", "--sft_examples=0"],
                       ["train", "--config=tiny", "--workdir=run", "--config.run.steps=1",
                        "--config.run.prompts_per_step=2", "--config.run.group_size=2",
                        "--config.data.train=('world/train.parquet',)",

@@ -84,7 +84,7 @@ def results(out):
         contents[name] = read(out / name)
         for call in itertools.chain(*(episode["calls"] for episode in contents[name])):
             del call["seconds"]
-    for path in [out / "curated.parquet", *(out / "pictures").iterdir()]:
+    for path in [out / "curated.parquet", *(out / "images").iterdir()]:
         contents[path.name] = path.read_bytes()
     return contents | {"figures": json.loads((out / "curation.json").read_text())}
 

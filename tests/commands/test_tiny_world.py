@@ -11,7 +11,7 @@ from tests.programs import run_module as run
 
 def test_written_files_are_read_by_the_other_commands(tmp_path):
     out = tmp_path / "world"
-    counts = ["--train=8", "--heldout=4", "--unmet=4", "--stories=3"]
+    counts = ["--train=8", "--heldout=4", "--unmet=4", "--sft_examples=3"]
     done = run(f"--out={out}", *counts, module="mmsr1_jax.scripts.tiny_world")
     assert done.returncode == 0, done.stderr
     for split, count in (("train", 8), ("heldout", 4), ("unmet", 4)):
@@ -19,9 +19,9 @@ def test_written_files_are_read_by_the_other_commands(tmp_path):
     Processor.from_directory(out / "policy").check_fits(ModelConfig.from_directory(out / "policy"))
     assert LocalIndex(out / "index")
     for name in ("demonstrations", "memories", "practice"):
-        stories = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
-        assert len(stories) == 3 and all(story["turns"] for story in stories)
-        assert all((out / path).is_file() for story in stories for path in story["images"])
-        indices = {story["index"] for story in stories if "index" in story}
+        examples = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+        assert len(examples) == 3 and all(example["turns"] for example in examples)
+        assert all((out / path).is_file() for example in examples for path in example["images"])
+        indices = {example["index"] for example in examples if "index" in example}
         assert bool(indices) == (name == "practice")
         assert all(LocalIndex(out / index) for index in indices)

@@ -23,10 +23,8 @@ def real_index(shared, tmp_path_factory):
         (folder / f"{len(lines)}.img").write_bytes(row.images[0])
         titles = [entry["title"] for entry in known.get(row.id, [])][:5]
         lines.append({"image": f"{len(lines)}.img", "titles": titles or [row.question]})
-    (folder / "pictures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    build_index(
-        folder / "index", [shared / "data" / "web_pages.jsonl"], [folder / "pictures.jsonl"]
-    )
+    (folder / "images.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    build_index(folder / "index", [shared / "data" / "web_pages.jsonl"], [folder / "images.jsonl"])
     return folder / "index"
 
 

@@ -98,10 +98,10 @@ def test_image_marks_around_a_question_are_removed(tmp_path, content, text):
 
 
 def test_images_are_bytes_or_paths_and_may_be_several(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "a.jpg").write_bytes(png(1, kind="jpeg"))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(png(1, kind="jpeg"))
     images = [
-        {"bytes": None, "path": "pictures/a.jpg"},
+        {"bytes": None, "path": "images/a.jpg"},
         {"bytes": png(2), "path": "missing.png"},
         {"bytes": png(3), "path": None},
     ]

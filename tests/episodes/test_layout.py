@@ -164,7 +164,7 @@ def episode_of(processor, user_turn, images=()):
 
 
 def test_recorded_results_equal_the_shown_ones(rules, processor, tmp_path):
-    """Through the line of a file; with placeholders that a page writes out, and pictures that
+    """Through the line of a file; with placeholders that a page writes out, and images that
     cannot be opened, whose text is left."""
     fake = "<|vision_start|><|image_pad|><|vision_end|>"
     results = [
@@ -183,7 +183,7 @@ def test_recorded_results_equal_the_shown_ones(rules, processor, tmp_path):
     assert json.loads(json.dumps(again.to_json(processor, names)))["calls"] == line["calls"]
     for segment in line["segments"]:
         assert segment["text"] == processor.decode(segment["tokens"])
-        for begin, end in segment["pictures"]:
+        for begin, end in segment["image_spans"]:
             assert segment["text"][begin:end].startswith("<|vision_start|>")
     record = records.to_record(line, tmp_path, images.ImageRegistry(), None)
     assert record["images"] == [0]
@@ -222,8 +222,8 @@ def test_malformed_records_are_refused(rules, processor, results):
 def test_image_spans_outside_the_text_are_refused(rules, processor, tmp_path, spans):
     line = episode_of(processor, reply(rules, [text_result("x", "y")])).to_json(processor)
     line = json.loads(json.dumps(line))
-    line["segments"][1]["pictures"] = spans
-    with pytest.raises(records.LineError, match=r"segments\[1\]: 'pictures' must be"):
+    line["segments"][1]["image_spans"] = spans
+    with pytest.raises(records.LineError, match=r"segments\[1\]: 'image_spans' must be"):
         records.to_record(line, tmp_path, images.ImageRegistry(), None)
 
 

@@ -147,9 +147,9 @@ def material(tmp_path_factory, shared):
         (directory / f"{row.id}.img").write_bytes(row.images[0])
         titles = [entry["title"] for entry in search_results.get(row.id, [])[:2]] or [row.question]
         images.append(json.dumps({"image": f"{row.id}.img", "titles": titles}) + "\n")
-    (directory / "pictures.jsonl").write_text("".join(images))
+    (directory / "images.jsonl").write_text("".join(images))
     pages = shared / "data" / "web_pages.jsonl"
-    build_index(directory / "index", [pages], [directory / "pictures.jsonl"])
+    build_index(directory / "index", [pages], [directory / "images.jsonl"])
     return directory
 
 

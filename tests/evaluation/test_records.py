@@ -23,7 +23,7 @@ def test_a_line_is_converted_to_an_outcome():
 
 def test_image_paths_are_rebased_to_another_folder(tmp_path):
     line_ = records.rebase_images(line(), tmp_path / "a", tmp_path / "b" / "c")
-    assert line_["images"] == ["../../a/pictures/a.png"]
+    assert line_["images"] == ["../../a/images/a.png"]
 
 
 @pytest.mark.parametrize(

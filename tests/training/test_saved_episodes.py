@@ -50,7 +50,7 @@ def test_saved_episodes_become_bit_identical_training_samples(tmp_path):
         assert episode_record(saved) == episode_record(episode)
         assert (saved.index, saved.group) == (episode.index, episode.group)
     # Images that several episodes contain are saved once.
-    assert sum(len(line["images"]) for line in lines) > len(list((tmp_path / "pictures").iterdir()))
+    assert sum(len(line["images"]) for line in lines) > len(list((tmp_path / "images").iterdir()))
 
     config = dataclasses.replace(rollout.config, data=settings.Data(train=(str(path.parent),)))
     (tmp_path / "run").mkdir()

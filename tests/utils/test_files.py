@@ -24,10 +24,10 @@ from mmsr1_jax.utils import files
 def folders(tmp_path):
     """A data folder with links that lead out of it, and a folder with a private image."""
     data, secret = tmp_path / "data", tmp_path / "secret"
-    (data / "pictures").mkdir(parents=True)
+    (data / "images").mkdir(parents=True)
     secret.mkdir()
     rng = np.random.default_rng(0)
-    for path in (data / "own.png", data / "pictures" / "deep.png", secret / "private.png"):
+    for path in (data / "own.png", data / "images" / "deep.png", secret / "private.png"):
         PIL.Image.fromarray(rng.integers(0, 256, (60, 60, 3), np.uint8)).save(path)
     (data / "link.png").symlink_to(secret / "private.png")
     (data / "folder").symlink_to(secret)
@@ -40,14 +40,14 @@ def folders(tmp_path):
 
 def outside(secret: pathlib.Path) -> list[str]:
     return [
-        "../secret/private.png", str(secret / "private.png"), "pictures/../../secret/private.png",
+        "../secret/private.png", str(secret / "private.png"), "images/../../secret/private.png",
         "link.png", "folder/private.png", "/dev/zero", "/proc/self/environ", "/etc/passwd",
         "../data/../secret/private.png", "/proc/self/root/etc/passwd",
     ]  # fmt: skip
 
 
-UNUSABLE = ("pipe.png", "round.png", "none.png", "a\0b.png", "x" * 5000, "", "pictures")
-USABLE = ("own.png", "pictures/deep.png", "./own.png", "pictures/../own.png", "inner.png")
+UNUSABLE = ("pipe.png", "round.png", "none.png", "a\0b.png", "x" * 5000, "", "images")
+USABLE = ("own.png", "images/deep.png", "./own.png", "images/../own.png", "inner.png")
 
 
 def test_paths_are_resolved_before_they_are_checked(folders, tmp_path):
@@ -138,10 +138,10 @@ def test_saved_episodes_may_name_images_of_their_run_only(folders):
     data, secret = folders
     run = data / "run"
     (run / "episodes").mkdir(parents=True)
-    (run / "pictures").mkdir()
-    roots = (run / "pictures",)
-    (run / "pictures" / "x.png").write_bytes((data / "own.png").read_bytes())
-    episode = {"segments": [], "images": ["../pictures/x.png"]}
+    (run / "images").mkdir()
+    roots = (run / "images",)
+    (run / "images" / "x.png").write_bytes((data / "own.png").read_bytes())
+    episode = {"segments": [], "images": ["../images/x.png"]}
     with pytest.raises(ValueError, match="does not match the digest|multiples"):
         # The path is allowed, and the file is opened.
         sft_lines.read_saved_episode(episode, run / "episodes", random_policy.IMAGES, ())
@@ -188,7 +188,7 @@ def message(name):
     return [{"role": "user", "content": [{"type": "image", "image": name}]}]
 
 data, secret = map(pathlib.Path, sys.argv[1:])
-for name in ("pipe.png", str(data / "pipe.png"), "/dev/zero", "pictures"):
+for name in ("pipe.png", str(data / "pipe.png"), "/dev/zero", "images"):
     try:
         resolve_paths(message(name), data)
     except FileRefusedError:

@@ -206,7 +206,7 @@ def files(folder: pathlib.Path) -> dict[str, str]:
 def test_files_of_the_user_are_never_removed_or_renamed(tmp_path, with_target):
     for name in (
         ".bashrc.old", ".config.old/thesis", ".notes.partial", ".work.partial/a", ".lock",
-        ".config.lock", ".x.partial-wal", ".a.json.partial", ".a.json.old", "pictures/.p.png.old",
+        ".config.lock", ".x.partial-wal", ".a.json.partial", ".a.json.old", "images/.p.png.old",
         "episodes/.e.partial", ".other.old/b", *(["config/new"] if with_target else []),
     ):  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True)

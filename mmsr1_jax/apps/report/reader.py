@@ -183,7 +183,7 @@ def _image_folders(source: pathlib.Path) -> list[pathlib.Path]:
         return [source]
     folder = source.absolute().parent
     # The images of a training step's file are in a sibling of its directory.
-    return [folder, *([folder.parent / "pictures"] if folder.name == "episodes" else [])]
+    return [folder, *([folder.parent / "images"] if folder.name == "episodes" else [])]
 
 
 def _is_number(value: Any) -> bool:

@@ -155,7 +155,7 @@ class _PartSplitter:
         parts: list[str | int] = []
         position = 0
         segment = self._segments[index]
-        is_recorded = "pictures" in segment
+        is_recorded = "image_spans" in segment
         spans = _image_spans(index, segment, text) if is_recorded else self._guess_spans(text)
         for start, end in spans:
             parts += [text[position:start], self._next_image(side)]
@@ -186,7 +186,7 @@ def _num_tokens(grid: Any) -> int | None:
 
 def _image_spans(index: int, segment: Mapping[str, Any], text: str) -> list[list[int]]:
     """Return the spans of images in a segment's text. Raises LineError if they are invalid."""
-    spans = segment.get("pictures", [])
+    spans = segment.get("image_spans", [])
     is_valid = isinstance(spans, list) and all(
         isinstance(span, list) and len(span) == 2 and all(type(offset) is int for offset in span)
         for span in spans
@@ -194,7 +194,7 @@ def _image_spans(index: int, segment: Mapping[str, Any], text: str) -> list[list
     offsets = [offset for span in spans for offset in span] if is_valid else [-1]
     if offsets != sorted(offsets) or any(not 0 <= offset <= len(text) for offset in offsets):
         raise LineError(
-            f"segments[{index}]: 'pictures' must be ascending pairs of offsets into 'text'"
+            f"segments[{index}]: 'image_spans' must be ascending pairs of offsets into 'text'"
         )
     return spans
 
