@@ -48,6 +48,7 @@ lint: $(VENV)/.tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports --no-cache
+	$(VENV)/bin/pyright
 
 format: $(VENV)/.tests
 	$(VENV)/bin/ruff check --fix .

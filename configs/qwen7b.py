@@ -14,6 +14,7 @@ XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
 from mmsr1_jax.config import (
     Buckets,
     Config,
+    ConfigError,
     Images,
     Mesh,
     Model,
@@ -28,7 +29,7 @@ from mmsr1_jax.config import (
 
 def get_config(variant: str = "paper") -> Config:
     if variant not in ("paper", "script", "sft"):
-        raise ValueError(f"configs/qwen7b.py:{variant}: there are :paper, :script and :sft")
+        raise ConfigError(f"configs/qwen7b.py:{variant}: use :paper, :script or :sft")
     script = variant == "script"
     config = Config(
         model=Model(

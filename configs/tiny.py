@@ -11,6 +11,7 @@
 from mmsr1_jax.config import (
     Buckets,
     Config,
+    ConfigError,
     Data,
     Eval,
     Images,
@@ -31,9 +32,7 @@ WORLD = "build/tiny_world"  # default output directory of `mmsr1_jax.scripts.tin
 
 def get_config(variant: str = "grpo") -> Config:
     if variant not in ("grpo", "warm_start", "warm_start_facts"):
-        raise ValueError(
-            f"configs/tiny.py:{variant}: there are :grpo, :warm_start and :warm_start_facts"
-        )
+        raise ConfigError(f"configs/tiny.py:{variant}: use :grpo, :warm_start or :warm_start_facts")
     config = Config(
         model=Model(
             dtype="float32",  # bfloat16 is slower than float32 on a CPU

@@ -171,8 +171,8 @@ def prepare(
         line_id = line["id"]
         messages = resolve_paths(line["messages"], folder)
         prompt = processor.conversation(messages, max_file_pixels=config.images.max_file_pixels)
-        ways = sharding.batch_ways(mesh)
-        bucket = select_bucket(prompt, model_config, config.buckets, ways)
+        num_shards = sharding.num_batch_shards(mesh)
+        bucket = select_bucket(prompt, model_config, config.buckets, num_shards)
         return Conversation(line_number, line_id, prompt, bucket)
     except (ConversationError, FileRefusedError, ImageError, TooLongError) as error:
         reason = str(error)

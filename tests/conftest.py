@@ -23,6 +23,10 @@ import pathlib
 import pytest
 from absl import flags
 
+from tests import typechecker
+
+typechecker.install()
+
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.utils import logs
@@ -31,11 +35,11 @@ flags.FLAGS.mark_as_parsed()
 logs.set_up()  # as `cli.run` does
 
 # Files that take longest, which begin first, so that no process is left with one of them alone.
-LONG = ("test_train.py", "test_engine.py", "test_update.py", "test_sharding.py", "test_pool.py",
+LONG = ("test_train.py", "test_engine.py", "test_learner.py", "test_sharding.py", "test_pool.py",
         "test_sft.py", "test_embedding.py", "test_faults.py", "test_lora.py",
-        "test_ratio.py", "test_scripted.py", "test_saved_episodes.py", "test_profile.py",
-        "test_evaluate.py", "test_curate.py", "test_serve.py", "test_serve_page.py",
-        "test_report_page.py", "test_workflows.py")  # fmt: skip
+        "test_off_policy_updates.py", "test_scripted.py", "test_saved_episodes.py",
+        "test_profile.py", "test_evaluate.py", "test_curate.py", "test_serve.py",
+        "test_serve_page.py", "test_report_page.py", "test_workflows.py")  # fmt: skip
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 

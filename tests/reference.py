@@ -1,4 +1,6 @@
-"""The same policy in `transformers`/torch, for comparison."""
+"""The same policy in `transformers`/torch, for comparison, and random conversations for both."""
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -12,12 +14,19 @@ from mmsr1_jax.models.qwen2_5_vl import checkpoint
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
 from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.processing.processor import Prompt
+from mmsr1_jax.scripts import random_policy
 
 torch.set_grad_enabled(False)
 
 
+def variant(**text) -> ModelConfig:
+    """Return the tiny random policy's configuration with changed fields of the text decoder."""
+    config = random_policy.CONFIG
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, **text))
+
+
 def torch_model(model: qwen2_5_vl.Qwen2_5_VL) -> Qwen2_5_VLForConditionalGeneration:
-    """The torch implementation with the parameters of `model`, float32."""
+    """Return the torch implementation with the parameters of `model`, float32."""
     config = Qwen2_5_VLConfig(**model.config.to_hf("float32"))
     reference = Qwen2_5_VLForConditionalGeneration(config).eval()
     tensors = checkpoint.hf_tensors(model, checkpoint.LAYOUTS[1])
@@ -30,8 +39,8 @@ def torch_model(model: qwen2_5_vl.Qwen2_5_VL) -> Qwen2_5_VLForConditionalGenerat
     return reference
 
 
-def torch_inputs(prompt: Prompt, config: ModelConfig) -> dict:
-    """Keyword arguments of the torch model for one conversation (batch of 1)."""
+def torch_inputs(prompt: Prompt, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Return the torch model's keyword arguments for one conversation (batch of 1)."""
     ids = torch.tensor(prompt.tokens, dtype=torch.long)[None]
     inputs = {
         "input_ids": ids,
@@ -46,7 +55,14 @@ def torch_inputs(prompt: Prompt, config: ModelConfig) -> dict:
 
 
 def random_conversation(rng, config: ModelConfig, layout) -> Prompt:
-    """`layout`: lengths of text (int) and images (rows, columns[, frames]), in merged tokens."""
+    """Return a conversation of random texts and images.
+
+    Args:
+      rng: NumPy generator.
+      config: Model configuration.
+      layout: Lengths of texts (int) and sizes of images (rows, columns[, frames]), in merged
+        tokens.
+    """
     special = {config.image_token_id, config.vision_start_token_id, config.vision_end_token_id}
     special.add(config.video_token_id)
     ordinary = [i for i in range(config.text.vocab_size) if i not in special]
@@ -66,5 +82,5 @@ def random_conversation(rng, config: ModelConfig, layout) -> Prompt:
 
 
 def torch_logits(reference, prompt: Prompt, config: ModelConfig) -> np.ndarray:
-    """float32[T, V] of one conversation."""
+    """Return the torch model's logits of one conversation, float32[T, V]."""
     return reference(**torch_inputs(prompt, config)).logits[0].numpy()

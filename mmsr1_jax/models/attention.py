@@ -1,6 +1,6 @@
 """Multi-head attention with several implementations behind one function.
 
-    q: [B, T, N, H]   k, v: [B, S, K, H]   ->   [B, T, N, H]    (G = N / K query heads per kv head)
+    q: [B, T, N, H]   k, v: [B, S, K, H]   ->   [B, T, N, H]    (N / K query heads per kv head)
 
 Segment ids, int32[B, T] and int32[B, S], define the mask: a query attends to the keys of its own
 segment, and with `causal=True` only to those at or before its own index. Two conversations packed
@@ -27,29 +27,33 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int32
 
 from mmsr1_jax.config.choices import ATTENTION, Attention
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.models import sharding
+from mmsr1_jax.utils.arrays import AnyArray
 
 # Up to this many keys, `xla` is the fastest on every platform and its scores are small.
-_PLAIN_KEYS = 1024
+_MAX_XLA_KEYS = 1024
 CACHE_BLOCK = 256  # keys per step of `cached_attention`: the fastest on a CPU among 128 to 512
 _CPU_ROWS = 4  # rows that `cached_attention` computes at a time on a CPU
 _BLOCK = 512  # keys per step of `blockwise`; also the block size of the TPU kernel
-_MULTIPLE = {"triton": 64, "splash": 128}  # row lengths must be a multiple of this
+_ROW_MULTIPLE = {"triton": 64, "splash": 128}  # row lengths must be a multiple of this
 _MASKED = -1e30  # finite, so that a row with no visible key yields a mean, not NaN
 
 
 def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array,
+    q: Float[jax.Array, "B T N H"],
+    k: Float[jax.Array, "B T K H"],
+    v: Float[jax.Array, "B T K H"],
+    segment_ids: Int32[AnyArray, "B T"],
     *,
     causal: bool,
     single_segment: bool = False,
     implementation: Attention = "auto",
-) -> jax.Array:
+) -> Float[jax.Array, "B T N H"]:
     """Compute scaled dot-product attention with grouped queries over packed rows.
 
     Args:
@@ -66,8 +70,8 @@ def attention(
       float[B, T, N, H] in the dtype of `q`.
 
     Raises:
-      ValueError: If the implementation is unknown, `cudnn` is used without `single_segment`, or
-        the named kernel does not support the row length.
+      UserError: If the implementation is unknown, `cudnn` is used without `single_segment`, or the
+        named kernel does not support the row length.
     """
     k, v = _expand_kv(q, k, v)
     segment_ids = jnp.asarray(segment_ids)  # the custom gradients reject numpy constants
@@ -81,15 +85,15 @@ def attention(
 
 
 def cached_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[jax.Array, "B T N H"],
+    k: Float[jax.Array, "L lanes K S H"],
+    v: Float[jax.Array, "L lanes K S H"],
     *,
-    layer: jax.Array,
-    lane: jax.Array,
-    start: jax.Array,
-    count: jax.Array,
-) -> jax.Array:
+    layer: Int32[AnyArray, ""],
+    lane: Int32[AnyArray, "B"],
+    start: Int32[AnyArray, "B"],
+    count: Int32[AnyArray, "B"],
+) -> Float[jax.Array, "B T N H"]:
     """Compute attention of new tokens over lanes of a KV cache that already contain them.
 
     Keys are read one block at a time, up to the last block that the fullest row needs (the
@@ -101,83 +105,91 @@ def cached_attention(
     best if rows are sorted by length.
 
     Args:
-      q: float[R, T, N, H]. Queries of the tokens from index `start` on.
+      q: float[B, T, N, H]. Queries of the tokens from index `start` on.
       k, v: float[L, lanes, K, S, H]. Cache; keys after a query's own index are masked.
       layer: int32[]. Layer of the cache to read.
-      lane: int32[R]. Lane of each row. Out-of-range lanes are padding; their output is undefined.
-      start: int32[R]. Index of each row's first new token in its lane.
-      count: int32[R]. Number of real tokens in each row.
+      lane: int32[B]. Lane of each row. Out-of-range lanes are padding; their output is undefined.
+      start: int32[B]. Index of each row's first new token in its lane.
+      count: int32[B]. Number of real tokens in each row.
 
     Returns:
-      float[R, T, N, H].
+      float[B, T, N, H].
     """
-    R, T, N, H = q.shape
+
+    def attend(rows):
+        q, lane, start, count = rows
+        return _cached_rows(q, k, v, layer, lane, start, count)
+
+    rows, B = (q, lane, start, count), q.shape[0]
+    if jax.default_backend() == "cpu" and B > _CPU_ROWS and B % _CPU_ROWS == 0:
+        parts = [x.reshape(-1, _CPU_ROWS, *x.shape[1:]) for x in rows]
+        return jax.lax.map(attend, parts).reshape(q.shape)
+    return attend(rows)
+
+
+def _cached_rows(q, k, v, layer, lane, start, count):
+    """Compute `cached_attention` of all rows at once."""
+    B, T, N, H = q.shape
     K, S = k.shape[2:4]
-    if jax.default_backend() == "cpu" and R > _CPU_ROWS and R % _CPU_ROWS == 0:
-
-        def of_some(rows):
-            q, lane, start, count = rows
-            return cached_attention(q, k, v, layer=layer, lane=lane, start=start, count=count)
-
-        rows = [x.reshape(-1, _CPU_ROWS, *x.shape[1:]) for x in (q, lane, start, count)]
-        return jax.lax.map(of_some, rows).reshape(q.shape)
-    G, block = N // K, min(CACHE_BLOCK, S)
+    heads_per_kv, block = N // K, min(CACHE_BLOCK, S)
     if S % block:
         raise ValueError(f"cached_attention: lanes of {S} tokens are not whole blocks of {block}")
-    q = q.reshape(R, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(R, K, G * T, H)
-    own = jnp.tile(start[:, None] + jnp.arange(T), (1, G))[:, None, :, None]  # [R, 1, G T, 1]
+    q = q.reshape(B, T, K, heads_per_kv, H).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(B, K, heads_per_kv * T, H)
+    query_index = jnp.tile(start[:, None] + jnp.arange(T), (1, heads_per_kv))
+    query_index = query_index[:, None, :, None]  # [B, 1, heads_per_kv T, 1]
 
-    def read(cache, number):
-        def of_row(lane):
-            corner = (layer, lane, 0, number * block, 0)
-            return jax.lax.dynamic_slice(cache, corner, (1, 1, K, block, H))[0, 0]
+    def read_block(cache, index):
+        def read_lane(lane):
+            offset = (layer, lane, 0, index * block, 0)
+            return jax.lax.dynamic_slice(cache, offset, (1, 1, K, block, H))[0, 0]
 
-        return jax.vmap(of_row)(lane)  # [R, K, block, H]
+        return jax.vmap(read_lane)(lane)  # [B, K, block, H]
 
-    def step(number, carry):
+    def step(index, carry):
         m, total, o = carry
         scores = jnp.einsum(
-            "rkth,rksh->rkts", q, read(k, number), preferred_element_type=jnp.float32
+            "bkth,bksh->bkts", q, read_block(k, index), preferred_element_type=jnp.float32
         )
-        visible = own >= number * block + jnp.arange(block)
+        visible = query_index >= index * block + jnp.arange(block)
         scores = jnp.where(visible, scores * H**-0.5, _MASKED)
         m_new = jnp.maximum(m, scores.max(axis=-1, keepdims=True))
         weights = jnp.exp(scores - m_new)
         scale = jnp.exp(m - m_new)
-        added = jnp.einsum(
-            "rkts,rksh->rkth", weights.astype(v.dtype), read(v, number),
+        o_block = jnp.einsum(
+            "bkts,bksh->bkth", weights.astype(v.dtype), read_block(v, index),
             preferred_element_type=jnp.float32,
         )  # fmt: skip
-        return m_new, total * scale + weights.sum(axis=-1, keepdims=True), o * scale + added
+        return m_new, total * scale + weights.sum(axis=-1, keepdims=True), o * scale + o_block
 
-    zero = jnp.zeros((R, K, G * T, 1), jnp.float32)
-    carry = (zero + _MASKED, zero, jnp.zeros((R, K, G * T, H), jnp.float32))
+    zero = jnp.zeros((*q.shape[:3], 1), jnp.float32)
+    carry = (zero + _MASKED, zero, jnp.zeros(q.shape, jnp.float32))
     filled = jnp.max(jnp.where(count > 0, start + count, 1))
     _, total, o = jax.lax.fori_loop(0, (filled + block - 1) // block, step, carry)
-    o = (o / total).astype(q.dtype).reshape(R, K, G, T, H)
-    return o.transpose(0, 3, 1, 2, 4).reshape(R, T, N, H)
+    o = (o / total).astype(q.dtype).reshape(B, K, heads_per_kv, T, H)
+    return o.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def choose(implementation: str, keys: int, dtype, single_segment: bool) -> str:
+def choose(implementation: str, keys: int, dtype: DTypeLike, single_segment: bool) -> str:
     """Return the implementation that `attention` uses for these arguments on this platform."""
     if implementation not in ATTENTION:
-        raise ValueError(f"attention: {implementation!r} is not one of {ATTENTION}")
+        raise UserError(f"attention: {implementation!r} is not one of {', '.join(ATTENTION)}")
     if implementation == "cudnn" and not single_segment:
-        raise ValueError("attention: cudnn cannot keep packed segments apart; use triton")
-    if keys % _MULTIPLE.get(implementation, 1):
-        raise ValueError(
+        raise UserError("attention: cudnn cannot keep packed segments apart; use triton")
+    if keys % _ROW_MULTIPLE.get(implementation, 1):
+        raise UserError(
             f"attention: {implementation} needs rows of a multiple of "
-            f"{_MULTIPLE[implementation]} tokens, not {keys}"
+            f"{_ROW_MULTIPLE[implementation]} tokens, not {keys}"
         )
     if implementation != "auto":
         return implementation
     platform = jax.default_backend()
     half = dtype in (jnp.bfloat16, jnp.float16)
-    if keys <= _PLAIN_KEYS:
+    if keys <= _MAX_XLA_KEYS:
         return "xla"
     if platform == "gpu" and half and single_segment:
         return "cudnn"
-    if platform == "gpu" and half and keys % _MULTIPLE["triton"] == 0:
+    if platform == "gpu" and half and keys % _ROW_MULTIPLE["triton"] == 0:
         return "triton"
     if platform == "tpu" and keys % _BLOCK == 0:
         return "splash"
@@ -186,16 +198,16 @@ def choose(implementation: str, keys: int, dtype, single_segment: bool) -> str:
 
 def _expand_kv(q, k, v):
     """Repeat kv heads if the tensor axis has more devices than there are kv heads."""
-    ways, kv_heads = sharding.mesh_axis_size("kv_heads"), k.shape[2]
-    if ways > kv_heads and ways % kv_heads == 0 and q.shape[2] % ways == 0:
-        k, v = (jnp.repeat(x, ways // kv_heads, axis=2) for x in (k, v))
+    axis_size, kv_heads = sharding.mesh_axis_size("kv_heads"), k.shape[2]
+    if axis_size > kv_heads and axis_size % kv_heads == 0 and q.shape[2] % axis_size == 0:
+        k, v = (jnp.repeat(x, axis_size // kv_heads, axis=2) for x in (k, v))
     return tuple(sharding.constrain(x, "batch", None, "kv_heads", None) for x in (k, v))
 
 
 def _visible(q_ids, kv_ids, q_index, kv_index, causal: bool):
     """Return the attention mask, bool[T, S], for segment ids [T] and [S]."""
-    seen = q_ids[:, None] == kv_ids[None, :]
-    return seen & (q_index[:, None] >= kv_index[None, :]) if causal else seen
+    same_segment = q_ids[:, None] == kv_ids[None, :]
+    return same_segment & (q_index[:, None] >= kv_index[None, :]) if causal else same_segment
 
 
 def _xla(q, k, v, segment_ids, causal: bool):
@@ -210,9 +222,9 @@ def _xla(q, k, v, segment_ids, causal: bool):
     large = 4 * N * T * T >= 2**20
     mesh = jax.sharding.get_abstract_mesh()
     if B > 1 and large and jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1):
-        out = jax.lax.map(lambda row: _one_row(*row, causal), (q, k, v, segment_ids))
+        out = jax.lax.map(lambda row: _row_attention(*row, causal), (q, k, v, segment_ids))
     else:
-        out = jax.vmap(functools.partial(_one_row, causal=causal))(q, k, v, segment_ids)
+        out = jax.vmap(functools.partial(_row_attention, causal=causal))(q, k, v, segment_ids)
     return out.swapaxes(1, 2)
 
 
@@ -224,8 +236,7 @@ def _weights(q, k, segment_ids, causal: bool):
     return jax.nn.softmax(jnp.where(visible, scores * q.shape[-1] ** -0.5, _MASKED), axis=-1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _one_row(q, k, v, segment_ids, causal: bool):
+def _row_output(q, k, v, segment_ids, causal: bool) -> jax.Array:
     """Compute attention of one row; q, k, v: [N, T, H] -> [N, T, H].
 
     The backward pass recomputes the scores instead of storing them (FlashAttention, arXiv
@@ -235,11 +246,11 @@ def _one_row(q, k, v, segment_ids, causal: bool):
     return jnp.einsum("nts,nsh->nth", weights.astype(v.dtype), v)
 
 
-def _one_row_forward(q, k, v, segment_ids, causal):
-    return _one_row(q, k, v, segment_ids, causal), (q, k, v, segment_ids)
+def _row_attention_forward(q, k, v, segment_ids, causal):
+    return _row_output(q, k, v, segment_ids, causal), (q, k, v, segment_ids)
 
 
-def _one_row_backward(causal, saved, g):
+def _row_attention_backward(causal, saved, g):
     q, k, v, segment_ids = saved
     weights = _weights(q, k, segment_ids, causal)
     d_weights = jnp.einsum("nth,nsh->nts", g, v, preferred_element_type=jnp.float32)
@@ -253,7 +264,8 @@ def _one_row_backward(causal, saved, g):
     return dq, dk, dv, None
 
 
-_one_row.defvjp(_one_row_forward, _one_row_backward)
+_row_attention = jax.custom_vjp(_row_output, nondiff_argnums=(4,))
+_row_attention.defvjp(_row_attention_forward, _row_attention_backward)
 
 
 def _blockwise(q, k, v, segment_ids, causal: bool):
@@ -276,8 +288,7 @@ def _blockwise(q, k, v, segment_ids, causal: bool):
     return out.swapaxes(1, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _flash(q, k, v, q_ids, kv_ids, causal: bool):
+def _flash_output(q, k, v, q_ids, kv_ids, causal: bool) -> jax.Array:
     """Compute blockwise attention.
 
     q: [B, N, T, H]; k, v: [blocks, B, K, block, H]; ids: [B, T], [blocks, B, block].
@@ -285,12 +296,12 @@ def _flash(q, k, v, q_ids, kv_ids, causal: bool):
     return _flash_forward(q, k, v, q_ids, kv_ids, causal)[0]
 
 
-def _block_scores(q, k, q_ids, kv_ids, number, causal: bool):
+def _block_scores(q, k, q_ids, kv_ids, block_index, causal: bool):
     """Return masked scores of all queries with one block of keys, float32[B, N, T, block].
 
     The block of keys has N heads, already repeated for grouped queries.
     """
-    kv_index = number * k.shape[2] + jnp.arange(k.shape[2])
+    kv_index = block_index * k.shape[2] + jnp.arange(k.shape[2])
     visible = functools.partial(_visible, causal=causal)
     visible = jax.vmap(visible, (0, 0, None, None))(q_ids, kv_ids, jnp.arange(q.shape[2]), kv_index)
     scores = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=jnp.float32)
@@ -303,19 +314,19 @@ def _flash_forward(q, k, v, q_ids, kv_ids, causal):
     With m the largest score so far, total = sum of exp(s - m) and o = sum of exp(s - m) v. Each
     block updates the maximum and rescales both sums by exp(m_old - m_new).
     """
-    groups = q.shape[1] // k.shape[2]
+    heads_per_kv = q.shape[1] // k.shape[2]
 
     def step(carry, block):
         m, total, o = carry
-        k, v, ids, number = block
-        k, v = (jnp.repeat(x, groups, axis=1) for x in (k, v))
-        scores = _block_scores(q, k, q_ids, ids, number, causal)
+        k, v, ids, index = block
+        k, v = (jnp.repeat(x, heads_per_kv, axis=1) for x in (k, v))
+        scores = _block_scores(q, k, q_ids, ids, index, causal)
         m_new = jnp.maximum(m, scores.max(axis=-1))
         weights = jnp.exp(scores - m_new[..., None])
         scale = jnp.exp(m - m_new)
         total = total * scale + weights.sum(axis=-1)
-        added = jnp.einsum("bnts,bnsh->bnth", weights.astype(v.dtype), v)
-        return (m_new, total, o * scale[..., None] + added), None
+        o_block = jnp.einsum("bnts,bnsh->bnth", weights.astype(v.dtype), v)
+        return (m_new, total, o * scale[..., None] + o_block), None
 
     zero = jnp.zeros(q.shape[:3], jnp.float32)
     carry = (zero + _MASKED, zero, jnp.zeros(q.shape, jnp.float32))
@@ -331,25 +342,26 @@ def _flash_backward(causal, saved, g):
     """
     q, k, v, q_ids, kv_ids, out, logsumexp = saved
     B, K, size, H = k.shape[1:]
-    groups = q.shape[1] // K
+    heads_per_kv = q.shape[1] // K
     delta = (out.astype(jnp.float32) * g.astype(jnp.float32)).sum(axis=-1, keepdims=True)
 
     def step(dq, block):
-        k, v, ids, number = block
-        k, v = (jnp.repeat(x, groups, axis=1) for x in (k, v))
-        weights = jnp.exp(_block_scores(q, k, q_ids, ids, number, causal) - logsumexp[..., None])
+        k, v, ids, index = block
+        k, v = (jnp.repeat(x, heads_per_kv, axis=1) for x in (k, v))
+        weights = jnp.exp(_block_scores(q, k, q_ids, ids, index, causal) - logsumexp[..., None])
         d_weights = jnp.einsum("bnth,bnsh->bnts", g, v, preferred_element_type=jnp.float32)
         d_scores = (weights * (d_weights - delta) * H**-0.5).astype(q.dtype)
         dq += jnp.einsum("bnts,bnsh->bnth", d_scores, k)
         dk = jnp.einsum("bnts,bnth->bnsh", d_scores, q)
         dv = jnp.einsum("bnts,bnth->bnsh", weights.astype(g.dtype), g)
-        return dq, tuple(x.reshape(B, K, groups, size, H).sum(axis=2) for x in (dk, dv))
+        return dq, tuple(x.reshape(B, K, heads_per_kv, size, H).sum(axis=2) for x in (dk, dv))
 
     zero = jnp.zeros(q.shape, jnp.float32)
     dq, (dk, dv) = jax.lax.scan(step, zero, (k, v, kv_ids, jnp.arange(len(k))))
     return dq.astype(q.dtype), dk, dv, None, None
 
 
+_flash = jax.custom_vjp(_flash_output, nondiff_argnums=(5,))
 _flash.defvjp(_flash_forward, _flash_backward)
 
 
@@ -384,7 +396,7 @@ def _splash(q, k, v, segment_ids, *, causal: bool, interpret: bool = False):
     K = k.shape[2]
     mask_type = splash.CausalMask if causal else splash.FullMask
     mask = splash.MultiHeadMask([mask_type((T, T))] * (N // K))
-    block = _BLOCK if T % _BLOCK == 0 else _MULTIPLE["splash"]
+    block = _BLOCK if T % _BLOCK == 0 else _ROW_MULTIPLE["splash"]
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block,
         block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
@@ -395,7 +407,8 @@ def _splash(q, k, v, segment_ids, *, causal: bool, interpret: bool = False):
     q = q.reshape(B, T, K, N // K, -1).transpose(0, 2, 3, 1, 4)
     k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
     ids = splash.SegmentIds(q=segment_ids, kv=segment_ids)
-    out = jax.vmap(jax.vmap(kernel, in_axes=(0, 0, 0, None)))(q, k, v, ids)  # rows, kv heads
+    per_row = jax.vmap(kernel, in_axes=(0, 0, 0, None))  # over kv heads
+    out = jnp.asarray(jax.vmap(per_row)(q, k, v, ids))
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)[..., :H].astype(v.dtype)
 
 

@@ -7,11 +7,17 @@ four are replicated, and so is a batch of one row.
 """
 
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from mmsr1_jax.config.errors import UserError
+
+Tree = TypeVar("Tree")
 
 MESH_AXES = ("replica", "fsdp", "tensor")
 
@@ -27,26 +33,33 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(replica: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
+def make_mesh(
+    replica: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
     """Return a mesh over all devices (or `devices`). One size may be -1 to use all remaining ones.
 
     Raises:
-      ValueError: If the product of the sizes is not the number of devices.
+      UserError: If the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [replica, fsdp, tensor]
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-        raise ValueError(f"mesh: sizes {sizes} must be positive, one of them may be -1")
+        raise UserError(f"mesh: sizes {sizes} must be positive, one of them may be -1")
     if -1 in sizes:
         known = int(np.prod([s for s in sizes if s != -1]))
         sizes[sizes.index(-1)] = len(devices) // known
     if int(np.prod(sizes)) != len(devices):
         named = " x ".join(f"{n}={s}" for n, s in zip(MESH_AXES, sizes, strict=True))
-        raise ValueError(f"mesh: {named} does not match {len(devices)} devices")
+        raise UserError(f"mesh: {named} does not match {len(devices)} devices")
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh) -> PartitionSpec:
+def partition_spec(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
     """Return the partition spec of an array whose dimensions have the logical axes `axes`.
 
     Example, on a mesh of fsdp=2, tensor=4:
@@ -54,10 +67,14 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh) -> Pa
     """
     spec = []
     for name, size in zip(axes, shape, strict=True):
-        on = tuple(a for a in RULES.get(name, ()) if mesh.shape.get(a, 1) > 1)
-        ways = int(np.prod([mesh.shape[a] for a in on]))
-        spec.append((on if len(on) > 1 else on[0]) if on and size % ways == 0 else None)
+        mesh_axes = tuple(a for a in _mesh_axes(name) if mesh.shape.get(a, 1) > 1)
+        shards = int(np.prod([mesh.shape[a] for a in mesh_axes]))
+        spec.append(mesh_axes if mesh_axes and size % shards == 0 else None)
     return PartitionSpec(*spec)
+
+
+def _mesh_axes(name: str | None) -> tuple[str, ...]:
+    return () if name is None else RULES.get(name, ())
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -71,7 +88,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def mesh_axis_size(name: str) -> int:
     """Return the size of a logical axis's mesh axes in the current mesh (1 without a mesh)."""
     mesh = jax.sharding.get_abstract_mesh()
-    return int(np.prod([mesh.shape.get(a, 1) for a in RULES.get(name, ())]))
+    return int(np.prod([mesh.shape.get(a, 1) for a in _mesh_axes(name)]))
 
 
 def param(
@@ -79,7 +96,7 @@ def param(
     shape: Sequence[int],
     axes: Sequence[str | None],
     init: jax.nn.initializers.Initializer,
-    dtype,
+    dtype: DTypeLike,
 ) -> nnx.Param:
     """Create a parameter from its shape, logical axes (one per dimension), initialiser and dtype.
 
@@ -91,8 +108,13 @@ def param(
     return nnx.Param(init(rngs.params(), tuple(shape), dtype), axes=tuple(axes))
 
 
-def param_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
-    """Return the sharding of every parameter of `nnx.split(model)[1]`, concrete or abstract."""
+def param_shardings(params: Tree, mesh: Mesh) -> Tree:
+    """Return a pytree of parameters, concrete or abstract, with their shardings as values.
+
+    Args:
+      params: Pytree of `nnx.Param` with logical axes, such as `nnx.split(model)[1]`.
+      mesh: Mesh for the parameters.
+    """
     return jax.tree.map(
         lambda p: p.replace(
             NamedSharding(mesh, partition_spec(p.get_metadata("axes"), p.get_value().shape, mesh))
@@ -102,8 +124,11 @@ def param_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
     )
 
 
-def shard_batch(batch, mesh: Mesh):
-    """Put host arrays on the mesh, with rows (dimension 0) split over the batch axes."""
+def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
+    """Put a pytree of host arrays on the mesh, with rows (dimension 0) split over the batch axes.
+
+    Arrays are [B, ...].
+    """
 
     def put(x):
         axes = ("batch",) + (None,) * (np.ndim(x) - 1)
@@ -112,6 +137,6 @@ def shard_batch(batch, mesh: Mesh):
     return jax.tree.map(put, batch)
 
 
-def batch_ways(mesh: Mesh) -> int:
-    """Return the number of parts into which the mesh splits a batch."""
+def num_batch_shards(mesh: Mesh) -> int:
+    """Return the number of shards into which the mesh splits a batch."""
     return int(np.prod([mesh.shape[a] for a in RULES["batch"]]))

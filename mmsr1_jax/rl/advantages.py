@@ -5,6 +5,8 @@ float32.
 """
 
 import numpy as np
+from jaxtyping import Bool, Float32
+from numpy.typing import ArrayLike
 
 from mmsr1_jax.config.choices import ADVANTAGES
 
@@ -12,7 +14,7 @@ _EPSILON = 1e-6  # added to the standard deviation, as in the published code
 _MIN_VARIATION = 1e-6  # smaller differences between rewards are rounding errors
 
 
-def group_advantages(rewards: np.ndarray, kind: str = "grpo") -> np.ndarray:
+def group_advantages(rewards: ArrayLike, kind: str = "grpo") -> Float32[np.ndarray, "G"]:
     """Return the advantage of each episode of a group.
 
     Groups with identical rewards, including groups of one episode, get zero advantage.
@@ -28,11 +30,11 @@ def group_advantages(rewards: np.ndarray, kind: str = "grpo") -> np.ndarray:
       float32[G].
 
     Raises:
-      ValueError: The kind is unknown, or the rewards have another shape or are not all finite.
+      ValueError: The kind is unknown, or the rewards are not one-dimensional or are not all finite.
     """
     if kind not in ADVANTAGES:
         raise ValueError(f"advantages: {kind!r} is not one of {', '.join(ADVANTAGES)}")
-    rewards = _checked(rewards)
+    rewards = _validate_rewards(rewards)
     if not has_reward_variance(rewards):
         return np.zeros(len(rewards), np.float32)
     centred = rewards - rewards.mean()
@@ -43,7 +45,7 @@ def group_advantages(rewards: np.ndarray, kind: str = "grpo") -> np.ndarray:
     return centred.astype(np.float32)
 
 
-def has_reward_variance(rewards: np.ndarray) -> bool:
+def has_reward_variance(rewards: ArrayLike) -> bool:
     """Return whether the rewards of a group differ.
 
     Dynamic sampling keeps only such groups and resamples the others. DAPO (arXiv 2503.14476),
@@ -53,12 +55,12 @@ def has_reward_variance(rewards: np.ndarray) -> bool:
       rewards: float[G].
 
     Raises:
-      ValueError: The rewards have another shape or are not all finite.
+      ValueError: The rewards are not one-dimensional or not all finite.
     """
-    return bool(np.ptp(_checked(rewards)) > _MIN_VARIATION)
+    return bool(np.ptp(_validate_rewards(rewards)) > _MIN_VARIATION)
 
 
-def overlong_penalty(length: np.ndarray | int, limit: int, buffer: int) -> np.ndarray:
+def overlong_penalty(length: ArrayLike, limit: int, buffer: int) -> Float32[np.ndarray, "..."]:
     """Return DAPO's soft overlong penalty (eq. 13), which is added to the reward.
 
     The penalty is 0 up to `limit - buffer` tokens, decreases linearly to -1 at `limit`, and is -1
@@ -77,11 +79,11 @@ def overlong_penalty(length: np.ndarray | int, limit: int, buffer: int) -> np.nd
     """
     if not 0 < buffer <= limit:
         raise ValueError(f"overlong penalty: buffer={buffer} must be over 0, at most limit={limit}")
-    room = (limit - buffer) - np.asarray(length, np.float64)
-    return np.clip(room / buffer, -1.0, 0.0).astype(np.float32)
+    remaining = (limit - buffer) - np.asarray(length, np.float64)
+    return np.asarray(np.clip(remaining / buffer, -1.0, 0.0), np.float32)
 
 
-def overlong_mask(mask: np.ndarray, cut: bool) -> np.ndarray:
+def overlong_mask(mask: Bool[np.ndarray, "T"], truncated: bool) -> Bool[np.ndarray, "T"]:
     """Return the loss mask of an episode under overlong filtering (DAPO, section 3.4).
 
     A truncated episode carries no loss, since its reward says little about its reasoning. Its
@@ -90,20 +92,20 @@ def overlong_mask(mask: np.ndarray, cut: bool) -> np.ndarray:
 
     Args:
       mask: bool[T], True for sampled tokens.
-      cut: Whether the episode ended because its token budget was used up.
+      truncated: Whether the episode ended because its token budget was used up.
 
     Returns:
       bool[T].
     """
-    mask = np.asarray(mask, bool)
-    return np.zeros_like(mask) if cut else mask
+    return np.zeros_like(mask) if truncated else mask
 
 
-def _checked(rewards: np.ndarray) -> np.ndarray:
+def _validate_rewards(rewards: ArrayLike) -> np.ndarray:
     rewards = np.asarray(rewards, np.float64)
     if rewards.ndim != 1 or not len(rewards):
         raise ValueError(f"rewards of shape {rewards.shape}; a group has shape (episodes,)")
-    bad = np.flatnonzero(~np.isfinite(rewards))
-    if len(bad):
-        raise ValueError(f"rewards[{bad[0]}] is {rewards[bad[0]]}, not a finite number")
+    nonfinite = np.flatnonzero(~np.isfinite(rewards))
+    if len(nonfinite):
+        index = nonfinite[0]
+        raise ValueError(f"rewards[{index}] is {rewards[index]}, not a finite number")
     return rewards

@@ -1,7 +1,7 @@
 """Policy update: gradients of micro-batches are accumulated in float32, then applied with AdamW.
 
     for batch in micro-batches:   gradients += d/dp sum of the batch's weighted losses
-    parameters -= rate * adamw(clipped gradients)
+    parameters -= learning_rate * adamw(clipped gradients)
 
 All token weights are computed beforehand, so the accumulated sum equals the loss regardless of
 packing and the number of devices. A step with a non-finite loss or gradient is skipped. With LoRA
@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float32
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.models import sharding
@@ -27,7 +28,7 @@ from mmsr1_jax.rl.packing import TrainBatch
 
 # Maps the log-probs and entropies of a batch's tokens, float32[B, C] each, to the loss (a sum) and
 # named sums. All are accumulated over micro-batches.
-Loss = Callable[[jax.Array, jax.Array, TrainBatch], tuple[jax.Array, dict[str, jax.Array]]]
+LossFunction = Callable[[jax.Array, jax.Array, TrainBatch], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 class Learner:
@@ -35,7 +36,7 @@ class Learner:
 
     Args:
       model: Policy; the first step donates its parameters. With LoRA, adapters are attached to it.
-      loss: Loss function, see `Loss`.
+      loss: Loss function, see `LossFunction`.
       config: Settings of the update.
       mesh: Mesh of the parameters.
       temperature: Sampling temperature of the tokens.
@@ -50,7 +51,7 @@ class Learner:
     def __init__(
         self,
         model: Qwen2_5_VL,
-        loss: Loss,
+        loss: LossFunction,
         config: settings.Update,
         mesh: Mesh,
         *,
@@ -71,46 +72,44 @@ class Learner:
             is_trained = nnx.LoRAParam
         self._graph, self.trained, self.frozen = nnx.split(model, is_trained, ...)
         if config.lora_rank:
-            scale = config.lora_alpha / config.lora_rank
-            merge = functools.partial(lora.merge, scale=scale)
-            merged = sharding.param_shardings(
-                jax.eval_shape(merge, self.trained, self.frozen), mesh
-            )
-            self._merge = jax.jit(merge, out_shardings=merged)
-        self._transform = optax.chain(
-            optax.clip_by_global_norm(config.max_grad_norm)
-            if config.max_grad_norm
-            else optax.identity(),
-            optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
-            optax.add_decayed_weights(config.weight_decay),
-        )
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        layout = sharding.param_shardings(self.trained, mesh)
-        shapes = jax.eval_shape(self._transform.init, self.trained)
-        optimizer_layout = optax.tree.map_params(
+            self._merge = self._jit_merge(config.lora_alpha / config.lora_rank)
+        self._transform = _adamw(config)
+        self.optimizer = self._jit_functions(model.dtype)
+
+    def _jit_merge(self, scale: float):
+        """Return a jitted function that merges adapters into the kernels."""
+        merge = functools.partial(lora.merge, scale=scale)
+        merged = jax.eval_shape(merge, self.trained, self.frozen)
+        return jax.jit(merge, out_shardings=sharding.param_shardings(merged, self.mesh))
+
+    def _jit_functions(self, dtype: jnp.dtype) -> optax.OptState:
+        """Create the jitted functions and return the initial optimiser state."""
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        trained = sharding.param_shardings(self.trained, self.mesh)
+        optimizer = optax.tree.map_params(
             self._transform,
-            lambda _, place: place,
-            shapes,
-            layout,
-            transform_non_params=lambda _: everywhere,
+            lambda _, param_sharding: param_sharding,
+            jax.eval_shape(self._transform.init, self.trained),
+            trained,
+            transform_non_params=lambda _: replicated,
         )
-        self.optimizer = jax.jit(self._transform.init, out_shardings=optimizer_layout)(self.trained)
         self._zeros = jax.jit(
             lambda p: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), p),
-            out_shardings=layout,
+            out_shardings=trained,
         )
-        self._gradients = jax.jit(
-            self._gradients_of, donate_argnums=2, out_shardings=(layout, everywhere)
+        self._accumulate = jax.jit(
+            self._accumulate_gradients, donate_argnums=2, out_shardings=(trained, replicated)
         )
-        self._step = jax.jit(
-            self._step_of,
+        self._apply = jax.jit(
+            self._apply_gradients,
             donate_argnums=(0, 1),
-            out_shardings=(layout, optimizer_layout, everywhere),
+            out_shardings=(trained, optimizer, replicated),
         )
-        self._score = jax.jit(self._score_of)
+        self._logprobs = jax.jit(self._compute_logprobs)
         self._copy = jax.jit(
-            lambda p: jax.tree.map(lambda x: x.astype(model.dtype).copy(), p), out_shardings=layout
+            lambda p: jax.tree.map(lambda x: x.astype(dtype).copy(), p), out_shardings=trained
         )
+        return jax.jit(self._transform.init, out_shardings=optimizer)(self.trained)
 
     @property
     def params(self) -> nnx.State:
@@ -140,11 +139,13 @@ class Learner:
             return copy
         return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(memory)), copy)
 
-    def put(self, batch: TrainBatch) -> TrainBatch:
+    def shard_batch(self, batch: TrainBatch) -> TrainBatch:
         """Return a micro-batch of host arrays as arrays sharded over the devices."""
         return sharding.shard_batch(batch, self.mesh)
 
-    def score(self, batches: Sequence[TrainBatch], trained: nnx.State | None = None):
+    def logprobs(
+        self, batches: Sequence[TrainBatch], trained: nnx.State | None = None
+    ) -> list[Float32[np.ndarray, "B C"]]:
         """Return the log-probs of the loss tokens as one NumPy float32[B, C] per micro-batch.
 
         Args:
@@ -152,42 +153,44 @@ class Learner:
           trained: Snapshot of the trained parameters; None for the current parameters.
         """
         trained = self.trained if trained is None else self._on_device(trained)
-        with self._set_up():
-            found = [self._score(trained, self.frozen, self.put(batch)) for batch in batches]
-        return [np.asarray(x) for x in found]
+        with self._mesh_and_precision():
+            logprobs = [
+                self._logprobs(trained, self.frozen, self.shard_batch(batch)) for batch in batches
+            ]
+        return [np.asarray(x) for x in logprobs]
 
-    def update(self, batches: Sequence[TrainBatch], rate: float) -> dict[str, float]:
+    def update(self, batches: Sequence[TrainBatch], learning_rate: float) -> dict[str, float]:
         """Take one optimiser step with the gradient of all micro-batches.
 
         Args:
           batches: Micro-batches of host arrays.
-          rate: Learning rate of this step.
+          learning_rate: Learning rate of this step.
 
         Returns:
           The loss function's sums over all batches, `loss`, `gradient_norm` (before clipping), and
           `finite`, which is 0 if the step was skipped.
         """
-        with self._set_up():
-            gradients, parts = self._zeros(self.trained), []
+        with self._mesh_and_precision():
+            gradients, batch_sums = self._zeros(self.trained), []
             for batch in batches:
-                gradients, sums = self._gradients(
-                    self.trained, self.frozen, gradients, self.put(batch)
+                gradients, sums = self._accumulate(
+                    self.trained, self.frozen, gradients, self.shard_batch(batch)
                 )
-                parts.append(sums)
-            total = jax.tree.map(lambda *xs: sum(xs[1:], start=xs[0]), *parts)
-            self.trained, self.optimizer, found = self._step(
-                self.trained, self.optimizer, gradients, total["loss"], np.float32(rate)
+                batch_sums.append(sums)
+            total = jax.tree.map(lambda *xs: sum(xs[1:], start=xs[0]), *batch_sums)
+            self.trained, self.optimizer, metrics = self._apply(
+                self.trained, self.optimizer, gradients, total["loss"], np.float32(learning_rate)
             )
-        return {name: float(x) for name, x in jax.device_get(total | found).items()}
+        return {name: float(x) for name, x in jax.device_get(total | metrics).items()}
 
-    def lower(self, batch: TrainBatch):
+    def lower(self, batch: TrainBatch) -> jax.stages.Lowered:
         """Return the lowered gradient computation for such a batch, for inspection."""
-        with self._set_up():
-            return self._gradients.lower(
-                self.trained, self.frozen, self._zeros(self.trained), self.put(batch)
+        with self._mesh_and_precision():
+            return self._accumulate.lower(
+                self.trained, self.frozen, self._zeros(self.trained), self.shard_batch(batch)
             )
 
-    def _set_up(self):
+    def _mesh_and_precision(self) -> contextlib.ExitStack:
         """Return a context that sets the mesh and, in float32, the highest matmul precision."""
         stack = contextlib.ExitStack()
         stack.enter_context(jax.set_mesh(self.mesh))
@@ -200,7 +203,7 @@ class Learner:
 
         return jax.tree.map(put, trained, self.trained)
 
-    # Functions compiled in `__init__`
+    # Functions that `_jit_functions` compiles
 
     def _statistics(self, trained, frozen, batch: TrainBatch):
         model = nnx.merge(self._graph, trained, frozen)
@@ -208,10 +211,10 @@ class Learner:
             batch.rows, batch.logit_columns, batch.targets, temperature=self._temperature
         )
 
-    def _score_of(self, trained, frozen, batch: TrainBatch):
+    def _compute_logprobs(self, trained, frozen, batch: TrainBatch):
         return self._statistics(trained, frozen, batch)[0]
 
-    def _gradients_of(self, trained, frozen, total, batch: TrainBatch):
+    def _accumulate_gradients(self, trained, frozen, total, batch: TrainBatch):
         def loss(trained):
             return self._loss(*self._statistics(trained, frozen, batch), batch)
 
@@ -219,20 +222,36 @@ class Learner:
         total = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, gradients)
         return total, {**sums, "loss": value}
 
-    def _step_of(self, trained, optimizer, gradients, loss, rate):
+    def _apply_gradients(self, trained, optimizer, gradients, loss, learning_rate):
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        updates, after = self._transform.update(gradients, optimizer, trained)
-        changed = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), trained, updates)
-        trained = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, trained)
-        optimizer = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, optimizer)
+        updates, new_optimizer = self._transform.update(gradients, optimizer, trained)
+        new_trained = jax.tree.map(
+            lambda p, u: (p - learning_rate * u).astype(p.dtype), trained, updates
+        )
+
+        def select(new, old):
+            return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
+
+        trained, optimizer = select(new_trained, trained), select(new_optimizer, optimizer)
         return trained, optimizer, {"gradient_norm": norm, "finite": finite}
 
 
-def _is_trained(freeze_vision: bool):
+def _adamw(config: settings.Update) -> optax.GradientTransformation:
+    """Return gradient clipping and AdamW, without the learning rate."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm)
+        if config.max_grad_norm
+        else optax.identity(),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay),
+    )
+
+
+def _is_trained(freeze_vision: bool) -> Callable[..., bool]:
     """Return an NNX filter that selects the trained parameters."""
 
-    def chosen(path, value) -> bool:
+    def is_trained(path, value) -> bool:
         return not (freeze_vision and path[0] == "vision")
 
-    return chosen
+    return is_trained

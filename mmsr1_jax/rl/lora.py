@@ -9,11 +9,12 @@ Adapters are saved separately, in the format of the PEFT library, or merged as `
 # that module is one layer within a scan over stacked layers, so they would lack the layer axis and
 # be lost.
 
+import functools
 import json
 import pathlib
 import re
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,21 +23,25 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Float, Float32
 
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL, checkpoint
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
 from mmsr1_jax.models.qwen2_5_vl.layers import Adapter, Linear
+from mmsr1_jax.models.qwen2_5_vl.tensors import Layout, Tensor
 from mmsr1_jax.models.sharding import param_shardings
 from mmsr1_jax.rl import adapter_files
 from mmsr1_jax.rl.adapter_files import CONFIG, WEIGHTS, AdapterError
 from mmsr1_jax.utils import outputs
+from mmsr1_jax.utils.logs import log
 
+Path = tuple[str, ...]  # of a linear map in the module tree
 # Files of an adapter directory. A directory with any other file is not replaced, since the file
 # may belong to the user.
-_OURS = (CONFIG, WEIGHTS, "README.md", ".gitattributes")
+_ADAPTER_FILES = (CONFIG, WEIGHTS, "README.md", ".gitattributes")
 _PREFIX = "base_model.model."  # PEFT's wrapper, before the in-memory names of modules
 # Linear maps that can have an adapter, keyed by the names in `config.choices.LORA_TARGETS`.
-TARGETS: dict[str, tuple[str, ...]] = {
+TARGETS: dict[str, Path] = {
     **{name: ("text", "layers", "attention", name) for name in ("q", "k", "v", "out")},
     **{name: ("text", "layers", "mlp", name) for name in ("gate", "up", "down")},
     **{f"vision.{name}": ("vision", "blocks", "attention", name) for name in ("qkv", "out")},
@@ -62,19 +67,19 @@ def attach(
       mesh: Mesh of the model's parameters.
       seed: Seed of the initial values.
     """
-    for number, (name, path) in enumerate(TARGETS.items()):
+    for index, (name, path) in enumerate(TARGETS.items()):
         if name not in targets:
             continue
         linear = _linear(model, path)
         a, b = _abstract(model, path, rank)
 
-        def fresh(key, a=a, b=b):
+        def initialise(key, a=a, b=b):
             shape = a.get_value().shape
-            random = jax.random.normal(key, shape) * np.prod(shape[2:]) ** -0.5
-            return a.replace(random), b.replace(jnp.zeros(b.get_value().shape))
+            gaussian = jax.random.normal(key, shape) * np.prod(shape[2:]) ** -0.5
+            return a.replace(gaussian), b.replace(jnp.zeros(b.get_value().shape))
 
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        a, b = jax.jit(fresh, out_shardings=param_shardings((a, b), mesh))(key)
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        a, b = jax.jit(initialise, out_shardings=param_shardings((a, b), mesh))(key)
         linear.adapter = Adapter(a, b, alpha / rank)
 
 
@@ -93,7 +98,9 @@ def merge(adapters: nnx.State, base: nnx.State, scale: float) -> nnx.State:
     for path in _paths(factors):
         kernel = params[*path, "kernel"]
         a, b = (factors[*path, "adapter", name].get_value() for name in "ab")
-        merged.append(((*path, "kernel"), kernel.replace(_sum(kernel.get_value(), a, b, scale))))
+        merged.append(
+            ((*path, "kernel"), kernel.replace(_merge_kernel(kernel.get_value(), a, b, scale)))
+        )
     return nnx.from_flat_state(merged)
 
 
@@ -110,14 +117,22 @@ def merge_into(model: Qwen2_5_VL, adapters: nnx.State, scale: float) -> None:
             continue
         kernel = _linear(model, path).kernel
         a, b = (factors[*path, "adapter", name].get_value() for name in "ab")
-        layout = kernel.get_value().sharding
-        program = jax.jit(
-            _sum_one if path in _MERGER else _sum, static_argnums=3, out_shardings=layout
+        merge_kernel = jax.jit(
+            _merge_unstacked_kernel if path in _MERGER else _merge_kernel,
+            static_argnums=3,
+            out_shardings=kernel.get_value().sharding,
         )
-        kernel.set_value(program(kernel.get_value(), a, b, scale))
+        kernel.set_value(merge_kernel(kernel.get_value(), a, b, scale))
 
 
-def save(adapters: nnx.State, directory, config: ModelConfig, *, alpha: float, source: str) -> None:
+def save(
+    adapters: nnx.State,
+    directory: str | pathlib.Path,
+    config: ModelConfig,
+    *,
+    alpha: float,
+    source: str,
+) -> None:
     """Write adapters to a directory that the PEFT library can load.
 
     An existing adapter in the directory is replaced (`outputs.new_directory`).
@@ -134,22 +149,21 @@ def save(adapters: nnx.State, directory, config: ModelConfig, *, alpha: float, s
       LockedError: Another process is writing `directory`.
     """
     target = pathlib.Path(directory)
-    others = [p.name for p in target.iterdir()] if target.is_dir() else []
-    if odd := sorted(set(others) - set(_OURS)):
-        raise AdapterError(f"{target}: holds {odd[0]}, which is not of an adapter")
+    _check_replaceable(target)
     factors, tensors, modules = dict(nnx.to_flat_state(adapters)), {}, []
     table, layout = checkpoint.tensor_table(config), checkpoint.LAYOUTS[1]
+    rank = 0
     for path in _paths(factors):
         tensor = table[*path, "kernel"]
         a, b = (np.asarray(factors[*path, "adapter", name].get_value()) for name in "ab")
         rank, (rows, columns) = a.shape[1], tensor.shape
-        for layer in range(tensor.layers):
+        for layer in tensor.layer_indices():
             module = tensor.hf_name(layout, layer).removesuffix(".weight")
             tensors[f"{_PREFIX}{module}.lora_A.weight"] = a[layer].reshape(rank, columns)
             tensors[f"{_PREFIX}{module}.lora_B.weight"] = b[layer].reshape(rows, rank)
         name = tensor.hf_name(layout, None).removesuffix(".weight")
         modules.append(re.escape(name).replace(re.escape("{}"), r"\d+"))
-    described = {
+    peft_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(source),
@@ -161,14 +175,24 @@ def save(adapters: nnx.State, directory, config: ModelConfig, *, alpha: float, s
         "target_modules": "|".join(modules),
         "inference_mode": True,
     }
-    with outputs.new_directory(target) as partial:
-        safetensors.numpy.save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        (partial / WEIGHTS).chmod(0o644)  # safetensors creates files that only the owner can read
-        text = json.dumps(described, indent=2) + "\n"
-        (partial / CONFIG).write_text(text, encoding="utf-8")
+    with outputs.new_directory(target) as temporary:
+        weights = temporary / WEIGHTS
+        safetensors.numpy.save_file(tensors, weights, metadata={"format": "pt"})
+        weights.chmod(0o644)  # safetensors creates files that only the owner can read
+        text = json.dumps(peft_config, indent=2) + "\n"
+        (temporary / CONFIG).write_text(text, encoding="utf-8")
 
 
-def load(directory, config: ModelConfig) -> tuple[nnx.State, float]:
+def _check_replaceable(target: pathlib.Path) -> None:
+    existing = {p.name for p in target.iterdir()} if target.is_dir() else set()
+    if unexpected := sorted(existing - set(_ADAPTER_FILES)):
+        raise AdapterError(
+            f"{target}: contains {unexpected[0]}, which is not part of an adapter; move it or use "
+            "another directory"
+        )
+
+
+def load(directory: str | pathlib.Path, config: ModelConfig) -> tuple[nnx.State, float]:
     """Load an adapter written by `save`, the PEFT library, or a program that uses its format.
 
     Args:
@@ -185,119 +209,156 @@ def load(directory, config: ModelConfig) -> tuple[nnx.State, float]:
         tensor is missing, or the adapter is not plain LoRA.
     """
     directory = pathlib.Path(directory)
-    settings = adapter_files.read_config(directory / CONFIG)
-    path = directory / WEIGHTS
-    tensors = _read_tensors(path)
-    table, model = checkpoint.tensor_table(config), checkpoint.abstract_model(config)
-    styles = [_modules(table, style) for style in adapter_files.STYLES]
-    names, modules = adapter_files.modules_by_tensor(tensors, styles, path)
-    scales = adapter_files.ranks_and_scales(settings, set(modules), names, styles, path)
+    peft_config = adapter_files.read_config(directory / CONFIG)
+    weights_path = directory / WEIGHTS
+    tensors = _read_tensors(weights_path)
+    table = checkpoint.tensor_table(config)
+    schemes = [_modules(table, scheme) for scheme in adapter_files.NAMING_SCHEMES]
+    names, modules = adapter_files.modules_by_tensor(tensors, schemes, weights_path)
+    scales = adapter_files.ranks_and_scales(peft_config, set(modules), names, schemes, weights_path)
 
-    default, found = settings.default_scale, {}
-    for (place, layer), factors in modules.items():
-        rank, scale = scales[place, layer]
-        outputs, inputs = table[*place, "kernel"].shape
-        shapes = {"A": (rank, inputs), "B": (outputs, rank)}
-        a, b = (_tensor(path, tensors, factors, letter, shapes[letter]) for letter in "AB")
-        found.setdefault(place, {})[layer] = (a, b * (scale / default))
-    arrays = []
-    for place, layers in found.items():
-        rank = max(len(a) for a, _ in layers.values())
-        likes = _abstract(model, place, rank)
-        shape = table[*place, "kernel"].shape
-        a = np.zeros((table[*place, "kernel"].layers or 1, rank, shape[1]), np.float32)
-        b = np.zeros((table[*place, "kernel"].layers or 1, shape[0], rank), np.float32)
-        for layer, (low, high) in layers.items():
-            a[layer or 0, : len(low)], b[layer or 0, :, : len(low)] = low, high
-        for letter, value, like in zip("ab", (a, b), likes, strict=True):
-            array = like.replace(value.reshape(like.get_value().shape))
-            arrays.append(((*place, "adapter", letter), array))
-    return nnx.from_flat_state(arrays), default
+    default_scale = peft_config.default_scale
+    # A and B of each layer, by path of the linear map.
+    factors: dict[Path, dict[int | None, tuple[np.ndarray, np.ndarray]]] = {}
+    for (path, layer), tensor_names in modules.items():
+        rank, scale = scales[path, layer]
+        outputs, inputs = table[*path, "kernel"].shape
+        a = _tensor(weights_path, tensors, tensor_names, "A", (rank, inputs))
+        b = _tensor(weights_path, tensors, tensor_names, "B", (outputs, rank))
+        factors.setdefault(path, {})[layer] = (a, b * (scale / default_scale))
+    model, adapters = checkpoint.abstract_model(config), []
+    for path, by_layer in factors.items():
+        abstract = _abstract(model, path, max(len(a) for a, _ in by_layer.values()))
+        stacked = _stack(by_layer, table[*path, "kernel"])
+        for name, value, variable in zip("ab", stacked, abstract, strict=True):
+            array = value.reshape(variable.get_value().shape)
+            adapters.append(((*path, "adapter", name), variable.replace(array)))
+    return nnx.from_flat_state(adapters), default_scale
+
+
+def _stack(
+    by_layer: Mapping[int | None, tuple[np.ndarray, np.ndarray]], tensor: Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """Stack the factors of all layers: A, float32[L, rank, inputs], and B, [L, outputs, rank].
+
+    The rank is the largest of any layer. Lower ranks and layers without factors are padded with
+    zeros.
+    """
+    rank = max(len(a) for a, _ in by_layer.values())
+    outputs, inputs = tensor.shape
+    stacked_a = np.zeros((tensor.layers or 1, rank, inputs), np.float32)
+    stacked_b = np.zeros((tensor.layers or 1, outputs, rank), np.float32)
+    for layer, (a, b) in by_layer.items():
+        stacked_a[layer or 0, : len(a)], stacked_b[layer or 0, :, : len(a)] = a, b
+    return stacked_a, stacked_b
 
 
 def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    other = path.with_name("adapter_model.bin")
-    if other.is_file() and not path.is_file():
-        raise AdapterError(f"{other}: only safetensors are read; save the adapter as {WEIGHTS}")
-    if other.is_file():
-        print(f"{path} is used and {other.name} ignored, as in PEFT", file=sys.stderr)
+    pickled = path.with_name("adapter_model.bin")
+    if pickled.is_file() and not path.is_file():
+        raise AdapterError(f"{pickled}: only safetensors are read; save the adapter as {WEIGHTS}")
+    if pickled.is_file():
+        log.warning("%s is used and %s ignored, as in PEFT", path, pickled.name)
     try:
         tensors = safetensors.numpy.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise AdapterError(f"{path}: absent, truncated or not safetensors ({error})") from None
+        raise AdapterError(f"{path}: missing, truncated or not safetensors ({error})") from None
     if not tensors:
-        raise AdapterError(f"{path}: holds no tensors")
+        raise AdapterError(f"{path}: contains no tensors")
     return tensors
 
 
-def _modules(table: dict, layout: tuple[str, str]) -> adapter_files.Table:
+def _modules(table: Mapping[tuple[Any, ...], Tensor], layout: Layout) -> adapter_files.ModuleTable:
     """Return path and layer of each linear map that can have an adapter, keyed by name."""
     modules = {}
     for path in (*TARGETS.values(), *_MERGER):
         tensor = table[*path, "kernel"]
-        for layer in range(tensor.layers) if tensor.layers is not None else [None]:
+        for layer in tensor.layer_indices():
             modules[tensor.hf_name(layout, layer).removesuffix(".weight")] = (path, layer)
     return modules
 
 
-def _tensor(path: pathlib.Path, tensors: dict, factors: dict, letter: str, shape) -> np.ndarray:
-    if letter not in factors:
-        (other,) = factors.values()
-        name = f".lora_{letter}".join(re.split(r"\.lora_[AB]", other))
+def _tensor(
+    path: pathlib.Path,
+    tensors: Mapping[str, np.ndarray],
+    names: Mapping[str, str],
+    factor: str,
+    shape: tuple[int, int],
+) -> np.ndarray:
+    """Return one factor of a module in float32.
+
+    Args:
+      path: Path of the file, for error messages.
+      tensors: Tensors of the file, by name.
+      names: Names of the module's tensors, by factor.
+      factor: "A" or "B".
+      shape: Required shape.
+    """
+    if factor not in names:
+        (other,) = names.values()
+        name = f".lora_{factor}".join(re.split(r"\.lora_[AB]", other))
         raise AdapterError(f"{path}: tensor {name} is missing")
-    tensor = tensors[factors[letter]]
+    tensor = tensors[names[factor]]
     if tensor.shape != shape:
         raise AdapterError(
-            f"{path}: tensor {factors[letter]} has shape {list(tensor.shape)}, "
+            f"{path}: tensor {names[factor]} has shape {list(tensor.shape)}, "
             f"the policy and the rank need {list(shape)}"
         )
     if tensor.dtype not in (*checkpoint.DTYPES.values(), np.dtype(np.float64)):
-        raise AdapterError(f"{path}: tensor {factors[letter]} has dtype {tensor.dtype}")
+        raise AdapterError(f"{path}: tensor {names[factor]} has dtype {tensor.dtype}")
     return tensor.astype(np.float32)
 
 
-def _paths(factors: dict) -> list[tuple[str, ...]]:
+def _paths(factors: Mapping[Any, Any]) -> list[Path]:
     """Return the paths of the linear maps with an adapter in a flat state of adapters."""
     return [path for path in TARGETS.values() if (*path, "adapter", "a") in factors]
 
 
-def _linear(model: Qwen2_5_VL, path: Sequence[str]) -> Linear:
-    for name in path:
-        model = getattr(model, name)
-    return model
+def _linear(model: Qwen2_5_VL, path: Path) -> Linear:
+    return functools.reduce(getattr, path, model)
 
 
-def _abstract(
-    model: Qwen2_5_VL, path: Sequence[str], rank: int
-) -> tuple[nnx.LoRAParam, nnx.LoRAParam]:
+def _abstract(model: Qwen2_5_VL, path: Path, rank: int) -> tuple[nnx.LoRAParam, nnx.LoRAParam]:
     """Return abstract A, [L, rank, *inputs], and B, [L, *outputs, rank].
 
     They have the logical axes of the kernel, and no L if the kernel is not stacked.
     """
     linear = _linear(model, path)
     shape, axes = linear.kernel.get_value().shape, linear.kernel.get_metadata("axes")
-    start, cut = int(path not in _MERGER), len(shape) - linear.contracted
+    start = int(path not in _MERGER)  # after the layer axis
+    inputs = len(shape) - linear.contracted  # first input axis
 
     def param(shape, axes):
         return nnx.LoRAParam(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes)
 
-    a = param((*shape[:start], rank, *shape[cut:]), (*axes[:start], None, *axes[cut:]))
-    return a, param((*shape[:cut], rank), (*axes[:cut], None))
+    a = param((*shape[:start], rank, *shape[inputs:]), (*axes[:start], None, *axes[inputs:]))
+    return a, param((*shape[:inputs], rank), (*axes[:inputs], None))
 
 
-def _sum(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+def _merge_kernel(
+    kernel: Float[jax.Array, "L ..."],
+    a: Float32[jax.Array, "L rank ..."],
+    b: Float32[jax.Array, "L ..."],
+    scale: float,
+) -> Float[jax.Array, "L ..."]:
     """Return W + s B A, computed in float32.
 
     Layers are processed one at a time, since the product is as large as W.
+
+    Args:
+      kernel: W, [L, *outputs, *inputs].
+      a: A, float32[L, rank, *inputs].
+      b: B, float32[L, *outputs, rank].
+      scale: Scale s.
     """
 
-    def of_layer(layer):
+    def merge_layer(layer):
         w, a, b = (x.astype(jnp.float32) for x in layer)
         return (w + scale * jnp.tensordot(b, a, axes=1, precision="highest")).astype(kernel.dtype)
 
-    return jax.lax.map(of_layer, (kernel, a, b))
+    return jax.lax.map(merge_layer, (kernel, a, b))
 
 
-def _sum_one(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """Return `_sum` of a kernel that is not stacked."""
-    return _sum(kernel[None], a[None], b[None], scale)[0]
+def _merge_unstacked_kernel(kernel, a, b, scale: float):
+    """Return `_merge_kernel` of a kernel without the layer axis."""
+    return _merge_kernel(kernel[None], a[None], b[None], scale)[0]

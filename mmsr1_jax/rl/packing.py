@@ -12,13 +12,14 @@ import dataclasses
 from collections.abc import Sequence
 
 import flax.struct
-import jax
 import numpy as np
+from jaxtyping import Bool, Float32, Int32
 
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig, Rows
 from mmsr1_jax.models.qwen2_5_vl.vision import num_windows
 from mmsr1_jax.processing.batching import Bucket, TooLongError, make_rows, smallest_bucket
 from mmsr1_jax.processing.processor import Prompt
+from mmsr1_jax.utils.arrays import AnyArray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,10 +36,10 @@ class Sample:
     """
 
     prompt: Prompt
-    mask: np.ndarray
-    weights: np.ndarray
-    advantages: np.ndarray
-    rollout_logprobs: np.ndarray
+    mask: Bool[np.ndarray, "T"]
+    weights: Float32[np.ndarray, "T"]
+    advantages: Float32[np.ndarray, "T"]
+    rollout_logprobs: Float32[np.ndarray, "T"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,7 @@ class RowShape:
     windows: int
 
 
-@flax.struct.dataclass
-class TrainBatch:
+class TrainBatch(flax.struct.PyTreeNode):
     """Micro-batch of packed rows.
 
     Tokens that carry loss are gathered into C columns, so that the output head is computed only for
@@ -76,30 +76,30 @@ class TrainBatch:
     """
 
     rows: Rows
-    logit_columns: jax.Array
-    targets: jax.Array
-    mask: jax.Array
-    segment_ids: jax.Array
-    weights: jax.Array
-    advantages: jax.Array
-    rollout_logprobs: jax.Array
-    old_logprobs: jax.Array
-    ref_logprobs: jax.Array
+    logit_columns: Int32[AnyArray, "B C"]
+    targets: Int32[AnyArray, "B C"]
+    mask: Bool[AnyArray, "B C"]
+    segment_ids: Int32[AnyArray, "B C"]
+    weights: Float32[AnyArray, "B C"]
+    advantages: Float32[AnyArray, "B C"]
+    rollout_logprobs: Float32[AnyArray, "B C"]
+    old_logprobs: Float32[AnyArray, "B C"]
+    ref_logprobs: Float32[AnyArray, "B C"]
 
 
-def windows_of(prompt: Prompt, config: ModelConfig) -> int:
+def num_prompt_windows(prompt: Prompt, config: ModelConfig) -> int:
     """Return the number of patch windows of a conversation's images."""
     return sum(num_windows(grid, config.vision) for grid in prompt.grids)
 
 
 def check_fits(prompt: Prompt, config: ModelConfig, shape: RowShape) -> None:
     """Raise TooLongError if an episode does not fit into a row."""
-    for what, size, most, field in (
+    for unit, size, max_size, field in (
         ("tokens", len(prompt.tokens), shape.length, "pack_length"),
-        ("image windows", windows_of(prompt, config), shape.windows, "pack_windows"),
+        ("image windows", num_prompt_windows(prompt, config), shape.windows, "pack_windows"),
     ):
-        if size > most:
-            raise TooLongError(f"{size} {what}, more than update.{field}={most}")
+        if size > max_size:
+            raise TooLongError(f"{size} {unit}, more than update.{field}={max_size}")
 
 
 def first_fit(sizes: Sequence[tuple[int, int]], length: int, windows: int) -> list[list[int]]:
@@ -113,11 +113,11 @@ def first_fit(sizes: Sequence[tuple[int, int]], length: int, windows: int) -> li
       The indices of the items in each row.
     """
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i][0], -sizes[i][1], i))
-    room = np.tile(np.array([length, windows]), (len(sizes), 1))
+    remaining = np.tile(np.array([length, windows]), (len(sizes), 1))
     rows: list[list[int]] = []
     for item in order:
-        row = int(np.argmax((room >= sizes[item]).all(axis=1)))
-        room[row] -= sizes[item]
+        row = int(np.argmax((remaining >= sizes[item]).all(axis=1)))
+        remaining[row] -= sizes[item]
         if row == len(rows):
             rows.append([])
         rows[row].append(item)
@@ -134,59 +134,66 @@ def pack(samples: Sequence[Sample], config: ModelConfig, shape: RowShape) -> lis
       config: Model configuration of the policy.
       shape: Shape of every micro-batch.
     """
-    sizes = [(len(s.prompt.tokens), windows_of(s.prompt, config)) for s in samples]
+    sizes = [(len(s.prompt.tokens), num_prompt_windows(s.prompt, config)) for s in samples]
     packed = first_fit(sizes, shape.length, shape.windows)
-    most = max((sum(int(samples[i].mask[1:].sum()) for i in row) for row in packed), default=0)
-    loss = smallest_bucket("tokens with loss", most, _quarters(shape.length), "update.pack_length")
+    loss_tokens = (sum(int(samples[i].mask[1:].sum()) for i in row) for row in packed)
+    columns = smallest_bucket(
+        "loss tokens", max(loss_tokens, default=0), _column_sizes(shape.length),
+        "update.pack_length",
+    )  # fmt: skip
     if not any(windows for _, windows in sizes):
         shape = dataclasses.replace(shape, windows=0)
+    rows = [[samples[i] for i in row] for row in packed]
     return [
-        _batch(
-            [[samples[i] for i in row] for row in packed[n : n + shape.rows]], shape, loss, config
-        )
-        for n in range(0, len(packed), shape.rows)
+        _make_batch(rows[start : start + shape.rows], shape, columns, config)
+        for start in range(0, len(rows), shape.rows)
     ]
 
 
 def efficiency(batches: Sequence[TrainBatch]) -> float:
     """Return the fraction of row positions that hold tokens."""
-    held = sum(int((batch.rows.segment_ids > 0).sum()) for batch in batches)
-    return held / max(1, sum(batch.rows.tokens.size for batch in batches))
+    used = sum(int((batch.rows.segment_ids > 0).sum()) for batch in batches)
+    return used / max(1, sum(batch.rows.tokens.size for batch in batches))
 
 
-def _quarters(length: int) -> list[int]:
+def _column_sizes(length: int) -> list[int]:
     """Return the allowed numbers of loss columns; few sizes mean few compiled programs."""
     return sorted({-(-length * n // 4) for n in (1, 2, 3, 4)})
 
 
-def _batch(
-    packed: Sequence[Sequence[Sample]], shape: RowShape, loss: int, config: ModelConfig
+def _make_batch(
+    packed: Sequence[Sequence[Sample]], shape: RowShape, columns: int, config: ModelConfig
 ) -> TrainBatch:
+    """Return the micro-batch of these rows of samples, with C = `columns`."""
     bucket = Bucket(shape.length, shape.windows, shape.rows)
     prompts = [[sample.prompt for sample in row] for row in packed]
     rows = make_rows(prompts, bucket, config, config.image_token_id)
     # The same program is used whether or not every row holds a single episode.
     rows = rows.replace(single_segment=False)
-    size = (shape.rows, loss)
-    floats = ("weights", "advantages", "rollout_logprobs")
-    arrays = {
-        name: np.zeros(size, np.int32) for name in ("logit_columns", "targets", "segment_ids")
-    }
-    arrays |= {
-        name: np.zeros(size, np.float32) for name in (*floats, "old_logprobs", "ref_logprobs")
-    }
-    arrays["mask"] = np.zeros(size, bool)
+    size = (shape.rows, columns)
+    batch = TrainBatch(
+        rows=rows,
+        logit_columns=np.zeros(size, np.int32),
+        targets=np.zeros(size, np.int32),
+        mask=np.zeros(size, bool),
+        segment_ids=np.zeros(size, np.int32),
+        weights=np.zeros(size, np.float32),
+        advantages=np.zeros(size, np.float32),
+        rollout_logprobs=np.zeros(size, np.float32),
+        old_logprobs=np.zeros(size, np.float32),
+        ref_logprobs=np.zeros(size, np.float32),
+    )
     for row, samples in enumerate(packed):
-        start = place = 0
+        start = offset = 0
         for segment, sample in enumerate(samples, start=1):
-            columns = np.flatnonzero(sample.mask[1:]) + 1  # nothing predicts the first token
-            here = (row, slice(place, place + len(columns)))
-            arrays["logit_columns"][here] = start + columns - 1
-            arrays["targets"][here] = sample.prompt.tokens[columns]
-            arrays["segment_ids"][here] = segment
-            arrays["mask"][here] = True
-            for name in floats:
-                arrays[name][here] = getattr(sample, name)[columns]
+            loss_columns = np.flatnonzero(sample.mask[1:]) + 1  # nothing predicts the first token
+            slots = (row, slice(offset, offset + len(loss_columns)))
+            batch.logit_columns[slots] = start + loss_columns - 1
+            batch.targets[slots] = sample.prompt.tokens[loss_columns]
+            batch.segment_ids[slots] = segment
+            batch.mask[slots] = True
+            for name in ("weights", "advantages", "rollout_logprobs"):
+                getattr(batch, name)[slots] = getattr(sample, name)[loss_columns]
             start += len(sample.prompt.tokens)
-            place += len(columns)
-    return TrainBatch(rows=rows, **arrays)
+            offset += len(loss_columns)
+    return batch

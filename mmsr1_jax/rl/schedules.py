@@ -10,13 +10,16 @@ import jax
 import jax.numpy as jnp
 
 from mmsr1_jax.config.choices import SCHEDULES
+from mmsr1_jax.config.errors import UserError
+from mmsr1_jax.utils.arrays import AnyArray
 
-Schedule = Callable[[int | jax.Array], jax.Array]
+Step = int | AnyArray
+Schedule = Callable[[Step], jax.Array]
 
 
 def make_schedule(
     kind: str,
-    rate: float,
+    learning_rate: float,
     *,
     steps: int | None = None,
     warmup_steps: int = 0,
@@ -31,7 +34,7 @@ def make_schedule(
         from the end of the warm-up to `final` at `steps` and stay there; `sigmoid`, the published
         decay of MMSearch-R1: final + (1 - final) / (1 + exp((step - centre) / width)), published
         with `final` 0.05 and the defaults of `centre` and `width`.
-      rate: Full learning rate.
+      learning_rate: Full learning rate.
       steps: Total number of steps of the run, for `linear` and `cosine`.
       warmup_steps: Number of warm-up steps. For `sigmoid` the warm-up is an additional factor,
         which does not move `centre`.
@@ -40,32 +43,35 @@ def make_schedule(
       width: Number of steps in which the odds of the sigmoid change by a factor of e.
 
     Returns:
-      A function from a step, int[...], to a rate, float32[...].
+      A function from a step, int[...], to a learning rate, float32[...].
 
     Raises:
-      ValueError: The kind is unknown or the values are inconsistent.
+      UserError: The warm-up or `width` is invalid, or a decay has no steps after the warm-up.
+      ValueError: The kind is unknown.
     """
     if kind not in SCHEDULES:
         raise ValueError(f"schedule: {kind!r} is not one of {', '.join(SCHEDULES)}")
     if warmup_steps < 0:
-        raise ValueError(f"schedule: warmup_steps={warmup_steps} must not be negative")
+        raise UserError(f"schedule: warmup_steps={warmup_steps} must not be negative")
     if kind == "sigmoid" and not width > 0:
-        raise ValueError(f"schedule: width={width} must be over 0")
-    if kind in ("linear", "cosine") and (steps is None or steps <= warmup_steps):
-        raise ValueError(f"schedule {kind}: steps={steps} must be over warmup_steps={warmup_steps}")
+        raise UserError(f"schedule: width={width} must be over 0")
+    decays = kind in ("linear", "cosine")
+    if decays and (steps is None or steps <= warmup_steps):
+        raise UserError(f"schedule {kind}: steps={steps} must be over warmup_steps={warmup_steps}")
+    decay_steps = (steps or 0) - warmup_steps
 
-    def schedule(step: int | jax.Array) -> jax.Array:
+    def schedule(step: Step) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
-        warm = jnp.minimum(step / warmup_steps, 1.0) if warmup_steps else jnp.ones_like(step)
+        warmup = jnp.minimum(step / warmup_steps, 1.0) if warmup_steps else jnp.ones_like(step)
         if kind == "constant":
-            share = jnp.ones_like(step)
+            fraction = jnp.ones_like(step)
         elif kind == "sigmoid":
-            share = jax.nn.sigmoid((centre - step) / width)
+            fraction = jax.nn.sigmoid((centre - step) / width)
         else:
-            progress = jnp.clip((step - warmup_steps) / (steps - warmup_steps), 0.0, 1.0)
-            share = 1 - progress if kind == "linear" else (1 + jnp.cos(jnp.pi * progress)) / 2
+            progress = jnp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
+            fraction = 1 - progress if kind == "linear" else (1 + jnp.cos(jnp.pi * progress)) / 2
         if kind != "constant":
-            share = final + (1 - final) * share
-        return rate * warm * share
+            fraction = final + (1 - final) * fraction
+        return learning_rate * warmup * fraction
 
     return schedule

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Float32, Float64
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.episodes.episode import Episode
@@ -12,15 +14,18 @@ from mmsr1_jax.processing.batching import TooLongError
 from mmsr1_jax.rewards.reward_function import Reward
 from mmsr1_jax.rl import advantages, packing
 from mmsr1_jax.rl.advantages import overlong_mask, overlong_penalty
-from mmsr1_jax.rl.learner import Learner
+from mmsr1_jax.rl.learner import Learner, LossFunction
 from mmsr1_jax.rl.loss import LossOptions, policy_loss, token_weights
 from mmsr1_jax.rl.packing import RowShape, Sample, TrainBatch
 
 Group = Sequence[tuple[Episode, Reward]]  # episodes of one question, with rewards
+# Sums that `update_metrics` leaves as they are: totals of an update, not sums over its tokens.
+_UPDATE_TOTALS = ("loss", "policy_loss", "gradient_norm", "tokens", "finite")
 
 
 def loss_options(objective: settings.Objective) -> LossOptions:
-    corrects = objective.old_logprobs == "trainer" and objective.tis_cap > 0
+    """Return the options of the policy loss for the settings of the objective."""
+    has_tis = objective.old_logprobs == "trainer" and objective.tis_cap > 0
     return LossOptions(
         ratio_level=objective.ratio_level,
         clip_low=objective.clip_low,
@@ -28,22 +33,24 @@ def loss_options(objective: settings.Objective) -> LossOptions:
         kl_coef=objective.kl_coef,
         kl_estimator=objective.kl_estimator,
         entropy_coef=objective.entropy_coef,
-        tis_cap=objective.tis_cap if corrects else None,
+        tis_cap=objective.tis_cap if has_tis else None,
     )
 
 
-def make_loss(objective: settings.Objective):
+def make_loss(objective: settings.Objective) -> LossFunction:
     """Return the loss function of the objective, for `learner.Learner`."""
     options = loss_options(objective)
 
-    def loss(logprobs, entropies, batch: TrainBatch):
+    def loss(
+        logprobs: jax.Array, entropies: jax.Array, batch: TrainBatch
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         # With one update per step, the policy is still the one at the beginning of the step.
-        at_start = logprobs if objective.num_minibatches == 1 else batch.old_logprobs
-        engine = objective.old_logprobs == "engine"
+        trainer_logprobs = logprobs if objective.num_minibatches == 1 else batch.old_logprobs
+        use_engine = objective.old_logprobs == "engine"
         return policy_loss(
             logprobs,
-            old_logprobs=batch.rollout_logprobs if engine else at_start,
-            rollout_logprobs=None if engine else batch.rollout_logprobs,
+            old_logprobs=batch.rollout_logprobs if use_engine else trainer_logprobs,
+            rollout_logprobs=None if use_engine else batch.rollout_logprobs,
             ref_logprobs=batch.ref_logprobs if objective.kl_coef else None,
             advantages=batch.advantages,
             weights=batch.weights,
@@ -56,7 +63,9 @@ def make_loss(objective: settings.Objective):
     return loss
 
 
-def shape_rewards(group: Group, objective: settings.Objective, limit: int) -> np.ndarray:
+def shape_rewards(
+    group: Group, objective: settings.Objective, limit: int
+) -> Float64[np.ndarray, "G"]:
     """Return the rewards of a group, float64[G], including the penalty for overlong episodes.
 
     Args:
@@ -86,7 +95,7 @@ def split(groups: Sequence[Group], num_minibatches: int) -> list[list[Group]]:
 
 def make_samples(
     groups: Sequence[Group],
-    group_advantages: Sequence[np.ndarray],
+    group_advantages: Sequence[Float32[np.ndarray, "..."]],
     objective: settings.Objective,
     limit: int,
     config: ModelConfig,
@@ -96,7 +105,7 @@ def make_samples(
 
     Args:
       groups: Groups of the update; the loss is averaged over the tokens of all their episodes.
-      group_advantages: Advantages of each group, see `advantages.group_advantages`.
+      group_advantages: Advantages of each group, float32[G], see `advantages.group_advantages`.
       objective: Settings of the objective.
       limit: Maximum length of an episode in tokens.
       config: Model configuration of the policy.
@@ -105,9 +114,9 @@ def make_samples(
     Returns:
       The samples, and for each episode that does not fit into a row, why it was skipped.
     """
-    chosen, skipped = [], []
+    kept, skipped = [], []
     for group, values in zip(groups, group_advantages, strict=True):
-        for (episode, _), value in zip(group, values, strict=True):
+        for (episode, _), advantage in zip(group, values, strict=True):
             try:
                 packing.check_fits(episode.conversation, config, shape)
             except TooLongError as error:
@@ -116,8 +125,8 @@ def make_samples(
             mask = episode.loss_mask
             if objective.overlong == "mask":
                 mask = overlong_mask(mask, episode.end == "tokens")
-            chosen.append((episode, mask, value))
-    lengths = np.array([mask.sum() for _, mask, _ in chosen], np.int64)
+            kept.append((episode, mask, advantage))
+    lengths = np.array([mask.sum() for _, mask, _ in kept], np.int64)
     weights = token_weights(lengths, objective.loss_aggregation, fixed_length=limit)
     policy_loss_only = not objective.kl_coef and not objective.entropy_coef
     samples = [
@@ -125,11 +134,11 @@ def make_samples(
             prompt=episode.conversation,
             mask=mask,
             weights=np.full(len(mask), weight, np.float32),
-            advantages=np.full(len(mask), value, np.float32),
+            advantages=np.full(len(mask), advantage, np.float32),
             rollout_logprobs=episode.logprobs,
         )
-        for (episode, mask, value), weight in zip(chosen, weights, strict=True)
-        if mask.any() and not (policy_loss_only and value == 0)  # otherwise its gradient is zero
+        for (episode, mask, advantage), weight in zip(kept, weights, strict=True)
+        if mask.any() and not (policy_loss_only and advantage == 0)  # else its gradient is 0
     ]
     return samples, skipped
 
@@ -145,22 +154,21 @@ def with_logprobs(
       learner: Learner that computes them.
       params: Snapshot of the trained parameters to use; None: the current ones.
     """
-    logprobs = learner.score(batches, params)
+    logprobs = learner.logprobs(batches, params)
     return [b.replace(**{field: x}) for b, x in zip(batches, logprobs, strict=True)]
 
 
 def update_metrics(sums: dict[str, float]) -> dict[str, float]:
     """Return the sums of an update as means over its tokens."""
     tokens = max(1.0, sums["tokens"])
-    whole = ("loss", "policy_loss", "gradient_norm", "tokens", "finite")
-    figures = {name: value for name, value in sums.items() if name in whole}
+    metrics = {name: value for name, value in sums.items() if name in _UPDATE_TOTALS}
     for name, value in sums.items():
         if name.endswith("_squared"):
-            figures[name.removesuffix("_squared") + "_rms"] = (value / tokens) ** 0.5
-        elif name not in whole:
-            figures[name] = value / tokens
-    figures["clip_fraction"] = figures["clipped_low"] + figures["clipped_high"]
-    return figures
+            metrics[name.removesuffix("_squared") + "_rms"] = (value / tokens) ** 0.5
+        elif name not in _UPDATE_TOTALS:
+            metrics[name] = value / tokens
+    metrics["clip_fraction"] = metrics["clipped_low"] + metrics["clipped_high"]
+    return metrics
 
 
 def mean_update_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float]:

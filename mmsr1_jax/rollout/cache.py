@@ -13,9 +13,11 @@ pauses for a tool call resumes without recomputation.
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int32
 
 from mmsr1_jax.models.attention import CACHE_BLOCK
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
+from mmsr1_jax.utils.arrays import AnyArray
 
 
 class Lanes(flax.struct.PyTreeNode):
@@ -28,10 +30,10 @@ class Lanes(flax.struct.PyTreeNode):
         token is sampled from it.
     """
 
-    k: jax.Array
-    v: jax.Array
-    length: jax.Array
-    hidden: jax.Array
+    k: Float[jax.Array, "L lanes K S H"]
+    v: Float[jax.Array, "L lanes K S H"]
+    length: Int32[jax.Array, "lanes"]
+    hidden: Float[jax.Array, "lanes D"]
 
     @property
     def capacity(self) -> int:
@@ -43,21 +45,21 @@ class PrefillBatch(flax.struct.PyTreeNode):
     """A batch of tokens to write into some lanes, padded to a shape of the bucket table.
 
     Attributes:
-      lane: Lane of each row, int32[R]. Padding rows have the out-of-range index "number of lanes",
+      lane: Lane of each row, int32[B]. Padding rows have the out-of-range index "number of lanes",
         and are dropped. No two rows have the same lane.
-      tokens: Token ids, int32[R, T], padded at the end.
-      count: Number of real tokens in each row, int32[R].
-      positions: M-RoPE positions from `mrope_positions`, int32[R, 3, T], continuing those of the
+      tokens: Token ids, int32[B, T], padded at the end.
+      count: Number of real tokens in each row, int32[B].
+      positions: M-RoPE positions from `mrope_positions`, int32[B, 3, T], continuing those of the
         tokens already in the lane.
-      image_index: Row of `image_tokens` to insert at each image placeholder, int32[R, T]; -1 for
+      image_index: Row of `image_tokens` to insert at each image placeholder, int32[B, T]; -1 for
         text.
     """
 
-    lane: jax.Array
-    tokens: jax.Array
-    count: jax.Array
-    positions: jax.Array
-    image_index: jax.Array
+    lane: Int32[AnyArray, "B"]
+    tokens: Int32[AnyArray, "B T"]
+    count: Int32[AnyArray, "B"]
+    positions: Int32[AnyArray, "B 3 T"]
+    image_index: Int32[AnyArray, "B T"]
 
 
 def allocate(model: Qwen2_5_VL, lanes: int, capacity: int) -> Lanes:
@@ -76,21 +78,21 @@ def allocate(model: Qwen2_5_VL, lanes: int, capacity: int) -> Lanes:
 def write(
     model: Qwen2_5_VL,
     lanes: Lanes,
-    lane: jax.Array,
-    x: jax.Array,
-    positions: jax.Array,
-    count: jax.Array,
-) -> tuple[jax.Array, Lanes]:
+    lane: Int32[AnyArray, "B"],
+    x: Float[jax.Array, "B T D"],
+    positions: Int32[AnyArray, "B 3 T"],
+    count: Int32[AnyArray, "B"],
+) -> tuple[Float[jax.Array, "B D"], Lanes]:
     """Write embedded tokens into lanes.
 
     Args:
       model: The policy.
       lanes: The cache.
       lane, positions, count: As in `PrefillBatch`.
-      x: Embedded tokens, float[R, T, D].
+      x: Embedded tokens, float[B, T, D].
 
     Returns:
-      The hidden state of each row's last token, float[R, D], and the lanes, with `hidden`
+      The hidden state of each row's last token, float[B, D], and the lanes, with `hidden`
       unchanged.
     """
     start = jnp.take(lanes.length, lane, mode="fill", fill_value=0)
@@ -103,8 +105,11 @@ def write(
 
 
 def extend(
-    model: Qwen2_5_VL, lanes: Lanes, new: PrefillBatch, image_tokens: jax.Array | None = None
-) -> tuple[jax.Array, Lanes]:
+    model: Qwen2_5_VL,
+    lanes: Lanes,
+    new: PrefillBatch,
+    image_tokens: Float[jax.Array, "M D"] | None = None,
+) -> tuple[Float[jax.Array, "B D"], Lanes]:
     """Write tokens into lanes.
 
     The caller ensures that they fit (`read` and `Lanes.capacity`); tokens beyond the capacity are
@@ -117,7 +122,7 @@ def extend(
       image_tokens: Image embeddings from `encode_images`, float[M, D]; None if no row has an image.
 
     Returns:
-      The hidden state of each row's last token, float[R, D], and the lanes.
+      The hidden state of each row's last token, float[B, D], and the lanes.
     """
     x = model.text.embed(new.tokens, model.dtype)
     if image_tokens is not None:
@@ -128,14 +133,18 @@ def extend(
 
 
 def fork(
-    lanes: Lanes, source: jax.Array, targets: jax.Array, length: jax.Array, hidden: jax.Array
+    lanes: Lanes,
+    source: Int32[AnyArray, ""],
+    targets: Int32[AnyArray, "targets"],
+    length: Int32[AnyArray, ""],
+    hidden: Float[jax.Array, "D"],
 ) -> Lanes:
     """Copy the first `length` tokens of lane `source` to the lanes `targets`.
 
     Args:
       lanes: The cache.
       source: Lane to copy from, int32[]. It may itself be a target, and is then truncated.
-      targets: Lanes to overwrite, int32[n]; the out-of-range index "number of lanes" is skipped.
+      targets: Lanes to overwrite, int32[targets]; the index "number of lanes" is skipped.
       length: Number of tokens to copy, int32[].
       hidden: Hidden state of the last of these tokens, as returned by `extend`, float[D].
     """
@@ -152,7 +161,12 @@ def fork(
     )
 
 
-def truncate(lanes: Lanes, lane: jax.Array, length: jax.Array, hidden: jax.Array) -> Lanes:
+def truncate(
+    lanes: Lanes,
+    lane: Int32[AnyArray, "1"],
+    length: Int32[AnyArray, ""],
+    hidden: Float[jax.Array, "D"],
+) -> Lanes:
     """Truncate a lane, int32[1], to its first `length` tokens: `fork` without the copy."""
     return lanes.replace(
         length=lanes.length.at[lane].set(length, mode="drop"),
@@ -165,11 +179,11 @@ def reset(lanes: Lanes) -> Lanes:
     return jax.tree.map(jnp.zeros_like, lanes)
 
 
-def clear(lanes: Lanes, freed: jax.Array) -> Lanes:
-    """Empty the lanes `freed`, int32[n]; their contents are never attended to again."""
+def clear(lanes: Lanes, freed: Int32[AnyArray, "freed"]) -> Lanes:
+    """Empty the lanes `freed`, int32[freed]; their contents are never attended to again."""
     return lanes.replace(length=lanes.length.at[freed].set(0, mode="drop"))
 
 
-def read(lanes: Lanes) -> jax.Array:
+def read(lanes: Lanes) -> Int32[jax.Array, "lanes"]:
     """Return the number of tokens in each lane, int32[lanes]."""
     return lanes.length

@@ -17,34 +17,36 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float32, Int16, Int32
 
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
 from mmsr1_jax.rollout import cache
 from mmsr1_jax.rollout.cache import Lanes
 from mmsr1_jax.rollout.sampler import Sampling, sample, token_keys
+from mmsr1_jax.utils.arrays import AnyArray
 
 
 class Rows(flax.struct.PyTreeNode):
     """State of the turns being decoded, one per row.
 
     Attributes:
-      lane: Lane of each row, int32[R]; "number of lanes" for padding rows.
-      active: Whether the row samples tokens, bool[R].
-      stop_state: State of the stop automaton, int32[R]; 0 at the start of a turn.
-      position: M-RoPE position of the next token, int32[R].
-      episode: Index of the episode, int32[R], which seeds its random numbers.
-      num_sampled: Number of tokens sampled so far in all turns of the episode, int32[R].
-      budget: Remaining token budget of the turn, int32[R].
+      lane: Lane of each row, int32[B]; "number of lanes" for padding rows.
+      active: Whether the row samples tokens, bool[B].
+      stop_state: State of the stop automaton, int32[B]; 0 at the start of a turn.
+      position: M-RoPE position of the next token, int32[B].
+      episode: Index of the episode, int32[B], which seeds its random numbers.
+      num_sampled: Number of tokens sampled so far in all turns of the episode, int32[B].
+      budget: Remaining token budget of the turn, int32[B].
       sampling: Sampling parameters of each row.
     """
 
-    lane: jax.Array
-    active: jax.Array
-    stop_state: jax.Array
-    position: jax.Array
-    episode: jax.Array
-    num_sampled: jax.Array
-    budget: jax.Array
+    lane: Int32[AnyArray, "B"]
+    active: Bool[AnyArray, "B"]
+    stop_state: Int32[AnyArray, "B"]
+    position: Int32[AnyArray, "B"]
+    episode: Int32[AnyArray, "B"]
+    num_sampled: Int32[AnyArray, "B"]
+    budget: Int32[AnyArray, "B"]
     sampling: Sampling
 
 
@@ -52,30 +54,30 @@ class SampledTokens(flax.struct.PyTreeNode):
     """Tokens sampled by one call of `decode`. Only the first `count` entries of a row are valid.
 
     Attributes:
-      tokens: Sampled token ids, int32[R, steps].
-      sampling_logprobs: Log-probs under the distribution sampled from, float32[R, steps].
-      logprobs: Log-probs with temperature scaling alone, float32[R, steps].
-      count: Number of tokens sampled in each row, int32[R].
-      stop_state: State of the stop automaton after these tokens, int32[R].
+      tokens: Sampled token ids, int32[B, steps].
+      sampling_logprobs: Log-probs under the distribution sampled from, float32[B, steps].
+      logprobs: Log-probs with temperature scaling alone, float32[B, steps].
+      count: Number of tokens sampled in each row, int32[B].
+      stop_state: State of the stop automaton after these tokens, int32[B].
       steps: Number of steps run, int32[].
     """
 
-    tokens: jax.Array
-    sampling_logprobs: jax.Array
-    logprobs: jax.Array
-    count: jax.Array
-    stop_state: jax.Array
-    steps: jax.Array
+    tokens: Int32[AnyArray, "B steps"]
+    sampling_logprobs: Float32[AnyArray, "B steps"]
+    logprobs: Float32[AnyArray, "B steps"]
+    count: Int32[AnyArray, "B"]
+    stop_state: Int32[AnyArray, "B"]
+    steps: Int32[AnyArray, ""]
 
 
 def decode(
     model: Qwen2_5_VL,
     lanes: Lanes,
     rows: Rows,
-    next_state: jax.Array,
-    allowed: jax.Array,
-    seed: jax.Array,
-    leave_at: jax.Array,
+    next_state: Int16[AnyArray, "states V"],
+    allowed: Bool[AnyArray, "V"],
+    seed: int | Int32[AnyArray, ""],
+    leave_at: Int32[AnyArray, ""],
     *,
     steps: int,
     running: int,
@@ -93,9 +95,9 @@ def decode(
       steps: Maximum number of steps; static.
       running: `stop.StopTable.running`; static.
     """
-    R = len(rows.lane)
-    zeros = functools.partial(jnp.zeros, (R, steps))
-    out = (zeros(jnp.int32), zeros(jnp.float32), zeros(jnp.float32), jnp.zeros(R, jnp.int32))
+    B = len(rows.lane)
+    zeros = functools.partial(jnp.zeros, (B, steps))
+    out = (zeros(jnp.int32), zeros(jnp.float32), zeros(jnp.float32), jnp.zeros(B, jnp.int32))
     hidden = jnp.take(lanes.hidden, rows.lane, axis=0, mode="clip")
 
     def should_continue(carry):

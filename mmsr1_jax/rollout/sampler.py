@@ -7,6 +7,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float32, Int32, Key
+
+from mmsr1_jax.utils.arrays import AnyArray
 
 _IMPOSSIBLE = -jnp.inf
 
@@ -22,10 +25,10 @@ class Sampling(flax.struct.PyTreeNode):
       greedy: Whether to choose the most likely token and ignore the other parameters, bool[B].
     """
 
-    temperature: jax.Array | np.ndarray
-    top_k: jax.Array | np.ndarray
-    top_p: jax.Array | np.ndarray
-    greedy: jax.Array | np.ndarray
+    temperature: Float32[AnyArray, "B"]
+    top_k: Int32[AnyArray, "B"]
+    top_p: Float32[AnyArray, "B"]
+    greedy: Bool[AnyArray, "B"]
 
     @classmethod
     def uniform(
@@ -56,7 +59,9 @@ class Sampling(flax.struct.PyTreeNode):
         )
 
 
-def token_keys(seed: jax.Array, episode: jax.Array, index: jax.Array) -> jax.Array:
+def token_keys(
+    seed: int | Int32[AnyArray, ""], episode: Int32[AnyArray, "B"], index: Int32[AnyArray, "B"]
+) -> Key[jax.Array, "B"]:
     """Return one random key per lane, derived from (seed, episode, token index) alone.
 
     The tokens of a lane thus depend neither on other lanes nor on when it runs.
@@ -74,8 +79,11 @@ def token_keys(seed: jax.Array, episode: jax.Array, index: jax.Array) -> jax.Arr
 
 
 def sample(
-    logits: jax.Array, keys: jax.Array, sampling: Sampling, allowed: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    logits: Float32[jax.Array, "B V"],
+    keys: Key[jax.Array, "B"],
+    sampling: Sampling,
+    allowed: Bool[AnyArray, "V"],
+) -> tuple[Int32[jax.Array, "B"], Float32[jax.Array, "B"], Float32[jax.Array, "B"]]:
     """Sample one token per lane.
 
     Args:

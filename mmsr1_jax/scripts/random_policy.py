@@ -121,7 +121,7 @@ def write(
 
     The tokenizer defaults to that of `make_tokenizer`.
     """
-    qwen2_5_vl.check_replaceable(directory)
+    qwen2_5_vl.check_replaceable(pathlib.Path(directory))
     with outputs.new_directory(directory) as partial:
         qwen2_5_vl.save(random_model(config, seed, param_dtype=param_dtype), partial)
         (tokenizer or make_tokenizer()).save(str(partial / "tokenizer.json"))

@@ -13,6 +13,7 @@ DIR/*.parquet       questions: train, heldout (new photos, facts not asked about
 
 import json
 import pathlib
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,8 +76,9 @@ def write(out: pathlib.Path) -> None:
         tokenizer=tiny_world.train_tokenizer(), param_dtype=jnp.bfloat16,
     )  # fmt: skip
     tiny_world.write_index(world, out / "index")
-    for split, count in _COUNTS.items():
-        write_parquet(out / f"{split}.parquet", tiny_world.questions(world, split, count.value))
+    for split in typing.get_args(Split):
+        questions = tiny_world.questions(world, split, _COUNTS[split].value)
+        write_parquet(out / f"{split}.parquet", questions)
     if _STORIES.value:
         write_stories(world, out, _STORIES.value)
 

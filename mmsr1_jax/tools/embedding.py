@@ -67,7 +67,7 @@ class Embedder:
             with jax.default_matmul_precision("highest"):  # full float32
                 tokens = nnx.merge(graph, params)(images, jnp.float32)
             unit = self._config.merge_size**2
-            return mean_direction(tokens[0], images.segment_ids[0, ::unit] > 0)
+            return mean_direction(tokens[0], jnp.asarray(images.segment_ids[0, ::unit] > 0))
 
         self._program = program
 

@@ -167,7 +167,7 @@ def learning_rate_schedule(config: settings.Config) -> Schedule:
 
 def row_shape(update: settings.Update, mesh: Mesh) -> RowShape:
     """Return the shape of a micro-batch on the mesh."""
-    rows = update.micro_batch_rows * sharding.batch_ways(mesh)
+    rows = update.micro_batch_rows * sharding.num_batch_shards(mesh)
     return RowShape(rows, update.pack_length, update.pack_windows)
 
 

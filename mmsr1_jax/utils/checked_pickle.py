@@ -5,6 +5,7 @@ Restricting `find_class` is not enough. `pickle.Unpickler` allocates memory that
 dies.
 """
 
+import mmap
 import pickle
 import pickletools
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +37,7 @@ class PickleError(UserError):
 
 
 def loads(
-    data: bytes,
+    data: bytes | mmap.mmap,
     find_class: Callable[[str, str], Any] | None = None,
     *,
     max_bytes: int = MAX_BYTES,
@@ -69,7 +70,7 @@ def loads(
 class _Reader:
     """File interface to bytes, without the copy that io.BytesIO makes of a slice."""
 
-    def __init__(self, data: bytes):
+    def __init__(self, data: bytes | mmap.mmap):
         self._data, self._offset = data, 0
 
     def tell(self) -> int:
@@ -85,7 +86,7 @@ class _Reader:
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, find_class: Callable[[str, str], Any] | None):
+    def __init__(self, data: bytes | mmap.mmap, find_class: Callable[[str, str], Any] | None):
         super().__init__(_Reader(data))
         self._find_class = find_class
 
@@ -95,7 +96,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
         return self._find_class(module, name)
 
 
-def _vet(data: bytes) -> None:
+def _vet(data: bytes | mmap.mmap) -> None:
     """Raise PickleError unless the opcodes build plain data of about the size of the pickle."""
     stack = _Stack()
     items = 0
@@ -131,7 +132,7 @@ def _vet(data: bytes) -> None:
     raise PickleError("truncated: no STOP")
 
 
-def _operations(data: bytes) -> Iterator[tuple[Any, Any, Any]]:
+def _operations(data: bytes | mmap.mmap) -> Iterator[tuple[Any, Any, Any]]:
     """Yield (opcode, argument, offset) for each operation of a pickle."""
     reader: Any = _Reader(data)
     yield from pickletools.genops(reader)

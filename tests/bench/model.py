@@ -1,11 +1,11 @@
-"""Tokens per second of the policy, forward and forward+backward, beside `transformers`/torch.
+"""Tokens per second of the policy, forward and forward+backward, compared with torch.
 
     python -m tests.bench.model                 same weights, batch and machine; float32
     python -m tests.bench.model --shape=7b      on an accelerator: 4 layers of 7B width, bf16, MFU
 
-Both sides do the same work: pictures through the tower, tokens through the decoder, log-probs of
-all tokens, and for the second row of the table the gradient by every parameter. Runs of the two
-alternate, and the best of each counts: other load on the machine slows a run down, never up.
+Both sides do the same work: images through the tower, tokens through the decoder, log-probs of all
+tokens, and for the second row of the table the gradient with respect to every parameter. Runs
+alternate, and the best of each side counts, since other load on the machine only slows runs down.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.processing.processor import Prompt
 from mmsr1_jax.scripts import random_policy
 
-# bfloat16 matrix products without sparsity, operations a second, from the makers' data sheets.
+# bfloat16 matrix products without sparsity, operations per second, from the vendors' data sheets.
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v5 lite": 197e12}
 
 SHAPES = {
@@ -59,7 +59,7 @@ SHAPES = {
 
 
 def conversation(rng, config, length: int, side: int) -> Prompt:
-    """`length` random tokens, the first of them a picture of side x side merged tokens."""
+    """Return `length` random tokens that start with an image of side x side merged tokens."""
     config = dataclasses.replace(config, image_token_id=3)
     merged = side * side
     tokens = rng.integers(10, config.text.vocab_size, length)
@@ -115,30 +115,33 @@ def torch_runs(model, prompts):
 
 
 def best_seconds(runs: dict, repeats: int) -> dict:
-    """The shortest time of each of `runs`, which take turns."""
+    """Return the shortest time of each of `runs`, in seconds. The runs alternate."""
     times = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
-            begin = time.perf_counter()
+            start = time.perf_counter()
             run()
-            if repeat:  # the first warms up
-                times[name].append(time.perf_counter() - begin)
+            if repeat:  # the first is a warm-up
+                times[name].append(time.perf_counter() - start)
     return {name: min(seconds) for name, seconds in times.items()}
 
 
 def useful_flops(config, tokens: int, length: int, patches: int) -> float:
-    """Operations of a forward and backward pass: 6 a parameter and token, and 12 N H a pair of
-    tokens that attend to each other (half of the pairs, where attention is causal)."""
+    """Return the number of operations of a forward and backward pass.
+
+    6 for each parameter and token, and 12 N H for each pair of tokens that attend to each other
+    (half of the pairs if attention is causal).
+    """
     t, v = config.text, config.vision
     H, N, K = t.head_dim, t.num_heads, t.num_kv_heads
     layer = t.hidden_size * (2 * N + 2 * K) * H + 3 * t.hidden_size * t.intermediate_size
     text = 6 * tokens * (t.num_layers * layer + t.vocab_size * t.hidden_size)
     text += 12 * t.num_layers * N * H * tokens * length / 2
     layer = 4 * v.hidden_size**2 + 3 * v.hidden_size * v.intermediate_size
-    wide = v.hidden_size * v.merge_size**2
+    merged = v.hidden_size * v.merge_size**2
     vision = 6 * patches * (v.num_layers * layer + v.patch_dim * v.hidden_size)
-    vision += 6 * patches / v.merge_size**2 * (wide * wide + wide * v.out_hidden_size)
-    full = len(v.full_attention_layers) * patches**2  # one image a row, below
+    vision += 6 * patches / v.merge_size**2 * (merged * merged + merged * v.out_hidden_size)
+    full = len(v.full_attention_layers) * patches**2  # one image per row, see below
     windows = (v.num_layers - len(v.full_attention_layers)) * patches * v.window_patches
     rows = tokens // length
     return text + vision + 12 * v.hidden_size * (full / rows + windows)
@@ -148,8 +151,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--length", type=int, help="tokens of a row")
-    parser.add_argument("--side", type=int, help="merged tokens on a side of each row's picture")
+    parser.add_argument("--length", type=int, help="tokens per row")
+    parser.add_argument("--side", type=int, help="merged tokens on a side of each row's image")
     parser.add_argument("--remat", default="none", choices=["none", "dots", "full"])
     parser.add_argument("--repeats", type=int, default=8)
     options = parser.parse_args()
@@ -175,19 +178,20 @@ def main():
     seconds = best_seconds(runs, options.repeats)
     print("| pass | jax tokens/s | torch tokens/s | ratio |\n|---|---|---|---|")
     for name in ours:
-        mine = tokens / seconds["jax", name]
+        jax_speed = tokens / seconds["jax", name]
         if ("torch", name) in seconds:
-            theirs = tokens / seconds["torch", name]
-            print(f"| {name} | {mine:,.0f} | {theirs:,.0f} | {mine / theirs:.2f} |")
+            torch_speed = tokens / seconds["torch", name]
+            ratio = jax_speed / torch_speed
+            print(f"| {name} | {jax_speed:,.0f} | {torch_speed:,.0f} | {ratio:.2f} |")
         else:
-            print(f"| {name} | {mine:,.0f} | - | - |")
+            print(f"| {name} | {jax_speed:,.0f} | - | - |")
     kind = jax.devices()[0].device_kind
     peak = next((value for key, value in PEAK.items() if key in kind), None)
     if peak:
         flops = useful_flops(config, tokens, length, patches)
-        share = flops / seconds["jax", "forward+backward"] / peak
+        mfu = flops / seconds["jax", "forward+backward"] / peak
         memory = compiled.memory_analysis().temp_size_in_bytes / 2**30
-        print(f"MFU of forward+backward: {share:.1%}; {memory:.1f} GiB of temporaries")
+        print(f"MFU of forward+backward: {mfu:.1%}; {memory:.1f} GiB of temporaries")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compiles the whole 7B for a TPU slice without a TPU, and prints what a chip has to hold.
+"""Compile the full 7B model for a TPU slice without a TPU, and print its memory use per chip.
 
 python -m tests.bench.tpu [--topology=v5e:2x4] [--fsdp=4 --tensor=2]
 
@@ -46,11 +46,11 @@ def main():
     parser.add_argument("--windows", type=int, default=48)
     options = parser.parse_args()
     topology = topologies.get_topology_desc(platform="tpu", topology_name=options.topology)
-    jax.default_backend = lambda: "tpu"  # so that `auto` chooses as it would there
+    jax.default_backend = lambda: "tpu"  # so that `auto` chooses as on a TPU
     mesh = sharding.make_mesh(1, options.fsdp, options.tensor, devices=topology.devices)
     config = qwen2_5_vl.PRESETS["7b"]
-    half = dict(param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
-    graph, params = nnx.split(abstract_model(config, remat="full", **half))
+    dtypes = dict(param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
+    graph, params = nnx.split(abstract_model(config, remat="full", **dtypes))
     shardings = sharding.param_shardings(params, mesh)
     params = jax.tree.map(
         lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params, shardings
@@ -64,7 +64,9 @@ def main():
         "forward": jax.jit(loss),
         "gradient": jax.jit(jax.grad(loss), out_shardings=shardings),
     }
-    print("| program | arguments a chip | temporaries a chip | TPU kernels |\n|---|---|---|---|")
+    print(
+        "| program | arguments per chip | temporaries per chip | TPU kernels |\n|---|---|---|---|"
+    )
     with jax.set_mesh(mesh):
         for name, program in programs.items():
             compiled = program.lower(params, rows).compile()

@@ -1,14 +1,13 @@
-"""A whole update (loss, gradients, AdamW) in tokens a second, beside torch on the same episodes.
+"""Tokens per second of an update (loss, gradients, AdamW), compared with torch.
 
-    python -m tests.bench.update                 a small model on a CPU, float32, beside torch
+    python -m tests.bench.update                 a small model on a CPU, float32, and torch
     python -m tests.bench.update --shape=7b      on an accelerator: 4 layers of 7B width, bf16, MFU
 
-Episodes have lengths as in the published run, an eighth as long: a picture and a question, up to
-two searches. Ours are packed into rows. Torch's are padded as the published trainer pads them:
-prompts on the left to the longest that is allowed, all turns on the right (4,096 and 8,192; here an
-eighth).
-Tokens are those of the episodes, without padding, on both sides. The two take turns, and the best
-run of each counts.
+Episodes are an eighth as long as in the published run: an image and a question, up to two searches.
+Ours are packed into rows. Torch's are padded as in the published trainer: prompts on the left to
+the maximum prompt length, turns on the right to the maximum length of all turns (4,096 and 8,192;
+here an eighth). Tokens are those of the episodes, without padding, on both sides. Runs alternate,
+and the best run of each side counts.
 """
 
 import argparse
@@ -27,13 +26,13 @@ from mmsr1_jax.rl.train_batch import make_loss
 from mmsr1_jax.scripts import random_policy
 from tests.bench.model import PEAK, SHAPES, conversation, useful_flops
 
-PROMPT, TURNS = 512, 1024  # what the published 4,096 and 8,192 are here
-TOKEN = 3  # of pictures
-SIDE = 6  # of a picture, in merged tokens
+PROMPT, TURNS = 512, 1024  # an eighth of the published 4,096 and 8,192
+IMAGE_TOKEN = 3
+SIDE = 6  # of an image, in merged tokens
 
 
 def episodes(rng, config, count: int) -> list[packing.Sample]:
-    """Prompts of 60 to 190 tokens; turns of 30 to 90 without a search, else up to 830."""
+    """Return episodes with prompts of 60 to 190 tokens and turns of up to 830 tokens in all."""
     samples = []
     for _ in range(count):
         prompt = int(rng.integers(60, 190))
@@ -57,9 +56,9 @@ def episodes(rng, config, count: int) -> list[packing.Sample]:
     return samples
 
 
-def ours(model, samples, row_tokens: int, rows: int):
-    windows = max(packing.windows_of(s.prompt, model.config) for s in samples)
-    shape = packing.RowShape(rows, row_tokens, windows * (row_tokens // 200))
+def jax_update(model, samples, pack_length: int, rows: int):
+    windows = max(packing.num_prompt_windows(s.prompt, model.config) for s in samples)
+    shape = packing.RowShape(rows, pack_length, windows * (pack_length // 200))
     update = settings.Update(freeze_vision=False)
     objective = settings.Objective(kl_coef=0.0)
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
@@ -70,44 +69,45 @@ def ours(model, samples, row_tokens: int, rows: int):
     return (lambda: learner.update(batches, 1e-6)), packing.efficiency(batches)
 
 
-def theirs(model, samples, micro_batch: int = 4):
+def torch_update(model, samples, micro_batch: int = 4):
     from tests.reference import torch, torch_model
 
     reference = torch_model(model)
-    reference.config.image_token_id = TOKEN
+    reference.config.image_token_id = IMAGE_TOKEN
     optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-6)
     width = PROMPT + TURNS
 
-    def padded(sample):
-        first = int(np.argmax(sample.mask))  # where the prompt ends
+    def pad(sample):
+        prompt_length = int(np.argmax(sample.mask))
         row = np.zeros((3, width), np.int64)
-        place = slice(PROMPT - first, PROMPT - first + len(sample.mask))
-        row[0, place], row[1, place], row[2, place] = sample.prompt.tokens, 1, sample.mask
+        start = PROMPT - prompt_length
+        columns = slice(start, start + len(sample.mask))
+        row[0, columns], row[1, columns], row[2, columns] = sample.prompt.tokens, 1, sample.mask
         return row
 
     chunks = []
-    for begin in range(0, len(samples), micro_batch):
-        some = samples[begin : begin + micro_batch]
-        rows = torch.tensor(np.stack([padded(s) for s in some]))
-        images = [s.prompt.images[0] for s in some]
+    for start in range(0, len(samples), micro_batch):
+        part = samples[start : start + micro_batch]
+        rows = torch.tensor(np.stack([pad(s) for s in part]))
+        images = [s.prompt.images[0] for s in part]
         chunks.append((
             {
                 "input_ids": rows[:, 0],
                 "attention_mask": rows[:, 1],
                 "use_cache": False,
-                "mm_token_type_ids": (rows[:, 0] == TOKEN).int(),
+                "mm_token_type_ids": (rows[:, 0] == IMAGE_TOKEN).int(),
                 "pixel_values": torch.tensor(np.concatenate([i.values for i in images])),
                 "image_grid_thw": torch.tensor([i.grid for i in images]),
             },
             rows[:, 2, PROMPT:].bool(),
-            torch.tensor([s.advantages[0] for s in some]),
+            torch.tensor([s.advantages[0] for s in part]),
         ))  # fmt: skip
 
     def run():
         optimizer.zero_grad()
         with torch.enable_grad():
             for inputs, mask, advantages in chunks:
-                # Logits of the turns only, as there.
+                # Logits of the turns only, as in the published trainer.
                 logits = reference(**inputs).logits[:, PROMPT - 1 : -1].float()
                 p = torch.log_softmax(logits, -1)
                 new = p.gather(-1, inputs["input_ids"][:, PROMPT:, None])[..., 0]
@@ -137,20 +137,22 @@ def main() -> None:
         config, seed=0, dtype=dtype, attention="auto", remat="full" if large else "none",
         logprob_chunk=256,
     )  # fmt: skip
-    model.config = config = dataclasses.replace(config, image_token_id=TOKEN)
+    model.config = config = dataclasses.replace(config, image_token_id=IMAGE_TOKEN)
     samples = episodes(rng, config, arguments.episodes)
     tokens = sum(len(s.mask) for s in samples)
-    run, efficiency = ours(model, samples, 8192 if large else 1024, 1)
+    run, efficiency = jax_update(model, samples, 8192 if large else 1024, 1)
     runs = {"ours": run}
     if not large and not arguments.skip_torch:
-        runs["torch"] = theirs(random_policy.random_model(SHAPES[arguments.shape], seed=0), samples)
+        runs["torch"] = torch_update(
+            random_policy.random_model(SHAPES[arguments.shape], seed=0), samples
+        )
     best = dict.fromkeys(runs, np.inf)
     for repeat in range(arguments.repeats + 1):
-        for name, one in runs.items():
-            begin = time.perf_counter()
-            one()
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
             if repeat:  # the first compiles
-                best[name] = min(best[name], time.perf_counter() - begin)
+                best[name] = min(best[name], time.perf_counter() - start)
     print(f"{len(samples)} episodes, {tokens} tokens, packed {efficiency:.2f}")
     for name, seconds in best.items():
         print(f"{name}: {tokens / seconds:.0f} tokens/s")

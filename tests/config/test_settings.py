@@ -8,7 +8,7 @@ import pytest
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.config.settings import Config, ConfigError, validate
-from mmsr1_jax.models.qwen2_5_vl.config import PRESETS, ModelConfig
+from mmsr1_jax.models.qwen2_5_vl import PRESETS, ModelConfig
 from mmsr1_jax.models.qwen2_5_vl.config import ConfigError as ModelConfigError
 from mmsr1_jax.training import run_config
 

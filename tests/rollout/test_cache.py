@@ -117,7 +117,7 @@ def test_three_turns_with_images(model, programs):
     for _ in range(4):
         tokens = np.argmax(logits, axis=-1).astype(np.int32)
         items = [
-            (lane, Prompt(tokens[row : row + 1], ()), starts[row])
+            (lane, Prompt(np.asarray(tokens[row : row + 1]), ()), starts[row])
             for row, lane in enumerate((3, 1))
         ]
         if CONFIG.image_token_id in tokens:

@@ -66,13 +66,13 @@ def ready_rows(programs, model, group, budget, sampling):
     count = np.array([len(p.tokens) for p in group] + [0] * (LANES - len(group)), np.int32)
     lane = np.where(count > 0, np.arange(LANES), LANES).astype(np.int32)
     images = programs["encode"](rows.images)
-    first = np.arange(LANES)[:, None] * images.shape[1]
+    first = np.arange(LANES, dtype=np.int32)[:, None] * images.shape[1]
     new = cache.PrefillBatch(
         lane=lane,
         tokens=rows.tokens,
         count=count,
         positions=rows.positions,
-        image_index=np.where(rows.image_index >= 0, rows.image_index + first, -1),
+        image_index=np.where(rows.image_index >= 0, rows.image_index + first, np.int32(-1)),
     )
     _, lanes = programs["extend"](lanes, new, images.reshape(-1, images.shape[-1]))
     image = CONFIG.image_token_id

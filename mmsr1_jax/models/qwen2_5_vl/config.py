@@ -6,7 +6,7 @@ level) and the nested one that `transformers` 5 writes (`text_config`, `rope_par
 
 import dataclasses
 import pathlib
-from typing import Any
+from typing import Any, TypeVar
 
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.utils import checked_json
@@ -14,9 +14,11 @@ from mmsr1_jax.utils.checked_json import short_repr
 
 MODEL_TYPE = "qwen2_5_vl"
 
+_Number = TypeVar("_Number", int, float)
+
 
 class ConfigError(UserError):
-    """Error for an unusable `config.json`. The message names the file and the field."""
+    """Error for an invalid `config.json`. The message names the file and the field."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,12 +170,12 @@ class ModelConfig:
 
         Raises:
           ConfigError: If the file is missing or not JSON, has another `model_type`, or a field is
-            missing or unusable.
+            missing or invalid.
         """
         path = pathlib.Path(directory) / "config.json"
         try:
             # Out-of-range numbers are accepted here: the fields in use are checked below.
-            raw = checked_json.load(path, nan=True, large=True)
+            raw = checked_json.load(path, dict[str, Any], nan=True, large=True)
         except checked_json.FormatError as error:
             raise ConfigError(str(error)) from None
         try:
@@ -186,10 +188,10 @@ class ModelConfig:
         """Build a config from the contents of a `config.json`, flat or nested.
 
         Raises:
-          ConfigError: If a field is missing, unusable or unsupported.
+          ConfigError: If a field is missing, invalid or unsupported.
         """
         if not isinstance(raw, dict):
-            raise ConfigError("must hold a JSON object")
+            raise ConfigError("must contain a JSON object")
         if raw.get("model_type") != MODEL_TYPE:
             raise ConfigError(
                 f"model_type {short_repr(raw.get('model_type'))} is not supported, only "
@@ -203,16 +205,20 @@ class ModelConfig:
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             raise ConfigError(f"field 'rope_scaling' must be an object, not {short_repr(rope)}")
-        _refuse_unsupported(text, rope)
-        defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+        _check_supported(text, rope)
+        token_ids = {
+            field.name: _token_id(raw, field.name, field.default)
+            for field in dataclasses.fields(cls)
+            if field.name.endswith("_token_id") and isinstance(field.default, int)
+        }
         return cls(
             text=TextConfig(
-                vocab_size=_number(text, "vocab_size"),
-                hidden_size=_number(text, "hidden_size"),
-                intermediate_size=_number(text, "intermediate_size"),
-                num_layers=_number(text, "num_hidden_layers"),
-                num_heads=_number(text, "num_attention_heads"),
-                num_kv_heads=_number(text, "num_key_value_heads"),
+                vocab_size=_integer(text, "vocab_size"),
+                hidden_size=_integer(text, "hidden_size"),
+                intermediate_size=_integer(text, "intermediate_size"),
+                num_layers=_integer(text, "num_hidden_layers"),
+                num_heads=_integer(text, "num_attention_heads"),
+                num_kv_heads=_integer(text, "num_key_value_heads"),
                 rms_norm_eps=_number(text, "rms_norm_eps", float),
                 rope_theta=_number(rope if "rope_theta" in rope else text, "rope_theta", float),
                 mrope_section=_mrope_section(rope),
@@ -220,7 +226,7 @@ class ModelConfig:
                 or _flag(text, "tie_word_embeddings"),
             ),
             vision=_vision_from_hf(raw.get("vision_config")),
-            **{k: _token_id(raw, k, v) for k, v in defaults.items() if k.endswith("_token_id")},
+            **token_ids,
         )
 
     def to_hf(self, dtype: str = "bfloat16") -> dict[str, Any]:
@@ -292,40 +298,52 @@ _NESTED_VISION_DEFAULTS = {
 
 
 # Upper bounds, each at least four times the value in any released model.
-_MOST = {"num_hidden_layers": 1024, "depth": 1024, "patch_size": 256, "temporal_patch_size": 16}
-_MOST |= {"spatial_merge_size": 16, "in_channels": 16, "rms_norm_eps": 1.0}
-_MOST_INT = 2**22
-_MOST_FLOAT = 1e15
+_MAX_VALUES = {
+    "num_hidden_layers": 1024,
+    "depth": 1024,
+    "patch_size": 256,
+    "temporal_patch_size": 16,
+    "spatial_merge_size": 16,
+    "in_channels": 16,
+    "rms_norm_eps": 1.0,
+}
+_MAX_INT = 2**22
+_MAX_FLOAT = 1e15
 
 
-def _number(raw: dict, field: str, kind: type = int):
+def _number(raw: dict[str, Any], field: str, kind: type[_Number]) -> _Number:
     """Return a positive number of type `kind`. Integral floats are accepted as integers."""
-    value = raw.get(field)
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    most = _MOST.get(field, _MOST_INT if kind is int else _MOST_FLOAT)
-    if not plain or not 0 < value <= most or kind(value) != value:
+    value: Any = raw.get(field)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    max_value = _MAX_VALUES.get(field, _MAX_INT if kind is int else _MAX_FLOAT)
+    if not is_number or not 0 < value <= max_value or kind(value) != value:
         raise ConfigError(
-            f"field {field!r} must be a positive {kind.__name__} of at most {most:g}, not "
+            f"field {field!r} must be a positive {kind.__name__} of at most {max_value:g}, not "
             f"{short_repr(value)}"
         )
     return kind(value)
 
 
-def _flag(raw: dict, field: str) -> bool:
+def _integer(raw: dict[str, Any], field: str) -> int:
+    return _number(raw, field, int)
+
+
+def _flag(raw: dict[str, Any], field: str) -> bool:
     value = raw.get(field)
     if value is not None and not isinstance(value, bool):
         raise ConfigError(f"field {field!r} must be true or false, not {short_repr(value)}")
     return bool(value)
 
 
-def _token_id(raw: dict, field: str, default: int) -> int:
+def _token_id(raw: dict[str, Any], field: str, default: int) -> int:
     value = raw.get(field, default)
-    if type(value) is not int or not 0 <= value < _MOST_INT:
+    if type(value) is not int or not 0 <= value < _MAX_INT:
         raise ConfigError(f"field {field!r} must be a token id, not {short_repr(value)}")
     return value
 
 
-def _refuse_unsupported(text: dict, rope: dict) -> None:
+def _check_supported(text: dict[str, Any], rope: dict[str, Any]) -> None:
+    """Raise ConfigError if the text decoder uses a variant that is not implemented."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("mrope", "default"):
         raise ConfigError(
@@ -339,11 +357,12 @@ def _refuse_unsupported(text: dict, rope: dict) -> None:
         )
 
 
-def _mrope_section(rope: dict) -> tuple[int, int, int]:
+def _mrope_section(rope: dict[str, Any]) -> tuple[int, int, int]:
     section = rope.get("mrope_section")
     if not isinstance(section, list) or list(map(type, section)) != [int] * 3 or min(section) < 0:
         raise ConfigError(f"field 'mrope_section' must be three sizes, not {short_repr(section)}")
-    return tuple(section)
+    temporal, height, width = section
+    return temporal, height, width
 
 
 def _vision_from_hf(raw: Any) -> VisionConfig:
@@ -354,101 +373,27 @@ def _vision_from_hf(raw: Any) -> VisionConfig:
             f"vision_config: hidden_act {short_repr(raw['hidden_act'])} is not supported"
         )
     raw = {**_NESTED_VISION_DEFAULTS, **raw}
-    full = raw["fullatt_block_indexes"]
-    if not isinstance(full, list) or any(type(i) is not int for i in full):
+    full_attention = raw["fullatt_block_indexes"]
+    if not isinstance(full_attention, list) or any(type(i) is not int for i in full_attention):
         raise ConfigError(
             "vision_config: field 'fullatt_block_indexes' must be a list of integers, not "
-            f"{short_repr(full)}"
+            f"{short_repr(full_attention)}"
         )
     try:
         return VisionConfig(
-            num_layers=_number(raw, "depth"),
-            hidden_size=_number(raw, "hidden_size"),
-            intermediate_size=_number(raw, "intermediate_size"),
-            num_heads=_number(raw, "num_heads"),
-            out_hidden_size=_number(raw, "out_hidden_size"),
-            full_attention_layers=tuple(full),
-            window_size=_number(raw, "window_size"),
-            patch_size=_number(raw, "patch_size"),
-            temporal_patch_size=_number(raw, "temporal_patch_size"),
-            merge_size=_number(raw, "spatial_merge_size"),
-            in_channels=_number(raw, "in_channels"),
+            num_layers=_integer(raw, "depth"),
+            hidden_size=_integer(raw, "hidden_size"),
+            intermediate_size=_integer(raw, "intermediate_size"),
+            num_heads=_integer(raw, "num_heads"),
+            out_hidden_size=_integer(raw, "out_hidden_size"),
+            full_attention_layers=tuple(full_attention),
+            window_size=_integer(raw, "window_size"),
+            patch_size=_integer(raw, "patch_size"),
+            temporal_patch_size=_integer(raw, "temporal_patch_size"),
+            merge_size=_integer(raw, "spatial_merge_size"),
+            in_channels=_integer(raw, "in_channels"),
         )
     except ConfigError as error:
         message = str(error)
         prefix = "" if message.startswith("vision_config") else "vision_config: "
         raise ConfigError(prefix + message) from None
-
-
-def _released(
-    *,
-    hidden: int,
-    ffn: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    vocab: int,
-    vision_ffn: int,
-    tied: bool = False,
-) -> ModelConfig:
-    return ModelConfig(
-        text=TextConfig(
-            vocab_size=vocab,
-            hidden_size=hidden,
-            intermediate_size=ffn,
-            num_layers=layers,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            tie_embeddings=tied,
-        ),
-        vision=VisionConfig(
-            num_layers=32,
-            hidden_size=1280,
-            intermediate_size=vision_ffn,
-            num_heads=16,
-            out_hidden_size=hidden,
-            full_attention_layers=(7, 15, 23, 31),
-        ),
-    )
-
-
-# The released models (config.json of Qwen/Qwen2.5-VL-{3B,7B,32B,72B}-Instruct).
-PRESETS: dict[str, ModelConfig] = {
-    "3b": _released(
-        hidden=2048,
-        ffn=11008,
-        layers=36,
-        heads=16,
-        kv_heads=2,
-        vocab=151936,
-        vision_ffn=3420,
-        tied=True,
-    ),
-    "7b": _released(
-        hidden=3584,
-        ffn=18944,
-        layers=28,
-        heads=28,
-        kv_heads=4,
-        vocab=152064,
-        vision_ffn=3420,
-    ),
-    "32b": _released(
-        hidden=5120,
-        ffn=27648,
-        layers=64,
-        heads=40,
-        kv_heads=8,
-        vocab=152064,
-        vision_ffn=3456,
-    ),
-    "72b": _released(
-        hidden=8192,
-        ffn=29568,
-        layers=80,
-        heads=64,
-        kv_heads=8,
-        vocab=152064,
-        vision_ffn=3456,
-    ),
-}

@@ -7,19 +7,24 @@ layer axis.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32
 
 from mmsr1_jax.models.sharding import param
 
 _LINEAR = "linear"  # checkpoint name of the results that `remat="dots"` keeps
 
 
-def stacked(layers: int | None, shape: Sequence[int], axes: Sequence[str | None]):
+def stacked(
+    layers: int | None, shape: Sequence[int], axes: Sequence[str | None]
+) -> tuple[tuple[int, ...], tuple[str | None, ...]]:
     """Return shape and logical axes, with a leading layer axis unless `layers` is None."""
     if layers is None:
         return tuple(shape), tuple(axes)
@@ -34,7 +39,9 @@ class Linear(nnx.Module):
     added to y.
     """
 
-    adapter = None  # a class attribute: NNX rejects arrays in an instance attribute that was None
+    adapter: "Adapter | None" = (
+        None  # a class attribute: NNX rejects arrays in an instance attribute that was None
+    )
 
     def __init__(
         self,
@@ -44,7 +51,7 @@ class Linear(nnx.Module):
         bias: bool,
         rngs: nnx.Rngs,
         layers: int | None = None,
-        dtype=jnp.float32,
+        dtype: DTypeLike = jnp.float32,
     ):
         sizes, names = zip(*outputs, *inputs, strict=True)
         fan_in = math.prod(size for size, _ in inputs)
@@ -55,7 +62,8 @@ class Linear(nnx.Module):
         self.bias = param(rngs, *stacked(layers, sizes, names), zeros, dtype) if bias else None
         self.contracted = len(inputs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[jax.Array, "..."]) -> Float[jax.Array, "..."]:
+        """Apply the map to float[..., *inputs], which gives float[..., *outputs]."""
         y = _apply(x, self.kernel.get_value().astype(x.dtype), self.contracted)
         if self.adapter is not None:
             y = y + self.adapter(x, self.contracted)
@@ -74,13 +82,13 @@ class Adapter(nnx.Module):
     def __init__(self, a: nnx.Param, b: nnx.Param, scale: float):
         self.a, self.b, self.scale = a, b, scale
 
-    def __call__(self, x: jax.Array, contracted: int) -> jax.Array:
-        low = _apply(x, self.a.get_value().astype(x.dtype), contracted) * self.scale
-        return _apply(low, self.b.get_value().astype(x.dtype), 1)
+    def __call__(self, x: Float[jax.Array, "..."], contracted: int) -> Float[jax.Array, "..."]:
+        """Return the update for float[..., *inputs] with `contracted` input dimensions."""
+        projected = _apply(x, self.a.get_value().astype(x.dtype), contracted) * self.scale
+        return _apply(projected, self.b.get_value().astype(x.dtype), 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _apply(x: jax.Array, kernel: jax.Array, n: int) -> jax.Array:
+def _contract(x: jax.Array, kernel: jax.Array, n: int) -> jax.Array:
     """Contract the last n dimensions of x with the last n dimensions of the kernel.
 
     The custom gradient puts the smaller of x and g on the left of the kernel's gradient. That
@@ -93,7 +101,7 @@ def _apply(x: jax.Array, kernel: jax.Array, n: int) -> jax.Array:
 
 
 def _apply_forward(x, kernel, n):
-    return _apply(x, kernel, n), (x, kernel)
+    return _contract(x, kernel, n), (x, kernel)
 
 
 def _apply_backward(n, saved, g):
@@ -103,28 +111,31 @@ def _apply_backward(n, saved, g):
     sums = (tuple(range(len(tokens), g.ndim)), tuple(range(outputs)))
     dx = jax.lax.dot_general(g, kernel, (sums, ((), ())))
     if x.size < g.size:
-        turned = jax.lax.dot_general(x, g, ((tokens, tokens), ((), ())))
-        return dx, turned.transpose(*range(n, kernel.ndim), *range(n))
+        transposed = jax.lax.dot_general(x, g, ((tokens, tokens), ((), ())))
+        return dx, transposed.transpose(*range(n, kernel.ndim), *range(n))
     return dx, jax.lax.dot_general(g, x, ((tokens, tokens), ((), ())))
 
 
+_apply = jax.custom_vjp(_contract, nondiff_argnums=(2,))
 _apply.defvjp(_apply_forward, _apply_backward)
 
 
 class RMSNorm(nnx.Module):
     """Root mean square layer norm (arXiv 1910.07467), computed in float32."""
 
-    def __init__(self, size: int, eps: float, *, rngs, layers: int | None = None, dtype):
+    def __init__(
+        self, size: int, eps: float, *, rngs: nnx.Rngs, layers: int | None = None, dtype: DTypeLike
+    ):
         ones = jax.nn.initializers.ones
         self.scale = param(rngs, *stacked(layers, (size,), (None,)), ones, dtype)
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return _normed(x, self.eps) * self.scale.get_value().astype(x.dtype)
+    def __call__(self, x: Float[jax.Array, "*rows D"]) -> Float[jax.Array, "*rows D"]:
+        return _normalize(x, self.eps) * self.scale.get_value().astype(x.dtype)
 
 
 @functools.partial(jax.checkpoint, static_argnums=1)
-def _normed(x: jax.Array, eps: float) -> jax.Array:
+def _normalize(x: jax.Array, eps: float) -> jax.Array:
     y = x.astype(jnp.float32)
     return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
@@ -132,14 +143,16 @@ def _normed(x: jax.Array, eps: float) -> jax.Array:
 class SwiGLU(nnx.Module):
     """Gated feed-forward layer `(silu(x Wg) * (x Wu)) Wd` (arXiv 2002.05202, equation 6)."""
 
-    def __init__(self, width: int, hidden: int, *, bias: bool, rngs, layers: int, dtype):
-        wide, inner = [(width, "embed")], [(hidden, "ffn")]
-        keywords = dict(bias=bias, rngs=rngs, layers=layers, dtype=dtype)
-        self.gate = Linear(wide, inner, **keywords)
-        self.up = Linear(wide, inner, **keywords)
-        self.down = Linear(inner, wide, **keywords)
+    def __init__(
+        self, width: int, hidden: int, *, bias: bool, rngs: nnx.Rngs, layers: int, dtype: DTypeLike
+    ):
+        D, F = [(width, "embed")], [(hidden, "ffn")]
+        linear = functools.partial(Linear, bias=bias, rngs=rngs, layers=layers, dtype=dtype)
+        self.gate = linear(D, F)
+        self.up = linear(D, F)
+        self.down = linear(F, D)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[jax.Array, "*rows D"]) -> Float[jax.Array, "*rows D"]:
         return self.down(_gated(self.gate(x), self.up(x)))
 
 
@@ -149,7 +162,11 @@ def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(
+    x: Float[jax.Array, "*rows N H"],
+    cos: Float32[jax.Array, "*rows H//2"],
+    sin: Float32[jax.Array, "*rows H//2"],
+) -> Float[jax.Array, "*rows N H"]:
     """Apply a rotary embedding (arXiv 2104.09864) in the half-split form.
 
     Args:
@@ -159,23 +176,29 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def scan_layers(layer: nnx.Module, x: jax.Array, call, xs=None, remat: str = "none") -> jax.Array:
+def scan_layers(
+    layer: nnx.Module,
+    x: Float[jax.Array, "*rows D"],
+    call: Callable[[Any, jax.Array, Any], jax.Array],
+    xs: Any = None,
+    remat: str = "none",
+) -> Float[jax.Array, "*rows D"]:
     """Run stacked layers in sequence: `x = call(layer_i, x, xs_i)` for each i.
 
     Args:
       layer: Module whose parameters all have a leading axis L.
-      x: Input of the first layer.
+      x: float[..., D]. Input of the first layer.
       call: Function `(layer without the leading axis, x, xs_i) -> x`.
-      xs: Arrays with a leading axis L, one slice per layer.
+      xs: Pytree of arrays with a leading axis L, one slice per layer.
       remat: Rematerialisation of a layer in the backward pass: `none` (keep everything), `dots`
         (keep the results of matrix products with parameters) or `full` (keep only x).
 
     Returns:
-      Output of the last layer.
+      Output of the last layer, float[..., D].
     """
     graph, params = nnx.split(layer)
 

@@ -4,7 +4,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32, Int32
 
+from mmsr1_jax.config.choices import Attention
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
 from mmsr1_jax.models.qwen2_5_vl.text import (
     TextDecoder,
@@ -14,17 +17,17 @@ from mmsr1_jax.models.qwen2_5_vl.text import (
 )
 from mmsr1_jax.models.qwen2_5_vl.vision import ImageRows, VisionTower
 from mmsr1_jax.models.sharding import constrain
+from mmsr1_jax.utils.arrays import AnyArray
 
 
-@flax.struct.dataclass
-class Rows:
+class Rows(flax.struct.PyTreeNode):
     """Rows of packed conversations with their images. Rows are independent of each other.
 
     Attributes:
       tokens: int32[B, T]. Token ids.
       positions: int32[B, 3, T]. Positions from `mrope_positions`, starting anew in each
         conversation.
-      segment_ids: int32[B, T]. Number of each token's conversation in its row, from 1; 0 for
+      segment_ids: int32[B, T]. Index of each token's conversation in its row, from 1; 0 for
         padding.
       image_index: int32[B, T]. Index of the merged image token that replaces an image placeholder
         (from `pack_images`); -1 for text.
@@ -32,10 +35,10 @@ class Rows:
       single_segment: Promise that each row is one conversation, padded at the end.
     """
 
-    tokens: jax.Array
-    positions: jax.Array
-    segment_ids: jax.Array
-    image_index: jax.Array
+    tokens: Int32[AnyArray, "B T"]
+    positions: Int32[AnyArray, "B 3 T"]
+    segment_ids: Int32[AnyArray, "B T"]
+    image_index: Int32[AnyArray, "B T"]
     images: ImageRows | None = None
     single_segment: bool = flax.struct.field(pytree_node=False, default=False)
 
@@ -58,9 +61,9 @@ class Qwen2_5_VL(nnx.Module):
         config: ModelConfig,
         *,
         rngs: nnx.Rngs,
-        param_dtype=jnp.float32,
-        dtype=jnp.float32,
-        attention: str = "auto",
+        param_dtype: DTypeLike = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        attention: Attention = "auto",
         remat: str = "none",
         logprob_chunk: int = 512,
     ):
@@ -68,31 +71,34 @@ class Qwen2_5_VL(nnx.Module):
         self.text = TextDecoder(config.text, rngs=rngs, dtype=param_dtype)
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.attention = attention
+        self.attention: Attention = attention
         self.remat = remat
         self.logprob_chunk = logprob_chunk
 
-    def encode_images(self, images: ImageRows) -> jax.Array:
+    def encode_images(self, images: ImageRows) -> Float[jax.Array, "B M D"]:
         """Return the merged tokens of each row's images, float[B, M, D], in slot order."""
         return self.vision(images, self.dtype, implementation=self.attention, remat=self.remat)
 
-    def embed(self, rows: Rows, image_tokens: jax.Array | None) -> jax.Array:
+    def embed(
+        self, rows: Rows, image_tokens: Float[jax.Array, "B M D"] | None
+    ) -> Float[jax.Array, "B T D"]:
         """Return token embeddings, float[B, T, D], with image tokens in place of placeholders."""
         x = self.text.embed(rows.tokens, self.dtype)
         if image_tokens is None:
             return x
         index = jnp.maximum(rows.image_index, 0)[..., None]
-        pictures = jnp.take_along_axis(image_tokens, index, axis=1)
-        return jnp.where(rows.image_index[..., None] >= 0, pictures, x)
+        image_x = jnp.take_along_axis(image_tokens, index, axis=1)
+        return jnp.where(rows.image_index[..., None] >= 0, image_x, x)
 
     def __call__(
-        self, rows: Rows, image_tokens: jax.Array | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, rows: Rows, image_tokens: Float[jax.Array, "B M D"] | None = None
+    ) -> tuple[Float[jax.Array, "B T D"], dict[str, jax.Array | None]]:
         """Compute the hidden states of all tokens, before the output head.
 
         Args:
           rows: Input rows.
-          image_tokens: Result of `encode_images`; computed from `rows.images` if None.
+          image_tokens: float[B, M, D], result of `encode_images`; computed from `rows.images` if
+            None.
 
         Returns:
           Hidden states after the final norm, float[B, T, D], and a dictionary of named
@@ -110,12 +116,14 @@ class Qwen2_5_VL(nnx.Module):
         )
         return hidden, {"image_tokens": image_tokens}
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Return logits of a few tokens, float32[B, T, V]. Use `token_logprobs` for whole rows."""
+    def logits(self, hidden: Float[jax.Array, "B T D"]) -> Float32[jax.Array, "B T V"]:
+        """Return logits of a few tokens, float32[B, T, V]. Use `token_logprobs` for full rows."""
         logits = head_logits(hidden, self.text.head_table)
         return constrain(logits, "batch", None, "vocab")
 
-    def token_logprobs(self, rows: Rows, image_tokens: jax.Array | None = None) -> jax.Array:
+    def token_logprobs(
+        self, rows: Rows, image_tokens: Float[jax.Array, "B M D"] | None = None
+    ) -> Float32[jax.Array, "B T"]:
         """Return log p(token t | preceding tokens of its segment), float32[B, T].
 
         The value is 0 at the first token of a segment and at padding.
@@ -132,17 +140,17 @@ class Qwen2_5_VL(nnx.Module):
     def statistics(
         self,
         rows: Rows,
-        before: jax.Array,
-        targets: jax.Array,
+        logit_columns: Int32[AnyArray, "B C"],
+        targets: Int32[AnyArray, "B C"],
         *,
         temperature: float = 1.0,
-        image_tokens: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
+        image_tokens: Float[jax.Array, "B M D"] | None = None,
+    ) -> tuple[Float32[jax.Array, "B C"], Float32[jax.Array, "B C"]]:
         """Return log-probs of selected tokens and entropies of their predictive distributions.
 
         Args:
           rows: Input rows.
-          before: int32[B, C]. Columns of `rows` whose hidden states predict the targets.
+          logit_columns: int32[B, C]. Columns of `rows` whose logits predict the targets.
           targets: int32[B, C]. Ids of the tokens to score.
           temperature: Sampling temperature, greater than 0.
           image_tokens: Precomputed image tokens, see `__call__`.
@@ -151,7 +159,7 @@ class Qwen2_5_VL(nnx.Module):
           Log-probs, float32[B, C], and entropies in nats, float32[B, C].
         """
         hidden, _ = self(rows, image_tokens)
-        hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
+        hidden = jnp.take_along_axis(hidden, logit_columns[..., None], axis=1)
         return token_statistics(
             hidden,
             self.text.head_table,

@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int, Int32
 
 
 def mrope_positions(
-    tokens: np.ndarray,
+    tokens: Int[np.ndarray, "T"],
     grids: Sequence[Sequence[int]],
     *,
     image_token_id: int,
     merge_size: int = 2,
     start: int = 0,
-) -> tuple[np.ndarray, int]:
+) -> tuple[Int32[np.ndarray, "3 T"], int]:
     """Return M-RoPE positions of text and image tokens (Qwen2-VL, arXiv 2409.12191, section 2.1).
 
     Text advances all three positions by one per token. The tokens of an image that starts at
@@ -40,7 +41,6 @@ def mrope_positions(
       ValueError: If the placeholders do not match the grids, or the placeholders of an image are
         not contiguous.
     """
-    tokens = np.asarray(tokens)
     is_image = tokens == image_token_id
     sizes = [t * (h // merge_size) * (w // merge_size) for t, h, w in grids]
     if is_image.sum() != sum(sizes):
@@ -49,18 +49,20 @@ def mrope_positions(
             f"have {sum(sizes)} merged tokens"
         )
     positions = np.empty((3, len(tokens)), np.int32)
-    done, position = 0, start
+    end, position = 0, start
     for (t, h, w), size in zip(grids, sizes, strict=True):
-        begin = done + int(np.argmax(is_image[done:]))
-        if not is_image[begin : begin + size].all():
-            raise ValueError(f"the {size} placeholders of the image at token {begin} are not a run")
-        positions[:, done:begin] = position + np.arange(begin - done)
-        position += begin - done
+        image_start = end + int(np.argmax(is_image[end:]))
+        if not is_image[image_start : image_start + size].all():
+            raise ValueError(
+                f"the {size} placeholders of the image at token {image_start} are not contiguous"
+            )
+        positions[:, end:image_start] = position + np.arange(image_start - end)
+        position += image_start - end
         rows, columns = h // merge_size, w // merge_size
-        positions[:, begin : begin + size] = position + np.indices((t, rows, columns)).reshape(
-            3, -1
-        )
+        positions[:, image_start : image_start + size] = position + np.indices(
+            (t, rows, columns)
+        ).reshape(3, -1)
         position += max(rows, columns)
-        done = begin + size
-    positions[:, done:] = position + np.arange(len(tokens) - done)
-    return positions, position + len(tokens) - done
+        end = image_start + size
+    positions[:, end:] = position + np.arange(len(tokens) - end)
+    return positions, position + len(tokens) - end

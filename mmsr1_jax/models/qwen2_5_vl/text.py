@@ -1,19 +1,28 @@
 """Text decoder: GQA with q/k/v bias, M-RoPE, SwiGLU, pre-norm."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32, Int32
 
+from mmsr1_jax.config.choices import Attention
 from mmsr1_jax.models.attention import attention, cached_attention
 from mmsr1_jax.models.qwen2_5_vl.config import TextConfig
 from mmsr1_jax.models.qwen2_5_vl.layers import Linear, RMSNorm, SwiGLU, rotate, scan_layers
 from mmsr1_jax.models.sharding import constrain, param
+from mmsr1_jax.utils.arrays import AnyArray
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v -> output
 
 
-def mrope_angles(positions: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array]:
+def mrope_angles(
+    positions: Int32[AnyArray, "B 3 T"], config: TextConfig
+) -> tuple[Float32[jax.Array, "B T half_H"], Float32[jax.Array, "B T half_H"]]:
     """Compute cosines and sines of M-RoPE (Qwen2-VL, arXiv 2409.12191, section 2.1).
 
     The H/2 frequencies are those of standard RoPE. The first `mrope_section[0]` of them rotate with
@@ -37,22 +46,30 @@ def mrope_angles(positions: jax.Array, config: TextConfig) -> tuple[jax.Array, j
 class SelfAttention(nnx.Module):
     """Self-attention with stacked kernels: q [L, N, H, D], k, v [L, K, H, D], out [L, D, N, H]."""
 
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         D, H = (config.hidden_size, "embed"), (config.head_dim, "head_dim")
         N, K = (config.num_heads, "heads"), (config.num_kv_heads, "kv_heads")
-        keywords = dict(rngs=rngs, layers=config.num_layers, dtype=dtype)
-        self.q = Linear([D], [N, H], bias=True, **keywords)
-        self.k = Linear([D], [K, H], bias=True, **keywords)
-        self.v = Linear([D], [K, H], bias=True, **keywords)
-        self.out = Linear([N, H], [D], bias=False, **keywords)
+        linear = functools.partial(Linear, rngs=rngs, layers=config.num_layers, dtype=dtype)
+        self.q = linear([D], [N, H], bias=True)
+        self.k = linear([D], [K, H], bias=True)
+        self.v = linear([D], [K, H], bias=True)
+        self.out = linear([N, H], [D], bias=False)
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend) -> jax.Array:
+    def __call__(
+        self,
+        x: Float[jax.Array, "B T D"],
+        cos: Float32[jax.Array, "B T half_H"],
+        sin: Float32[jax.Array, "B T half_H"],
+        attend: Attend,
+    ) -> Float[jax.Array, "B T D"]:
         q = constrain(rotate(self.q(x), cos, sin), "batch", None, "heads", None)
         return self.out(attend(q, rotate(self.k(x), cos, sin), self.v(x)))
 
 
 class DecoderLayer(nnx.Module):
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype):
+    """Pre-norm attention and SwiGLU, each with a residual connection."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         norm = functools.partial(
             RMSNorm, config.hidden_size, config.rms_norm_eps, rngs=rngs, layers=config.num_layers,
             dtype=dtype,
@@ -65,7 +82,13 @@ class DecoderLayer(nnx.Module):
             layers=config.num_layers, dtype=dtype,
         )  # fmt: skip
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend) -> jax.Array:
+    def __call__(
+        self,
+        x: Float[jax.Array, "B T D"],
+        cos: Float32[jax.Array, "B T half_H"],
+        sin: Float32[jax.Array, "B T half_H"],
+        attend: Attend,
+    ) -> Float[jax.Array, "B T D"]:
         x = x + self.attention(self.attention_norm(x), cos, sin, attend)
         x = x + self.mlp(self.mlp_norm(x))
         return constrain(x, "batch", None, None)
@@ -74,7 +97,7 @@ class DecoderLayer(nnx.Module):
 class TextDecoder(nnx.Module):
     """Embedding table, decoder layers, final norm and the output head."""
 
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         table = ((config.vocab_size, config.hidden_size), ("vocab", "embed"))
         small = jax.nn.initializers.normal(0.02)
         self.embedding = param(rngs, *table, small, dtype)
@@ -84,24 +107,24 @@ class TextDecoder(nnx.Module):
         self.config = config
 
     @property
-    def head_table(self) -> jax.Array:
+    def head_table(self) -> Float[jax.Array, "V D"]:
         """Output head, [V, D]; row v produces the logit of token v."""
         return (self.embedding if self.head is None else self.head).get_value()
 
-    def embed(self, tokens: jax.Array, dtype) -> jax.Array:
-        """Return the embeddings of tokens, int32[B, T] -> [B, T, D]."""
+    def embed(self, tokens: Int32[AnyArray, "B T"], dtype: DTypeLike) -> Float[jax.Array, "B T D"]:
+        """Return the embeddings of tokens, int32[B, T] -> float[B, T, D]."""
         return jnp.take(self.embedding.get_value(), tokens, axis=0).astype(dtype)
 
     def __call__(
         self,
-        x: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array,
+        x: Float[jax.Array, "B T D"],
+        positions: Int32[AnyArray, "B 3 T"],
+        segment_ids: Int32[AnyArray, "B T"],
         *,
         single_segment: bool = False,
-        implementation: str = "auto",
+        implementation: Attention = "auto",
         remat: str = "none",
-    ) -> jax.Array:
+    ) -> Float[jax.Array, "B T D"]:
         """Compute hidden states from embedded tokens.
 
         Args:
@@ -125,30 +148,34 @@ class TextDecoder(nnx.Module):
 
     def cached(
         self,
-        x: jax.Array,
-        positions: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
+        x: Float[jax.Array, "B T D"],
+        positions: Int32[AnyArray, "B 3 T"],
+        k: Float[jax.Array, "L lanes K S H"],
+        v: Float[jax.Array, "L lanes K S H"],
         *,
-        lane: jax.Array,
-        start: jax.Array,
-        count: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        lane: Int32[AnyArray, "B"],
+        start: Int32[AnyArray, "B"],
+        count: Int32[AnyArray, "B"],
+    ) -> tuple[
+        Float[jax.Array, "B T D"],
+        Float[jax.Array, "L lanes K S H"],
+        Float[jax.Array, "L lanes K S H"],
+    ]:
         """Compute hidden states of tokens that extend lanes of a KV cache.
 
         The cache is carried through the scan, so that each layer writes its part in place.
 
         Args:
-          x: float[R, T, D]. Embedded tokens.
-          positions: int32[R, 3, T]. M-RoPE positions.
+          x: float[B, T, D]. Embedded tokens.
+          positions: int32[B, 3, T]. M-RoPE positions.
           k, v: float[L, lanes, K, S, H]. KV cache.
-          lane: int32[R]. Lane of each row. Out-of-range lanes are padding; their output is
+          lane: int32[B]. Lane of each row. Out-of-range lanes are padding; their output is
             undefined.
-          start: int32[R]. Number of tokens already in the row's lane.
-          count: int32[R]. Number of real tokens in each row, padded at the end.
+          start: int32[B]. Number of tokens already in the row's lane.
+          count: int32[B]. Number of real tokens in each row, padded at the end.
 
         Returns:
-          Hidden states after the final norm, float[R, T, D], and k and v with the new tokens.
+          Hidden states after the final norm, float[B, T, D], and k and v with the new tokens.
         """
         cos, sin = mrope_angles(positions, self.config)
         graph, params = nnx.split(self.layers)
@@ -158,14 +185,14 @@ class TextDecoder(nnx.Module):
 
         def body(carry, xs):
             x, k, v = carry
-            layer_params, number = xs
+            layer_params, index = xs
 
             def attend(q, k_new, v_new):
                 nonlocal k, v
-                where = (number, lane[:, None], slice(None), slot)
-                k = k.at[where].set(k_new.astype(k.dtype), mode="drop")
-                v = v.at[where].set(v_new.astype(v.dtype), mode="drop")
-                return cached_attention(q, k, v, layer=number, lane=lane, start=start, count=count)
+                slots = (index, lane[:, None], slice(None), slot)
+                k = k.at[slots].set(k_new.astype(k.dtype), mode="drop")
+                v = v.at[slots].set(v_new.astype(v.dtype), mode="drop")
+                return cached_attention(q, k, v, layer=index, lane=lane, start=start, count=count)
 
             x = nnx.merge(graph, layer_params)(x, cos, sin, attend)
             return (x, k, v), None
@@ -174,22 +201,38 @@ class TextDecoder(nnx.Module):
         return self.norm(x), k, v
 
 
-def head_logits(hidden: jax.Array, table: jax.Array) -> jax.Array:
-    """Return logits, float32[B, T, V], which are not rounded to bfloat16 for bfloat16 inputs."""
+def head_logits(
+    hidden: Float[jax.Array, "B T D"], table: Float[jax.Array, "V D"]
+) -> Float32[jax.Array, "B T V"]:
+    """Return logits, float32[B, T, V], which are not rounded to bfloat16 for bfloat16 inputs.
+
+    Args:
+      hidden: float[B, T, D]. Hidden states.
+      table: float[V, D]. Output head.
+    """
     table = table.astype(hidden.dtype)
     return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
 
 
 def token_logprobs(
-    hidden: jax.Array, table: jax.Array, targets: jax.Array, *, chunk: int
-) -> jax.Array:
+    hidden: Float[jax.Array, "B T D"],
+    table: Float[jax.Array, "V D"],
+    targets: Int32[AnyArray, "B T"],
+    *,
+    chunk: int,
+) -> Float32[jax.Array, "B T"]:
     """Return the log-probability of each target, float32[B, T]; see `token_statistics`."""
-    return _in_chunks(hidden, table, targets, chunk, 1.0, with_entropy=False)[0]
+    return _chunked_statistics(hidden, table, targets, chunk, 1.0, with_entropy=False)[0]
 
 
 def token_statistics(
-    hidden: jax.Array, table: jax.Array, targets: jax.Array, *, chunk: int, temperature: float = 1.0
-) -> tuple[jax.Array, jax.Array]:
+    hidden: Float[jax.Array, "B T D"],
+    table: Float[jax.Array, "V D"],
+    targets: Int32[AnyArray, "B T"],
+    *,
+    chunk: int,
+    temperature: float = 1.0,
+) -> tuple[Float32[jax.Array, "B T"], Float32[jax.Array, "B T"]]:
     """Return log-probs of targets and entropies under softmax(hidden table^T / temperature).
 
     Logits are materialised for `chunk` tokens of each row at a time. The backward pass recomputes
@@ -206,10 +249,14 @@ def token_statistics(
       Log-probabilities of the targets, float32[B, T], and entropies of the distributions in nats,
       float32[B, T].
     """
-    return _in_chunks(hidden, table, targets, chunk, temperature, with_entropy=True)
+    logprobs, entropies = _chunked_statistics(
+        hidden, table, targets, chunk, temperature, with_entropy=True
+    )
+    return logprobs, entropies
 
 
-def _in_chunks(hidden, table, targets, chunk: int, temperature: float, with_entropy: bool):
+def _chunked_statistics(hidden, table, targets, chunk: int, temperature: float, with_entropy: bool):
+    """Return the log-probs of targets, float32[B, T], and with `with_entropy` also entropies."""
     B, T, D = hidden.shape
     chunk = min(chunk, T)
     pad = -T % chunk
@@ -217,22 +264,22 @@ def _in_chunks(hidden, table, targets, chunk: int, temperature: float, with_entr
     targets = jnp.pad(targets, ((0, 0), (0, pad)))
 
     @jax.checkpoint
-    def of_chunk(h, t):
+    def chunk_statistics(h, t):
         logits = head_logits(h, table)
         logits = constrain(logits, "batch", None, "vocab")
         if temperature != 1.0:
             logits = logits / temperature
         chosen = jnp.take_along_axis(logits, t[..., None], axis=-1)[..., 0]
         total = jax.nn.logsumexp(logits, axis=-1)
-        found = (chosen - total,)
+        statistics = (chosen - total,)
         if with_entropy:
             mean = jnp.sum(jnp.exp(logits - total[..., None]) * logits, axis=-1)
-            found += (total - mean,)
-        return found
+            statistics += (total - mean,)
+        return statistics
 
     chunks = (
         jnp.moveaxis(hidden.reshape(B, -1, chunk, D), 1, 0),
         jnp.moveaxis(targets.reshape(B, -1, chunk), 1, 0),
     )
-    found = jax.lax.map(lambda xs: of_chunk(*xs), chunks)
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T] for x in found)
+    statistics = jax.lax.map(lambda xs: chunk_statistics(*xs), chunks)
+    return tuple(jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T] for x in statistics)

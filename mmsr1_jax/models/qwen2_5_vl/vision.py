@@ -8,38 +8,43 @@ separates the images of a row by segment id. An image of 10 x 6 patches with win
     8x6 | 2x6      two windows of 48 and 12 patches; the rest of their 64 slots is padding
 """
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Float32, Int32
 
+from mmsr1_jax.config.choices import Attention
 from mmsr1_jax.models.attention import attention
 from mmsr1_jax.models.qwen2_5_vl.config import VisionConfig
 from mmsr1_jax.models.qwen2_5_vl.layers import Linear, RMSNorm, SwiGLU, rotate, scan_layers
 from mmsr1_jax.models.sharding import constrain
+from mmsr1_jax.utils.arrays import AnyArray
 
 
-@flax.struct.dataclass
-class ImageRows:
+class ImageRows(flax.struct.PyTreeNode):
     """Image patches, one row for each row of text.
 
     Attributes:
-      patches: float32[B, P, C]. Patches, C = channels x frames x patch x patch; P is a whole number
-        of windows.
+      patches: float32[B, P, patch_dim]. Patches, patch_dim = channels x frames x patch x patch; P
+        is a multiple of the number of patches in a window.
       positions: int32[B, P, 2]. Row and column of each patch in its image.
-      segment_ids: int32[B, P]. Number of each patch's image (and frame) in its row, from 1; 0 for
+      segment_ids: int32[B, P]. Index of each patch's image (and frame) in its row, from 1; 0 for
         padding.
     """
 
-    patches: jax.Array
-    positions: jax.Array
-    segment_ids: jax.Array
+    patches: Float32[AnyArray, "B P patch_dim"]
+    positions: Int32[AnyArray, "B P 2"]
+    segment_ids: Int32[AnyArray, "B P"]
 
 
-def window_order(grid: Sequence[int], config: VisionConfig) -> np.ndarray:
+def window_order(grid: Sequence[int], config: VisionConfig) -> Int32[np.ndarray, "slots"]:
     """Return the patch index of each slot of an image, int32[slots], -1 for padding.
 
     Patches are in the processor's order: by frame, then merge block by merge block in row-major
@@ -72,8 +77,8 @@ def num_windows(grid: Sequence[int], config: VisionConfig) -> int:
     return t * -(-h // side) * -(-w // side)
 
 
-def patch_positions(grid: Sequence[int], merge: int) -> np.ndarray:
-    """Return row and column of each patch, int32[t*h*w, 2], in the processor's order."""
+def patch_positions(grid: Sequence[int], merge: int) -> Int32[np.ndarray, "P 2"]:
+    """Return row and column of each patch of an image, int32[P, 2], in the processor's order."""
     t, h, w = grid
     rows, columns = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
     both = np.stack([rows, columns], axis=-1).reshape(h // merge, merge, w // merge, merge, 2)
@@ -82,12 +87,14 @@ def patch_positions(grid: Sequence[int], merge: int) -> np.ndarray:
 
 
 def pack_images(
-    rows: Sequence[Sequence[tuple[np.ndarray, Sequence[int]]]], windows: int, config: VisionConfig
-) -> tuple[ImageRows, list[np.ndarray]]:
+    rows: Sequence[Sequence[tuple[Float32[np.ndarray, "..."], Sequence[int]]]],
+    windows: int,
+    config: VisionConfig,
+) -> tuple[ImageRows, list[Int32[np.ndarray, "..."]]]:
     """Pack the images of each row into windows for the tower.
 
     Args:
-      rows: Images of each row: (patches float32[t*h*w, C], grid (t, h, w)).
+      rows: Images of each row: (patches float32[t*h*w, patch_dim], grid (t, h, w)).
       windows: Number of windows per row (from the bucket table).
       config: Configuration of the vision tower.
 
@@ -104,44 +111,52 @@ def pack_images(
     segment_ids = np.zeros((len(rows), windows * size), np.int32)
     indices = []
     for row, images in enumerate(rows):
-        start, segment, index = 0, 1, [np.zeros(0, np.int32)]
+        start, segment, merged_index = 0, 1, [np.zeros(0, np.int32)]
         for image_patches, grid in images:
             slot_patch = window_order(grid, config)
             end = start + len(slot_patch)
             if end > windows * size:
-                need = sum(num_windows(g, config) for _, g in images)
-                raise ValueError(f"row {row}: its images take {need} windows, there are {windows}")
-            taken = np.flatnonzero(slot_patch >= 0)
-            source = slot_patch[taken]
-            patches[row, start + taken] = image_patches[source]
-            positions[row, start + taken] = patch_positions(grid, config.merge_size)[source]
+                required = sum(num_windows(g, config) for _, g in images)
+                raise ValueError(f"row {row}: images of {required} windows, of at most {windows}")
+            used = np.flatnonzero(slot_patch >= 0)
+            source = slot_patch[used]
+            patches[row, start + used] = image_patches[source]
+            positions[row, start + used] = patch_positions(grid, config.merge_size)[source]
             frame = source // (grid[1] * grid[2])
-            segment_ids[row, start + taken] = segment + frame
+            segment_ids[row, start + used] = segment + frame
             segment += grid[0]
             # A merged token covers `unit` adjacent slots; sort tokens into the processor's order.
             unit = config.merge_size**2
-            merged = taken[np.argsort(source)][::unit] // unit
-            index.append((start // unit + merged).astype(np.int32))
+            merged = used[np.argsort(source)][::unit] // unit
+            merged_index.append((start // unit + merged).astype(np.int32))
             start = end
-        indices.append(np.concatenate(index))
+        indices.append(np.concatenate(merged_index))
     return ImageRows(patches, positions, segment_ids), indices
 
 
 class VisionAttention(nnx.Module):
     """Self-attention with stacked kernels: qkv [L, 3, N, H, D], out [L, D, N, H]."""
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         D, H = (config.hidden_size, "embed"), (config.head_dim, "head_dim")
         N = (config.num_heads, "heads")
-        keywords = dict(bias=True, rngs=rngs, layers=config.num_layers, dtype=dtype)
-        self.qkv = Linear([D], [(3, None), N, H], **keywords)
-        self.out = Linear([N, H], [D], **keywords)
+        linear = functools.partial(
+            Linear, bias=True, rngs=rngs, layers=config.num_layers, dtype=dtype
+        )
+        self.qkv = linear([D], [(3, None), N, H])
+        self.out = linear([N, H], [D])
 
-    def __call__(self, x, cos, sin, segment_ids, whole_image, window: int, implementation: str):
-        """Compute attention over each image if `whole_image` (bool[]), else over each window.
-
-        x: [B, P, D] -> [B, P, D].
-        """
+    def __call__(
+        self,
+        x: Float[jax.Array, "B P D"],
+        cos: Float32[jax.Array, "B P half_H"],
+        sin: Float32[jax.Array, "B P half_H"],
+        segment_ids: Int32[AnyArray, "B P"],
+        full_attention: Bool[jax.Array, ""],
+        window: int,
+        implementation: Attention,
+    ) -> Float[jax.Array, "B P D"]:
+        """Compute attention over each image if `full_attention`, else over each window."""
         q, k, v = jnp.moveaxis(self.qkv(x), 2, 0)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
 
@@ -150,23 +165,35 @@ class VisionAttention(nnx.Module):
 
         def over_windows(q, k, v):
             B, P = segment_ids.shape
-            dense = [a.reshape(B * P // window, window, *a.shape[2:]) for a in (q, k, v)]
+            dense = (a.reshape(B * P // window, window, *a.shape[2:]) for a in (q, k, v))
+            dense_q, dense_k, dense_v = dense
             ids = segment_ids.reshape(B * P // window, window)
-            out = attention(*dense, ids, causal=False, implementation="xla")
+            out = attention(dense_q, dense_k, dense_v, ids, causal=False, implementation="xla")
             return out.reshape(q.shape)
 
-        return self.out(jax.lax.cond(whole_image, over_image, over_windows, q, k, v))
+        return self.out(jax.lax.cond(full_attention, over_image, over_windows, q, k, v))
 
 
 class VisionBlock(nnx.Module):
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype):
-        keywords = dict(rngs=rngs, layers=config.num_layers, dtype=dtype)
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, **keywords)
-        self.attention = VisionAttention(config, rngs=rngs, dtype=dtype)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, **keywords)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=True, **keywords)
+    """Pre-norm attention and SwiGLU, each with a residual connection."""
 
-    def __call__(self, x, *attention_inputs):
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        norm = functools.partial(
+            RMSNorm, config.hidden_size, config.norm_eps, rngs=rngs, layers=config.num_layers,
+            dtype=dtype,
+        )  # fmt: skip
+        self.attention_norm = norm()
+        self.attention = VisionAttention(config, rngs=rngs, dtype=dtype)
+        self.mlp_norm = norm()
+        self.mlp = SwiGLU(
+            config.hidden_size, config.intermediate_size, bias=True, rngs=rngs,
+            layers=config.num_layers, dtype=dtype,
+        )  # fmt: skip
+
+    def __call__(
+        self, x: Float[jax.Array, "B P D"], *attention_inputs: Any
+    ) -> Float[jax.Array, "B P D"]:
+        """Apply the block; `attention_inputs` are those of `VisionAttention`."""
         x = x + self.attention(self.attention_norm(x), *attention_inputs)
         x = x + self.mlp(self.mlp_norm(x))
         return constrain(x, "batch", None, None)
@@ -175,22 +202,24 @@ class VisionBlock(nnx.Module):
 class Merger(nnx.Module):
     """Patch merger: norm, concatenation of a square of patches, two-layer MLP to one text token."""
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype):
-        wide = config.hidden_size * config.merge_size**2
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        merged = config.hidden_size * config.merge_size**2
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, rngs=rngs, dtype=dtype)
-        keywords = dict(bias=True, rngs=rngs, dtype=dtype)
-        self.fc1 = Linear([(wide, "embed")], [(wide, "ffn")], **keywords)
-        self.fc2 = Linear([(wide, "ffn")], [(config.out_hidden_size, "embed")], **keywords)
+        linear = functools.partial(Linear, bias=True, rngs=rngs, dtype=dtype)
+        self.fc1 = linear([(merged, "embed")], [(merged, "ffn")])
+        self.fc2 = linear([(merged, "ffn")], [(config.out_hidden_size, "embed")])
         self.unit = config.merge_size**2
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[jax.Array, "B P D"]) -> Float[jax.Array, "B M text_D"]:
         B, P, D = x.shape
         x = self.norm(x).reshape(B, P // self.unit, self.unit * D)
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
 
 
 class VisionTower(nnx.Module):
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype):
+    """Patch embedding, blocks and merger."""
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.patch_embed = Linear(
             [(config.patch_dim, None)], [(config.hidden_size, "embed")], bias=False, rngs=rngs,
             dtype=dtype,
@@ -200,9 +229,17 @@ class VisionTower(nnx.Module):
         self.config = config
 
     def __call__(
-        self, images: ImageRows, dtype, *, implementation: str = "auto", remat: str = "none"
-    ) -> jax.Array:
-        """Return merged tokens, [B, P / merge^2, D of the text decoder], in slot order."""
+        self,
+        images: ImageRows,
+        dtype: DTypeLike,
+        *,
+        implementation: Attention = "auto",
+        remat: str = "none",
+    ) -> Float[jax.Array, "B M text_D"]:
+        """Return merged tokens, float[B, M, D of the text decoder], in slot order.
+
+        M is P divided by the number of patches of a merged token.
+        """
         config = self.config
         # 2-D rotary embedding: half of the frequencies rotate with the row, half with the column.
         quarter = config.head_dim // 4
@@ -210,15 +247,16 @@ class VisionTower(nnx.Module):
         angles = images.positions[..., None].astype(jnp.float32) * frequency.astype(np.float32)
         angles = angles.reshape(*angles.shape[:2], 2 * quarter)
         cos, sin = jnp.cos(angles), jnp.sin(angles)
-        whole_image = np.isin(np.arange(config.num_layers), config.full_attention_layers)
+        full_attention = np.isin(np.arange(config.num_layers), config.full_attention_layers)
         if implementation == "cudnn":  # it cannot separate the images of a row
             implementation = "auto"
-        x = self.patch_embed(images.patches.astype(dtype))
+        x = self.patch_embed(jnp.asarray(images.patches).astype(dtype))
 
-        def call(block, x, whole):
+        def call(block, x, full):
             return block(
-                x, cos, sin, images.segment_ids, whole, config.window_patches, implementation
+                x, cos, sin, images.segment_ids, full, config.window_patches, implementation
             )
 
-        x = scan_layers(self.blocks, constrain(x, "batch", None, None), call, whole_image, remat)
+        x = constrain(x, "batch", None, None)
+        x = scan_layers(self.blocks, x, call, full_attention, remat)
         return self.merger(x)

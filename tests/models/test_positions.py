@@ -1,4 +1,4 @@
-"""M-RoPE positions equal those of `transformers`, wherever the images are."""
+"""M-RoPE positions equal those of `transformers` for images at any position."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ CONFIG = random_policy.CONFIG
 
 
 def random_layout(rng):
-    """Texts and images in any order; images may stand first, last and side by side."""
+    """Return texts and images in any order; images may be first, last and adjacent."""
     layout = []
     for _ in range(rng.integers(1, 9)):
         if rng.random() < 0.5:
@@ -32,7 +32,7 @@ def reference():
     return torch_model(random_policy.random_model(CONFIG, seed=0)).model
 
 
-def test_200_random_layouts(reference):
+def test_random_layouts_match_transformers(reference):
     rng = np.random.default_rng(0)
     with_images = 0
     for _ in range(200):
@@ -48,7 +48,7 @@ def test_200_random_layouts(reference):
     assert with_images > 100
 
 
-def test_a_conversation_that_grows_has_the_positions_of_the_whole():
+def test_positions_can_be_computed_turn_by_turn():
     rng = np.random.default_rng(1)
     for _ in range(50):
         turns = [random_conversation(rng, CONFIG, random_layout(rng)) for _ in range(3)]
@@ -56,17 +56,17 @@ def test_a_conversation_that_grows_has_the_positions_of_the_whole():
         for turn in turns:
             part, start = positions(turn, start=start)
             parts.append(part)
-        whole, following = mrope_positions(
+        expected, following = mrope_positions(
             np.concatenate([t.tokens for t in turns]),
             [g for t in turns for g in t.grids],
             image_token_id=CONFIG.image_token_id,
         )
-        np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+        np.testing.assert_array_equal(np.concatenate(parts, axis=1), expected)
         assert following == start
 
 
 def test_frames_advance_the_temporal_position(reference):
-    """A picture of several frames, as `transformers` counts them without a time scale."""
+    """An image of several frames, as in `transformers` without a time scale."""
     tokens = np.array([7, *[CONFIG.image_token_id] * 12, 8])
     ours, _ = mrope_positions(tokens, [(2, 4, 6)], image_token_id=CONFIG.image_token_id)
     ids = torch.tensor(tokens)[None]
@@ -80,5 +80,5 @@ def test_placeholders_must_match_the_images():
     image = CONFIG.image_token_id
     with pytest.raises(ValueError, match="3 image placeholders .* 4 merged tokens"):
         mrope_positions(np.array([9, image, image, image]), [(1, 4, 4)], image_token_id=image)
-    with pytest.raises(ValueError, match="image at token 0 are not a run"):
+    with pytest.raises(ValueError, match="image at token 0 are not contiguous"):
         mrope_positions(np.array([image, 9, image]), [(1, 4, 2)], image_token_id=image)

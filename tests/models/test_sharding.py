@@ -1,27 +1,22 @@
-"""One device or eight: the same output; and who holds what."""
+"""Eight devices compute the same output as one, and each holds its shard."""
 
-import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.models import attention as attention_module
 from mmsr1_jax.models import sharding
 from mmsr1_jax.processing.batching import Bucket, make_rows
 from mmsr1_jax.scripts import random_policy
-from tests.reference import random_conversation
+from tests.reference import random_conversation, variant
 
 BUCKET = Bucket(length=96, windows=6, rows=8)
-
-
-def variant(**text):
-    return dataclasses.replace(
-        random_policy.CONFIG, text=dataclasses.replace(random_policy.CONFIG.text, **text)
-    )
 
 
 CONFIGS = {
@@ -72,8 +67,8 @@ MESHES = [(1, 8, 1), (1, 4, 2), (1, 2, 4)]
 )
 def test_eight_devices_equal_one(name, attention, shapes):
     config = CONFIGS[name]
-    one = sharding.make_mesh(devices=jax.devices()[:1])
-    expected, expected_gradient = run_on(one, config, attention=attention)
+    one_device = sharding.make_mesh(devices=jax.devices()[:1])
+    expected, expected_gradient = run_on(one_device, config, attention=attention)
     for shape in shapes:
         logprobs, gradient = run_on(sharding.make_mesh(*shape), config, attention=attention)
         np.testing.assert_allclose(logprobs, expected, atol=1e-4, rtol=0, err_msg=str(shape))
@@ -85,11 +80,11 @@ def test_eight_devices_equal_one(name, attention, shapes):
 @pytest.mark.parametrize("name", ["triton", "splash"])
 @pytest.mark.parametrize("shape", [(1, 4, 2), (1, 2, 4)])
 def test_kernels_run_on_each_device(name, shape, monkeypatch):
-    """Accelerators' kernels know no mesh; here they are interpreted, on eight devices."""
+    """The accelerators' kernels support no mesh. Here Pallas interprets them on eight devices."""
     kernel = functools.partial(getattr(attention_module, f"_{name}"), interpret=True)
     monkeypatch.setattr(attention_module, f"_{name}", kernel)
     rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=(4, 128, n, 32)).astype(np.float32) for n in (8, 2, 2))
+    q, k, v = (jnp.asarray(rng.normal(size=(4, 128, n, 32)), jnp.float32) for n in (8, 2, 2))
     ids = np.repeat(np.arange(1, 5, dtype=np.int32), 32)[None].repeat(4, axis=0)
     run = functools.partial(attention_module.attention, causal=True)
     expected = run(q, k, v, ids, implementation="xla")
@@ -100,7 +95,7 @@ def test_kernels_run_on_each_device(name, shape, monkeypatch):
     np.testing.assert_allclose(ours, expected, atol=2e-5)
 
 
-def test_batch_and_parameters_are_spread():
+def test_batch_and_parameters_are_sharded():
     mesh = sharding.make_mesh(1, 4, 2)
     logprobs, gradient = run_on(mesh, CONFIGS["kv heads 2"])
     assert logprobs.sharding.shard_shape(logprobs.shape) == (8 // 4, 96)
@@ -114,8 +109,8 @@ def test_partition_specs():
     assert spec(("embed", "heads", "head_dim"), (512, 8, 64)) == P("fsdp", "tensor", None)
     assert spec(("embed", "kv_heads", "head_dim"), (512, 2, 64)) == P("fsdp", None, None)
     assert spec(("batch", None), (1, 64)) == P(None, None)
-    both = sharding.make_mesh(2, 2, 2)
-    assert sharding.partition_spec(("batch",), (8,), both) == P(("replica", "fsdp"))
+    replicated = sharding.make_mesh(2, 2, 2)
+    assert sharding.partition_spec(("batch",), (8,), replicated) == P(("replica", "fsdp"))
 
 
 def test_every_parameter_has_logical_axes():
@@ -127,9 +122,9 @@ def test_every_parameter_has_logical_axes():
         assert set(axes) <= known, path
 
 
-def test_meshes_that_cannot_be():
-    with pytest.raises(ValueError, match="replica=1 x fsdp=3 x tensor=1 does not match 8 devices"):
+def test_invalid_meshes_are_rejected():
+    with pytest.raises(UserError, match="replica=1 x fsdp=3 x tensor=1 does not match 8 devices"):
         sharding.make_mesh(1, 3, 1)
-    with pytest.raises(ValueError, match="must be positive, one of them may be -1"):
+    with pytest.raises(UserError, match="must be positive, one of them may be -1"):
         sharding.make_mesh(-1, -1, 1)
     assert sharding.make_mesh(1, -1, 2).shape["fsdp"] == 4

@@ -1,6 +1,5 @@
-"""The policy is the same function as the published one (transformers/torch, random weights)."""
+"""The policy computes the same function as `transformers`/torch with the same random weights."""
 
-import dataclasses
 import functools
 import time
 
@@ -17,16 +16,9 @@ from mmsr1_jax.processing.batching import Bucket, make_rows
 from mmsr1_jax.scripts import random_policy
 from tests import reference
 from tests.programs import array_sizes
-from tests.reference import random_conversation, torch, torch_logits
+from tests.reference import random_conversation, torch, torch_logits, variant
 
 BUCKET = Bucket(length=192, windows=12, rows=2)
-
-
-def variant(**text):
-    """The tiny policy with another text decoder."""
-    return dataclasses.replace(
-        random_policy.CONFIG, text=dataclasses.replace(random_policy.CONFIG.text, **text)
-    )
 
 
 CONFIGS = {
@@ -35,7 +27,7 @@ CONFIGS = {
     "gqa 1:1, untied": variant(num_kv_heads=8),
 }
 
-# Merged tokens; windows are 4 x 4, so hardly any of these divides evenly.
+# In merged tokens. Windows are 4 x 4, so few of these images are a multiple of a window.
 LAYOUTS = {
     "no image": [150],
     "one image": [9, (5, 7), 30],
@@ -77,7 +69,7 @@ def test_logits_equal_torch(name, layout):
     ours, logprobs = jitted(name)(rows_of([[prompt]], model.config))
     theirs = torch_logits(torch_model, prompt, model.config)
     T = len(prompt.tokens)
-    assert theirs.std() > 0.2  # logits that say something
+    assert theirs.std() > 0.2  # the logits are not nearly constant
     np.testing.assert_allclose(ours[0, :T], theirs, atol=2e-4, rtol=0)
     expected = torch.log_softmax(torch.tensor(theirs), -1)[:-1]
     expected = expected.gather(-1, torch.tensor(prompt.tokens[1:, None], dtype=torch.long))[:, 0]
@@ -85,18 +77,17 @@ def test_logits_equal_torch(name, layout):
     assert (np.asarray(logprobs[0, T:]) == 0).all() and logprobs[0, 0] == 0
 
 
-def test_wrong_positions_would_be_noticed():
-    """The comparison above is sharp enough to tell linear positions from M-RoPE."""
+def test_the_tolerance_distinguishes_linear_positions_from_mrope():
     model, torch_model = models("gqa 4:1, untied")
     prompt = random_conversation(np.random.default_rng(5), model.config, LAYOUTS["one image"])
     inputs = reference.torch_inputs(prompt, model.config)
     del inputs["mm_token_type_ids"]
     linear = torch_model(**inputs).logits[0].numpy()
-    right = torch_logits(torch_model, prompt, model.config)
-    assert np.abs(linear - right).max() > 2e-3
+    mrope = torch_logits(torch_model, prompt, model.config)
+    assert np.abs(linear - mrope).max() > 2e-3
 
 
-def test_packed_rows_equal_one_by_one():
+def test_packed_rows_equal_separate_rows():
     name = "gqa 4:1, untied"
     model, _ = models(name)
     rng = np.random.default_rng(11)
@@ -118,7 +109,7 @@ def test_packed_rows_equal_one_by_one():
 
 @pytest.mark.parametrize("name", ["gqa 4:1, untied", "gqa 8:1, tied"])
 def test_gradients_equal_torch(name):
-    """Of a weighted token loss, by every parameter, through both towers."""
+    """Gradients of a weighted token loss with respect to every parameter of both towers."""
     model, torch_model = models(name)
     config = model.config
     rng = np.random.default_rng(2)
@@ -170,10 +161,10 @@ def test_remat_and_attention_give_the_same_gradients():
             np.testing.assert_allclose(b, a, atol=1e-4 * float(jnp.abs(a).max()), rtol=0)
 
 
-def test_remat_keeps_less_and_less():
+def test_stronger_remat_uses_less_memory():
     config = variant(num_layers=8)
     rows = rows_of([[]], config, Bucket(length=128, windows=0, rows=1))
-    kept = {}
+    memory = {}
     for remat in ("none", "dots", "full"):
         graph, params = nnx.split(checkpoint.abstract_model(config, remat=remat))
 
@@ -181,8 +172,8 @@ def test_remat_keeps_less_and_less():
             return nnx.merge(graph, params).token_logprobs(rows).sum()
 
         compiled = jax.jit(jax.grad(loss)).lower(params, rows).compile()
-        kept[remat] = compiled.memory_analysis().temp_size_in_bytes
-    assert kept["none"] > 1.2 * kept["dots"] and kept["dots"] > 1.2 * kept["full"], kept
+        memory[remat] = compiled.memory_analysis().temp_size_in_bytes
+    assert memory["none"] > 1.2 * memory["dots"] and memory["dots"] > 1.2 * memory["full"], memory
 
 
 def test_bfloat16_logits_are_not_rounded():
@@ -196,8 +187,8 @@ def test_bfloat16_logits_are_not_rounded():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_statistics_of_tokens(temperature):
-    """Against float64, from the definitions; a row that chunks do not divide."""
+def test_token_statistics_match_their_definitions(temperature):
+    """In float64; the row length is not a multiple of the chunk."""
     rng = np.random.default_rng(4)
     hidden, table = rng.normal(size=(2, 21, 32)), rng.normal(size=(100, 32))
     targets = rng.integers(0, 100, (2, 21))
@@ -213,7 +204,7 @@ def test_statistics_of_tokens(temperature):
     np.testing.assert_allclose(entropy, -(p * np.log(p)).sum(-1), atol=1e-4)
 
 
-def test_bfloat16_stays_near_float32():
+def test_bfloat16_is_close_to_float32():
     config = random_policy.CONFIG
     rng = np.random.default_rng(2)
     prompt = random_conversation(rng, config, [12, (5, 7), 30])
@@ -229,7 +220,7 @@ def test_bfloat16_stays_near_float32():
     assert np.abs(np.asarray(half - exact)).max() < 0.1
 
 
-def test_logprobs_never_hold_tokens_by_vocabulary():
+def test_logprobs_never_materialise_tokens_by_vocabulary():
     B, T, V, D = 2, 256, 4096, 8
     hidden = jnp.zeros((B, T, D))
     table, targets = jnp.zeros((V, D)), jnp.zeros((B, T), jnp.int32)
@@ -240,8 +231,8 @@ def test_logprobs_never_hold_tokens_by_vocabulary():
     gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
     chunked = array_sizes(gradient.lower(hidden, table, 32).compile())
     assert max(chunked) < B * T * V / 4
-    whole = array_sizes(gradient.lower(hidden, table, T).compile())
-    assert max(whole) >= B * T * V  # the measure sees such an array where there is one
+    unchunked = array_sizes(gradient.lower(hidden, table, T).compile())
+    assert max(unchunked) >= B * T * V  # `array_sizes` finds such an array
 
 
 def lowered_gradient(layers):
@@ -255,7 +246,7 @@ def lowered_gradient(layers):
     return jax.jit(jax.grad(loss)).lower(abstract)
 
 
-def test_the_program_does_not_grow_with_depth():
+def test_program_size_does_not_grow_with_depth():
     shallow, deep = (lowered_gradient(layers).as_text().count("\n") for layers in (4, 28))
     assert deep == shallow > 1000
 
@@ -266,12 +257,12 @@ def test_compile_time_does_not_grow_with_depth():
         seconds = []
         for _ in range(3):
             jax.clear_caches()
-            begin = time.perf_counter()
+            start = time.perf_counter()
             lowered_gradient(layers).compile()
-            seconds.append(time.perf_counter() - begin)
+            seconds.append(time.perf_counter() - start)
         return min(seconds)
 
-    compile_seconds(2)  # warms up what is shared
+    compile_seconds(2)  # warm up
     assert compile_seconds(28) < 1.5 * compile_seconds(4)
 
 
@@ -280,7 +271,7 @@ def test_compile_time_does_not_grow_with_depth():
     [("3b", 3754622976), ("7b", 8292166656), ("32b", 33452718336), ("72b", 73410777344)],
 )
 def test_presets_have_the_published_number_of_parameters(name, count):
-    """Counted here and in torch; the figures are those of the released files."""
+    """In our model and in torch; the expected numbers are those of the released files."""
     config = qwen2_5_vl.PRESETS[name]
     leaves = jax.tree.leaves(nnx.state(checkpoint.abstract_model(config), nnx.Param))
     assert sum(int(np.prod(leaf.shape)) for leaf in leaves) == count

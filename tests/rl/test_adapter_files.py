@@ -1,4 +1,4 @@
-"""Adapters of PEFT and other programs: merged as PEFT does, or refused in one line by name."""
+"""Adapters of PEFT and other programs are merged as by PEFT, or rejected with a one-line error."""
 
 import json
 
@@ -12,7 +12,7 @@ from mmsr1_jax.models import qwen2_5_vl, sharding
 from mmsr1_jax.rl import adapter_files, lora
 from mmsr1_jax.scripts import random_policy
 from tests.reference import torch, torch_logits, torch_model
-from tests.test_update import make_samples
+from tests.rl.learners import make_samples
 
 peft = pytest.importorskip("peft", reason="the reference implementation of LoRA")
 
@@ -32,7 +32,7 @@ def load(directory):
 
 
 def adapter(policy, directory, **fields):
-    """Saves an adapter that does something; returns the logits with it, as PEFT reads it again."""
+    """Save an adapter with an effect. Return the policy's logits with it, as loaded by PEFT."""
     model = peft.get_peft_model(torch_model(policy), peft.LoraConfig(**(QV | fields)))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -40,8 +40,8 @@ def adapter(policy, directory, **fields):
             if "lora_" in name:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(directory)
-    again = peft.PeftModel.from_pretrained(torch_model(policy), str(directory))
-    return torch_logits(again.eval(), PROMPT, CONFIG)
+    loaded = peft.PeftModel.from_pretrained(torch_model(policy), str(directory))
+    return torch_logits(loaded.eval(), PROMPT, CONFIG)
 
 
 def merged(policy_dir, directory):
@@ -57,14 +57,14 @@ def logprobs(logits):
 MERGED = {
     "all linear maps": dict(target_modules="all-linear"),
     "chosen layers": dict(layers_to_transform=[0, 2], layers_pattern="layers"),
-    "one layer, of any list": dict(layers_to_transform=1, target_modules=["q_proj", "qkv"]),
+    "one layer of any list": dict(layers_to_transform=1, target_modules=["q_proj", "qkv"]),
     "a regular expression": dict(
         target_modules=r"model\.(language_model|visual)\..*\.(o_proj|attn\.proj)"
     ),
-    "modules left out": dict(
+    "excluded modules": dict(
         target_modules=["down_proj", "gate_proj"], exclude_modules=r".*visual.*|.*layers\.1\..*"
     ),
-    "a list of modules left out": dict(
+    "a list of excluded modules": dict(
         target_modules=["mlp.0", "v_proj", "k_proj"], exclude_modules=["merger.mlp.0", "k_proj"]
     ),
     "ranks and scales by pattern": dict(
@@ -73,34 +73,34 @@ MERGED = {
     ),
     "scales by the root of the rank": dict(use_rslora=True, rank_pattern={"v_proj": 9}),
     "the merger": dict(target_modules=["mlp.0", "merger.mlp.2"]),
-    "other first values": dict(init_lora_weights="orthogonal", lora_dropout=0.3),
-    "random first values, negative scale": dict(init_lora_weights=False, lora_alpha=-8),
-    "first values of activations": dict(init_lora_weights="eva", eva_config=peft.EvaConfig()),
+    "another initialisation": dict(init_lora_weights="orthogonal", lora_dropout=0.3),
+    "random initialisation, negative scale": dict(init_lora_weights=False, lora_alpha=-8),
+    "initialisation from activations": dict(init_lora_weights="eva", eva_config=peft.EvaConfig()),
 }
 
 
 @pytest.mark.parametrize("fields", MERGED.values(), ids=MERGED)
-def test_merged_as_peft_does(policy, tiny_dir, tmp_path, fields):
-    wanted = adapter(policy, tmp_path, **fields)
+def test_adapters_are_merged_as_by_peft(policy, tiny_dir, tmp_path, fields):
+    expected = adapter(policy, tmp_path, **fields)
     np.testing.assert_allclose(
-        logprobs(merged(tiny_dir, tmp_path)), logprobs(wanted), rtol=0, atol=1e-5
+        logprobs(merged(tiny_dir, tmp_path)), logprobs(expected), rtol=0, atol=1e-5
     )
     base = torch_logits(torch_model(policy), PROMPT, CONFIG)
-    assert np.abs(logprobs(wanted) - logprobs(base)).max() > 1e-3
+    assert np.abs(logprobs(expected) - logprobs(base)).max() > 1e-3
 
 
 @pytest.fixture(scope="module")
 def saved(policy, tmp_path_factory):
-    """An adapter of both towers: its directory, tensors and settings."""
+    """Tensors and configuration of an adapter of both towers."""
     directory = tmp_path_factory.mktemp("adapter")
     adapter(policy, directory, target_modules="all-linear")
     tensors = safetensors.numpy.load_file(directory / lora.WEIGHTS)
     return tensors, json.loads((directory / lora.CONFIG).read_text())
 
 
-def write(directory, tensors, settings):
+def write(directory, tensors, config):
     safetensors.numpy.save_file(tensors, directory / lora.WEIGHTS)
-    (directory / lora.CONFIG).write_text(json.dumps(settings))
+    (directory / lora.CONFIG).write_text(json.dumps(config))
 
 
 def flat(state):
@@ -112,13 +112,13 @@ NAMES = {
     "older transformers": lambda n: n.replace(MEMORY + "language_model.", MEMORY).replace(
         MEMORY + "visual.", "base_model.model.visual."
     ),
-    "the policy without its head": lambda n: n.replace(MEMORY, "base_model.model."),
+    "the policy without its output head": lambda n: n.replace(MEMORY, "base_model.model."),
     "vLLM": lambda n: n.replace(
         MEMORY + "language_model.", "base_model.model.language_model.model."
     ).replace(MEMORY + "visual.", "base_model.model.visual."),
     "no wrapper": lambda n: n.removeprefix("base_model.model."),
-    "the adapter's name kept": lambda n: n.replace(".weight", ".default.weight"),
-    "towers alone": lambda n: n.replace(MEMORY + "language_model.", "").replace(
+    "with the name of the adapter": lambda n: n.replace(".weight", ".default.weight"),
+    "single towers": lambda n: n.replace(MEMORY + "language_model.", "").replace(
         MEMORY + "visual.", ""
     ),
     "one tower renamed": lambda n: n.replace(MEMORY + "language_model.", MEMORY),
@@ -126,28 +126,28 @@ NAMES = {
 
 
 @pytest.mark.parametrize("rename", NAMES.values(), ids=NAMES)
-def test_names_of_other_programs_are_read(saved, tmp_path, rename):
-    tensors, settings = saved
-    write(tmp_path, tensors, settings)
-    wanted = flat(lora.load(tmp_path, CONFIG)[0])
+def test_naming_schemes_of_other_programs_are_read(saved, tmp_path, rename):
+    tensors, config = saved
+    write(tmp_path, tensors, config)
+    expected = flat(lora.load(tmp_path, CONFIG)[0])
     renamed = {rename(name): value for name, value in tensors.items()}
     assert renamed.keys() != tensors.keys()
-    write(tmp_path, renamed, settings)
-    found = flat(lora.load(tmp_path, CONFIG)[0])
-    assert found.keys() == wanted.keys()
-    for name, value in found.items():
-        np.testing.assert_array_equal(value, wanted[name])
+    write(tmp_path, renamed, config)
+    actual = flat(lora.load(tmp_path, CONFIG)[0])
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        np.testing.assert_array_equal(value, expected[name])
 
 
-def test_a_text_only_class_has_no_tensors_of_the_vision_tower(saved, tmp_path):
-    tensors, settings = saved
+def test_adapters_of_text_only_classes_are_read(saved, tmp_path):
+    tensors, config = saved
     text = {name: value for name, value in tensors.items() if "visual" not in name}
     listed = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
-    write(tmp_path, text, settings | {"target_modules": listed})
+    write(tmp_path, text, config | {"target_modules": listed})
     assert {path[0] for path in flat(lora.load(tmp_path, CONFIG)[0])} == {"text"}
 
 
-REFUSED = {
+UNSUPPORTED = {
     "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica"],
     "use_dora": [True],
     "alora_invocation_tokens": [[9, 60]],
@@ -173,13 +173,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(
-    "field, value", [(field, value) for field, values in REFUSED.items() for value in values]
+    "field, value", [(field, value) for field, values in UNSUPPORTED.items() for value in values]
 )
-def test_fields_that_are_not_followed_are_refused_by_name(saved, tmp_path, field, value):
-    tensors, settings = saved
-    if field == "layers_to_transform":  # refused with a pattern of modules only
-        settings = settings | {"target_modules": "all-linear"}
-    write(tmp_path, tensors, settings | {field: value})
+def test_unsupported_fields_are_rejected_by_name(saved, tmp_path, field, value):
+    tensors, config = saved
+    if field == "layers_to_transform":  # rejected with a pattern of modules only
+        config = config | {"target_modules": "all-linear"}
+    write(tmp_path, tensors, config | {field: value})
     with pytest.raises(lora.AdapterError) as caught:
         lora.load(tmp_path, CONFIG)
     message = str(caught.value)
@@ -189,45 +189,47 @@ def test_fields_that_are_not_followed_are_refused_by_name(saved, tmp_path, field
         assert field in message
 
 
-def test_every_tensor_is_used_or_the_adapter_is_refused(saved, tmp_path):
-    tensors, settings = saved
+def test_adapters_with_missing_or_extra_tensors_are_rejected(saved, tmp_path):
+    tensors, config = saved
     first = next(name for name in sorted(tensors) if "layers.1.self_attn.q_proj.lora_A" in name)
     pair = {first, first.replace("lora_A", "lora_B")}
 
     def error(match, changed, **fields):
-        write(tmp_path, changed, settings | fields)
+        write(tmp_path, changed, config | fields)
         with pytest.raises(lora.AdapterError, match=match):
             lora.load(tmp_path, CONFIG)
 
-    lost = {name: x for name, x in tensors.items() if name not in pair}
-    error(r"layers\.1\.self_attn\.q_proj\.lora_A\.weight is missing", lost)
-    error("are of the same module", tensors | {first.removeprefix("base_model.model."): np.ones(1)})
+    incomplete = {name: x for name, x in tensors.items() if name not in pair}
+    error(r"layers\.1\.self_attn\.q_proj\.lora_A\.weight is missing", incomplete)
+    error(
+        "belong to the same module", tensors | {first.removeprefix("base_model.model."): np.ones(1)}
+    )
     renamed = {n.replace("model.language_model.layers.1", "model.layers.1"): x
                for n, x in tensors.items()}  # fmt: skip
-    error("have names of two programs", renamed)
+    error("follow different naming schemes", renamed)
     for other in ("base_model.model.model.language_model.embed_tokens.lora_embedding_A",
                   first.replace("lora_A.weight", "lora_magnitude_vector"),
                   "base_model.model.model.language_model.layers.9.self_attn.q_proj.lora_A.weight",
                   "base_model.model.lm_head.lora_A.weight"):  # fmt: skip
-        error("is of no linear map that can have an adapter", tensors | {other: np.ones(1)})
-    error("which adapter_config.json does not name", tensors, target_modules=["q_proj", "qkv"])
+        error("belongs to no linear map that can have an adapter", tensors | {other: np.ones(1)})
+    error("which adapter_config.json does not select", tensors, target_modules=["q_proj", "qkv"])
     error("has dtype int32", tensors | {first: tensors[first].astype(np.int32)})
-    error("holds no tensors", {})
+    error("contains no tensors", {})
 
 
-def test_a_pattern_that_takes_for_ever_is_refused(saved, tmp_path, monkeypatch):
-    tensors, settings = saved
-    monkeypatch.setattr(adapter_files, "_REGEX_SECONDS", 0.05)
+def test_patterns_that_exceed_the_time_limit_are_rejected(saved, tmp_path, monkeypatch):
+    tensors, config = saved
+    monkeypatch.setattr(adapter_files, "_REGEX_TIMEOUT", 0.05)
     slow = "(.*?)" * 8 + r"(.)\9\8_proj"
     for field in ("target_modules", "exclude_modules"):
-        write(tmp_path, tensors, settings | {field: slow})
+        write(tmp_path, tensors, config | {field: slow})
         with pytest.raises(lora.AdapterError, match="a pattern cannot be used"):
             lora.load(tmp_path, CONFIG)
 
 
-def test_of_two_files_safetensors_count(saved, tmp_path, capsys):
-    tensors, settings = saved
-    write(tmp_path, tensors, settings)
+def test_safetensors_take_precedence_over_a_bin_file(saved, tmp_path, capsys):
+    tensors, config = saved
+    write(tmp_path, tensors, config)
     (tmp_path / "adapter_model.bin").write_bytes(b"other weights")
     lora.load(tmp_path, CONFIG)
     assert "is used and adapter_model.bin ignored" in capsys.readouterr().err

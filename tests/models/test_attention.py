@@ -1,4 +1,4 @@
-"""Every implementation of attention gives what the formula says."""
+"""Every implementation of attention computes the formula."""
 
 import functools
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.models import attention as module
 from mmsr1_jax.models.attention import attention, choose
 from tests.programs import array_sizes
@@ -14,26 +15,26 @@ from tests.programs import array_sizes
 
 @pytest.fixture(autouse=True)
 def float32_products():
-    """GPUs and TPUs would take fewer bits for float32 by default, and miss the tolerances here."""
+    """GPUs and TPUs use fewer bits for float32 by default, too few for the tolerances here."""
     with jax.default_matmul_precision("highest"):
         yield
 
 
-def formula(q, k, v, segment_ids, causal):
-    """softmax(q k^T / sqrt(H)) v in float64, a query at a time."""
+def reference_attention(q, k, v, segment_ids, causal):
+    """softmax(q k^T / sqrt(H)) v in float64, one query at a time."""
     B, T, N, H = q.shape
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     k, v = (np.repeat(x, N // k.shape[2], axis=2) for x in (k, v))
     out = np.zeros_like(q)
     for b in range(B):
         for t in range(T):
-            seen = segment_ids[b] == segment_ids[b, t]
+            visible = segment_ids[b] == segment_ids[b, t]
             if causal:
-                seen &= np.arange(T) <= t
-            scores = np.einsum("nh,snh->ns", q[b, t], k[b, seen]) / np.sqrt(H)
+                visible &= np.arange(T) <= t
+            scores = np.einsum("nh,snh->ns", q[b, t], k[b, visible]) / np.sqrt(H)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             weights /= weights.sum(-1, keepdims=True)
-            out[b, t] = np.einsum("ns,snh->nh", weights, v[b, seen])
+            out[b, t] = np.einsum("ns,snh->nh", weights, v[b, visible])
     return out
 
 
@@ -50,7 +51,7 @@ def inputs(T, N=4, K=2, H=16, seed=0):
 IMPLEMENTATIONS = {
     "xla": functools.partial(attention, implementation="xla"),
     "blockwise": functools.partial(attention, implementation="blockwise"),
-    # The accelerators' kernels, run by pallas' interpreter.
+    # The accelerators' kernels, run by Pallas' interpreter.
     "triton": functools.partial(module._triton, interpret=True),
     "splash": functools.partial(module._splash, interpret=True),
 }
@@ -63,11 +64,11 @@ def test_packed_rows_match_the_formula(name, causal, monkeypatch):
     T = 256 if name in ("triton", "splash") else 200
     q, k, v, ids = inputs(T, H=64 if name in ("triton", "splash") else 16)
     ours = IMPLEMENTATIONS[name](*map(jnp.asarray, (q, k, v, ids)), causal=causal)
-    np.testing.assert_allclose(ours, formula(q, k, v, ids, causal), atol=2e-5)
+    np.testing.assert_allclose(ours, reference_attention(q, k, v, ids, causal), atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["blockwise", "triton", "splash"])
-def test_gradients_match_the_plain_form(name, monkeypatch):
+def test_gradients_match_the_xla_implementation(name, monkeypatch):
     monkeypatch.setattr(module, "_BLOCK", 128)
     q, k, v, ids = inputs(200 if name == "blockwise" else 256, H=64)
     weights = np.random.default_rng(1).normal(size=q.shape) * (ids != 0)[..., None, None]
@@ -78,13 +79,13 @@ def test_gradients_match_the_plain_form(name, monkeypatch):
 
         return jax.grad(loss, argnums=(0, 1, 2))(*map(jnp.asarray, (q, k, v)))
 
-    for ours, plain in zip(
+    for ours, expected in zip(
         gradient(IMPLEMENTATIONS[name]), gradient(IMPLEMENTATIONS["xla"]), strict=True
     ):
-        np.testing.assert_allclose(ours, plain, atol=5e-5)
+        np.testing.assert_allclose(ours, expected, atol=5e-5)
 
 
-def test_blockwise_holds_no_square_of_the_length(monkeypatch):
+def test_blockwise_never_materialises_the_score_matrix(monkeypatch):
     monkeypatch.setattr(module, "_BLOCK", 64)
     T = 1024
     q, k, v, ids = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs(T, N=1, K=1))
@@ -97,42 +98,42 @@ def test_blockwise_holds_no_square_of_the_length(monkeypatch):
         return max(array_sizes(compiled))
 
     assert largest("blockwise") < T * T / 2
-    assert largest("xla") >= T * T  # the measure sees such an array where there is one
+    assert largest("xla") >= T * T  # `array_sizes` finds such an array
 
 
-def test_choice_by_platform_and_length(monkeypatch):
-    def on(platform, *args):
+def test_auto_chooses_by_platform_and_length(monkeypatch):
+    def choose_on(platform, *args):
         monkeypatch.setattr(jax, "default_backend", lambda: platform)
         return choose("auto", *args)
 
     bf16 = jnp.dtype(jnp.bfloat16)
-    assert on("cpu", 512, bf16, True) == "xla"
-    assert on("cpu", 8192, bf16, True) == "blockwise"
-    assert on("gpu", 8192, bf16, True) == "cudnn"
-    assert on("gpu", 8192, bf16, False) == "triton"
-    assert on("gpu", 8100, bf16, False) == "blockwise"
-    assert on("gpu", 8192, jnp.dtype(jnp.float32), True) == "blockwise"
-    assert on("tpu", 8192, bf16, False) == "splash"
-    assert on("tpu", 8190, bf16, False) == "blockwise"
+    assert choose_on("cpu", 512, bf16, True) == "xla"
+    assert choose_on("cpu", 8192, bf16, True) == "blockwise"
+    assert choose_on("gpu", 8192, bf16, True) == "cudnn"
+    assert choose_on("gpu", 8192, bf16, False) == "triton"
+    assert choose_on("gpu", 8100, bf16, False) == "blockwise"
+    assert choose_on("gpu", 8192, jnp.dtype(jnp.float32), True) == "blockwise"
+    assert choose_on("tpu", 8192, bf16, False) == "splash"
+    assert choose_on("tpu", 8190, bf16, False) == "blockwise"
 
 
-def test_rows_that_a_kernel_cannot_take_are_refused():
-    with pytest.raises(ValueError, match="triton needs rows of a multiple of 64 tokens, not 4100"):
+def test_unsupported_rows_and_unknown_names_are_rejected():
+    with pytest.raises(UserError, match="triton needs rows of a multiple of 64 tokens, not 4100"):
         choose("triton", 4100, jnp.bfloat16, False)
-    with pytest.raises(ValueError, match="packed segments"):
+    with pytest.raises(UserError, match="packed segments"):
         choose("cudnn", 4096, jnp.bfloat16, False)
-    with pytest.raises(ValueError, match="'flash' is not one of"):
+    with pytest.raises(UserError, match="'flash' is not one of"):
         choose("flash", 4096, jnp.bfloat16, False)
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
 @pytest.mark.parametrize("causal", [True, False])
 def test_cudnn_matches_the_formula(causal):
-    q, k, v, _ = inputs(2048, H=64)
+    q, k, v, _ = map(jnp.asarray, inputs(2048, H=64))
     ids = np.ones((2, 2048), np.int32)
     ids[1, 1500:] = 0
-    half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+    half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
     ours = attention(*half, ids, causal=causal, single_segment=True, implementation="cudnn")
-    plain = attention(q, k, v, ids, causal=causal, implementation="xla")
-    real = ids[..., None, None] != 0
-    np.testing.assert_allclose(ours * real, plain * real, atol=2e-2)
+    expected = attention(q, k, v, ids, causal=causal, implementation="xla")
+    mask = ids[..., None, None] != 0
+    np.testing.assert_allclose(ours * mask, expected * mask, atol=2e-2)

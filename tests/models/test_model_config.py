@@ -1,0 +1,61 @@
+"""`config.json` is read in every published form; invalid ones are rejected."""
+
+import json
+import shutil
+
+import pytest
+
+from mmsr1_jax.models import qwen2_5_vl
+from mmsr1_jax.models.qwen2_5_vl.config import ConfigError, ModelConfig
+from mmsr1_jax.scripts import random_policy
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "qwen2_vl"}, "model_type 'qwen2_vl' is not supported"),
+        ({"hidden_size": None}, "field 'hidden_size' must be a positive int"),
+        ({"num_attention_heads": 0}, "field 'num_attention_heads' must be a positive int"),
+        ({"rms_norm_eps": float("nan")}, "field 'rms_norm_eps' must be a positive float"),
+        ({"rope_theta": float("inf")}, "field 'rope_theta' must be a positive float"),
+        ({"image_token_id": "x"}, "field 'image_token_id' must be a token id"),
+        ({"text_config": []}, "field 'text_config' must be an object"),
+        ({"rope_scaling": "mrope"}, "field 'rope_scaling' must be an object"),
+        ({"rope_scaling": {"mrope_section": [-2, 5, 5]}}, "'mrope_section' must be three sizes"),
+        ({"num_attention_heads": 7}, "num_attention_heads=7 does not divide hidden_size=128"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope type 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 3]}}, "must sum to half"),
+        ({"use_sliding_window": True}, "use_sliding_window=true is not supported"),
+        ({"vision_config": None}, "field 'vision_config' must be an object"),
+    ],
+)
+def test_invalid_configs_are_rejected(tmp_path, change, message):
+    (tmp_path / "config.json").write_text(json.dumps({**random_policy.CONFIG.to_hf(), **change}))
+    with pytest.raises(ConfigError, match=message) as caught:
+        ModelConfig.from_directory(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path / "config.json"))
+
+
+def test_every_published_form_is_read(tmp_path):
+    """Flat, nested, and nested without the fields that `transformers` omits."""
+    config = qwen2_5_vl.PRESETS["7b"]
+    flat = config.to_hf()
+    assert ModelConfig.from_hf(flat) == config
+    trimmed = {"hidden_size": 1280, "in_chans": 3, "model_type": "qwen2_5_vl"}
+    assert ModelConfig.from_hf({**flat, "vision_config": trimmed}) == config
+    pytest.importorskip("torch")
+    from transformers import Qwen2_5_VLConfig
+
+    Qwen2_5_VLConfig(**flat).save_pretrained(tmp_path)
+    assert "text_config" in json.loads((tmp_path / "config.json").read_text())
+    assert ModelConfig.from_directory(tmp_path) == config
+
+
+def test_missing_and_malformed_files_are_rejected(tmp_path):
+    with pytest.raises(ConfigError, match="config.json: cannot be read"):
+        ModelConfig.from_directory(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="config.json: not JSON"):
+        ModelConfig.from_directory(tmp_path)
+    shutil.rmtree(tmp_path)
