@@ -56,7 +56,8 @@ def main(argv: Sequence[str]) -> int:
     for part, counts in summary["parts"].items():
         short = isinstance(counts["requested"], int) and counts["chosen"] < counts["requested"]
         if short or not counts["available"]:
-            print(f"{part}: requested {counts['wanted']} questions, available {counts['there']}")
+            requested, available = counts["requested"], counts["available"]
+            print(f"{part}: requested {requested} questions, available {available}")
     if summary["no_verdict"]:
         log.warning(
             "skipped %d episodes for which the judge could not be reached; the same command "

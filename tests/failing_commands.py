@@ -38,7 +38,7 @@ CALLS: dict[str, tuple[str, Sequence[str]]] = {
     "curate": ("mmsr1_jax.utils.outputs:lock", ("--model={}", "--out={}/out")),
     "report": ("mmsr1_jax.apps.report.reader:read", ("{}", "--out={}/report.html")),
     "serve": ("mmsr1_jax.rollout.build:make_engine", ("--model={}", "--port=0")),
-    "index": ("mmsr1_jax.tools.local:build", ("--pages={file}", "--out={}/index")),
+    "index": ("mmsr1_jax.tools.index_builder:build_index", ("--pages={file}", "--out={}/index")),
     "merge": (
         "mmsr1_jax.models.qwen2_5_vl:ModelConfig.from_directory",
         ("--model={}", "--adapter={}", "--out={}/out"),

@@ -109,7 +109,7 @@ def test_thumbnails_show_what_the_policy_saw(engine, alone):
     kind, _, data = results[0]["image"].partition(",")
     assert kind == "data:image/webp;base64"
     image = PIL.Image.open(io.BytesIO(base64.b64decode(data)))
-    seen = engine.processor.images.uncut(alone[number].images[1])
+    seen = engine.processor.images.unpatchify(alone[number].images[1])
     difference = np.asarray(image, float) - np.asarray(seen, float)
     assert image.size == seen.size and np.abs(difference).mean() < 8
 
@@ -168,13 +168,13 @@ def test_a_client_that_disconnects_frees_its_lane(engine, alone):
 
 
 def _fail(device, *args, **keywords):
-    """A program that fails after it has received lanes and store."""
-    for buffer in jax.tree.leaves((device._lanes, device._store)):
+    """A program that fails after it has received the lanes and the image store."""
+    for buffer in jax.tree.leaves((device._lanes, device._image_tokens)):
         buffer.delete()
     raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("where", ["decode", "_encode"])
+@pytest.mark.parametrize("where", ["decode", "_encode_program"])
 def test_an_engine_recovers_from_a_failure(engine, alone, monkeypatch, caplog, where):
     with served(engine) as (url, _, gate):
         gate.open()

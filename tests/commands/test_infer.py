@@ -84,4 +84,4 @@ def test_user_errors_are_shown_in_one_line(arguments, directory, tmp_path):
     )
     assert "no such directory" in line("--config.turns.prompt_dir=nowhere")
     assert "no such file" in line("--image=nowhere.jpg")
-    assert "leave room" in line("--question=" + "word " * 3000)
+    assert "turns.max_episode_tokens" in line("--question=" + "word " * 3000)

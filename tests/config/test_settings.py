@@ -71,7 +71,7 @@ def test_a_file_of_settings_is_read_as_it_was_written(tmp_path):
         ({"buckets__lengths": []}, "config.buckets.lengths=() must be positive"),
         ({"data__train": [5]}, "config.data.train must be of type tuple"),
         ({"data__train": ["a\0b"]}, "config.data.train='a\\x00b' must not contain a NUL"),
-        ({"run__model": "\ud800"}, "config.run.model: half a character"),
+        ({"run__model": "\ud800"}, "config.run.model: contains a lone surrogate"),
         ({"update__lora_targets": ["q", "x"]}, "config.update.lora_targets='x' is not one of q"),
         ({"services__cache_max_bytes": 2**70}, "config.services.cache_max_bytes: must not be an"),
         ({"services__allowed_hosts": ["h"] * 200_000}, "allowed_hosts must have at most 100000"),

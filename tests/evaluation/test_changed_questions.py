@@ -31,7 +31,7 @@ def test_an_evaluation_is_not_resumed_if_its_questions_have_changed(tmp_path, ti
         evaluate(config, policy, out)
     (tmp_path / "late.png").write_bytes(png(2))
     with pytest.raises(
-        DataError, match="question 0 is '4' there, and now it is '3' .*qa.json, row 0"
+        DataError, match="question 0 is '4', but the data now has '3' .*qa.json, row 0"
     ):
         evaluate(config, policy, out)
     assert (out / "episodes.jsonl").read_text() == line

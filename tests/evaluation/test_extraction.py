@@ -124,11 +124,11 @@ def answered(tmp_path, processor):
 
 def test_short_forms_of_answers_are_graded(answered, server):
     results, lines = grade_lines(Config(), answered)
-    assert results["scored"] == "answers as they are" and results["no_extraction"] == 0
+    assert results["scored"] == "unchanged answers" and results["no_extraction"] == 0
     assert [line["score"] for line in lines] == [document_grade(a, g, f) for a, _, g, f in CASES]
     assert results["f1"] == {"direct": 0}
     assert results["omitted_pages"] == {"pages": 4, "questions": 2}
-    assert "4 pages of 2 questions were left out" in format_results(results)
+    assert "4 pages of 2 questions were dropped" in format_results(results)
 
     results, lines = grade_lines(with_judge(server), answered)
     assert [line["score"] for line in lines] == [1, 1, 0, 0, None, None]
@@ -154,7 +154,7 @@ def test_short_forms_of_answers_are_graded(answered, server):
     grade_lines(with_judge(server, judge_model="other"), answered)
     assert len(server.requests) == 5
     answered.write_text(json.dumps(lines[0] | {"extracted": {"answer": "1987"}}) + "\n")
-    with pytest.raises(DataError, match="line 1: 'extracted' must have answer, error, model"):
+    with pytest.raises(DataError, match="line 1: 'extracted' must have exactly the fields answer"):
         grade_lines(Config(), answered)
 
 
@@ -205,5 +205,7 @@ def test_a_document_fits_its_token_budget_and_its_answers_are_graded(server, tmp
     # `--rescore` with another model queries it again.
     other = ["--config.services.judge_model=other", f"--config.services.judge_url={server.url}"]
     printed = run(command(f"--rescore={path}", *other))
-    assert len(server.requests) == 2 and "its score is of: short forms of the answers" in printed
+    assert (
+        len(server.requests) == 2 and "score is computed from short forms of the answers" in printed
+    )
     assert json.loads((tmp_path / "out" / "results.json").read_text())["scored"]

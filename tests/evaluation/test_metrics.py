@@ -179,7 +179,7 @@ def test_a_benchmark_is_scored_by_its_own_rules(tmp_path, processor):
     assert result["mean"] == pytest.approx(0.45) and "pass@k" not in result
     assert "45.0 [0.0, 90.0]" in format_results(results)
     config.eval.benchmark = "nothing"
-    with pytest.raises(DataError, match="no benchmark 'nothing'"):
+    with pytest.raises(DataError, match="unknown benchmark 'nothing'"):
         EvalQuestions(config, processor.images)
 
 

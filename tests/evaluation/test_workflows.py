@@ -178,7 +178,7 @@ def test_the_number_of_lanes_does_not_change_forced_episodes(model, forced, lane
 def test_a_pool_forces_the_same_turns(model, forced):
     pool = EnginePool([model], scripted_processor(VOCAB_SIZE), make_config(), search_tools())
     assert by_index(rollout(pool, "rag")) == by_index(forced["rag"])
-    part = rollout(pool, "direct", 1, numbers=[0])
+    part = rollout(pool, "direct", 1, indices=[0])
     pool.close()
     assert by_index(part) == {n: by_index(forced["direct"])[n] for n in range(4)}
 
@@ -186,5 +186,5 @@ def test_a_pool_forces_the_same_turns(model, forced):
 def test_forced_workflows_do_not_change_on_demand_episodes(engine):
     plain = by_index(engine.rollout(examples(4), rollouts=2))
     assert by_index(rollout(engine, "on_demand", 4, 2)) == plain
-    part = engine.rollout(examples(4)[2:], rollouts=2, numbers=[2, 3])
+    part = engine.rollout(examples(4)[2:], rollouts=2, indices=[2, 3])
     assert by_index(part) == {number: plain[number] for number in range(4, 8)}

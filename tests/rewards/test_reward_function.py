@@ -170,7 +170,7 @@ def test_only_the_four_published_sequences_have_a_valid_format(sequence):
     ],
 )
 def test_invalid_settings_are_errors_that_name_the_field(field, value):
-    with pytest.raises(ConfigError, match=f"^{field}"):
+    with pytest.raises(ConfigError, match=rf"^rewards\.{field}"):
         check(Rewards(**{field: value}))
 
 
