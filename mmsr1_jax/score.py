@@ -162,7 +162,7 @@ def prepare(
 def finish(
     batch: list[tuple[int, dict, Prompt]], logprobs: jax.Array
 ) -> Iterator[tuple[int, dict]]:
-    """Wait for the log-probs of a batch, float32[rows, T], and yield each line's result."""
+    """Wait for the log-probs of a batch, float32[B, T], and yield each line's result."""
     for row, (number, line, prompt) in zip(np.asarray(logprobs), batch, strict=False):
         values = row[1 : len(prompt.tokens)]
         result = {"id": line["id"]}
