@@ -38,8 +38,8 @@ class Patches:
     """Patches of one image, the input of the vision tower.
 
     Attributes:
-      values: float32[t*h*w, C]. Patches, C = channels x frames x patch x patch, ordered by frame,
-        then merge block, then row by row within a block.
+      values: float32[P, patch_dim]. Patches, patch_dim = channels x frames x patch x patch, ordered
+        by frame, then merge block, then row by row within a block.
       grid: Numbers of patches (t, h, w): frames, rows, columns.
     """
 
@@ -190,12 +190,12 @@ class ImageProcessor:
         return PIL.Image.fromarray(self._restore(pixels))
 
     def _normalise(self, pixels: np.ndarray) -> np.ndarray:
-        """Rescale and normalise pixels, uint8[..., C] -> float32[..., C]."""
+        """Rescale and normalise pixels, uint8[..., channels] -> float32[..., channels]."""
         scaled = (pixels.astype(np.float64) * self.rescale_factor).astype(np.float32)
         return (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
 
     def _restore(self, values: np.ndarray) -> np.ndarray:
-        """Invert `_normalise`, float32[..., C] -> uint8[..., C]."""
+        """Invert `_normalise`, float32[..., channels] -> uint8[..., channels]."""
         scaled = values * np.array(self.std, np.float64) + np.array(self.mean, np.float64)
         return np.rint(scaled / self.rescale_factor).clip(0, 255).astype(np.uint8)
 

@@ -244,7 +244,7 @@ class Device:
         check_image(image, self._model_config, self.config, self._windows)
 
     def _encode(self, images: ImageRows, slots: np.ndarray) -> None:
-        """Encode images, and write their tokens to slots of the store, int32[rows, M]."""
+        """Encode images, and write their tokens to slots of the store, int32[B, M]."""
         start = time.perf_counter()
         images, slots = self.put((images, slots))
         self._image_tokens = self._encode_program(self._params, self._image_tokens, images, slots)

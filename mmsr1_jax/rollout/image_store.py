@@ -17,7 +17,7 @@ from mmsr1_jax.models.qwen2_5_vl.vision import ImageRows, num_windows, pack_imag
 from mmsr1_jax.processing.batching import TooLongError, smallest_bucket
 from mmsr1_jax.processing.images import Patches
 
-# Encodes packed images and writes their tokens to slots, int32[rows, M].
+# Encodes packed images and writes their tokens to slots, int32[B, M].
 Encode = Callable[[ImageRows, np.ndarray], None]
 
 

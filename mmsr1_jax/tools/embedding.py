@@ -101,7 +101,7 @@ class Embedder:
             self._run(windows, black, (1, side, side))
 
     def _run(self, windows: int, patches: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
-        """Return the embedding, float32[D], of float32[P, C] patches."""
+        """Return the embedding, float32[D], of float32[P, patch_dim] patches."""
         images, _ = pack_images([[(patches, grid)]], windows, self._config)
         # The lock ensures that each program is compiled once, and bounds device memory. The mesh is
         # set explicitly so that the caller's mesh does not enter the compiled program.

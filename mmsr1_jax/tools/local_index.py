@@ -142,7 +142,7 @@ class LocalIndex:
             )
 
     def _read_embeddings(self) -> None:
-        """Read the embeddings as unit vectors, float32[V, D], and the vector of each row."""
+        """Read the embeddings as unit vectors, float32[vectors, D], and the vector of each row."""
         # The rows of an image, one per title, share one vector. This saves memory, and rounding
         # errors cannot reorder rows of the same image.
         indices: dict[bytes, int] = {}  # by the bytes of a vector

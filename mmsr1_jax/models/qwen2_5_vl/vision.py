@@ -94,7 +94,7 @@ def pack_images(
     """Pack the images of each row into windows for the tower.
 
     Args:
-      rows: Images of each row: (patches float32[t*h*w, patch_dim], grid (t, h, w)).
+      rows: Images of each row: (patches float32[P, patch_dim], grid (t, h, w)).
       windows: Number of windows per row (from the bucket table).
       config: Configuration of the vision tower.
 
