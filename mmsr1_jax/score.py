@@ -182,7 +182,6 @@ def prepare(
 
 
 def finish(
-<<<<<<< HEAD
     batch: Sequence[Conversation], logprobs: jax.Array | np.ndarray
 ) -> Iterator[tuple[int, Result]]:
     """Wait for the log-probs of a batch, float32[B, T], and yield each line's result."""
@@ -190,14 +189,6 @@ def finish(
         line_number, tokens = conversation.line_number, conversation.prompt.tokens
         values = row[1 : len(tokens)]
         result: Result = {"id": conversation.id}
-=======
-    batch: list[tuple[int, dict, Prompt]], logprobs: jax.Array
-) -> Iterator[tuple[int, dict]]:
-    """Wait for the log-probs of a batch, float32[B, T], and yield each line's result."""
-    for row, (number, line, prompt) in zip(np.asarray(logprobs), batch, strict=False):
-        values = row[1 : len(prompt.tokens)]
-        result = {"id": line["id"]}
->>>>>>> room-models
         if np.isfinite(values).all():
             result["tokens"] = tokens.tolist()
             result["logprobs"] = [None, *map(float, values)]
