@@ -1,6 +1,6 @@
 """All settings as typed dataclasses with their defaults and allowed values.
 
-Any package of `mmsr1_jax` may import this one. It imports no JAX.
+Any package of `mmsr1_jax` may import this one. It imports none of the others, and no JAX.
 """
 
 from mmsr1_jax.config.bounds import ConfigError

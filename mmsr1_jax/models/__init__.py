@@ -1,1 +1,4 @@
-"""Policies. One package per architecture."""
+"""Policies, one package per architecture, with attention and sharding for all of them.
+
+Used by all code that runs a model. Imports only `config` and `utils`.
+"""

@@ -1,1 +1,4 @@
-"""Reinforcement learning: advantages, loss, sequence packing and the policy update."""
+"""Reinforcement learning: advantages, loss, sequence packing and the policy update.
+
+Used by the training commands and `training`. Knows episodes, but no engine.
+"""

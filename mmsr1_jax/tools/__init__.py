@@ -1,6 +1,9 @@
-"""Search tools: the tool interface (`tool`), the executor that runs tools alongside the engine
-(`tool_executor`), and the implementations: `local`, and `text_search` and `image_search` over web
-services (`services/`)."""
+"""Search tools: the interface (`tool`), the executor that runs tools beside the engine
+(`tool_executor`), a local index (`local_index`), and searches over web services (`text_search`,
+`image_search`, `services/`).
+
+`build` creates them from settings. Used by episodes, rollouts and the commands.
+"""
 
 from mmsr1_jax.tools.tool import (
     ImageLike,

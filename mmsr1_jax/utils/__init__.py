@@ -1,4 +1,4 @@
 """General helpers: validated input files, output files, worker processes.
 
-Any package of `mmsr1_jax` may import this one. It imports no other.
+Any package of `mmsr1_jax` but `config` may import this one. It imports `config` alone.
 """
