@@ -114,7 +114,7 @@ def _train(
     for step in run.steps():
         # ------------------------------------------------------------ sample, roll out, reward
         data_position = questions.state()
-        seed = (config.run.seed * 100_003 + step) % 2**31
+        seed = (config.run.seed * 100_003 + step) % 2**31  # differs by step
         try:
             with run.phase("rollout"), run.timeline(step) as timeline:
                 rollouts = roll_out(
@@ -142,16 +142,16 @@ def _train(
         with run.phase("score"):
             if reference is not None:
                 minibatches = [
-                    train_batch.with_logprobs(batch, "ref_logprobs", learner, reference)
-                    for batch in minibatches
+                    train_batch.with_logprobs(minibatch, "ref_logprobs", learner, reference)
+                    for minibatch in minibatches
                 ]
             # With objective.old_logprobs="engine", the ratio's denominator is the log-probs that
             # were recorded at sampling. With "trainer" and one update per step, it is the updated
             # policy itself; only with several updates must it be computed before the first one.
             if objective.old_logprobs == "trainer" and objective.num_minibatches > 1:
                 minibatches = [
-                    train_batch.with_logprobs(batch, "old_logprobs", learner)
-                    for batch in minibatches
+                    train_batch.with_logprobs(minibatch, "old_logprobs", learner)
+                    for minibatch in minibatches
                 ]
 
         # ------------------------------------------------------------ clipped loss and update
@@ -209,18 +209,18 @@ def roll_out(
     all_questions: list[Question] = []
     all_episodes: list[tuple[Episode, Reward]] = []
     for attempt in range(objective.max_resample_rounds + 1):
-        prompts = next(questions)
+        new_questions = next(questions)
         sampling = dataclasses.replace(config.sampling, seed=(seed + attempt * 7919) % 2**31)
-        examples = [question.example() for question in prompts]
+        examples = [question.example() for question in new_questions]
         rollout = engine.rollout(
             examples, rollouts=run.group_size, sampling=sampling, timeline=timeline
         )
         episodes = sorted(rollout, key=lambda episode: episode.index)
-        rewards = compute_rewards(episodes, prompts, config, judge, step=step - 1)
-        groups: list[list[tuple[Episode, Reward]]] = [[] for _ in prompts]
+        rewards = compute_rewards(episodes, new_questions, config, judge, step=step - 1)
+        groups: list[list[tuple[Episode, Reward]]] = [[] for _ in new_questions]
         for episode, reward in zip(episodes, rewards, strict=True):
             if episode.end == "error":
-                question = prompts[episode.group].id
+                question = new_questions[episode.group].id
                 log.warning("step %d, question %s: %s", step, question, episode.error)
             elif reward.known:
                 groups[episode.group].append((episode, reward))
@@ -230,7 +230,7 @@ def roll_out(
             varies = train_batch.has_reward_variance(group, objective, limit)
             (with_variance if varies else zero_variance).append(group)
         all_groups += groups
-        all_questions += prompts
+        all_questions += new_questions
         all_episodes += zip(episodes, rewards, strict=True)
         if len(with_variance) >= run.prompts_per_step:
             break

@@ -9,7 +9,7 @@ that do not (MMSearch-R1, arXiv 2506.20670, the search-balanced subset).
     text_required    all correct episodes searched, for text only
     mix_required     all correct episodes searched, for images and text: each of them for both, or
                      some for one and some for the other
-    never_correct      no episode was correct
+    never_correct    no episode was correct
     not_run          every episode failed with a technical error
 
 Only the first four are trained on.

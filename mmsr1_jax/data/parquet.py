@@ -279,7 +279,7 @@ def find_files(paths: str | pathlib.Path | Sequence[str | pathlib.Path]) -> list
     Files of a directory or glob are sorted by name. Duplicates are dropped.
 
     Raises:
-      DataError: No file was found for an item, or no item was given.
+      DataError: An item matches no file, or there are no items.
     """
     files: dict[pathlib.Path, None] = {}
     for item in [paths] if isinstance(paths, (str, pathlib.Path)) else paths:

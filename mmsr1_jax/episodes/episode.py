@@ -120,7 +120,7 @@ class Episode:
 
     Attributes:
       example: The question.
-      group: Index of the example in the run, shared by all its rollouts.
+      group: Index of the example in the run, shared by all episodes of the example.
       index: Index of the episode in the run, which seeds its random numbers.
       segments: All tokens, in order.
       images: All images, in the order of their placeholders.

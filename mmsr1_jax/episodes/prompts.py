@@ -139,7 +139,7 @@ def _unpickle_text(path: pathlib.Path) -> str:
     except checked_pickle.PickleError as error:
         raise PromptsError(f"{path}: not a pickle of text ({error})") from None
     if not isinstance(value, str):
-        raise PromptsError(f"{path}: holds a {type(value).__name__}, not text")
+        raise PromptsError(f"{path}: contains a {type(value).__name__}, not text")
     return value
 
 

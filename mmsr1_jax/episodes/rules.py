@@ -5,7 +5,7 @@
     search                     the tool is called, then a user turn shows the results or reports
                                the failure
     search over a limit        a user turn reports the limit; the policy may still answer
-    no action, or cut off      a user turn describes the problem
+    no action, or truncated    a user turn describes the problem
     the last turn              the episode ends, whatever the turn contains
 
 All external data pass through `Rules.tool_reply`. Text cannot contain control tokens or imitate our

@@ -1,12 +1,12 @@
-"""State machine of an episode: what follows each turn of the policy, and how it is recorded.
+"""State machine of an episode: its transitions after each turn of the policy, and its record.
 
     start ──► [turn] ──► finish_turn ──┬──► Search ──► tool ──► add_reply ──┬──► [turn] ..
                                        ├──► a notice, added at once ────────┤
                                        └──► end                             └──► end (out of budget)
 
 `rollout/scheduler.py` samples the turns and `scripted.py` replays given ones; they also differ in
-how they wait for tools. Everything else about an episode happens here: which segments, images and
-searches are added in which order, the token budgets, the events, and the reason for its end.
+how they wait for tools. All other transitions are implemented here: the order of the segments,
+images and searches, the token budgets, the events, and the reason why the episode ends.
 """
 
 import dataclasses
@@ -120,7 +120,7 @@ class TurnMachine:
         return Search(query, example, len(episode.turns) - 1, closing, budget)
 
     async def call(self, search: Search, tool: Tool | None, timeout: float) -> Observation:
-        """Call the tool of a search. Raises what `Rules.call_tool` raises."""
+        """Call the tool of a search. Raises the exceptions of `Rules.call_tool`."""
         return await self.rules.call_tool(tool, search.query, timeout)
 
     def reply(

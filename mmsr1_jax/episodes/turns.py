@@ -165,7 +165,8 @@ def answer_in(text: str) -> str | None:
 def asks_for_search(text: str) -> bool:
     """Return whether a turn counts as a search, by the published rule.
 
-    It does if it contains `<search><img></search>` or both tags of a text search, in any position.
+    A turn counts if it contains `<search><img></search>` or both tags of a text search, in any
+    position.
     """
     return any(
         all(tag in text for tag in _PUBLISHED_TAGS[action])

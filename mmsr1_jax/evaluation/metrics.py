@@ -33,7 +33,7 @@ class Outcome:
       correct: Correctness by each of `CRITERIA`, in [0, 1]; None without a verdict of the judge, or
         without a benchmark.
       reward, format: See `reward_function.Reward`; 0 and False if the episode could not be run.
-      made, failed: Number of searches by each of `SEARCH_ACTIONS`, and of failed ones among them.
+      made, failed: Number of executed and of failed searches by each of `SEARCH_ACTIONS`.
       refused: Number of searches refused because they exceeded a limit.
       allowed: Maximum number of searches of the episode.
       turns, tokens, tokens_sampled: Totals over the episode.
@@ -61,7 +61,7 @@ class Outcome:
 
     @property
     def searches(self) -> int:
-        """Number of searches made."""
+        """Number of executed searches."""
         return sum(self.made.values())
 
 
@@ -195,14 +195,14 @@ def search_metrics(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
     Returns:
       A dict with these keys, in which means over no episode are None:
-        `made`, `allowed`: Total number of searches made, and allowed.
+        `made`, `allowed`: Total number of executed and of allowed searches.
         `fraction_of_allowed`: `made` / `allowed`, one of the two published search ratios; None if
           no search was allowed.
         `episode_fraction`: Fraction of the episodes with at least one search, the other published
           search ratio.
         `per_episode`: Mean number of searches in an episode.
         `refused`: Total number of refused searches.
-        `failed`: Fraction of the searches made that failed, 0 if none was made.
+        `failed`: Fraction of the executed searches that failed; 0 without searches.
         `image_search`, `text_search`: `made`, `episode_fraction` and `failed` of this kind alone.
         `only_image_search`, `only_text_search`, `both`, `none`: Fractions of the episodes.
     """

@@ -13,7 +13,7 @@ A line contains the fields that `train` writes for an episode (`training/sft_dat
     score, answer_format score in [0, 1] under a benchmark's own rules, null if no short form could
                          be extracted (see `extraction`), and the gold answer's format
     extracted            see `extraction`
-    omitted_pages       number of document pages dropped because they exceed the token budget
+    omitted_pages        number of document pages dropped because they exceed the token budget
 
 Recorded answers, {question, ground_truth, candidate_answers, turns: [{response, action}]}, can be
 read as well. Their turns are parsed by the engine's parser.

@@ -19,7 +19,7 @@ from mmsr1_jax.rl.loss import LossOptions, policy_loss, token_weights
 from mmsr1_jax.rl.packing import RowShape, Sample, TrainBatch
 
 Group = Sequence[tuple[Episode, Reward]]  # episodes of one question, with rewards
-# Sums that `update_metrics` leaves as they are: totals of an update, not sums over its tokens.
+# Values from `Learner.update` that are totals of an update, not sums over its tokens.
 _UPDATE_TOTALS = ("loss", "policy_loss", "gradient_norm", "tokens", "finite")
 
 
@@ -87,7 +87,7 @@ def has_reward_variance(group: Group, objective: settings.Objective, limit: int)
 
 
 def split(groups: Sequence[Group], num_minibatches: int) -> list[list[Group]]:
-    """Deal the groups that have episodes out to minibatches, one for each update of a step."""
+    """Distribute non-empty groups round-robin over minibatches, one for each update of a step."""
     return [
         [group for group in groups[i::num_minibatches] if group] for i in range(num_minibatches)
     ]
@@ -112,7 +112,8 @@ def make_samples(
       shape: Shape of the packed rows.
 
     Returns:
-      The samples, and for each episode that does not fit into a row, why it was skipped.
+      The samples, without episodes whose gradient is zero, and a message for each episode that is
+      skipped because it does not fit into a row.
     """
     kept, skipped = [], []
     for group, values in zip(groups, group_advantages, strict=True):
@@ -159,7 +160,7 @@ def with_logprobs(
 
 
 def update_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """Return the sums of an update as means over its tokens."""
+    """Return the metrics of an update: means and RMS values over its tokens, and its totals."""
     tokens = max(1.0, sums["tokens"])
     metrics = {name: value for name, value in sums.items() if name in _UPDATE_TOTALS}
     for name, value in sums.items():

@@ -17,7 +17,7 @@ NO_TOKENS = np.zeros(0, np.int32)
 
 @dataclasses.dataclass(eq=False)
 class Group:
-    """An example and its rollouts.
+    """An example and its episodes.
 
     Attributes:
       index: Index of the example.

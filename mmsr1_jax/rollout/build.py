@@ -13,7 +13,7 @@ from mmsr1_jax.rollout.placement import transfer
 from mmsr1_jax.rollout.pool import EnginePool
 from mmsr1_jax.tools.build import make_tools
 
-_MAX_PIXELS = 2 * 672 * 672
+_MAX_PIXELS = 2 * 672 * 672  # default bound on the area of an image, as in the published script
 
 
 def make_engine(

@@ -1,13 +1,16 @@
-"""The KV cache: dense lanes behind four operations. Its layout is private to this module.
+"""The KV cache: dense lanes and the operations on them. Its layout is private to this module.
 
-    allocate   create empty lanes of a fixed capacity
-    extend     write tokens (and images at their placeholders) into some lanes; prompts, tool
-               results and sampled tokens are all written this way
-    fork       copy the prefix of one lane to others, so that a group's prompt is computed once
-    read       return the number of tokens in each lane
+    allocate       create empty lanes of a fixed capacity
+    write          append embedded tokens to some lanes; used by `extend` and by `decode`
+    extend         append tokens (and images at their placeholders) to some lanes: prompts and tool
+                   results
+    fork           copy the prefix of one lane to others, so that a group's prompt is computed once
+    truncate       keep the prefix of a lane
+    clear, reset   empty some lanes; zero all lanes
+    read           return the number of tokens in each lane
 
-A lane keeps its contents until it is overwritten by a fork or cleared, so a conversation that
-pauses for a tool call resumes without recomputation.
+A lane keeps its contents until it is overwritten by a fork, truncated, cleared or reset, so a
+conversation that pauses for a tool call resumes without recomputation.
 """
 
 import flax.struct

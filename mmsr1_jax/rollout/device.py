@@ -133,7 +133,7 @@ class Device:
         return jax.device_put(arrays, self._replicated)
 
     def reset(self) -> None:
-        """Reallocate empty lanes and an empty image store, which a failed program may have lost."""
+        """Reallocate lanes and image store, since a failed program may have lost donated arrays."""
         self._lanes = self._image_tokens = None  # free the memory before allocating it again
         self._lanes, self._image_tokens = self._empty()
         self._images.clear()
@@ -144,7 +144,7 @@ class Device:
 
         def program(function, *, donate=(), static=()):
             def run(params, *args, **keywords):
-                with jax.default_matmul_precision(precision):  # see `score`
+                with jax.default_matmul_precision(precision):  # accelerators reduce it by default
                     return function(nnx.merge(graph, params), *args, **keywords)
 
             return jax.jit(run, donate_argnums=donate, static_argnames=static)
@@ -283,12 +283,12 @@ class Device:
 
     def _extend(self, length: int, chunks: Sequence[PrefillChunk]) -> Sequence[jax.Array]:
         """Write one batch of chunks of a bucket; return the hidden state of each row."""
-        R = self._extend_rows(length)
-        lane = np.full(R, self.config.lanes, np.int32)
-        tokens = np.zeros((R, length), np.int32)
-        count = np.zeros(R, np.int32)
-        positions = np.zeros((R, 3, length), np.int32)
-        image_index = np.full((R, length), -1, np.int32)
+        B = self._extend_rows(length)
+        lane = np.full(B, self.config.lanes, np.int32)
+        tokens = np.zeros((B, length), np.int32)
+        count = np.zeros(B, np.int32)
+        positions = np.zeros((B, 3, length), np.int32)
+        image_index = np.full((B, length), -1, np.int32)
         slots = self._images.slots([chunk.images for chunk in chunks])
         self.stats.images = self._images.num_encoded
         for row, chunk in enumerate(chunks):
@@ -342,16 +342,16 @@ class Device:
           Numpy arrays with one row for each of `rows`, followed by padding rows.
         """
         start = time.perf_counter()
-        R = self.config.decode_batch_size
+        B = self.config.decode_batch_size
         fields = {
-            field.name: np.full(R, self.config.lanes if field.name == "lane" else 0, np.int32)
+            field.name: np.full(B, self.config.lanes if field.name == "lane" else 0, np.int32)
             for field in dataclasses.fields(DecodeRow)
         }
         for index, row in enumerate(rows):
             for name, values in fields.items():
                 values[index] = getattr(row, name)
         fields, active, *scalars = self.put(
-            (fields, np.arange(R) < len(rows), np.int32(seed), np.int32(leave_at))
+            (fields, np.arange(B) < len(rows), np.int32(seed), np.int32(leave_at))
         )
         sampled, self._lanes = self._decode_program(
             self._params,
@@ -366,7 +366,7 @@ class Device:
         sampled = jax.device_get(sampled)
         steps = int(sampled.steps)
         self.stats.decoded += int(sampled.count.sum())
-        self.stats.decode_slots += R * steps
+        self.stats.decode_slots += B * steps
         self._record(DECODE, start, sampled, rows=len(rows), steps=steps)
         return sampled
 

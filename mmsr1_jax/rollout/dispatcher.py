@@ -3,9 +3,8 @@ while no other has fewer unfinished episodes.
 
     source ──► take ──► engine.rollout_part, in its thread ──► on_event, on_tokens, on_episode
 
-The source decides which examples there are and in which order, and what happens to episodes and
-failures: a rollout of a fixed set of examples (`pool.py`), or requests that arrive at any time
-(`apps/serve/request_queue.py`).
+The source supplies the examples in order, and handles episodes and failures: a rollout of a fixed
+set of examples (`pool.py`), or requests that arrive at any time (`apps/serve/request_queue.py`).
 """
 
 import functools
@@ -22,8 +21,8 @@ from mmsr1_jax.episodes.turn_machine import Event, OnEvent
 from mmsr1_jax.rollout.scheduler import NextExamples, OnTokens
 from mmsr1_jax.rollout.timeline import EngineTimeline
 
-# Seconds after which an engine that only waits for tools looks for other work: short compared with
-# a search, and long compared with the cost of looking.
+# Seconds after which an engine that only waits for tools requests further examples: short compared
+# with a search, and long compared with the cost of a request.
 _POLL_INTERVAL = 0.02
 
 
@@ -52,15 +51,15 @@ class Source(Protocol):
     """
 
     def has_next(self) -> bool:
-        """Return whether there may be an example now."""
+        """Return whether an example may be available."""
         ...
 
     def is_exhausted(self) -> bool:
-        """Return whether there will be no more examples, so that the threads end."""
+        """Return whether the source has ended; the threads then end too."""
         ...
 
     def next_example(self, engine: int) -> tuple[int, Example] | None:
-        """Return the next example and its index; None if there is none now."""
+        """Return the next example and its index; None if no example is available."""
         ...
 
     def on_event(self, engine: int, episode: Episode, event: Event) -> None:

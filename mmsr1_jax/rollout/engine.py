@@ -33,8 +33,8 @@ class Engine:
       model: The policy.
       processor: Tokenizer and image processor of the policy.
       config: All settings.
-      tools: Tools by action, `text_search` and `image_search`. If the tool of an action is missing,
-        the policy is shown that the search failed.
+      tools: Tools by action, `text_search` and `image_search`. The searches of an action without a
+        tool fail, and the policy receives an error message.
 
     Attributes:
       device: Parameters, lanes and programs on the device.

@@ -71,7 +71,7 @@ class ImageStore:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all images, for example because other parameters encoded them."""
+        """Discard all images, for example because new parameters were loaded."""
         # Slots of each stored image by digest, the least recently used first.
         self._slots: OrderedDict[str, np.ndarray] = OrderedDict()
         self._free = list(range(self._capacity))

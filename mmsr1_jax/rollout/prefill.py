@@ -1,4 +1,4 @@
-"""Chunked prefill: how tokens and images are split into the pieces that `Device.extend` writes."""
+"""Chunked prefill: splitting of tokens and images into the chunks that `Device.extend` writes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class PrefillChunk:
 
 
 def chunk_length(remaining: int, buckets: Sequence[int]) -> int:
-    """Return how many of the `remaining` tokens to write in the next chunk.
+    """Return the number of tokens of the next chunk.
 
     Return all of them if they fill at least three quarters of the smallest bucket that holds them,
     or if no bucket is smaller. Otherwise return the largest bucket below `remaining`.

@@ -1,6 +1,6 @@
-"""Sampling of the next token of every lane, with its log-prob.
+"""Sampling of the next token of every row, with its log-prob.
 
-All settings are per lane and traced, so that lanes with different settings share one program.
+All settings are per row and traced, so that rows with different settings share one program.
 """
 
 import flax.struct
@@ -15,7 +15,7 @@ _IMPOSSIBLE = -jnp.inf
 
 
 class Sampling(flax.struct.PyTreeNode):
-    """Sampling parameters of B lanes.
+    """Sampling parameters of B rows.
 
     Attributes:
       temperature: Divisor of the logits, float32[B], above 0.
@@ -40,7 +40,7 @@ class Sampling(flax.struct.PyTreeNode):
         top_p: float = 1.0,
         greedy: bool = False,
     ) -> "Sampling":
-        """Return the same parameters for all lanes, on the host. A temperature of 0 means greedy.
+        """Return the same parameters for all rows, on the host. A temperature of 0 means greedy.
 
         Raises:
           ValueError: `temperature` or `top_k` is negative, or `top_p` is outside (0, 1].
@@ -62,13 +62,13 @@ class Sampling(flax.struct.PyTreeNode):
 def token_keys(
     seed: int | Int32[AnyArray, ""], episode: Int32[AnyArray, "B"], index: Int32[AnyArray, "B"]
 ) -> Key[jax.Array, "B"]:
-    """Return one random key per lane, derived from (seed, episode, token index) alone.
+    """Return one random key per row, derived from (seed, episode, token index) alone.
 
-    The tokens of a lane thus depend neither on other lanes nor on when it runs.
+    The tokens of an episode thus depend neither on other episodes nor on the schedule.
 
     Args:
       seed: Seed of the rollout, int32[].
-      episode: Index of the episode in each lane, int32[B].
+      episode: Index of the episode in each row, int32[B].
       index: Index of the next sampled token in the episode, int32[B].
     """
 
@@ -84,7 +84,7 @@ def sample(
     sampling: Sampling,
     allowed: Bool[AnyArray, "V"],
 ) -> tuple[Int32[jax.Array, "B"], Float32[jax.Array, "B"], Float32[jax.Array, "B"]]:
-    """Sample one token per lane.
+    """Sample one token per row.
 
     Args:
       logits: Logits, float32[B, V].

@@ -7,7 +7,7 @@ while examples or active episodes remain:
     decode some steps of ready lanes    a turn that ends starts a search, gets a reply or frees
                                         the lane
 
-What follows a turn is decided by `episodes/turn_machine.py`.
+`episodes/turn_machine.py` decides the step after a turn.
 """
 
 import collections
@@ -397,15 +397,15 @@ class Scheduler:
         """
         start = time.perf_counter()
         poll_interval = self._poll_interval if wait else None
-        answers = self._engine.tool_executor.poll(wait and poll_interval is None)
-        if poll_interval is not None and not answers:
+        results = self._engine.tool_executor.poll(wait and poll_interval is None)
+        if poll_interval is not None and not results:
             time.sleep(poll_interval)
         if wait and self._timeline is not None:
             self._timeline.record(SCHEDULER, "wait for tools", start, time.perf_counter())
-        for lane, answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-            active, (search, reply) = self._active[lane], answer
+        for lane, result in results:
+            if isinstance(result, Exception):
+                raise result
+            active, (search, reply) = self._active[lane], result
             active.tool_seconds += reply.call.seconds
             if self._timeline is not None:
                 self._timeline.record_search(lane, active.search_start, active.episode, reply.call)

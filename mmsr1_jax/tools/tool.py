@@ -7,7 +7,7 @@ episodes are unaffected. Its output is untrusted: text cannot become a control t
 tag or the border of a result (`episodes/escaping.py`), and images are opened safely and bounded in
 size (`episodes/rules.py`). Tools therefore build their results with `text_result` and
 `image_result`, the only functions that write labels (`link: `) that the policy may trust. A label
-in the text of a hand-made `Part` is escaped as an imitation.
+in the text of a manually created `Part` is escaped as an imitation.
 
 All tools run on one asyncio loop. A tool that blocks the loop for too long is abandoned together
 with it, and the other calls are restarted on a new loop. A client that is bound to a loop must

@@ -136,7 +136,7 @@ def write_episodes(
     workdir: pathlib.Path, step: int, pairs: train_batch.Group, questions: Sequence[Question],
     engine: Engine | EnginePool,
 ) -> None:  # fmt: skip
-    """Write some episodes of a step as JSONL, with gold answers and rewards.
+    """Write episodes of a step as JSONL, with gold answers and rewards.
 
     Their images go to `workdir/images`.
     """

@@ -188,11 +188,11 @@ def load(path: pathlib.Path, config: settings.Config) -> list[SFTExample]:
             for line in file:
                 data = checked_json.loads(line, dict[str, Any], surrogates=True, nan=True)
                 episode = Episode.from_json(data)
-                files = tuple(
+                images = tuple(
                     resolve_inside(name, path.parent)
                     for name in sft_lines.string_list(data, "images")
                 )
-                examples.append(SFTExample(episode.tokens, episode.loss_mask, files))
+                examples.append(SFTExample(episode.tokens, episode.loss_mask, images))
         except DataError:
             raise
         except (StopIteration, KeyError, TypeError, AttributeError, ValueError) as error:
@@ -287,12 +287,12 @@ def _find_files(patterns: Sequence[str]) -> list[pathlib.Path]:
     files: dict[pathlib.Path, None] = {}
     for pattern in patterns:
         path = pathlib.Path(pattern)
-        names = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        matches = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not path.exists():
-            names = sorted(map(pathlib.Path, glob.glob(pattern)))
-        if not names:
+            matches = sorted(map(pathlib.Path, glob.glob(pattern)))
+        if not matches:
             raise DataError(f"config.data.train: {pattern} matches no JSONL file")
-        files |= dict.fromkeys(names)
+        files |= dict.fromkeys(matches)
     if not files:
         raise DataError("config.data.train names no JSONL file")
     return list(files)

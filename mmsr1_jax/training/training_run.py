@@ -1,4 +1,4 @@
-"""A training run in its directory: restore, progress, metrics, checkpoints, and how a run ends.
+"""A training run in its directory: restoring, progress, metrics, checkpoints and termination.
 
 `train` and `sft` share it:
 
@@ -38,11 +38,11 @@ from mmsr1_jax.utils.logs import log
 
 
 class NonfiniteUpdatesError(UserError):
-    """`update.max_nonfinite_updates` updates in a row had a loss or gradient that is not finite."""
+    """`update.max_nonfinite_updates` consecutive updates had a non-finite loss or gradient."""
 
 
 class TrainingRun:
-    """A run of `train` or `sft`; a context manager that closes checkpoints, log and bar.
+    """A run of `train` or `sft`; a context manager that closes the checkpoints and metrics log.
 
     Args:
       config: Settings of the run.
@@ -85,7 +85,7 @@ class TrainingRun:
         return metadata
 
     def start(self) -> None:
-        """Write `config.json`, open the metrics log, and handle SIGTERM from here on."""
+        """Write `config.json`, open the metrics log, and install the SIGTERM handler."""
         run_config.write(self.workdir / "config.json", self._config, self._model_dir)
         config = dataclasses.asdict(self._config)
         self._log = metrics.Log(
@@ -137,7 +137,7 @@ class TrainingRun:
     def check_finite(
         self, step: int, finite: Sequence[float], batches: Iterable[Sequence[TrainBatch]]
     ) -> None:
-        """Count updates in a row that were skipped because they were not finite.
+        """Count consecutive updates that were skipped because they were not finite.
 
         Args:
           step: Step of the updates.
@@ -145,7 +145,7 @@ class TrainingRun:
           batches: Micro-batches of each update, written to a file if the run is aborted.
 
         Raises:
-          NonfiniteUpdatesError: There were `update.max_nonfinite_updates` such updates in a row.
+          NonfiniteUpdatesError: There were `update.max_nonfinite_updates` such updates.
         """
         limit = self._config.update.max_nonfinite_updates
         for is_finite in finite:
@@ -238,6 +238,7 @@ class Clock:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Add the duration of a block to a phase."""
         start = time.perf_counter()
         try:
             yield

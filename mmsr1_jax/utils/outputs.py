@@ -204,7 +204,7 @@ def _swap(first: pathlib.Path, second: pathlib.Path) -> bool:
 
 
 def _recover(target: pathlib.Path) -> None:
-    """Complete an interrupted two-step exchange, or undo it if only the first step was made."""
+    """Complete an interrupted two-step exchange, or undo it if only the first step was done."""
     old = _beside(target, "old")
     if not old.is_dir():
         return

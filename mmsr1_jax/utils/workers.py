@@ -8,7 +8,7 @@ replaced, and other tasks are unaffected.
 Short tasks do not queue behind long ones. A task that has used 0.5 s of CPU time is stopped and run
 again, with its full limit, once no new task is waiting. A few hundred malicious pages thus delay
 a benign one by about half a second each, not by their full limits. A task that is already in its
-second run is not interrupted, and its wall time starts anew.
+second run is not interrupted, and its wall time restarts.
 
 Workers are spawned by exec, never forked. They import neither JAX nor the program's main module.
 All environment variables outside `_ENVIRONMENT` are blank in them, so they cannot read API keys.

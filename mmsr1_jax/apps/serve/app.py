@@ -110,7 +110,7 @@ def make_app(
       title: Title of the page: the policy's name.
       limits: Limits on requests.
       names: Accepted host names, in lower case, or None for any. Names protect against DNS
-        rebinding, where a foreign page reaches the server through a name of its own.
+        rebinding, where a foreign page reaches the server through its own domain name.
     """
     handler = _AskHandler(queue, processor, limits)
     page = string.Template((_FOLDER / "page.html").read_text(encoding="utf-8")).substitute(

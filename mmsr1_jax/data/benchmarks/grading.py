@@ -92,7 +92,7 @@ def vqa_normalise(text: str) -> str:
 def vqa_accuracy(answer: str | None, references: Sequence[str]) -> float:
     """Return the soft accuracy of VQA (arXiv 1505.00468), which OK-VQA uses (arXiv 1906.00067).
 
-    It is min(1, matches / 3), averaged over the subsets that leave out one reference: with ten
+    It is min(1, matches / 3), averaged over the subsets that omit one reference: with ten
     references, 0.3, 0.6, 0.9 and 1 for one, two, three and more matches. Both sides are always
     normalised, whereas the challenge's program skips this if all references are the same.
 

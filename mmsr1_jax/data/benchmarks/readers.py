@@ -172,7 +172,7 @@ def files(
 def grader(name: str) -> Callable[[str | None, Question], float] | None:
     """Return a benchmark's grading function, or None if its paper uses a judge instead.
 
-    OK-VQA, SlideVQA and MMLongBench-Doc have rules of their own (`grading.py`). The function maps
+    OK-VQA, SlideVQA and MMLongBench-Doc have their own rules (`grading.py`). The function maps
     an answer (None if the episode has none) and its question to a grade in [0, 1].
 
     Raises:

@@ -35,7 +35,7 @@ def find_files(path: pathlib.Path, patterns: Sequence[str]) -> list[pathlib.Path
     matches of the first pattern that has any.
 
     Raises:
-      DataError: No file was found.
+      DataError: No file matches.
     """
     if path.is_dir():
         for pattern in patterns:

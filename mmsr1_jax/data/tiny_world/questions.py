@@ -82,7 +82,7 @@ def questions(world: World, split: Split, count: int, *, seed: int = 0) -> list[
     """Generate questions of a split, balanced over its categories, each with its own photo.
 
     Args:
-      count: Number of questions. A pair repeats only after all pairs of its category were asked.
+      count: Number of questions. A pair repeats only after all pairs of its category were used.
       seed: Seed of the order, the wordings and the photos.
     """
     rng = world.rng(f"questions {split}", seed)
@@ -104,7 +104,7 @@ def questions(world: World, split: Split, count: int, *, seed: int = 0) -> list[
 def demonstrations(world: World, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
     """Generate episodes over training questions, with searches drawn regardless of need.
 
-    A new landmark is mistaken for a remembered one, drawn anew for each episode, until its image
+    A new landmark is mistaken for a remembered one, resampled for each episode, until its image
     has been looked up.
 
     Returns:
@@ -140,9 +140,9 @@ def memories(world: World, count: int, *, seed: int = 0) -> list[dict[str, Any]]
 
     Three kinds alternate. The first names a remembered landmark from its photo. The second states
     a fact as of last year, given the landmark's name and no photo. The third shows a photo of a
-    stranger, mistaken for a landmark drawn anew each time, and asks for its name or another fact.
-    The third kind discourages confident answers about unseen landmarks and teaches the policy to
-    recall facts from the name that it wrote itself.
+    stranger, mistaken for a landmark that is resampled each time, and asks for its name or another
+    fact. The third kind discourages confident answers about unseen landmarks and teaches the policy
+    to recall facts from the name that it wrote itself.
 
     Returns:
       Dicts as in `demonstrations`. "image" is None for questions without a photo, "answers" holds
@@ -211,7 +211,7 @@ def practice(world: World, memory: World, count: int, *, seed: int = 0) -> list[
 def turns(
     landmark: Landmark, fact: str, workflow: Workflow, believed: Landmark, *, knows: bool
 ) -> list[str]:
-    """Return the turns of a policy that is asked for a fact of `landmark`.
+    """Return the turns of a policy that answers a question about a fact of `landmark`.
 
     The policy takes the landmark for `believed` until it has looked up its image, and searches as
     the workflow prescribes.

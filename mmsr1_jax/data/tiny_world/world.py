@@ -7,7 +7,7 @@
     unmet        unknown to the warm start, never encountered in training
 
 Groups are assigned at random, so neither an image nor a name reveals a landmark's group. Besides
-landmarks there are strangers: emblems that belong to no landmark and that memory does not hold.
+landmarks there are strangers: emblems that belong to no landmark and that memory does not contain.
 """
 
 import dataclasses
