@@ -6,7 +6,7 @@ WARM_START = mmsr1_jax/data/tiny_world/policy
 
 .PHONY: demo warm_start test proofs bench docs lint format clean
 
-# Each stamp is made once, so that a second run needs no network.
+# A stamp marks installed packages, so that a second run needs no network.
 $(VENV)/.runtime: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -16,8 +16,8 @@ $(VENV)/.tests: tests/requirements.txt $(VENV)/.runtime
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	touch $@
 
-# A small policy learns when to search, in a small world: some minutes of training on two cores, and
-# what it answers before and after.
+# Trains a small policy to search a small world (minutes on two cores), and compares its answers
+# before and after.
 demo: $(VENV)/.runtime
 	$(RUN) -m mmsr1_jax.scripts.tiny_world --sft_examples=0
 	$(RUN) -m mmsr1_jax.evaluate --config=configs/tiny.py --model=$(WARM_START) \
@@ -28,7 +28,7 @@ demo: $(VENV)/.runtime
 	$(RUN) -m mmsr1_jax.scripts.demo --before=$(DEMO)/before --after=$(DEMO)/after \
 	    --runs=$(DEMO)/run --png=$(DEMO)/curves.png
 
-# Makes the policy anew that training begins with (about an hour): it learns to read, then the facts.
+# Retrains the initial policy of the demo (about an hour): first reading, then facts.
 warm_start: $(VENV)/.runtime
 	rm -rf build/tiny_warm_start build/tiny_warm_start_facts
 	$(RUN) -m mmsr1_jax.scripts.tiny_world
@@ -40,7 +40,7 @@ warm_start: $(VENV)/.runtime
 test: $(VENV)/.tests lint
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# What takes too long for every day.
+# Tests that take too long for every day.
 proofs: $(VENV)/.tests
 	$(RUN) -m pytest -m proof
 

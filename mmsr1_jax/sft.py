@@ -54,7 +54,7 @@ def main(argv) -> int:
 def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int:
     """Train until the last step or SIGTERM, and return the exit code."""
     prompts_per_step, seed = config.run.prompts_per_step, config.run.seed
-    metrics.check(config.run.log_to)
+    metrics.check_loggers(config.run.log_to)
     workdir.mkdir(parents=True, exist_ok=True)
 
     # ---------------------------------------------------------------- policy and learner

@@ -62,7 +62,7 @@ def main(argv) -> int:
 
 def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int:
     """Train until the last step or SIGTERM, and return the exit code."""
-    metrics.check(config.run.log_to)
+    metrics.check_loggers(config.run.log_to)
     if not config.sampling.temperature > 0:
         raise UserError("config.sampling.temperature=0: training needs episodes that differ")
     (workdir / "episodes").mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
 def _train(
     config: settings.Config, model_dir: str, workdir: pathlib.Path, stack: contextlib.ExitStack
 ) -> int:
-    objective, update, limit = config.objective, config.update, config.turns.max_episode_tokens
+    objective, update, max_tokens = config.objective, config.update, config.turns.max_episode_tokens
 
     # ---------------------------------------------------------------- policy, engine and judge
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
@@ -89,7 +89,7 @@ def _train(
         config.run.prompts_per_step,
         config.run.seed,
     )
-    held_out = (
+    validation_source = (
         train_utils.question_source(config, config.data.validation)
         if config.data.validation
         else None
@@ -122,16 +122,16 @@ def _train(
                 )
         except ServiceRefusedError as error:
             run.save(step - 1, {"questions": data_position})
-            raise run.resumable(error, step - 1) from None
+            raise run.with_resume_hint(error, step - 1) from None
 
         # ------------------------------------------------------------ advantages, packed rows
         minibatches, skipped = [], []
         with run.phase("pack"):
             for groups in train_batch.split(rollouts.groups, objective.num_minibatches):
-                rewards = [train_batch.shape_rewards(group, objective, limit) for group in groups]
+                rewards = [train_batch.shape_rewards(g, objective, max_tokens) for g in groups]
                 advantages = [group_advantages(r, objective.advantage) for r in rewards]
                 samples, too_long = train_batch.make_samples(
-                    groups, advantages, objective, limit, model.config, shape
+                    groups, advantages, objective, max_tokens, model.config, shape
                 )
                 minibatches.append(packing.pack(samples, model.config, shape))
                 skipped += too_long
@@ -170,14 +170,13 @@ def _train(
         step_metrics["update/skipped"] = float(len(skipped))
         step_metrics["update/packing_efficiency"] = packing.efficiency([*chain(*minibatches)])
         rollouts.warn_of_failed_searches(step)
-        write_episodes(
-            workdir, step, rollouts.usable[: config.run.saved_episodes], rollouts.questions, engine
-        )
+        saved = rollouts.training_episodes[: config.run.saved_episodes]
+        write_episodes(workdir, step, saved, rollouts.questions, engine)
         refusal = None
-        if held_out and train_utils.is_validation_step(config.run, step):
+        if validation_source and train_utils.is_validation_step(config.run, step):
             try:
                 with run.phase("validation"):
-                    step_metrics |= validate(engine, held_out, config, judge)
+                    step_metrics |= validate(engine, validation_source, config, judge)
             except ServiceRefusedError as error:  # the step itself is complete
                 refusal = error
         run.finish_step(
@@ -190,7 +189,7 @@ def _train(
             shown=("reward", "accuracy", "search/any"),
         )
         if refusal is not None:
-            raise run.resumable(refusal, step)
+            raise run.with_resume_hint(refusal, step)
     return run.finish()
 
 
@@ -203,7 +202,7 @@ def roll_out(
     With `objective.max_resample_rounds`, groups with zero reward variance are replaced by groups of
     further questions (DAPO, arXiv 2503.14476, section 3.2).
     """
-    objective, run, limit = config.objective, config.run, config.turns.max_episode_tokens
+    objective, run, max_tokens = config.objective, config.run, config.turns.max_episode_tokens
     all_groups: list[train_batch.Group] = []
     with_variance, zero_variance = list[train_batch.Group](), list[train_batch.Group]()
     all_questions: list[Question] = []
@@ -213,7 +212,7 @@ def roll_out(
         sampling = dataclasses.replace(config.sampling, seed=(seed + attempt * 7919) % 2**31)
         examples = [question.example() for question in new_questions]
         rollout = engine.rollout(
-            examples, rollouts=run.group_size, sampling=sampling, timeline=timeline
+            examples, group_size=run.group_size, sampling=sampling, timeline=timeline
         )
         episodes = sorted(rollout, key=lambda episode: episode.index)
         rewards = compute_rewards(episodes, new_questions, config, judge, step=step - 1)
@@ -227,7 +226,7 @@ def roll_out(
             episode.group += len(all_questions)
             episode.index += len(all_episodes)
         for group in groups:
-            varies = train_batch.has_reward_variance(group, objective, limit)
+            varies = train_batch.has_reward_variance(group, objective, max_tokens)
             (with_variance if varies else zero_variance).append(group)
         all_groups += groups
         all_questions += new_questions

@@ -1,4 +1,4 @@
-"""Compare the figures of this checkout with those of the commit before the redesign, bit by bit.
+"""Compare the outputs of this checkout with those of the commit before the redesign, bit by bit.
 
     git worktree add ../before a168046
     python -m tests.compare_commits ../before
@@ -42,7 +42,7 @@ PREFIXES = {"accuracy_of/": "accuracy_by_category/", "search_of/": "search_by_ca
 FIELDS = {
     "number": "index", "found": "num_results", "shown": "num_shown", "pictures": "image_spans"
 }  # fmt: skip
-IGNORED = ("seconds", "made_with", "images")  # times, settings, paths
+IGNORED = ("seconds", "made_with", "provenance", "images")  # times, settings, paths
 
 
 def main() -> int:

@@ -37,7 +37,7 @@ def random_image(seed: int, width: int = 80, height: int = 60) -> PIL.Image.Imag
 
 
 def examples(count: int) -> list[Example]:
-    """Questions of different lengths with 0 to 2 images."""
+    """Return questions of different lengths with 0 to 2 images."""
     return [
         Example(
             id=str(i),
@@ -49,7 +49,7 @@ def examples(count: int) -> list[Example]:
 
 
 def search_tools(wait=lambda: 0.0):
-    """Tools whose answers depend on the query alone; `wait`: seconds that one takes."""
+    """Return tools whose results depend on the query alone and take `wait` seconds."""
 
     async def text(query):
         await asyncio.sleep(wait())
@@ -68,7 +68,7 @@ def search_tools(wait=lambda: 0.0):
 
 
 def episode_record(episode) -> dict:
-    """All of an episode that has to be the same in every run."""
+    """Return the fields of an episode that must be the same in every run."""
     calls = [dataclasses.replace(call, seconds=0.0) for call in episode.calls]
     return {
         "kinds": [segment.kind for segment in episode.segments],
@@ -87,7 +87,7 @@ def by_index(episodes) -> dict[int, dict]:
 
 
 def assert_logprobs_match_score(model, finished, temperature):
-    """Recorded log-probs, against the program that `score` runs over the finished conversation."""
+    """Compare recorded log-probs with those of `score` on the finished conversation."""
     graph, params = nnx.split(nnx.clone(model))
     # logits / temperature, by the output head
     params["text"]["head"].set_value(params["text"]["head"].get_value() / temperature)

@@ -29,19 +29,19 @@ class FakeEngine:
         self,
         examples: Sequence[Example],
         *,
-        rollouts: int,
+        group_size: int,
         sampling: settings.Sampling,
         timeline: None = None,
     ) -> Iterator[Episode]:
         self.seeds.append(sampling.seed)
         episodes = []
         for group, example in enumerate(examples):
-            assert len(self.answers[example.id]) == rollouts
+            assert len(self.answers[example.id]) == group_size
             for i, text in enumerate(self.answers[example.id]):
                 turns = [] if text is None else [answer(text)]
                 outcome = {"end": "error", "error": "no image"} if text is None else {}
                 episodes.append(
-                    episode_of(*turns, group=group, index=group * rollouts + i, example=example,
+                    episode_of(*turns, group=group, index=group * group_size + i, example=example,
                                **outcome)
                 )  # fmt: skip
         return iter([episodes[i] for i in self._rng.permutation(len(episodes))])

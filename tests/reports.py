@@ -18,7 +18,7 @@ from mmsr1_jax.evaluation.metrics import CRITERIA, Outcome
 from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.rewards import reward_function
-from mmsr1_jax.training.sft_dataset import line_of
+from mmsr1_jax.training.sft_dataset import to_line
 from tests.programs import ROOT
 
 HOSTILE = (
@@ -96,7 +96,7 @@ def make_line(
     """Return the episode's line in a file of `folder`, and write its images."""
     folder.mkdir(exist_ok=True)
     reward = reward_function.episode_reward(episode, answers, Rewards())
-    line = line_of(episode, processor, folder, folder.parent / "images")
+    line = to_line(episode, processor, folder, folder.parent / "images")
     return line | {"answers": answers, "reward": dataclasses.asdict(reward)} | fields
 
 

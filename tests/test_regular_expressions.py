@@ -2,7 +2,7 @@
 
 Untrusted text (a page, a reply of a judge, a turn of the policy) may be crafted to make an
 expression backtrack, which Python cannot interrupt. Therefore all expressions are listed here, and
-each is timed on texts made of its own parts. Add a new one to `EXPRESSIONS`, with texts of its own
+each is timed on texts made of its own parts. Add a new one to `EXPRESSIONS`, with its own texts
 if you can think of worse ones.
 """
 

@@ -49,6 +49,6 @@ def roll_out() -> Rollout:
     limits = dataclasses.replace(make_config().turns, max_episode_tokens=700, max_text_searches=1)
     config = make_config(limits=limits)
     engine = Engine(model, processor, config, search_tools())
-    episodes = sorted(engine.rollout(examples(6), rollouts=8), key=lambda e: e.index)
+    episodes = sorted(engine.rollout(examples(6), group_size=8), key=lambda e: e.index)
     engine.close()
     return Rollout(episodes, processor, config, model.config)

@@ -113,7 +113,7 @@ def classify(attempts: Sequence[Attempt]) -> str:
 def cheapest(attempts: Sequence[Attempt], limit: int) -> list[Attempt]:
     """Return at most `limit` correct attempts at a question, in order of preference.
 
-    Fewer searches come first, then well-formed before badly formed episodes, then lower numbers.
+    Fewer searches come first, then well-formed before badly formed episodes, then lower indices.
     """
     correct = [attempt for attempt in attempts if attempt.correct]
     order = sorted(correct, key=lambda a: (a.reward.searches, not a.reward.format, a.index))

@@ -38,7 +38,7 @@ class QuestionSource:
       paths: Files, see `parquet.find_files`.
       image_roots: Additional directories for images, see `QuestionFile.read_images`.
       max_bad_rows: Number of unusable rows above which DataError is raised.
-      max_file_pixels: Maximum size of an image in pixels, see `images.open_image`.
+      max_file_pixels: Maximum size of an image in pixels, see `image_files.open_image`.
     """
 
     def __init__(

@@ -95,7 +95,7 @@ def make_block(fragments: Sequence[Fragment]) -> Block:
     return tuple(block)
 
 
-def numbered(blocks: Sequence[Block]) -> list[str | Patches]:
+def number_results(blocks: Sequence[Block]) -> list[str | Patches]:
     """Return the texts and images of a user turn with these results, numbered from 1."""
     items: list[str | Patches] = []
     for number, block in enumerate(blocks, start=1):

@@ -261,7 +261,7 @@ class Rules:
         shown = list(blocks.values())
         if not shown:
             return None, []
-        prompt = self._turn(name, example, results=layout.numbered(shown))
+        prompt = self._turn(name, example, results=layout.number_results(shown))
         if len(prompt.tokens) <= budget:
             return prompt, shown
         shortener = layout.Shortener(self._processor, blocks)
@@ -271,7 +271,7 @@ class Rules:
             shown = list(shortened.values())
             if not shown:
                 return None, []
-            prompt = self._turn(name, example, results=layout.numbered(shown))
+            prompt = self._turn(name, example, results=layout.number_results(shown))
             if len(prompt.tokens) <= budget:
                 notes += truncation_notes
                 return prompt, shown

@@ -46,8 +46,8 @@ class Turn:
 
     Attributes:
       action: Action that the engine executes; None if the turn has no valid action.
-      payload: Text of the answer (see `answer_in`) or of the query, stripped of whitespace; None
-        for an image search or if there is no action.
+      payload: Text of the answer (see `extract_answer`) or of the query, stripped of whitespace;
+        None for an image search or if there is no action.
       reason: Text of the reasoning; None if the turn does not begin with it.
       problem: Description of why there is no action, or of what violates the published format; None
         if nothing does. A turn with a valid action may still violate the format.
@@ -92,7 +92,7 @@ def parse(text: str) -> Turn:
         return Turn(None, None, reason, content, text)
     payload: str | None = content
     if action != "text_search":
-        payload = answer_in(text[:end]) if action == "answer" else None
+        payload = extract_answer(text[:end]) if action == "answer" else None
     problem = None
     if published_form(text) != action:
         problem = _format_problem(text, reasoning, action, start, end)
@@ -144,7 +144,7 @@ def strict_form(text: str) -> Action | None:
     return action if content and "<reason>" not in reasoning[1] else None
 
 
-def answer_in(text: str) -> str | None:
+def extract_answer(text: str) -> str | None:
     """Return the answer that is scored if this is the last turn; None if there is no answer.
 
     It is the last `<answer>..</answer>`, stripped of whitespace. As in the published code, pairs
@@ -162,7 +162,7 @@ def answer_in(text: str) -> str | None:
     return answer
 
 
-def asks_for_search(text: str) -> bool:
+def requests_search(text: str) -> bool:
     """Return whether a turn counts as a search, by the published rule.
 
     A turn counts if it contains `<search><img></search>` or both tags of a text search, in any

@@ -1,6 +1,6 @@
 """Episodes of an evaluation on disk, one line of JSON each.
 
-A line contains the fields that `train` writes for an episode (`training/sft_dataset.line_of`, with
+A line contains the fields that `train` writes for an episode (`training/sft_dataset.to_line`, with
 `answers`, `category`, `source` and `reward`) and
 
     workflow, sample     the workflow, and the index of the episode among those of its question

@@ -175,7 +175,7 @@ def run_workflow(
     indices, examples = itertools.tee(missing())
     episodes = engine.rollout(
         (example for _, example in examples),
-        rollouts=num_samples,
+        group_size=num_samples,
         sampling=sampling,
         rules=rules,
         indices=(index for index, _ in indices),
@@ -205,7 +205,7 @@ def to_line(
     out: pathlib.Path,
 ) -> dict[str, Any]:
     """Convert an episode to an unjudged line of `out/episodes.jsonl`, see `records`."""
-    line = sft_dataset.line_of(episode, processor, out, out / "images")
+    line = sft_dataset.to_line(episode, processor, out, out / "images")
     reward = reward_function.episode_reward(
         episode, question.answers, config.rewards, config.run.steps
     )

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mmsr1_jax.config.rewards import SEQUENCES, Rewards
-from mmsr1_jax.episodes.turns import Turn, answer_in, asks_for_search
+from mmsr1_jax.episodes.turns import Turn, extract_answer, requests_search
 
 if TYPE_CHECKING:
     from mmsr1_jax.episodes.episode import Episode
@@ -107,19 +107,19 @@ def final_answer(turns: Sequence[Turn]) -> str | None:
         return None
     last = turns[-1]
     if last.text is not None:
-        return answer_in(last.text) or None
+        return extract_answer(last.text) or None
     return (last.payload or None) if last.action == "answer" else None
 
 
 def count_searches(turns: Sequence[Turn]) -> int:
-    """Return the number of turns that ask for a search, by `turns.asks_for_search`.
+    """Return the number of turns that ask for a search, by `turns.requests_search`.
 
     As published, a search next to the answer in the last of several turns does not count.
     """
     is_search = [
         turn.action in ("image_search", "text_search")
         if turn.text is None
-        else asks_for_search(turn.text)
+        else requests_search(turn.text)
         for turn in turns
     ]
     if len(turns) > 1 and final_answer(turns) is not None:

@@ -23,7 +23,7 @@ Group = Sequence[tuple[Episode, Reward]]  # episodes of one question, with rewar
 _UPDATE_TOTALS = ("loss", "policy_loss", "gradient_norm", "tokens", "finite")
 
 
-def loss_options(objective: settings.Objective) -> LossOptions:
+def _loss_options(objective: settings.Objective) -> LossOptions:
     """Return the options of the policy loss for the settings of the objective."""
     has_tis = objective.old_logprobs == "trainer" and objective.tis_cap > 0
     return LossOptions(
@@ -39,7 +39,7 @@ def loss_options(objective: settings.Objective) -> LossOptions:
 
 def make_loss(objective: settings.Objective) -> LossFunction:
     """Return the loss function of the objective, for `learner.Learner`."""
-    options = loss_options(objective)
+    options = _loss_options(objective)
 
     def loss(
         logprobs: jax.Array, entropies: jax.Array, batch: TrainBatch
@@ -64,26 +64,30 @@ def make_loss(objective: settings.Objective) -> LossFunction:
 
 
 def shape_rewards(
-    group: Group, objective: settings.Objective, limit: int
+    group: Group, objective: settings.Objective, max_episode_tokens: int
 ) -> Float64[np.ndarray, "G"]:
     """Return the rewards of a group, float64[G], including the penalty for overlong episodes.
 
     Args:
       group: Episodes of one question and their rewards.
       objective: Settings of the objective.
-      limit: Maximum length of an episode in tokens. Prompt and tool results count too, since they
-        consume the same token budget and the policy chooses what to search for.
+      max_episode_tokens: Maximum length of an episode in tokens. Prompt and tool results count
+        too, since they consume the same budget and the policy chooses what to search for.
     """
     rewards = np.array([reward.reward for _, reward in group], np.float64)
     if objective.overlong == "penalty":
         lengths = np.array([len(episode) for episode, _ in group])
-        rewards += overlong_penalty(lengths, limit, objective.overlong_buffer)
+        rewards += overlong_penalty(lengths, max_episode_tokens, objective.overlong_buffer)
     return rewards
 
 
-def has_reward_variance(group: Group, objective: settings.Objective, limit: int) -> bool:
+def has_reward_variance(
+    group: Group, objective: settings.Objective, max_episode_tokens: int
+) -> bool:
     """Return whether the shaped rewards of a group differ."""
-    return len(group) > 1 and advantages.has_reward_variance(shape_rewards(group, objective, limit))
+    return len(group) > 1 and advantages.has_reward_variance(
+        shape_rewards(group, objective, max_episode_tokens)
+    )
 
 
 def split(groups: Sequence[Group], num_minibatches: int) -> list[list[Group]]:
@@ -97,7 +101,7 @@ def make_samples(
     groups: Sequence[Group],
     group_advantages: Sequence[Float32[np.ndarray, "..."]],
     objective: settings.Objective,
-    limit: int,
+    max_episode_tokens: int,
     config: ModelConfig,
     shape: RowShape,
 ) -> tuple[list[Sample], list[str]]:
@@ -107,7 +111,7 @@ def make_samples(
       groups: Groups of the update; the loss is averaged over the tokens of all their episodes.
       group_advantages: Advantages of each group, float32[G], see `advantages.group_advantages`.
       objective: Settings of the objective.
-      limit: Maximum length of an episode in tokens.
+      max_episode_tokens: Maximum length of an episode in tokens.
       config: Model configuration of the policy.
       shape: Shape of the packed rows.
 
@@ -128,7 +132,7 @@ def make_samples(
                 mask = overlong_mask(mask, episode.end == "tokens")
             kept.append((episode, mask, advantage))
     lengths = np.array([mask.sum() for _, mask, _ in kept], np.int64)
-    weights = token_weights(lengths, objective.loss_aggregation, fixed_length=limit)
+    weights = token_weights(lengths, objective.loss_aggregation, fixed_length=max_episode_tokens)
     policy_loss_only = not objective.kl_coef and not objective.entropy_coef
     samples = [
         Sample(

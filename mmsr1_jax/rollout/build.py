@@ -45,7 +45,7 @@ def make_engine(
     processor.check_fits(model.config)
     if len(meshes) == 1:
         return Engine(model, processor, config, tools)
-    return EnginePool(copies(model, meshes), processor, config, tools)
+    return EnginePool(replicate(model, meshes), processor, config, tools)
 
 
 def make_processor(config: settings.Config, model_dir: str) -> Processor:
@@ -56,7 +56,7 @@ def make_processor(config: settings.Config, model_dir: str) -> Processor:
     return processor
 
 
-def copies(model: Qwen2_5_VL, meshes: list[Mesh]) -> list[Qwen2_5_VL]:
+def replicate(model: Qwen2_5_VL, meshes: list[Mesh]) -> list[Qwen2_5_VL]:
     """Return the model on each mesh, transferred from device to device.
 
     Arrays that are already in place are shared, not copied.

@@ -28,7 +28,7 @@ from mmsr1_jax.models.qwen2_5_vl.vision import ImageRows
 from mmsr1_jax.processing.batching import smallest_bucket
 from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.rollout import cache, decode, placement
-from mmsr1_jax.rollout.image_store import ImageStore, check_image
+from mmsr1_jax.rollout.image_cache import ImageCache, check_image
 from mmsr1_jax.rollout.prefill import PrefillChunk
 from mmsr1_jax.rollout.sampler import Sampling
 from mmsr1_jax.rollout.stop import StopTable
@@ -40,16 +40,16 @@ class EngineStats:
     """Counters of the device's work since the engine was created.
 
     Attributes:
-      extended: Tokens written by `extend`.
-      extended_padded: Tokens written by `extend`, padding included.
-      decoded: Tokens sampled.
+      prefill_tokens: Tokens written by `extend`.
+      prefill_slots: Tokens written by `extend`, padding included.
+      decoded_tokens: Tokens sampled.
       decode_slots: Decoding capacity in tokens: rows times steps run.
       images: Images encoded by the vision tower.
     """
 
-    extended: int = 0
-    extended_padded: int = 0
-    decoded: int = 0
+    prefill_tokens: int = 0
+    prefill_slots: int = 0
+    decoded_tokens: int = 0
     decode_slots: int = 0
     images: int = 0
 
@@ -116,7 +116,7 @@ class Device:
         self._lane_shardings = placement.lane_shardings(jax.eval_shape(empty)[0], param_sharding)
         self._replicated = placement.replicated(param_sharding)
         self._compile()
-        self._images = ImageStore(model.config, self.config, self._windows, self._encode)
+        self._images = ImageCache(model.config, self.config, self._windows, self._encode)
         # Everything is created on its final devices, since another engine may fill the first one.
         # It is committed to them like the outputs of the programs; otherwise each program would be
         # compiled twice. The model's own arrays are used if layout and dtype already match.
@@ -133,7 +133,7 @@ class Device:
         return jax.device_put(arrays, self._replicated)
 
     def reset(self) -> None:
-        """Reallocate lanes and image store, since a failed program may have lost donated arrays."""
+        """Reallocate lanes and image cache, since a failed program may have lost donated arrays."""
         self._lanes = self._image_tokens = None  # free the memory before allocating it again
         self._lanes, self._image_tokens = self._empty()
         self._images.clear()
@@ -240,7 +240,7 @@ class Device:
     # Images
 
     def check_image(self, image: Patches) -> None:
-        """Raise TooLongError if the image exceeds the largest bucket or the image store."""
+        """Raise TooLongError if the image exceeds the largest bucket or the image cache."""
         check_image(image, self._model_config, self.config, self._windows)
 
     def _encode(self, images: ImageRows, slots: np.ndarray) -> None:
@@ -297,8 +297,8 @@ class Device:
             tokens[row, :n] = chunk.tokens
             positions[row, :, :n] = chunk.positions
             image_index[row, :n][is_image] = slots[row][chunk.image_index[is_image]]
-            self.stats.extended += n
-            self.stats.extended_padded += length
+            self.stats.prefill_tokens += n
+            self.stats.prefill_slots += length
         start = time.perf_counter()
         new = cache.PrefillBatch(*self.put((lane, tokens, count, positions, image_index)))
         hidden, self._lanes = self._extend_program(
@@ -365,7 +365,7 @@ class Device:
         )
         sampled = jax.device_get(sampled)
         steps = int(sampled.steps)
-        self.stats.decoded += int(sampled.count.sum())
+        self.stats.decoded_tokens += int(sampled.count.sum())
         self.stats.decode_slots += B * steps
         self._record(DECODE, start, sampled, rows=len(rows), steps=steps)
         return sampled

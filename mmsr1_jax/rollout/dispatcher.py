@@ -33,7 +33,7 @@ class Engine(Protocol):
         self,
         next_examples: NextExamples,
         *,
-        rollouts: int,
+        group_size: int,
         sampling: settings.Sampling,
         on_event: OnEvent,
         on_tokens: OnTokens,
@@ -94,7 +94,7 @@ class Dispatcher:
       engines: Engines, for the exclusive use of this object until `stop`.
       source: Examples, and receiver of episodes.
       max_load: Maximum number of unfinished episodes of an engine that takes an example.
-      rollouts: Number of episodes per example.
+      group_size: Number of episodes per example.
       sampling: Sampling settings.
       rules: Rules from `make_rules`; None: those of the config.
       timelines: Recorder of each engine; None: nothing is recorded.
@@ -110,13 +110,13 @@ class Dispatcher:
         source: Source,
         *,
         max_load: int,
-        rollouts: int = 1,
+        group_size: int = 1,
         sampling: settings.Sampling,
         rules: Rules | None = None,
         timelines: Sequence[EngineTimeline] | None = None,
     ):
         self._engines, self._source, self._max_load = engines, source, max_load
-        self._rollouts, self._sampling, self._rules = rollouts, sampling, rules
+        self._group_size, self._sampling, self._rules = group_size, sampling, rules
         self._timelines = timelines
         self.changed = threading.Condition()
         self.loads = [0] * len(engines)
@@ -155,7 +155,7 @@ class Dispatcher:
                 if indexed is None:
                     break
                 taken.append(indexed)
-                self.loads[engine] += self._rollouts
+                self.loads[engine] += self._group_size
         return taken
 
     def finish_episode(self, engine: int) -> None:
@@ -201,7 +201,7 @@ class Dispatcher:
 
         episodes = self._engines[engine].rollout_part(
             functools.partial(self.take, engine),
-            rollouts=self._rollouts,
+            group_size=self._group_size,
             sampling=self._sampling,
             on_event=on_event,
             on_tokens=self._source.on_tokens,

@@ -127,7 +127,7 @@ class Engine:
         self,
         examples: Iterable[Example],
         *,
-        rollouts: int = 1,
+        group_size: int = 1,
         sampling: settings.Sampling | None = None,
         on_event: OnEvent = lambda episode, event: None,
         rules: Rules | None = None,
@@ -138,7 +138,7 @@ class Engine:
 
         Args:
           examples: Questions. An unusable one yields episodes with `end == "error"`.
-          rollouts: Number of episodes per question.
+          group_size: Number of episodes per question.
           sampling: Sampling settings; None: `config.sampling`. Random numbers depend on the seed,
             the episode's index in this call and the token index, so different calls need different
             seeds.
@@ -155,7 +155,7 @@ class Engine:
         indexed = zip(itertools.count() if indices is None else indices, examples, strict=False)
         yield from self.rollout_part(
             lambda count: list(itertools.islice(indexed, count)),
-            rollouts=rollouts,
+            group_size=group_size,
             sampling=sampling or self.config.sampling,
             on_event=on_event,
             rules=rules,
@@ -166,7 +166,7 @@ class Engine:
         self,
         next_examples: NextExamples,
         *,
-        rollouts: int,
+        group_size: int,
         sampling: settings.Sampling,
         on_event: OnEvent = lambda episode, event: None,
         on_tokens: OnTokens = lambda episode, tokens: None,
@@ -181,7 +181,7 @@ class Engine:
         Args:
           next_examples: Source of examples with their indices in the whole rollout, see
             `NextExamples`.
-          rollouts: Number of episodes per example.
+          group_size: Number of episodes per example.
           sampling: Sampling settings.
           on_event: Callback for the progress of episodes, see `OnEvent`.
           on_tokens: Callback for sampled tokens, see `OnTokens`.
@@ -204,7 +204,7 @@ class Engine:
                 self,
                 rules or self._rules,
                 next_examples,
-                rollouts=rollouts,
+                group_size=group_size,
                 sampling=sampling,
                 on_event=on_event,
                 on_tokens=on_tokens,

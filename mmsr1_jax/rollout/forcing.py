@@ -26,7 +26,7 @@ _REASON, _REASON_END = "<reason>", "</reason>"
 _QUERY_WORDS = 32
 
 
-def opened(text: str, action: Action) -> tuple[int, str]:
+def open_action(text: str, action: Action) -> tuple[int, str]:
     """Make a turn begin the prescribed action.
 
     Args:
@@ -50,7 +50,7 @@ def opened(text: str, action: Action) -> tuple[int, str]:
     return num_kept, f"{suffix} <{name}>{content}"
 
 
-def closed(text: str, action: Action, question: str) -> tuple[int, str]:
+def close_action(text: str, action: Action, question: str) -> tuple[int, str]:
     """Close an action whose opening tag was forced.
 
     Args:
@@ -94,7 +94,9 @@ def force_action(
     """
     # One character per byte; tags are ASCII.
     text = b"".join(token_bytes).decode("latin-1")
-    chars_kept, suffix = closed(text, action, question) if resumed else opened(text, action)
+    chars_kept, suffix = (
+        close_action(text, action, question) if resumed else open_action(text, action)
+    )
     ends = np.cumsum([len(piece) for piece in token_bytes])
     num_kept = int(np.searchsorted(ends, chars_kept, side="right"))
     # The kept part of a token that is truncated is appended, too.
@@ -102,6 +104,6 @@ def force_action(
     prefix = fraction.encode("latin-1").decode("utf-8", "replace")
     forced = np.array(encode(prefix + suffix), np.int32)
     if resumed and num_kept + len(forced) > max_tokens:
-        _, suffix = closed(text, action, "")
+        _, suffix = close_action(text, action, "")
         forced = np.array(encode(prefix + suffix), np.int32)
     return num_kept, forced

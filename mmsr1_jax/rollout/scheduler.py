@@ -68,7 +68,7 @@ class Scheduler:
       engine: The engine.
       rules: Rules of the episodes.
       next_examples: Source of examples.
-      rollouts: Number of episodes per example.
+      group_size: Number of episodes per example.
       sampling: Sampling settings.
       on_event, on_tokens: Callbacks for the progress of episodes.
       poll_interval: Seconds after which a scheduler that only waits for tools calls `next_examples`
@@ -82,7 +82,7 @@ class Scheduler:
         rules: Rules,
         next_examples: NextExamples,
         *,
-        rollouts: int,
+        group_size: int,
         sampling: settings.Sampling,
         on_event: OnEvent,
         on_tokens: OnTokens,
@@ -93,7 +93,7 @@ class Scheduler:
         self._machine = TurnMachine(rules, engine.processor, on_event)
         self._next_examples, self._poll_interval = next_examples, poll_interval
         self._on_tokens, self._timeline = on_tokens, timeline
-        self._rollouts, self._seed = rollouts, sampling.seed
+        self._group_size, self._seed = group_size, sampling.seed
         config = engine.config.rollout
         self._decode_batch_size = config.decode_batch_size
         self._sampling = engine.device.put(
@@ -105,7 +105,7 @@ class Scheduler:
             )
         )
         # Number of examples to prepare in advance: enough for all lanes, and one more.
-        self._num_prefetched = math.ceil(config.lanes / rollouts) + 1
+        self._num_prefetched = math.ceil(config.lanes / group_size) + 1
         self._groups: collections.deque[Group] = collections.deque()
         self._free_lanes = set(range(config.lanes))
         self._lane_groups: dict[int, Group] = {}  # group whose prompt a lane begins with
@@ -133,7 +133,7 @@ class Scheduler:
     def _prefetch(self) -> None:
         """Start preparing the prompts of the next examples in the pool."""
         for index, example in self._next_examples(self._num_prefetched - len(self._groups)):
-            episodes = range(index * self._rollouts, (index + 1) * self._rollouts)
+            episodes = range(index * self._group_size, (index + 1) * self._group_size)
             prompt = self._engine.pool.submit(self._rules.initial_prompt, example)
             self._groups.append(Group(index, example, collections.deque(episodes), prompt))
 

@@ -102,7 +102,7 @@ class Service:
         ignore_breaker: bool = False,
         **request: Any,
     ) -> Any:
-        """Send a request as `Web.request` does, with retries, rate limits and a circuit breaker.
+        """Send a request by `WebClient.request`, with retries, rate limits and a circuit breaker.
 
         Args:
           method: HTTP method.
@@ -110,7 +110,7 @@ class Service:
           parse: Function that parses the response. A WebError that it raises counts as a failure of
             the request, which is retried if the error is transient. If None, return the response.
           ignore_breaker: Whether to send the request even if the circuit breaker is open.
-          **request: Further arguments of `Web.request`.
+          **request: Further arguments of `WebClient.request`.
 
         Returns:
           Result of `parse`, or the response.

@@ -45,16 +45,6 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    @property
-    def best(self) -> int | None:
-        """Step with the best score, or None if no checkpoint has a score."""
-        scores = [
-            (c.metrics["score"], c.step)
-            for c in self._checkpointer.checkpoints
-            if isinstance(c.metrics, dict) and c.metrics
-        ]
-        return max(scores)[1] if scores else None
-
     def save(self, step: int, state: Any, metadata: dict[str, Any], *, score: float | None) -> None:
         """Start saving a checkpoint in the background, once the previous save has finished.
 

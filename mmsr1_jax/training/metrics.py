@@ -118,13 +118,13 @@ def _mean(values: Iterable[float]) -> float:
     return float(statistics.fmean(list(values) or [0.0]))
 
 
-def partial_searches(episodes: Sequence[Episode]) -> float:
+def partial_search_fraction(episodes: Sequence[Episode]) -> float:
     """Return the fraction of executed searches that succeeded with omitted or repaired results."""
     calls = [call for episode in episodes for call in episode.calls if call.status != "refused"]
     return _mean(call.status == "ok" and bool(call.notes) for call in calls)
 
 
-def check(log_to: str) -> None:
+def check_loggers(log_to: str) -> None:
     """Raise UserError if `run.log_to` names wandb but it is not installed."""
     if "wandb" in _names(log_to):
         try:

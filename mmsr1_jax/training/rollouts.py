@@ -17,7 +17,7 @@ from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.pool import EnginePool
 from mmsr1_jax.tools.judge import Judge
 from mmsr1_jax.training import metrics
-from mmsr1_jax.training.sft_dataset import line_of
+from mmsr1_jax.training.sft_dataset import to_line
 from mmsr1_jax.utils import fallbacks, outputs
 from mmsr1_jax.utils.logs import log
 
@@ -36,16 +36,16 @@ class RolloutBatch:
       groups: Groups to train on, without episodes that could not be run or judged.
       episodes: All episodes of the step, with their rewards.
       questions: Questions of the episodes, indexed by `Episode.group`.
-      num_with_variance: Number of sampled groups whose rewards differ.
+      num_groups_with_variance: Number of sampled groups whose rewards differ.
     """
 
     groups: list[train_batch.Group]
     episodes: list[tuple[Episode, Reward]]
     questions: list[Question]
-    num_with_variance: int
+    num_groups_with_variance: int
 
     @property
-    def usable(self) -> train_batch.Group:
+    def training_episodes(self) -> train_batch.Group:
         """All episodes of `groups`, with their rewards."""
         return list(itertools.chain(*self.groups))
 
@@ -54,9 +54,9 @@ class RolloutBatch:
         episodes, rewards = zip(*self.episodes, strict=True)
         categories = [self.questions[episode.group].category for episode in episodes]
         return metrics.episode_metrics(episodes, rewards, categories) | {
-            "tool/partial": metrics.partial_searches(episodes),
+            "tool/partial": metrics.partial_search_fraction(episodes),
             "groups/sampled": float(len(self.questions)),
-            "groups/with_variance": self.num_with_variance / len(self.questions),
+            "groups/with_variance": self.num_groups_with_variance / len(self.questions),
         }
 
     def warn_of_failed_searches(self, step: int) -> None:
@@ -144,7 +144,7 @@ def write_episodes(
     with outputs.new_text_file(path) as file:
         for episode, reward in pairs:
             question = questions[episode.group]
-            line = line_of(episode, engine.processor, path.parent, workdir / "images")
+            line = to_line(episode, engine.processor, path.parent, workdir / "images")
             line |= {"answers": question.answers, "category": question.category}
             line |= {"source": question.source, "reward": dataclasses.asdict(reward)}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

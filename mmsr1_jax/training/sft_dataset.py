@@ -39,7 +39,7 @@ from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 from mmsr1_jax.processing.images import ImageProcessor, read_image, write_image
 from mmsr1_jax.processing.processor import Processor, Prompt
 from mmsr1_jax.rl.packing import RowShape
-from mmsr1_jax.rollout.image_store import check_image
+from mmsr1_jax.rollout.image_cache import check_image
 from mmsr1_jax.tools import Observation, Query, Tool
 from mmsr1_jax.tools.build import make_tools
 from mmsr1_jax.tools.service_checks import check_services
@@ -79,7 +79,7 @@ class SFTExample:
         return Prompt(self.tokens, tuple(read_image(path, processor) for path in self.images))
 
 
-def line_of(
+def to_line(
     episode: Episode, processor: Processor, folder: pathlib.Path, image_folder: pathlib.Path
 ) -> dict[str, Any]:
     """Write an episode's images, and return the episode as a line of a JSONL file.
@@ -154,7 +154,7 @@ def prepare(
                         ) from None
                     continue
                 episode.group = episode.index = num_written
-                line = line_of(episode, processor, path.parent, path.parent / "images")
+                line = to_line(episode, processor, path.parent, path.parent / "images")
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
                 num_written += 1
                 num_scripted += isinstance(content, ScriptedEpisode)

@@ -61,7 +61,7 @@ class TrainingRun:
         self._saved_step = self.start_step
         self._nonfinite_streak = 0
         self._stopping = False
-        self._clock = Clock()
+        self._timer = StepTimer()
         self._resources = contextlib.ExitStack()
         self._resources.callback(self._checkpoints.close)
 
@@ -107,7 +107,7 @@ class TrainingRun:
             for step in self._bar:
                 if profile and max(first, profile[0]) == step <= profile[1]:
                     trace.enter_context(jax.profiler.trace(self.workdir / "profile"))
-                self._clock = Clock()
+                self._timer = StepTimer()
                 yield step
                 if profile and step == profile[1]:
                     trace.close()
@@ -121,7 +121,7 @@ class TrainingRun:
 
     def phase(self, name: str) -> contextlib.AbstractContextManager:
         """Return a context that adds its time to `time/NAME` of this step."""
-        return self._clock.phase(name)
+        return self._timer.phase(name)
 
     @contextlib.contextmanager
     def timeline(self, step: int) -> Iterator[Timeline | None]:
@@ -185,7 +185,7 @@ class TrainingRun:
           save: Whether to save a checkpoint in any case.
         """
         run = self._config.run
-        step_metrics = step_metrics | self._clock.metrics(tokens)
+        step_metrics = step_metrics | self._timer.metrics(tokens)
         step_metrics["time/compiles"] = float(compile_counter.count())
         self._log.write(step, step_metrics)
         self._stopping = self._sigterm.is_set()
@@ -203,7 +203,7 @@ class TrainingRun:
             self._checkpoints.save(step, self._state(), metadata, score=score)
             self._saved_step = step
 
-    def resumable(self, error: UserError, step: int) -> UserError:
+    def with_resume_hint(self, error: UserError, step: int) -> UserError:
         """Return the error that ends the run after `step`, saying how to resume it."""
         self._bar.close()
         saved = f"step {step} is saved" if step else "no step is complete yet"
@@ -229,7 +229,7 @@ def _write_batches(path: pathlib.Path, batches: Iterable[TrainBatch]) -> None:
     np.savez(path, **arrays)
 
 
-class Clock:
+class StepTimer:
     """Timer for the phases of a step, in seconds."""
 
     def __init__(self):

@@ -2,8 +2,8 @@
 
 Invalid input raises one error that names the field. All files and responses that another program
 wrote (settings, tokenizers, caches, episodes, responses of web services) are parsed here, except a
-judge's reply (see `judge.read_verdict`). `json.loads` alone raises RecursionError on deep nesting,
-accepts NaN, and does not check types. If a key occurs twice, the last value is used, as in
+judge's reply (see `verdicts.parse_verdict`). `json.loads` alone raises RecursionError on deep
+nesting, accepts NaN, and does not check types. If a key occurs twice, the last value is used, as in
 `json.loads`.
 """
 

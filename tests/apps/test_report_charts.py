@@ -50,7 +50,7 @@ def test_characters_that_xml_cannot_contain_are_replaced():
 
 
 @pytest.mark.parametrize("values", [[0.0], [1e308, -1e308], [5.0] * 40, [1e-300, 2e-300]])
-def test_extreme_values_are_drawn(values):
+def test_extreme_values_are_tokens(values):
     drawn = draw({"time/rollout": values, "time/update": values, "reward": values})
     assert len(drawn["panels"]) == 2 and len(drawn["metrics"]) == 3
     for chart in (*drawn["panels"], *drawn["metrics"].values()):

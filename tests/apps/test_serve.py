@@ -39,12 +39,12 @@ from tests.serving import (
 def check(events, episode, processor):
     """Check that events describe a whole episode."""
     events = [event for event in events if event["event"] != "waiting"]
-    assert [event["event"] for event in (events[0], events[-1])] == ["begun", "end"]
+    assert [event["event"] for event in (events[0], events[-1])] == ["started", "end"]
     sampled = [processor.decode(s.tokens) for s in episode.segments if s.kind == "model"]
     sampled = [re.sub(r"<\|(?:im_end|endoftext)\|>$", "", text) for text in sampled]
     turns = [event for event in events if event["event"] == "turn"]
     assert [turn["text"] for turn in turns] == sampled
-    drawn = "".join(event["text"] for event in events if event["event"] == "drawn")
+    drawn = "".join(event["text"] for event in events if event["event"] == "tokens")
     assert drawn == "".join(sampled).removesuffix("\N{REPLACEMENT CHARACTER}")
     for turn, parsed in zip(turns, episode.turns, strict=True):
         assert all(turn[name] == getattr(parsed, name)
@@ -119,10 +119,10 @@ def test_characters_of_several_tokens_are_sent_whole(processor):
     text = "<reason>über 日本 ✓ 🙂</reason> <answer>é</answer>"
     tokens = processor.encode_text(text)
     serialize = EventSerializer(processor, processor.token_bytes())
-    drawn = [serialize("drawn", np.array([token], np.int32))["text"] for token in tokens]
+    drawn = [serialize("tokens", np.array([token], np.int32))["text"] for token in tokens]
     assert "".join(drawn) == text and "" in drawn
     half = processor.encode_text("🙂")[:1]
-    assert serialize("drawn", np.array(half, np.int32))["text"] == ""
+    assert serialize("tokens", np.array(half, np.int32))["text"] == ""
 
 
 def test_questions_wait_leave_and_are_rejected(engine, alone):
@@ -278,7 +278,7 @@ def test_the_command(tiny_dir, setup):
             assert "Ask about an image" in httpx.get(url).text
             events = ask(url, "What is it?", IMAGES[0])
             assert events[-1]["event"] == "end" and events[-1]["end"] in ("answer", "turns")
-            assert sum(event["event"] == "drawn" for event in events) > 2  # as it is written
+            assert sum(event["event"] == "tokens" for event in events) > 2  # as it is written
             taken = url.rpartition(":")[2]
             done = subprocess.run([*command, f"--port={taken}"], **keywords, capture_output=True,
                                   timeout=PATIENCE)  # fmt: skip

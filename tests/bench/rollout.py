@@ -117,7 +117,7 @@ def timed_rollout(engine: Engine, count: int, seed: int = 0) -> tuple[float, lis
     engine.device.load(engine.device._params)  # discards the encoded images
     begin = time.perf_counter()
     sampling = settings.Sampling(seed=seed)
-    episodes = list(engine.rollout(examples(count), rollouts=GROUP, sampling=sampling))
+    episodes = list(engine.rollout(examples(count), group_size=GROUP, sampling=sampling))
     seconds = time.perf_counter() - begin
     assert all(len(episode.turns) == 3 for episode in episodes), {e.error for e in episodes}
     return seconds, sorted(episodes, key=lambda episode: episode.index)

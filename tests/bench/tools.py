@@ -1,14 +1,14 @@
-"""Text search by the settings' own tools, over servers that answer in 50 ms: how many a second, and
-how long each takes beyond what the servers take.
+"""Benchmark of the configured text search: throughput, and latency beyond that of the servers,
+which answer in 50 ms.
 
     python -m tests.bench.tools [--searches=2000] [--in_flight=64] [--faulty=20] [--reader=local]
 
-cold        nothing is stored yet: many at a time, and one by one
-warm        the same searches again, with what the store has
-replay      the same, the servers stopped
+cold        searches with an empty cache: concurrently, and one by one
+warm        the same searches again, with the cache
+replay      the same searches after the servers have stopped
 
-The servers (`tests/load_app.py`) run in a process of their own. What they take themselves is
-measured by asking for the same over bare sockets. One JSON line at the end; times in seconds.
+The servers (`tests/load_app.py`) run in a separate process. Their own latency is measured by the
+same requests over bare sockets. The last line of the output is JSON; times are in seconds.
 """
 
 import asyncio
@@ -31,12 +31,12 @@ from mmsr1_jax.config import settings
 from mmsr1_jax.tools import Observation, Query
 from mmsr1_jax.tools.build import make_tools
 
-_SEARCHES = flags.DEFINE_integer("searches", 2000, "text searches")
-_IN_FLIGHT = flags.DEFINE_integer("in_flight", 64, "at a time")
-_ALONE = flags.DEFINE_integer("alone", 60, "of them measured one by one")
-_WAIT = flags.DEFINE_float("wait", 0.05, "seconds in which the servers answer")
-_FAULTY = flags.DEFINE_integer("faulty", 20, "one request in so many fails; 0: none")
-_READER = flags.DEFINE_enum("reader", "local", ["none", "local", "jina"], "what reads pages")
+_SEARCHES = flags.DEFINE_integer("searches", 2000, "number of text searches")
+_IN_FLIGHT = flags.DEFINE_integer("in_flight", 64, "number of concurrent searches")
+_ALONE = flags.DEFINE_integer("alone", 60, "number of searches measured one by one")
+_WAIT = flags.DEFINE_float("wait", 0.05, "latency of the servers in seconds")
+_FAULTY = flags.DEFINE_integer("faulty", 20, "one request in FAULTY fails; 0: no faults")
+_READER = flags.DEFINE_enum("reader", "local", ["none", "local", "jina"], "page reader")
 _SUMMARISER = flags.DEFINE_bool("summariser", False, "summarise pages")
 
 
@@ -60,8 +60,8 @@ def servers(wait: float, faulty: int) -> Iterator[str]:
         process.wait()
 
 
-def make_search(address: str, store: pathlib.Path | None, mode: str = "use"):
-    """The text search that the settings make, for services at `address`."""
+def make_search(address: str, cache: pathlib.Path | None, mode: str = "use"):
+    """Return the configured text search, with services at `address`."""
     config = settings.Config()
     config.tools.text, config.tools.image = "searxng", "none"
     services = config.services
@@ -72,33 +72,33 @@ def make_search(address: str, store: pathlib.Path | None, mode: str = "use"):
     services.allowed_hosts = (address.removeprefix("http://"),)
     services.timeout = 2.0  # for a server that does not reply
     services.max_concurrency, services.max_qps = 512, 10_000.0
-    services.cache, services.cache_mode = store and str(store), mode
+    services.cache, services.cache_mode = cache and str(cache), mode
     return make_tools(config)["text_search"]
 
 
 async def many(search, names: list[str], in_flight: int) -> dict:
-    """Searches for each name, so many at a time: rates, latencies in seconds, statuses."""
+    """Search for each name concurrently; return throughput, latencies in seconds, and statuses."""
     waiting, taken, statuses = iter(names), [], {}
 
     async def work():
         for name in waiting:
             begin = time.perf_counter()
-            found = await search(
+            observation = await search(
                 Query(action="text_search", text=name, question=f"When was {name} opened?")
             )
             taken.append(time.perf_counter() - begin)
-            statuses[found.status] = statuses.get(found.status, 0) + 1
+            statuses[observation.status] = statuses.get(observation.status, 0) + 1
 
-    begin = time.perf_counter()
+    start = time.perf_counter()
     await asyncio.gather(*(work() for _ in range(in_flight)))
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - start
     cuts = statistics.quantiles(taken, n=100, method="inclusive")
-    return {"searches_a_second": len(names) / seconds, "p50": cuts[49], "p99": cuts[98]} | statuses
+    rate = len(names) / seconds
+    return {"searches_per_second": rate, "p50": cuts[49], "p99": cuts[98]} | statuses
 
 
 class Bare:
-    """The requests of a text search over sockets that stay open, and nothing else: what the servers
-    themselves take."""
+    """Requests of a text search over persistent sockets, to measure the servers' own latency."""
 
     def __init__(self, address: str):
         self._host, _, self._port = address.removeprefix("http://").partition(":")
@@ -127,38 +127,38 @@ class Bare:
 
 
 def _memory() -> float:
-    """The most memory that this process has had so far, in MB."""
+    """Return the peak memory of this process in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 async def _measure(folder: pathlib.Path) -> dict:
     names = [f"n{number}" for number in range(_SEARCHES.value)]
-    alone, figures = [f"a{number}" for number in range(_ALONE.value)], {}
+    alone, results = [f"a{number}" for number in range(_ALONE.value)], {}
     with servers(_WAIT.value, 0) as address:  # without faults, or waiting again would count
-        figures["servers"] = await many(Bare(address), alone, 1)
+        results["servers"] = await many(Bare(address), alone, 1)
         search = make_search(address, None)
         await many(search, alone[:5], 1)
-        figures["one by one, no faults"] = await many(search, alone, 1)
+        results["one by one, no faults"] = await many(search, alone, 1)
     with servers(_WAIT.value, _FAULTY.value) as address:
         search = make_search(address, None)
         await many(search, [f"w{number}" for number in range(_IN_FLIGHT.value)], _IN_FLIGHT.value)
-        figures["one by one"] = await many(search, alone, 1)
+        results["one by one"] = await many(search, alone, 1)
         before = _memory()
-        figures["cold"] = await many(search, names, _IN_FLIGHT.value)
-        figures["memory_grown_mb"] = _memory() - before
-        recording = make_search(address, folder / "store.sqlite", "record")
-        figures["cold, recorded"] = await many(recording, names, _IN_FLIGHT.value)
-        warm = make_search(address, folder / "store.sqlite")
-        figures["warm"] = await many(warm, names, _IN_FLIGHT.value)
-    replay = make_search(address, folder / "store.sqlite", "replay")
-    figures["replay"] = await many(replay, names, _IN_FLIGHT.value)
-    figures["replay, one by one"] = await many(replay, names[: _ALONE.value], 1)
-    rate = {kind: found.get("searches_a_second") for kind, found in figures.items()
-            if isinstance(found, dict)}  # fmt: skip
-    figures["times_one_by_one"] = rate["cold"] / rate["one by one"]
-    beyond = figures["one by one, no faults"]["p50"] - figures["servers"]["p50"]
-    figures["overhead_ms"] = 1000 * beyond
-    return figures
+        results["cold"] = await many(search, names, _IN_FLIGHT.value)
+        results["memory_grown_mb"] = _memory() - before
+        recording = make_search(address, folder / "cache.sqlite", "record")
+        results["cold, recorded"] = await many(recording, names, _IN_FLIGHT.value)
+        warm = make_search(address, folder / "cache.sqlite")
+        results["warm"] = await many(warm, names, _IN_FLIGHT.value)
+    replay = make_search(address, folder / "cache.sqlite", "replay")
+    results["replay"] = await many(replay, names, _IN_FLIGHT.value)
+    results["replay, one by one"] = await many(replay, names[: _ALONE.value], 1)
+    rate = {kind: value.get("searches_per_second") for kind, value in results.items()
+            if isinstance(value, dict)}  # fmt: skip
+    results["times_one_by_one"] = rate["cold"] / rate["one by one"]
+    beyond = results["one by one, no faults"]["p50"] - results["servers"]["p50"]
+    results["overhead_ms"] = 1000 * beyond
+    return results
 
 
 def main(_) -> None:

@@ -86,7 +86,7 @@ def results(out):
             del call["seconds"]
     for path in [out / "curated.parquet", *(out / "images").iterdir()]:
         contents[path.name] = path.read_bytes()
-    return contents | {"figures": json.loads((out / "curation.json").read_text())}
+    return contents | {"summary": json.loads((out / "curation.json").read_text())}
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +135,9 @@ def test_written_files_agree_with_the_episodes(world, uninterrupted):
     names = [by_question[number][0] for number in range(12)]
     assert {"never_correct", "search_free"} < set(names)
 
-    figures = json.loads((out / "curation.json").read_text())
+    summary = json.loads((out / "curation.json").read_text())
     for name in curation.CLASSES:
-        assert figures["classes"][name]["questions"] == names.count(name)
+        assert summary["classes"][name]["questions"] == names.count(name)
         assert [name, str(names.count(name))] in [row.split()[:2] for row in stdout.splitlines()]
     questions = list(QuestionSource(world / "questions.parquet"))
     back = list(QuestionSource(out / "curated.parquet", max_bad_rows=0))
@@ -148,7 +148,7 @@ def test_written_files_agree_with_the_episodes(world, uninterrupted):
         assert question == dataclasses.replace(questions[number], **fields)
 
     selected = read(out / "sft.jsonl")
-    assert figures["sft"] == {"episodes": len(selected), "questions": len(kept)}
+    assert summary["sft"] == {"episodes": len(selected), "questions": len(kept)}
     for number in kept:
         own = [episode for episode in selected if episode["group"] == number]
         correct = by_question[number][1]
@@ -217,9 +217,9 @@ def test_another_mix_or_judge_needs_no_policy(world, uninterrupted, tmp_path):
             command(world, out, "--mix=", f"--config.services.judge_url={address}", model=False)
         )
     assert done.returncode == 0, done.stderr[-3000:]
-    figures = json.loads((out / "curation.json").read_text())
+    summary = json.loads((out / "curation.json").read_text())
     answered = {e["group"] for e in read(out / "episodes.jsonl") if e["answer"]}
-    assert figures["chosen"] == len(answered) > len(back) and figures["no_verdict"] == 0
+    assert summary["chosen"] == len(answered) > len(back) and summary["no_verdict"] == 0
 
     done = run(command(world, out, "--mix=search_free=0", model=False))
     assert done.returncode == 1 and "another --mix" in done.stderr.splitlines()[-1]

@@ -75,11 +75,13 @@ def test_invalid_lines_are_reported_and_the_others_are_scored(tmp_path):
     assert [line for line in out if "error" not in line] == [correct, zero, zero, correct, correct]
     errors = [line["error"] for line in out if "error" in line]
     expected = [
-        "line 3: 'answers' holds no text", "line 4: 'answers' must be a list of texts, not a text",
-        "line 5: 'turns' must be a list of texts, not a text", "line 6: turns[0] must be a text",
-        "line 7: answers[1] must be a text, not null", "line 8: has no 'answers'",
+        "line 3: 'answers' contains only blank strings",
+        "line 4: 'answers' must be a list of strings, not a string",
+        "line 5: 'turns' must be a list of strings, not a string",
+        "line 6: turns[0] must be a string, not a number",
+        "line 7: answers[1] must be a string, not null", "line 8: has no 'answers'",
         "line 9: has no 'turns'", "line 10: must be an object", "line 12: not JSON",
-        "line 13: not UTF-8", "line 14: not JSON", "line 15: 'answers' holds no text",
+        "line 13: not UTF-8", "line 14: not JSON", "line 15: 'answers' contains only blank strings",
     ]  # fmt: skip
     for error, message in zip(errors, expected, strict=True):
         assert error.startswith(message), error

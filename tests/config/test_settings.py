@@ -103,7 +103,7 @@ def test_an_invalid_setting_in_a_file_is_named_with_the_file(tmp_path, changes, 
         ("\xff", "not UTF-8"), ("", "not JSON"),
     ],
 )  # fmt: skip
-def test_a_file_that_holds_no_settings_is_named(tmp_path, text, words):
+def test_a_file_without_settings_is_named(tmp_path, text, words):
     path = tmp_path / "config.json"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError) as caught:

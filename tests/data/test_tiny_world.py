@@ -149,7 +149,7 @@ def test_splits_are_disjoint_and_balanced(world):
         assert set(counts.values()) == {count // len(kinds)}
         drawn = {(q.landmark, q.fact) for q in sample}
         assert drawn <= {(mark.name, fact) for mark, fact in members[split]}
-        assert len(drawn) > 300 or split != "train"  # no pair repeats before all were asked
+        assert len(drawn) > 300 or split != "train"  # no pair repeats before all were used
         assert len({q.id for q in sample}) == len({q.images[0] for q in sample}) == count
         assert {q.source for q in sample} == {f"tiny_world {split}"}
     everything = questions(world, "heldout", 4 * 240)

@@ -116,7 +116,7 @@ def test_memories_cover_remembered_landmarks_and_strangers(world, remembered):
     assert {e["fact"] for e in photos} == {"name"} == set(FACTS) - {e["fact"] for e in by_name_only}
     believed = [named_landmark(e["turns"][0]) for e in strangers]
     assert {landmarks[name].group for name in believed} == {"remembered"}
-    assert len(set(believed)) > 100  # drawn anew each time
+    assert len(set(believed)) > 100  # sampled each time
     assert {e["landmark"] for e in strangers} == {""}
     assert [is_guess(e["turns"][0]) for e in remembered] == [False, False, True] * 300
     assert {e["fact"] for e in strangers} == set(FACTS)

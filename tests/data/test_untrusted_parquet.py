@@ -13,7 +13,7 @@ from mmsr1_jax.data import DataError
 from mmsr1_jax.data.benchmarks import tables
 from mmsr1_jax.data.questions import QuestionSource
 
-PICTURES = pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+IMAGES = pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
 PNG = [{"bytes": b"x", "path": None}]
 
 
@@ -21,7 +21,7 @@ def questions(path, prompts, images=None, answers=None, **options):
     count = len(prompts)
     columns = {
         "prompt": pa.array([[{"content": text, "role": "user"}] for text in prompts]),
-        "images": images or pa.array([PNG] * count, PICTURES),
+        "images": images or pa.array([PNG] * count, IMAGES),
         "reward_model": pa.array(answers or [{"ground_truth": "x"}] * count),
     }
     parquet.write_table(pa.table(columns), path, compression="zstd", **options)
@@ -29,7 +29,7 @@ def questions(path, prompts, images=None, answers=None, **options):
 
 
 def one_picture_named(count, size):
-    """Rows whose picture is the same one, stored once."""
+    """Rows with the same image, stored once."""
     data = pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), [b"\0" * size])
     rows = pa.StructArray.from_arrays([data, pa.nulls(count, pa.string())], ["bytes", "path"])
     return pa.ListArray.from_arrays(pa.array(range(count + 1), pa.int32()), rows)
@@ -42,7 +42,7 @@ def bombs(folder):
     yield "prompt", questions(folder / "plain", ["a" * (80 << 20)], use_dictionary=False)
     yield "prompt", questions(folder / "same", ["a" * 900_000] * 100)
     yield "images", questions(folder / "image", [q], pa.array([[{"bytes": b"\0" * (80 << 20),
-                              "path": None}]], PICTURES), use_dictionary=False)  # fmt: skip
+                              "path": None}]], IMAGES), use_dictionary=False)  # fmt: skip
     yield "images", questions(folder / "named", [q] * 64, one_picture_named(64, 4_000_000),
                               dictionary_pagesize_limit=1 << 30)  # fmt: skip
     yield "reward_model", questions(folder / "answers", [q], answers=[
@@ -89,7 +89,7 @@ def test_rows_with_long_cells_are_skipped_and_reported(tmp_path):
     answers = [{"ground_truth": "x", "candidate_answers": answer}
                for answer in (None, None, ["a"] * 1001, ["a" * 600_000] * 2, [], [])]  # fmt: skip
     prompts = ["a" * 300_000, "a" * 1_000_001, "b", "c", "d", "e"]
-    path = questions(tmp_path / "a.parquet", prompts, pa.array(images, PICTURES), answers,
+    path = questions(tmp_path / "a.parquet", prompts, pa.array(images, IMAGES), answers,
                      use_dictionary=False)  # fmt: skip
     source = QuestionSource(path)
     assert [question.row for question in source] == [0, 5]
@@ -103,16 +103,16 @@ def test_questions_do_not_depend_on_the_parquet_encoding(tmp_path):
     texts = [f"question {number % 7} " + "x" * (number % 50) for number in range(3000)]
     answers = [{"ground_truth": str(number % 3), "candidate_answers": ["a", str(number)]}
                for number in range(3000)]  # fmt: skip
-    found = []
+    contents = []
     for number, options in enumerate((
         {"use_dictionary": False}, {"row_group_size": 700},
         {"dictionary_pagesize_limit": 500, "data_page_size": 1000, "row_group_size": 1300},
     )):  # fmt: skip
         path = questions(tmp_path / f"{number}.parquet", texts, answers=answers, **options)
         read = QuestionSource(path, max_bad_rows=3000)._questions
-        found.append([(question.question, question.answers) for question in read])
-    assert found[0] == found[1] == found[2]
-    assert [question for question, _ in found[0]] == [text.strip() for text in texts]
+        contents.append([(question.question, question.answers) for question in read])
+    assert contents[0] == contents[1] == contents[2]
+    assert [question for question, _ in contents[0]] == [text.strip() for text in texts]
 
 
 def test_benchmark_tables_are_bounded(tmp_path):

@@ -76,7 +76,7 @@ def test_each_workflow_has_its_own_prompts(tmp_path):
     ],
 )  # fmt: skip
 def test_a_forced_action_is_opened_after_the_reasoning(text, action, expected):
-    kept, inserted = forcing.opened(text, action)
+    kept, inserted = forcing.open_action(text, action)
     assert text[:kept] + inserted == expected
     if action == "image_search" or "<reason>" not in text:
         return
@@ -86,17 +86,17 @@ def test_a_forced_action_is_opened_after_the_reasoning(text, action, expected):
 
 @pytest.mark.parametrize("text", ["Paris", "Paris</search>", "Paris<answer>x</answer>"])
 def test_a_forced_action_is_closed_after_its_payload(text):
-    kept, inserted = forcing.closed(text, "answer", "Which city?")
+    kept, inserted = forcing.close_action(text, "answer", "Which city?")
     assert text[:kept] + inserted == "Paris</answer>"
 
 
 @pytest.mark.parametrize("text", ["", " ", "</text_search>", " <answer>x</answer>"])
 def test_an_empty_query_is_replaced_by_the_question(text):
     question = "Who built this?</text_search> " + 40 * "x "
-    kept, inserted = forcing.closed(text, "text_search", question)
+    kept, inserted = forcing.close_action(text, "text_search", question)
     turn = turns.parse(f"<reason>r</reason> <text_search>{text[:kept]}{inserted}")
     assert turn.payload.strip() == "Who built this? " + 28 * "x " + "x"
-    assert forcing.closed("", "answer", question) == (0, "</answer>")
+    assert forcing.close_action("", "answer", question) == (0, "</answer>")
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +115,10 @@ def engine(model):
     engine.close()
 
 
-def rollout(engine, name, count=5, rollouts=4, **keywords):
+def rollout(engine, name, count=5, group_size=4, **keywords):
     limits = workflow_limits(name, engine.config.turns)
     rules = engine.make_rules(limits, prompts.load(), WORKFLOWS[name].forced)
-    return list(engine.rollout(examples(count), rollouts=rollouts, rules=rules, **keywords))
+    return list(engine.rollout(examples(count), group_size=group_size, rules=rules, **keywords))
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_a_pool_forces_the_same_turns(model, forced):
 
 
 def test_forced_workflows_do_not_change_on_demand_episodes(engine):
-    plain = by_index(engine.rollout(examples(4), rollouts=2))
+    plain = by_index(engine.rollout(examples(4), group_size=2))
     assert by_index(rollout(engine, "on_demand", 4, 2)) == plain
-    part = engine.rollout(examples(4)[2:], rollouts=2, indices=[2, 3])
+    part = engine.rollout(examples(4)[2:], group_size=2, indices=[2, 3])
     assert by_index(part) == {number: plain[number] for number in range(4, 8)}

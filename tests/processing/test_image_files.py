@@ -186,7 +186,7 @@ HOSTILE = {
     "PPM": (b"P6 9 9 255\n" + bytes(243), "not an image"),
     "TGA": (encoded(noise(), "tga"), "not an image"),
     "JPEG 2000": (encoded(noise(), "jpeg2000"), "not an image"),
-    "ICO that holds a large PNG": (icon(png(9000, 9000, 3, 1)), "not an image"),
+    "ICO that contains a large PNG": (icon(png(9000, 9000, 3, 1)), "not an image"),
     "FITS": (b"SIMPLE  =                    T" + bytes(2850), "not an image"),
     "scans": (scans(500, 200), "more than the 100 scans allowed"),
     "more pixels than allowed": (png(5000, 4001, 0, 1), "more than the 20000000 allowed"),

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from mmsr1_jax.config import Rewards
-from mmsr1_jax.episodes.turns import answer_in, parse
+from mmsr1_jax.episodes.turns import extract_answer, parse
 from mmsr1_jax.rewards import reward_function
 from mmsr1_jax.scripts.reward import reward_line
 
@@ -169,7 +169,7 @@ def test_words_between_reasoning_and_action_do_not_change_rewards(shared):
     ],
 )
 def test_the_answer_is_the_last_pair_of_tags(text, answer):
-    assert answer_in(text) == answer
+    assert extract_answer(text) == answer
     assert reward_function.final_answer([parse("x"), parse(text)]) == (answer or None)
     answers = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     assert answer == (answers[-1].strip() if answers else None)

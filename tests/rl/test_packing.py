@@ -1,4 +1,4 @@
-"""Episodes are packed into rows that hold them."""
+"""Episodes are packed into rows into which they fit."""
 
 import numpy as np
 import pytest

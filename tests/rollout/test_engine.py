@@ -50,7 +50,7 @@ def engine(model, processor):
 @pytest.fixture(scope="module")
 def episodes(engine):
     """Roll out five questions four times each at temperature 1."""
-    return list(engine.rollout(examples(5), rollouts=4))
+    return list(engine.rollout(examples(5), group_size=4))
 
 
 def test_the_sample_covers_all_actions_and_lengths(episodes):
@@ -70,20 +70,20 @@ def test_lanes_chunks_and_tool_latencies_do_not_change_episodes(
     order = random.Random(lanes)
     tools = search_tools(lambda: order.choice([0.0, 0.0, 0.01, 0.05]))
     engine = Engine(model, processor, make_config(lanes=lanes, decode_steps=chunk), tools)
-    again = list(engine.rollout(examples(5), rollouts=4))
+    again = list(engine.rollout(examples(5), group_size=4))
     engine.close()
     assert by_index(again) == by_index(episodes)
 
 
 def test_another_seed_changes_all_episodes(engine, episodes):
-    again = by_index(engine.rollout(examples(5), rollouts=4, sampling=settings.Sampling(seed=1)))
+    again = by_index(engine.rollout(examples(5), group_size=4, sampling=settings.Sampling(seed=1)))
     assert all(again[i]["tokens"] != r["tokens"] for i, r in by_index(episodes).items())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_equal_those_of_score(engine, model, temperature):
     sampling = settings.Sampling(temperature=temperature, top_p=0.9, seed=5)
-    finished = list(engine.rollout(examples(5), rollouts=2, sampling=sampling))
+    finished = list(engine.rollout(examples(5), group_size=2, sampling=sampling))
     assert_logprobs_match_score(model, finished, temperature)
 
 
@@ -94,7 +94,7 @@ def test_logprobs_equal_those_of_score_if_images_are_split_over_chunks(model, pr
     twice = dataclasses.replace(
         examples(2)[1], images=[random_image(5), random_image(5), random_image(6)]
     )
-    finished = list(engine.rollout([*examples(5), twice], rollouts=2))
+    finished = list(engine.rollout([*examples(5), twice], group_size=2))
     engine.close()
     assert engine.device.stats.images == len({i.digest for e in finished for i in e.images})
     assert_logprobs_match_score(model, finished, 1.0)
@@ -138,7 +138,7 @@ def test_each_image_token_has_a_placeholder(episodes):
 def test_nothing_is_computed_twice(model, processor):
     """With groups of 8 over 3 turns on 6 lanes, prompts and images are computed once."""
     engine = Engine(model, processor, make_config(lanes=6), search_tools())
-    finished = list(engine.rollout(examples(6), rollouts=8))
+    finished = list(engine.rollout(examples(6), group_size=8))
     counts = engine.device.stats
     engine.close()
     assert max(len(episode.turns) for episode in finished) == 3
@@ -148,16 +148,16 @@ def test_nothing_is_computed_twice(model, processor):
     assert 1.0 <= counts.extended / distinct <= 1.05
     images = {image.digest for episode in finished for image in episode.images}
     assert counts.images / len(images) == 1.0 and len(images) > 10
-    assert counts.decoded == sum(int(episode.loss_mask.sum()) for episode in finished)
+    assert counts.decoded_tokens == sum(int(episode.loss_mask.sum()) for episode in finished)
 
 
 @pytest.mark.proof
 def test_evicted_images_are_encoded_again(model, processor):
-    """A small image store changes no episode."""
+    """A small image cache changes no episode."""
     rounds, runs = [examples(5), examples(10)[5:], examples(5)], []
     for size in (3 * 128, 4096):
         engine = Engine(model, processor, make_config(image_cache_tokens=size), search_tools())
-        finished = [list(engine.rollout(some, rollouts=2)) for some in rounds]
+        finished = [list(engine.rollout(some, group_size=2)) for some in rounds]
         distinct = len({i.digest for run in finished for e in run for i in e.images})
         assert (engine.device.stats.images > distinct) == (size < 4096)
         runs.append([by_index(run) for run in finished])
@@ -178,7 +178,7 @@ def test_nothing_is_compiled_after_the_second_of_twenty_batches(model, processor
             for _ in range(3)
         ]  # fmt: skip
         sampling = settings.Sampling(seed=batch)
-        finished = list(engine.rollout(questions, rollouts=2, sampling=sampling))
+        finished = list(engine.rollout(questions, group_size=2, sampling=sampling))
         assert all(episode.end in ("answer", "turns", "tokens") for episode in finished)
         compiled.append(compile_counter.count())
     engine.close()
@@ -188,14 +188,14 @@ def test_nothing_is_compiled_after_the_second_of_twenty_batches(model, processor
 def test_load_installs_new_parameters(model, processor, episodes):
     other = random_policy.random_model(config_for(VOCAB_SIZE), seed=4)
     fresh = Engine(other, processor, make_config(), search_tools())
-    expected = by_index(fresh.rollout(examples(3), rollouts=2))
+    expected = by_index(fresh.rollout(examples(3), group_size=2))
     fresh.close()
     engine = Engine(model, processor, make_config(precompile=True), search_tools())
-    before = by_index(engine.rollout(examples(3), rollouts=2))
+    before = by_index(engine.rollout(examples(3), group_size=2))
     engine.load(nnx.split(model)[1])  # compiles the program that converts them
     images, compiled = engine.device.stats.images, compile_counter.count()
     engine.load(nnx.split(other)[1])
-    after = by_index(engine.rollout(examples(3), rollouts=2))
+    after = by_index(engine.rollout(examples(3), group_size=2))
     assert compile_counter.count() == compiled
     assert after == expected != before
     assert engine.device.stats.images > images  # images encoded by the old parameters are discarded
@@ -207,7 +207,7 @@ def test_load_installs_new_parameters(model, processor, episodes):
         next(engine.rollout(examples(1)))
     running.close()
     engine.load(nnx.split(model)[1])
-    assert by_index(engine.rollout(examples(3), rollouts=2)) == before
+    assert by_index(engine.rollout(examples(3), group_size=2)) == before
     engine.close()
 
 
@@ -226,7 +226,7 @@ def test_load_converts_the_parameters_of_a_trainer_on_eight_devices(model, proce
         compiled = compile_counter.count()
         engine.load(sharded)
     assert compile_counter.count() == compiled  # one program, compiled once
-    assert by_index(engine.rollout(examples(5), rollouts=4)) == by_index(episodes)
+    assert by_index(engine.rollout(examples(5), group_size=4)) == by_index(episodes)
     engine.close()
 
 
@@ -236,10 +236,10 @@ def test_an_engine_on_two_devices_along_the_tensor_axis(model, processor, episod
     graph, params = nnx.split(model)
     sharded = nnx.merge(graph, jax.device_put(params, sharding.param_shardings(params, mesh)))
     engine = Engine(sharded, processor, make_config(), search_tools())
-    again = list(engine.rollout(examples(5), rollouts=4))
+    again = list(engine.rollout(examples(5), group_size=4))
     engine.load(nnx.split(sharded)[1])
     compiled = compile_counter.count()
-    assert by_index(engine.rollout(examples(5), rollouts=4)) == by_index(again)
+    assert by_index(engine.rollout(examples(5), group_size=4)) == by_index(again)
     assert compile_counter.count() == compiled
     assert not engine.device._lanes.k.sharding.is_fully_replicated
     engine.close()

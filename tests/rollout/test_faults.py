@@ -40,7 +40,7 @@ def questions() -> list[Example]:
     return [others[0], affected_example, others[1], others[2]]
 
 
-def run(engine, fault, rollouts=4):
+def run(engine, fault, group_size=4):
     """Roll out each question; `fault` replaces the tools of one of them."""
     tools = search_tools()
 
@@ -51,8 +51,8 @@ def run(engine, fault, rollouts=4):
         return call
 
     engine.tools = {action: tool(action) for action in tools}
-    finished = list(engine.rollout(questions(), rollouts=rollouts))
-    assert len(finished) == 4 * rollouts
+    finished = list(engine.rollout(questions(), group_size=group_size))
+    assert len(finished) == 4 * group_size
     affected = [episode for episode in finished if episode.example.id == "affected"]
     return affected, by_index(e for e in finished if e.example.id != "affected")
 
@@ -279,7 +279,7 @@ def test_an_episode_has_a_time_limit_for_tools(engine, monkeypatch):
 
 def test_a_search_without_a_tool_fails(engine):
     engine.tools = {}
-    finished = list(engine.rollout(questions(), rollouts=2))
+    finished = list(engine.rollout(questions(), group_size=2))
     calls = [call for episode in finished for call in episode.calls if call.status != "refused"]
     assert calls and {call.status for call in calls} == {"failed"}
     assert all("no tool for" in call.notes[0] for call in calls)
@@ -288,7 +288,7 @@ def test_a_search_without_a_tool_fails(engine):
 def test_refused_searches_do_not_end_the_episode(engine, processor):
     """The policy receives a message about the limit, and no tool is called."""
     engine.tools = search_tools()
-    finished = list(engine.rollout(questions(), rollouts=8))
+    finished = list(engine.rollout(questions(), group_size=8))
     refused = [(e, c) for e in finished for c in e.calls if c.status == "refused"]
     assert refused
     for episode, call in refused:
@@ -309,7 +309,7 @@ def test_an_episode_ends_if_no_reply_fits(engine, processor, undisturbed):
     config = dataclasses.replace(engine.config, turns=limits)
     small = Engine(random_policy.random_model(config_for(VOCAB_SIZE), seed=3), processor, config,
                    search_tools())  # fmt: skip
-    finished = list(small.rollout(questions(), rollouts=4))
+    finished = list(small.rollout(questions(), group_size=4))
     small.close()
     assert {"answer", "tokens"} <= {episode.end for episode in finished}
     assert all(len(episode) <= 470 for episode in finished)

@@ -51,7 +51,7 @@ def single(model, processor):
 
 @pytest.fixture(scope="module")
 def expected(single):
-    return list(single.rollout(examples(6), rollouts=4))
+    return list(single.rollout(examples(6), group_size=4))
 
 
 def meshes(*groups):
@@ -66,7 +66,7 @@ def meshes(*groups):
 @pytest.fixture(scope="module")
 def pool(model, processor):
     """Return a pool of two engines on devices other than the default one."""
-    models = build.copies(model, meshes([2], [5]))
+    models = build.replicate(model, meshes([2], [5]))
     pool = EnginePool(models, processor, make_config(precompile=True), search_tools())
     yield pool
     pool.close()
@@ -74,7 +74,7 @@ def pool(model, processor):
 
 def is_intact(pool, expected) -> bool:
     """Return whether the pool still produces the expected episodes."""
-    return by_index(pool.rollout(examples(6), rollouts=4)) == by_index(expected)
+    return by_index(pool.rollout(examples(6), group_size=4)) == by_index(expected)
 
 
 def engine_threads() -> list[str]:
@@ -84,12 +84,16 @@ def engine_threads() -> list[str]:
 def test_episodes_equal_those_of_one_engine(pool, expected):
     """They are bit-identical, nothing is compiled after the start, and counters are summed."""
     before, compiled = pool.stats, compile_counter.count()
-    decoded = [engine.stats.decoded for engine in pool.engines]
-    episodes = list(pool.rollout(examples(6), rollouts=4))
+    decoded = [engine.stats.decoded_tokens for engine in pool.engines]
+    episodes = list(pool.rollout(examples(6), group_size=4))
     assert by_index(episodes) == by_index(expected)
     assert {e.index: e.group for e in episodes} == {n: n // 4 for n in range(24)}
-    assert all(engine.stats.decoded > d for engine, d in zip(pool.engines, decoded, strict=True))
-    assert pool.stats.decoded - before.decoded == sum(int(e.loss_mask.sum()) for e in episodes)
+    assert all(
+        engine.stats.decoded_tokens > d for engine, d in zip(pool.engines, decoded, strict=True)
+    )
+    assert pool.stats.decoded_tokens - before.decoded_tokens == sum(
+        int(e.loss_mask.sum()) for e in episodes
+    )
     assert isinstance(pool.stats, EngineStats)
     assert compile_counter.count() == compiled
 
@@ -119,11 +123,11 @@ def test_examples_are_read_on_demand(pool, single):
 def test_the_next_example_goes_to_the_engine_with_the_lowest_load():
     source = _Examples("abcdefgh", itertools.count(), on_event=None)
     dispatcher = Dispatcher(
-        [None, None], source, max_load=6, rollouts=4, sampling=settings.Sampling()
+        [None, None], source, max_load=6, group_size=4, sampling=settings.Sampling()
     )
 
     def takes(engine, count=9):
-        return "".join(example for _, example in dispatcher.take(engine, count))
+        return "".join(example for _, example in dispatcher.next_examples(engine, count))
 
     def end(engine, episodes):
         for _ in range(episodes):
@@ -138,7 +142,7 @@ def test_the_next_example_goes_to_the_engine_with_the_lowest_load():
     assert takes(0) == "" and takes(1) == "e"  # 8, 9
     end(0, 8)
     assert takes(0, 1) == "f"  # 4, 9: at most as many as requested
-    assert dispatcher.take(0, 9) == [(6, "g")]
+    assert dispatcher.next_examples(0, 9) == [(6, "g")]
     end(1, 9)
     assert takes(1) == "h"
     end(0, 8), end(1, 4)
@@ -150,12 +154,12 @@ def test_load_accepts_the_parameters_of_a_trainer_on_all_devices(
 ):
     """One program is compiled once, and the engines use its outputs without a copy."""
     single.load(other)
-    changed = by_index(single.rollout(examples(6), rollouts=4))
+    changed = by_index(single.rollout(examples(6), group_size=4))
     single.load(nnx.split(model)[1])
     pool.load(other)
     images, compiled = pool.stats.images, compile_counter.count()
     pool.load(other)
-    assert by_index(pool.rollout(examples(6), rollouts=4)) == changed != by_index(expected)
+    assert by_index(pool.rollout(examples(6), group_size=4)) == changed != by_index(expected)
     assert compile_counter.count() == compiled
     assert pool.stats.images > images  # images encoded by the old parameters are discarded
     prepared = pool.engines[0].device.prepare(other)
@@ -179,9 +183,9 @@ def test_load_accepts_the_parameters_of_a_trainer_on_all_devices(
 def test_engines_on_tensor_groups_of_devices(model, processor, other, expected):
     """Each group holds its shards; the trainer may shard its parameters differently."""
     groups = [[0, 1], [3, 2]]
-    models = build.copies(model, meshes(*groups))
+    models = build.replicate(model, meshes(*groups))
     pool = EnginePool(models, processor, make_config(precompile=True), search_tools())
-    again = {episode.index: episode for episode in pool.rollout(examples(6), rollouts=4)}
+    again = {episode.index: episode for episode in pool.rollout(examples(6), group_size=4)}
     for episode in expected:
         other_episode = again[episode.index]
         assert other_episode.tokens.tolist() == episode.tokens.tolist()
@@ -200,7 +204,7 @@ def test_engines_on_tensor_groups_of_devices(model, processor, other, expected):
             assert all(np.array_equal(x, y) for x, y in zip(taken, whole, strict=True))
     # A slightly different layout would recompile all programs.
     compiled = compile_counter.count()
-    assert by_index(pool.rollout(examples(6), rollouts=4)) == by_index(again.values())
+    assert by_index(pool.rollout(examples(6), group_size=4)) == by_index(again.values())
     assert compile_counter.count() == compiled
     pool.close()
 
@@ -212,7 +216,7 @@ def test_a_tool_that_raises_does_not_stop_the_pool(pool, expected):
     tools_before = [engine.tools for engine in pool.engines]
     for engine in pool.engines:
         engine.tools = {"text_search": broken, "image_search": broken}
-    episodes = list(pool.rollout(examples(6), rollouts=4))
+    episodes = list(pool.rollout(examples(6), group_size=4))
     for engine, tools in zip(pool.engines, tools_before, strict=True):
         engine.tools = tools
     assert {episode.end for episode in episodes} <= {"answer", "turns", "tokens"}
@@ -227,7 +231,7 @@ def test_an_exception_of_an_engine_stops_the_pool(pool, expected, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pool.engines[1].device, "decode", fails)
         with pytest.raises(RuntimeError, match="out of memory on this device"):
-            list(pool.rollout(examples(6), rollouts=4))
+            list(pool.rollout(examples(6), group_size=4))
         assert engine_threads() == []
     assert is_intact(pool, expected)
 
@@ -242,9 +246,9 @@ def test_exceptions_of_examples_and_callbacks_are_raised(pool, expected):
             raise KeyError(episode.index)
 
     with pytest.raises(OSError, match="the dataset is gone"):
-        list(pool.rollout(questions(), rollouts=4))
+        list(pool.rollout(questions(), group_size=4))
     with pytest.raises(KeyError):
-        list(pool.rollout(examples(6), rollouts=4, on_event=on_event))
+        list(pool.rollout(examples(6), group_size=4, on_event=on_event))
     assert engine_threads() == [] and is_intact(pool, expected)
 
 
@@ -260,7 +264,7 @@ def test_callbacks_are_called_by_one_thread_at_a_time(pool):
         if event == "end":
             ends.append(episode.index)
 
-    episodes = list(pool.rollout(examples(6), rollouts=4, on_event=on_event))
+    episodes = list(pool.rollout(examples(6), group_size=4, on_event=on_event))
     assert together == 1 and sorted(ends) == sorted(e.index for e in episodes) == [*range(24)]
 
 
@@ -273,7 +277,7 @@ def test_closing_the_iterator_early_does_not_wait_for_tools(pool, expected):
     tools_before = [engine.tools for engine in pool.engines]
     for engine in pool.engines:
         engine.tools = {"text_search": hangs, "image_search": hangs}
-    running = pool.rollout(examples(6), rollouts=4)
+    running = pool.rollout(examples(6), group_size=4)
     next(running)
     with pytest.raises(RuntimeError, match="in progress"):
         pool.load(None)

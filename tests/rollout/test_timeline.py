@@ -59,7 +59,7 @@ def assert_no_overlap(events: list[dict]) -> None:
 
 def test_lanes_show_programs_tools_and_idle_times(engine, tmp_path):
     timeline = Timeline()
-    episodes = list(engine.rollout(examples(3), rollouts=2, timeline=timeline))
+    episodes = list(engine.rollout(examples(3), group_size=2, timeline=timeline))
     path = tmp_path / "timelines" / "000012.json"
     timeline.write(path)
     trace = json.loads(path.read_text(encoding="utf-8"))
@@ -91,18 +91,18 @@ def test_lanes_show_programs_tools_and_idle_times(engine, tmp_path):
 
 
 def test_a_timeline_changes_no_episode_and_is_off_by_default(engine):
-    recorded = by_index(engine.rollout(examples(3), rollouts=2, timeline=Timeline()))
+    recorded = by_index(engine.rollout(examples(3), group_size=2, timeline=Timeline()))
     assert engine.device.timeline is None
-    assert by_index(engine.rollout(examples(3), rollouts=2)) == recorded
+    assert by_index(engine.rollout(examples(3), group_size=2)) == recorded
 
 
 def test_engines_of_a_pool_are_different_processes(model, processor, tmp_path):
     meshes = [sharding.make_mesh(1, 1, 1, devices=[device]) for device in jax.devices()[:2]]
-    models = build.copies(model, meshes)
+    models = build.replicate(model, meshes)
     pool = EnginePool(models, processor, make_config(lanes=2), search_tools(lambda: DELAY))
     timeline = Timeline()
     for _ in range(2):  # the rollouts of a step are recorded one after another
-        episodes = list(pool.rollout(examples(4), rollouts=2, timeline=timeline))
+        episodes = list(pool.rollout(examples(4), group_size=2, timeline=timeline))
     pool.close()
     tracks = by_track(timeline.trace())
     assert {pid for pid, _ in tracks} == {0, 1} and len(episodes) == 8

@@ -18,7 +18,7 @@ def engine(request):
     devices = [jax.devices()[index] for index in request.param]
     mesh = sharding.make_mesh(1, 1, len(devices), devices=devices)
     model = random_policy.random_model(config_for(VOCAB_SIZE), seed=3)
-    (model,) = build.copies(model, [mesh])
+    (model,) = build.replicate(model, [mesh])
     config = make_config(lanes=4, image_cache_tokens=384, precompile=True)
     engine = Engine(model, scripted_processor(VOCAB_SIZE), config, search_tools())
     yield engine
@@ -27,14 +27,14 @@ def engine(request):
 
 def test_rollouts_run_under_a_transfer_guard(engine):
     """Prompts with images, forks, searches, and images that are encoded again."""
-    expected = by_index(engine.rollout(examples(5), rollouts=3))
+    expected = by_index(engine.rollout(examples(5), group_size=3))
     list(engine.rollout(examples(10)[5:]))  # evicts the images of the others
     stats = engine.stats
-    before = (stats.images, stats.extended, stats.decoded)
+    before = (stats.images, stats.prefill_tokens, stats.decoded_tokens)
     with jax.transfer_guard("disallow"):
-        episodes = by_index(engine.rollout(examples(5), rollouts=3))
+        episodes = by_index(engine.rollout(examples(5), group_size=3))
     assert episodes == expected
-    after = (stats.images, stats.extended, stats.decoded)
+    after = (stats.images, stats.prefill_tokens, stats.decoded_tokens)
     assert all(new > old for new, old in zip(after, before, strict=True))
 
 

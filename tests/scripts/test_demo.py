@@ -1,4 +1,4 @@
-"""The demo's table of hand-lines episodes with known metrics."""
+"""The demo's table of handwritten episodes with known metrics."""
 
 import json
 import subprocess

@@ -83,14 +83,14 @@ def test_step_continues_when_a_tenth_of_the_judge_requests_fail(server, capsys):
 
     server.reply = reply
     answers = [f"{'right' if index % 20 < 10 else 'no'} {index}" for index in range(100)]
-    rewards, figures = step(server.judge(max_failures=None), [*answers, "New York"])
-    assert figures["judge/requests"] == 100
-    assert figures["judge/failed"] == figures["judge/unreadable"] == 0.1
+    rewards, values = step(server.judge(max_failures=None), [*answers, "New York"])
+    assert values["judge/requests"] == 100
+    assert values["judge/failed"] == values["judge/unreadable"] == 0.1
     assert [r.known for r in rewards] == [not a.endswith("7") for a in answers] + [True]
     right = 40 + 1  # of each ten, one failed and one was unreadable
-    assert figures["accuracy"] == figures["accuracy_by_category/c"] == right / 91
+    assert values["accuracy"] == values["accuracy_by_category/c"] == right / 91
     known = [reward.reward for reward in rewards if reward.known]
-    assert figures["reward"] == pytest.approx(sum(known) / 91)
+    assert values["reward"] == pytest.approx(sum(known) / 91)
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(" (")[0] for line in lines] == [
         "step 1: 10 of 101 answers could not be judged; their episodes are skipped",
@@ -102,31 +102,31 @@ def test_episode_without_verdict_is_excluded_from_its_group(server):
     """The other episodes of its question are used."""
     server.reply = lambda answer: Response(status_code=503) if "maybe" in answer else message(RIGHT)
     answers = {"m": ("right", "maybe", "sure"), "n": ("maybe", "maybe 2", "y")}
-    rolled = train.roll_out(
+    rollouts = train.roll_out(
         FakeEngine(answers), question_batches(answers, 2),
         step_config(prompts_per_step=2, group_size=3),
         server.judge(max_failures=None), seed=0, step=1,
     )  # fmt: skip
-    assert [[episode.answer for episode, _ in group] for group in rolled.groups] == [
+    assert [[episode.answer for episode, _ in group] for group in rollouts.groups] == [
         ["right", "sure"], ["y"],
     ]  # fmt: skip
-    assert len(rolled.episodes) == 6
-    assert sum(not reward.known for _, reward in rolled.episodes) == 3
+    assert len(rollouts.episodes) == 6
+    assert sum(not reward.known for _, reward in rollouts.episodes) == 3
 
 
 def test_step_without_any_verdict_has_no_accuracy(server):
     """The answers that match a gold answer are not representative."""
     server.reply = lambda _: Response(status_code=500)
-    _, figures = step(server.judge(), ["New York", "NYC", "NYC!"])
-    assert figures["judge/failed"] == 1 and figures["judge/requests"] == 2
-    assert not {"accuracy", "reward"} & set(figures)
-    _, figures = step(server.judge(), ["New York"])  # no request is necessary
-    assert figures["judge/requests"] == figures["judge/failed"] == 0 and figures["accuracy"] == 1
+    _, values = step(server.judge(), ["New York", "NYC", "NYC!"])
+    assert values["judge/failed"] == 1 and values["judge/requests"] == 2
+    assert not {"accuracy", "reward"} & set(values)
+    _, values = step(server.judge(), ["New York"])  # no request is necessary
+    assert values["judge/requests"] == values["judge/failed"] == 0 and values["accuracy"] == 1
 
 
 def test_no_judge_metrics_without_a_judge():
-    _, figures = step(None, ["New York", "NYC"])
-    assert figures["accuracy"] == 0.5 and not any(name.startswith("judge") for name in figures)
+    _, values = step(None, ["New York", "NYC"])
+    assert values["accuracy"] == 0.5 and not any(name.startswith("judge") for name in values)
 
 
 @pytest.mark.parametrize("status", [403, 400, 413, 422, 404])
@@ -135,14 +135,14 @@ def test_refused_answer_affects_only_its_own_episode(server, status):
     server.reply = lambda answer: (
         Response(status_code=status) if "<script>" in answer else message(RIGHT)
     )
-    rewards, figures = step(server.judge(), ["<script>", "NYC", "<script> 2", "N.Y."])
+    rewards, values = step(server.judge(), ["<script>", "NYC", "<script> 2", "N.Y."])
     assert [reward.known for reward in rewards] == [False, True, False, True]
-    assert figures["judge/failed"] == 0.5
+    assert values["judge/failed"] == 0.5
 
 
 def test_random_refusals_of_one_server_in_ten_do_not_end_a_run(server):
     """As behind a load balancer with one misconfigured server."""
     rng = random.Random(3)
     server.reply = lambda _: Response(status_code=401) if rng.random() < 0.1 else message(RIGHT)
-    _, figures = step(server.judge(), [f"NYC {index}" for index in range(100)])
-    assert 0 < figures["judge/failed"] < 0.25
+    _, values = step(server.judge(), [f"NYC {index}" for index in range(100)])
+    assert 0 < values["judge/failed"] < 0.25

@@ -1,4 +1,4 @@
-"""The local index: pages are found by their words, images by their hashes."""
+"""The local index: pages are retrieved by their words, images by their hashes."""
 
 import asyncio
 import functools
@@ -157,7 +157,7 @@ MODIFICATIONS = {
 
 
 def test_modified_images_are_found(shared, tmp_path):
-    """Photographs with recorded titles, or a title of their own, rank first after modification."""
+    """Photos with recorded titles, or with their own title, rank first after modification."""
     recorded_titles = json.loads((shared / "data" / "image_search_results.json").read_text("utf-8"))
     rows = parquet.read_table(shared / "data" / "fvqa_mini.parquet").to_pylist()
     lines, photographs, titles_by_photograph = [], [], []

@@ -161,7 +161,7 @@ def test_cache_command(address, tmp_path):
         connection.execute("INSERT INTO entry VALUES ('page', 'new', X'00FF', 0, 5)")
         connection.execute("INSERT INTO entry VALUES ('page', 'bad', 'e', 1, 5)")
     process = command("import", address, file)
-    assert process.stdout.startswith(f"2 entries taken from {file}\n"), process
+    assert process.stdout.startswith(f"2 entries imported from {file}\n"), process
     assert cache.get("page", "Überall") == (
         b"x" * 2_000_000,
         False,
@@ -176,7 +176,7 @@ def test_cache_command(address, tmp_path):
         (["import", file, address], "must be a file"),
         (["export", file, address], "must be a file"),
         (["export", address, tmp_path / "no" / "f"], "Not a directory"),
-        (["import", address, tmp_path / "none"], "no such store"),
+        (["import", address, tmp_path / "none"], "no such cache"),
     ):  # fmt: skip
         process = command(*arguments)
         assert process.returncode == 1 and message in process.stderr.strip().splitlines()[-1], (

@@ -46,8 +46,8 @@ def test_refused_search_is_reported_and_counted(services, capsys):
         query = Query(action="text_search", text="q", question="What?")
         return [await tool(query) for _ in range(3)]
 
-    for found in asyncio.run(ask()):
-        assert found.status == "failed" and SECRET not in found.error
+    for observation in asyncio.run(ask()):
+        assert observation.status == "failed" and SECRET not in observation.error
     assert fallbacks.take_counts() == {"service/searxng/failed": 3, "service/searxng/refused": 3}
     (line,) = capsys.readouterr().err.splitlines()
     assert f"searxng at {services.url} refuses" in line and "config.services.searxng_url" in line
@@ -74,8 +74,8 @@ def test_partial_and_failed_searches_are_metrics():
         episode = episode_of("<reason>r</reason><answer>x</answer>")
         episode.calls = [ToolCall(turn=0, action="text_search", query="q", status=status,
                                   notes=notes) for status, notes in calls]  # fmt: skip
-        figures = metrics.episode_metrics([episode], [reward_of(1.0, True)], [""])
-        return figures | {"tool/partial": metrics.partial_searches([episode])}
+        values = metrics.episode_metrics([episode], [reward_of(1.0, True)], [""])
+        return values | {"tool/partial": metrics.partial_search_fraction([episode])}
 
     assert of(("ok", ("page 2: HTTP status 403",)), ("ok", ()))["tool/partial"] == 0.5
     assert of(("failed", ("search: HTTP status 403",)))["tool/failed"] == 1

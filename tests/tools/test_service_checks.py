@@ -45,7 +45,7 @@ def services(running, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text, image, judge, asked",
+    "text, image, judge, requested",
     [
         ("none", "none", False, ""),
         ("none", "none", True, "judge"),
@@ -56,10 +56,10 @@ def services(running, monkeypatch):
         ("auto", "auto", True, "judge"),
     ],
 )
-def test_every_used_service_gets_one_test_request(services, capsys, text, image, judge, asked):
+def test_every_used_service_gets_one_test_request(services, capsys, text, image, judge, requested):
     config = configured(services.url, text, image, judge)
     check_services(config, [config.turns])
-    assert services.requests == collections.Counter(asked.split())
+    assert services.requests == collections.Counter(requested.split())
     assert capsys.readouterr().err == "" and fallbacks.take_counts() == {}
 
 
@@ -178,5 +178,5 @@ def test_sft_checks_services_before_searching(services, tmp_path):
     with pytest.raises(ServiceRefusedError, match="searxng at"):
         sft_dataset._tools(config, None)
     (tmp_path / "pages.jsonl").write_text('{"title": "q"}')
-    assert sft_dataset._tools(config, tmp_path)  # with an index of its own, no service is used
+    assert sft_dataset._tools(config, tmp_path)  # with its own index, no service is used
     assert not services.requests["judge"]

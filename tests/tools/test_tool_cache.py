@@ -247,12 +247,12 @@ def test_cache_command(path, tmp_path):
     assert command("export", path, copy).returncode == 0
     ToolCache(other).put("links", "q", b"mine")
     process = command("import", other, copy)
-    assert process.stdout.startswith(f"1 entries taken from {copy}\n")
+    assert process.stdout.startswith(f"1 entries imported from {copy}\n")
     assert ToolCache(other).get("links", "q") == (b"mine", False)
     assert ToolCache(other).get("page", "p") == (b"x" * 2_000_000, False)
     (tmp_path / "no").write_bytes(b"rubbish" * 1000)
     for arguments, message in (
-        (["info", tmp_path / "none"], "no such store"), (["info", tmp_path / "no"], "damaged"),
+        (["info", tmp_path / "none"], "no such cache"), (["info", tmp_path / "no"], "damaged"),
         (["import", other, tmp_path / "no"], "not a cache file"), (["export", path], "usage: "),
         ([], "usage: "),
     ):  # fmt: skip

@@ -68,18 +68,18 @@ def test_without_resampling_every_question_keeps_its_group(capsys):
     batch, engine = roll_out_step(step_config())
     assert group_ids(batch) == ["a", "b", "c"] and len(engine.seeds) == 1
     assert [len(group) for group in batch.groups] == [2, 2, 2]
-    assert batch.num_with_variance == 1 and len(batch.questions) == 3
+    assert batch.num_groups_with_variance == 1 and len(batch.questions) == 3
     check_episodes(batch)
     # Groups stay in the order of the questions, whether or not their rewards differ.
     answers = {name: ANSWERS[name] for name in "ghe"}
     batch, _ = roll_out_step(step_config(), answers)
-    assert group_ids(batch) == [None, "h", "e"] and batch.num_with_variance == 1
+    assert group_ids(batch) == [None, "h", "e"] and batch.num_groups_with_variance == 1
     check_episodes(batch, answers)
     assert capsys.readouterr().err.count("step 7, question g: no image") == 2
 
 
 @pytest.mark.parametrize(
-    "max_rounds, ids, num_questions, num_with_variance",
+    "max_rounds, ids, num_questions, num_groups_with_variance",
     [
         (1, "aeb", 6, 2),  # two groups with variance, and the first one without
         (2, "aeb", 9, 2),
@@ -88,16 +88,16 @@ def test_without_resampling_every_question_keeps_its_group(capsys):
     ],
 )
 def test_groups_with_zero_reward_variance_are_resampled(
-    max_rounds, ids, num_questions, num_with_variance, capsys
+    max_rounds, ids, num_questions, num_groups_with_variance, capsys
 ):
     batch, engine = roll_out_step(step_config(max_resample_rounds=max_rounds))
     assert group_ids(batch) == list(ids)
     assert len(batch.questions) == num_questions and len(batch.episodes) == 2 * num_questions
-    assert batch.num_with_variance == num_with_variance
+    assert batch.num_groups_with_variance == num_groups_with_variance
     assert len(set(engine.seeds)) == len(engine.seeds) == num_questions // 3
     check_episodes(batch)
     assert [len(group) for group in batch.groups] == [2, 2, 2]
-    assert [episode.end for episode, _ in batch.usable] == ["answer"] * 6
+    assert [episode.end for episode, _ in batch.training_episodes] == ["answer"] * 6
     assert "step 7, question d: no image" in capsys.readouterr().err
 
 
@@ -108,7 +108,7 @@ def test_episodes_that_could_not_be_run_are_in_no_group():
     assert [[episode.answer for episode, _ in group] for group in batch.groups] == [
         ["right", "wrong"], ["wrong"], [],
     ]  # fmt: skip
-    assert batch.num_with_variance == 1 and len(batch.episodes) == 9
+    assert batch.num_groups_with_variance == 1 and len(batch.episodes) == 9
     check_episodes(batch, answers)
 
 

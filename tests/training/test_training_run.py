@@ -267,7 +267,7 @@ def test_an_error_that_ends_a_run_says_how_to_resume_it(tmp_path, step, message)
         run.start()
         steps = run.steps()
         next(steps)
-        error = run.resumable(NonfiniteUpdatesError("the judge refuses"), step)
+        error = run.with_resume_hint(NonfiniteUpdatesError("the judge refuses"), step)
         steps.close()
     assert type(error) is NonfiniteUpdatesError and isinstance(error, UserError)
     assert str(error) == (

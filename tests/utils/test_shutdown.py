@@ -162,7 +162,7 @@ def main(argv):
     model = random_policy.random_model(config_for(VOCAB_SIZE), seed=3)
     engine = Engine(model, scripted_processor(VOCAB_SIZE), config,
                     {"text_search": tool, "image_search": tool})
-    list(engine.rollout([Example(question="Who built it?")], rollouts=8))
+    list(engine.rollout([Example(question="Who built it?")], group_size=8))
     engine.close()
 
 sys.exit(shutdown.guard(main)(sys.argv))

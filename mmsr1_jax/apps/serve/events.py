@@ -1,8 +1,8 @@
 """Events of a question as sent to the page: plain data, one line of JSON each.
 
     {"event": "waiting", "ahead": 2}
-    {"event": "begun"}
-    {"event": "drawn", "text": ..}                            next text of the current turn
+    {"event": "started"}
+    {"event": "tokens", "text": ..}                            next text of the current turn
     {"event": "turn", "action": .., "payload": .., "reason": .., "problem": .., "text": ..}
     {"event": "reply", "call": {..} or null, "results": [..], "text": ..}
     {"event": "end", "end": .., "answer": .., "error": ..}    or {"event": "failed", "error": ..}
@@ -49,10 +49,10 @@ class EventSerializer:
         """Convert an item of `Question.events` to an event."""
         return {"event": name} | getattr(self, f"_{name}")(*data)
 
-    def _begun(self) -> dict[str, Any]:
+    def _started(self) -> dict[str, Any]:
         return {}
 
-    def _drawn(self, tokens: np.ndarray) -> dict[str, Any]:
+    def _tokens(self, tokens: np.ndarray) -> dict[str, Any]:
         pieces = [self._token_bytes[t] for t in tokens.tolist() if t not in self._control]
         text = self._decoder.decode(b"".join(pieces))
         self._text += text

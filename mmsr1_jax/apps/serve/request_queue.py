@@ -153,7 +153,7 @@ class RequestQueue:
             return None
         question = self._waiting.popleft()
         self._active[engine].add(question)
-        question.emit("begun")
+        question.emit("started")
         return 0, _RequestExample(
             question=question.text, images=(question.image,), request=question
         )
@@ -171,7 +171,7 @@ class RequestQueue:
             question.emit("end", episode)
 
     def on_tokens(self, episode: Episode, tokens: np.ndarray) -> None:
-        _request(episode).emit("drawn", tokens)
+        _request(episode).emit("tokens", tokens)
 
     def on_episode(self, engine: int, episode: Episode) -> None:
         pass

@@ -206,7 +206,7 @@ def extraction_messages(question: str, reply: str) -> list[dict[str, str]]:
 
 
 def parse_extraction(text: str) -> str | None:
-    """Parse a language model's reply to `extraction`; return None for `Fail to answer`.
+    """Parse a language model's reply to `extraction_messages`; return None for `Fail to answer`.
 
     Raises:
       ValueError: The text has any other form. Query the model again instead of grading it.

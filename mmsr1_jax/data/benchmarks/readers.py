@@ -123,7 +123,7 @@ def read(
       image_roots: Directories, besides the data's folder, in which images and documents may lie
         that symbolic links in this folder point to.
       max_bad_rows: Number of unusable rows above which DataError is raised.
-      max_file_pixels: Maximum size of an image in pixels, see `images.open_image`.
+      max_file_pixels: Maximum size of an image in pixels, see `image_files.open_image`.
 
     Raises:
       DataError: The benchmark or a file does not exist, a file cannot be read or lacks a column, no

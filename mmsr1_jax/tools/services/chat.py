@@ -79,7 +79,7 @@ class Chat:
 
         Args:
           messages: Messages of the chat.
-          even_if_down: Whether to send the request even if the circuit breaker is open, see
+          ignore_breaker: Whether to send the request even if the circuit breaker is open, see
             `Service.call`.
 
         Raises:

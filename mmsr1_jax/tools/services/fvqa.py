@@ -95,7 +95,7 @@ def load_results(path: str | pathlib.Path) -> dict[str, list[tuple[str, ImageLik
                 raise FvqaCacheError("the file is empty")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 entries = checked_pickle.loads(
-                    data, _RestrictedUnpickler(len(data)).find, max_bytes=_MAX_PICKLE_BYTES
+                    data, _InertGlobals(len(data)).find, max_bytes=_MAX_PICKLE_BYTES
                 )
                 if not isinstance(entries, dict):
                     kind = type(entries).__name__
@@ -121,7 +121,7 @@ class _PickledObject:
         self.state = state
 
 
-class _RestrictedUnpickler:
+class _InertGlobals:
     """Inert stand-ins for the classes and functions that a pickle names.
 
     Args:

@@ -45,7 +45,7 @@ def check_image(
         )
 
 
-class ImageStore:
+class ImageCache:
     """Allocation of the store's slots, and encoding of images that are not in it.
 
     Args:
