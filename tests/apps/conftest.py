@@ -30,9 +30,12 @@ from tests.serving import CONFIG, IMAGES, QUESTIONS, TURNS
 from tests.serving import HOSTILE as HOSTILE_PAGE
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """A browser of Playwright."""
+    """A browser of Playwright.
+
+    Until it is closed, its event loop runs in this process, so that `asyncio.run` fails.
+    """
     with launch_chromium() as chromium:
         yield chromium
 

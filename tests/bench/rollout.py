@@ -181,8 +181,8 @@ def beside_transformers(model, processor, prompts: str) -> list[tuple]:
         theirs[batch] = transformers_seconds(reference, model.config, episodes, batch)
     batch, best = min(theirs.items(), key=lambda item: item[1])
     tokens = sampled(episodes)
-    filled = counts.decoded / counts.decode_slots
-    padding = 1 - counts.extended / counts.extended_padded
+    filled = counts.decoded_tokens / counts.decode_slots
+    padding = 1 - counts.prefill_tokens / counts.prefill_slots
     print(f"{len(episodes)} episodes, {tokens} tokens sampled, "
           f"{sum(map(len, episodes))} in all; decoding rows filled {filled:.0%}, "
           f"{padding:.0%} of the tokens written into lanes padding")  # fmt: skip

@@ -145,7 +145,7 @@ def test_nothing_is_computed_twice(model, processor):
     prompts = {e.group: len(e.segments[0].tokens) for e in finished}
     others = [s for e in finished for s in e.segments if s.kind in ("forced", "tool")]
     distinct = sum(prompts.values()) + sum(len(segment.tokens) for segment in others)
-    assert 1.0 <= counts.extended / distinct <= 1.05
+    assert 1.0 <= counts.prefill_tokens / distinct <= 1.05
     images = {image.digest for episode in finished for image in episode.images}
     assert counts.images / len(images) == 1.0 and len(images) > 10
     assert counts.decoded_tokens == sum(int(episode.loss_mask.sum()) for episode in finished)
@@ -264,7 +264,7 @@ def test_unusable_examples_do_not_affect_others(engine):
     errors = {e.example.id: e.error for e in mixed if e.end == "error"}
     assert set(errors) == {"broken", "none", "long", "thin"}
     assert "not an image" in errors["broken"] and "no such file" in errors["none"]
-    assert "turns.max_episode_tokens" in errors["long"] and "200 times" in errors["thin"]
+    assert "turns.max_episode_tokens" in errors["long"] and "more than 200" in errors["thin"]
     assert {e.index for e in mixed if e.end != "error"} == {0, 5, 6}
     usable = by_index(e for e in mixed if e.example.id == "0")
     assert usable[0] == expected[0]
