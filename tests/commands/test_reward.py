@@ -102,9 +102,9 @@ def test_flags_change_the_reward(tmp_path):
 @pytest.mark.parametrize(
     "argument, message",
     [
-        ("--search_penalty=2", "--search_penalty=2.0 must be in [0, 1]"),
+        ("--search_penalty=2", "--search_penalty=2.0 must be at most 1"),
         ("--match=F1", "--match"),
-        ("--out=no/such/folder", "must be a file in a directory that exists"),
+        ("--out=no/such/folder", "must be a file in an existing directory"),
         ("--episodes=nothing.jsonl", "nothing.jsonl"),
         ("stray", "unexpected argument 'stray'"),
     ],
@@ -118,7 +118,7 @@ def test_invalid_arguments_end_with_one_line(tmp_path, argument, message):
 
 def test_the_input_file_is_not_overwritten(tmp_path):
     process, _ = reward_file(tmp_path, [{}], f"--out={tmp_path / 'in.jsonl'}")
-    assert "would replace the file that is read" in process.stderr
+    assert "would overwrite the input" in process.stderr
     assert (tmp_path / "in.jsonl").read_bytes() == b"{}\n"
 
 

@@ -351,7 +351,7 @@ def test_invalid_adapters_are_rejected(learner, tmp_path):
     config_path.unlink()
     with pytest.raises(lora.AdapterError, match="adapter_config.json: not the configuration"):
         lora.load(tmp_path, CONFIG)
-    with pytest.raises(ValueError, match="is --model"):
+    with pytest.raises(ValueError, match="is the same directory as --model"):
         merge.merge(str(tmp_path), "anything", str(tmp_path / "."))
 
 

@@ -12,6 +12,7 @@ import pytest
 from mmsr1_jax import train
 from mmsr1_jax.episodes.episode import ToolCall
 from mmsr1_jax.evaluation.scoring import rescore
+from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.tools import Query
 from mmsr1_jax.tools.build import make_tools
 from mmsr1_jax.tools.cached_tool import CachedCalls
@@ -138,7 +139,7 @@ def stubbed_config(services, monkeypatch, tmp_path):
         train.compute_rewards(episodes, list(source)[:1], config, judge, step=0)
         return {"validation/accuracy": 1.0}
 
-    model = types.SimpleNamespace(config=None)
+    model = types.SimpleNamespace(config=random_policy.CONFIG)
     monkeypatch.setattr(train.train_utils, "load_policy", lambda *_: model)
     monkeypatch.setattr(train.train_utils, "save_policy", lambda *_: None)
     monkeypatch.setattr("mmsr1_jax.training.training_run.StopSignal",

@@ -122,7 +122,7 @@ def hang():
     try:
         workers.run(eval, "sum(range(10**15))", limits=workers.Limits(cpu_seconds=10_000))
     except workers.WorkerError as error:
-        print(error)
+        sys.stdout.write(f"{error}\\n")  # in one piece, among other threads
 
 if __name__ == "__main__":
     threads = [threading.Thread(target=hang) for _ in range(6)]

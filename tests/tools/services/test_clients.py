@@ -83,7 +83,8 @@ def test_empty_results_are_not_an_error(address, name, data):
 
 @pytest.mark.parametrize("name, data, message", [
     ("serpapi", {"search_metadata": {"status": "Error"}, "error": "x"}, "reports a failed search"),
-    ("searxng", {"results": [], "unresponsive_engines": [["google", "CAPTCHA"]]}, "none of its"),
+    ("searxng", {"results": [], "unresponsive_engines": [["google", "CAPTCHA"]]},
+     "no search engine responded"),
     ("jina", "Title: Just a moment\n\nWarning: Target URL returned error 403: Forbidden\n\nText",
      "HTTP status 403"),
     ("chat", {"choices": [{"message": {"content": "<think>So, the user"}}]},
