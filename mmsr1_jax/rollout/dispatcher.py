@@ -140,7 +140,7 @@ class Dispatcher:
             if thread.ident is not None:  # started
                 thread.join()
 
-    def take(self, engine: int, count: int) -> list[tuple[int, Example]]:
+    def next_examples(self, engine: int, count: int) -> list[tuple[int, Example]]:
         """Return the next examples for an engine, at most `count` (a `NextExamples`).
 
         An engine gets examples while it has at most `max_load` unfinished episodes and no other
@@ -200,7 +200,7 @@ class Dispatcher:
                 self.finish_episode(engine)
 
         episodes = self._engines[engine].rollout_part(
-            functools.partial(self.take, engine),
+            functools.partial(self.next_examples, engine),
             group_size=self._group_size,
             sampling=self._sampling,
             on_event=on_event,
