@@ -40,7 +40,10 @@ METRICS = {
 }
 PREFIXES = {"accuracy_of/": "accuracy_by_category/", "search_of/": "search_by_category/"}
 FIELDS = {
-    "number": "index", "found": "num_results", "shown": "num_shown", "pictures": "image_spans"
+    "number": "index", "found": "num_results", "shown": "num_shown", "pictures": "image_spans",
+    "share": "episode_fraction", "an_episode": "per_episode",
+    "made_of_allowed": "fraction_of_allowed", "match": "criterion", "right": "correct",
+    "left_out": "skipped",
 }  # fmt: skip
 IGNORED = ("seconds", "made_with", "provenance", "images")  # times, settings, paths
 
@@ -128,7 +131,7 @@ def renamed(line: dict[str, float]) -> dict[str, float]:
 def differences(old: Any, new: Any, where: str) -> list[str]:
     """Return a line for each value that differs, fields of the earlier commit mapped."""
     if isinstance(old, dict) and isinstance(new, dict):
-        old = {FIELDS.get(name, name): value for name, value in old.items()}
+        old = {n if n in new else FIELDS.get(n, n): value for n, value in old.items()}
         lines = []
         for name in sorted(old.keys() | new.keys()):
             if name in IGNORED or name.startswith("time/") or name == "tool/seconds":

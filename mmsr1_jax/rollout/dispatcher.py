@@ -1,7 +1,7 @@
 """Dispatcher of examples to engines: each engine runs in its own thread, and takes the next example
 while no other has fewer unfinished episodes.
 
-    source ──► next_examples ──► engine.rollout_part, in its thread ──► on_event, on_tokens, on_episode
+    source ──► next_examples ──► engine.rollout_part ──► on_event, on_tokens, on_episode
 
 The source supplies the examples in order, and handles episodes and failures: a rollout of a fixed
 set of examples (`pool.py`), or requests that arrive at any time (`apps/serve/request_queue.py`).
@@ -84,7 +84,7 @@ class Source(Protocol):
 
 
 class _Stopped(Exception):
-    """Raised from `next_examples` to end the loop of an engine whose episodes are no longer needed."""
+    """Raised from `next_examples` to end the loop of an engine that is no longer needed."""
 
 
 class Dispatcher:
