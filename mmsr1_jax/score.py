@@ -57,7 +57,7 @@ def score_file(
     """Score `source` and write `out` atomically. Return the number of lines with errors."""
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out={out}: must be a file in an existing directory")
-    lines = list(read_lines(source))
+    lines = list(checked_json.jsonl_lines(source))
     processor = Processor.from_directory(model_dir)
     processor.images = processor.images.with_limits(
         config.images.min_pixels, config.images.max_pixels
@@ -196,11 +196,6 @@ def finish(
             nonfinite = int(np.argmin(np.isfinite(values))) + 1
             result["error"] = f"line {line_number}: the log-prob of token {nonfinite} is not finite"
         yield line_number, result
-
-
-def read_lines(source: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, bytes) of non-blank lines; only a newline ends a line."""
-    return checked_json.jsonl_lines(source)
 
 
 def parse_line(text: bytes) -> dict[str, Any]:

@@ -15,8 +15,8 @@ which searches the engine refused.
 
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -71,7 +71,7 @@ def reward_file(settings: Rewards, source: pathlib.Path, out: pathlib.Path) -> i
         open(source, "rb") as episodes,
         outputs.new_text_file(out) as file,
     ):
-        for line_number, text in read_lines(episodes):
+        for line_number, text in checked_json.jsonl_lines(episodes):
             result = reward_line(line_number, text, settings)
             num_lines += 1
             if "error" in result:
@@ -136,11 +136,6 @@ def parse_line(text: bytes) -> tuple[list[str], list[str]]:
 def _kind(value: Any) -> str:
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
     return "null" if value is None else kinds.get(type(value), "a number")
-
-
-def read_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, bytes) for each non-blank line. Only a newline ends a line."""
-    yield from checked_json.jsonl_lines(file)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.tools import checked_sqlite
 from mmsr1_jax.utils import checked_json
+from mmsr1_jax.utils.checked_json import utf8
 from mmsr1_jax.utils.logs import log
 
 BUSY_TIMEOUT = 60.0  # seconds to wait for another process's write
@@ -95,7 +96,7 @@ def read_entries(path: str | pathlib.Path) -> Iterator[tuple[str, str, bytes, in
                 raise ToolCacheError(f"{path}: the file is damaged")
             for kind, key, value, failed, created in connection.execute(query):
                 has_name = isinstance(kind, str) and isinstance(key, str) and ":" not in kind
-                value = value.encode("utf-8", "replace") if isinstance(value, str) else value
+                value = utf8(value) if isinstance(value, str) else value
                 if has_name and is_valid(value, failed, created):
                     yield kind, key, value, failed, min(created, now)
                 else:

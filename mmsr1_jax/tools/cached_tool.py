@@ -32,6 +32,7 @@ from mmsr1_jax.tools.tool import Observation, Query, Tool, parse_text_result
 from mmsr1_jax.tools.tool_cache import ToolCache, ToolCacheError
 from mmsr1_jax.tools.web import WebError
 from mmsr1_jax.utils import checked_json, fallbacks
+from mmsr1_jax.utils.checked_json import utf8
 from mmsr1_jax.utils.logs import log
 
 _Hits = list[tuple[str, str, str]]
@@ -122,7 +123,7 @@ class CachedCalls:
         """Store a JSON value, or the message of a failure, unless the mode is `off` or `replay`."""
         if self._cache.mode in ("off", "replay"):
             return
-        data = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+        data = utf8(json.dumps(value, ensure_ascii=False))
         # Runs in a thread, since another process may briefly hold the lock of the file.
         await self._try(True, self._cache.put, kind, key, data, failed=failed)
 
@@ -179,7 +180,7 @@ class CachedSummariser:
         self._summariser, self._cached_calls, self._name = summariser, cached_calls, name
 
     async def summarise(self, page: str, question: str) -> str:
-        key = json.dumps([self._name, digest(page.encode("utf-8", "replace")), question])
+        key = json.dumps([self._name, digest(utf8(page)), question])
         return await self._cached_calls.get(
             "summary", key, lambda: self._summariser.summarise(page, question)
         )

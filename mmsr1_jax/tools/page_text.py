@@ -12,6 +12,7 @@ import trafilatura
 
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.tools.charsets import decode
+from mmsr1_jax.utils.checked_json import utf8
 
 PLAIN = ("text/plain", "text/markdown")
 _MAX_OPENING_TAGS, _MAX_TAGS = 20_000, 40_000
@@ -89,7 +90,7 @@ def _parse(text: str) -> lxml.html.HtmlElement | None:
         collect_ids=False, default_doctype=False, encoding="utf-8", remove_comments=True,
         remove_pis=True,
     )  # fmt: skip
-    tree = lxml.html.fromstring(text.encode("utf-8", "replace"), parser=parser)
+    tree = lxml.html.fromstring(utf8(text), parser=parser)
     if not is_html and len(tree) < 2:
         return None
     for element in tree.iter():

@@ -34,6 +34,7 @@ from typing import Any
 from mmsr1_jax.tools.cache_file import ToolCacheError, is_fresh, read_entries
 from mmsr1_jax.tools.tool_cache import MODES, ToolCache
 from mmsr1_jax.utils import outputs
+from mmsr1_jax.utils.checked_json import utf8
 
 _TIMEOUT = 2.0  # seconds; limit on connecting, and on each wait for data
 _RETRY_AFTER = 30.0  # seconds for which a server that failed is not contacted
@@ -346,4 +347,4 @@ def _parse_number(text: bytes | None) -> float | None:
 
 
 def _encode(key: str) -> bytes:
-    return key.encode("utf-8", "replace")
+    return utf8(key)

@@ -25,6 +25,7 @@ import tenacity
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.tools.web import RefusedError, StatusError, WebClient, WebError, WebResponse
 from mmsr1_jax.utils import fallbacks
+from mmsr1_jax.utils.checked_json import utf8
 from mmsr1_jax.utils.logs import log
 
 _KEY_REFUSED_STATUS = (401, 402, 403)
@@ -308,8 +309,8 @@ class _PendingCall:
 
 def _request_key(method: str, url: str, request: dict[str, Any]) -> bytes:
     """Return a hash that identifies a request without revealing API keys or images."""
-    digest = hashlib.blake2b(repr((method, url)).encode("utf-8", "replace"), digest_size=16)
+    digest = hashlib.blake2b(utf8(repr((method, url))), digest_size=16)
     for name, value in sorted(request.items()):
-        content = value if isinstance(value, bytes) else repr(value).encode("utf-8", "replace")
+        content = value if isinstance(value, bytes) else utf8(repr(value))
         digest.update(name.encode() + b"=" + content)
     return digest.digest()

@@ -132,7 +132,7 @@ def prepare(
     files = _find_files(config.data.train)
     num_skipped = num_written = num_scripted = 0
     shape = RowShape(1, config.update.pack_length, config.update.pack_windows)
-    bar = tqdm(total=sum(1 for file in files for _ in _lines(file)), unit="line")
+    bar = tqdm(total=sum(1 for file in files for _ in checked_json.jsonl_lines(file)), unit="line")
     with outputs.new_text_file(path) as out:
         with bar:
             out.write(json.dumps({"made_with": _made_with(config)}) + "\n")
@@ -221,7 +221,7 @@ def _episodes(
     model_config: ModelConfig,
 ) -> Iterator[tuple[str, Episode | ScriptedEpisode | LineError, Episode | LineError]]:
     """Yield the location, content and unchecked episode of each line, in order."""
-    lines = ((file, *line) for file in files for line in _lines(file))
+    lines = ((file, *line) for file in files for line in checked_json.jsonl_lines(file))
     rules, roots = make_rules(config, processor, model_config), config.data.image_roots
     get_tools = functools.cache(lambda index: _tools(config, index))  # saved episodes need no tools
     while batch := list(itertools.islice(lines, _BATCH_SIZE)):
@@ -296,8 +296,3 @@ def _find_files(patterns: Sequence[str]) -> list[pathlib.Path]:
     if not files:
         raise DataError("config.data.train names no JSONL file")
     return list(files)
-
-
-def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, bytes) of the non-blank lines; only a newline ends a line."""
-    return checked_json.jsonl_lines(path)

@@ -86,7 +86,7 @@ def read(
             raise UserError(f"{source}: contains no metrics.jsonl, results.json or episodes")
     token_bytes = _find_token_bytes(source, model, skipped)
     images = ImageRegistry(*_image_folders(source), *([] if image_dir is None else [image_dir]))
-    num_lines = sum(1 for path, _ in files for _ in _lines(path))
+    num_lines = sum(1 for path, _ in files for _ in checked_json.jsonl_lines(path))
     num_read = min(max_episodes, num_lines)
     episodes = []
     for path, step, line_number, line in _evenly_spaced(files, num_read, num_lines):
@@ -134,7 +134,7 @@ def _evenly_spaced(
     """Yield (file, step, line number, line) of `count` evenly spaced lines out of `total`."""
     index = -1
     for path, step in files:
-        for line_number, line in _lines(path):
+        for line_number, line in checked_json.jsonl_lines(path):
             index += 1
             if index == 0 or index * count // total != (index - 1) * count // total:
                 yield path, step, line_number, line
@@ -211,11 +211,6 @@ def _parse_object(text: bytes) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise records.LineError("must be an object")
     return data
-
-
-def _lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, bytes) of non-blank lines; only a newline ends a line."""
-    return checked_json.jsonl_lines(path)
 
 
 def _find_token_bytes(

@@ -7,6 +7,7 @@ from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.services import has_text
 from mmsr1_jax.tools.services.chat import Chat, EmptyReplyError
 from mmsr1_jax.tools.web import BodyError
+from mmsr1_jax.utils.checked_json import utf8
 
 KEY = "SUMMARISER_API_KEY"
 MAX_CHARS = 30_000  # per page, as in the paper
@@ -50,7 +51,7 @@ class Summariser:
 def messages(page: str, question: str) -> list[dict[str, str]]:
     """Return the messages. The fence contains the page's own hash, which no page can contain."""
     page = page[:MAX_CHARS]
-    fence = "=" * 8 + hashlib.blake2b(page.encode("utf-8", "replace"), digest_size=8).hexdigest()
+    fence = "=" * 8 + hashlib.blake2b(utf8(page), digest_size=8).hexdigest()
     user = f"Question: {question}\n\n{fence}\n{page}\n{fence}"
     return [
         {"role": "system", "content": _SYSTEM.format(fence=fence)},
