@@ -249,13 +249,17 @@ def _new_worker() -> pebble.ProcessPool:
 def _end(worker: pebble.ProcessPool, *, wait: bool = False) -> None:
     """Kill a worker process. With `wait`, wait at most 5 s until it has ended."""
 
-    def join() -> None:
+    def join(timeout: float | None = None) -> None:
         with contextlib.suppress(Exception):
-            worker.join()
+            worker.join(timeout)
 
     worker.stop()
     thread = threading.Thread(target=join, name="ending worker", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # since Python 3.12 no thread can be started at interpreter shutdown
+        join(_START_TIMEOUT)
+        return
     if wait:
         thread.join(_START_TIMEOUT)
 
