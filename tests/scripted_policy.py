@@ -22,7 +22,7 @@ ACTIONS = {
 
 
 def scripted_tokenizer(vocab_size: int, actions=ACTIONS) -> str:
-    """Return the `tokenizer.json` for a vocabulary of this size, of which it uses all but 8 ids."""
+    """Return a `tokenizer.json` whose tokens fill the vocabulary but for 8 unused ids."""
     raw = json.loads(random_policy.make_tokenizer().to_str())
     vocabulary = raw["model"]["vocab"]
     letters = str.maketrans({" ": "\u0120", "\n": "\u010a"})  # of a byte-level vocabulary

@@ -71,11 +71,6 @@ class Turn:
         return self._recorded_form if self.text is None else strict_form(self.text)
 
     @property
-    def well_formed(self) -> bool:
-        """Whether the turn has the published format of an action."""
-        return self.form is not None
-
-    @property
     def _recorded_form(self) -> Action | None:
         return self.action if self.problem is None else None
 

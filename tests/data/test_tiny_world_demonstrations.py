@@ -47,7 +47,7 @@ def test_searches_of_demonstrations_are_independent_of_the_category(
     assert sum((count - 100) ** 2 / 100 for count in counts.values()) < 32.9
     for e in demonstrated + remembered:
         turns = [parse(text) for text in e["turns"]]
-        assert all(turn.well_formed for turn in turns)
+        assert all(turn.form is not None for turn in turns)
         assert [turn.action for turn in turns] == ACTIONS[e["workflow"]]
         assert all(
             re.fullmatch(r"This (is|may be) [A-Z][a-z]+ [A-Z][a-z]+\.", turn.reason)

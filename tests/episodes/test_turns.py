@@ -19,7 +19,7 @@ def test_turns_of_the_released_policy(shared):
         turn = parse(recorded["response"])
         assert turn.action == recorded["action"]
         assert turn.payload == recorded["payload"]
-        assert turn.well_formed and turn.reason
+        assert turn.form is not None and turn.reason
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_turns_of_the_released_policy(shared):
 def test_well_formed_turns(text, action, payload):
     turn = parse(text)
     assert (turn.action, turn.payload, turn.problem) == (action, payload, None)
-    assert turn.form == turn.strict_form == action and turn.well_formed
+    assert turn.form == turn.strict_form == action and turn.form is not None
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_well_formed_turns(text, action, payload):
 def test_turns_well_formed_in_the_published_format_only(text, action, payload):
     turn = parse(text)
     assert (turn.action, turn.payload, turn.problem) == (action, payload, None)
-    assert turn.well_formed and turn.strict_form is None
+    assert turn.form is not None and turn.strict_form is None
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_turns_well_formed_in_the_published_format_only(text, action, payload):
 def test_turns_well_formed_in_the_strict_format_only(text, action, problem):
     turn = parse(text)
     assert turn.action == turn.strict_form == action
-    assert problem in turn.problem and not turn.well_formed
+    assert problem in turn.problem and turn.form is None
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_turns_well_formed_in_the_strict_format_only(text, action, problem):
 def test_malformed_turns(text, action, payload, problem):
     turn = parse(text)
     assert (turn.action, turn.payload) == (action, payload)
-    assert problem in turn.problem and not turn.well_formed and turn.strict_form is None
+    assert problem in turn.problem and turn.form is None and turn.strict_form is None
 
 
 def test_an_empty_query_is_well_formed_but_no_action():
@@ -106,7 +106,7 @@ def test_an_empty_query_is_well_formed_but_no_action():
 
 def test_loaded_turns_without_text_keep_their_recorded_format():
     assert Turn("answer", "x", "r", None).form == "answer"
-    assert not Turn("answer", "x", "r", "text after the action").well_formed
+    assert Turn("answer", "x", "r", "text after the action").form is None
     assert Turn("answer", "x", "r", None).strict_form == "answer"
 
 

@@ -81,7 +81,7 @@ def test_a_forced_action_is_opened_after_the_reasoning(text, action, expected):
     if action == "image_search" or "<reason>" not in text:
         return
     closed = turns.parse(f"{expected}x</{turns.TAGS[action]}>")
-    assert closed.action == action and closed.well_formed
+    assert closed.action == action and closed.form is not None
 
 
 @pytest.mark.parametrize("text", ["Paris", "Paris</search>", "Paris<answer>x</answer>"])

@@ -36,11 +36,6 @@ def processor():
 
 
 @pytest.fixture(scope="module")
-def model():
-    return random_policy.random_model(config_for(VOCAB_SIZE), seed=3)
-
-
-@pytest.fixture(scope="module")
 def engine(model, processor):
     engine = Engine(model, processor, make_config(), search_tools())
     yield engine

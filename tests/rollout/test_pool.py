@@ -30,11 +30,6 @@ def processor():
 
 
 @pytest.fixture(scope="module")
-def model():
-    return random_policy.random_model(config_for(VOCAB_SIZE), seed=3)
-
-
-@pytest.fixture(scope="module")
 def other():
     """Return parameters of another policy, sharded over all devices as by a trainer."""
     params = nnx.split(random_policy.random_model(config_for(VOCAB_SIZE), seed=4))[1]

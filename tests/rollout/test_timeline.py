@@ -12,9 +12,8 @@ from mmsr1_jax.rollout import build
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.pool import EnginePool
 from mmsr1_jax.rollout.timeline import EngineTimeline, Timeline, _with_gaps
-from mmsr1_jax.scripts import random_policy
 from tests.engines import VOCAB_SIZE, by_index, examples, make_config, search_tools
-from tests.scripted_policy import config_for, scripted_processor
+from tests.scripted_policy import scripted_processor
 
 DELAY = 0.1  # seconds that a search takes
 
@@ -22,11 +21,6 @@ DELAY = 0.1  # seconds that a search takes
 @pytest.fixture(scope="module")
 def processor():
     return scripted_processor(VOCAB_SIZE)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return random_policy.random_model(config_for(VOCAB_SIZE), seed=3)
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,12 @@
 
 import asyncio
 import functools
-import logging
 import sqlite3
 import subprocess
 import sys
 import time
 
 import pytest
-from starlette.applications import Starlette
-from starlette.responses import JSONResponse
-from starlette.routing import Route
 
 from mmsr1_jax.tools.redis_cache import RedisCache
 from mmsr1_jax.tools.tool_cache import ToolCache, ToolCacheError
@@ -19,7 +15,7 @@ from tests.programs import run_module as run
 from tests.servers import serve
 from tests.tools import cached_searches
 from tests.tools.configured_tools import ask
-from tests.tools.redis_server import ENVIRONMENT, address_of, client, searxng, server
+from tests.tools.redis_server import ENVIRONMENT, client, searxng
 
 PUTTER = """
 import sys
@@ -28,26 +24,6 @@ cache = RedisCache(sys.argv[1])
 print(cache.get("page", "theirs"))
 cache.put("page", "mine", b"of the other process")
 """
-
-
-@pytest.fixture(scope="module")
-def port(tmp_path_factory):
-    with server(tmp_path_factory.mktemp("redis")) as (_, port):
-        yield port
-
-
-@pytest.fixture
-def address(port):
-    client(port).flushall()
-    return address_of(port)
-
-
-@pytest.fixture(autouse=True)
-def nothing_secret_is_logged(caplog):
-    """No test logs the password, plain or percent-encoded."""
-    caplog.set_level(logging.DEBUG)
-    yield
-    assert "secret" not in caplog.text
 
 
 def test_modes(address):
@@ -116,20 +92,6 @@ def test_recorded_searches_are_replayed(address, monkeypatch):
     *both, backend = tools(service, RedisCache(address, "replay"))
     assert asyncio.run(ask_both(*both)) == recorded == used
     assert [len(results.results) for results in recorded] == [3, 3] and backend.connections == []
-
-
-@pytest.fixture
-def engine():
-    """A search engine and the times of its requests."""
-    requests: list[float] = []
-
-    async def search(request):
-        requests.append(time.monotonic())
-        results = [{"url": f"http://p/{len(requests)}", "title": "t", "content": "c"}]
-        return JSONResponse({"results": results})
-
-    with serve(Starlette(routes=[Route("/", search), Route("/search", search)])) as url:
-        yield url, requests
 
 
 def test_make_tools_uses_the_configured_cache_mode(address, port, engine):

@@ -1,19 +1,12 @@
 """Rate limits that processes share through a Redis server."""
 
 import asyncio
-import logging
 import subprocess
 import sys
 import time
 
-import pytest
-from starlette.applications import Starlette
-from starlette.responses import JSONResponse
-from starlette.routing import Route
-
 from mmsr1_jax.tools.redis_cache import RedisCache
-from tests.servers import serve
-from tests.tools.redis_server import ENVIRONMENT, address_of, client, server
+from tests.tools.redis_server import ENVIRONMENT, client
 
 # Program that calls a service for some seconds, 8 calls at a time, after a line on stdin.
 CALLER = """
@@ -43,40 +36,6 @@ async def main():
 
 asyncio.run(main())
 """
-
-
-@pytest.fixture(scope="module")
-def port(tmp_path_factory):
-    with server(tmp_path_factory.mktemp("redis")) as (_, port):
-        yield port
-
-
-@pytest.fixture
-def address(port):
-    client(port).flushall()
-    return address_of(port)
-
-
-@pytest.fixture(autouse=True)
-def nothing_secret_is_logged(caplog):
-    """No test logs the password, plain or percent-encoded."""
-    caplog.set_level(logging.DEBUG)
-    yield
-    assert "secret" not in caplog.text
-
-
-@pytest.fixture
-def engine():
-    """A search engine and the times of its requests."""
-    requests: list[float] = []
-
-    async def search(request):
-        requests.append(time.monotonic())
-        results = [{"url": f"http://p/{len(requests)}", "title": "t", "content": "c"}]
-        return JSONResponse({"results": results})
-
-    with serve(Starlette(routes=[Route("/", search), Route("/search", search)])) as url:
-        yield url, requests
 
 
 def test_three_processes_share_a_rate_limit(address, engine):

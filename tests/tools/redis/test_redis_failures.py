@@ -2,56 +2,17 @@
 
 import asyncio
 import concurrent.futures
-import logging
 import signal
 import sys
 import time
 
 import pytest
-from starlette.applications import Starlette
-from starlette.responses import JSONResponse
-from starlette.routing import Route
 
 from mmsr1_jax.tools import Query, redis_cache
 from mmsr1_jax.tools.cached_tool import CachedCalls
 from mmsr1_jax.tools.redis_cache import RedisCache, is_redis, open_cache
 from mmsr1_jax.tools.tool_cache import ToolCache, ToolCacheError
-from tests.servers import serve
 from tests.tools.redis_server import PASSWORD, address_of, client, free_port, searxng, server, start
-
-
-@pytest.fixture(scope="module")
-def port(tmp_path_factory):
-    with server(tmp_path_factory.mktemp("redis")) as (_, port):
-        yield port
-
-
-@pytest.fixture
-def address(port):
-    client(port).flushall()
-    return address_of(port)
-
-
-@pytest.fixture(autouse=True)
-def nothing_secret_is_logged(caplog):
-    """No test logs the password, plain or percent-encoded."""
-    caplog.set_level(logging.DEBUG)
-    yield
-    assert "secret" not in caplog.text
-
-
-@pytest.fixture
-def engine():
-    """A search engine and the times of its requests."""
-    requests: list[float] = []
-
-    async def search(request):
-        requests.append(time.monotonic())
-        observations = [{"url": f"http://p/{len(requests)}", "title": "t", "content": "c"}]
-        return JSONResponse({"results": observations})
-
-    with serve(Starlette(routes=[Route("/", search), Route("/search", search)])) as url:
-        yield url, requests
 
 
 async def with_lag(work):

@@ -1,0 +1,12 @@
+"""The policy that rollouts are tested with, unless a file defines another."""
+
+import pytest
+
+from mmsr1_jax.scripts import random_policy
+from tests.engines import VOCAB_SIZE
+from tests.scripted_policy import config_for
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_policy.random_model(config_for(VOCAB_SIZE), seed=3)
