@@ -102,14 +102,17 @@ class Rollout:
 
     A process runs one engine for each group of `mesh.tensor` devices. All sizes are per engine.
 
-    The batch shapes (`decode_batch_size`, `prefill_buckets`, `prefill_tokens`, `encode_windows`)
-    affect rounding, and therefore which episodes are sampled. `lanes`, `decode_steps`,
-    `image_cache_tokens` and `precompile` do not, except that `image_cache_tokens` bounds the size
-    of an image.
+    The shapes (`decode_batch_size`, `prefill_buckets`, `prefill_tokens`, `encode_windows`,
+    `page_size`) affect rounding, and therefore which episodes are sampled. `lanes`,
+    `cache_tokens`, `decode_steps`, `image_cache_tokens` and `precompile` do not, except that
+    `image_cache_tokens` bounds the size of an image.
 
     Attributes:
-      lanes: Number of concurrent episodes, including those that wait for tools. Each lane holds
-        a KV cache.
+      lanes: Number of concurrent episodes, including those that wait for tools.
+      cache_tokens: Number of tokens of all lanes that the KV cache holds; episodes of a group share
+        those of their prompt. 0: `lanes` times `turns.max_episode_tokens`. If it is full, the
+        youngest episodes move to host memory until there is room (`rollout/offloaded_pages`).
+      page_size: Number of tokens in a page of the KV cache.
       decode_batch_size: Number of lanes that a decoding program computes at a time. With more lanes
         than this, lanes that wait for a tool leave no row of the batch idle.
       decode_steps: Number of decoding steps between two reads of the sampled tokens by the host.
@@ -128,6 +131,8 @@ class Rollout:
     """
 
     lanes: int = setting(16, at_least=1, at_most=65536)
+    cache_tokens: int = setting(0, at_least=0, at_most=2**31 - 1)
+    page_size: int = setting(128, at_least=1, at_most=65536)
     decode_batch_size: int = setting(16, at_least=1, at_most=65536)
     decode_steps: int = setting(16, at_least=1, at_most=65536)
     prefill_buckets: tuple[int, ...] = setting((32, 128, 512), at_most=2**20)
@@ -296,6 +301,14 @@ def _check_token_limits(config: Config) -> None:
             f"config.turns.min_turn_tokens={turns.min_turn_tokens} must be at most "
             f"max_new_tokens={turns.max_new_tokens} and less than "
             f"max_episode_tokens={turns.max_episode_tokens}"
+        )
+    size = rollout.page_size
+    smallest = (-(-turns.max_episode_tokens // size) + 1) * size  # an episode and a page to copy to
+    if 0 < rollout.cache_tokens < smallest:
+        raise ConfigError(
+            f"config.rollout.cache_tokens={rollout.cache_tokens} must be at least {smallest}, for "
+            f"an episode of turns.max_episode_tokens={turns.max_episode_tokens} and another page; "
+            "0 is enough for all lanes"
         )
     if rollout.image_cache_tokens < 3 * rollout.prefill_buckets[-1]:
         raise ConfigError(

@@ -37,8 +37,6 @@ from mmsr1_jax.utils.arrays import AnyArray
 
 # Up to this many keys, `xla` is the fastest on every platform and its scores are small.
 _MAX_XLA_KEYS = 1024
-CACHE_BLOCK = 256  # keys per step of `cached_attention`: the fastest on a CPU among 128 to 512
-_CPU_ROWS = 4  # rows that `cached_attention` computes at a time on a CPU
 _BLOCK = 512  # keys per step of `blockwise`; also the block size of the TPU kernel
 _ROW_MULTIPLE = {"triton": 64, "splash": 128}  # row lengths must be a multiple of this
 _MASKED = -1e30  # finite, so that a row with no visible key yields a mean, not NaN
@@ -84,92 +82,6 @@ def attention(
     return _per_device(functools.partial(kernel, causal=causal), q, k, v, segment_ids)
 
 
-def cached_attention(
-    q: Float[jax.Array, "B T N H"],
-    k: Float[jax.Array, "L lanes K S H"],
-    v: Float[jax.Array, "L lanes K S H"],
-    *,
-    layer: Int32[AnyArray, ""],
-    lane: Int32[AnyArray, "B"],
-    start: Int32[AnyArray, "B"],
-    count: Int32[AnyArray, "B"],
-) -> Float[jax.Array, "B T N H"]:
-    """Compute attention of new tokens over lanes of a KV cache that already contain them.
-
-    Keys are read one block at a time, up to the last block that the fullest row needs (the
-    recurrence of FlashAttention, arXiv 2205.14135, algorithm 1). A block without visible keys
-    multiplies a row's sums by 1 and adds 0, so a row's result is bit-identical however full the
-    other lanes are.
-
-    On a CPU, four rows are computed at a time, so that short rows read fewer blocks. This works
-    best if rows are sorted by length.
-
-    Args:
-      q: float[B, T, N, H]. Queries of the tokens from index `start` on.
-      k, v: float[L, lanes, K, S, H]. Cache; keys after a query's own index are masked.
-      layer: int32[]. Layer of the cache to read.
-      lane: int32[B]. Lane of each row. Out-of-range lanes are padding; their output is undefined.
-      start: int32[B]. Index of each row's first new token in its lane.
-      count: int32[B]. Number of real tokens in each row.
-
-    Returns:
-      float[B, T, N, H].
-    """
-
-    def attend(rows):
-        q, lane, start, count = rows
-        return _cached_rows(q, k, v, layer, lane, start, count)
-
-    rows, B = (q, lane, start, count), q.shape[0]
-    if jax.default_backend() == "cpu" and B > _CPU_ROWS and B % _CPU_ROWS == 0:
-        parts = [x.reshape(-1, _CPU_ROWS, *x.shape[1:]) for x in rows]
-        return jax.lax.map(attend, parts).reshape(q.shape)
-    return attend(rows)
-
-
-def _cached_rows(q, k, v, layer, lane, start, count):
-    """Compute `cached_attention` of all rows at once."""
-    B, T, N, H = q.shape
-    K, S = k.shape[2:4]
-    heads_per_kv, block = N // K, min(CACHE_BLOCK, S)
-    if S % block:
-        raise ValueError(f"cached_attention: lanes of {S} tokens are not whole blocks of {block}")
-    q = q.reshape(B, T, K, heads_per_kv, H).transpose(0, 2, 3, 1, 4)
-    q = q.reshape(B, K, heads_per_kv * T, H)
-    query_index = jnp.tile(start[:, None] + jnp.arange(T), (1, heads_per_kv))
-    query_index = query_index[:, None, :, None]  # [B, 1, heads_per_kv T, 1]
-
-    def read_block(cache, index):
-        def read_lane(lane):
-            offset = (layer, lane, 0, index * block, 0)
-            return jax.lax.dynamic_slice(cache, offset, (1, 1, K, block, H))[0, 0]
-
-        return jax.vmap(read_lane)(lane)  # [B, K, block, H]
-
-    def step(index, carry):
-        m, total, o = carry
-        scores = jnp.einsum(
-            "bkth,bksh->bkts", q, read_block(k, index), preferred_element_type=jnp.float32
-        )
-        visible = query_index >= index * block + jnp.arange(block)
-        scores = jnp.where(visible, scores * H**-0.5, _MASKED)
-        m_new = jnp.maximum(m, scores.max(axis=-1, keepdims=True))
-        weights = jnp.exp(scores - m_new)
-        scale = jnp.exp(m - m_new)
-        o_block = jnp.einsum(
-            "bkts,bksh->bkth", weights.astype(v.dtype), read_block(v, index),
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
-        return m_new, total * scale + weights.sum(axis=-1, keepdims=True), o * scale + o_block
-
-    zero = jnp.zeros((*q.shape[:3], 1), jnp.float32)
-    carry = (zero + _MASKED, zero, jnp.zeros(q.shape, jnp.float32))
-    filled = jnp.max(jnp.where(count > 0, start + count, 1))
-    _, total, o = jax.lax.fori_loop(0, (filled + block - 1) // block, step, carry)
-    o = (o / total).astype(q.dtype).reshape(B, K, heads_per_kv, T, H)
-    return o.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-
-
 def choose(implementation: str, keys: int, dtype: DTypeLike, single_segment: bool) -> str:
     """Return the implementation that `attention` uses for these arguments on this platform."""
     if implementation not in ATTENTION:
@@ -183,7 +95,7 @@ def choose(implementation: str, keys: int, dtype: DTypeLike, single_segment: boo
         )
     if implementation != "auto":
         return implementation
-    platform = jax.default_backend()
+    platform = sharding.platform()
     half = dtype in (jnp.bfloat16, jnp.float16)
     if keys <= _MAX_XLA_KEYS:
         return "xla"
@@ -221,7 +133,7 @@ def _xla(q, k, v, segment_ids, causal: bool):
     B, N, T, _ = q.shape
     large = 4 * N * T * T >= 2**20
     mesh = jax.sharding.get_abstract_mesh()
-    if B > 1 and large and jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1):
+    if B > 1 and large and sharding.platform() == "cpu" and (mesh.empty or mesh.size == 1):
         out = jax.lax.map(lambda row: _row_attention(*row, causal), (q, k, v, segment_ids))
     else:
         out = jax.vmap(functools.partial(_row_attention, causal=causal))(q, k, v, segment_ids)

@@ -85,6 +85,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
 
 
+def platform() -> str:
+    """Return the platform to compile for: of the current mesh, else of the default backend."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def mesh_axis_size(name: str) -> int:
     """Return the size of a logical axis's mesh axes in the current mesh (1 without a mesh)."""
     mesh = jax.sharding.get_abstract_mesh()

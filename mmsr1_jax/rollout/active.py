@@ -24,7 +24,6 @@ class Group:
       example: The example.
       waiting: Indices of the episodes that have no lane yet.
       prompt: Future of the tokenized prompt, computed in the pool.
-      lanes: Lanes that begin with the prompt, any of which can be forked.
       hidden: Final hidden state of the last prompt token, set after prefill.
       position: M-RoPE position of the token after the prompt.
     """
@@ -33,7 +32,6 @@ class Group:
     example: Example
     waiting: collections.deque[int]
     prompt: concurrent.futures.Future[Prompt]
-    lanes: set[int] = dataclasses.field(default_factory=set)
     hidden: jax.Array | None = None
     position: int = 0
 

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float32, Int16, Int32
 
+from mmsr1_jax.models.paged_attention import PagedRows
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
-from mmsr1_jax.rollout import cache
-from mmsr1_jax.rollout.cache import Lanes
+from mmsr1_jax.rollout import cache as kv_cache
+from mmsr1_jax.rollout.cache import Cache
 from mmsr1_jax.rollout.sampler import Sampling, sample, token_keys
 from mmsr1_jax.utils.arrays import AnyArray
 
@@ -31,6 +32,8 @@ class Rows(flax.struct.PyTreeNode):
 
     Attributes:
       lane: Lane of each row, int32[B]; "number of lanes" for padding rows.
+      table: Pages of each row's lane, int32[B, pages], with room for the tokens to sample.
+      length: Number of tokens in each row's lane, int32[B].
       active: Whether the row samples tokens, bool[B].
       stop_state: State of the stop automaton, int32[B]; 0 at the start of a turn.
       position: M-RoPE position of the next token, int32[B].
@@ -41,6 +44,8 @@ class Rows(flax.struct.PyTreeNode):
     """
 
     lane: Int32[AnyArray, "B"]
+    table: Int32[AnyArray, "B pages"]
+    length: Int32[AnyArray, "B"]
     active: Bool[AnyArray, "B"]
     stop_state: Int32[AnyArray, "B"]
     position: Int32[AnyArray, "B"]
@@ -72,7 +77,7 @@ class SampledTokens(flax.struct.PyTreeNode):
 
 def decode(
     model: Qwen2_5_VL,
-    lanes: Lanes,
+    cache: Cache,
     rows: Rows,
     next_state: Int16[AnyArray, "states V"],
     allowed: Bool[AnyArray, "V"],
@@ -81,12 +86,12 @@ def decode(
     *,
     steps: int,
     running: int,
-) -> tuple[SampledTokens, Lanes]:
+) -> tuple[SampledTokens, Cache]:
     """Run up to `steps` decoding steps; return early once at most `leave_at` rows are active.
 
     Args:
       model: The policy.
-      lanes: The cache (to be donated).
+      cache: The cache (to be donated).
       rows: The turns to decode.
       next_state: Transition table of `stop.StopTable`, int16[states, V].
       allowed: Tokens that may be sampled, bool[V].
@@ -98,7 +103,7 @@ def decode(
     B = len(rows.lane)
     zeros = functools.partial(jnp.zeros, (B, steps))
     out = (zeros(jnp.int32), zeros(jnp.float32), zeros(jnp.float32), jnp.zeros(B, jnp.int32))
-    hidden = jnp.take(lanes.hidden, rows.lane, axis=0, mode="clip")
+    hidden = jnp.take(cache.hidden, rows.lane, axis=0, mode="clip")
 
     def should_continue(carry):
         index, _, rows, _, _ = carry
@@ -107,13 +112,13 @@ def decode(
     def step(carry):
         return _step(model, next_state, allowed, seed, running, *carry)
 
-    carry = (jnp.int32(0), out, rows, hidden, lanes)
-    num_steps, out, rows, hidden, lanes = jax.lax.while_loop(should_continue, step, carry)
-    lanes = lanes.replace(hidden=lanes.hidden.at[rows.lane].set(hidden, mode="drop"))
-    return SampledTokens(*out, rows.stop_state, num_steps), lanes
+    carry = (jnp.int32(0), out, rows, hidden, cache)
+    num_steps, out, rows, hidden, cache = jax.lax.while_loop(should_continue, step, carry)
+    cache = cache.replace(hidden=cache.hidden.at[rows.lane].set(hidden, mode="drop"))
+    return SampledTokens(*out, rows.stop_state, num_steps), cache
 
 
-def _step(model, next_state, allowed, seed, running, index, out, rows, hidden, lanes):
+def _step(model, next_state, allowed, seed, running, index, out, rows, hidden, cache):
     """Run decoding step `index`: sample a token for each active row, and write it to its lane."""
     active, count = rows.active, rows.active.astype(jnp.int32)
     logits = model.logits(hidden[:, None])[:, 0]
@@ -121,7 +126,8 @@ def _step(model, next_state, allowed, seed, running, index, out, rows, hidden, l
     token, sampling_logprob, logprob = sample(logits, keys, rows.sampling, allowed)
     x = model.text.embed(token[:, None], model.dtype)
     positions = jnp.tile(rows.position[:, None, None], (1, 3, 1))
-    new_hidden, lanes = cache.write(model, lanes, rows.lane, x, positions, count)
+    paged = PagedRows(table=rows.table, start=rows.length, count=count)
+    new_hidden, cache = kv_cache.write(model, cache, x, positions, paged)
     stop_state = jnp.where(active, next_state[rows.stop_state, token], rows.stop_state)
     budget = rows.budget - count
     # An active row samples from the first step until it stops, so its tokens are contiguous.
@@ -135,8 +141,9 @@ def _step(model, next_state, allowed, seed, running, index, out, rows, hidden, l
     rows = rows.replace(
         active=active & (stop_state < running) & (budget > 0),
         stop_state=stop_state.astype(jnp.int32),
+        length=rows.length + count,
         position=rows.position + count,
         num_sampled=rows.num_sampled + count,
         budget=budget,
     )
-    return index + 1, out, rows, jnp.where(active[:, None], new_hidden, hidden), lanes
+    return index + 1, out, rows, jnp.where(active[:, None], new_hidden, hidden), cache

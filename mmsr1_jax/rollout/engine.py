@@ -67,7 +67,6 @@ class Engine:
         self.device = Device(
             model,
             config,
-            capacity=config.turns.max_episode_tokens,
             stops=self.stops,
             allowed=allowed,
         )

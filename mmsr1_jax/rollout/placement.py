@@ -1,4 +1,4 @@
-"""Placement of parameters and lanes on devices: shardings of an engine, and transfers between them.
+"""Placement of parameters and the cache on devices: shardings of an engine, and transfers.
 
 A trainer's parameters reach the engines without the host: one program casts them and leaves a copy
 on each group of devices (`engine_layout_on`), and each engine keeps its shards (`transfer`).
@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
+from mmsr1_jax.models import paged_attention
 from mmsr1_jax.models.sharding import partition_spec
 from mmsr1_jax.rollout import cache
 
@@ -21,19 +22,20 @@ def replicated(sharding: Sharding) -> Sharding:
     return sharding
 
 
-def lane_shardings(lanes: cache.Lanes, params: Sharding) -> cache.Lanes:
-    """Return the shardings of the lanes: kv heads over the tensor axis, the rest replicated.
+def cache_shardings(empty: cache.Cache, params: Sharding) -> cache.Cache:
+    """Return the shardings of the cache: kv heads over the tensor axis, the rest replicated.
 
     Args:
-      lanes: Lanes, or their shapes.
+      empty: The cache, or its shapes.
       params: Sharding of a parameter, on the devices of the engine.
     """
     if not isinstance(params, NamedSharding):
-        return jax.tree.map(lambda _: params, lanes)
-    spec = partition_spec((None, None, "kv_heads", None, None), lanes.k.shape, params.mesh)
-    kv: Any = NamedSharding(params.mesh, spec)
+        return jax.tree.map(lambda _: params, empty)
+    shape = empty.pages[0].shape
+    spec = partition_spec(paged_attention.AXES[len(shape)], shape, params.mesh)
+    pages: Any = (NamedSharding(params.mesh, spec),) * len(empty.pages)
     rest: Any = replicated(params)
-    return cache.Lanes(k=kv, v=kv, length=rest, hidden=rest)
+    return cache.Cache(pages=pages, hidden=rest)
 
 
 def engine_layout_on(mesh: Mesh, layout: nnx.State) -> nnx.State:

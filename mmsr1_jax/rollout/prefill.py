@@ -16,6 +16,7 @@ class PrefillChunk:
 
     Attributes:
       lane: Lane to write to.
+      length: Number of tokens in the lane before the chunk.
       tokens: Token ids, int32[n]; n is at most the longest of `prefill_buckets`.
       positions: M-RoPE positions, int32[3, n].
       images: Images with at least one token in the chunk.
@@ -23,6 +24,7 @@ class PrefillChunk:
     """
 
     lane: int
+    length: int
     tokens: np.ndarray
     positions: np.ndarray
     images: tuple[Patches, ...]
@@ -49,6 +51,7 @@ def chunk_length(remaining: int, buckets: Sequence[int]) -> int:
 def make_chunks(
     prompt: Prompt,
     lane: int,
+    length: int,
     start: int,
     *,
     buckets: Sequence[int],
@@ -60,6 +63,7 @@ def make_chunks(
     Args:
       prompt: Tokens and images.
       lane: Lane to write to.
+      length: Number of tokens in the lane.
       start: M-RoPE position of the first token.
       buckets: Lengths of chunks, `rollout.prefill_buckets`.
       image_token: Token id of the image placeholder.
@@ -85,6 +89,7 @@ def make_chunks(
         chunks.append(
             PrefillChunk(
                 lane=lane,
+                length=length + begin,
                 tokens=tokens[begin:end],
                 positions=positions[:, begin:end],
                 images=tuple(prompt.images[index] for index in images),

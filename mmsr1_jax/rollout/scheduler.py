@@ -2,10 +2,16 @@
 
 while examples or active episodes remain:
     collect tool replies                they become pending chunks of their lanes
-    admit episodes into free lanes      a group's prompt is written once and forked to the others
+    admit episodes into free lanes      a group's prompt is written once and shared by the others
     extend lanes with pending chunks
-    decode some steps of ready lanes    a turn that ends starts a search, gets a reply or frees
-                                        the lane
+    read the tokens of the lanes that are decoding
+    decode the next steps of ready lanes
+    end turns                           which starts a search, gets a reply or frees the lane
+
+The device is never idle while the host works: the next steps are started as soon as the tokens of
+the last ones have been read, and everything else of a round is done while they run.
+
+If the KV cache is full, the youngest lanes move to host memory until there is room.
 
 `episodes/turn_machine.py` decides the step after a turn.
 """
@@ -27,7 +33,7 @@ from mmsr1_jax.episodes.turn_machine import OnEvent, Search, TurnMachine
 from mmsr1_jax.processing.processor import Processor, Prompt
 from mmsr1_jax.rollout import forcing
 from mmsr1_jax.rollout.active import NO_TOKENS, SAMPLED, ActiveEpisode, Group
-from mmsr1_jax.rollout.device import DecodeRow, Device
+from mmsr1_jax.rollout.device import DecodeRow, Device, RunningDecode
 from mmsr1_jax.rollout.prefill import make_chunks
 from mmsr1_jax.rollout.sampler import Sampling
 from mmsr1_jax.rollout.stop import StopTable
@@ -96,6 +102,7 @@ class Scheduler:
         self._group_size, self._seed = group_size, sampling.seed
         config = engine.config.rollout
         self._decode_batch_size = config.decode_batch_size
+        self._decode_steps = config.decode_steps
         self._sampling = engine.device.put(
             Sampling.uniform(
                 config.decode_batch_size,
@@ -108,10 +115,10 @@ class Scheduler:
         self._num_prefetched = math.ceil(config.lanes / group_size) + 1
         self._groups: collections.deque[Group] = collections.deque()
         self._free_lanes = set(range(config.lanes))
-        self._lane_groups: dict[int, Group] = {}  # group whose prompt a lane begins with
         self._active: dict[int, ActiveEpisode] = {}  # by lane
         # Lanes that are ready to decode, in the order in which they became ready.
         self._ready_lanes: collections.deque[int] = collections.deque()
+        self._running: tuple[RunningDecode, list[ActiveEpisode]] | None = None
         self._ended: list[Episode] = []
 
     def episodes(self) -> Iterator[Episode]:
@@ -121,10 +128,17 @@ class Scheduler:
             if not self._groups and not self._active:
                 return
             self._collect_replies(wait=self._must_wait_for_tools())
+            self._device.pages.restore_lanes()
+            self._make_room({a: len(a.episode) for a in self._unwritten()})
             forked = self._admit()
             self._write_chunks()
             self._fork(forked)
-            self._decode()
+            if self._running is None:
+                self._start_decode()
+            finished = self._finish_decode()
+            self._start_decode()
+            for active in finished:
+                self._end_turn(active)
             yield from self._ended
             self._ended.clear()
 
@@ -143,12 +157,18 @@ class Scheduler:
         can_admit = bool(self._free_lanes and self._groups)
         return waiting > 0 and waiting == len(self._active) and not can_admit
 
-    def _admit(self) -> list[ActiveEpisode]:
-        """Assign free lanes to episodes; return those to fork from their group's prompt."""
-        forked = []
+    def _admit(self) -> list[tuple[ActiveEpisode, tuple[int, int]]]:
+        """Assign free lanes to episodes whose prompts fit into the cache, and pages to the prompts.
+
+        Returns:
+          Episodes that begin with a copy of their group's prompt: the last page of the prompt and
+          its copy.
+        """
+        forked, pages = [], self._device.pages
         while self._groups and self._free_lanes:
             group = self._groups[0]
-            if not group.prompt.done() and (self._ready_lanes or self._unwritten()):
+            busy = self._ready_lanes or self._running or self._unwritten()
+            if not group.prompt.done() and busy:
                 break  # other lanes have work to do in the meantime
             try:
                 prompt = group.prompt.result()
@@ -156,26 +176,39 @@ class Scheduler:
                 self._fail(self._groups.popleft(), error)
                 self._prefetch()
                 continue
+            if not self._has_room(group, len(prompt.tokens)):
+                break
             active = self._assign_lane(group, prompt)
             if group.position == 0:
-                self._device.clear(active.lane)
                 self._set_chunks(active, prompt)
                 group.position = active.position
+                pages.reserve(active.lane, len(prompt.tokens))
+                if group.waiting:
+                    pages.share(active.lane, self._device.prompt, len(prompt.tokens))
             else:
-                forked.append(active)
+                if self._device.prompt in pages.offloaded:
+                    pages.restore(self._device.prompt)
+                copied = pages.fork(self._device.prompt, active.lane, len(prompt.tokens))
+                assert copied is not None  # `_has_room`
+                forked.append((active, copied))
             if not group.waiting:
+                pages.release(self._device.prompt)
                 self._groups.popleft()
                 self._prefetch()
         return forked
 
+    def _has_room(self, group: Group, tokens: int) -> bool:
+        """Return whether the cache has room for a group's prompt and a page after it."""
+        pages, prompt = self._device.pages, self._device.prompt
+        if pages.offloaded - {prompt}:
+            return False  # their pages come first
+        missing = pages.count(tokens) if group.position == 0 else pages.missing(prompt, 0)
+        return pages.has_room(missing + 1)
+
     def _assign_lane(self, group: Group, prompt: Prompt) -> ActiveEpisode:
-        """Assign a free lane to the group's next episode, preferably one with its prompt."""
-        lane = min(self._free_lanes & group.lanes or self._free_lanes)
+        """Assign a free lane to the group's next episode."""
+        lane = min(self._free_lanes)
         self._free_lanes.remove(lane)
-        previous = self._lane_groups.get(lane)
-        if previous is not None and previous is not group:
-            previous.lanes.discard(lane)
-        self._lane_groups[lane] = group
         index = group.waiting.popleft()
         episode = self._machine.start(group.example, prompt, group=group.index, index=index)
         self._active[lane] = active = ActiveEpisode(episode, group, lane)
@@ -188,20 +221,6 @@ class Scheduler:
                 self._machine.fail(group.example, error, group=group.index, index=index)
             )
 
-    def _fork(self, forked: list[ActiveEpisode]) -> None:
-        """Copy the prompts of admitted episodes from other lanes, and start their turns."""
-        for active in forked:
-            group, length = active.group, len(active.episode)
-            assert group.hidden is not None
-            source = active.lane if active.lane in group.lanes else min(group.lanes)
-            start = time.perf_counter()
-            self._device.fork(source, active.lane, length, group.hidden)
-            if self._timeline is not None:
-                self._timeline.record_episode(active.lane, FORK, start, active.episode, length)
-            group.lanes.add(active.lane)
-            active.position = group.position
-            self._start_turn(active)
-
     # Writing into lanes
 
     def _set_chunks(self, active: ActiveEpisode, prompt: Prompt) -> None:
@@ -209,6 +228,7 @@ class Scheduler:
         chunks, active.position = make_chunks(
             prompt,
             active.lane,
+            active.length,
             active.position,
             buckets=self._engine.config.rollout.prefill_buckets,
             image_token=self._engine.image_token,
@@ -217,7 +237,19 @@ class Scheduler:
         active.chunks = chunks[::-1]
 
     def _unwritten(self) -> list[ActiveEpisode]:
-        return [active for active in self._active.values() if active.chunks]
+        """Return the episodes with chunks to write whose lanes are not offloaded."""
+        offloaded = self._device.pages.offloaded
+        return [a for a in self._active.values() if a.chunks and a.lane not in offloaded]
+
+    def _make_room(self, tokens: dict[ActiveEpisode, int]) -> None:
+        """Reserve pages for this many tokens of each episode, for the oldest episodes first.
+
+        Lanes for which there is no room are offloaded.
+        """
+        pages = self._device.pages
+        for active in sorted(tokens, key=lambda active: pages.order(active.lane)):
+            if active.lane not in pages.offloaded:
+                pages.make_room(active.lane, tokens[active])
 
     def _write_chunks(self) -> None:
         """Write all pending chunks, and start the turns of the lanes written to."""
@@ -234,8 +266,19 @@ class Scheduler:
                 if not active.chunks:
                     if active.group.hidden is None:
                         active.group.hidden = last_hidden
-                        active.group.lanes.add(active.lane)
                     self._start_turn(active)
+
+    def _fork(self, forked: list[tuple[ActiveEpisode, tuple[int, int]]]) -> None:
+        """Copy the last pages of prompts for the episodes that `_admit` returned."""
+        for active, (source, target) in forked:
+            group, length = active.group, len(active.episode)
+            assert group.hidden is not None
+            start = time.perf_counter()
+            self._device.fork(source, target, active.lane, group.hidden)
+            if self._timeline is not None:
+                self._timeline.record_episode(active.lane, FORK, start, active.episode, length)
+            active.position = group.position
+            self._start_turn(active)
 
     def _start_turn(self, active: ActiveEpisode) -> None:
         """Make a lane ready to decode a turn, or the rest of one with a forced opening tag."""
@@ -250,16 +293,22 @@ class Scheduler:
 
     # Decoding
 
-    def _decode(self) -> None:
-        """Decode some steps of the lanes that have been ready for longest."""
-        if not self._ready_lanes:
+    def _start_decode(self) -> None:
+        """Start decoding some steps of the lanes that have been ready for longest."""
+        offloaded = self._device.pages.offloaded
+        ready = [lane for lane in self._ready_lanes if lane not in offloaded]
+        batch = [self._active[lane] for lane in ready[: self._decode_batch_size]]
+        self._make_room({a: a.length + min(a.budget, self._decode_steps) for a in batch})
+        batch = [active for active in batch if active.lane not in offloaded]
+        if not batch:
             return
-        count = min(len(self._ready_lanes), self._decode_batch_size)
-        batch = [self._active[self._ready_lanes.popleft()] for _ in range(count)]
-        batch.sort(key=lambda active: active.length)  # see `cached_attention`
+        for active in batch:
+            self._ready_lanes.remove(active.lane)
+        batch.sort(key=lambda active: active.length)  # see `paged_attention`
         rows = [
             DecodeRow(
                 lane=active.lane,
+                length=active.length,
                 stop_state=active.stop_state,
                 position=active.position,
                 episode=active.episode.index,
@@ -268,21 +317,27 @@ class Scheduler:
             )
             for active in batch
         ]
-        start = time.perf_counter()
         # Return once an eighth of the rows have stopped, so that their tools can start and other
         # lanes can take their place.
-        output = self._device.decode(
-            rows, self._sampling, seed=self._seed, leave_at=count - max(1, count // 8)
+        leave_at = len(batch) - max(1, len(batch) // 8)
+        running = self._device.start_decode(
+            rows, self._sampling, seed=self._seed, leave_at=leave_at
         )
-        if self._timeline is not None:
-            for row, active in enumerate(batch):
-                tokens = int(output.count[row])
-                self._timeline.record_episode(active.lane, DECODE, start, active.episode, tokens)
+        self._running = (running, batch)
+
+    def _finish_decode(self) -> list[ActiveEpisode]:
+        """Read the tokens of the lanes that are decoding; return those whose turn has ended."""
+        if self._running is None:
+            return []
+        (running, batch), self._running = self._running, None
+        output = self._device.finish_decode(running)
+        finished = []
         for row, active in enumerate(batch):
             n = int(output.count[row])
+            if self._timeline is not None:
+                self._timeline.record_episode(active.lane, DECODE, running.start, active.episode, n)
             for name in SAMPLED:
                 active.sampled[name].append(getattr(output, name)[row, :n])
-            self._on_tokens(active.episode, active.sampled["tokens"][-1])
             active.position += n
             active.length += n
             active.num_sampled += n
@@ -291,7 +346,9 @@ class Scheduler:
             if active.budget > 0 and active.stop_state < self._engine.stops.running:
                 self._ready_lanes.append(active.lane)
             else:
-                self._end_turn(active)
+                finished.append(active)
+            self._on_tokens(active.episode, active.sampled["tokens"][-1])
+        return finished
 
     def _end_turn(self, active: ActiveEpisode) -> None:
         """Parse the turn that the policy wrote, and take the next step of the episode."""
@@ -352,10 +409,9 @@ class Scheduler:
             kept = {name: values[:num_kept] for name, values in sampled.items()}
             episode.segments.append(Segment("model", **kept))
         if num_dropped:
-            assert active.group.hidden is not None
             active.position -= num_dropped
             active.length -= num_dropped
-            self._device.fork(active.lane, active.lane, active.length, active.group.hidden)
+            self._device.pages.truncate(active.lane, active.length)
         episode.segments.append(Segment("forced", forced))
         turn_tokens = [NO_TOKENS if prefix is None else prefix, tokens[:num_kept], forced]
         remaining = limits.max_episode_tokens - len(episode)
@@ -416,6 +472,7 @@ class Scheduler:
         if new is None:
             self._ended.append(active.episode)
             del self._active[active.lane]
+            self._device.pages.release(active.lane)
             self._free_lanes.add(active.lane)
             return
         tokens = np.concatenate([active.unwritten, new.tokens])

@@ -180,8 +180,32 @@ def rotate(
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
+def unstack(layer: nnx.Module) -> nnx.List:
+    """Return stacked layers as a list of modules whose parameters have no layer axis.
+
+    A loop over stacked parameters slices one layer at a time, and a program that cannot fuse the
+    slice with its product writes the layer's weights out to read them again. A list has nothing to
+    slice, but its program grows with the number of layers.
+    """
+    graph, params = nnx.split(layer)
+    L = len(jax.tree.leaves(params)[0])
+
+    def take(variable: Any, index: int) -> Any:
+        axes = variable.get_metadata("axes")[1:]
+        return nnx.Param(variable.get_value()[index], axes=axes)
+
+    def is_variable(x: Any) -> bool:
+        return isinstance(x, nnx.Variable)
+
+    layers = []
+    for index in range(L):
+        one = jax.tree.map(lambda v, i=index: take(v, i), params, is_leaf=is_variable)
+        layers.append(nnx.merge(graph, one))
+    return nnx.List(layers)
+
+
 def scan_layers(
-    layer: nnx.Module,
+    layer: nnx.Module | nnx.List,
     x: Float[jax.Array, "*rows D"],
     call: Callable[[Any, jax.Array, Any], jax.Array],
     xs: Any = None,
@@ -190,7 +214,8 @@ def scan_layers(
     """Run stacked layers in sequence: `x = call(layer_i, x, xs_i)` for each i.
 
     Args:
-      layer: Module whose parameters all have a leading axis L.
+      layer: Module whose parameters all have a leading axis L, or a list from `unstack`, whose
+        layers are not scanned but called in turn.
       x: float[..., D]. Input of the first layer.
       call: Function `(layer without the leading axis, x, xs_i) -> x`.
       xs: Pytree of arrays with a leading axis L, one slice per layer.
@@ -200,6 +225,10 @@ def scan_layers(
     Returns:
       Output of the last layer, float[..., D].
     """
+    if isinstance(layer, nnx.List):
+        for index, one in enumerate(layer):
+            x = call(one, x, jax.tree.map(lambda array, i=index: array[i], xs))
+        return x
     graph, params = nnx.split(layer)
 
     def body(x, slices):

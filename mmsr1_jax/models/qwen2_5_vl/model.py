@@ -9,6 +9,7 @@ from jaxtyping import Float, Float32, Int32
 
 from mmsr1_jax.config.choices import Attention
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
+from mmsr1_jax.models.qwen2_5_vl.layers import unstack
 from mmsr1_jax.models.qwen2_5_vl.text import (
     TextDecoder,
     head_logits,
@@ -74,6 +75,11 @@ class Qwen2_5_VL(nnx.Module):
         self.attention: Attention = attention
         self.remat = remat
         self.logprob_chunk = logprob_chunk
+
+    def unstack(self) -> None:
+        """Separate the layers of both towers, for inference; see `layers.unstack`."""
+        self.text.layers = unstack(self.text.layers)
+        self.vision.blocks = unstack(self.vision.blocks)
 
     def encode_images(self, images: ImageRows) -> Float[jax.Array, "B M D"]:
         """Return the merged tokens of each row's images, float[B, M, D], in slot order."""

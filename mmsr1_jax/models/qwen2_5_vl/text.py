@@ -1,7 +1,7 @@
 """Text decoder: GQA with q/k/v bias, M-RoPE, SwiGLU, pre-norm."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Float32, Int32
 
 from mmsr1_jax.config.choices import Attention
-from mmsr1_jax.models.attention import attention, cached_attention
+from mmsr1_jax.models.attention import attention
+from mmsr1_jax.models.paged_attention import PagedRows, append, paged_attention
 from mmsr1_jax.models.qwen2_5_vl.config import TextConfig
-from mmsr1_jax.models.qwen2_5_vl.layers import Linear, RMSNorm, SwiGLU, rotate, scan_layers
+from mmsr1_jax.models.qwen2_5_vl.layers import Linear, RMSNorm, SwiGLU, rotate, scan_layers, unstack
 from mmsr1_jax.models.sharding import constrain, param
 from mmsr1_jax.utils.arrays import AnyArray
 
@@ -101,7 +102,7 @@ class TextDecoder(nnx.Module):
         table = ((config.vocab_size, config.hidden_size), ("vocab", "embed"))
         small = jax.nn.initializers.normal(0.02)
         self.embedding = param(rngs, *table, small, dtype)
-        self.layers = DecoderLayer(config, rngs=rngs, dtype=dtype)
+        self.layers: nnx.Module = DecoderLayer(config, rngs=rngs, dtype=dtype)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs, dtype=dtype)
         self.head = None if config.tie_embeddings else param(rngs, *table, small, dtype)
         self.config = config
@@ -150,55 +151,32 @@ class TextDecoder(nnx.Module):
         self,
         x: Float[jax.Array, "B T D"],
         positions: Int32[AnyArray, "B 3 T"],
-        k: Float[jax.Array, "L lanes K S H"],
-        v: Float[jax.Array, "L lanes K S H"],
-        *,
-        lane: Int32[AnyArray, "B"],
-        start: Int32[AnyArray, "B"],
-        count: Int32[AnyArray, "B"],
-    ) -> tuple[
-        Float[jax.Array, "B T D"],
-        Float[jax.Array, "L lanes K S H"],
-        Float[jax.Array, "L lanes K S H"],
-    ]:
-        """Compute hidden states of tokens that extend lanes of a KV cache.
-
-        The cache is carried through the scan, so that each layer writes its part in place.
+        pages: Sequence[Float[jax.Array, "..."]],
+        rows: PagedRows,
+    ) -> tuple[Float[jax.Array, "B T D"], tuple[Float[jax.Array, "..."], ...]]:
+        """Compute hidden states of tokens that extend sequences of a paged KV cache.
 
         Args:
           x: float[B, T, D]. Embedded tokens.
           positions: int32[B, 3, T]. M-RoPE positions.
-          k, v: float[L, lanes, K, S, H]. KV cache.
-          lane: int32[B]. Lane of each row. Out-of-range lanes are padding; their output is
-            undefined.
-          start: int32[B]. Number of tokens already in the row's lane.
-          count: int32[B]. Number of real tokens in each row, padded at the end.
+          pages: Pages of each layer, see `models.paged_attention`.
+          rows: The sequences that the rows extend.
 
         Returns:
-          Hidden states after the final norm, float[B, T, D], and k and v with the new tokens.
+          Hidden states after the final norm, float[B, T, D], and the pages with the new tokens.
         """
         cos, sin = mrope_angles(positions, self.config)
-        graph, params = nnx.split(self.layers)
-        step = jnp.arange(x.shape[1])
-        # Padding gets an out-of-range slot, so that its writes are dropped.
-        slot = jnp.where(step < count[:, None], start[:, None] + step, k.shape[3])
+        written = []
+        layers = self.layers if isinstance(self.layers, nnx.List) else unstack(self.layers)
+        for layer, layer_pages in zip(layers, pages, strict=True):
 
-        def body(carry, xs):
-            x, k, v = carry
-            layer_params, index = xs
+            def attend(q, k, v, layer_pages=layer_pages):
+                layer_pages = append(layer_pages, k, v, rows)
+                written.append(layer_pages)
+                return paged_attention(q, layer_pages, rows)
 
-            def attend(q, k_new, v_new):
-                nonlocal k, v
-                slots = (index, lane[:, None], slice(None), slot)
-                k = k.at[slots].set(k_new.astype(k.dtype), mode="drop")
-                v = v.at[slots].set(v_new.astype(v.dtype), mode="drop")
-                return cached_attention(q, k, v, layer=index, lane=lane, start=start, count=count)
-
-            x = nnx.merge(graph, layer_params)(x, cos, sin, attend)
-            return (x, k, v), None
-
-        (x, k, v), _ = jax.lax.scan(body, (x, k, v), (params, jnp.arange(self.config.num_layers)))
-        return self.norm(x), k, v
+            x = layer(x, cos, sin, attend)
+        return self.norm(x), tuple(written)
 
 
 def head_logits(

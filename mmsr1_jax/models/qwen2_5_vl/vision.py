@@ -152,7 +152,7 @@ class VisionAttention(nnx.Module):
         cos: Float32[jax.Array, "B P half_H"],
         sin: Float32[jax.Array, "B P half_H"],
         segment_ids: Int32[AnyArray, "B P"],
-        full_attention: Bool[jax.Array, ""],
+        full_attention: Bool[AnyArray, ""] | np.bool_,
         window: int,
         implementation: Attention,
     ) -> Float[jax.Array, "B P D"]:
@@ -171,6 +171,8 @@ class VisionAttention(nnx.Module):
             out = attention(dense_q, dense_k, dense_v, ids, causal=False, implementation="xla")
             return out.reshape(q.shape)
 
+        if isinstance(full_attention, np.bool_):  # the layers are not scanned
+            return self.out((over_image if full_attention else over_windows)(q, k, v))
         return self.out(jax.lax.cond(full_attention, over_image, over_windows, q, k, v))
 
 
@@ -224,7 +226,7 @@ class VisionTower(nnx.Module):
             [(config.patch_dim, None)], [(config.hidden_size, "embed")], bias=False, rngs=rngs,
             dtype=dtype,
         )  # fmt: skip
-        self.blocks = VisionBlock(config, rngs=rngs, dtype=dtype)
+        self.blocks: nnx.Module = VisionBlock(config, rngs=rngs, dtype=dtype)
         self.merger = Merger(config, rngs=rngs, dtype=dtype)
         self.config = config
 

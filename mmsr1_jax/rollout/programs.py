@@ -1,0 +1,255 @@
+"""The compiled programs of an engine over one parameter tree and the KV cache.
+
+    load           convert the trainer's parameters to the engine's layout and dtype
+    encode         encode images into image tokens, kept in a store shared by all episodes
+    extend         write tokens (and image tokens from the store) into some lanes
+    decode         run several decoding steps for some lanes
+    fork           copy the partly filled page of a prompt
+    read_pages     copy some pages out of the cache; `write_pages` writes them back
+
+The engine's parameters are the trainer's with the layers of both towers as separate arrays, so that
+programs read weights where they are (`layers.unstack`).
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, Sharding
+
+from mmsr1_jax.config import settings
+from mmsr1_jax.models import sharding
+from mmsr1_jax.models.paged_attention import PagedRows
+from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
+from mmsr1_jax.models.qwen2_5_vl.vision import ImageRows
+from mmsr1_jax.rollout import cache, decode, placement
+from mmsr1_jax.rollout.sampler import Sampling
+
+PAGES_PER_MOVE = 16  # pages that one call of `read_pages` or `write_pages` moves
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A program with abstract arguments, to compile it without running it.
+
+    Attributes:
+      name: Name of the program, with its length if it has several.
+      program: The jitted function.
+      args, keywords: Its arguments; arrays are `jax.ShapeDtypeStruct` with shardings.
+    """
+
+    name: str
+    program: Any
+    args: tuple[Any, ...]
+    keywords: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Programs:
+    """Jitted programs of an engine; each is compiled on its first call with a shape.
+
+    They must be called within `context`.
+
+    Args:
+      model: The policy as the trainer has it, with stacked layers; concrete or abstract arrays with
+        shardings.
+      config: All settings; only `rollout`, `buckets` and `turns` are used.
+      states: Number of states of the stop automaton.
+      running: `stop.StopTable.running`.
+
+    Attributes:
+      dtype: Compute dtype.
+      layout: Sharding of each of the engine's parameters.
+      trainer_layout: Sharding of each parameter of `model`.
+      replicated: Sharding of an array on all devices of the engine.
+      pages_per_lane: Maximum number of pages of a lane.
+      num_pages: Number of pages of the cache.
+    """
+
+    def __init__(self, model: Qwen2_5_VL, config: settings.Config, *, states: int, running: int):
+        self.config, self._model_config, self.dtype = config.rollout, model.config, model.dtype
+        self._windows, self._states, self._running = config.buckets.image_windows, states, running
+        size = self.config.page_size
+        self.pages_per_lane = -(-config.turns.max_episode_tokens // size)
+        # One page more than all lanes can fill, for the copy of a prompt's last page.
+        self.num_pages = self.config.lanes * self.pages_per_lane + 1
+        if self.config.cache_tokens:
+            self.num_pages = self.config.cache_tokens // size
+        self._trainer_graph, params = nnx.split(model)
+        self._trainer_params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+        )
+        self.trainer_layout = jax.tree.map(lambda x: x.sharding, params)
+        first = jax.tree.leaves(self.trainer_layout)[0]
+        self.replicated: Sharding = placement.replicated(first)
+        mesh = first.mesh if isinstance(first, NamedSharding) else None
+        self._mesh: Mesh | None = mesh if isinstance(mesh, Mesh) else None
+        with self.context():
+            self._params = jax.eval_shape(self._unstacked, params)  # sets `_graph`
+            if self._mesh is None:
+                self.layout = jax.tree.map(lambda _: first, self._params)
+            else:
+                self.layout = sharding.param_shardings(self._params, self._mesh)
+            shapes = jax.eval_shape(self._empty)
+            self._cache_layout = placement.cache_shardings(shapes[0], first)
+            self._define()
+
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        """Set the engine's mesh, which tells the programs' platform."""
+        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+            yield
+
+    def _unstacked(self, params: nnx.State) -> nnx.State:
+        """Return the trainer's parameters in the engine's dtype, with separate layers."""
+        # Copied even if nothing changes, since the trainer donates its arrays.
+        params = jax.tree.map(lambda x: jnp.array(x, self.dtype, copy=True), params)
+        model = nnx.merge(self._trainer_graph, params)
+        model.unstack()
+        self._graph, params = nnx.split(model)
+        return params
+
+    def _empty(self) -> tuple[cache.Cache, jax.Array]:
+        config, text = self.config, self._model_config.text
+        empty = cache.allocate(text, self.dtype, config.lanes, self.num_pages, config.page_size)
+        return empty, jnp.zeros((config.image_cache_tokens, text.hidden_size), self.dtype)
+
+    def _define(self) -> None:
+        graph, precision = self._graph, "highest" if self.dtype == jnp.float32 else None
+
+        def program(function, *, donate=(), static=()):
+            @functools.wraps(function)
+            def run(params, *args, **keywords):
+                with jax.default_matmul_precision(precision):  # accelerators reduce it by default
+                    return function(nnx.merge(graph, params), *args, **keywords)
+
+            return jax.jit(run, donate_argnums=donate, static_argnames=static)
+
+        def encode(model, store, images, slots):
+            tokens = model.encode_images(images)
+            flat = tokens.reshape(-1, tokens.shape[-1])
+            return store.at[slots.reshape(-1)].set(flat.astype(store.dtype), mode="drop")
+
+        def extend(model, lanes, new, store):
+            hidden, lanes = cache.extend(model, lanes, new, store)
+            return tuple(hidden), lanes  # one array per row, so that none is sliced later
+
+        self.encode = program(encode, donate=1)
+        self.extend = program(extend, donate=1)
+        self.decode = program(decode.decode, donate=1, static=("steps", "running"))
+        self.fork = jax.jit(cache.fork, donate_argnums=0)
+        self.read_pages = jax.jit(cache.read_pages)
+        self.write_pages = jax.jit(cache.write_pages, donate_argnums=0)
+        self.reset = jax.jit(
+            cache.reset, donate_argnums=0, keep_unused=True, out_shardings=self._cache_layout
+        )
+        self.empty = jax.jit(self._empty, out_shardings=(self._cache_layout, self.replicated))
+        self._load_programs: dict[Mesh | None, Callable[[nnx.State], nnx.State]] = {}
+
+    def load(self, mesh: Mesh | None) -> Callable[[nnx.State], nnx.State]:
+        """Return the program that converts the trainer's parameters to the engine's.
+
+        Args:
+          mesh: Mesh of the trainer, on which each tensor group gets a copy; None: the parameters
+            are on the engine's own devices.
+        """
+        if mesh not in self._load_programs:
+            layout = self.layout
+            if mesh is not None:
+                layout = placement.engine_layout_on(mesh, layout)
+            self._load_programs[mesh] = jax.jit(self._unstacked, out_shardings=layout)
+        return self._load_programs[mesh]
+
+    def put_pages(self, layers: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
+        """Return the contents of some pages, one array a layer, on the engine's devices."""
+        return jax.device_put(layers, self._cache_layout.pages)
+
+    def extend_rows(self, length: int) -> int:
+        """Return the number of rows of the program that extends lanes by `length` tokens."""
+        return max(1, self.config.prefill_tokens // length)
+
+    # Compiling without running
+
+    def calls(self) -> Iterator[Call]:
+        """Yield all programs with abstract arguments of each of their shapes."""
+        params, (lanes, store) = self.abstract_params(), self.abstract_state()
+        yield Call("load", self.load(None), (self._trainer_params,))
+        for windows in self._windows:
+            rows = max(1, self.config.encode_windows // windows)
+            images, slots = self._abstract_images(rows, windows)
+            yield Call(f"encode {windows} windows", self.encode, (params, store, images, slots))
+        for length in self.config.prefill_buckets:
+            new = self._abstract_chunks(self.extend_rows(length), length)
+            yield Call(f"extend {length} tokens", self.extend, (params, lanes, new, store))
+        yield Call("decode", self.decode, *self._abstract_decode(params, lanes))
+        index = self._abstract((), np.int32)
+        hidden = self._abstract((self._model_config.text.hidden_size,), self.dtype)
+        yield Call("fork", self.fork, (lanes, index, index, index, hidden))
+        moved = self._abstract((PAGES_PER_MOVE,), np.int32)
+        yield Call("read_pages", self.read_pages, (lanes, moved))
+
+    def abstract_params(self) -> nnx.State:
+        """Return the shapes and shardings of the engine's parameters."""
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            self._params,
+            self.layout,
+        )
+
+    def abstract_state(self) -> tuple[cache.Cache, jax.ShapeDtypeStruct]:
+        """Return the shapes and shardings of the cache and of the store of image tokens."""
+        with self.context():
+            lanes, store = jax.eval_shape(self._empty)
+        lanes = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            lanes,
+            self._cache_layout,
+        )
+        return lanes, self._abstract(store.shape, store.dtype)
+
+    def _abstract(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.replicated)
+
+    def _abstract_images(self, rows: int, windows: int) -> tuple[Any, Any]:
+        vision, array = self._model_config.vision, self._abstract
+        P = windows * vision.window_patches
+        images = ImageRows(
+            patches=array((rows, P, vision.patch_dim), np.float32),  # pyright: ignore
+            positions=array((rows, P, 2), np.int32),  # pyright: ignore
+            segment_ids=array((rows, P), np.int32),  # pyright: ignore
+        )
+        return images, array((rows, P // vision.merge_size**2), np.int32)
+
+    def _abstract_chunks(self, B: int, T: int) -> Any:
+        array: Any = self._abstract
+        rows = PagedRows(
+            table=array((B, self.pages_per_lane), np.int32),
+            start=array((B,), np.int32),
+            count=array((B,), np.int32),
+        )
+        return cache.PrefillBatch(
+            lane=array((B,), np.int32),
+            rows=rows,
+            tokens=array((B, T), np.int32),
+            positions=array((B, 3, T), np.int32),
+            image_index=array((B, T), np.int32),
+        )
+
+    def _abstract_decode(self, params: Any, lanes: Any) -> tuple[tuple, dict[str, Any]]:
+        array: Any = self._abstract
+        B, V = self.config.decode_batch_size, self._model_config.text.vocab_size
+        names = {f.name for f in dataclasses.fields(decode.Rows)} - {"table", "active", "sampling"}
+        rows = decode.Rows(
+            table=array((B, self.pages_per_lane), np.int32),
+            active=array((B,), bool),
+            sampling=jax.tree.map(lambda x: array(x.shape, x.dtype), Sampling.uniform(B)),
+            **{name: array((B,), np.int32) for name in names},
+        )
+        scalar, table = array((), np.int32), array((self._states, V), np.int16)
+        args = (params, lanes, rows, table, array((V,), bool), scalar, scalar)
+        return args, dict(steps=self.config.decode_steps, running=self._running)
