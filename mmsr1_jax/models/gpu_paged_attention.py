@@ -1,0 +1,277 @@
+"""Attention of one new token per row over a paged KV cache, as a kernel for NVIDIA GPUs.
+
+Pages of `page` tokens are shared by all rows. Keys of kv head k are at index 2k, values at 2k + 1:
+
+    kv: [pages, 2K, page, H]      table[b]: 7 2 9 0      length[b]: 2 * page + 5
+
+    row b attends to all of pages 7 and 2 and to the first 5 tokens of page 9; page 0 is not read
+
+The kernel is FlashAttention (arXiv 2205.14135) with keys split over thread blocks (flash-decoding):
+each thread block reads up to `_SPLIT` tokens of one row and kv head, in steps of `_BLOCK` tokens,
+and writes its maximum, its sum of weights and its weighted sum of values. `_combine` adds them up.
+A thread block without tokens exits at once. Which tokens a thread block reads, and in which order,
+depends only on its row's length, so a row's result is bit-identical whatever the other rows are.
+
+Written in Mosaic GPU for Hopper (WGMMA and TMA): bfloat16 only, because the tensor cores have no
+float32.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Float, Int32
+
+from mmsr1_jax.config.errors import UserError
+
+# Tokens per step. Keys and values of a step take 32 KiB of shared memory. A page of 64 is one step,
+# a page of 128 two.
+_BLOCK = 64
+# Steps in flight. Two thread blocks fit on a multiprocessor with two steps each: 128 KiB in flight,
+# against the 30 KiB that hide a latency of one microsecond at an H100's bandwidth.
+_STEPS = 2
+# Tokens per thread block. A long row is shared by many multiprocessors, and the partial sums in
+# float32 are under 1 % of the keys and values that they stand for.
+_SPLIT = 1024
+_ROWS = 64  # rows of a WGMMA: the query heads of a kv head, then unused ones
+_HEAD_MULTIPLE = 8  # rows of a tile in shared memory; query heads are padded to this
+_OUT_COLUMNS = 32  # columns of the output stored at a time: 128 bytes, the widest swizzle
+_LOG2_E = math.log2(math.e)
+
+
+def paged_decode(
+    q: Float[jax.Array, "B N H"],
+    kv: Float[jax.Array, "pages two_K page H"],
+    table: Int32[jax.Array, "B pages_per_lane"],
+    length: Int32[jax.Array, "B"],
+    *,
+    interpret: bool = False,
+) -> Float[jax.Array, "B N H"]:
+    """Compute softmax(q k^T / sqrt(H)) v over the first `length` tokens of each row's pages.
+
+    Args:
+      q: bfloat16[B, N, H]. Query of each row's newest token, N a multiple of K.
+      kv: bfloat16[pages, 2K, page, H]. Cache, with the newest token already in it.
+      table: int32[B, pages_per_lane]. Pages of each row, in order. Pages after the last one with
+        tokens are not read. Pages may be shared by rows.
+      length: int32[B]. Number of tokens of each row, the newest included. Rows of length 0 are
+        padding and read the first token of `table[b, 0]`; their output is finite but undefined.
+      interpret: Whether to run in Pallas' interpreter, on a CPU.
+
+    Returns:
+      bfloat16[B, N, H]. Softmax and sums are computed in float32.
+
+    Raises:
+      UserError: If the dtype, the page size or the head dimension is not supported.
+    """
+    B, N, H = q.shape
+    K, page = kv.shape[1] // 2, kv.shape[2]
+    _check(q, kv)
+    heads = -(-N // K // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
+    padded = jnp.pad(q.reshape(B, K, N // K, H), ((0, 0), (0, 0), (0, heads - N // K), (0, 0)))
+    length = jnp.clip(length, 1, table.shape[1] * page)
+    splits = -(-table.shape[1] * page // _SPLIT)
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, interpret=interpret),
+        out_type=(
+            jax.ShapeDtypeStruct((B, splits, K, heads, H), jnp.float32),
+            jax.ShapeDtypeStruct((B, splits, K, 2, heads), jnp.float32),
+        ),
+        scratch_types=_scratch(H),
+        grid=(B, K, splits),
+        grid_names=("row", "kv_head", "split"),
+        kernel_name="paged_decode",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=_interpreter() if interpret else None,
+    )
+    sums, stats = kernel(padded, kv, table, length)
+    out = _combine(sums, stats, length)
+    return out[:, :, : N // K].reshape(B, N, H).astype(q.dtype)
+
+
+def _check(q, kv) -> None:
+    """Raise UserError where the kernel does not support the arrays."""
+    kernel, (page, H) = "the paged attention kernel for GPUs", kv.shape[2:]
+    if q.dtype != jnp.bfloat16 or kv.dtype != jnp.bfloat16:
+        raise UserError(
+            f"{kernel} needs bfloat16, not queries of {q.dtype} and a cache of {kv.dtype}"
+        )
+    if page % _BLOCK or _SPLIT % page:
+        raise UserError(f"{kernel} needs pages of 64, 128, 256, 512 or 1024 tokens, not {page}")
+    if H not in (64, 128):
+        raise UserError(f"{kernel} needs a head dimension of 64 or 128, not {H}")
+
+
+def _num_blocks(length, split):
+    """Return the number of blocks that a split reads of a row of `length` tokens."""
+    blocks = pl.cdiv(jnp.maximum(length - split * _SPLIT, 0), _BLOCK)
+    return jnp.minimum(blocks, _SPLIT // _BLOCK)
+
+
+def _scratch(H: int) -> dict:
+    """Return the shared memory and the barriers of a thread block; index 0 is keys, 1 values."""
+    swizzle = plgpu.SwizzleTransform(128)
+    bfloat16_tiles = (plgpu.TilingTransform((8, 64)), swizzle)
+    float32_tiles = (plgpu.TilingTransform((8, 32)), swizzle)
+    kv = plgpu.SMEM((_STEPS, _BLOCK, H), jnp.bfloat16, transforms=bfloat16_tiles)
+    return {
+        "q_smem": plgpu.SMEM((_ROWS, H), jnp.bfloat16, transforms=bfloat16_tiles),
+        "kv_smem": (kv, kv),
+        "sums_smem": plgpu.SMEM((_ROWS, _OUT_COLUMNS), jnp.float32, transforms=float32_tiles),
+        "stats_smem": plgpu.SMEM((2, _ROWS), jnp.float32),
+        "q_barrier": plgpu.Barrier(),
+        "kv_barriers": (plgpu.Barrier(num_barriers=_STEPS), plgpu.Barrier(num_barriers=_STEPS)),
+    }
+
+
+def _kernel(
+    q, kv, table, length, sums, stats, *,
+    q_smem, kv_smem, sums_smem, stats_smem, q_barrier, kv_barriers, interpret: bool,
+) -> None:  # fmt: skip
+    """Compute one split of one row and kv head, on one warpgroup.
+
+    q: [B, K, heads, H]; sums: [B, splits, K, heads, H]; stats: [B, splits, K, 2, heads]. Tiles have
+    `_ROWS` rows; those after `heads` are never initialised. They do not affect the others and are
+    not stored.
+    """
+    row, kv_head, split = (jax.lax.axis_index(name) for name in ("row", "kv_head", "split"))
+    heads, page = q.shape[2], kv.shape[2]
+    blocks = _num_blocks(length[row], split)
+
+    def copy(kind, block):
+        """Start the copy of a block of keys (kind 0) or values (1), if the split has that block.
+
+        All warps have finished reading the slot: the copy waits for them (`auto_barriers`).
+        """
+
+        @pl.when(block < blocks)
+        def _():
+            token, slot = split * _SPLIT + block * _BLOCK, block % _STEPS
+            tokens = pl.ds(token % page, _BLOCK)
+            source = kv.at[table[row, token // page], 2 * kv_head + kind, tokens]
+            plgpu.copy_gmem_to_smem(source, kv_smem[kind].at[slot], kv_barriers[kind].at[slot])
+
+    @pl.when(blocks > 0)
+    def _():
+        plgpu.copy_gmem_to_smem(q.at[row, kv_head], q_smem.at[pl.ds(0, heads)], q_barrier)
+        for step in range(_STEPS):
+            copy(0, step)
+            copy(1, step)
+        plgpu.barrier_wait(q_barrier)
+        acc, m, total = _attend(
+            q_smem, kv_smem, kv_barriers, copy, blocks, length[row] - split * _SPLIT, interpret
+        )
+        own = (row, split, kv_head)
+        _store(acc, m, total, sums_smem, stats_smem, sums.at[own], stats.at[own])
+
+
+def _attend(q_smem, kv_smem, kv_barriers, copy, blocks, tokens, interpret: bool):
+    """Run FlashAttention over the blocks of a split; see algorithm 1 of arXiv 2205.14135.
+
+    blocks: int32[], at least 1; tokens: int32[], of the row from the start of the split on.
+
+    Returns:
+      float32[_ROWS, H], the sums of 2^(s - m) v, with s = q k^T / sqrt(H) / log(2).
+      float32[_ROWS], the largest s, called m.
+      float32[_ROWS], the sums of 2^(s - m).
+    """
+    H = q_smem.shape[1]
+    scale = _LOG2_E / math.sqrt(H)
+    layout = _no_layout if interpret else plgpu.layout_cast
+    shape = (_ROWS, _BLOCK)
+
+    def step(block, carry):
+        acc, m, total = carry
+        slot = block % _STEPS
+        plgpu.barrier_wait(kv_barriers[0].at[slot])
+        scores = _scores(q_smem, kv_smem[0].at[slot], interpret)
+        copy(0, block + _STEPS)
+        index = layout(jax.lax.broadcasted_iota(jnp.int32, shape, 1), plgpu.Layout.WGMMA)
+        # Each block has a visible token, so that m is finite.
+        scores = jnp.where(index < tokens - block * _BLOCK, scores * scale, -jnp.inf)
+        m_new = jnp.maximum(m, scores.max(axis=1))
+        weights = jnp.exp2(scores - jax.lax.broadcast_in_dim(m_new, shape, [0]))
+        rescale = jnp.exp2(m - m_new)
+        total = total * rescale + weights.sum(axis=1)
+        acc *= jax.lax.broadcast_in_dim(rescale, acc.shape, [0])
+        plgpu.barrier_wait(kv_barriers[1].at[slot])
+        acc = _add_values(acc, weights.astype(jnp.bfloat16), kv_smem[1].at[slot], interpret)
+        copy(1, block + _STEPS)
+        return acc, m_new, total
+
+    per_row = plgpu.Layout.WGMMA.reduce(1)
+    acc = layout(jnp.zeros((_ROWS, H), jnp.float32), plgpu.Layout.WGMMA)
+    m = layout(jnp.full((_ROWS,), -jnp.inf, jnp.float32), per_row)
+    total = layout(jnp.zeros((_ROWS,), jnp.float32), per_row)
+    return jax.lax.fori_loop(0, blocks, step, (acc, m, total))
+
+
+def _store(acc, m, total, sums_smem, stats_smem, sums, stats) -> None:
+    """Write the results of a split; sums: [heads, H], stats: [2, heads]."""
+    heads, H = sums.shape
+    stats_smem[0] = m
+    stats_smem[1] = total
+    for start in range(0, H, _OUT_COLUMNS):
+        sums_smem[...] = acc[:, start : start + _OUT_COLUMNS]
+        plgpu.commit_smem()
+        source = sums_smem.at[pl.ds(0, heads)]
+        plgpu.copy_smem_to_gmem(source, sums.at[:, pl.ds(start, _OUT_COLUMNS)])
+        if start == 0:
+            for i in range(2):
+                plgpu.copy_smem_to_gmem(stats_smem.at[i, pl.ds(0, heads)], stats.at[i])
+        # The tile is reused; the last copies must finish before the thread block ends.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=start + _OUT_COLUMNS < H)
+
+
+def _scores(q_smem, k_smem, interpret: bool):
+    """Return q k^T, float32[_ROWS, _BLOCK]."""
+    if interpret:  # the interpreter has no transposed operands
+        return _product(q_smem[...], k_smem[...].T)
+
+    def compute(acc):
+        plgpu.wgmma(acc, q_smem, plgpu.transpose_ref(k_smem, (1, 0)))
+        return acc[...]
+
+    return pl.run_scoped(compute, plgpu.WGMMAAccumulatorRef((_ROWS, _BLOCK), jnp.float32))
+
+
+def _add_values(acc, weights, v_smem, interpret: bool):
+    """Return acc + weights v, float32[_ROWS, H]."""
+    if interpret:  # the interpreter has no operands in registers
+        return acc + _product(weights, v_smem[...])
+    multiply = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, v_smem))
+    return multiply(plgpu.WGMMAAccumulatorRef.init(acc))
+
+
+def _product(a, b):
+    """Return a b in float32."""
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def _no_layout(x, layout):
+    """Return `x`: registers have no layout in the interpreter."""
+    del layout
+    return x
+
+
+def _interpreter():
+    """Return the settings of Pallas' interpreter of Mosaic GPU kernels."""
+    # JAX has no public name for it.
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    return InterpretGPUParams()
+
+
+def _combine(sums, stats, length):
+    """Return the attention of each row from its splits, float32[B, K, heads, H]."""
+    splits = sums.shape[1]
+    filled = jnp.arange(splits) * _SPLIT < length[:, None]  # the others were not written
+    m = jnp.where(filled[:, :, None, None], stats[:, :, :, 0], -jnp.inf)
+    weights = jnp.exp2(m - m.max(axis=1, keepdims=True))  # [B, splits, K, heads]
+    total = jnp.where(filled[:, :, None, None], stats[:, :, :, 1], 0.0)
+    sums = jnp.where(filled[:, :, None, None, None], sums, 0.0)
+    total = (weights * total).sum(axis=1)
+    return (weights[..., None] * sums).sum(axis=1) / total[..., None]
