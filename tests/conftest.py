@@ -19,6 +19,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import pathlib
+import signal
 
 import pytest
 from absl import flags
@@ -31,6 +32,9 @@ from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.utils import logs
 
+# A shell that starts a command in the background lets it ignore Ctrl-C, and programs that tests
+# start and interrupt would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 flags.FLAGS.mark_as_parsed()
 logs.set_up()  # as `cli.run` does
 

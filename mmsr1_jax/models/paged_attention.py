@@ -127,8 +127,12 @@ def paged_attention(
         return _per_device(_gpu_decode if q.shape[1] == 1 else _gpu_prefill, q, pages, rows)
     if platform == "cpu" and len(q) > _CPU_ROWS and len(q) % _CPU_ROWS == 0:
         # Four rows at a time, so that short rows read fewer pages; best if sorted by length.
-        parts = jax.tree.map(lambda x: x.reshape(-1, _CPU_ROWS, *x.shape[1:]), (q, rows))
-        return jax.lax.map(lambda part: _xla(part[0], pages, part[1]), parts).reshape(q.shape)
+        parts = [
+            x.reshape(-1, _CPU_ROWS, *x.shape[1:])
+            for x in (q, rows.table, rows.start, rows.count)
+        ]
+        out = jax.lax.map(lambda part: _xla(part[0], pages, PagedRows(*part[1:])), parts)
+        return out.reshape(q.shape)
     return _xla(q, pages, rows)
 
 

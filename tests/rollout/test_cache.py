@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mmsr1_jax.models.paged_attention import PagedRows
 from mmsr1_jax.models.qwen2_5_vl import mrope_positions
 from mmsr1_jax.models.qwen2_5_vl.vision import pack_images
 from mmsr1_jax.processing.batching import Bucket, make_rows
@@ -18,6 +19,9 @@ from tests.reference import random_conversation
 
 CONFIG = random_policy.CONFIG
 LANES, CAPACITY, ROWS, WINDOWS = 5, 256, 2, 6
+PAGE, PAGES = 32, 8  # size of a page, pages of a lane
+NUM_PAGES = LANES * PAGES
+TABLE = np.random.default_rng(1).permutation(NUM_PAGES).reshape(LANES, PAGES).astype(np.int32)
 IMAGE_TOKENS = WINDOWS * CONFIG.vision.window_patches // CONFIG.vision.merge_size**2
 # Lengths of text and grids of images in three turns of two conversations.
 TURNS = [
@@ -61,31 +65,44 @@ def join(turns):
     return Prompt(np.concatenate([t.tokens for t in turns]), images)
 
 
-def extension(programs, items, length):
-    """Return the arguments of `extend` for (lane, turn, start position), and the next positions."""
+def allocate(model):
+    return cache.allocate(CONFIG.text, model.dtype, LANES, NUM_PAGES, PAGE)
+
+
+def extension(programs, items, length, table=TABLE):
+    """Return the arguments of `extend`, and the next positions.
+
+    An item is a lane, a turn, the position of its first token, and the number of tokens before it.
+    """
     new = {
         "lane": np.full(ROWS, LANES, np.int32),
         "tokens": np.zeros((ROWS, length), np.int32),
-        "count": np.zeros(ROWS, np.int32),
         "positions": np.zeros((ROWS, 3, length), np.int32),
         "image_index": np.full((ROWS, length), -1, np.int32),
     }
     following = []
-    rows = [[(i.values, i.grid) for i in turn.images] for _, turn, _ in items]
+    paged = PagedRows(
+        table=np.zeros((ROWS, PAGES), np.int32),
+        start=np.zeros(ROWS, np.int32),
+        count=np.zeros(ROWS, np.int32),
+    )
+    rows = [[(i.values, i.grid) for i in turn.images] for _, turn, _, _ in items]
     images, indices = pack_images(rows + [[]] * (ROWS - len(items)), WINDOWS, CONFIG.vision)
-    for row, (lane, turn, start) in enumerate(items):
+    for row, (lane, turn, start, filled) in enumerate(items):
         T = len(turn.tokens)
         positions, after = mrope_positions(
             turn.tokens, turn.grids, image_token_id=CONFIG.image_token_id, start=start
         )
         following.append(after)
-        new["lane"][row], new["count"][row] = lane, T
+        new["lane"][row], paged.count[row], paged.start[row] = lane, T, filled
+        paged.table[row] = table[lane]
         new["tokens"][row, :T], new["positions"][row, :, :T] = turn.tokens, positions
-        table = indices[row] + row * IMAGE_TOKENS
-        new["image_index"][row, :T][turn.tokens == CONFIG.image_token_id] = table
+        slots = indices[row] + row * IMAGE_TOKENS
+        new["image_index"][row, :T][turn.tokens == CONFIG.image_token_id] = slots
     image_tokens = programs["encode"](images)
     assert image_tokens.shape[1] == IMAGE_TOKENS
-    return (cache.PrefillBatch(**new), image_tokens.reshape(-1, image_tokens.shape[-1])), following
+    batch = cache.PrefillBatch(rows=paged, **new)
+    return (batch, image_tokens.reshape(-1, image_tokens.shape[-1])), following
 
 
 def full_logits(programs, prompt):
@@ -96,28 +113,34 @@ def full_logits(programs, prompt):
 
 def test_three_turns_with_images(model, programs):
     """Two conversations side by side in lanes 3 and 1, turn by turn, then token by token."""
-    lanes = cache.allocate(model, LANES, CAPACITY)
-    # Stale contents of the lanes must have no effect.
-    lanes = lanes.replace(k=lanes.k + 9.0, v=lanes.v - 7.0)
+    lanes = allocate(model)
+    # Stale contents of the pages must have no effect.
+    lanes = lanes.replace(pages=tuple(pages + 9.0 for pages in lanes.pages))
     conversations = [turns_of(0), turns_of(1)]
-    starts = [0, 0]
+    starts, lengths = [0, 0], [0, 0]
     for turn in range(3):
         items = [
-            (lane, conversation[turn], start)
-            for lane, conversation, start in zip((3, 1), conversations, starts, strict=True)
+            (lane, conversation[turn], start, length)
+            for lane, conversation, start, length in zip(
+                (3, 1), conversations, starts, lengths, strict=True
+            )
         ]
+        lengths = [sum(len(t.tokens) for t in c[: turn + 1]) for c in conversations]
         new, starts = extension(programs, items, length=64)
         logits, lanes = programs["extend"](lanes, new)
         for row, conversation in enumerate(conversations):
             expected = full_logits(programs, join(conversation[: turn + 1]))
             np.testing.assert_allclose(logits[row], expected, atol=1e-4, rtol=0)
     prompts = [join(c) for c in conversations]
-    lengths = [len(p.tokens) for p in prompts]
-    assert cache.read(lanes).tolist() == [0, lengths[1], 0, lengths[0], 0]
     for _ in range(4):
         tokens = np.argmax(logits, axis=-1).astype(np.int32)
         items = [
-            (lane, Prompt(np.asarray(tokens[row : row + 1]), ()), starts[row])
+            (
+                lane,
+                Prompt(np.asarray(tokens[row : row + 1]), ()),
+                starts[row],
+                len(prompts[row].tokens),
+            )
             for row, lane in enumerate((3, 1))
         ]
         if CONFIG.image_token_id in tokens:
@@ -134,38 +157,54 @@ def test_three_turns_with_images(model, programs):
 
 
 def test_forked_lanes_are_independent(model, programs):
+    """Lanes 2 and 4 share the full pages of lane 0's prompt, and have a copy of the last one."""
     prompt, ours, theirs = turns_of(0)
-    lanes = cache.allocate(model, LANES, CAPACITY)
-    new, (start,) = extension(programs, [(0, prompt, 0)], length=64)
-    _, lanes = programs["extend"](lanes, new)
-    T, hidden = len(prompt.tokens), lanes.hidden[0]
-    lanes = jax.jit(cache.fork)(lanes, 0, jnp.array([2, 4, LANES]), T, hidden)
-    assert cache.read(lanes).tolist() == [T, 0, T, 0, T]
-    new, _ = extension(programs, [(2, ours, start), (4, theirs, start)], length=64)
+    new, (start,) = extension(programs, [(0, prompt, 0, 0)], length=64)
+    _, lanes = programs["extend"](allocate(model), new)
+    T, hidden, table = len(prompt.tokens), lanes.hidden[0], TABLE.copy()
+    full = T // PAGE
+    assert full and T % PAGE
+    for lane in (2, 4):
+        table[lane, :full] = table[0, :full]
+        source, target = table[0, full], table[lane, full]
+        lanes = jax.jit(cache.fork)(lanes, source, target, np.int32(lane), hidden)
+    np.testing.assert_array_equal(lanes.hidden[jnp.array([2, 4])], np.stack([hidden] * 2))
+    items = [(2, ours, start, T), (4, theirs, start, T)]
+    new, _ = extension(programs, items, 64, table)
     logits, lanes = programs["extend"](lanes, new)
     for row, turn in enumerate((ours, theirs)):
         expected = full_logits(programs, join([prompt, turn]))
         np.testing.assert_allclose(logits[row], expected, atol=1e-4, rtol=0)
-    new, _ = extension(programs, [(0, theirs, start)], length=64)
+    new, _ = extension(programs, [(0, theirs, start, T)], length=64)
     again, _ = programs["extend"](lanes, new)  # the source lane is unchanged
     np.testing.assert_allclose(again[0], logits[1], atol=1e-5, rtol=0)
 
 
-def test_a_cleared_lane_equals_a_new_one(model, programs):
-    prompt = turns_of(1)[0]
-    new, _ = extension(programs, [(2, prompt, 0)], length=64)
-    fresh, lanes = programs["extend"](cache.allocate(model, LANES, CAPACITY), new)
-    lanes = cache.clear(lanes, jnp.array([2]))
-    again, _ = programs["extend"](lanes, new)
-    np.testing.assert_array_equal(fresh[0], again[0])
-
-
-def test_rows_do_not_depend_on_their_neighbours(model, programs):
-    """Outputs are bit-identical alone, beside another row, and in another lane."""
+def test_rows_depend_neither_on_neighbours_nor_on_their_pages(model, programs):
+    """Outputs are bit-identical alone, beside another row, in other pages, and after stale ones."""
     first, second = turns_of(0)[0], turns_of(1)[0]
-    empty = cache.allocate(model, LANES, CAPACITY)
-    alone, _ = programs["extend"](empty, extension(programs, [(0, first, 0)], 64)[0])
-    beside, _ = programs["extend"](
-        empty, extension(programs, [(4, first, 0), (1, second, 0)], 64)[0]
+    alone, lanes = programs["extend"](
+        allocate(model), extension(programs, [(0, first, 0, 0)], 64)[0]
     )
+    both = [(4, first, 0, 0), (1, second, 0, 0)]
+    beside, _ = programs["extend"](allocate(model), extension(programs, both, 64)[0])
     np.testing.assert_array_equal(alone[0], beside[0])
+    again, _ = programs["extend"](lanes, extension(programs, [(0, first, 0, 0)], 64)[0])
+    np.testing.assert_array_equal(alone[0], again[0])
+
+
+def test_pages_come_back_from_the_host_unchanged(model, programs):
+    prompt, ours, _ = turns_of(0)
+    new, (start,) = extension(programs, [(0, prompt, 0, 0)], length=64)
+    _, lanes = programs["extend"](allocate(model), new)
+    T, table = len(prompt.tokens), TABLE.copy()
+    new, _ = extension(programs, [(0, ours, start, T)], 64)
+    expected, _ = programs["extend"](lanes, new)
+    contents = jax.device_get(cache.read_pages(lanes, TABLE[0]))
+    table[0] = TABLE[3]
+    skipped = np.where(np.arange(PAGES) < 4, table[0], NUM_PAGES).astype(np.int32)
+    lanes = cache.write_pages(cache.reset(lanes), skipped, contents)
+    new, _ = extension(programs, [(0, ours, start, T)], 64, table)
+    again, lanes = programs["extend"](lanes, new)
+    np.testing.assert_array_equal(again[0], expected[0])
+    assert not np.asarray(lanes.pages[0][TABLE[1]]).any()  # other pages are untouched

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mmsr1_jax.models.paged_attention import PagedRows
 from mmsr1_jax.models.qwen2_5_vl import mrope_positions
 from mmsr1_jax.processing.batching import Bucket, make_rows
 from mmsr1_jax.processing.processor import Prompt
@@ -16,7 +17,9 @@ from mmsr1_jax.scripts import random_policy
 from tests.reference import random_conversation, torch_inputs, torch_model
 
 CONFIG = random_policy.CONFIG
-LANES, CAPACITY, LENGTH, WINDOWS = 8, 256, 112, 6
+LANES, LENGTH, WINDOWS = 8, 112, 6
+PAGE, PAGES = 32, 8  # size of a page, pages of a lane
+TABLE = np.random.default_rng(1).permutation(LANES * PAGES).reshape(LANES, PAGES).astype(np.int32)
 SPECIAL = (CONFIG.image_token_id, CONFIG.video_token_id, CONFIG.vision_start_token_id,
            CONFIG.vision_end_token_id)  # fmt: skip
 
@@ -60,7 +63,7 @@ def prompts(count, seed=0):
 
 def ready_rows(programs, model, group, budget, sampling):
     """Return lanes that contain the prompts, and rows ready to decode."""
-    lanes = cache.allocate(model, LANES, CAPACITY)
+    lanes = cache.allocate(CONFIG.text, model.dtype, LANES, LANES * PAGES, PAGE)
     shape = Bucket(length=LENGTH, windows=WINDOWS, rows=LANES)
     rows = make_rows([[p] for p in group], shape, CONFIG, CONFIG.image_token_id)
     count = np.array([len(p.tokens) for p in group] + [0] * (LANES - len(group)), np.int32)
@@ -69,8 +72,8 @@ def ready_rows(programs, model, group, budget, sampling):
     first = np.arange(LANES, dtype=np.int32)[:, None] * images.shape[1]
     new = cache.PrefillBatch(
         lane=lane,
+        rows=PagedRows(table=TABLE, start=np.zeros(LANES, np.int32), count=count),
         tokens=rows.tokens,
-        count=count,
         positions=rows.positions,
         image_index=np.where(rows.image_index >= 0, rows.image_index + first, np.int32(-1)),
     )
@@ -79,6 +82,8 @@ def ready_rows(programs, model, group, budget, sampling):
     following = [mrope_positions(p.tokens, p.grids, image_token_id=image)[1] for p in group]
     return lanes, decode.Rows(
         lane=lane,
+        table=TABLE,
+        length=count,
         active=count > 0,
         stop_state=np.zeros(LANES, np.int32),
         position=np.array(following + [0] * (LANES - len(group)), np.int32),
@@ -104,6 +109,7 @@ def decode_chunk(programs, lanes, rows, next_state, running, steps, leave_at=0):
         rows.replace(
             active=rows.active & (sampled.stop_state < running) & (budget > 0),
             stop_state=sampled.stop_state,
+            length=rows.length + sampled.count,
             position=rows.position + sampled.count,
             num_sampled=rows.num_sampled + sampled.count,
             budget=budget,
@@ -125,7 +131,7 @@ def run(programs, start, next_state, running, chunk):
             for row in range(LANES)
         ]
         for field in fields
-    } | {"stop_state": rows.stop_state, "length": np.asarray(cache.read(lanes))}
+    } | {"stop_state": rows.stop_state, "length": rows.length}
 
 
 def test_greedy_tokens_equal_those_of_transformers(model, programs):

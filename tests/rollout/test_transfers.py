@@ -42,6 +42,7 @@ def test_the_guard_notices_implicit_transfers(engine):
     """Without `Device.put`, a program's host arrays would be transferred implicitly."""
     device = engine.device
     with jax.transfer_guard("disallow"):
-        device.clear(0)
+        contents = device._pages_to_host([0])
+        device._pages_to_device([0], contents)
         with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-            device._clear_program(device._lanes, np.array([0], np.int32))
+            device._programs.read_pages(device._cache, np.array([0], np.int32))

@@ -141,7 +141,15 @@ def _normalize(x: jax.Array, eps: float) -> jax.Array:
 
 
 class SwiGLU(nnx.Module):
-    """Gated feed-forward layer `(silu(x Wg) * (x Wu)) Wd` (arXiv 2002.05202, equation 6)."""
+    """Gated feed-forward layer `(silu(x Wg) * (x Wu)) Wd` (arXiv 2002.05202, equation 6).
+
+    Attributes:
+      separate: Whether to compile the three products apart from each other. With few rows, XLA's
+        TPU backend computes `x Wu` inside of the last product, which takes 1.4 times as long as
+        both.
+    """
+
+    separate = False
 
     def __init__(
         self, width: int, hidden: int, *, bias: bool, rngs: nnx.Rngs, layers: int, dtype: DTypeLike
@@ -153,7 +161,11 @@ class SwiGLU(nnx.Module):
         self.down = linear(F, D)
 
     def __call__(self, x: Float[jax.Array, "*rows D"]) -> Float[jax.Array, "*rows D"]:
-        return self.down(_gated(self.gate(x), self.up(x)))
+        gate, up = self.gate(x), self.up(x)
+        if self.separate:
+            gate, up = jax.lax.optimization_barrier((gate, up))
+            return self.down(jax.lax.optimization_barrier(_gated(gate, up)))
+        return self.down(_gated(gate, up))
 
 
 @jax.checkpoint

@@ -80,6 +80,8 @@ class Qwen2_5_VL(nnx.Module):
         """Separate the layers of both towers, for inference; see `layers.unstack`."""
         self.text.layers = unstack(self.text.layers)
         self.vision.blocks = unstack(self.vision.blocks)
+        for layer in self.text.layers:
+            layer.mlp.separate = True
 
     def encode_images(self, images: ImageRows) -> Float[jax.Array, "B M D"]:
         """Return the merged tokens of each row's images, float[B, M, D], in slot order."""
