@@ -175,6 +175,8 @@ def random_logits(rng, kind, V):
     return logits.astype(np.float32)
 
 
+TEMPERATURES = [1e-30, 1e-3, 0.7, 1, 1.5, 1e3, 1e30]
+TOP_P = [1e-45, 1e-30, 0.01, 0.5, 0.9, 0.99, 0.99999, np.nextafter(np.float32(1), 0), 1]
 KINDS = ["normal", "ties", "equal", "dominant", "impossible", "adjacent", "range"]
 
 
@@ -191,11 +193,11 @@ def test_top_k_and_top_p_keep_the_same_tokens_as_a_sort(V, bits):
             if kind == "impossible":
                 logits[:, 0] = 1.0
             sampling = Sampling(
-                temperature=rng.choice([1e-30, 1e-3, 0.7, 1, 1.5, 1e3, 1e30], B).astype(np.float32),
+                temperature=rng.choice(TEMPERATURES, B).astype(np.float32),
                 top_k=rng.choice([0, 1, 2, 5, V // 2, V - 1, V, V + 9, 2**31 - 1], B).astype(
                     np.int32
                 ),
-                top_p=rng.choice([1e-30, 0.01, 0.5, 0.9, 0.99, 0.99999, 1], B).astype(np.float32),
+                top_p=rng.choice(TOP_P, B).astype(np.float32),
                 greedy=np.full(B, False),
             )
             exact += assert_kept_sets_equal_those_of_a_sort(logits, allowed, sampling, bits)
