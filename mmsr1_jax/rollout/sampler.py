@@ -215,7 +215,9 @@ def least_likely(
     k = jnp.where(use_k, sampling.top_k, V).astype(jnp.float32)
 
     def search(by_probability, least):
-        largest = jnp.max(logits, axis=-1, where=allowed, initial=-jnp.inf)
+        # The comparison keeps the compiler from moving this pass out of the loop.
+        kept = allowed & (logits >= least[:, None])
+        largest = jnp.max(logits, axis=-1, where=kept, initial=-jnp.inf)
         temperature = jnp.where(by_probability == 1, sampling.temperature, jnp.inf)
 
         def weight(logits):  # relative to the most likely token; 1 at an infinite temperature
