@@ -169,7 +169,7 @@ def test_a_client_that_disconnects_frees_its_lane(engine, alone):
 
 def _fail(device, *args, **keywords):
     """A program that fails after it has received the lanes and the image store."""
-    for buffer in jax.tree.leaves((device._lanes, device._image_tokens)):
+    for buffer in jax.tree.leaves((device._cache, device._image_tokens)):
         buffer.delete()
     raise ZeroDivisionError
 

@@ -186,7 +186,7 @@ def test_engines_on_tensor_groups_of_devices(model, processor, other, expected):
         assert other_episode.tokens.tolist() == episode.tokens.tolist()
         np.testing.assert_allclose(other_episode.logprobs, episode.logprobs, atol=1e-4, rtol=0)
     for engine in pool.engines:
-        assert not engine.device._lanes.k.sharding.is_fully_replicated
+        assert not engine.device._cache.pages[0].sharding.is_fully_replicated
     params, whole = nnx.split(model)[1], jax.tree.leaves(nnx.split(model)[1])
     for fsdp, tensor in ((4, 2), (8, 1)):
         mesh = sharding.make_mesh(1, fsdp, tensor, devices=jax.devices()[: fsdp * tensor])
