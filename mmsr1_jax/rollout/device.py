@@ -66,9 +66,16 @@ class DecodeRow:
     budget: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class RunningDecode:
-    """A decoding program that was started: its future results, start time and number of rows."""
+    """A decoding program that was started.
+
+    Attributes:
+      sampled: Its future results.
+      start: Time of the call, from `time.perf_counter`; with a timeline, once it has ended, the
+        time at which the program before it ended if that is later.
+      num_rows: Number of rows.
+    """
 
     sampled: decode.SampledTokens
     start: float
@@ -367,16 +374,20 @@ class Device:
         steps = int(sampled.steps)
         self.stats.decoded_tokens += int(sampled.count.sum())
         self.stats.decode_slots += self.config.decode_batch_size * steps
-        self._record(DECODE, running.start, sampled, rows=running.num_rows, steps=steps)
+        running.start = self._record(
+            DECODE, running.start, sampled, rows=running.num_rows, steps=steps
+        )
         return sampled
 
-    def _record(self, program: str, start: float, output: Any, **args: int) -> None:
-        """Record a program on the timeline, after waiting for its output; without one, return.
+    def _record(self, program: str, start: float, output: Any, **args: int) -> float:
+        """Record a program on the timeline, if there is one, after waiting for its output.
 
-        The program may have waited for the one before it, which is not part of its time.
+        Returns:
+          The time at which it began to run: it may have waited for the program before it.
         """
         if self.timeline is not None:
             jax.block_until_ready(output)
             start = max(start, self._last_end)
             self._last_end = time.perf_counter()
             self.timeline.record(program, program, start, self._last_end, **args)
+        return start

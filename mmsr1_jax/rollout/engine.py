@@ -197,6 +197,7 @@ class Engine:
         if self._busy:
             raise RuntimeError("Engine.rollout: another rollout is in progress")
         self._busy = True
+        self.device.pages.clear()  # a rollout that was abandoned has left its lanes
         self.device.timeline = timeline
         try:
             scheduler = Scheduler(

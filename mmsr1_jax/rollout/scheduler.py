@@ -132,7 +132,8 @@ class Scheduler:
             self._make_room({a: len(a.episode) for a in self._unwritten()})
             forked = self._admit()
             self._write_chunks()
-            self._fork(forked)
+            for active, copied in forked:
+                self._fork(active, copied)
             if self._running is None:
                 self._start_decode()
             finished = self._finish_decode()
@@ -161,8 +162,8 @@ class Scheduler:
         """Assign free lanes to episodes whose prompts fit into the cache, and pages to the prompts.
 
         Returns:
-          Episodes that begin with a copy of their group's prompt: the last page of the prompt and
-          its copy.
+          Episodes that share a prompt which is not written yet, for `_fork`: the last page of the
+          prompt and its copy.
         """
         forked, pages = [], self._device.pages
         while self._groups and self._free_lanes:
@@ -190,7 +191,10 @@ class Scheduler:
                     pages.restore(self._device.prompt)
                 copied = pages.fork(self._device.prompt, active.lane, len(prompt.tokens))
                 assert copied is not None  # `_has_room`
-                forked.append((active, copied))
+                if group.hidden is None:
+                    forked.append((active, copied))
+                else:  # before another lane takes the page that is copied
+                    self._fork(active, copied)
             if not group.waiting:
                 pages.release(self._device.prompt)
                 self._groups.popleft()
@@ -268,17 +272,15 @@ class Scheduler:
                         active.group.hidden = last_hidden
                     self._start_turn(active)
 
-    def _fork(self, forked: list[tuple[ActiveEpisode, tuple[int, int]]]) -> None:
-        """Copy the last pages of prompts for the episodes that `_admit` returned."""
-        for active, (source, target) in forked:
-            group, length = active.group, len(active.episode)
-            assert group.hidden is not None
-            start = time.perf_counter()
-            self._device.fork(source, target, active.lane, group.hidden)
-            if self._timeline is not None:
-                self._timeline.record_episode(active.lane, FORK, start, active.episode, length)
-            active.position = group.position
-            self._start_turn(active)
+    def _fork(self, active: ActiveEpisode, copied: tuple[int, int]) -> None:
+        """Copy the last page of a prompt for an episode that shares it, and start its turn."""
+        group, length, start = active.group, len(active.episode), time.perf_counter()
+        assert group.hidden is not None
+        self._device.fork(*copied, active.lane, group.hidden)
+        if self._timeline is not None:
+            self._timeline.record_episode(active.lane, FORK, start, active.episode, length)
+        active.position = group.position
+        self._start_turn(active)
 
     def _start_turn(self, active: ActiveEpisode) -> None:
         """Make a lane ready to decode a turn, or the rest of one with a forced opening tag."""

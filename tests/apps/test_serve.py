@@ -174,14 +174,15 @@ def _fail(device, *args, **keywords):
     raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("where", ["decode", "_encode_program"])
+@pytest.mark.parametrize("where", ["decode", "encode"])
 def test_an_engine_recovers_from_a_failure(engine, alone, monkeypatch, caplog, where):
     with served(engine) as (url, _, gate):
         gate.open()
         with monkeypatch.context() as patch:
             for single in engine.engines:
                 single.device.reset()  # no image is encoded yet
-                patch.setattr(single.device, where, functools.partial(_fail, single.device))
+                fail = functools.partial(_fail, single.device)
+                patch.setattr(single.device._programs, where, fail)
             events = ask(url, QUESTIONS[0], IMAGES[0])
         assert events[-1]["event"] == "failed" and "ZeroDivision" not in events[-1]["error"]
         assert "ZeroDivisionError" in caplog.text

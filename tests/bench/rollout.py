@@ -26,10 +26,13 @@ from flax import nnx
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.episodes.episode import Episode, Example
+from mmsr1_jax.models import sharding
+from mmsr1_jax.models.qwen2_5_vl import checkpoint
 from mmsr1_jax.processing.images import ImageProcessor
-from mmsr1_jax.rollout import cache, decode
+from mmsr1_jax.rollout import decode
 from mmsr1_jax.rollout import engine as engine_module
 from mmsr1_jax.rollout.engine import Engine
+from mmsr1_jax.rollout.programs import Programs
 from mmsr1_jax.rollout.sampler import Sampling
 from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.tools import Observation, Part
@@ -94,7 +97,7 @@ class SynchronousScheduler(engine_module.Scheduler):
     tool of the previous round."""
 
     def _collect_replies(self, wait: bool) -> None:
-        if not self._ready_lanes and not self._unwritten():
+        if not self._ready_lanes and not self._unwritten() and not self._running:
             while len(self._engine.tool_executor):
                 super()._collect_replies(True)
 
@@ -220,43 +223,49 @@ def with_latency(model, processor, prompts: str, lanes: int) -> list[tuple]:
 def decoding(shape: str, lanes: int, context: int, dtype) -> list[tuple]:
     """Compare decoding with the time needed to copy the bytes that a step reads."""
     config = SHAPES[shape] if shape == "small" else random_policy.qwen2_5_vl.PRESETS[shape]
-    model = nnx.eval_shape(
-        lambda: random_policy.qwen2_5_vl.Qwen2_5_VL(
-            config, rngs=nnx.Rngs(0), param_dtype=dtype, dtype=dtype
-        )
+    steps, config_of_engine = 16, settings.Config()
+    rollout, turns = config_of_engine.rollout, config_of_engine.turns
+    rollout.lanes, rollout.decode_batch_size, rollout.decode_steps = lanes, lanes, steps
+    turns.max_episode_tokens = context + 8 * steps
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    model = checkpoint.abstract_model(config, remat="none", param_dtype=dtype, dtype=dtype)
+    graph, params = nnx.split(model)
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        params,
+        sharding.param_shardings(params, mesh),
     )
-    graph, shapes = nnx.split(model)
-    make = jax.jit(lambda: jax.tree.map(lambda x: jnp.full(x.shape, 1e-3, x.dtype), shapes))
-    params, steps = make(), 16
-    model = nnx.merge(graph, params)
-    state = cache.allocate(model, lanes, context + 8 * steps)
-    state = state.replace(length=jnp.full(lanes, context, jnp.int32))
+    programs = Programs(nnx.merge(graph, params), config_of_engine, states=1, running=1)
+    shapes, layout = programs.abstract_params(), programs.layout
+    full = jax.jit(
+        lambda: jax.tree.map(lambda x: jnp.full(x.shape, 1e-3, x.dtype), shapes),
+        out_shardings=layout,
+    )
+    params, times = full(), []
+    state, _ = programs.empty()
     nothing = np.zeros(lanes, np.int32)
+    table = np.arange(lanes * programs.pages_per_lane, dtype=np.int32).reshape(lanes, -1)
     rows = decode.Rows(
-        lane=np.arange(lanes, dtype=np.int32), active=np.ones(lanes, bool), stop_state=nothing,
-        position=nothing + context, episode=nothing, num_sampled=nothing, budget=nothing + 10_000,
+        lane=np.arange(lanes, dtype=np.int32), table=table, length=nothing + context,
+        active=np.ones(lanes, bool), stop_state=nothing, position=nothing + context,
+        episode=nothing, num_sampled=nothing, budget=nothing + 10_000,
         sampling=Sampling.uniform(lanes),
     )  # fmt: skip
     vocabulary = config.text.vocab_size
-    program = jax.jit(
-        lambda params, state, *rest: decode.decode(
-            nnx.merge(graph, params), state, *rest, steps=steps, running=1
-        ),
-        donate_argnums=1,
-    )
     rest = (rows, np.zeros((1, vocabulary), np.int16), np.ones(vocabulary, bool), 0, 0)
-    times = []
+    rest = jax.device_put(rest, programs.replicated)
     for _ in range(5):
         begin = time.perf_counter()
-        sampled, state = program(params, state, *rest)
+        with programs.context():
+            sampled, state = programs.decode(params, state, *rest, steps=steps, running=1)
         jax.block_until_ready(sampled)
         times.append((time.perf_counter() - begin) / steps)
     step = min(times)
     text = sum(x.nbytes for x in jax.tree.leaves(params["text"]))
     embedding = params["text"]["embedding"].get_value().nbytes  # a few rows of it are read
-    tied = config.text.tie_embeddings
-    kv = (state.k.nbytes + state.v.nbytes) * (context / state.capacity)
-    read = text - (0 if tied else embedding) + kv
+    kv = sum(pages.nbytes for pages in state.pages) / programs.num_pages
+    kv *= lanes * context / rollout.page_size
+    read = text - (0 if config.text.tie_embeddings else embedding) + kv
     bound = read / copy_bandwidth()
     return [
         (f"tokens/s, decoding, {lanes} lanes, {context} tokens each", f"{lanes / step:,.0f}", ""),

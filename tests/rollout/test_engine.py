@@ -271,3 +271,26 @@ def test_rules_that_exceed_the_capacity_of_lanes_are_refused(engine):
         ValueError, match="max_episode_tokens=1025 of these rules exceeds the engine's 1024"
     ):
         engine.make_rules(limits, {})
+
+
+def test_a_full_cache_changes_no_episode(model, processor, engine, episodes):
+    """Lanes move to the host and come back, and no token is computed twice."""
+    small = Engine(model, processor, make_config(cache_tokens=9 * 128), search_tools())
+    again = list(small.rollout(examples(5), group_size=4))
+    small.close()
+    assert small.stats.offloaded_pages > 20
+    assert by_index(again) == by_index(episodes)
+    before = engine.stats.prefill_tokens
+    list(engine.rollout(examples(5), group_size=4))
+    assert small.stats.prefill_tokens == engine.stats.prefill_tokens - before
+
+
+@pytest.mark.parametrize("lanes", [2, 3, 5])
+def test_pages_of_a_prompt_are_kept_until_its_last_episode_has_them(model, processor, lanes):
+    """Groups larger than the lanes: the last episode of one starts beside the first of the next."""
+    tools = search_tools()
+    several = Engine(model, processor, make_config(lanes=lanes, page_size=32), tools)
+    all_at_once = Engine(model, processor, make_config(lanes=64, page_size=32), tools)
+    rollouts = [e.rollout(examples(6), group_size=lanes + 1) for e in (several, all_at_once)]
+    assert by_index(rollouts[0]) == by_index(rollouts[1])
+    several.close(), all_at_once.close()
