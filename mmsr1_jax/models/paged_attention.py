@@ -128,8 +128,7 @@ def paged_attention(
     if platform == "cpu" and len(q) > _CPU_ROWS and len(q) % _CPU_ROWS == 0:
         # Four rows at a time, so that short rows read fewer pages; best if sorted by length.
         parts = [
-            x.reshape(-1, _CPU_ROWS, *x.shape[1:])
-            for x in (q, rows.table, rows.start, rows.count)
+            x.reshape(-1, _CPU_ROWS, *x.shape[1:]) for x in (q, rows.table, rows.start, rows.count)
         ]
         out = jax.lax.map(lambda part: _xla(part[0], pages, PagedRows(*part[1:])), parts)
         return out.reshape(q.shape)

@@ -95,7 +95,7 @@ class Device:
       config: Settings of the engine, `config.rollout`.
       stats: Counters of the device's work.
       stops: Stop strings and end tokens of a turn.
-      pages: Pages of each lane, and of a prompt under the index `prompt`.
+      pages: Pages of each lane, and of a group's prompt.
       timeline: Recorder of the programs' durations; None: they are not measured.
     """
 
@@ -118,7 +118,6 @@ class Device:
             model, config, states=len(stops.next_state), running=stops.running
         )
         self._images = ImageCache(model.config, self.config, self._windows, self._encode)
-        self.prompt = self.config.lanes
         self.pages = PageTable(
             self.config.lanes + 1,
             programs.num_pages,

@@ -18,7 +18,7 @@ from mmsr1_jax.config import settings
 from mmsr1_jax.episodes.episode import Episode, Example
 from mmsr1_jax.episodes.rules import Rules
 from mmsr1_jax.episodes.turn_machine import Event, OnEvent
-from mmsr1_jax.rollout.scheduler import NextExamples, OnTokens
+from mmsr1_jax.rollout.active import NextExamples, OnTokens
 from mmsr1_jax.rollout.timeline import EngineTimeline
 
 # Seconds after which an engine that only waits for tools requests further examples: short compared

@@ -19,8 +19,9 @@ from mmsr1_jax.episodes.turn_machine import OnEvent
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.rollout import stop
+from mmsr1_jax.rollout.active import NextExamples, OnTokens
 from mmsr1_jax.rollout.device import Device, EngineStats
-from mmsr1_jax.rollout.scheduler import END_TOKENS, NextExamples, OnTokens, Scheduler
+from mmsr1_jax.rollout.scheduler import END_TOKENS, Scheduler
 from mmsr1_jax.rollout.timeline import EngineTimeline, Timeline
 from mmsr1_jax.tools import Tool
 from mmsr1_jax.tools.tool_executor import ToolExecutor

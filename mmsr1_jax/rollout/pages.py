@@ -44,6 +44,7 @@ class PageTable:
       to_device: Writes contents, one entry a page, to the pages with these indices.
 
     Attributes:
+      prompt: Holder of a group's prompt, the last one; the others are lanes.
       table: Device indices of the pages of each holder, int32[holders, pages]; 0 beyond them.
       offloaded: Holders whose pages are on the host, as far as no other holder needs them.
       num_offloaded: Number of pages moved to the host since the table was created.
@@ -58,7 +59,7 @@ class PageTable:
         to_host: Callable[[Sequence[int]], list[Contents]],
         to_device: Callable[[Sequence[int], list[Contents]], None],
     ):
-        self.page_size, self.num_pages = page_size, num_pages
+        self.page_size, self.num_pages, self.prompt = page_size, num_pages, holders - 1
         self._to_host, self._to_device = to_host, to_device
         self.table = np.zeros((holders, -(-max_tokens // page_size)), np.int32)
         self.num_offloaded = 0
@@ -155,7 +156,7 @@ class PageTable:
         """
         while not self.reserve(holder, tokens):
             youngest = next(other for other in self._by_age() if other not in self.offloaded)
-            if youngest == holder and self.num_active == 1:
+            if youngest == holder and self._num_active_lanes <= 1:
                 raise RuntimeError(
                     f"the KV cache of {self.num_pages} pages cannot hold {tokens} tokens"
                 )
@@ -166,13 +167,7 @@ class PageTable:
 
     def _by_age(self) -> list[int]:
         """Return the holders with pages, the youngest first; a prompt counts as the youngest."""
-        prompt = len(self.table) - 1
-        return sorted(reversed(self._order), key=lambda holder: holder != prompt)
-
-    @property
-    def num_active(self) -> int:
-        """Number of holders with pages that are not offloaded."""
-        return len(self._order) - len(self.offloaded)
+        return sorted(reversed(self._order), key=lambda holder: holder != self.prompt)
 
     def order(self, holder: int) -> int:
         """Return the position of a holder by age, 0 for the oldest."""
@@ -181,16 +176,35 @@ class PageTable:
     def restore_lanes(self) -> None:
         """Bring lanes back to the device, the oldest first, while there is room.
 
-        Each active holder keeps a free page in reserve, so that none is offloaded again at once.
+        Each active lane keeps a free page in reserve, so that none is offloaded again at once.
         """
-        prompt = len(self.table) - 1
-        for holder in [h for h in self._order if h in self.offloaded and h != prompt]:
-            if not self.has_room(self.missing(holder, 0)) or not self.restore(holder):
+        for holder in [h for h in self._order if h in self.offloaded and h != self.prompt]:
+            missing = self.missing(holder, 0)
+            prompt_active = self.prompt in self._order and self.prompt not in self.offloaded
+            if not self.has_room(missing) and prompt_active and not self._num_active_lanes:
+                self.offload(self.prompt)
+            if not self.has_room(missing) or not self.restore(holder):
                 return
 
+    def fits_prompt(self, tokens: int, *, held: bool) -> bool:
+        """Return whether a lane with a prompt of this many tokens may be admitted.
+
+        Args:
+          tokens: Number of tokens of the prompt.
+          held: Whether the prompt's pages exist already.
+        """
+        if self.offloaded - {self.prompt}:
+            return False  # their pages come first
+        missing = self.missing(self.prompt, 0) if held else self.count(tokens)
+        return self.has_room(missing + 1)  # and a page after it
+
     def has_room(self, pages: int) -> bool:
-        """Return whether so many pages are free beside one for each active holder."""
-        return self.num_active == 0 or pages + self.num_active <= self.num_free
+        """Return whether so many pages are free beside one for each active lane."""
+        return pages + self._num_active_lanes <= self.num_free
+
+    @property
+    def _num_active_lanes(self) -> int:
+        return sum(h not in self.offloaded and h != self.prompt for h in self._order)
 
     def offload(self, holder: int) -> None:
         """Move a holder's pages to the host, those excepted that an active holder needs."""

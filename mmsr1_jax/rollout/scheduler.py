@@ -18,22 +18,29 @@ If the KV cache is full, the youngest lanes move to host memory until there is r
 
 import collections
 import concurrent.futures
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
 
 from mmsr1_jax.config import Config, settings
 from mmsr1_jax.episodes import turns
-from mmsr1_jax.episodes.episode import Episode, Example, Segment
+from mmsr1_jax.episodes.episode import Episode, Segment
 from mmsr1_jax.episodes.rules import Rules
 from mmsr1_jax.episodes.turn_machine import OnEvent, Search, TurnMachine
 from mmsr1_jax.processing.processor import Processor, Prompt
 from mmsr1_jax.rollout import forcing
-from mmsr1_jax.rollout.active import NO_TOKENS, SAMPLED, ActiveEpisode, Group
-from mmsr1_jax.rollout.device import DecodeRow, Device, RunningDecode
+from mmsr1_jax.rollout.active import (
+    NO_TOKENS,
+    SAMPLED,
+    ActiveEpisode,
+    Group,
+    NextExamples,
+    OnTokens,
+    WaitingGroups,
+)
+from mmsr1_jax.rollout.device import Device, RunningDecode
 from mmsr1_jax.rollout.prefill import make_chunks
 from mmsr1_jax.rollout.sampler import Sampling
 from mmsr1_jax.rollout.stop import StopTable
@@ -42,14 +49,6 @@ from mmsr1_jax.tools import Tool
 from mmsr1_jax.tools.tool_executor import Call, ToolExecutor
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
-
-# Callback for newly sampled tokens, int32[n]: the next tokens of the episode's current turn. They
-# become part of the episode when the turn ends.
-OnTokens = Callable[[Episode, np.ndarray], None]
-
-# Source of examples: returns up to the given number of next examples with their indices, possibly
-# none for now. It is called in each round of the loop, and may raise an exception to end it.
-NextExamples = Callable[[int], list[tuple[int, Example]]]
 
 
 class Engine(Protocol):
@@ -97,9 +96,8 @@ class Scheduler:
     ):
         self._engine, self._device, self._rules = engine, engine.device, rules
         self._machine = TurnMachine(rules, engine.processor, on_event)
-        self._next_examples, self._poll_interval = next_examples, poll_interval
+        self._poll_interval, self._seed = poll_interval, sampling.seed
         self._on_tokens, self._timeline = on_tokens, timeline
-        self._group_size, self._seed = group_size, sampling.seed
         config = engine.config.rollout
         self._decode_batch_size = config.decode_batch_size
         self._decode_steps = config.decode_steps
@@ -111,9 +109,10 @@ class Scheduler:
                 top_p=sampling.top_p,
             )
         )
-        # Number of examples to prepare in advance: enough for all lanes, and one more.
-        self._num_prefetched = math.ceil(config.lanes / group_size) + 1
-        self._groups: collections.deque[Group] = collections.deque()
+        self._groups = WaitingGroups(
+            next_examples, group_size, config.lanes, rules.initial_prompt, engine.pool
+        )
+        self._has_room = True  # for the next prompt
         self._free_lanes = set(range(config.lanes))
         self._active: dict[int, ActiveEpisode] = {}  # by lane
         # Lanes that are ready to decode, in the order in which they became ready.
@@ -124,7 +123,7 @@ class Scheduler:
     def episodes(self) -> Iterator[Episode]:
         """Run the loop, and yield episodes as they end."""
         while True:
-            self._prefetch()
+            self._groups.prefetch()
             if not self._groups and not self._active:
                 return
             self._collect_replies(wait=self._must_wait_for_tools())
@@ -145,18 +144,13 @@ class Scheduler:
 
     # Admission
 
-    def _prefetch(self) -> None:
-        """Start preparing the prompts of the next examples in the pool."""
-        for index, example in self._next_examples(self._num_prefetched - len(self._groups)):
-            episodes = range(index * self._group_size, (index + 1) * self._group_size)
-            prompt = self._engine.pool.submit(self._rules.initial_prompt, example)
-            self._groups.append(Group(index, example, collections.deque(episodes), prompt))
-
     def _must_wait_for_tools(self) -> bool:
-        """Return whether all active episodes wait for tools and no other can be admitted."""
-        waiting = len(self._engine.tool_executor)
-        can_admit = bool(self._free_lanes and self._groups)
-        return waiting > 0 and waiting == len(self._active) and not can_admit
+        """Return whether nothing can be done before a tool replies."""
+        offloaded = self._device.pages.offloaded
+        ready = any(lane not in offloaded for lane in self._ready_lanes)
+        can_admit = bool(self._free_lanes and self._groups and self._has_room)
+        busy = ready or can_admit or self._running is not None or bool(self._unwritten())
+        return len(self._engine.tool_executor) > 0 and not busy
 
     def _admit(self) -> list[tuple[ActiveEpisode, tuple[int, int]]]:
         """Assign free lanes to episodes whose prompts fit into the cache, and pages to the prompts.
@@ -167,17 +161,18 @@ class Scheduler:
         """
         forked, pages = [], self._device.pages
         while self._groups and self._free_lanes:
-            group = self._groups[0]
+            group = self._groups.first()
             busy = self._ready_lanes or self._running or self._unwritten()
             if not group.prompt.done() and busy:
                 break  # other lanes have work to do in the meantime
             try:
                 prompt = group.prompt.result()
             except Exception as error:  # an unusable image or question
-                self._fail(self._groups.popleft(), error)
-                self._prefetch()
+                self._fail(group, error)
+                self._groups.pop()
                 continue
-            if not self._has_room(group, len(prompt.tokens)):
+            self._has_room = pages.fits_prompt(len(prompt.tokens), held=group.position > 0)
+            if not self._has_room:
                 break
             active = self._assign_lane(group, prompt)
             if group.position == 0:
@@ -185,29 +180,20 @@ class Scheduler:
                 group.position = active.position
                 pages.reserve(active.lane, len(prompt.tokens))
                 if group.waiting:
-                    pages.share(active.lane, self._device.prompt, len(prompt.tokens))
+                    pages.share(active.lane, pages.prompt, len(prompt.tokens))
             else:
-                if self._device.prompt in pages.offloaded:
-                    pages.restore(self._device.prompt)
-                copied = pages.fork(self._device.prompt, active.lane, len(prompt.tokens))
-                assert copied is not None  # `_has_room`
+                if pages.prompt in pages.offloaded:
+                    pages.restore(pages.prompt)
+                copied = pages.fork(pages.prompt, active.lane, len(prompt.tokens))
+                assert copied is not None  # `fits_prompt`
                 if group.hidden is None:
                     forked.append((active, copied))
                 else:  # before another lane takes the page that is copied
                     self._fork(active, copied)
             if not group.waiting:
-                pages.release(self._device.prompt)
-                self._groups.popleft()
-                self._prefetch()
+                pages.release(pages.prompt)
+                self._groups.pop()
         return forked
-
-    def _has_room(self, group: Group, tokens: int) -> bool:
-        """Return whether the cache has room for a group's prompt and a page after it."""
-        pages, prompt = self._device.pages, self._device.prompt
-        if pages.offloaded - {prompt}:
-            return False  # their pages come first
-        missing = pages.count(tokens) if group.position == 0 else pages.missing(prompt, 0)
-        return pages.has_room(missing + 1)
 
     def _assign_lane(self, group: Group, prompt: Prompt) -> ActiveEpisode:
         """Assign a free lane to the group's next episode."""
@@ -307,21 +293,10 @@ class Scheduler:
         for active in batch:
             self._ready_lanes.remove(active.lane)
         batch.sort(key=lambda active: active.length)  # see `paged_attention`
-        rows = [
-            DecodeRow(
-                lane=active.lane,
-                length=active.length,
-                stop_state=active.stop_state,
-                position=active.position,
-                episode=active.episode.index,
-                num_sampled=active.num_sampled,
-                budget=active.budget,
-            )
-            for active in batch
-        ]
         # Return once an eighth of the rows have stopped, so that their tools can start and other
         # lanes can take their place.
         leave_at = len(batch) - max(1, len(batch) // 8)
+        rows = [active.decode_row() for active in batch]
         running = self._device.start_decode(
             rows, self._sampling, seed=self._seed, leave_at=leave_at
         )
@@ -335,21 +310,17 @@ class Scheduler:
         output = self._device.finish_decode(running)
         finished = []
         for row, active in enumerate(batch):
-            n = int(output.count[row])
+            active.add_sampled(output, row)
+            new = active.sampled["tokens"][-1]
             if self._timeline is not None:
-                self._timeline.record_episode(active.lane, DECODE, running.start, active.episode, n)
-            for name in SAMPLED:
-                active.sampled[name].append(getattr(output, name)[row, :n])
-            active.position += n
-            active.length += n
-            active.num_sampled += n
-            active.budget -= n
-            active.stop_state = int(output.stop_state[row])
+                self._timeline.record_episode(
+                    active.lane, DECODE, running.start, active.episode, len(new)
+                )
             if active.budget > 0 and active.stop_state < self._engine.stops.running:
                 self._ready_lanes.append(active.lane)
             else:
                 finished.append(active)
-            self._on_tokens(active.episode, active.sampled["tokens"][-1])
+            self._on_tokens(active.episode, new)
         return finished
 
     def _end_turn(self, active: ActiveEpisode) -> None:

@@ -183,3 +183,21 @@ def test_random_operations_keep_contents(memory, seed):
     for holder in list(expected):
         table.release(holder)
     assert table.num_free == PAGES
+
+
+def test_a_prompt_leaves_the_device_if_only_offloaded_lanes_remain(memory):
+    """Else neither could ever continue."""
+    table = memory.table
+    memory.fill(1, 8 * SIZE, 2)
+    table.offload(1)
+    memory.fill(0, 5 * SIZE, 1)
+    table.share(0, PROMPT, 5 * SIZE)
+    table.restore_lanes()
+    assert table.offloaded == {1}
+    table.release(0)
+    table.restore_lanes()
+    assert table.offloaded == {PROMPT} and memory.values(1) == [2] * 8
+    assert not table.fits_prompt(5 * SIZE, held=True)
+    table.release(1)
+    assert table.fits_prompt(5 * SIZE, held=True)
+    assert table.restore(PROMPT) and memory.values(PROMPT) == [1] * 5
