@@ -121,7 +121,7 @@ def cached_attention(
         return _cached_rows(q, k, v, layer, lane, start, count)
 
     rows, B = (q, lane, start, count), q.shape[0]
-    if jax.default_backend() == "cpu" and B > _CPU_ROWS and B % _CPU_ROWS == 0:
+    if sharding.platform() == "cpu" and B > _CPU_ROWS and B % _CPU_ROWS == 0:
         parts = [x.reshape(-1, _CPU_ROWS, *x.shape[1:]) for x in rows]
         return jax.lax.map(attend, parts).reshape(q.shape)
     return attend(rows)
@@ -183,7 +183,7 @@ def choose(implementation: str, keys: int, dtype: DTypeLike, single_segment: boo
         )
     if implementation != "auto":
         return implementation
-    platform = jax.default_backend()
+    platform = sharding.platform()
     half = dtype in (jnp.bfloat16, jnp.float16)
     if keys <= _MAX_XLA_KEYS:
         return "xla"
@@ -221,7 +221,7 @@ def _xla(q, k, v, segment_ids, causal: bool):
     B, N, T, _ = q.shape
     large = 4 * N * T * T >= 2**20
     mesh = jax.sharding.get_abstract_mesh()
-    if B > 1 and large and jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1):
+    if B > 1 and large and sharding.platform() == "cpu" and (mesh.empty or mesh.size == 1):
         out = jax.lax.map(lambda row: _row_attention(*row, causal), (q, k, v, segment_ids))
     else:
         out = jax.vmap(functools.partial(_row_attention, causal=causal))(q, k, v, segment_ids)

@@ -91,6 +91,16 @@ def mesh_axis_size(name: str) -> int:
     return int(np.prod([mesh.shape.get(a, 1) for a in _mesh_axes(name)]))
 
 
+def platform() -> str:
+    """Return the platform that a function is traced for: `cpu`, `gpu` or `tpu`.
+
+    It is that of the mesh set by `jax.set_mesh`, whose devices may exist on another machine only
+    (`mmsr1 plan`), or that of the default backend without a mesh.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def param(
     rngs: nnx.Rngs,
     shape: Sequence[int],
