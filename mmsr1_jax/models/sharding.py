@@ -134,6 +134,28 @@ def param_shardings(params: Tree, mesh: Mesh) -> Tree:
     )
 
 
+def abstract_params(params: Tree, mesh: Mesh) -> Tree:
+    """Return abstract parameters that have the shardings of the table, for lowering a program.
+
+    Args:
+      params: Pytree of `nnx.Param` with logical axes, concrete or abstract.
+      mesh: Mesh for the parameters; its devices need not exist on this machine.
+    """
+    return with_shardings(params, param_shardings(params, mesh))
+
+
+def with_shardings(tree: Tree, shardings: Any) -> Tree:
+    """Return the abstract arrays of a pytree with shardings, a pytree of the same structure."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
+
+
+def is_abstract(tree: Any) -> bool:
+    """Return whether a pytree contains abstract arrays."""
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
+
+
 def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
     """Put a pytree of host arrays on the mesh, with rows (dimension 0) split over the batch axes.
 

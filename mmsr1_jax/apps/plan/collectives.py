@@ -10,6 +10,11 @@ _COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
     "collective-permute", "collective-broadcast",
 )  # fmt: skip
+_LISTED = re.compile(r"\breplica_groups=\{\{([\d,]*)\}")
+_SHAPED = re.compile(r"\breplica_groups=\[\d+,(\d+)\]")
+_MESH = re.compile(r"\breplica_groups=mesh\[([^\[\]]*)\][^\[\]{}]*\{([^{}]*)\}")
+_SIZE = re.compile(r"'([^']*)'=(\d+)")
+_AXIS = re.compile(r"'([^']*)'(?::\(\d+\)(\d+))?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +63,12 @@ def group_size(attributes: str) -> int:
     The groups are written as lists (`{{0,1},{2,3}}`), as the shape of an array of devices
     (`[2,4]<=[8]`: two groups of four) or as axes of a mesh (`mesh['a'=2,'b'=4] {'b'}`).
     """
-    if match := re.search(r"\breplica_groups=\{\{([\d,]*)\}", attributes):
+    if match := _LISTED.search(attributes):
         return len(match.group(1).split(","))
-    if match := re.search(r"\breplica_groups=\[\d+,(\d+)\]", attributes):
+    if match := _SHAPED.search(attributes):
         return int(match.group(1))
-    if match := re.search(r"\breplica_groups=@?\w*\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", match.group(1))}
-        axes = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", match.group(2))
+    if match := _MESH.search(attributes):
+        sizes = {name: int(size) for name, size in _SIZE.findall(match.group(1))}
+        axes = _AXIS.findall(match.group(2))
         return math.prod(int(part) if part else sizes[name] for name, part in axes)
     return 0

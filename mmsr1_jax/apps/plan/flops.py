@@ -5,6 +5,12 @@ import re
 
 from mmsr1_jax.apps.plan.hlo import Computation, Module, Op
 
+_CONTRACTED = re.compile(r"\blhs_contracting_dims=\{([\d,]*)\}")
+_CUBLAS_CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[([^\[\]]*)\]')
+_LABELS = re.compile(r"\bdim_labels=([a-z0-9]+)_([a-z0-9]+)->([a-z0-9]+)")
+_WINDOW = re.compile(r"\bwindow=\{([^{}]*)\}")
+_BATCH_GROUPS = re.compile(r"\bbatch_group_count=(\d+)")
+
 
 def fusion_flops(module: Module, name: str) -> float:
     """Return the FLOPs of all matrix products in a computation and in the fusions that it calls."""
@@ -21,12 +27,12 @@ def op_flops(module: Module, computation: Computation, op: Op) -> float:
     if op.opcode == "fusion":
         return fusion_flops(module, op.computation("calls"))
     if op.opcode == "dot":
-        contracted = _integers(op.find(r"\blhs_contracting_dims=\{([\d,]*)\}"))
+        contracted = _integers(op.find(_CONTRACTED))
         return _product_flops(computation, op, contracted)
     if op.opcode == "convolution":
         return _convolution_flops(computation, op)
     if op.opcode == "custom-call" and "__cublas$" in op.attributes:
-        dims = op.find(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
+        dims = op.find(_CUBLAS_CONTRACTED)
         return _product_flops(computation, op, _integers((dims or "").replace('"', "")))
     return 0.0
 
@@ -42,12 +48,12 @@ def _convolution_flops(computation: Computation, op: Op) -> float:
     On a TPU, matrix products with several or with batch dimensions are convolutions whose window
     lies mostly in the padding.
     """
-    labels = re.search(r"\bdim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
+    labels = _LABELS.search(op.attributes)
     if not labels:
         return 0.0
     left, right = (computation.ops[name].result[0] for name in op.operands[:2])
     inputs, kernel, output = labels.groups()
-    window = _window(op.find(r"\bwindow=\{([^}]*)\}") or "")
+    window = _window(op.find(_WINDOW) or "")
     products = 1
     for index, dimension in enumerate(d for d in kernel if d.isdigit()):
         products *= _valid_products(
@@ -61,14 +67,15 @@ def _convolution_flops(computation: Computation, op: Op) -> float:
         )
     # `feature_group_count` divides the kernel's input features already.
     batch = op.result[0].shape[output.index("b")] * op.result[0].shape[output.index("f")]
-    groups = int(op.find(r"\bbatch_group_count=(\d+)") or 1)
+    groups = int(op.find(_BATCH_GROUPS) or 1)
     return 2.0 * batch * right.shape[kernel.index("i")] * products / groups
 
 
 def _window(text: str) -> dict[str, dict[int, int]]:
     """Return the fields of a window; of `pad=LOW_HIGH`, the low padding of each dimension."""
     fields = {}
-    for name, values in re.findall(r"(\w+)=(\S+)", text):
+    for field in text.split():
+        name, _, values = field.partition("=")
         numbers = [int(value.split("_")[0]) for value in values.split("x")]
         fields[name] = dict(enumerate(numbers))
     return fields

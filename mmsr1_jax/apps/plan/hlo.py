@@ -22,11 +22,13 @@ _ELEMENT_BYTES = {
     **{f"f8{kind}": 1.0 for kind in ("e3m4", "e4m3", "e4m3fn", "e4m3b11fnuz", "e4m3fnuz")},
     **{f"f8{kind}": 1.0 for kind in ("e5m2", "e5m2fnuz", "e8m0fnu")},
 }
-_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,<=]*)\](?:\{([^}]*)\})?")
+_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,<=]*)\](?:\{([^{}]*)\})?")
+_LONGEST_NAME = 1000  # characters
 _SPACE = re.compile(r"S\((\d+)\)")
 _OP = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)", re.DOTALL)
-_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _NAME = re.compile(r"%([\w.\-]+)")
+_OP_NAME = re.compile(r'\bop_name="([^"]*)"')
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^{}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Op:
     @property
     def op_name(self) -> str:
         """Path of the operation in the traced function, or the instruction's name without one."""
-        return self.find(r'\bop_name="([^"]*)"') or self.name
+        return self.find(_OP_NAME) or self.name
 
     @property
     def memory_bytes(self) -> float:
@@ -95,18 +97,20 @@ class Op:
         """Bytes of the result in whatever memory."""
         return sum(array.bytes for array in self.result)
 
-    def find(self, pattern: str) -> str | None:
+    def find(self, pattern: re.Pattern[str]) -> str | None:
         """Return the first group of a regular expression in the attributes, or None."""
-        match = re.search(pattern, self.attributes)
+        match = pattern.search(self.attributes)
         return match and match.group(1)
 
     def computation(self, attribute: str) -> str:
         """Return the computation that an attribute such as `body` names; empty if it has none."""
-        return self.find(rf"\b{attribute}=%?([\w.\-]+)") or ""
+        _, found, rest = self.attributes.partition(f" {attribute}=%")
+        match = _NAME.match(f"%{rest[:_LONGEST_NAME]}") if found else None
+        return match.group(1) if match else ""
 
     def branches(self) -> list[str]:
         """Return the computations of a `conditional`, in the order of their index."""
-        if names := self.find(r"\bbranch_computations=\{([^}]*)\}"):
+        if names := self.find(_BRANCHES):
             return _NAME.findall(names)
         # Index 0 of a predicate's two branches is `false`.
         return [self.computation("false_computation"), self.computation("true_computation")]
@@ -142,9 +146,9 @@ def read(text: str) -> Module:
     computations: dict[str, Computation] = {}
     name, root, entry, ops = "", "", "", {}
     for line in _logical_lines(text):
-        if header := _HEADER.fullmatch(line):
-            name, root, ops = header.group(2), "", {}
-            entry = name if header.group(1) else entry
+        if _is_header(line):
+            name, root, ops = line.removeprefix("ENTRY ").split()[0].lstrip("%"), "", {}
+            entry = name if line.startswith("ENTRY ") else entry
         elif match := _OP.fullmatch(line):
             op = _parse_op(match.group(2), match.group(3))
             ops[op.name] = op
@@ -168,12 +172,17 @@ def arrays(text: str) -> tuple[Array, ...]:
     return tuple(found)
 
 
+def _is_header(line: str) -> bool:
+    """Return whether a line begins a computation: `[ENTRY ]%NAME (PARAMETERS) -> TYPE {`."""
+    return line.endswith("{") and " -> " in line and not line[0].isspace()
+
+
 def _logical_lines(text: str) -> Iterator[str]:
     """Yield headers, instructions and closing braces; an instruction may span several lines."""
     instruction = ""
     for line in text.splitlines():
         closes = line == "}" or line.startswith("}, execution_thread=")
-        if closes or _HEADER.fullmatch(line) or _OP.match(line):
+        if closes or _is_header(line) or _OP.match(line):
             if instruction:
                 yield instruction
             instruction = line if _OP.match(line) else ""

@@ -75,6 +75,7 @@ CHIPS = {
         ),
     )
 }  # fmt: skip
+_SHAPE = re.compile(r"[1-9]\d*(x[1-9]\d*)+")
 _EXTRAS = {"tpu": "tpu", "gpu": "cuda"}
 _H100 = pathlib.Path(__file__).with_name("h100.txtpb")
 
@@ -106,7 +107,7 @@ def make_target(name: str) -> Target:
       UserError: The name is not that of a target, or the compiler for it is not installed.
     """
     kind, _, shape = name.partition(":")
-    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
+    if kind not in CHIPS or not _SHAPE.fullmatch(shape):
         raise UserError(
             f"--topology={name}: must be a chip and a shape, such as v5p:2x2x2 or h100:1x8 "
             f"(hosts x GPUs); chips are {', '.join(CHIPS)}"

@@ -22,10 +22,10 @@ collectives. These are estimates for comparing programs and for finding copies, 
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from mmsr1_jax.apps.plan import collectives, flops, hlo
-from mmsr1_jax.apps.plan.hlo import Computation, Op
+from mmsr1_jax.apps.plan.hlo import Array, Computation, Op
 
 # Instructions that move nothing. The end of an asynchronous operation is counted at its start.
 _FREE = frozenset([
@@ -41,6 +41,11 @@ _KERNELS = re.compile(
     r'custom_call_target="(tpu_custom_call|mosaic_gpu\w*|__gpu\$xla\.gpu\.triton|triton_kernel_call'
     r'|__cudnn\$[^"]*)"'
 )
+_TARGET = re.compile(r'\bcustom_call_target="([^"]*)"')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_ESTIMATE = re.compile(r'"cost_estimate":\{([^{}]*)\}')
+_STATED = re.compile(r'"(\w+)":"?(\d+)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +54,10 @@ class KernelCost:
 
     bytes: float
     flops: float = 0.0
+
+
+# Cost of a kernel, fixed or as a function of its path and of the types of its operands.
+Kernel = KernelCost | Callable[[str, Sequence[Array]], KernelCost]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +142,7 @@ def measure(
     text: str,
     *,
     trips: Mapping[str, float] | None = None,
-    kernels: Mapping[str, KernelCost] | None = None,
+    kernels: Mapping[str, Kernel] | None = None,
     branches: Mapping[str, Sequence[float]] | None = None,
 ) -> Traffic:
     """Return the costs of a compiled program.
@@ -187,7 +196,7 @@ class _Walk:
         self,
         module: hlo.Module,
         trips: Mapping[str, float],
-        kernels: Mapping[str, KernelCost],
+        kernels: Mapping[str, Kernel],
         branches: Mapping[str, Sequence[float]],
     ):
         self.module, self.trips, self.kernels, self.fractions = module, trips, kernels, branches
@@ -220,7 +229,7 @@ class _Walk:
 
     def _trip_count(self, op: Op) -> float:
         """Return the trip count of a loop: the compiler's, else the given one, else 1."""
-        if known := op.find(r"known_trip_count[^0-9}]*(\d+)"):
+        if known := op.find(_TRIPS):
             return float(known)
         if counted := _counted_trips(self.module.computations[op.computation("condition")]):
             return float(counted)
@@ -251,7 +260,7 @@ class _Walk:
         self.taken |= {**branch.taken, op.name: index}
 
     def _add(self, computation: Computation, op: Op, runs: float) -> None:
-        target = op.find(r'custom_call_target="([^"]*)"') or ""
+        target = op.find(_TARGET) or ""
         if target in _FREE_TARGETS:
             return
         read, written = self._bytes(computation, op)
@@ -261,9 +270,9 @@ class _Walk:
             kind, links = "collective", collective.received
         elif op.opcode == "custom-call" and _KERNELS.search(op.attributes):
             kind = "kernel"
-            if cost := self._kernel_cost(op):
+            if cost := self._kernel_cost(computation, op):
                 read, written, work = cost.bytes, 0.0, cost.flops
-        cycles = float(op.find(r'"estimated_cycles":"(\d+)"') or 0)
+        cycles = float(op.find(_CYCLES) or 0)
         if read or written or links or work or cycles:
             self.instructions.append(
                 Instruction(
@@ -273,14 +282,16 @@ class _Walk:
                 )
             )  # fmt: skip
 
-    def _kernel_cost(self, op: Op) -> KernelCost | None:
+    def _kernel_cost(self, computation: Computation, op: Op) -> KernelCost | None:
         """Return the given cost of a kernel, else its own estimate, else None."""
         path = f"{op.op_name} {op.name}"
         for part, cost in self.kernels.items():
             if part in path:
-                return cost
-        estimate = op.find(r'"cost_estimate":\{([^}]*)\}') or ""
-        stated = {name: float(value) for name, value in re.findall(r'"(\w+)":"?(\d+)', estimate)}
+                if isinstance(cost, KernelCost):
+                    return cost
+                return cost(path, [a for name in op.operands for a in computation.ops[name].result])
+        estimate = op.find(_ESTIMATE) or ""
+        stated = {name: float(value) for name, value in _STATED.findall(estimate)}
         if stated.get("bytes_accessed"):
             return KernelCost(stated["bytes_accessed"], stated.get("flops", 0.0))
         return None
