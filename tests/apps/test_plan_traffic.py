@@ -39,6 +39,22 @@ def test_a_scan_counts_its_body_once_per_layer():
     assert (taken.read, taken.written) == (4 * 128 * 128 + 4, 4 * 128 * 128)
 
 
+def test_a_loop_that_counts_is_counted_where_the_compiler_does_not_state_it():
+    def loop(x):
+        def step(state):
+            return state[0] + 3, jnp.sin(state[1]) + state[1][::-1]
+
+        return jax.lax.while_loop(lambda state: state[0] < 20, step, (jnp.int32(2), x))
+
+    text = jax.jit(loop).lower(array(1000)).compile().as_text()
+    assert text.count("known_trip_count") == 1
+    silent = text.replace('"known_trip_count":{"n":"6"}', '"other":{}')
+    assert "known_trip_count" not in silent
+    for program in map(traffic.measure, (text, silent)):
+        (body,) = [i for i in program.instructions if i.bytes > 7000 and "body/add" in i.where]
+        assert body.runs == 6  # at 2, 5, .., 17
+
+
 def test_an_update_in_place_counts_the_update_only():
     def update(cache, new, index):
         return jax.lax.dynamic_update_slice(cache, new, (index, 0))
@@ -114,8 +130,8 @@ def test_products_with_padding_do_not_count_in_convolutions():
     assert program.flops == 2 * (2 * 4 * 3) * (5 * 3 - 1)
 
 
-# Lines of programs for a TPU: a loop whose body copies to on-chip memory, multiplies by weights
-# there, and calls a kernel, then a reduce-scatter in the form of a fusion.
+# Lines of programs for a TPU: a loop that counts in twos and whose body copies to on-chip memory,
+# multiplies by weights there, and calls a kernel; then a reduce-scatter in the form of a fusion.
 TPU = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(s32[])->s32[]}
 
 FileNames
@@ -141,7 +157,7 @@ FileNames
 }
 
 %condition (arguments: (s32[], bf16[48,3584])) -> pred[] {
-  %limit = s32[]{:T(128)} constant(28)
+  %limit = s32[]{:T(128)} constant(56)
   %arguments = (s32[]{:T(128)}, bf16[48,3584]{1,0:T(8,128)(2,1)}) parameter(0)
   %index = s32[]{:T(128)} get-tuple-element(%arguments), index=0
   ROOT %less = pred[]{:T(512)} compare(%index, %limit), direction=LT
@@ -149,6 +165,9 @@ FileNames
 
 %body (arguments.1: (s32[], bf16[48,3584], bf16[3584,512], bf16[48,512])) -> (s32[], bf16[48,3584], bf16[3584,512], bf16[48,512]) {
   %arguments.1 = (s32[]{:T(128)}, bf16[48,3584]{1,0:T(8,128)(2,1)}, bf16[3584,512]{1,0:T(8,128)(2,1)}, /*index=3*/bf16[48,512]{1,0:T(8,128)(2,1)}) parameter(0)
+  %index.1 = s32[]{:T(128)} get-tuple-element(%arguments.1), index=0
+  %two = s32[]{:T(128)} constant(2)
+  %next = s32[]{:T(128)} add(%index.1, %two)
   %x.1 = bf16[48,3584]{1,0:T(8,128)(2,1)} get-tuple-element(%arguments.1), index=1
   %weights = bf16[3584,512]{1,0:T(8,128)(2,1)} get-tuple-element(%arguments.1), index=2
   %copy-start = (bf16[3584,512]{1,0:T(8,128)(2,1)S(1)}, bf16[3584,512]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%weights)
@@ -157,12 +176,16 @@ FileNames
   %kernel.1 = bf16[48,512]{1,0:T(8,128)(2,1)} custom-call(%fusion.1), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 
 }}, metadata={op_name="jit(step)/while/body/decode/pallas_call"}, backend_config={"custom_call_config":{"body":"TUxJ==","cost_estimate":{"flops":"900","transcendentals":"10","bytes_accessed":"123456"}}}
-  ROOT %tuple.1 = (s32[]{:T(128)}, bf16[48,3584]{1,0:T(8,128)(2,1)}, bf16[3584,512]{1,0:T(8,128)(2,1)}, bf16[48,512]{1,0:T(8,128)(2,1)}) tuple(%arguments.1, %x.1, %weights, %kernel.1)
+  ROOT %tuple.1 = (s32[]{:T(128)}, bf16[48,3584]{1,0:T(8,128)(2,1)}, bf16[3584,512]{1,0:T(8,128)(2,1)}, bf16[48,512]{1,0:T(8,128)(2,1)}) tuple(%next, %x.1, %weights, %kernel.1)
 }
 
-ENTRY %main (start: (s32[], bf16[48,3584], bf16[3584,512], bf16[48,512]), y: f32[48,512]) -> f32[12,512] {
-  %start = (s32[]{:T(128)}, bf16[48,3584]{1,0:T(8,128)(2,1)}, bf16[3584,512]{1,0:T(8,128)(2,1)}, bf16[48,512]{1,0:T(8,128)(2,1)}) parameter(0)
-  %y.1 = f32[48,512]{1,0:T(8,128)} parameter(1)
+ENTRY %main (x: bf16[48,3584], w: bf16[3584,512], z: bf16[48,512], y: f32[48,512]) -> f32[12,512] {
+  %zero.1 = s32[]{:T(128)} constant(0)
+  %x.2 = bf16[48,3584]{1,0:T(8,128)(2,1)} parameter(0)
+  %w.1 = bf16[3584,512]{1,0:T(8,128)(2,1)} parameter(1)
+  %z.1 = bf16[48,512]{1,0:T(8,128)(2,1)} parameter(2)
+  %y.1 = f32[48,512]{1,0:T(8,128)} parameter(3)
+  %start = (s32[]{:T(128)}, bf16[48,3584]{1,0:T(8,128)(2,1)}, bf16[3584,512]{1,0:T(8,128)(2,1)}, bf16[48,512]{1,0:T(8,128)(2,1)}) tuple(%zero.1, %x.2, %w.1, %z.1)
   %while.1 = (s32[]{:T(128)}, bf16[48,3584]{1,0:T(8,128)(2,1)}, bf16[3584,512]{1,0:T(8,128)(2,1)}, bf16[48,512]{1,0:T(8,128)(2,1)}) while(%start), condition=%condition, body=%body
   ROOT %fusion.2 = f32[12,512]{1,0:T(8,128)} fusion(%y.1), kind=kCustom, calls=%all-reduce-scatter
 }
@@ -173,7 +196,7 @@ def test_a_tpu_program_counts_main_memory_cycles_and_kernels_as_they_state():
     program = traffic.measure(TPU)
     by_name = {i.name: i for i in program.instructions}
     weights, x, y = 2 * 3584 * 512, 2 * 48 * 3584, 2 * 48 * 512
-    assert {i.runs for name, i in by_name.items() if name != "fusion.2"} == {28}
+    assert {by_name[name].runs for name in ("copy-start", "fusion.1", "kernel.1")} == {28}
     assert by_name["copy-start"].bytes == weights  # read; written to on-chip memory
     assert by_name["fusion.1"].bytes == x + y  # the weights are on the chip already
     assert by_name["fusion.1"].flops == 2 * 48 * 3584 * 512

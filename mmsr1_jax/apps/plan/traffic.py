@@ -24,7 +24,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from mmsr1_jax.apps.plan import collectives, flops, hlo
+from mmsr1_jax.apps.plan import collectives, flops, hlo, loops
 from mmsr1_jax.apps.plan.hlo import Array, Computation, Op
 
 # Instructions that move nothing. The end of an asynchronous operation is counted at its start.
@@ -43,7 +43,6 @@ _KERNELS = re.compile(
 )
 _TARGET = re.compile(r'\bcustom_call_target="([^"]*)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ESTIMATE = re.compile(r'"cost_estimate":\{([^{}]*)\}')
 _STATED = re.compile(r'"(\w+)":"?(\d+)')
 
@@ -217,7 +216,7 @@ class _Walk:
         computation = self.module.computations[name]
         for op in computation.ops.values():
             if op.opcode == "while":
-                self.computation(op.computation("body"), runs * self._trip_count(op))
+                self.computation(op.computation("body"), runs * self._trip_count(computation, op))
             elif op.opcode == "conditional":
                 self._conditional(op, runs)
             elif op.opcode == "call":
@@ -227,11 +226,9 @@ class _Walk:
             elif not (op.opcode in _FREE or op.opcode.endswith(("-done", "-update"))):
                 self._add(computation, op, runs)
 
-    def _trip_count(self, op: Op) -> float:
+    def _trip_count(self, computation: Computation, op: Op) -> float:
         """Return the trip count of a loop: the compiler's, else the given one, else 1."""
-        if known := op.find(_TRIPS):
-            return float(known)
-        if counted := _counted_trips(self.module.computations[op.computation("condition")]):
+        if counted := loops.trip_count(self.module, computation, op):
             return float(counted)
         path = f"{op.op_name} {op.name}"
         for part, count in self.trips.items():
@@ -371,12 +368,3 @@ class _Walk:
                 whole = 0.0 if len(roots) > 1 else whole
             written += whole
         return written
-
-
-def _counted_trips(condition: Computation) -> int | None:
-    """Return the bound of a condition `i < constant`, for a loop that counts from 0; else None."""
-    root = condition.ops[condition.root]
-    if root.opcode != "compare" or "direction=LT" not in root.attributes:
-        return None
-    bound = condition.ops.get(root.operands[-1])
-    return int(bound.literal) if bound and bound.opcode == "constant" else None
