@@ -1,12 +1,12 @@
-"""Predict memory and time of a run on accelerators that are not there, by compiling its programs.
+"""Predict memory and time of updates on absent accelerators, by compiling their programs.
 
     mmsr1 plan --config=FILE --topology=v5p:2x2x2 [--model=NAME|DIR] [--programs=gradient,..] \\
         [--json] [--cache=DIR]
 
-TARGET is a TPU slice (v5e, v5p, v6e and its shape) or GPUs (h100:1x8, h200:4x8: hosts x GPUs). Its
-compiler is installed by the extra `tpu` or `cuda`; no device is needed. The model is one of the
-released ones, such as qwen2.5-vl-7b, or a directory, of which only `config.json` is read; without
---model it is `config.run.model`.
+The target is a TPU slice (v5e, v5p or v6e and its shape) or GPUs (h100:1x8, h200:4x8: hosts x
+GPUs). Its compiler is installed by the extra `tpu` or `cuda`; no device is needed. The model is one
+of the released ones, such as qwen2.5-vl-7b, or a directory, of which only `config.json` is read;
+without --model it is `config.run.model`.
 
 Prints what each program holds, moves and computes beside what it needs, a lower bound and an
 estimate of its time; then the memory of each phase of a step with a verdict, and the setting to

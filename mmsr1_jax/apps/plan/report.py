@@ -144,8 +144,8 @@ def _product_line(product: Calibration, target: Target) -> str:
     size = "A bare product of bfloat16[8192, 8192] matrices"
     if not product.cycles:
         return (
-            f"{size} is estimated at {product.seconds * 1e3:.2f} ms, the peak, since the compiler "
-            "for GPUs states no cycles: estimates are lower bounds for the programs as compiled."
+            f"{size} is estimated at {product.seconds * 1e3:.2f} ms: the compiler for GPUs states "
+            "no cycles, so all products are assumed to reach the peak."
         )
     return (
         f"{size} is estimated at {product.seconds * 1e3:.2f} ms: {product.cycles / 1e6:.2f} M "
