@@ -22,7 +22,9 @@ from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.utils import logs, shutdown
 
 COMMANDS = ("train", "sft", "evaluate", "infer", "score", "curate", "report", "serve")
-SCRIPTS = ("index", "merge", "cache", "settings", "reward", "random_policy", "tiny_world", "demo")
+SCRIPTS = (
+    "index", "merge", "cache", "settings", "plan", "reward", "random_policy", "tiny_world", "demo",
+)  # fmt: skip
 DEFAULT_CONFIG = pathlib.Path(settings.__file__)  # used without --config
 _PACKAGE = pathlib.Path(__file__).parent
 # In an installed package, and in a checkout.

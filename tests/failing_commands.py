@@ -45,6 +45,9 @@ CALLS: dict[str, tuple[str, Sequence[str]]] = {
     ),
     "cache": ("mmsr1_jax.tools.redis_cache:open_cache", ("info", "{file}")),
     "settings": ("inspect:getdoc", ()),
+    "plan": (
+        "mmsr1_jax.apps.plan.targets:make_target", ("--config=tiny", "--topology=v5p:2x2x2"),
+    ),
     "reward": (
         "mmsr1_jax.utils.outputs:new_file", ("--episodes={file}", "--out={}/out.jsonl"),
     ),

@@ -1,4 +1,4 @@
-"""Web applications: the report of a run, and the demo server.
+"""Applications: the report of a run, the demo server, and plans for accelerators.
 
-Used only by the commands `report` and `serve`.
+Used only by the commands `report`, `serve` and `plan`.
 """

@@ -85,17 +85,20 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
 
 
-def platform() -> str:
-    """Return the platform to compile for: of the current mesh, else of the default backend."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
 def mesh_axis_size(name: str) -> int:
     """Return the size of a logical axis's mesh axes in the current mesh (1 without a mesh)."""
     mesh = jax.sharding.get_abstract_mesh()
     return int(np.prod([mesh.shape.get(a, 1) for a in _mesh_axes(name)]))
+
+
+def platform() -> str:
+    """Return the platform that a function is traced for: `cpu`, `gpu` or `tpu`.
+
+    It is that of the mesh set by `jax.set_mesh`, whose devices may exist on another machine only
+    (`mmsr1 plan`), or that of the default backend without a mesh.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def param(
@@ -129,6 +132,28 @@ def param_shardings(params: Tree, mesh: Mesh) -> Tree:
         params,
         is_leaf=lambda x: isinstance(x, nnx.Variable),
     )
+
+
+def abstract_params(params: Tree, mesh: Mesh) -> Tree:
+    """Return abstract parameters that have the shardings of the table, for lowering a program.
+
+    Args:
+      params: Pytree of `nnx.Param` with logical axes, concrete or abstract.
+      mesh: Mesh for the parameters; its devices need not exist on this machine.
+    """
+    return with_shardings(params, param_shardings(params, mesh))
+
+
+def with_shardings(tree: Tree, shardings: Any) -> Tree:
+    """Return the abstract arrays of a pytree with shardings, a pytree of the same structure."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
+
+
+def is_abstract(tree: Any) -> bool:
+    """Return whether a pytree contains abstract arrays."""
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
 
 
 def shard_batch(batch: Tree, mesh: Mesh) -> Tree:

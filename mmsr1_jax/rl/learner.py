@@ -34,6 +34,9 @@ LossFunction = Callable[[jax.Array, jax.Array, TrainBatch], tuple[jax.Array, dic
 class Learner:
     """Policy parameters, optimiser state, and the jitted functions that update them.
 
+    With an abstract model (`sharding.abstract_params`), all state is abstract, and only `lower` can
+    be called.
+
     Args:
       model: Policy; the first step donates its parameters. With LoRA, adapters are attached to it.
       loss: Loss function, see `LossFunction`.
@@ -109,6 +112,9 @@ class Learner:
         self._copy = jax.jit(
             lambda p: jax.tree.map(lambda x: x.astype(dtype).copy(), p), out_shardings=trained
         )
+        if sharding.is_abstract(self.trained):
+            state = jax.eval_shape(self._transform.init, self.trained)
+            return sharding.with_shardings(state, optimizer)
         return jax.jit(self._transform.init, out_shardings=optimizer)(self.trained)
 
     @property
@@ -183,12 +189,28 @@ class Learner:
             )
         return {name: float(x) for name, x in jax.device_get(total | metrics).items()}
 
-    def lower(self, batch: TrainBatch) -> jax.stages.Lowered:
-        """Return the lowered gradient computation for such a batch, for inspection."""
+    def lower(self, program: str, batch: TrainBatch) -> jax.stages.Lowered:
+        """Return a lowered program, for inspection.
+
+        Args:
+          program: `score` (log-probs of a micro-batch), `gradient` (of a micro-batch, added to the
+            sum so far) or `step` (the optimiser step).
+          batch: Micro-batch of host arrays, or of abstract arrays with shardings.
+        """
+        trained, frozen, scalar = self.trained, self.frozen, np.float32(0)
+        gradients = jax.tree.map(
+            lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), trained
+        )
+        if not sharding.is_abstract(batch):
+            batch = self.shard_batch(batch)
+        functions = {
+            "score": (self._logprobs, (trained, frozen, batch)),
+            "gradient": (self._accumulate, (trained, frozen, gradients, batch)),
+            "step": (self._apply, (trained, self.optimizer, gradients, scalar, scalar)),
+        }
+        function, arguments = functions[program]
         with self._mesh_and_precision():
-            return self._accumulate.lower(
-                self.trained, self.frozen, self._zeros(self.trained), self.shard_batch(batch)
-            )
+            return function.lower(*arguments)
 
     def _mesh_and_precision(self) -> contextlib.ExitStack:
         """Return a context that sets the mesh and, in float32, the highest matmul precision."""

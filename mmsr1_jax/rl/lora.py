@@ -29,7 +29,7 @@ from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL, checkpoint
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
 from mmsr1_jax.models.qwen2_5_vl.layers import Adapter, Linear
 from mmsr1_jax.models.qwen2_5_vl.tensors import Layout, Tensor
-from mmsr1_jax.models.sharding import param_shardings
+from mmsr1_jax.models.sharding import abstract_params, is_abstract, param_shardings
 from mmsr1_jax.rl import adapter_files
 from mmsr1_jax.rl.adapter_files import CONFIG, WEIGHTS, AdapterError
 from mmsr1_jax.utils import outputs
@@ -60,7 +60,7 @@ def attach(
     4.1). Adapters are float32 whatever the dtype of the model's parameters.
 
     Args:
-      model: Policy to modify.
+      model: Policy to modify. If it is abstract, so are the adapters.
       rank: Rank of the adapters.
       alpha: Numerator of the scale, s = alpha / rank.
       targets: Names from `TARGETS`.
@@ -79,7 +79,10 @@ def attach(
             return a.replace(gaussian), b.replace(jnp.zeros(b.get_value().shape))
 
         key = jax.random.fold_in(jax.random.key(seed), index)
-        a, b = jax.jit(initialise, out_shardings=param_shardings((a, b), mesh))(key)
+        if is_abstract(linear.kernel.get_value()):
+            a, b = abstract_params((a, b), mesh)
+        else:
+            a, b = jax.jit(initialise, out_shardings=param_shardings((a, b), mesh))(key)
         linear.adapter = Adapter(a, b, alpha / rank)
 
 

@@ -128,3 +128,14 @@ def test_invalid_meshes_are_rejected():
     with pytest.raises(UserError, match="must be positive, one of them may be -1"):
         sharding.make_mesh(-1, -1, 1)
     assert sharding.make_mesh(1, -1, 2).shape["fsdp"] == 4
+
+
+def test_the_platform_is_that_of_the_mesh():
+    assert sharding.platform() == jax.default_backend()
+    with jax.set_mesh(sharding.make_mesh()):
+        assert sharding.platform() == jax.default_backend()
+    tpu = jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=2, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((4,), ("fsdp",), abstract_device=tpu)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert sharding.platform() == "tpu"
+        assert attention_module.choose("auto", 8192, jnp.dtype(jnp.bfloat16), False) == "splash"

@@ -117,7 +117,7 @@ def test_no_update_materialises_tokens_by_vocabulary():
     )
     (batch,) = packing.pack([sample], config, packing.RowShape(1, T, 0))
     learner = make_learner(config, attention="blockwise")
-    text = learner.lower(batch).compile().as_text()
+    text = learner.lower("gradient", batch).compile().as_text()
     shapes = {tuple(map(int, sizes.split(","))) for sizes in re.findall(r"\[([\d,]+)\]", text)}
     by_vocabulary = [math.prod(shape) // V for shape in shapes if V in shape]
     assert max(by_vocabulary) < T / 8, max(by_vocabulary)

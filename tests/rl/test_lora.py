@@ -175,7 +175,7 @@ def test_gradients_never_materialise_the_product_of_the_factors():
     batches = packing.pack(make_samples(CONFIG), CONFIG, packing.RowShape(1, 130, 10))
 
     def products(**update):
-        text = make_learner(CONFIG, **update).lower(batches[0]).compile().as_text()
+        text = make_learner(CONFIG, **update).lower("gradient", batches[0]).compile().as_text()
         actual = re.findall(r"= \w+\[([\d,]+)\]\S* dot\(", text)
         return {tuple(sorted(int(n) for n in sizes.split(",") if n != "1")) for sizes in actual}
 

@@ -1,0 +1,45 @@
+"""Costs of the attention kernels that state none (`models/attention.py`)."""
+
+import math
+from collections.abc import Sequence
+
+from mmsr1_jax.apps.plan.hlo import Array
+from mmsr1_jax.apps.plan.traffic import Kernel, KernelCost
+
+_BLOCK = 512  # queries and keys of a block of the TPU kernel
+# Products of [T, H] and [T, T] matrices in a kernel, by a part of its path: scores and output; with
+# the gradients of q; of k and v; of all three.
+_PRODUCTS = {
+    "splash_mqa_fwd": 2, "splash_mqa_dq": 3, "splash_mqa_dkv": 4,
+    "mha_forward": 2, "mha_backward": 5,
+}  # fmt: skip
+
+
+def attention_kernels(length: int) -> dict[str, Kernel]:
+    """Return the costs of the kernels of packed rows, for `traffic.measure`.
+
+    Args:
+      length: Tokens of a row of text, for which attention is causal; the kernels of other lengths
+        are those of the vision tower.
+    """
+
+    def cost(path: str, operands: Sequence[Array]) -> KernelCost:
+        matrices = [a for a in operands if len(a.shape) >= 3 and a.dtype in ("bf16", "f32")]
+        is_splash, q = "splash" in path, matrices[0]
+        once = sum(a.memory_bytes for a in operands) + q.memory_bytes
+        products = next((n for name, n in _PRODUCTS.items() if name in path), 0)
+        if not products:  # preparation of the backward pass
+            return KernelCost(once)
+        T = q.shape[-2] if is_splash else q.shape[1]  # [K, N / K, T, H], or [B, T, N, H]
+        visible = 0.5 if length == T else 1.0
+        flops = 2.0 * products * q.size * T * visible
+        if not is_splash:  # on a GPU the L2 cache holds what is read again
+            return KernelCost(once, flops)
+        # Each block of queries fetches the blocks of k and v that it sees, for each query head (or
+        # each block of keys those of q and its output's gradient).
+        k, v = matrices[1:3]
+        blocks = max(1.0, math.ceil(T / _BLOCK) * visible)
+        streamed = 2 * q.bytes if "dkv" in path else (k.bytes + v.bytes) * q.size / k.size
+        return KernelCost(once + streamed * (blocks - 1), flops)
+
+    return {"pallas_call": cost}

@@ -1,0 +1,86 @@
+"""Bytes and FLOPs that a program needs by formula, whatever its implementation.
+
+Weights are read once per pass, saved activations written and read once; nothing is computed again.
+FLOPs are those of matrix products and attention: 2 per weight and token, and 4 H per head and pair
+of tokens that attend to each other. All are per device, if work and weights are split evenly.
+"""
+
+import dataclasses
+
+from mmsr1_jax.config import settings
+from mmsr1_jax.models.qwen2_5_vl import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """Shape of the rows of a pass over the model.
+
+    Attributes:
+      rows: Number of rows.
+      length: Tokens of a row.
+      patches: Image patches of a row.
+      image_patches: Patches of an image, which attend to each other.
+      columns: Tokens of a row whose logits are computed.
+    """
+
+    rows: int
+    length: int
+    patches: int
+    image_patches: int
+    columns: int
+
+
+def forward_flops(config: ModelConfig, work: Work) -> dict[str, float]:
+    """Return the FLOPs of a forward pass by part: `text`, `head`, `vision`, and their attention."""
+    t, v = config.text, config.vision
+    tokens, patches = work.rows * work.length, work.rows * work.patches
+    H, N, K = t.head_dim, t.num_heads, t.num_kv_heads
+    layer = t.hidden_size * (2 * N + 2 * K) * H + 3 * t.hidden_size * t.intermediate_size
+    block = 4 * v.hidden_size**2 + 3 * v.hidden_size * v.intermediate_size
+    merged = v.hidden_size * v.merge_size**2
+    merger = (merged * merged + merged * v.out_hidden_size) / v.merge_size**2
+    full = len(v.full_attention_layers)
+    pairs = full * min(work.patches, work.image_patches)
+    pairs += (v.num_layers - full) * min(work.patches, v.window_patches)
+    return {
+        "text": 2.0 * tokens * t.num_layers * layer,
+        "text attention": 4.0 * t.num_layers * N * H * tokens * work.length / 2,  # causal
+        "head": 2.0 * work.rows * work.columns * t.vocab_size * t.hidden_size,
+        "vision": 2.0 * patches * (v.num_layers * block + v.patch_dim * v.hidden_size + merger),
+        "vision attention": 4.0 * v.hidden_size * patches * pairs,
+    }
+
+
+def gradient_flops(config: ModelConfig, work: Work, update: settings.Update) -> float:
+    """Return the FLOPs of a forward and a backward pass.
+
+    The backward pass costs a product for the gradient of the activations and one for that of the
+    weights. Frozen weights need no gradient, and a tower without trained weights no backward pass.
+    """
+    lora = update.lora_rank > 0
+    trains_vision = any(name.startswith("vision.") for name in update.lora_targets)
+    text = 2 if lora else 3  # adapters are small beside the weights
+    vision = (2 if trains_vision else 1) if lora else (1 if update.freeze_vision else 3)
+    factors = {"vision": vision, "vision attention": 3 if vision > 1 else 1, "text attention": 3}
+    return sum(
+        flops * factors.get(part, text) for part, flops in forward_flops(config, work).items()
+    )
+
+
+def multiplied_weights(config: ModelConfig) -> int:
+    """Return the number of weights that a pass multiplies by: all but the embedding table."""
+    t, v = config.text, config.vision
+    H, N, K = t.head_dim, t.num_heads, t.num_kv_heads
+    layer = t.hidden_size * (2 * N + 2 * K) * H + 3 * t.hidden_size * t.intermediate_size
+    block = 4 * v.hidden_size**2 + 3 * v.hidden_size * v.intermediate_size
+    merged = v.hidden_size * v.merge_size**2
+    text = t.num_layers * layer + t.vocab_size * t.hidden_size
+    vision = v.num_layers * block + v.patch_dim * v.hidden_size
+    return text + vision + merged * merged + merged * v.out_hidden_size
+
+
+def saved_activation_bytes(config: ModelConfig, work: Work, itemsize: int) -> float:
+    """Return the bytes of the inputs of all layers, which the backward pass needs at least."""
+    t, v = config.text, config.vision
+    text = t.num_layers * work.length * t.hidden_size
+    return itemsize * work.rows * float(text + v.num_layers * work.patches * v.hidden_size)

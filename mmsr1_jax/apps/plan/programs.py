@@ -1,0 +1,204 @@
+"""The programs of a run, lowered for a mesh of abstract devices.
+
+The trainer has three: `score` (log-probs of a micro-batch), `gradient` (of a micro-batch) and
+`step` (the optimiser step). Each knows what it needs by formula (`needs`).
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from mmsr1_jax.apps.plan import kernels, memory, needs
+from mmsr1_jax.apps.plan.targets import Target
+from mmsr1_jax.apps.plan.traffic import Kernel
+from mmsr1_jax.config import settings
+from mmsr1_jax.config.errors import UserError
+from mmsr1_jax.models import qwen2_5_vl, sharding
+from mmsr1_jax.models.qwen2_5_vl import ModelConfig
+from mmsr1_jax.models.qwen2_5_vl.checkpoint import abstract_model
+from mmsr1_jax.rl.learner import Learner
+from mmsr1_jax.rl.packing import RowShape, TrainBatch
+from mmsr1_jax.rl.train_batch import make_loss
+
+_PRESET = "qwen2.5-vl-"  # before the size in a model's name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """A program of a run.
+
+    Attributes:
+      name: Its name in the plan.
+      phase: Phase of a step that runs it, one of `memory.PHASES`.
+      lower: Function that lowers it for the mesh.
+      needed_bytes: Bytes that a device must move, by formula.
+      flops: FLOPs that a device must compute, by formula.
+      state: Names of the run's state among its arguments (`memory.state_bytes`).
+      trips, kernels, branches: Arguments of `traffic.measure`.
+    """
+
+    name: str
+    phase: str
+    lower: Callable[[], jax.stages.Lowered]
+    needed_bytes: float
+    flops: float
+    state: frozenset[str] = frozenset()
+    trips: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    kernels: Mapping[str, Kernel] = dataclasses.field(default_factory=dict)
+    branches: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+
+
+def model_config(model: str) -> ModelConfig:
+    """Return the configuration of a model: a released one by name, or that of a directory.
+
+    A directory that does not exist but has the name of a released model, such as
+    `build/qwen2.5-vl-7b`, stands for that model.
+
+    Raises:
+      UserError: The model is neither.
+    """
+    path = pathlib.Path(model)
+    if path.is_dir():
+        return ModelConfig.from_directory(path)
+    released = {_PRESET + size: preset for size, preset in qwen2_5_vl.PRESETS.items()}
+    if path.name.lower() not in released:
+        raise UserError(f"--model={model}: neither a directory nor one of {', '.join(released)}")
+    return released[path.name.lower()]
+
+
+def make_mesh(config: settings.Config, target: Target) -> Mesh:
+    """Return the trainer's mesh of a run on the devices of the target."""
+    mesh = config.mesh
+    return sharding.make_mesh(mesh.replica, mesh.fsdp, mesh.tensor, devices=target.devices)
+
+
+def tensor_groups_cross_hosts(mesh: Mesh) -> bool:
+    """Return whether any group of devices along the tensor axis spans several hosts."""
+    groups = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    return any(len({device.process_index for device in group}) > 1 for group in groups)
+
+
+def make_learner(config: settings.Config, model: ModelConfig, mesh: Mesh) -> Learner:
+    """Return the abstract learner of a run."""
+    policy = abstract_model(
+        model,
+        param_dtype=config.model.dtype if config.update.lora_rank else "float32",
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+        remat=config.model.remat,
+        logprob_chunk=config.model.logprob_chunk,
+    )
+    graph, params = nnx.split(policy)
+    policy = nnx.merge(graph, sharding.abstract_params(params, mesh))
+    return Learner(
+        policy, make_loss(config.objective), config.update, mesh,
+        temperature=config.sampling.temperature or 1.0, seed=config.run.seed,
+    )  # fmt: skip
+
+
+def abstract_batch(shape: RowShape, columns: int, model: ModelConfig, mesh: Mesh) -> TrainBatch:
+    """Return an abstract micro-batch.
+
+    Args:
+      shape: Shape of the rows.
+      columns: Number of loss columns, C.
+      model: Configuration of the policy.
+      mesh: Mesh over which the rows are sharded.
+    """
+
+    def array(*sizes, dtype=jnp.int32) -> Any:
+        axes = ("batch",) + (None,) * len(sizes)
+        full = (shape.rows, *sizes)
+        spec = sharding.partition_spec(axes, full, mesh)
+        return jax.ShapeDtypeStruct(full, dtype, sharding=NamedSharding(mesh, spec))
+
+    patches = shape.windows * model.vision.window_patches
+    images = None
+    if patches:
+        images = qwen2_5_vl.ImageRows(
+            patches=array(patches, model.vision.patch_dim, dtype=jnp.float32),
+            positions=array(patches, 2),
+            segment_ids=array(patches),
+        )
+    rows = qwen2_5_vl.Rows(
+        tokens=array(shape.length),
+        positions=array(3, shape.length),
+        segment_ids=array(shape.length),
+        image_index=array(shape.length),
+        images=images,
+    )
+    floats = ("weights", "advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs")
+    return TrainBatch(
+        rows=rows,
+        logit_columns=array(columns),
+        targets=array(columns),
+        mask=array(columns, dtype=jnp.bool_),
+        segment_ids=array(columns),
+        **{name: array(columns, dtype=jnp.float32) for name in floats},
+    )
+
+
+def trainer_programs(
+    config: settings.Config, model: ModelConfig, mesh: Mesh, learner: Learner
+) -> list[Program]:
+    """Return the programs of an update.
+
+    All tokens of a row carry loss here, so that memory and time are those of the largest of the
+    few shapes that packing produces.
+
+    Args:
+      config: Settings of the run.
+      model: Configuration of the policy.
+      mesh: Mesh of the learner.
+      learner: Abstract learner (`make_learner`).
+    """
+    update, vision = config.update, model.vision
+    rows = update.micro_batch_rows * sharding.num_batch_shards(mesh)
+    shape = RowShape(rows, update.pack_length, update.pack_windows)
+    batch = abstract_batch(shape, update.pack_length, model, mesh)
+    patches = shape.windows * vision.window_patches
+    image = config.images.max_pixels or patches * vision.patch_size**2
+    work = needs.Work(
+        rows=rows, length=shape.length, patches=patches,
+        image_patches=image // vision.patch_size**2, columns=shape.length,
+    )  # fmt: skip
+    devices, itemsize = mesh.size, jnp.dtype(config.model.dtype).itemsize
+    trained = memory.device_elements(learner.trained)
+    weights = needs.multiplied_weights(model) * itemsize / mesh.shape["tensor"]
+    activations = needs.saved_activation_bytes(model, work, itemsize) / devices
+    full = len(vision.full_attention_layers) / vision.num_layers
+    common: dict[str, Any] = {
+        "kernels": kernels.attention_kernels(shape.length),
+        "branches": {"/cond": (1 - full, full)},  # windows, or the whole image
+    }
+    policy = frozenset([memory.POLICY])
+    programs = [
+        Program(
+            name="gradient", phase="update", lower=lambda: learner.lower("gradient", batch),
+            # Weights forward and backward; the sum of gradients is read and written in float32.
+            needed_bytes=2 * weights + 2 * activations + 8.0 * trained,
+            flops=needs.gradient_flops(model, work, update) / devices, state=policy, **common,
+        ),
+        Program(
+            name="step", phase="update", lower=lambda: learner.lower("step", batch),
+            # Parameters and two moments are read and written, gradients read.
+            needed_bytes=28.0 * trained, flops=0.0,
+            state=frozenset([memory.OPTIMIZER]) | (policy if not update.lora_rank else frozenset()),
+        ),
+    ]  # fmt: skip
+    objective = config.objective
+    several_updates = objective.old_logprobs == "trainer" and objective.num_minibatches > 1
+    if objective.kl_coef or several_updates:
+        score = Program(
+            name="score", phase="score", lower=lambda: learner.lower("score", batch),
+            needed_bytes=weights,
+            flops=sum(needs.forward_flops(model, work).values()) / devices, state=policy, **common,
+        )  # fmt: skip
+        programs.insert(0, score)
+    return programs

@@ -1,0 +1,201 @@
+"""Report of a plan: table of programs, memory by phase, and what to change."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from mmsr1_jax.apps.plan import memory
+from mmsr1_jax.apps.plan.estimate import Calibration
+from mmsr1_jax.apps.plan.figures import Figures
+from mmsr1_jax.apps.plan.memory import Phase
+from mmsr1_jax.apps.plan.targets import Target
+from mmsr1_jax.config import settings
+
+_GIB = 2.0**30
+_COLUMNS = (
+    "program", "arguments", "temporaries", "moved", "needed", "over links", "TFLOP", "needed TFLOP",
+    "kernels", "collectives", "bound", "estimate", "compiled in",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Result of a plan.
+
+    Attributes:
+      target: Devices that the programs are compiled for.
+      model: Name of the policy.
+      calibration: Estimate of a bare product on a device.
+      programs: Figures of the programs.
+      phases: Memory of the phases.
+      lanes: Lanes of an engine in the settings.
+      lane_bytes: Bytes of a lane on a device.
+      tensor: Devices of a tensor group.
+      crosses_hosts: Whether a tensor group spans several hosts.
+    """
+
+    target: Target
+    model: str
+    calibration: Calibration
+    programs: Sequence[Figures]
+    phases: Sequence[Phase]
+    lanes: int
+    lane_bytes: float
+    tensor: int
+    crosses_hosts: bool
+
+    @property
+    def most_lanes(self) -> int:
+        """The most lanes with which all phases fit; 0 if they do not fit with a single lane."""
+        free = min(phase.limit - phase.bytes for phase in self.phases)
+        return max(0, self.lanes + math.floor(free / self.lane_bytes))
+
+
+def as_json(plan: Plan, config: settings.Config) -> dict[str, Any]:
+    """Return the plan as JSON."""
+    return {
+        "target": plan.target.name,
+        "devices": len(plan.target.devices),
+        "hosts": plan.target.num_hosts,
+        "model": plan.model,
+        "product": dataclasses.asdict(plan.calibration),
+        "programs": [dataclasses.asdict(program) for program in plan.programs],
+        "phases": [
+            {
+                "name": phase.name, "bytes": phase.bytes, "limit": phase.limit,
+                "fits": phase.fits, "parts": dict(phase.parts),
+                "advice": advice(phase, plan, config),
+            }
+            for phase in plan.phases
+        ],
+        "lanes": plan.lanes,
+        "most_lanes": plan.most_lanes,
+        "tensor_groups_cross_hosts": plan.crosses_hosts,
+    }  # fmt: skip
+
+
+def as_text(plan: Plan, config: settings.Config) -> str:
+    """Return the plan as Markdown."""
+    target, product = plan.target, plan.calibration
+    lines = [
+        f"{plan.model} on {target.name}: {len(target.devices)} devices on {target.num_hosts} "
+        f"host{'s' * (target.num_hosts > 1)}. Figures are per device.",
+        "",
+        _product_line(product, target),
+        "",
+        _row(_COLUMNS),
+        _row(["---"] * len(_COLUMNS)),
+        *(_program_row(program) for program in plan.programs),
+        "",
+        *(f"{p.name}: {p.problem}" for p in plan.programs if p.problem),
+        *(
+            f"{p.name}: a loop of unknown length is counted once: {loop}"
+            for p in plan.programs
+            for loop in p.unknown_loops
+        ),
+        _row(["phase", "memory", "of", "verdict", "largest parts"]),
+        _row(["---"] * 5),
+        *(_phase_row(phase, plan, config) for phase in plan.phases),
+        "",
+        f"Lanes: {plan.lanes} of {plan.lane_bytes / 2**20:.0f} MiB; {_lanes_verdict(plan)}.",
+    ]
+    if plan.tensor > 1:
+        where = "span several hosts" if plan.crosses_hosts else "stay on one host"
+        lines.append(f"Groups of mesh.tensor={plan.tensor} devices {where}.")
+    return "\n".join(lines)
+
+
+def advice(phase: Phase, plan: Plan, config: settings.Config) -> str:
+    """Return the setting to change if a phase does not fit, else an empty string.
+
+    The first of these that frees enough on its own: reference policy to the host, fewer lanes (down
+    to `rollout.decode_batch_size`), larger tensor groups, smaller micro-batches.
+    """
+    excess = phase.bytes - phase.limit
+    if excess <= 0:
+        return ""
+    parts, rollout = phase.parts, config.rollout
+    if phase.name != "score" and parts.get(memory.REFERENCE, 0.0) >= excess:
+        return "objective.reference=host"
+    fewer = plan.lanes - math.ceil(excess / plan.lane_bytes)
+    if fewer >= rollout.decode_batch_size:
+        return f"rollout.lanes={fewer}"
+    engine = sum(size for name, size in parts.items() if memory.ENGINE in name)
+    if engine / 2 >= excess:
+        return f"mesh.tensor={2 * plan.tensor}"
+    temporaries = sum(size for name, size in parts.items() if name.endswith("temporaries"))
+    if temporaries >= excess:
+        if config.model.remat != "full":
+            return "model.remat=full"
+        if config.update.micro_batch_rows > 1:
+            return f"update.micro_batch_rows={config.update.micro_batch_rows // 2}"
+    smaller = max(1, fewer)
+    if fewer >= 1:
+        return f"rollout.lanes={smaller} with rollout.decode_batch_size={smaller}"
+    if not config.update.lora_rank and parts[memory.OPTIMIZER] >= excess:
+        return "update.lora_rank=32, or a target with more devices"
+    largest = max(parts, key=lambda name: parts[name])
+    return f"a target with more memory or devices (largest part: {largest})"
+
+
+def _product_line(product: Calibration, target: Target) -> str:
+    """Return the sentence about the bare product."""
+    size = "A bare product of bfloat16[8192, 8192] matrices"
+    if not product.cycles:
+        return (
+            f"{size} is estimated at {product.seconds * 1e3:.2f} ms: the compiler for GPUs states "
+            "no cycles, so all products are assumed to reach the peak."
+        )
+    return (
+        f"{size} is estimated at {product.seconds * 1e3:.2f} ms: {product.cycles / 1e6:.2f} M "
+        f"cycles at {target.chip.clock / 1e9:.2f} GHz, {product.efficiency:.0%} of the peak."
+    )
+
+
+def _program_row(program: Figures) -> str:
+    if program.problem:
+        size = f"over {_size(program.temporary_bytes)}"
+        return _row([program.name, "", size, *[""] * (len(_COLUMNS) - 4), "refused"])
+    return _row(
+        [
+            program.name,
+            _size(program.argument_bytes),
+            _size(program.temporary_bytes),
+            _size(program.moved_bytes),
+            _size(program.needed_bytes),
+            _size(program.link_bytes),
+            f"{program.counted_flops / 1e12:.1f}",
+            f"{program.flops / 1e12:.1f}",
+            str(program.kernels),
+            str(program.collectives),
+            _time(program.bound_seconds),
+            _time(program.seconds),
+            f"{program.compile_seconds:.0f} s",
+        ]
+    )
+
+
+def _phase_row(phase: Phase, plan: Plan, config: settings.Config) -> str:
+    verdict = "fits" if phase.fits else f"does not fit: {advice(phase, plan, config)}"
+    parts = sorted(phase.parts.items(), key=lambda part: -part[1])[:3]
+    largest = ", ".join(f"{name} {_size(size)}" for name, size in parts)
+    return _row([phase.name, _size(phase.bytes), _size(phase.limit), verdict, largest])
+
+
+def _lanes_verdict(plan: Plan) -> str:
+    if not plan.most_lanes:
+        return "no number of lanes fits"
+    return f"at most {plan.most_lanes} fit"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _size(size: float) -> str:
+    return f"{size / _GIB:.2f} GiB" if size >= _GIB / 100 else f"{size / 2**20:.1f} MiB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"

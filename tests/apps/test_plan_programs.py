@@ -1,0 +1,195 @@
+"""Programs of a plan: what they need by formula, state of a device, cached figures."""
+
+import dataclasses
+import json
+import pathlib
+import runpy
+import types
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmsr1_jax.apps.plan import figures, memory, needs, programs, traffic
+from mmsr1_jax.apps.plan.estimate import Calibration
+from mmsr1_jax.apps.plan.targets import CHIPS, Target
+from mmsr1_jax.config import settings
+from mmsr1_jax.config.errors import UserError
+from mmsr1_jax.models import qwen2_5_vl, sharding
+from mmsr1_jax.models.qwen2_5_vl.checkpoint import abstract_model
+from mmsr1_jax.rl.packing import RowShape
+from mmsr1_jax.scripts import random_policy
+from tests.programs import ROOT
+
+MODEL = random_policy.CONFIG
+CALIBRATION = Calibration(0.0, 1e-3, 1.0)
+
+
+def target(devices=None):
+    return Target("test:1x8", CHIPS["h100"], devices or jax.devices())
+
+
+def config(**sections):
+    result = settings.Config()
+    result.update.pack_length, result.update.pack_windows = 64, 2
+    for section, values in sections.items():
+        for name, value in values.items():
+            setattr(getattr(result, section), name, value)
+    return result
+
+
+def shipped(name):
+    return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
+
+
+def trainer_programs(config, model=MODEL, mesh=None):
+    mesh = mesh or sharding.make_mesh()
+    learner = programs.make_learner(config, model, mesh)
+    return {p.name: p for p in programs.trainer_programs(config, model, mesh, learner)}
+
+
+def test_flops_by_formula_are_those_of_the_compiled_forward_pass():
+    work = needs.Work(rows=2, length=64, patches=128, image_patches=128, columns=64)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    model = abstract_model(MODEL, attention="xla", logprob_chunk=64)
+    graph, params = nnx.split(model)
+    batch = programs.abstract_batch(RowShape(2, 64, 2), 64, MODEL, mesh)
+    params = sharding.abstract_params(params, mesh)
+
+    def forward(params, batch):
+        model = nnx.merge(graph, params)
+        return model.statistics(batch.rows, batch.logit_columns, batch.targets)
+
+    compiled = jax.jit(forward).lower(params, batch).compile()
+    # Two of four blocks attend to the whole image.
+    counted = traffic.measure(compiled.as_text(), branches={"/cond": (0.5, 0.5)}).flops
+    expected = needs.forward_flops(MODEL, work)
+    # The XLA implementation computes all pairs, not only those below the diagonal.
+    assert counted == sum(expected.values()) + expected["text attention"]
+
+
+def test_multiplied_weights_are_the_kernels_of_the_model():
+    params = nnx.split(abstract_model(MODEL))[1]
+    flat = {"/".join(map(str, path)): x for path, x in nnx.to_flat_state(params)}
+    kernels = [x for path, x in flat.items() if path.endswith(("kernel", "text/head"))]
+    count = sum(int(np.prod(x.get_value().shape)) for x in kernels)
+    assert needs.multiplied_weights(MODEL) == count
+
+
+def test_a_backward_pass_costs_two_forward_passes_where_weights_are_trained():
+    work = needs.Work(rows=1, length=64, patches=64, image_patches=64, columns=64)
+    parts = needs.forward_flops(MODEL, work)
+    vision = parts["vision"] + parts["vision attention"]
+    total = sum(parts.values())
+    update = settings.Update()
+    assert needs.gradient_flops(MODEL, work, update) == pytest.approx(3 * total)
+    update.freeze_vision = True
+    assert needs.gradient_flops(MODEL, work, update) == pytest.approx(3 * total - 2 * vision)
+    lora = settings.Update(lora_rank=8)
+    expected = 3 * total - 2 * vision - parts["text"] - parts["head"]
+    assert needs.gradient_flops(MODEL, work, lora) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "policy_and_moments", "engine", "lane"),
+    [("qwen7b", 11.6, 15.4, 448), ("qwen3b", 5.3, 7.0, 288)],
+)
+def test_state_of_the_shipped_configs(name, policy_and_moments, engine, lane):
+    """In GiB and MiB, as computed by hand for eight devices in `docs/scaling.md`."""
+    run, mesh = shipped(name), sharding.make_mesh()
+    model = programs.model_config(run.run.model)
+    learner = programs.make_learner(run, model, mesh)
+    state = memory.state_bytes(run, model, learner, mesh)
+    gib = 2**30
+    total = (state[memory.POLICY] + state[memory.OPTIMIZER]) / gib
+    assert total == pytest.approx(policy_and_moments, abs=0.06)
+    assert state[memory.ENGINE] / gib == pytest.approx(engine, abs=0.06)
+    assert memory.lane_bytes(run, model, 1) == lane * 2**20
+    assert state[memory.CACHE] == run.rollout.lanes * lane * 2**20
+
+
+@pytest.mark.parametrize("update", [{}, {"lora_rank": 4, "lora_alpha": 4.0}])
+@pytest.mark.parametrize("program", ["score", "gradient", "step"])
+def test_an_abstract_learner_lowers_the_programs_of_a_concrete_one(program, update):
+    run, mesh = config(update=update), sharding.make_mesh(1, 4, 2)
+    graph, params = nnx.split(random_policy.random_model(MODEL, seed=0))
+    params = jax.device_put(params, sharding.param_shardings(params, mesh))
+    batch = programs.abstract_batch(RowShape(4, 64, 2), 64, MODEL, mesh)
+    abstract = programs.make_learner(run, MODEL, mesh)
+    concrete = type(abstract)(
+        nnx.merge(graph, params), abstract._loss, run.update, mesh, temperature=1.0
+    )
+    assert sharding.is_abstract(abstract.optimizer) and not sharding.is_abstract(concrete.optimizer)
+    texts = [learner.lower(program, batch).as_text() for learner in (abstract, concrete)]
+    assert texts[0] == texts[1]
+
+
+def test_score_belongs_to_a_run_only_if_something_reads_the_log_probs():
+    assert "score" in trainer_programs(config(objective={"kl_coef": 0.1}))
+    assert "score" in trainer_programs(config(objective={"kl_coef": 0.0, "num_minibatches": 2}))
+    assert "score" not in trainer_programs(config(objective={"kl_coef": 0.0}))
+
+
+def test_figures_come_from_the_cache_unless_something_changed(tmp_path):
+    program = trainer_programs(config())["step"]
+    cache = figures.FigureCache(tmp_path, {"config": 1})
+    first = figures.compile_figures(program, target(), CALIBRATION, cache)
+    assert first.argument_bytes > 0 and first.moved_bytes >= 0.9 * first.needed_bytes > 0
+    assert first.bound_seconds <= first.seconds
+
+    def fail():
+        raise AssertionError("compiled again")
+
+    again = dataclasses.replace(program, lower=fail)
+    assert figures.compile_figures(again, target(), CALIBRATION, cache) == first
+    other = figures.FigureCache(tmp_path, {"config": 2})
+    with pytest.raises(AssertionError, match="compiled again"):
+        figures.compile_figures(again, target(), CALIBRATION, other)
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+         "temporaries (192.00G) exceeds available HBM (95.74G).", 192.0),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.86G of 15.75G hbm.",
+         17.86),
+    ],
+)  # fmt: skip
+def test_a_program_that_the_compiler_refuses_has_the_size_that_it_states(message, gib, tmp_path):
+    def compile_program():
+        raise jax.errors.JaxRuntimeError(message)
+
+    program = dataclasses.replace(
+        trainer_programs(config())["gradient"],
+        lower=lambda: types.SimpleNamespace(compile=compile_program),
+    )
+    cache = figures.FigureCache(tmp_path, {})
+    refused = figures.compile_figures(program, target(), CALIBRATION, cache)
+    assert refused.temporary_bytes == pytest.approx(gib * 2**30)
+    assert refused.problem == message
+
+
+def test_models_by_name_and_by_directory(tmp_path: pathlib.Path):
+    assert programs.model_config("qwen2.5-vl-7b") == qwen2_5_vl.PRESETS["7b"]
+    assert programs.model_config("build/Qwen2.5-VL-3B") == qwen2_5_vl.PRESETS["3b"]
+    (tmp_path / "config.json").write_text(json.dumps(MODEL.to_hf()))
+    assert programs.model_config(str(tmp_path)).text == MODEL.text
+    with pytest.raises(UserError, match="--model=gpt: neither a directory nor one of qwen2.5"):
+        programs.model_config("gpt")
+
+
+def test_tensor_groups_that_cross_hosts():
+    def mesh(tensor):
+        hosts = [types.SimpleNamespace(process_index=i // 4) for i in range(8)]
+        devices = np.array(hosts).reshape(1, 8 // tensor, tensor)
+        return types.SimpleNamespace(devices=devices, shape={"tensor": tensor})
+
+    assert not programs.tensor_groups_cross_hosts(mesh(4))
+    assert programs.tensor_groups_cross_hosts(mesh(8))
+
+
+def test_a_mesh_that_does_not_match_the_target_is_rejected():
+    with pytest.raises(UserError, match="does not match 8 devices"):
+        programs.make_mesh(config(mesh={"fsdp": 3}), target())

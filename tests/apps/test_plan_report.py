@@ -1,0 +1,146 @@
+"""Verdicts, advice and output of a plan."""
+
+import json
+import types
+
+import jax
+import pytest
+
+from mmsr1_jax.apps.plan import memory, report, targets
+from mmsr1_jax.apps.plan.estimate import Calibration
+from mmsr1_jax.apps.plan.figures import Figures
+from mmsr1_jax.apps.plan.memory import Footprint
+from mmsr1_jax.apps.plan.targets import CHIPS, Target
+from mmsr1_jax.config import settings
+from mmsr1_jax.config.errors import UserError
+from mmsr1_jax.data import tiny_world
+from mmsr1_jax.scripts import plan as command
+from tests.programs import run_module
+
+GIB = 2**30
+STATE = {
+    memory.POLICY: 4 * GIB, memory.OPTIMIZER: 8 * GIB, memory.ENGINE: 15 * GIB,
+    memory.CACHE: 20 * GIB,
+}  # fmt: skip
+
+
+def footprint(name, phase, state, argument, temporary, output=0):
+    return Footprint(
+        name=name, phase=phase, state=frozenset(state), argument_bytes=argument * GIB,
+        output_bytes=output * GIB, temporary_bytes=temporary * GIB,
+    )  # fmt: skip
+
+
+FOOTPRINTS = [
+    footprint("score", "score", [memory.POLICY], argument=5, temporary=3),
+    footprint("gradient", "update", [memory.POLICY], argument=9, temporary=10, output=1),
+    footprint("step", "update", [memory.POLICY, memory.OPTIMIZER], argument=16, temporary=1),
+]
+
+
+def phases(limit=80, state=STATE, extra=None):
+    return {p.name: p for p in memory.phases(state, FOOTPRINTS, limit * GIB, extra or {})}
+
+
+def make_plan(phases, lanes=40):
+    devices = [types.SimpleNamespace(process_index=0)] * 8
+    return report.Plan(
+        target=Target("h100:1x8", CHIPS["h100"], devices), model="m",
+        calibration=Calibration(0.0, 1e-3, 1.0),
+        programs=[Figures(name="gradient", phase="update", needed_bytes=GIB, flops=1e12)],
+        phases=list(phases.values()), lanes=lanes, lane_bytes=GIB / 2, tensor=1,
+        crosses_hosts=False,
+    )  # fmt: skip
+
+
+def test_a_phase_holds_all_state_and_its_largest_program():
+    result = phases(extra={"load": {"new engine policy": 15 * GIB}})
+    assert {name: phase.bytes / GIB for name, phase in result.items()} == {
+        "rollout": 47,
+        "load": 47 + 15,
+        "score": 47 + 1 + 3,  # a batch and temporaries
+        "update": 47 + 5 + 1 + 10,  # of the gradient, which needs more than the step
+    }
+    for phase in result.values():
+        assert phase.bytes == sum(phase.parts.values())
+
+
+def test_a_phase_fits_up_to_its_limit():
+    assert [p.fits for p in phases(limit=63).values()] == [True, True, True, True]
+    assert [p.name for p in phases(limit=62.9).values() if not p.fits] == ["update"]
+
+
+def test_the_most_lanes_fit_and_one_more_does_not():
+    plan = make_plan(phases(limit=66))
+    assert plan.most_lanes == 46
+
+    def with_lanes(lanes):
+        return phases(limit=66, state={**STATE, memory.CACHE: lanes * GIB / 2})
+
+    assert all(p.fits for p in with_lanes(46).values())
+    assert not all(p.fits for p in with_lanes(47).values())
+    assert make_plan(phases(limit=42)).most_lanes == 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "state", "changes", "expected"),
+    [
+        (63, {}, {}, ""),
+        (60, {}, {"decode_batch_size": 16}, "rollout.lanes=34"),
+        (60, {memory.REFERENCE: 3 * GIB}, {}, "rollout.lanes=28"),
+        (63, {memory.REFERENCE: 3 * GIB}, {}, "objective.reference=host"),
+        (60, {}, {"decode_batch_size": 40}, "mesh.tensor=2"),
+        (54, {}, {"decode_batch_size": 40}, "model.remat=full"),
+        (45, {}, {}, "rollout.lanes=4 with rollout.decode_batch_size=4"),
+        (10, {}, {}, "a target with more memory or devices (largest part: KV cache)"),
+    ],
+)
+def test_advice_names_a_setting_that_frees_enough(limit, state, changes, expected):
+    config = settings.Config()
+    for name, value in changes.items():
+        setattr(config.rollout, name, value)
+    result = phases(limit=limit, state={**STATE, **state})
+    assert report.advice(result["update"], make_plan(result), config) == expected
+
+
+def test_the_report_and_its_json_agree():
+    plan, config = make_plan(phases(limit=60)), settings.Config()
+    values = json.loads(json.dumps(report.as_json(plan, config)))
+    assert values["target"] == "h100:1x8"
+    (program,) = values["programs"]
+    assert {"name", "argument_bytes", "temporary_bytes", "moved_bytes", "needed_bytes", "flops",
+            "cycles", "kernels", "collectives"} <= set(program)  # fmt: skip
+    by_name = {phase["name"]: phase for phase in values["phases"]}
+    assert by_name["update"]["bytes"] == 63 * GIB and not by_name["update"]["fits"]
+    text = report.as_text(plan, config)
+    assert "| update | 63.00 GiB | 60.00 GiB | does not fit: rollout.lanes=34 |" in text
+    assert "| rollout | 47.00 GiB | 60.00 GiB | fits |" in text
+    assert "at most 34 fit" in text
+
+
+def test_a_plan_of_a_small_run(tmp_path, monkeypatch):
+    """On this machine's devices in place of an accelerator's."""
+    local = Target("h100:1x8", CHIPS["h100"], jax.devices())
+    monkeypatch.setattr(targets, "make_target", lambda name: local)
+    config = settings.Config()
+    config.update.pack_length, config.update.pack_windows = 64, 2
+    model = str(tiny_world.POLICY)
+    plan = command.make_plan(config, model, "h100:1x8", ["score", "step"], tmp_path)
+    assert [p.name for p in plan.programs] == ["score", "step"]
+    assert all(p.seconds >= p.bound_seconds > 0 for p in plan.programs)
+    assert all(phase.fits for phase in plan.phases)
+    text = report.as_text(plan, config)
+    assert report.as_text(
+        command.make_plan(config, model, "h100:1x8", ["score", "step"], tmp_path), config
+    ) == text  # fmt: skip
+    with pytest.raises(UserError, match="--programs=fly: this run has score, gradient, step"):
+        command.make_plan(config, model, "h100:1x8", ["fly"], tmp_path)
+
+
+def test_the_command_ends_with_one_line_for_an_unknown_target():
+    result = run_module(
+        "--config=tiny", "--topology=v5p", module="mmsr1_jax.scripts.plan", devices=1
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: --topology=v5p: must be a chip and a shape")
+    assert result.stderr.count("\n") == 1

@@ -1,0 +1,92 @@
+"""Targets of a plan, and the estimated time of a program on them."""
+
+import importlib.util
+
+import pytest
+
+from mmsr1_jax.apps.plan import estimate, targets
+from mmsr1_jax.apps.plan.targets import CHIPS
+from mmsr1_jax.apps.plan.traffic import Instruction, Traffic
+from mmsr1_jax.config.errors import UserError
+
+HAS_TPU = importlib.util.find_spec("libtpu") is not None
+
+
+@pytest.mark.parametrize(
+    "name", ["v5p", "v5p:", "v5p:2x0", "v5p:2", "h100:8", "a100:1x8", "v5p:2*2"]
+)
+def test_names_that_are_no_target_are_rejected(name):
+    with pytest.raises(UserError, match=r"must be a chip and a shape, such as v5p:2x2x2"):
+        targets.make_target(name)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("v5p:2x2x2", "tpu"), ("h100:1x8", "cuda")])
+def test_a_missing_compiler_names_the_extra_to_install(name, extra, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(UserError) as error:
+        targets.make_target(name)
+    assert f'pip install "mmsr1_jax[{extra}]"' in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not HAS_TPU, reason="libtpu is not installed")
+def test_a_tpu_slice_has_hosts_and_a_product_near_its_peak():
+    target = targets.make_target("v5p:2x2x2")
+    assert (len(target.devices), target.num_hosts) == (8, 2)
+    product = estimate.calibrate(target)
+    assert 0.8 < product.efficiency < 1.0
+    with pytest.raises(UserError, match="v5p:3x5"):
+        targets.make_target("v5p:3x5")
+
+
+def test_the_description_of_an_h200_differs_in_its_memory():
+    h100, h200 = (targets.gpu_description(CHIPS[name]) for name in ("h100", "h200"))
+    changed = [
+        (a.strip(), b.strip())
+        for a, b in zip(h100.splitlines(), h200.splitlines(), strict=True)
+        if a != b and not a.startswith("#")
+    ]
+    assert changed == [
+        (
+            'device_description_str: "NVIDIA H100 80GB HBM3"',
+            'device_description_str: "NVIDIA H200"',
+        ),
+        ("device_memory_size: 84942979072", "device_memory_size: 141000000000"),
+        ("memory_bandwidth: 3352320000000", "memory_bandwidth: 4800000000000"),
+    ]
+
+
+def instruction(**costs):
+    return Instruction(
+        name="fusion.1", opcode="fusion", kind="other", where="", result="", runs=2.0,
+        **{"read": 0.0, "written": 0.0, **costs},
+    )  # fmt: skip
+
+
+def test_an_instruction_takes_the_largest_of_its_times():
+    chip = CHIPS["v5p"]
+    product = Traffic((instruction(cycles=4652072 / 2),), (), ())
+    calibration = estimate.calibration(product, chip)
+    assert calibration.efficiency == pytest.approx(0.901, abs=1e-3)
+    assert calibration.seconds == pytest.approx(4652072 / 1.75e9)
+    for costs, seconds in (
+        (dict(cycles=1.75e9, read=1e6), 1.0),  # cycles / clock
+        (dict(cycles=1.75e9, read=2765e9, written=2765e9), 2.0),  # bytes / bandwidth
+        (dict(flops=459e12), 1 / calibration.efficiency),  # of a kernel
+        (dict(read=1.0, links=1800e9), 3.0),  # of a collective
+    ):
+        program = Traffic((instruction(**costs),), (), ())
+        assert estimate.program_seconds(program, chip, calibration) == pytest.approx(2 * seconds)
+
+
+def test_a_gpu_states_no_cycles():
+    chip = CHIPS["h100"]
+    calibration = estimate.calibration(Traffic((instruction(flops=8192.0**3),), (), ()), chip)
+    assert (calibration.cycles, calibration.efficiency) == (0.0, 1.0)
+    assert calibration.seconds == pytest.approx(2 * 8192**3 / 989e12)
+
+
+def test_the_bound_is_the_larger_of_memory_and_products():
+    chip = CHIPS["h100"]
+    assert estimate.bound_seconds(3352e9, 1e12, chip) == pytest.approx(1.0)
+    assert estimate.bound_seconds(1e9, 2 * 989e12, chip) == pytest.approx(2.0)
