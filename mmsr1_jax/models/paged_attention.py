@@ -179,7 +179,8 @@ def _gpu_decode(q, pages, rows: PagedRows) -> jax.Array:
 
     P, K, _, size, H = pages.shape
     length = jnp.where(rows.count > 0, rows.start + 1, 1)
-    out = paged_decode(q[:, 0], pages.reshape(P, 2 * K, size, H), rows.table, length)
+    kv, table = pages.reshape(P, 2 * K, size, H), jnp.asarray(rows.table)
+    out = paged_decode(q[:, 0], kv, table, length)
     return out[:, None]
 
 
