@@ -13,7 +13,8 @@ _LARGER = pathlib.Path(__file__).with_name("qwen7b.py")
 def get_config(variant: str = "paper") -> Config:
     config = runpy.run_path(str(_LARGER))["get_config"](variant)
     config.run.model = "build/qwen2.5-vl-3b"
-    config.rollout.lanes = 112  # 8k tokens of 36 KiB each: 32 GiB
-    config.rollout.decode_batch_size = 96
+    config.rollout.lanes = 256
+    config.rollout.cache_tokens = 112 * 8192  # of 36 KiB each: 32 GiB
+    config.rollout.decode_batch_size = 128
     config.objective.reference = "device"  # 7 GB of bfloat16, spread over the devices
     return config

@@ -4,7 +4,7 @@
 --config=configs/qwen7b.py:script    settings of the single-node script that its authors published
 --config=configs/qwen7b.py:sft       for `sft`: the paper's supervised baseline, on 8k traces
 
-Memory budget of a GPU's 74 GiB, computed, not measured: lanes 21 GiB, the engine's policy 15 GiB
+Memory budget of a GPU's 74 GiB, computed, not measured: KV cache 21 GiB, the engine's policy 15 GiB
 and as much again while a new one is loaded, parameters and moments in float32 12 GiB. Instead of
 the new policy, an update needs 8 GiB for two sums of gradients, plus the saved activations of a
 row. JAX takes three quarters of a GPU's memory by default, so set
@@ -52,8 +52,9 @@ def get_config(variant: str = "paper") -> Config:
             max_pixels=2 * 672 * 672,
         ),
         rollout=Rollout(
-            lanes=48,  # 8k tokens of 56 KiB each: 21 GiB; more than are decoded, as some wait
-            decode_batch_size=40,
+            lanes=128,  # more than are decoded, as some wait for tools
+            cache_tokens=48 * 8192,  # of 56 KiB each: 21 GiB; an episode takes 2k to 3k on average
+            decode_batch_size=64,  # a step reads 14 GB of weights, and 0.1 GB for each row
             decode_steps=16,
             prefill_buckets=(64, 256, 1024),
             prefill_tokens=1024,

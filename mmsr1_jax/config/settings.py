@@ -111,7 +111,7 @@ class Rollout:
       lanes: Number of concurrent episodes, including those that wait for tools.
       cache_tokens: Number of tokens of all lanes that the KV cache holds; episodes of a group share
         those of their prompt. 0: `lanes` times `turns.max_episode_tokens`. If it is full, the
-        youngest episodes move to host memory until there is room (`rollout/offloaded_pages`).
+        youngest episodes move to host memory until there is room (metric `rollout/offloaded`).
       page_size: Number of tokens in a page of the KV cache.
       decode_batch_size: Number of lanes that a decoding program computes at a time. With more lanes
         than this, lanes that wait for a tool leave no row of the batch idle.

@@ -30,6 +30,7 @@ from mmsr1_jax.rollout.programs import PAGES_PER_MOVE, Programs
 from mmsr1_jax.rollout.sampler import Sampling
 from mmsr1_jax.rollout.stop import StopTable
 from mmsr1_jax.rollout.timeline import DECODE, ENCODE, PREFILL, EngineTimeline
+from mmsr1_jax.utils import fallbacks
 
 
 @dataclasses.dataclass
@@ -123,8 +124,8 @@ class Device:
             programs.num_pages,
             self.config.page_size,
             config.turns.max_episode_tokens,
-            self._pages_to_host,
-            self._pages_to_device,
+            self._offload_pages,
+            self._write_pages,
         )
         # Everything is created on its final devices, since another engine may fill the first one.
         # It is committed to them like the outputs of the programs; otherwise each program would be
@@ -156,7 +157,7 @@ class Device:
         self.finish_decode(self.start_decode([], sampling, seed=0, leave_at=0))
         hidden = self._extend(self.config.prefill_buckets[0], [])[0]
         self.fork(0, 0, 0, hidden)
-        self._pages_to_device([0], self._pages_to_host([0]))
+        self._write_pages([0], self._read_pages([0]))
 
     # Parameters
 
@@ -296,7 +297,16 @@ class Device:
         with self._programs.context():
             self._cache = self._programs.fork(self._cache, *args, hidden)
 
-    def _pages_to_host(self, pages: Sequence[int]) -> list[Contents]:
+    def _offload_pages(self, pages: Sequence[int]) -> list[Contents]:
+        """Return the contents of pages that another lane needs, and count that."""
+        fallbacks.count(
+            "rollout/offloaded",
+            "rollout: the KV cache is full, and episodes wait in host memory until there is room; "
+            "larger rollout.cache_tokens or fewer rollout.lanes avoid that",
+        )
+        return self._read_pages(pages)
+
+    def _read_pages(self, pages: Sequence[int]) -> list[Contents]:
         """Return the contents of some pages."""
         contents: list[Contents] = []
         for first in range(0, len(pages), PAGES_PER_MOVE):
@@ -309,7 +319,7 @@ class Device:
             contents += [[layer[n].copy() for layer in layers] for n in range(len(part))]
         return contents
 
-    def _pages_to_device(self, pages: Sequence[int], contents: list[Contents]) -> None:
+    def _write_pages(self, pages: Sequence[int], contents: list[Contents]) -> None:
         """Write the contents of some pages."""
         for first in range(0, len(pages), PAGES_PER_MOVE):
             part = contents[first : first + PAGES_PER_MOVE]
