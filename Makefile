@@ -43,6 +43,8 @@ test: $(VENV)/.tests lint
 # Tests that take too long for every day.
 proofs: $(VENV)/.tests
 	$(RUN) -m pytest -m proof
+	$(RUN) -m pytest --kernels tests/rollout/test_cache.py tests/rollout/test_decode.py \
+	    tests/rollout/test_engine.py
 
 lint: $(VENV)/.tests
 	$(VENV)/bin/ruff check .

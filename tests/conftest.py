@@ -31,6 +31,7 @@ typechecker.install()
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.utils import logs
+from tests import kernels
 
 # A shell that starts a command in the background lets it ignore Ctrl-C, and programs that tests
 # start and interrupt would inherit that.
@@ -66,6 +67,15 @@ def tiny_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def processor(tiny_dir):
     return Processor.from_directory(tiny_dir)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kernels", action="store_true", help="rollouts use TPU kernels, interpreted")
+
+
+def pytest_configure(config):
+    if config.getoption("kernels"):
+        kernels.widen_random_policy()
 
 
 def pytest_collection_modifyitems(items):

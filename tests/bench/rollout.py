@@ -117,7 +117,7 @@ def synchronous():
 
 def timed_rollout(engine: Engine, count: int, seed: int = 0) -> tuple[float, list[Episode]]:
     """Return the seconds taken and the episodes of `count` questions."""
-    engine.device.load(engine.device._params)  # discards the encoded images
+    engine.device._images.clear()
     begin = time.perf_counter()
     sampling = settings.Sampling(seed=seed)
     episodes = list(engine.rollout(examples(count), group_size=GROUP, sampling=sampling))

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src import literals
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
 from mmsr1_jax.models import paged_attention
 from mmsr1_jax.models.paged_attention import PagedRows
+from tests import kernels
 
 PAGE = 16
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -22,13 +22,8 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 @pytest.fixture
 def interpreted(monkeypatch):
     """Use the TPU kernel, in Pallas' interpreter."""
-    monkeypatch.setattr(paged_attention, "token_major", lambda head_dim: True)
+    kernels.interpret_tpu_kernel(monkeypatch)
     monkeypatch.setattr(paged_attention, "_TPU_BLOCK_TOKENS", 2 * PAGE)
-    interpreted = functools.partial(kernel.pl.pallas_call, interpret=True)
-    monkeypatch.setattr(kernel.pl, "pallas_call", interpreted)
-    # The interpreter asks constant indices for their shape, which they do not have.
-    monkeypatch.setattr(literals.TypedInt, "shape", (), raising=False)
-    jax.clear_caches()  # traces of `ragged_paged_attention` without the interpreter
     yield
     jax.clear_caches()
 

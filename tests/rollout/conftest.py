@@ -3,6 +3,7 @@
 import pytest
 
 from mmsr1_jax.scripts import random_policy
+from tests import kernels
 from tests.engines import VOCAB_SIZE
 from tests.scripted_policy import config_for
 
@@ -10,3 +11,12 @@ from tests.scripted_policy import config_for
 @pytest.fixture(scope="module")
 def model():
     return random_policy.random_model(config_for(VOCAB_SIZE), seed=3)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted_kernels(request):
+    """With `--kernels`, all engines use the TPU kernel, in Pallas' interpreter."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.getoption("kernels"):
+            kernels.interpret_tpu_kernel(patch)
+        yield

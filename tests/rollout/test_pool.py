@@ -224,7 +224,7 @@ def test_an_exception_of_an_engine_stops_the_pool(pool, expected, monkeypatch):
         raise RuntimeError("out of memory on this device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pool.engines[1].device, "decode", fails)
+        patch.setattr(pool.engines[1].device, "start_decode", fails)
         with pytest.raises(RuntimeError, match="out of memory on this device"):
             list(pool.rollout(examples(6), group_size=4))
         assert engine_threads() == []
