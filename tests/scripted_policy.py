@@ -42,8 +42,9 @@ def scripted_processor(
     return Processor(scripted_tokenizer(vocab_size, actions), images)
 
 
-def config_for(vocab_size: int, base: ModelConfig = random_policy.CONFIG) -> ModelConfig:
-    """Return `base` with a vocabulary of another size."""
+def config_for(vocab_size: int, base: ModelConfig | None = None) -> ModelConfig:
+    """Return `base`, or else the random policy's config, with a vocabulary of another size."""
+    base = base or random_policy.CONFIG
     text = dataclasses.replace(base.text, vocab_size=vocab_size)
     return dataclasses.replace(base, text=text, video_token_id=vocab_size - 1)
 
