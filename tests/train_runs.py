@@ -30,14 +30,14 @@ SMALL = [
 ]
 
 
-def write_questions(folder: pathlib.Path) -> pathlib.Path:
-    """Write questions of the embedded task, and their index to `index` beside them.
+def write_questions(folder: pathlib.Path, count: int = 10) -> pathlib.Path:
+    """Write `count` questions of the embedded task, and their index to `index` beside them.
 
     The warm start answers some of them correctly, so rewards differ within groups.
     """
     world = tiny_world.World.generate()
     tiny_world.write_index(world, folder / "index")
-    write_parquet(folder / "q.parquet", tiny_world.questions(world, "train", 10))
+    write_parquet(folder / "q.parquet", tiny_world.questions(world, "train", count))
     return folder / "q.parquet"
 
 

@@ -25,7 +25,18 @@ from mmsr1_jax.processing.processor import Prompt
 from mmsr1_jax.scripts import random_policy
 
 # bfloat16 matrix products without sparsity, operations per second, from the vendors' data sheets.
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v5 lite": 197e12}
+# The first key that occurs in a device's kind counts.
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
+        "TPU v5": 459e12, "TPU v6": 918e12}  # fmt: skip
+
+
+def _four_layers(name: str) -> qwen2_5_vl.ModelConfig:
+    """Return a released model with four layers in each tower."""
+    preset = qwen2_5_vl.PRESETS[name]
+    vision = dataclasses.replace(preset.vision, num_layers=4, full_attention_layers=(3,))
+    text = dataclasses.replace(preset.text, num_layers=4)
+    return dataclasses.replace(preset, text=text, vision=vision)
+
 
 SHAPES = {
     # About 24M parameters, the proportions of the 3B.
@@ -48,13 +59,8 @@ SHAPES = {
             full_attention_layers=(3,),
         ),
     ),
-    "7b": dataclasses.replace(
-        qwen2_5_vl.PRESETS["7b"],
-        text=dataclasses.replace(qwen2_5_vl.PRESETS["7b"].text, num_layers=4),
-        vision=dataclasses.replace(
-            qwen2_5_vl.PRESETS["7b"].vision, num_layers=4, full_attention_layers=(3,)
-        ),
-    ),
+    "3b": _four_layers("3b"),
+    "7b": _four_layers("7b"),
 }
 
 
@@ -147,6 +153,12 @@ def useful_flops(config, tokens: int, length: int, patches: int) -> float:
     return text + vision + 12 * v.hidden_size * (full / rows + windows)
 
 
+def peak_flops() -> float | None:
+    """Return the FLOP/s of bfloat16 products that the device's data sheet states, if known."""
+    kind = jax.devices()[0].device_kind
+    return next((value for key, value in PEAK.items() if key in kind), None)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="small")
@@ -185,9 +197,7 @@ def main():
             print(f"| {name} | {jax_speed:,.0f} | {torch_speed:,.0f} | {ratio:.2f} |")
         else:
             print(f"| {name} | {jax_speed:,.0f} | - | - |")
-    kind = jax.devices()[0].device_kind
-    peak = next((value for key, value in PEAK.items() if key in kind), None)
-    if peak:
+    if peak := peak_flops():
         flops = useful_flops(config, tokens, length, patches)
         mfu = flops / seconds["jax", "forward+backward"] / peak
         memory = compiled.memory_analysis().temp_size_in_bytes / 2**30

@@ -24,7 +24,7 @@ from mmsr1_jax.rl import packing
 from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.rl.train_batch import make_loss
 from mmsr1_jax.scripts import random_policy
-from tests.bench.model import PEAK, SHAPES, conversation, useful_flops
+from tests.bench.model import SHAPES, conversation, peak_flops, useful_flops
 
 PROMPT, TURNS = 512, 1024  # an eighth of the published 4,096 and 8,192
 IMAGE_TOKEN = 3
@@ -56,9 +56,14 @@ def episodes(rng, config, count: int) -> list[packing.Sample]:
     return samples
 
 
-def jax_update(model, samples, pack_length: int, rows: int):
-    windows = max(packing.num_prompt_windows(s.prompt, model.config) for s in samples)
-    shape = packing.RowShape(rows, pack_length, windows * (pack_length // 200))
+def row_shape(samples, config, pack_length: int, rows: int) -> packing.RowShape:
+    """Return a shape whose rows hold the images of many short episodes."""
+    windows = max(packing.num_prompt_windows(s.prompt, config) for s in samples)
+    return packing.RowShape(rows, pack_length, windows * (pack_length // 200))
+
+
+def jax_update(model, samples, shape: packing.RowShape):
+    """Return a function that takes one optimiser step, and the packing efficiency."""
     update = settings.Update(freeze_vision=False)
     objective = settings.Objective(kl_coef=0.0)
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
@@ -140,7 +145,8 @@ def main() -> None:
     model.config = config = dataclasses.replace(config, image_token_id=IMAGE_TOKEN)
     samples = episodes(rng, config, arguments.episodes)
     tokens = sum(len(s.mask) for s in samples)
-    run, efficiency = jax_update(model, samples, 8192 if large else 1024, 1)
+    shape = row_shape(samples, config, 8192 if large else 1024, 1)
+    run, efficiency = jax_update(model, samples, shape)
     runs = {"ours": run}
     if not large and not arguments.skip_torch:
         runs["torch"] = torch_update(
@@ -158,14 +164,12 @@ def main() -> None:
         print(f"{name}: {tokens / seconds:.0f} tokens/s")
     if "torch" in best:
         print(f"ratio {best['torch'] / best['ours']:.2f}")
-    kind = jax.devices()[0].device_kind
-    peak = next((v for k, v in PEAK.items() if k in kind), None)
-    if peak:
+    if peak := peak_flops():
         patches = sum(len(s.prompt.images[0].values) for s in samples)
         length = float(np.average([len(s.mask) for s in samples],
                                   weights=[len(s.mask) for s in samples]))  # fmt: skip
         flops = useful_flops(config, tokens, int(length), patches)
-        print(f"MFU {flops / best['ours'] / peak:.3f} of {kind}")
+        print(f"MFU {flops / best['ours'] / peak:.3f} of {jax.devices()[0].device_kind}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,212 @@
+"""Parity of the kernels that a platform uses with XLA in float32, on the device itself.
+
+Differences of outputs are absolute; inputs are bounded and of variance 1. Those of gradients are
+relative to the gradient's largest entry.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmsr1_jax.models import attention, gpu_paged_attention, paged_attention
+from mmsr1_jax.models.paged_attention import PagedRows
+from mmsr1_jax.rollout import sampler
+
+BARS = {"bfloat16": 2e-2, "float32": 1e-5}  # of differences
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """A measurement of a part.
+
+    Attributes:
+      name: Name in the results.
+      run: Function that returns its values, numbers and texts that JSON can hold.
+    """
+
+    name: str
+    run: Callable[[], dict[str, Any]]
+
+
+def parity(tiny: bool) -> list[Measurement]:
+    """Compare every kernel that the platform uses with XLA in float32."""
+    return [*_attention_parity(tiny), *_paged_parity(tiny), *_reductions_parity(tiny)]
+
+
+def _uniform(rng, *shape: int, dtype) -> jax.Array:
+    """Return bounded random numbers of variance 1."""
+    return jnp.asarray(rng.uniform(-(3**0.5), 3**0.5, shape), dtype)
+
+
+def _compared(dtype: str, **differences: float) -> dict[str, Any]:
+    """Return differences with the bar of their dtype; NaN does not pass."""
+    bar = BARS[dtype]
+    passed = all(difference <= bar for difference in differences.values())
+    return {**differences, "bar": bar, "passed": passed}
+
+
+def precision(dtype: str):
+    """Return the context in which commands run programs of this dtype."""
+    return jax.default_matmul_precision("highest" if dtype == "float32" else None)
+
+
+def _attention_parity(tiny: bool) -> list[Measurement]:
+    shapes = {"text": (2, 2048, 28, 4, 128, True), "vision": (2, 2048, 16, 16, 80, False)}
+    if tiny:
+        shapes = {"text": (2, 128, 4, 2, 32, True)}
+    kernels = {  # what `attention.choose` may return
+        ("gpu", "bfloat16"): ("cudnn", "triton"),
+        ("tpu", "bfloat16"): ("splash",),
+        ("tpu", "float32"): ("splash",),
+    }
+    return [
+        Measurement(
+            f"attention {name}, {tower}, {dtype}",
+            functools.partial(attention_difference, name, *shape, dtype),
+        )
+        for dtype in BARS
+        for name in ("blockwise", *kernels.get((jax.default_backend(), dtype), ()))
+        for tower, shape in shapes.items()
+    ]
+
+
+def attention_difference(
+    name: str, B: int, T: int, N: int, K: int, H: int, causal: bool, dtype: str
+) -> dict[str, Any]:
+    """Compare an implementation of attention and its gradient with `xla` in float32."""
+    rng = np.random.default_rng(0)
+    q, k, v = (_uniform(rng, B, T, n, H, dtype=dtype) for n in (N, K, K))
+    ids = np.ones((B, T), np.int32)
+    if name != "cudnn":  # which takes one segment
+        ids[0, T // 3 :], ids[0, T // 2 :] = 2, 3
+    ids[1, -T // 4 :] = 0
+    mask = (ids != 0)[..., None, None]
+    weights = _uniform(rng, B, T, N, H, dtype=jnp.float32) * mask
+
+    def output(q, k, v, implementation):
+        out = attention.attention(
+            q, k, v, ids, causal=causal, implementation=implementation,
+            single_segment=implementation == "cudnn",
+        ).astype(jnp.float32)  # fmt: skip
+        return (out * weights).sum(), out * mask
+
+    def run(implementation, *arrays):
+        function = functools.partial(output, implementation=implementation)
+        program = jax.jit(jax.grad(function, argnums=(0, 1, 2), has_aux=True))
+        gradients, out = program(*arrays)
+        return out, [gradient.astype(jnp.float32) for gradient in gradients]
+
+    with precision("float32"):
+        expected, expected_gradients = run("xla", *(x.astype(jnp.float32) for x in (q, k, v)))
+    with precision(dtype):
+        ours, gradients = run(name, q, k, v)
+    pairs = zip(gradients, expected_gradients, strict=True)
+    relative = np.array([float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs])
+    difference = float(jnp.abs(ours - expected).max())
+    return _compared(dtype, difference=difference, gradient_difference=float(relative.max()))
+
+
+def _paged_parity(tiny: bool) -> list[Measurement]:
+    B, N, K, H, size, pages = (8, 4, 2, 32, 16, 4) if tiny else (16, 28, 4, 128, 128, 32)
+    cases = [(T, dtype) for dtype in BARS for T in (1, 24 if tiny else 256)]
+    if jax.default_backend() == "gpu":  # which in float32 uses the XLA form itself
+        cases = [(T, dtype) for T, dtype in cases if dtype == "bfloat16"]
+    measurements = [
+        Measurement(
+            f"paged attention, {T} new tokens, {dtype}",
+            functools.partial(paged_difference, B, T, N, K, H, size, pages, dtype),
+        )
+        for T, dtype in cases
+    ]
+    decode_shapes = [(16, 28, 4, 128, 64, 64), (16, 28, 4, 128, 128, 32), (16, 28, 4, 64, 128, 32)]
+    if tiny:
+        decode_shapes = [(3, 4, 1, 64, 64, 2)]
+    elif jax.default_backend() != "gpu":
+        decode_shapes = []
+    return measurements + [
+        Measurement(
+            f"paged_decode, pages of {shape[4]}, head dimension {shape[3]}",
+            functools.partial(decode_kernel_difference, *shape),
+        )
+        for shape in decode_shapes
+    ]
+
+
+def _paged_inputs(B, T, N, K, H, size, pages, dtype):
+    """Return queries, shuffled head-major pages, and rows of all lengths, one of them skipped."""
+    rng = np.random.default_rng(0)
+    q = _uniform(rng, B, T, N, H, dtype=dtype)
+    cache = _uniform(rng, B * pages, K, 2, size, H, dtype=dtype)
+    table = rng.permutation(B * pages).reshape(B, pages).astype(np.int32)
+    start = np.linspace(0, pages * size - T, B).astype(np.int32)
+    count = np.full(B, T, np.int32)
+    count[1] = 0
+    count[2] = (T + 1) // 2
+    return q, cache, PagedRows(table=table, start=start, count=count)
+
+
+def _paged_reference(q, cache, rows: PagedRows) -> jax.Array:
+    q, cache = q.astype(jnp.float32), cache.astype(jnp.float32)
+    with precision("float32"):
+        return jax.jit(paged_attention._xla)(q, cache, rows)
+
+
+def paged_difference(
+    B: int, T: int, N: int, K: int, H: int, size: int, pages: int, dtype: str
+) -> dict[str, Any]:
+    """Compare the platform's attention over pages with its XLA form in float32."""
+    q, cache, rows = _paged_inputs(B, T, N, K, H, size, pages, dtype)
+    expected = _paged_reference(q, cache, rows)
+    if paged_attention.token_major(H):
+        cache = cache.transpose(0, 3, 1, 2, 4).reshape(B * pages, size, 2 * K, H)
+    with precision(dtype):
+        ours = jax.jit(paged_attention.paged_attention)(q, cache, rows).astype(jnp.float32)
+    mask = (np.arange(T) < rows.count[:, None])[..., None, None]
+    difference = float(jnp.abs(jnp.where(mask, ours - expected, 0)).max())
+    return _compared(dtype, difference=difference)
+
+
+def decode_kernel_difference(
+    B: int, N: int, K: int, H: int, size: int, pages: int
+) -> dict[str, Any]:
+    """Compare the kernel for GPUs with the XLA form; on a CPU the interpreter runs it."""
+    q, cache, rows = _paged_inputs(B, 1, N, K, H, size, pages, "bfloat16")
+    rows = rows.replace(count=np.ones(B, np.int32))
+    expected = _paged_reference(q, cache, rows)[:, 0]
+    interpret = jax.default_backend() == "cpu"
+    kernel = jax.jit(functools.partial(gpu_paged_attention.paged_decode, interpret=interpret))
+    kv = cache.reshape(B * pages, 2 * K, size, H)
+    ours = kernel(q[:, 0], kv, rows.table, rows.start + 1).astype(jnp.float32)
+    return _compared("bfloat16", difference=float(jnp.abs(ours - expected).max()))
+
+
+def _reductions_parity(tiny: bool) -> list[Measurement]:
+    shape = (8, 512) if tiny else (64, 152064)
+    return [
+        Measurement(
+            f"sampler, {reduce.__name__}", functools.partial(reduction_error, reduce, shape)
+        )
+        for reduce in (sampler.reduce_in_passes, sampler.reduce_at_once)
+    ]
+
+
+def reduction_error(reduce: Callable, shape: tuple[int, int]) -> dict[str, Any]:
+    """Compare a reduction of the sampler with NumPy in float64."""
+    rng = np.random.default_rng(0)
+    scaled = rng.normal(size=shape, scale=3).astype(np.float32)
+    kept = rng.random(shape) < 0.7
+    perturbed = np.where(kept, scaled + rng.gumbel(size=shape), -np.inf).astype(np.float32)
+    tokens, *lses = jax.jit(reduce)(perturbed, scaled, kept)
+    exponentials = np.exp(scaled.astype(np.float64))
+    expected = [np.log(np.where(mask, exponentials, 0).sum(axis=1)) for mask in (kept, ~kept)]
+    wrong = int((np.asarray(tokens) != perturbed.argmax(axis=1)).sum())
+    return _compared(
+        "float32",
+        difference=float(np.abs(np.array(lses, np.float64) - np.array(expected)).max()),
+        wrong_tokens=wrong,
+    )
