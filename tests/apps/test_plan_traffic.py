@@ -235,7 +235,11 @@ def test_an_asynchronous_slice_counts_what_it_takes_and_its_end_is_listed():
     assert (by_name["slice-start.1"].read, by_name["slice-start.1"].written) == (4194304, 0)
     assert (by_name["copy-start"].read, by_name["copy-start"].written) == (0, part)
     assert program.bytes == 2 * part + 4194304
-    assert [i.name for i in program.of_kind("copy")] == ["slice-start", "slice-start.1", "copy-start"]
+    assert [i.name for i in program.of_kind("copy")] == [
+        "slice-start",
+        "slice-start.1",
+        "copy-start",
+    ]
     waits = {i.name: (i.copy, i.bytes) for i in program.of_kind("wait")}
     assert waits == {
         "slice-done": ("slice-start", 0), "slice-done.1": ("slice-start.1", 0),
