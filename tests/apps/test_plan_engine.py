@@ -77,11 +77,32 @@ def test_state_and_cache_are_those_of_the_compiled_programs():
     cache = memory.device_bytes(rollout.abstract_state()[0])
     assert memory.cache_size(config(lanes=5), rollout).bytes == cache
     compiled = listed["fork"].lower().compile()
-    hidden = MODEL.text.hidden_size * 4
-    assert compiled.memory_analysis().argument_size_in_bytes == cache + 3 * 4 + hidden
+    assert listed["fork"].inputs == 3 * 4 + MODEL.text.hidden_size * 4
+    arguments = compiled.memory_analysis().argument_size_in_bytes
+    assert arguments == cache + listed["fork"].inputs
     moved = traffic.measure(compiled.as_text()).bytes
     # The CPU program copies a page by way of a temporary.
     assert listed["fork"].needed_bytes <= moved <= 2 * listed["fork"].needed_bytes
+
+
+def test_inputs_are_the_arguments_without_parameters_and_caches():
+    run = config(lanes=5, prefill_buckets=(32, 64))
+    run.buckets.image_windows = (4,)
+    rollout, listed = engine_programs(run)
+    params = rollout.abstract_params()
+    cache, images = rollout.abstract_state()
+    used = {  # the compiler drops parameters that a program does not use
+        "extend 32 tokens": (params["text"], cache, images),
+        "decode": (params["text"], cache),
+        "encode 4 windows": (params["vision"], images),
+        "read_pages": cache.pages,
+    }
+    unused = {"extend 32 tokens": params["text"]["head"]}
+    for name, state in used.items():
+        sizes = listed[name].lower().compile().memory_analysis()
+        arguments = memory.device_bytes(state) + listed[name].inputs
+        arguments -= memory.device_bytes(unused.get(name, ()))
+        assert sizes.argument_size_in_bytes == arguments, name
 
 
 def test_load_reads_the_trainers_parameters_and_writes_those_of_an_engine():

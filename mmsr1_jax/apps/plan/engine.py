@@ -76,6 +76,8 @@ def engine_programs(
                 Program(
                     name=call.name, phase="rollout", lower=_lowering(engine, call),
                     needed_bytes=needed_bytes, flops=flops / _tensor(engine), state=state,
+                    # The compiler drops the parameters that a program does not use.
+                    inputs=memory.device_bytes(_inputs(call)),
                     trips=_trips(config), kernels=kernels.engine_kernels(filled_tokens(config)),
                 )
             )  # fmt: skip
@@ -89,6 +91,12 @@ def usual_programs(names: Sequence[str]) -> list[str]:
     """
     encode = [name for name in names if name.startswith("encode")]
     return [name for name in names if name not in encode[1:-1]]
+
+
+def _inputs(call: Call) -> list[Any]:
+    """Return the arguments of a call that are neither parameters nor one of the caches."""
+    state = _STATE_ARGUMENTS[call.name.partition(" ")[0]]
+    return [argument for index, argument in enumerate(call.args) if index not in state]
 
 
 def _lowering(engine: Programs, call: Call) -> Callable[[], jax.stages.Lowered]:
@@ -159,6 +167,11 @@ def _read_pages(config: settings.Config, model: ModelConfig, engine: Programs, c
 _NEEDS: dict[str, Callable[..., tuple[float, float, frozenset[str]]]] = {
     "encode": _encode, "extend": _extend, "decode": _decode, "fork": _fork,
     "read_pages": _read_pages,
+}  # fmt: skip
+
+# Positions of parameters and caches among the arguments.
+_STATE_ARGUMENTS = {
+    "encode": (0, 1), "extend": (0, 1, 3), "decode": (0, 1), "fork": (0,), "read_pages": (0,),
 }  # fmt: skip
 
 

@@ -74,7 +74,7 @@ class Figures:
         return Footprint(
             name=self.name, phase=self.phase, state=program.state,
             argument_bytes=self.argument_bytes, output_bytes=self.output_bytes,
-            temporary_bytes=self.temporary_bytes,
+            temporary_bytes=self.temporary_bytes, inputs=program.inputs,
         )  # fmt: skip
 
 

@@ -114,6 +114,7 @@ class Footprint:
       name: Name of the program.
       phase: Phase that runs it.
       state: Names of the state among its arguments.
+      inputs: Bytes of the other arguments; None: `argument_bytes` less the state.
       argument_bytes, output_bytes: Bytes of arguments, and of outputs that reuse none of them.
       temporary_bytes: Bytes of temporaries.
     """
@@ -124,6 +125,7 @@ class Footprint:
     argument_bytes: float
     output_bytes: float
     temporary_bytes: float
+    inputs: float | None = None
 
 
 def state_bytes(config: settings.Config, learner: Learner, engine: Programs) -> dict[str, float]:
@@ -210,9 +212,11 @@ def phases(
         parts = {**state, **extra.get(name, {})}
         largest: dict[str, float] = {}
         for program in (p for p in footprints if p.phase == name):
-            arguments = program.argument_bytes - sum(state[s] for s in program.state)
+            inputs = program.inputs
+            if inputs is None:
+                inputs = max(0.0, program.argument_bytes - sum(state[s] for s in program.state))
             arrays = {
-                f"{program.name} arguments": max(0.0, arguments),
+                f"{program.name} arguments": inputs,
                 f"{program.name} outputs": program.output_bytes,
                 f"{program.name} temporaries": program.temporary_bytes,
             }

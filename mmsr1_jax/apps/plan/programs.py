@@ -41,6 +41,8 @@ class Program:
       needed_bytes: Bytes that a device must move, by formula.
       flops: FLOPs that a device must compute, by formula.
       state: Names of the run's state among its arguments (`memory.state_bytes`).
+      inputs: Bytes of the other arguments on a device; None: all bytes of arguments less the state,
+        for programs that use all of it.
       trips, kernels, branches: Arguments of `traffic.measure`.
     """
 
@@ -50,6 +52,7 @@ class Program:
     needed_bytes: float
     flops: float
     state: frozenset[str] = frozenset()
+    inputs: float | None = None
     trips: Mapping[str, float] = dataclasses.field(default_factory=dict)
     kernels: Mapping[str, Kernel] = dataclasses.field(default_factory=dict)
     branches: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
