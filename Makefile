@@ -4,7 +4,7 @@ RUN = $(VENV)/bin/python
 DEMO = build/demo
 WARM_START = mmsr1_jax/data/tiny_world/policy
 
-.PHONY: demo warm_start test proofs bench docs lint format clean
+.PHONY: demo warm_start test proofs bench plan docs lint format clean
 
 # A stamp marks installed packages, so that a second run needs no network.
 $(VENV)/.runtime: requirements.txt
@@ -62,6 +62,16 @@ bench: $(VENV)/.tests
 	$(RUN) -m tests.bench.tools
 	$(RUN) -m tests.bench.update
 	$(RUN) -m tests.bench.tools --reader=jina
+
+# Plans of the shipped configs, compiled for accelerators that are not there; the tables of
+# docs/performance.md. Needs the extras `tpu` and `cuda`. Figures are cached, so it can be resumed.
+plan: $(VENV)/.runtime
+	mkdir -p build/plan
+	set -e; for config in qwen3b qwen7b qwen7b_lora; do for target in v5p:2x2x2 h100:1x8; do \
+	    $(RUN) -m mmsr1_jax.scripts.plan --config=$$config --topology=$$target --json \
+	        > build/plan/$$config.$$target.json; \
+	done; done
+	$(RUN) docs/plan_tables.py build/plan docs/performance.md
 
 # The pages under docs/ as a site, in docs/_build; warnings are errors.
 $(VENV)/.docs: docs/requirements.txt $(VENV)/.runtime

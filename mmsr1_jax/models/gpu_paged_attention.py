@@ -18,6 +18,7 @@ float32.
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,22 @@ def paged_decode(
     sums, stats = kernel(padded, kv, table, length)
     out = _combine(sums, stats, length)
     return out[:, :, : N // K].reshape(B, N, H).astype(q.dtype)
+
+
+def decode_cost(q: Sequence[int], kv: Sequence[int], length: int) -> tuple[float, float]:
+    """Return the bytes that one call of the kernel moves and the FLOPs that it computes.
+
+    Args:
+      q: Shape of its queries, [B, K, heads, H].
+      kv: Shape of the cache, [pages, 2K, page, H].
+      length: Number of tokens of every row, at least 1.
+    """
+    B, K, heads, H = q
+    tokens, splits = -(-length // _BLOCK) * _BLOCK, -(-length // _SPLIT)
+    queries = 2.0 * B * splits * K * heads * H
+    partial_sums = 4.0 * B * splits * K * heads * (H + 2)
+    fetched = 2.0 * B * kv[1] * tokens * H
+    return queries + fetched + partial_sums, 4.0 * B * K * _ROWS * H * tokens
 
 
 def _check(q, kv) -> None:

@@ -150,12 +150,28 @@ def _per_device(kernel, q, pages, rows: PagedRows) -> jax.Array:
     )(q, pages, rows)  # fmt: skip
 
 
+def tpu_fetched_tokens(T: int, keys: int, page_size: int, num_pages: int) -> int:
+    """Return the number of tokens whose keys and values the TPU kernel fetches for a row.
+
+    Args:
+      T: Number of new tokens of the row.
+      keys: Number of tokens of its sequence, the new ones included.
+      page_size: Number of tokens in a page.
+      num_pages: Maximum number of pages of a sequence.
+    """
+    block = _tpu_block_pages(page_size, num_pages) * page_size
+    return -(-T // _TPU_BLOCK_QUERIES) * -(-keys // block) * block
+
+
+def _tpu_block_pages(page_size: int, num_pages: int) -> int:
+    return max(1, min(_TPU_BLOCK_TOKENS // page_size, num_pages))
+
+
 def _tpu(q, pages, rows: PagedRows) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
     B, T, N, H = q.shape
-    size, num_pages = pages.shape[1], rows.table.shape[1]
-    block = max(1, min(_TPU_BLOCK_TOKENS // size, num_pages))
+    block = _tpu_block_pages(pages.shape[1], rows.table.shape[1])
     # Each row counts all T tokens; the queries of its padding come last and are undefined. A row
     # of none reads one block.
     lengths = jnp.where(rows.count > 0, rows.start + T, T)

@@ -1,12 +1,12 @@
-"""Predict memory and time of updates on absent accelerators, by compiling their programs.
+"""Predict memory and time of a run on absent accelerators, by compiling its programs.
 
-    mmsr1 plan --config=FILE --topology=v5p:2x2x2 [--model=NAME|DIR] [--programs=gradient,..] \\
+    mmsr1 plan --config=FILE --topology=v5p:2x2x2 [--model=NAME|DIR] [--programs=decode,..] \\
         [--json] [--cache=DIR]
 
 The target is a TPU slice (v5e, v5p or v6e and its shape) or GPUs (h100:1x8, h200:4x8: hosts x
 GPUs). Its compiler is installed by the extra `tpu` or `cuda`; no device is needed. The model is one
 of the released ones, such as qwen2.5-vl-7b, or a directory, of which only `config.json` is read;
-without --model it is `config.run.model`.
+without --model it is `config.run.model`. An engine has the first `mesh.tensor` devices.
 
 Prints what each program holds, moves and computes beside what it needs, a lower bound and an
 estimate of its time; then the memory of each phase of a step with a verdict, and the setting to
@@ -16,11 +16,13 @@ change if it does not fit. Figures are cached in DIR, so that an interrupted pla
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 
 from absl import flags
 
 from mmsr1_jax import cli
-from mmsr1_jax.apps.plan import figures, memory, programs, report, targets
+from mmsr1_jax.apps.plan import engine, figures, memory, programs, report, targets
+from mmsr1_jax.apps.plan.programs import Program
 from mmsr1_jax.apps.plan.report import Plan
 from mmsr1_jax.config import settings
 from mmsr1_jax.config.errors import UserError
@@ -50,7 +52,7 @@ def make_plan(
       config: Settings of the run.
       model: Name or directory of the policy.
       topology: Name of the target.
-      names: Names of programs; all if empty.
+      names: Names of programs, or their first words; the usual ones if empty.
       directory: Directory of cached figures.
 
     Raises:
@@ -60,25 +62,26 @@ def make_plan(
     target = targets.make_target(topology)
     mesh = programs.make_mesh(config, target)
     learner = programs.make_learner(config, shape, mesh)
-    all_programs = programs.trainer_programs(config, shape, mesh, learner)
-    known = [program.name for program in all_programs]
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(f"--programs={unknown[0]}: this run has {', '.join(known)}")
+    tensor = mesh.shape["tensor"]
+    rollout = engine.make_engine(config, shape, target.devices, tensor)
+    all_programs = [
+        *engine.engine_programs(config, shape, mesh, rollout),
+        *programs.trainer_programs(config, shape, mesh, learner),
+    ]
+    selected = select(all_programs, names)
     run = {
         "config": dataclasses.asdict(config), "model": dataclasses.asdict(shape),
         "target": target.name,
     }  # fmt: skip
     cache = figures.FigureCache(directory, run)
     calibration = figures.calibrate(target, cache)
-    selected = [program for program in all_programs if not names or program.name in names]
     results = []
     for program in selected:
         log.info("%s: compiling %s", target.name, program.name)
         results.append(figures.compile_figures(program, target, calibration, cache))
-    state = memory.state_bytes(config, shape, learner, mesh)
-    extra = {"load": {f"new {memory.ENGINE}": state[memory.ENGINE]}}
-    if config.objective.kl_coef and config.objective.reference == "host":
-        extra["score"] = {memory.REFERENCE: memory.reference_bytes(config, learner)}
+    state = memory.state_bytes(config, learner, rollout)
+    compiled = [f.name for f in results if not f.problem]
+    extra = memory.phase_extras(config, learner, state, compiled)
     footprints = [f.footprint(program) for f, program in zip(results, selected, strict=True)]
     return Plan(
         target=target,
@@ -86,11 +89,26 @@ def make_plan(
         calibration=calibration,
         programs=results,
         phases=memory.phases(state, footprints, target.chip.memory, extra),
-        lanes=config.rollout.lanes,
-        lane_bytes=memory.lane_bytes(config, shape, mesh.shape["tensor"]),
-        tensor=mesh.shape["tensor"],
+        cache=memory.cache_size(config, rollout),
+        filled=engine.filled_tokens(config),
+        tensor=tensor,
         crosses_hosts=programs.tensor_groups_cross_hosts(mesh),
     )
+
+
+def select(all_programs: Sequence[Program], names: Sequence[str]) -> list[Program]:
+    """Return the programs with the given names, or first words of names; without any, the usual.
+
+    Raises:
+      UserError: No program has a name.
+    """
+    known = [program.name for program in all_programs]
+    for name in names:
+        if name not in known and name not in {word.partition(" ")[0] for word in known}:
+            raise UserError(f"--programs={name}: this run has {', '.join(known)}")
+    if not names:
+        names = engine.usual_programs(known)
+    return [p for p in all_programs if p.name in names or p.name.partition(" ")[0] in names]
 
 
 if __name__ == "__main__":
@@ -99,7 +117,9 @@ if __name__ == "__main__":
         "topology", None, "target, such as v5p:2x2x2 or h100:1x8", required=True
     )
     _MODEL = flags.DEFINE_string("model", None, "name or HF directory of the policy")
-    _PROGRAMS = flags.DEFINE_list("programs", [], "names of programs; all by default")
+    _PROGRAMS = flags.DEFINE_list(
+        "programs", [], "names of programs, or first words of names, such as decode,extend"
+    )
     _JSON = flags.DEFINE_bool("json", False, "print JSON")
     _CACHE = flags.DEFINE_string("cache", None, "directory of cached figures")
     cli.run(main)

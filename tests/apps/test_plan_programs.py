@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from mmsr1_jax.apps.plan import figures, memory, needs, programs, traffic
+from mmsr1_jax.apps.plan.engine import make_engine
 from mmsr1_jax.apps.plan.estimate import Calibration
 from mmsr1_jax.apps.plan.targets import CHIPS, Target
 from mmsr1_jax.config import settings
@@ -74,7 +75,7 @@ def test_multiplied_weights_are_the_kernels_of_the_model():
     flat = {"/".join(map(str, path)): x for path, x in nnx.to_flat_state(params)}
     kernels = [x for path, x in flat.items() if path.endswith(("kernel", "text/head"))]
     count = sum(int(np.prod(x.get_value().shape)) for x in kernels)
-    assert needs.multiplied_weights(MODEL) == count
+    assert sum(needs.multiplied_weights(MODEL).values()) == count
 
 
 def test_a_backward_pass_costs_two_forward_passes_where_weights_are_trained():
@@ -100,13 +101,51 @@ def test_state_of_the_shipped_configs(name, policy_and_moments, engine, lane):
     run, mesh = shipped(name), sharding.make_mesh()
     model = programs.model_config(run.run.model)
     learner = programs.make_learner(run, model, mesh)
-    state = memory.state_bytes(run, model, learner, mesh)
+    rollout = make_engine(run, model, jax.devices(), 1)
+    state, cache = memory.state_bytes(run, learner, rollout), memory.cache_size(run, rollout)
     gib = 2**30
     total = (state[memory.POLICY] + state[memory.OPTIMIZER]) / gib
     assert total == pytest.approx(policy_and_moments, abs=0.06)
     assert state[memory.ENGINE] / gib == pytest.approx(engine, abs=0.06)
-    assert memory.lane_bytes(run, model, 1) == lane * 2**20
-    assert state[memory.CACHE] == run.rollout.lanes * lane * 2**20
+    assert cache.pages_per_lane * cache.page_bytes == lane * 2**20
+    hidden = model.text.hidden_size * 2
+    pages = run.rollout.lanes * lane * 2**20 + lane * 2**20 / 64  # and a page to copy to
+    assert cache.bytes == state[memory.CACHE] == pages + run.rollout.lanes * hidden
+
+
+@pytest.mark.parametrize("rollout", [{"lanes": 6}, {"lanes": 6, "cache_tokens": 1280}])
+@pytest.mark.parametrize("pages", [-7.5, -0.5, 0.0, 20.5])
+def test_the_largest_cache_that_fits_is_that_of_the_setting(rollout, pages):
+    """A cache of the value fits into the bytes, one of the next value does not."""
+    run = config(rollout={**rollout, "page_size": 64}, turns={"max_episode_tokens": 256})
+
+    def size(**changes):
+        for name, value in changes.items():
+            setattr(run.rollout, name, value)
+        return memory.cache_size(run, make_engine(run, MODEL, jax.devices(), 1))
+
+    cache = size()
+    name = cache.setting.removeprefix("rollout.")
+    assert name == ("cache_tokens" if "cache_tokens" in rollout else "lanes")
+    limit = cache.bytes + pages * cache.page_bytes
+    value = cache.value(pages * cache.page_bytes)
+    step = 64 if cache.is_set else 1
+    assert size(**{name: value}).bytes <= limit < size(**{name: value + step}).bytes
+
+
+def test_loading_adapters_holds_the_merged_kernels():
+    run, mesh = config(update={"lora_rank": 4, "lora_alpha": 4.0}), sharding.make_mesh()
+    learner = programs.make_learner(run, MODEL, mesh)
+    itemsize = 2 if run.model.dtype == "bfloat16" else 4
+    weights = needs.multiplied_weights(MODEL)["text"]  # all linear maps of the layers have adapters
+    assert set(run.update.lora_targets) == {"q", "k", "v", "out", "gate", "up", "down"}
+    merged = memory.merged_bytes(learner)
+    assert merged == pytest.approx(weights * itemsize / mesh.shape["fsdp"])
+    state = {memory.ENGINE: 5.0}
+    extra = memory.phase_extras(run, learner, state, ["load"])
+    assert extra["load"] == {memory.MERGED: merged}
+    extra = memory.phase_extras(run, learner, state, [])
+    assert extra["load"] == {memory.MERGED: merged, "new engine policy": 5.0}
 
 
 @pytest.mark.parametrize("update", [{}, {"lora_rank": 4, "lora_alpha": 4.0}])

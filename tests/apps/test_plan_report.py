@@ -1,5 +1,6 @@
 """Verdicts, advice and output of a plan."""
 
+import dataclasses
 import json
 import types
 
@@ -38,17 +39,25 @@ FOOTPRINTS = [
 ]
 
 
+def cache(lanes=40, is_set=False):
+    """Lanes of 0.5 GiB in 4 pages of 128 tokens; one page more if the setting is in tokens."""
+    return memory.CacheSize(
+        pages=4 * lanes + 1, page_bytes=GIB / 8, lanes=lanes, pages_per_lane=4, lane_bytes=0.0,
+        tokens=128, is_set=is_set,
+    )  # fmt: skip
+
+
 def phases(limit=80, state=STATE, extra=None):
     return {p.name: p for p in memory.phases(state, FOOTPRINTS, limit * GIB, extra or {})}
 
 
-def make_plan(phases, lanes=40):
+def make_plan(phases, lanes=40, is_set=False):
     devices = [types.SimpleNamespace(process_index=0)] * 8
     return report.Plan(
         target=Target("h100:1x8", CHIPS["h100"], devices), model="m",
         calibration=Calibration(0.0, 1e-3, 1.0),
         programs=[Figures(name="gradient", phase="update", needed_bytes=GIB, flops=1e12)],
-        phases=list(phases.values()), lanes=lanes, lane_bytes=GIB / 2, tensor=1,
+        phases=list(phases.values()), cache=cache(lanes, is_set), filled=4096, tensor=1,
         crosses_hosts=False,
     )  # fmt: skip
 
@@ -82,6 +91,17 @@ def test_the_most_lanes_fit_and_one_more_does_not():
     assert make_plan(phases(limit=42)).most_lanes == 0
 
 
+def test_a_cache_of_a_number_of_tokens_has_full_lanes_and_a_page_to_copy_to():
+    plan = make_plan(phases(limit=66), is_set=True)
+    pages = plan.largest_cache // 128
+    assert (pages, plan.largest_cache % 128) == (161 + 3 * 8, 0)
+    assert plan.most_lanes == (pages - 1) // 4 == 46
+    assert make_plan(phases(limit=43.5), is_set=True).largest_cache == 5 * 128
+    assert make_plan(phases(limit=43.4), is_set=True).largest_cache == 0  # less than an episode
+    text = report.as_text(plan, settings.Config())
+    assert f"at most rollout.cache_tokens={185 * 128}, 46 full lanes fits" in text
+
+
 @pytest.mark.parametrize(
     ("limit", "state", "changes", "expected"),
     [
@@ -103,6 +123,48 @@ def test_advice_names_a_setting_that_frees_enough(limit, state, changes, expecte
     assert report.advice(result["update"], make_plan(result), config) == expected
 
 
+def test_advice_for_a_cache_of_a_number_of_tokens_holds_at_least_an_episode():
+    def advice(limit):
+        result = phases(limit=limit)
+        return report.advice(result["update"], make_plan(result, is_set=True), settings.Config())
+
+    assert advice(62.9) == f"rollout.cache_tokens={160 * 128}"
+    assert advice(43.5) == f"rollout.cache_tokens={5 * 128}"
+    assert "cache_tokens" not in advice(43.4)
+
+
+@pytest.mark.parametrize("rollout", [{"lanes": 12}, {"lanes": 12, "cache_tokens": 8192}])
+def test_a_phase_fits_with_the_setting_that_is_advised(rollout, tmp_path, monkeypatch):
+    """On this machine's devices, with so little memory that the KV cache must shrink."""
+    config = settings.Config()
+    config.update.pack_length, config.update.pack_windows = 64, 2
+    config.turns.max_episode_tokens, config.rollout.decode_batch_size = 1024, 2
+    for name, value in rollout.items():
+        setattr(config.rollout, name, value)
+
+    def phase(limit):
+        chip = dataclasses.replace(CHIPS["h100"], memory=limit)
+        target = Target("h100:1x8", chip, jax.devices())
+        monkeypatch.setattr(targets, "make_target", lambda name: target)
+        model = str(tiny_world.POLICY)
+        plan = command.make_plan(config, model, "h100:1x8", ["fork", "step"], tmp_path)
+        return plan, next(p for p in plan.phases if p.name == "rollout")
+
+    plan, before = phase(1e12)
+    assert before.fits and before.bytes == sum(before.parts.values())
+    limit = before.bytes - 0.4 * plan.cache.bytes
+    plan, before = phase(limit)
+    assert not before.fits
+    setting, _, value = report.advice(before, plan, config).partition("=")
+    assert setting == plan.cache.setting
+    setattr(config.rollout, setting.removeprefix("rollout."), int(value))
+    _, after = phase(limit)
+    assert after.fits
+    step = config.rollout.page_size if plan.cache.is_set else 1
+    setattr(config.rollout, setting.removeprefix("rollout."), int(value) + step)
+    assert not phase(limit)[1].fits
+
+
 def test_the_report_and_its_json_agree():
     plan, config = make_plan(phases(limit=60)), settings.Config()
     values = json.loads(json.dumps(report.as_json(plan, config)))
@@ -115,7 +177,7 @@ def test_the_report_and_its_json_agree():
     text = report.as_text(plan, config)
     assert "| update | 63.00 GiB | 60.00 GiB | does not fit: rollout.lanes=34 |" in text
     assert "| rollout | 47.00 GiB | 60.00 GiB | fits |" in text
-    assert "at most 34 fit" in text
+    assert "at most rollout.lanes=34 fits" in text
 
 
 def test_a_plan_of_a_small_run(tmp_path, monkeypatch):
@@ -133,7 +195,7 @@ def test_a_plan_of_a_small_run(tmp_path, monkeypatch):
     assert report.as_text(
         command.make_plan(config, model, "h100:1x8", ["score", "step"], tmp_path), config
     ) == text  # fmt: skip
-    with pytest.raises(UserError, match="--programs=fly: this run has score, gradient, step"):
+    with pytest.raises(UserError, match="--programs=fly: this run has load, encode .* step"):
         command.make_plan(config, model, "h100:1x8", ["fly"], tmp_path)
 
 

@@ -57,10 +57,8 @@ def test_the_description_of_an_h200_differs_in_its_memory():
 
 
 def instruction(**costs):
-    return Instruction(
-        name="fusion.1", opcode="fusion", kind="other", where="", result="", runs=2.0,
-        **{"read": 0.0, "written": 0.0, **costs},
-    )  # fmt: skip
+    common = dict(name="fusion.1", opcode="fusion", kind="other", where="", result="", runs=2.0)
+    return Instruction(**{**common, "read": 0.0, "written": 0.0, **costs})
 
 
 def test_an_instruction_takes_the_largest_of_its_times():
@@ -77,6 +75,44 @@ def test_an_instruction_takes_the_largest_of_its_times():
     ):
         program = Traffic((instruction(**costs),), (), ())
         assert estimate.program_seconds(program, chip, calibration) == pytest.approx(2 * seconds)
+
+
+@pytest.mark.parametrize(
+    ("between", "expected"),
+    [
+        ([], 2.0),  # nothing hides the two copies
+        ([dict(cycles=1.75e9 / 2)], 2.0),  # half a second of 2 is hidden, and takes itself
+        ([dict(cycles=3 * 1.75e9)], 3.0),  # all of it is hidden
+        ([dict(read=2765e9)], 3.0),  # nothing is hidden, as the memory is in use
+        ([dict(cycles=3 * 1.75e9, read=2765e9)], 3.0),  # it is idle for two seconds of three
+        ([dict(links=600e9)], 2.0),  # a collective of one second hides one
+    ],
+)
+def test_a_prefetch_overlaps_with_what_leaves_the_memory_idle(between, expected):
+    chip, second = CHIPS["v5p"], 2765e9 / 2  # bytes of a second in two runs
+    between = [{name: value / 2 for name, value in costs.items()} for costs in between]
+    program = [
+        *(instruction(name=f"copy.{n}", kind="copy", read=second) for n in (1, 2)),
+        *(instruction(**costs) for costs in between),
+        *(instruction(name=f"done.{n}", kind="wait", copy=f"copy.{n}") for n in (1, 2)),
+    ]
+    calibration = estimate.Calibration(1.0, 1.0, 0.9)
+    seconds = estimate.program_seconds(Traffic(tuple(program), (), ()), chip, calibration)
+    assert seconds == pytest.approx(expected)
+
+
+def test_a_prefetch_that_is_waited_for_early_is_not_hidden_by_what_follows():
+    chip, calibration = CHIPS["v5p"], estimate.Calibration(1.0, 1.0, 0.9)
+    work = instruction(cycles=3 * 1.75e9 / 2)
+    copies = [instruction(name=f"copy.{n}", kind="copy", read=2765e9 / 2) for n in (1, 2)]
+    wait = instruction(name="done.2", kind="wait", copy="copy.2")  # for the one before it, too
+
+    def seconds(*program):
+        return estimate.program_seconds(Traffic(program, (), ()), chip, calibration)
+
+    assert seconds(*copies, work, wait) == pytest.approx(3.0)
+    assert seconds(*copies, wait, work) == pytest.approx(2.0 + 3.0)
+    assert seconds(work, *copies) == pytest.approx(3.0 + 2.0)  # until the program ends
 
 
 def test_a_gpu_states_no_cycles():

@@ -208,6 +208,45 @@ def test_a_tpu_program_counts_main_memory_cycles_and_kernels_as_they_state():
     assert [(k.bytes, k.flops) for k in given.of_kind("kernel")] == [(1000, 7)]
 
 
+# Prefetches of parts of a matrix into on-chip memory: a slice of the matrix itself, and one of its
+# bytes; then a copy back to main memory, and a slice of what is on the chip already.
+PREFETCH = """HloModule jit_step, is_scheduled=true
+
+ENTRY %main (w: bf16[4736,3584]) -> bf16[1184,3584] {
+  %w = bf16[4736,3584]{1,0:T(8,128)(2,1)} parameter(0)
+  %bytes = s8[33947648]{0:T(1024)(128)(4,1)} bitcast(%w)
+  %slice-start = ((bf16[4736,3584]{1,0:T(8,128)(2,1)}), bf16[1184,3584]{1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:1184], [0:3584]}
+  %slice-start.1 = ((s8[33947648]{0:T(1024)(128)(4,1)}), s8[4194304]{0:T(1024)(128)(4,1)S(1)}, s32[]{:S(2)}) slice-start(%bytes), slice={[0:4194304]}
+  %slice-done = bf16[1184,3584]{1,0:T(8,128)(2,1)S(1)} slice-done(%slice-start)
+  %slice-done.1 = s8[4194304]{0:T(1024)(128)(4,1)S(1)} slice-done(%slice-start.1)
+  %copy-start = (bf16[1184,3584]{1,0:T(8,128)(2,1)}, bf16[1184,3584]{1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}) copy-start(%slice-done)
+  %slice-start.2 = ((s8[4194304]{0:T(1024)(128)(4,1)S(1)}), s8[1024]{0:T(1024)(128)(4,1)S(1)}, s32[]{:S(2)}) slice-start(%slice-done.1), slice={[0:1024]}
+  %slice-done.2 = s8[1024]{0:T(1024)(128)(4,1)S(1)} slice-done(%slice-start.2)
+  ROOT %copy-done = bf16[1184,3584]{1,0:T(8,128)(2,1)} copy-done(%copy-start)
+}
+"""  # noqa: E501
+
+
+def test_an_asynchronous_slice_counts_what_it_takes_and_its_end_is_listed():
+    program = traffic.measure(PREFETCH)
+    by_name = {i.name: i for i in program.instructions}
+    part = 2 * 1184 * 3584
+    assert (by_name["slice-start"].read, by_name["slice-start"].written) == (part, 0)
+    assert (by_name["slice-start.1"].read, by_name["slice-start.1"].written) == (4194304, 0)
+    assert (by_name["copy-start"].read, by_name["copy-start"].written) == (0, part)
+    assert program.bytes == 2 * part + 4194304
+    assert [i.name for i in program.of_kind("copy")] == [
+        "slice-start",
+        "slice-start.1",
+        "copy-start",
+    ]
+    waits = {i.name: (i.copy, i.bytes) for i in program.of_kind("wait")}
+    assert waits == {
+        "slice-done": ("slice-start", 0), "slice-done.1": ("slice-start.1", 0),
+        "slice-done.2": ("slice-start.2", 0), "copy-done": ("copy-start", 0),
+    }  # fmt: skip
+
+
 def test_a_reduce_scatter_receives_its_operand_once():
     (collective,) = traffic.measure(TPU).of_kind("collective")
     operand = 4 * 48 * 512

@@ -7,9 +7,12 @@ An instruction takes the largest of
     FLOPs / peak            of its matrix products
     link bytes / links      of a collective
 
-and the program takes the sum over its instructions. Copies and collectives that overlap with other
-work are counted in full, so the sum is pessimistic about them; it knows nothing of the latency of
-launches and of collectives, and so is optimistic about small ones.
+and the program takes the sum over its instructions. An asynchronous copy, by which a TPU prefetches
+weights into on-chip memory, uses the main memory while the instructions after its start leave it
+idle: those limited by cycles, FLOPs or links. What is left of it where the program waits for it
+adds to the sum. Asynchronous collectives are counted in full, so the sum is pessimistic about them;
+it knows nothing of the latency of launches and of collectives, and so is optimistic about small
+ones.
 """
 
 import dataclasses
@@ -70,9 +73,30 @@ def instruction_seconds(cost: Instruction, chip: Chip, efficiency: float) -> flo
 
 def program_seconds(program: Traffic, chip: Chip, calibration: Calibration) -> float:
     """Return the estimated time of a program."""
-    return sum(
-        i.runs * instruction_seconds(i, chip, calibration.efficiency) for i in program.instructions
-    )
+    total = 0.0
+    pending: dict[str, float] = {}  # seconds that asynchronous copies still need, oldest first
+
+    def transfer(seconds: float) -> None:
+        """Use the memory for pending copies, one after the other."""
+        for name in list(pending):
+            used = min(seconds, pending[name])
+            pending[name], seconds = pending[name] - used, seconds - used
+            if pending[name]:
+                return
+            del pending[name]
+
+    for i in program.instructions:
+        memory = i.runs * i.bytes / chip.bandwidth
+        if i.kind == "copy":
+            pending[i.name] = memory
+        elif i.kind == "wait":
+            while i.copy in pending:  # those started before it end before it
+                total += pending.pop(next(iter(pending)))
+        else:
+            seconds = i.runs * instruction_seconds(i, chip, calibration.efficiency)
+            transfer(seconds - memory)
+            total += seconds
+    return total + sum(pending.values())
 
 
 def bound_seconds(needed_bytes: float, flops: float, chip: Chip) -> float:

@@ -42,6 +42,7 @@ class Figures:
       bound_seconds: Least time for what is needed.
       seconds: Estimated time.
       compile_seconds: Time that lowering and compiling took.
+      compile_cpu_seconds: Time of the processor that they took, of all threads.
       largest: The instructions that move the most: bytes in all runs, runs, path.
       unknown_loops: Loops of unknown trip count, counted once.
       problem: The compiler's message if it refused the program, else empty.
@@ -63,6 +64,7 @@ class Figures:
     bound_seconds: float = 0.0
     seconds: float = 0.0
     compile_seconds: float = 0.0
+    compile_cpu_seconds: float = 0.0
     largest: tuple[tuple[float, float, str], ...] = ()
     unknown_loops: tuple[str, ...] = ()
     problem: str = ""
@@ -72,7 +74,7 @@ class Figures:
         return Footprint(
             name=self.name, phase=self.phase, state=program.state,
             argument_bytes=self.argument_bytes, output_bytes=self.output_bytes,
-            temporary_bytes=self.temporary_bytes,
+            temporary_bytes=self.temporary_bytes, inputs=program.inputs,
         )  # fmt: skip
 
 
@@ -139,7 +141,7 @@ def compile_figures(
     if stored := cache.load(program.name):
         stored["largest"] = tuple(tuple(row) for row in stored["largest"])
         return Figures(**{**stored, "unknown_loops": tuple(stored["unknown_loops"])})
-    start = time.monotonic()
+    start, cpu_start = time.monotonic(), time.process_time()
     lowered = program.lower()
     try:
         compiled = lowered.compile()
@@ -149,7 +151,10 @@ def compile_figures(
         figures = _refused(program, str(error))
     else:
         figures = _extract(program, compiled, target, calibration)
-    figures = dataclasses.replace(figures, compile_seconds=time.monotonic() - start)
+    figures = dataclasses.replace(
+        figures, compile_seconds=time.monotonic() - start,
+        compile_cpu_seconds=time.process_time() - cpu_start,
+    )  # fmt: skip
     cache.store(program.name, dataclasses.asdict(figures))
     return figures
 

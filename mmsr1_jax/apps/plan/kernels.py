@@ -1,12 +1,13 @@
-"""Costs of the attention kernels that state none (`models/attention.py`)."""
+"""Costs of the attention kernels that state none (`models/attention.py`, `paged_attention.py`)."""
 
 import math
 from collections.abc import Sequence
 
 from mmsr1_jax.apps.plan.hlo import Array
 from mmsr1_jax.apps.plan.traffic import Kernel, KernelCost
+from mmsr1_jax.models import gpu_paged_attention, paged_attention
 
-_BLOCK = 512  # queries and keys of a block of the TPU kernel
+_BLOCK = 512  # queries and keys of a block of the TPU kernel for rows without a cache
 # Products of [T, H] and [T, T] matrices in a kernel, by a part of its path: scores and output; with
 # the gradients of q; of k and v; of all three.
 _PRODUCTS = {
@@ -15,7 +16,7 @@ _PRODUCTS = {
 }  # fmt: skip
 
 
-def attention_kernels(length: int) -> dict[str, Kernel]:
+def attention_kernels(length: int = 0) -> dict[str, Kernel]:
     """Return the costs of the kernels of packed rows, for `traffic.measure`.
 
     Args:
@@ -43,3 +44,35 @@ def attention_kernels(length: int) -> dict[str, Kernel]:
         return KernelCost(once + streamed * (blocks - 1), flops)
 
     return {"pallas_call": cost}
+
+
+def engine_kernels(filled: int) -> dict[str, Kernel]:
+    """Return the costs of the kernels of an engine's programs, for `traffic.measure`.
+
+    Args:
+      filled: Number of tokens of each row's lane before the new ones.
+    """
+
+    def ragged(path: str, operands: Sequence[Array]) -> KernelCost:
+        q = next(a for a in operands if len(a.shape) == 3)  # [B T, N, H]
+        pages = next(a for a in operands if len(a.shape) == 4)  # [pages, page_size, 2K, H]
+        B, num_pages = next(a for a in operands if len(a.shape) == 2).shape
+        T, size = q.shape[0] // B, pages.shape[1]
+        fetched = paged_attention.tpu_fetched_tokens(T, filled + T, size, num_pages)
+        of_all = pages.bytes / pages.shape[0] / size * fetched * B
+        keys = paged_attention.tpu_fetched_tokens(1, filled + T, size, num_pages)
+        return KernelCost(of_all + 2 * q.memory_bytes, 4.0 * q.size * keys)
+
+    def paged_decode(path: str, operands: Sequence[Array]) -> KernelCost:
+        q, pages = operands[:2]
+        return KernelCost(*gpu_paged_attention.decode_cost(q.shape, pages.shape, filled + 1))
+
+    def cudnn(path: str, operands: Sequence[Array]) -> KernelCost:
+        q, k = operands[:2]  # [B, T, N, H], [B, S, K, H]
+        once = sum(a.memory_bytes for a in operands) + q.memory_bytes
+        return KernelCost(once, 4.0 * q.size * k.shape[1])
+
+    return {
+        "ragged_paged_attention": ragged, "paged_decode": paged_decode,
+        "dot_product_attention": cudnn, **attention_kernels(),
+    }  # fmt: skip

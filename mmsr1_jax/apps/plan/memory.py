@@ -1,25 +1,87 @@
 """State that stays on a device during a run, and the memory of the run's phases."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import Mesh
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.models import sharding
-from mmsr1_jax.models.qwen2_5_vl import ModelConfig
-from mmsr1_jax.models.qwen2_5_vl.checkpoint import abstract_model
+from mmsr1_jax.rl import lora
 from mmsr1_jax.rl.learner import Learner
+from mmsr1_jax.rollout.programs import Programs
 
 POLICY, OPTIMIZER, REFERENCE = "policy", "optimizer", "reference"
 ENGINE, CACHE, IMAGES = "engine policy", "KV cache", "image cache"
+MERGED = "merged kernels"
 PHASES = ("rollout", "load", "score", "update")
-_CACHE_BLOCK = 256  # tokens; a lane's capacity is rounded up to it
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSize:
+    """Size of an engine's KV cache.
+
+    Attributes:
+      pages: Number of pages.
+      page_bytes: Bytes of a page of all layers, on a device.
+      lanes: Number of lanes.
+      pages_per_lane: Number of pages of a full lane.
+      lane_bytes: Bytes that a lane takes besides its pages.
+      tokens: Number of tokens in a page.
+      is_set: Whether `rollout.cache_tokens` gives the number of pages; otherwise all lanes can be
+        full at once.
+    """
+
+    pages: int
+    page_bytes: float
+    lanes: int
+    pages_per_lane: int
+    lane_bytes: float
+    tokens: int
+    is_set: bool
+
+    @property
+    def bytes(self) -> float:
+        """Bytes on a device."""
+        return self.pages * self.page_bytes + self.lanes * self.lane_bytes
+
+    @property
+    def setting(self) -> str:
+        """Name of the setting that decides the size."""
+        return "rollout.cache_tokens" if self.is_set else "rollout.lanes"
+
+    def value(self, free: float) -> int:
+        """Return the largest value of `setting` for which the cache is at most `free` bytes larger.
+
+        At least 0. A cache of that size may be too small for an episode (`smallest`).
+        """
+        if self.is_set:
+            return max(0, self.pages + math.floor(free / self.page_bytes)) * self.tokens
+        lane = self.pages_per_lane * self.page_bytes + self.lane_bytes
+        return max(0, self.lanes + math.floor(free / lane))
+
+    @property
+    def smallest(self) -> int:
+        """Smallest valid value of `setting`."""
+        return (self.pages_per_lane + 1) * self.tokens if self.is_set else 1
+
+
+def cache_size(config: settings.Config, engine: Programs) -> CacheSize:
+    """Return the size of an engine's KV cache."""
+    cache, lanes = engine.abstract_state()[0], config.rollout.lanes
+    return CacheSize(
+        pages=engine.num_pages,
+        page_bytes=device_bytes(cache.pages) / engine.num_pages,
+        lanes=lanes,
+        pages_per_lane=engine.pages_per_lane,
+        lane_bytes=device_bytes(cache.hidden) / lanes,
+        tokens=config.rollout.page_size,
+        is_set=config.rollout.cache_tokens > 0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +114,7 @@ class Footprint:
       name: Name of the program.
       phase: Phase that runs it.
       state: Names of the state among its arguments.
+      inputs: Bytes of the other arguments; None: `argument_bytes` less the state.
       argument_bytes, output_bytes: Bytes of arguments, and of outputs that reuse none of them.
       temporary_bytes: Bytes of temporaries.
     """
@@ -62,26 +125,24 @@ class Footprint:
     argument_bytes: float
     output_bytes: float
     temporary_bytes: float
+    inputs: float | None = None
 
 
-def state_bytes(
-    config: settings.Config, model: ModelConfig, learner: Learner, mesh: Mesh
-) -> dict[str, float]:
+def state_bytes(config: settings.Config, learner: Learner, engine: Programs) -> dict[str, float]:
     """Return the bytes of the state that a device holds in all phases, by name.
 
     Args:
       config: Settings of the run.
-      model: Configuration of the policy.
       learner: Abstract learner.
-      mesh: Mesh of the learner.
+      engine: Programs of an engine over an abstract policy.
     """
-    tensor, itemsize = mesh.shape["tensor"], jnp.dtype(config.model.dtype).itemsize
+    cache, images = engine.abstract_state()
     state = {
         POLICY: device_bytes((learner.trained, learner.frozen)),
         OPTIMIZER: device_bytes(learner.optimizer),
-        ENGINE: engine_policy_bytes(config, model, mesh),
-        CACHE: config.rollout.lanes * lane_bytes(config, model, tensor),
-        IMAGES: float(config.rollout.image_cache_tokens * model.text.hidden_size * itemsize),
+        ENGINE: device_bytes(engine.abstract_params()),
+        CACHE: device_bytes(cache),
+        IMAGES: device_bytes(images),
     }
     if config.objective.kl_coef and config.objective.reference == "device":
         state[REFERENCE] = reference_bytes(config, learner)
@@ -94,20 +155,32 @@ def reference_bytes(config: settings.Config, learner: Learner) -> float:
     return float(device_elements(learner.trained) * itemsize)
 
 
-def engine_policy_bytes(config: settings.Config, model: ModelConfig, mesh: Mesh) -> float:
-    """Return the bytes of an engine's policy on each of its `mesh.tensor` devices."""
-    devices = mesh.devices.reshape(-1)[: mesh.shape["tensor"]].tolist()
-    engine = sharding.make_mesh(1, 1, len(devices), devices=devices)
-    params = nnx.split(abstract_model(model, param_dtype=config.model.dtype))[1]
-    return device_bytes(sharding.abstract_params(params, engine))
+def merged_bytes(learner: Learner) -> float:
+    """Return the bytes on a device of the kernels that LoRA adapters are merged into."""
+    merge = functools.partial(lora.merge, scale=1.0)
+    merged = jax.eval_shape(merge, learner.trained, learner.frozen)
+    return device_bytes(sharding.abstract_params(merged, learner.mesh))
 
 
-def lane_bytes(config: settings.Config, model: ModelConfig, tensor: int) -> float:
-    """Return the bytes of a lane's keys and values on a device."""
-    t, blocks = model.text, math.ceil(config.turns.max_episode_tokens / _CACHE_BLOCK)
-    heads = t.num_kv_heads / tensor if t.num_kv_heads % tensor == 0 else t.num_kv_heads
-    itemsize = jnp.dtype(config.model.dtype).itemsize
-    return blocks * _CACHE_BLOCK * 2.0 * t.num_layers * heads * t.head_dim * itemsize
+def phase_extras(
+    config: settings.Config, learner: Learner, state: Mapping[str, float], compiled: Iterable[str]
+) -> dict[str, dict[str, float]]:
+    """Return the bytes that phases hold besides state and programs, by phase and name.
+
+    Args:
+      config: Settings of the run.
+      learner: Abstract learner.
+      state: Bytes of the state, see `state_bytes`.
+      compiled: Names of the compiled programs, whose arguments and outputs are counted already.
+    """
+    extra: dict[str, dict[str, float]] = {"load": {}, "score": {}}
+    if config.update.lora_rank:
+        extra["load"][MERGED] = merged_bytes(learner)
+    if "load" not in compiled:
+        extra["load"][f"new {ENGINE}"] = state[ENGINE]
+    if config.objective.kl_coef and config.objective.reference == "host":
+        extra["score"][REFERENCE] = reference_bytes(config, learner)
+    return extra
 
 
 def device_bytes(tree: Any) -> float:
@@ -139,9 +212,11 @@ def phases(
         parts = {**state, **extra.get(name, {})}
         largest: dict[str, float] = {}
         for program in (p for p in footprints if p.phase == name):
-            arguments = program.argument_bytes - sum(state[s] for s in program.state)
+            inputs = program.inputs
+            if inputs is None:
+                inputs = max(0.0, program.argument_bytes - sum(state[s] for s in program.state))
             arrays = {
-                f"{program.name} arguments": max(0.0, arguments),
+                f"{program.name} arguments": inputs,
                 f"{program.name} outputs": program.output_bytes,
                 f"{program.name} temporaries": program.temporary_bytes,
             }

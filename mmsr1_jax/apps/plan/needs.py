@@ -67,16 +67,33 @@ def gradient_flops(config: ModelConfig, work: Work, update: settings.Update) -> 
     )
 
 
-def multiplied_weights(config: ModelConfig) -> int:
-    """Return the number of weights that a pass multiplies by: all but the embedding table."""
+def multiplied_weights(config: ModelConfig) -> dict[str, int]:
+    """Return the number of weights that a pass multiplies by: all but the embedding table.
+
+    By part: `text` (the layers of the decoder), `head`, `vision`.
+    """
     t, v = config.text, config.vision
     H, N, K = t.head_dim, t.num_heads, t.num_kv_heads
     layer = t.hidden_size * (2 * N + 2 * K) * H + 3 * t.hidden_size * t.intermediate_size
     block = 4 * v.hidden_size**2 + 3 * v.hidden_size * v.intermediate_size
     merged = v.hidden_size * v.merge_size**2
-    text = t.num_layers * layer + t.vocab_size * t.hidden_size
     vision = v.num_layers * block + v.patch_dim * v.hidden_size
-    return text + vision + merged * merged + merged * v.out_hidden_size
+    return {
+        "text": t.num_layers * layer,
+        "head": t.vocab_size * t.hidden_size,
+        "vision": vision + merged * merged + merged * v.out_hidden_size,
+    }
+
+
+def cached_flops(config: ModelConfig, rows: int, T: int, filled: int) -> float:
+    """Return the FLOPs of T new tokens in each row after `filled` tokens of a cache.
+
+    Without those of the head.
+    """
+    t = config.text
+    products = 2.0 * multiplied_weights(config)["text"]
+    attention = 4.0 * t.num_layers * t.num_heads * t.head_dim * (filled + (T + 1) / 2)  # causal
+    return rows * T * (products + attention)
 
 
 def saved_activation_bytes(config: ModelConfig, work: Work, itemsize: int) -> float:

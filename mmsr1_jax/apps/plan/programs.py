@@ -1,7 +1,8 @@
 """The programs of a run, lowered for a mesh of abstract devices.
 
 The trainer has three: `score` (log-probs of a micro-batch), `gradient` (of a micro-batch) and
-`step` (the optimiser step). Each knows what it needs by formula (`needs`).
+`step` (the optimiser step). Those of an engine are in `engine`. Each knows what it needs by formula
+(`needs`).
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from mmsr1_jax.apps.plan.traffic import Kernel
 from mmsr1_jax.config import settings
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.models import qwen2_5_vl, sharding
-from mmsr1_jax.models.qwen2_5_vl import ModelConfig
+from mmsr1_jax.models.qwen2_5_vl import ModelConfig, Qwen2_5_VL
 from mmsr1_jax.models.qwen2_5_vl.checkpoint import abstract_model
 from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.rl.packing import RowShape, TrainBatch
@@ -40,6 +41,8 @@ class Program:
       needed_bytes: Bytes that a device must move, by formula.
       flops: FLOPs that a device must compute, by formula.
       state: Names of the run's state among its arguments (`memory.state_bytes`).
+      inputs: Bytes of the other arguments on a device; None: all bytes of arguments less the state,
+        for programs that use all of it.
       trips, kernels, branches: Arguments of `traffic.measure`.
     """
 
@@ -49,6 +52,7 @@ class Program:
     needed_bytes: float
     flops: float
     state: frozenset[str] = frozenset()
+    inputs: float | None = None
     trips: Mapping[str, float] = dataclasses.field(default_factory=dict)
     kernels: Mapping[str, Kernel] = dataclasses.field(default_factory=dict)
     branches: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
@@ -84,21 +88,44 @@ def tensor_groups_cross_hosts(mesh: Mesh) -> bool:
     return any(len({device.process_index for device in group}) > 1 for group in groups)
 
 
-def make_learner(config: settings.Config, model: ModelConfig, mesh: Mesh) -> Learner:
-    """Return the abstract learner of a run."""
+def trained_dtype(config: settings.Config) -> str:
+    """Return the dtype of the trainer's parameters."""
+    return config.model.dtype if config.update.lora_rank else "float32"
+
+
+def make_policy(
+    config: settings.Config,
+    model: ModelConfig,
+    mesh: Mesh,
+    param_dtype: str,
+    remat: str | None = None,
+) -> Qwen2_5_VL:
+    """Return an abstract policy with the shardings of a mesh.
+
+    Args:
+      config: Settings of the run.
+      model: Configuration of the policy.
+      mesh: Mesh of the parameters.
+      param_dtype: Dtype of the parameters.
+      remat: Rematerialisation; None: `config.model.remat`.
+    """
     policy = abstract_model(
         model,
-        param_dtype=config.model.dtype if config.update.lora_rank else "float32",
+        param_dtype=param_dtype,
         dtype=config.model.dtype,
         attention=config.model.attention,
-        remat=config.model.remat,
+        remat=config.model.remat if remat is None else remat,
         logprob_chunk=config.model.logprob_chunk,
     )
     graph, params = nnx.split(policy)
-    policy = nnx.merge(graph, sharding.abstract_params(params, mesh))
+    return nnx.merge(graph, sharding.abstract_params(params, mesh))
+
+
+def make_learner(config: settings.Config, model: ModelConfig, mesh: Mesh) -> Learner:
+    """Return the abstract learner of a run."""
     return Learner(
-        policy, make_loss(config.objective), config.update, mesh,
-        temperature=config.sampling.temperature or 1.0, seed=config.run.seed,
+        make_policy(config, model, mesh, trained_dtype(config)), make_loss(config.objective),
+        config.update, mesh, temperature=config.sampling.temperature or 1.0, seed=config.run.seed,
     )  # fmt: skip
 
 
@@ -170,7 +197,7 @@ def trainer_programs(
     )  # fmt: skip
     devices, itemsize = mesh.size, jnp.dtype(config.model.dtype).itemsize
     trained = memory.device_elements(learner.trained)
-    weights = needs.multiplied_weights(model) * itemsize / mesh.shape["tensor"]
+    weights = sum(needs.multiplied_weights(model).values()) * itemsize / mesh.shape["tensor"]
     activations = needs.saved_activation_bytes(model, work, itemsize) / devices
     full = len(vision.full_attention_layers) / vision.num_layers
     common: dict[str, Any] = {

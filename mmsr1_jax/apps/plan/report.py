@@ -1,21 +1,20 @@
 """Report of a plan: table of programs, memory by phase, and what to change."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from mmsr1_jax.apps.plan import memory
 from mmsr1_jax.apps.plan.estimate import Calibration
 from mmsr1_jax.apps.plan.figures import Figures
-from mmsr1_jax.apps.plan.memory import Phase
+from mmsr1_jax.apps.plan.memory import CacheSize, Phase
 from mmsr1_jax.apps.plan.targets import Target
 from mmsr1_jax.config import settings
 
 _GIB = 2.0**30
 _COLUMNS = (
     "program", "arguments", "temporaries", "moved", "needed", "over links", "TFLOP", "needed TFLOP",
-    "kernels", "collectives", "bound", "estimate", "compiled in",
+    "kernels", "collectives", "bound", "estimate", "compiled in (CPU)",
 )  # fmt: skip
 
 
@@ -29,8 +28,8 @@ class Plan:
       calibration: Estimate of a bare product on a device.
       programs: Figures of the programs.
       phases: Memory of the phases.
-      lanes: Lanes of an engine in the settings.
-      lane_bytes: Bytes of a lane on a device.
+      cache: Size of an engine's KV cache in the settings.
+      filled: Tokens that each lane is assumed to hold in the engine's programs.
       tensor: Devices of a tensor group.
       crosses_hosts: Whether a tensor group spans several hosts.
     """
@@ -40,16 +39,25 @@ class Plan:
     calibration: Calibration
     programs: Sequence[Figures]
     phases: Sequence[Phase]
-    lanes: int
-    lane_bytes: float
+    cache: CacheSize
+    filled: int
     tensor: int
     crosses_hosts: bool
 
     @property
+    def largest_cache(self) -> int:
+        """Largest value of `cache.setting` with which all phases fit; 0 if there is none."""
+        value = self.cache.value(min(phase.limit - phase.bytes for phase in self.phases))
+        return value if value >= self.cache.smallest else 0
+
+    @property
     def most_lanes(self) -> int:
-        """The most lanes with which all phases fit; 0 if they do not fit with a single lane."""
-        free = min(phase.limit - phase.bytes for phase in self.phases)
-        return max(0, self.lanes + math.floor(free / self.lane_bytes))
+        """The most full lanes that fit; 0 if not a single one does."""
+        if not self.cache.is_set:
+            return self.largest_cache
+        # One page is for copies of a prompt's last page.
+        pages = max(0, self.largest_cache // self.cache.tokens - 1)
+        return pages // self.cache.pages_per_lane
 
 
 def as_json(plan: Plan, config: settings.Config) -> dict[str, Any]:
@@ -69,8 +77,11 @@ def as_json(plan: Plan, config: settings.Config) -> dict[str, Any]:
             }
             for phase in plan.phases
         ],
-        "lanes": plan.lanes,
-        "most_lanes": plan.most_lanes,
+        "cache": {
+            "bytes": plan.cache.bytes, "setting": plan.cache.setting,
+            "largest": plan.largest_cache, "most_lanes": plan.most_lanes,
+            "filled_tokens": plan.filled,
+        },
         "tensor_groups_cross_hosts": plan.crosses_hosts,
     }  # fmt: skip
 
@@ -98,7 +109,8 @@ def as_text(plan: Plan, config: settings.Config) -> str:
         _row(["---"] * 5),
         *(_phase_row(phase, plan, config) for phase in plan.phases),
         "",
-        f"Lanes: {plan.lanes} of {plan.lane_bytes / 2**20:.0f} MiB; {_lanes_verdict(plan)}.",
+        _cache_line(plan),
+        f"Decode (one step) and extend: each row's lane holds {plan.filled} tokens before it.",
     ]
     if plan.tensor > 1:
         where = "span several hosts" if plan.crosses_hosts else "stay on one host"
@@ -109,8 +121,9 @@ def as_text(plan: Plan, config: settings.Config) -> str:
 def advice(phase: Phase, plan: Plan, config: settings.Config) -> str:
     """Return the setting to change if a phase does not fit, else an empty string.
 
-    The first of these that frees enough on its own: reference policy to the host, fewer lanes (down
-    to `rollout.decode_batch_size`), larger tensor groups, smaller micro-batches.
+    The first of these that frees enough on its own: reference policy to the host, a smaller KV
+    cache (at least an episode, or `rollout.decode_batch_size` lanes), larger tensor groups,
+    smaller micro-batches.
     """
     excess = phase.bytes - phase.limit
     if excess <= 0:
@@ -118,9 +131,10 @@ def advice(phase: Phase, plan: Plan, config: settings.Config) -> str:
     parts, rollout = phase.parts, config.rollout
     if phase.name != "score" and parts.get(memory.REFERENCE, 0.0) >= excess:
         return "objective.reference=host"
-    fewer = plan.lanes - math.ceil(excess / plan.lane_bytes)
-    if fewer >= rollout.decode_batch_size:
-        return f"rollout.lanes={fewer}"
+    cache = plan.cache
+    smaller = cache.value(-excess)
+    if smaller >= (cache.smallest if cache.is_set else rollout.decode_batch_size):
+        return f"{cache.setting}={smaller}"
     engine = sum(size for name, size in parts.items() if memory.ENGINE in name)
     if engine / 2 >= excess:
         return f"mesh.tensor={2 * plan.tensor}"
@@ -130,8 +144,7 @@ def advice(phase: Phase, plan: Plan, config: settings.Config) -> str:
             return "model.remat=full"
         if config.update.micro_batch_rows > 1:
             return f"update.micro_batch_rows={config.update.micro_batch_rows // 2}"
-    smaller = max(1, fewer)
-    if fewer >= 1:
+    if not cache.is_set and smaller >= 1:
         return f"rollout.lanes={smaller} with rollout.decode_batch_size={smaller}"
     if not config.update.lora_rank and parts[memory.OPTIMIZER] >= excess:
         return "update.lora_rank=32, or a target with more devices"
@@ -171,7 +184,7 @@ def _program_row(program: Figures) -> str:
             str(program.collectives),
             _time(program.bound_seconds),
             _time(program.seconds),
-            f"{program.compile_seconds:.0f} s",
+            f"{program.compile_seconds:.0f} s ({program.compile_cpu_seconds:.0f} s)",
         ]
     )
 
@@ -183,10 +196,15 @@ def _phase_row(phase: Phase, plan: Plan, config: settings.Config) -> str:
     return _row([phase.name, _size(phase.bytes), _size(phase.limit), verdict, largest])
 
 
-def _lanes_verdict(plan: Plan) -> str:
-    if not plan.most_lanes:
-        return "no number of lanes fits"
-    return f"at most {plan.most_lanes} fit"
+def _cache_line(plan: Plan) -> str:
+    """Return the sentence about the KV cache."""
+    cache = plan.cache
+    size = f"KV cache: {cache.pages} pages of {cache.tokens} tokens, {_size(cache.bytes)}"
+    full = f"{cache.lanes} lanes, full lanes of {cache.pages_per_lane} pages"
+    if not plan.largest_cache:
+        return f"{size}, for {full}; no cache fits."
+    lanes = f", {plan.most_lanes} full lanes" if cache.is_set else ""
+    return f"{size}, for {full}; at most {cache.setting}={plan.largest_cache}{lanes} fits."
 
 
 def _row(cells: Sequence[str]) -> str:

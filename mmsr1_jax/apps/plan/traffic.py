@@ -8,16 +8,21 @@ Every instruction outside of fusions counts what it reads and writes in the devi
 | instruction | bytes |
 |---|---|
 | any | its operands and its result; arrays in on-chip memory do not count |
-| slice, gather, also within a fusion | of the operand, only what is taken |
+| slice, gather, also within a fusion or asynchronous | of the operand, only what is taken |
 | update of a slice, scatter, also as a fusion's result | only what is written: it is in place |
 | kernel (custom call) | its cost estimate, or the given cost, or else its operands and result |
 | loop | its body, times its trip count |
 | conditional | its branch with the most bytes (then FLOPs), or all by the given fractions |
 
 The compiler states the trip counts of most loops. The others are given by the caller, by a part of
-the loop's path in the traced function, or else are counted once and listed in `unknown_loops`. A
-TPU's compiler also states the cycles that it expects of each instruction, except for kernels and
-collectives. These are estimates for comparing programs and for finding copies, not measurements.
+the loop's path in the traced function, or else are counted once and listed in `unknown_loops`.
+
+A TPU's compiler prefetches weights: an asynchronous copy or slice brings them into on-chip memory
+while earlier instructions run. Its bytes are counted once, at its start; the product that uses them
+reads nothing in main memory. The end of the copy is listed too, without bytes, so that `estimate`
+can let it overlap with the instructions in between. The compiler also states the cycles that it
+expects of each instruction, except for kernels and collectives. These are estimates for comparing
+programs and for finding copies, not measurements.
 """
 
 import dataclasses
@@ -34,6 +39,7 @@ _FREE = frozenset([
 ])  # fmt: skip
 _FREE_TARGETS = frozenset(["AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding"])
 _TAKES = frozenset(["slice", "dynamic-slice", "gather"])
+_COPIES = frozenset(["copy-start", "slice-start", "dynamic-slice-start"])
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # opcode -> operand that is written
 # Operations that a fused computation passes its operand through without reading it.
 _VIEWS = frozenset(["bitcast", "get-tuple-element", "reshape"])
@@ -66,7 +72,8 @@ class Instruction:
     Attributes:
       name: Name in the HLO text.
       opcode: Operation, such as `fusion`.
-      kind: `kernel`, `collective` or `other`.
+      kind: `kernel`, `collective`, `copy` (the start of an asynchronous copy), `wait` (its end) or
+        `other`.
       where: Path of the operation in the traced function.
       result: Types of the result.
       runs: Number of times that the program runs it.
@@ -74,6 +81,7 @@ class Instruction:
       links: Bytes received over links between devices.
       flops: FLOPs of matrix products.
       cycles: Cycles that the compiler expects; 0 if it does not say.
+      copy: Of a `wait`, the name of the asynchronous copy.
     """
 
     name: str
@@ -87,6 +95,7 @@ class Instruction:
     links: float = 0.0
     flops: float = 0.0
     cycles: float = 0.0
+    copy: str = ""
 
     @property
     def bytes(self) -> float:
@@ -223,7 +232,9 @@ class _Walk:
                 self.computation(op.computation("to_apply"), runs)
             elif op.opcode.endswith("-start") and op.computation("calls"):
                 self.computation(op.computation("calls"), runs)  # an asynchronous operation
-            elif not (op.opcode in _FREE or op.opcode.endswith(("-done", "-update"))):
+            elif op.opcode.endswith("-done"):
+                self._wait(computation, op, runs)
+            elif not (op.opcode in _FREE or op.opcode.endswith("-update")):
                 self._add(computation, op, runs)
 
     def _trip_count(self, computation: Computation, op: Op) -> float:
@@ -256,6 +267,17 @@ class _Walk:
         self.unknown_loops += branch.unknown_loops
         self.taken |= {**branch.taken, op.name: index}
 
+    def _wait(self, computation: Computation, op: Op, runs: float) -> None:
+        """Add the end of an asynchronous copy."""
+        start = computation.ops.get(op.operands[0]) if op.operands else None
+        if start is not None and start.opcode in _COPIES:
+            self.instructions.append(
+                Instruction(
+                    name=op.name, opcode=op.opcode, kind="wait", where=op.op_name, result="",
+                    runs=runs, read=0.0, written=0.0, copy=start.name,
+                )
+            )  # fmt: skip
+
     def _add(self, computation: Computation, op: Op, runs: float) -> None:
         target = op.find(_TARGET) or ""
         if target in _FREE_TARGETS:
@@ -265,6 +287,8 @@ class _Walk:
         work = flops.op_flops(self.module, computation, op)
         if collective := collectives.find(self.module, op):
             kind, links = "collective", collective.received
+        elif op.opcode in _COPIES:
+            kind = "copy"
         elif op.opcode == "custom-call" and _KERNELS.search(op.attributes):
             kind = "kernel"
             if cost := self._kernel_cost(computation, op):
@@ -301,6 +325,9 @@ class _Walk:
             name = op.computation("calls")
             taken = [self._fused_read(name, n, whole) for n, whole in enumerate(read)]
             return sum(taken), self._fused_written(name, op)
+        if op.opcode.endswith("-start") and op.opcode.removesuffix("-start") in _TAKES:
+            taken = op.result[len(operands)]  # the result is (operands, slice, context)
+            return taken.bytes if read[0] else 0.0, taken.memory_bytes
         if op.opcode in _TAKES:
             size = op.bytes if read[0] else 0.0
             return size + sum(read[1:]), op.memory_bytes

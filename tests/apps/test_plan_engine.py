@@ -1,0 +1,189 @@
+"""Programs of an engine in a plan: what they need, what their kernels fetch, and what they copy."""
+
+import dataclasses
+import importlib.util
+import math
+
+import jax
+import pytest
+
+from mmsr1_jax.apps.plan import engine, kernels, memory, needs, targets, traffic
+from mmsr1_jax.apps.plan.hlo import Array
+from mmsr1_jax.config import settings
+from mmsr1_jax.models import qwen2_5_vl, sharding
+from mmsr1_jax.scripts import random_policy
+
+MODEL = random_policy.CONFIG
+COMPILERS = {"v5e:2x2": ("libtpu",), "h100:1x1": ("jax_cuda12_plugin", "jax_cuda13_plugin")}
+
+
+def config(**rollout):
+    result = settings.Config()
+    result.model.dtype = "float32"
+    for name, value in rollout.items():
+        setattr(result.rollout, name, value)
+    return result
+
+
+def engine_programs(config, model=MODEL, tensor=1):
+    rollout = engine.make_engine(config, model, jax.devices(), tensor)
+    listed = engine.engine_programs(config, model, sharding.make_mesh(), rollout)
+    return rollout, {program.name: program for program in listed}
+
+
+def text_bytes(params, *, without=()):
+    """Bytes of the kernels of the text decoder on a device."""
+    leaves = jax.tree_util.tree_leaves_with_path(params["text"])
+    names = [("".join(map(str, path)), x) for path, x in leaves]
+    kept = [x for name, x in names if ("kernel" in name or "head" in name)
+            and not any(part in name for part in without)]  # fmt: skip
+    return memory.device_bytes(kept)
+
+
+def test_programs_of_an_engine_and_those_of_a_plan_by_default():
+    run = config(prefill_buckets=(32, 64))
+    run.buckets.image_windows = (4, 8, 16)
+    _, listed = engine_programs(run)
+    assert list(listed) == [
+        "load", "encode 4 windows", "encode 8 windows", "encode 16 windows",
+        "extend 32 tokens", "extend 64 tokens", "decode", "fork", "read_pages",
+    ]  # fmt: skip
+    usual = engine.usual_programs(list(listed))
+    assert [name for name in listed if name not in usual] == ["encode 8 windows"]
+    assert {p.phase for name, p in listed.items() if name != "load"} == {"rollout"}
+    assert listed["load"].phase == "load"
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_decode_and_extend_need_weights_and_what_is_filled(tensor):
+    run = config(decode_batch_size=6, prefill_buckets=(32, 64), prefill_tokens=128)
+    run.turns.max_episode_tokens = 2048
+    rollout, listed = engine_programs(run, tensor=tensor)
+    params, t = rollout.abstract_params(), MODEL.text
+    assert t.num_kv_heads % 2 == 0
+    token = 2 * t.num_layers * t.num_kv_heads * t.head_dim * 4 / tensor
+    head = t.vocab_size * t.hidden_size * 4 / tensor
+    layers = text_bytes(params, without=("head",))
+    assert listed["decode"].needed_bytes == layers + head + 6 * 1025 * token
+    # 2 rows read 1024 tokens and those that they write.
+    assert listed["extend 64 tokens"].needed_bytes == layers + 2 * (1024 + 2 * 64) * token
+    pairs = 64 * 1024 + 64 * 65 / 2
+    attention = 4 * t.num_layers * t.num_heads * t.head_dim * 2 * pairs / tensor
+    assert listed["extend 64 tokens"].flops == pytest.approx(2 * 128 * layers / 4 + attention)
+
+
+def test_state_and_cache_are_those_of_the_compiled_programs():
+    rollout, listed = engine_programs(config(lanes=5))
+    cache = memory.device_bytes(rollout.abstract_state()[0])
+    assert memory.cache_size(config(lanes=5), rollout).bytes == cache
+    compiled = listed["fork"].lower().compile()
+    assert listed["fork"].inputs == 3 * 4 + MODEL.text.hidden_size * 4
+    arguments = compiled.memory_analysis().argument_size_in_bytes
+    assert arguments == cache + listed["fork"].inputs
+    moved = traffic.measure(compiled.as_text()).bytes
+    # The CPU program copies a page by way of a temporary.
+    assert listed["fork"].needed_bytes <= moved <= 2 * listed["fork"].needed_bytes
+
+
+def test_inputs_are_the_arguments_without_parameters_and_caches():
+    run = config(lanes=5, prefill_buckets=(32, 64))
+    run.buckets.image_windows = (4,)
+    rollout, listed = engine_programs(run)
+    params = rollout.abstract_params()
+    cache, images = rollout.abstract_state()
+    used = {  # the compiler drops parameters that a program does not use
+        "extend 32 tokens": (params["text"], cache, images),
+        "decode": (params["text"], cache),
+        "encode 4 windows": (params["vision"], images),
+        "read_pages": cache.pages,
+    }
+    unused = {"extend 32 tokens": params["text"]["head"]}
+    for name, state in used.items():
+        sizes = listed[name].lower().compile().memory_analysis()
+        arguments = memory.device_bytes(state) + listed[name].inputs
+        arguments -= memory.device_bytes(unused.get(name, ()))
+        assert sizes.argument_size_in_bytes == arguments, name
+
+
+def test_load_reads_the_trainers_parameters_and_writes_those_of_an_engine():
+    mesh = sharding.make_mesh()
+    assert mesh.size > 1
+    rollout, listed = engine_programs(config())
+    compiled = listed["load"].lower().compile()
+    sizes, own = compiled.memory_analysis(), memory.device_bytes(rollout.abstract_params())
+    assert sizes.output_size_in_bytes == pytest.approx(own, rel=1e-3)  # a whole copy
+    needed = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+    assert listed["load"].needed_bytes == pytest.approx(needed, rel=1e-3)
+
+
+def test_the_tpu_kernel_fetches_whole_blocks_once_per_block_of_queries():
+    pages, table = Array("bf16", (3073, 128, 2, 128)), Array("s32", (48, 64))
+    kernel = kernels.engine_kernels(4096)["ragged_paged_attention"]
+    token = 2 * 128 * 2
+    one = kernel("", [Array("s32", (48,)), table, Array("bf16", (48, 7, 128), 1), pages])
+    assert one.bytes == 48 * 9 * 512 * token  # 4,097 tokens; queries are on the chip
+    assert one.flops == 4 * 48 * 7 * 128 * 9 * 512
+    q = Array("bf16", (2 * 256, 7, 128))
+    many = kernel("", [Array("s32", (2,)), Array("s32", (2, 64)), q, pages])
+    assert many.bytes == 2 * 2 * 9 * 512 * token + 2 * q.bytes  # 4,352 tokens, twice a row
+
+
+def test_the_gpu_kernel_fetches_filled_blocks_and_writes_partial_sums():
+    q, pages = Array("bf16", (48, 2, 8, 128)), Array("bf16", (3073, 4, 128, 128))
+    kernel = kernels.engine_kernels(4096)["paged_decode"]
+    cost = kernel("", [q, pages, Array("s32", (48, 64)), Array("s32", (48,))])
+    fetched = 48 * 4 * (4096 + 64) * 128 * 2
+    sums = 48 * 5 * 2 * 8 * (128 + 2) * 4  # five thread blocks of 1,024 tokens a row
+    queries = 5 * q.bytes  # once per thread block
+    assert cost.bytes == fetched + sums + queries
+
+
+def measure(program):
+    """Compile a program of the plan and return its costs."""
+    text = program.lower().compile().as_text()
+    return traffic.measure(text, trips=program.trips, kernels=program.kernels)
+
+
+def test_decode_copies_no_part_of_the_cache():
+    """On a CPU, with a cache that is large beside everything else."""
+    run = config(lanes=64, decode_batch_size=4)
+    run.turns.max_episode_tokens = 2048
+    rollout, listed = engine_programs(run)
+    cache = memory.device_bytes(rollout.abstract_state()[0].pages)
+    sizes = {"cache_bytes": cache, "layer_bytes": math.inf}
+    logits = 4 * 4 * MODEL.text.vocab_size
+    assert logits < 0.02 * cache < memory.device_bytes(rollout.abstract_state()[0].pages[0])
+    assert traffic.wasteful(measure(listed["decode"]), **sizes) == []
+
+    # The same program without donation copies each layer's pages.
+    call = next(call for call in rollout.calls() if call.name == "decode")
+    with rollout.context():
+        kept = jax.jit(call.program.__wrapped__, static_argnames=("steps", "running"))
+        text = kept.lower(*call.args, **call.keywords).compile().as_text()
+    copies = traffic.wasteful(traffic.measure(text), **sizes)
+    assert sum(i.written for i in copies) >= cache
+
+
+@pytest.mark.parametrize("name", list(COMPILERS))
+def test_decode_moves_little_more_than_it_needs(name):
+    """Two layers of the 7B, 48 rows of 4,096 tokens, compiled for an accelerator."""
+    if not any(importlib.util.find_spec(package) for package in COMPILERS[name]):
+        pytest.skip(f"the compiler for {name} is not installed")
+    model = qwen2_5_vl.PRESETS["7b"]
+    model = dataclasses.replace(
+        model,
+        text=dataclasses.replace(model.text, num_layers=2),
+        vision=dataclasses.replace(model.vision, num_layers=2, full_attention_layers=(1,)),
+    )
+    run = config(lanes=48, decode_batch_size=48)
+    run.model.dtype, run.turns.max_episode_tokens = "bfloat16", 8192
+    target = targets.make_target(name)
+    rollout = engine.make_engine(run, model, target.devices, 1)
+    listed = engine.engine_programs(run, model, sharding.make_mesh(devices=target.devices), rollout)
+    program = next(p for p in listed if p.name == "decode")
+    costs = measure(program)
+    layer = 2 * needs.multiplied_weights(model)["text"] / 2
+    cache = memory.device_bytes(rollout.abstract_state()[0].pages)
+    assert traffic.wasteful(costs, cache_bytes=cache, layer_bytes=layer) == []
+    assert len([i for i in costs.of_kind("kernel")]) == 2
+    assert 1.0 <= costs.bytes / program.needed_bytes <= 1.25
