@@ -22,7 +22,7 @@ def get_config(variant: str = "paper") -> Config:
     update.learning_rate *= 10  # LoRA's best rate is about ten times that of full training (ibid.)
     config.objective.reference = "device"  # the policy with zero adapters, not a second copy
     # The policy is in bfloat16 without optimiser state or gradients: 2 GB per device instead of 17.
-    # This leaves room for a larger KV cache, of 56 KiB a token, and for the merged kernels, of 1.6 GB.
+    # This leaves room for a larger KV cache, 56 KiB a token, and for the merged kernels, 1.6 GB.
     config.rollout.lanes = 192
     config.rollout.cache_tokens = 72 * 8192  # 31 GiB
     config.rollout.decode_batch_size = 96

@@ -8,12 +8,8 @@ while examples or active episodes remain:
     decode the next steps of ready lanes
     end turns                           which starts a search, gets a reply or frees the lane
 
-The device is never idle while the host works: the next steps are started as soon as the tokens of
-the last ones have been read, and everything else of a round is done while they run.
-
-If the KV cache is full, the youngest lanes move to host memory until there is room.
-
-`episodes/turn_machine.py` decides the step after a turn.
+The next steps start as soon as the tokens of the last ones have been read, and everything else of a
+round is done while they run. `episodes/turn_machine.py` decides the step after a turn.
 """
 
 import collections
