@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Float32
 
 from mmsr1_jax.models import sharding
+from mmsr1_jax.models.gated_linear import gated_linear
 from mmsr1_jax.models.sharding import param
 
 _LINEAR = "linear"  # checkpoint name of the results that `remat="dots"` keeps
@@ -162,8 +163,11 @@ class SwiGLU(nnx.Module):
         self.down = linear(F, D)
 
     def __call__(self, x: Float[jax.Array, "*rows D"]) -> Float[jax.Array, "*rows D"]:
+        if self.separate and x.shape[-2] > 1:
+            gate, up = (m.kernel.get_value().astype(x.dtype) for m in (self.gate, self.up))
+            return self.down(gated_linear(x, gate, up))
         gate, up = self.gate(x), self.up(x)
-        if self.separate and x.shape[-2] == 1 and sharding.platform() == "tpu":
+        if self.separate and sharding.platform() == "tpu":
             gate, up = jax.lax.optimization_barrier((gate, up))
             return self.down(jax.lax.optimization_barrier(_gated(gate, up)))
         return self.down(_gated(gate, up))
