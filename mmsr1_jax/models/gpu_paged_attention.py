@@ -17,7 +17,6 @@ float32.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 
 import jax
@@ -27,6 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int32
 
 from mmsr1_jax.config.errors import UserError
+from mmsr1_jax.models import mosaic_gpu
 
 # Tokens per step. Keys and values of a step take 32 KiB of shared memory. A page of 64 is one step,
 # a page of 128 two.
@@ -37,10 +37,9 @@ _STEPS = 2
 # Tokens per thread block. A long row is shared by many multiprocessors, and the partial sums in
 # float32 are under 1 % of the keys and values that they stand for.
 _SPLIT = 1024
-_ROWS = 64  # rows of a WGMMA: the query heads of a kv head, then unused ones
+_ROWS = mosaic_gpu.WGMMA_ROWS  # the query heads of a kv head, then unused ones
 _HEAD_MULTIPLE = 8  # rows of a tile in shared memory; query heads are padded to this
 _OUT_COLUMNS = 32  # columns of the output stored at a time: 128 bytes, the widest swizzle
-_LOG2_E = math.log2(math.e)
 
 
 def paged_decode(
@@ -70,7 +69,7 @@ def paged_decode(
     """
     B, N, H = q.shape
     K, page = kv.shape[1] // 2, kv.shape[2]
-    _check(q, kv)
+    check(q, kv)
     heads = -(-N // K // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
     padded = jnp.pad(q.reshape(B, K, N // K, H), ((0, 0), (0, 0), (0, heads - N // K), (0, 0)))
     length = jnp.clip(length, 1, table.shape[1] * page)
@@ -86,7 +85,7 @@ def paged_decode(
         grid_names=("row", "kv_head", "split"),
         kernel_name="paged_decode",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=_interpreter() if interpret else None,
+        interpret=mosaic_gpu.interpreter() if interpret else None,
     )
     sums, stats = kernel(padded, kv, table, length)
     out = _combine(sums, stats, length)
@@ -109,7 +108,7 @@ def decode_cost(q: Sequence[int], kv: Sequence[int], length: int) -> tuple[float
     return queries + fetched + partial_sums, 4.0 * B * K * _ROWS * H * tokens
 
 
-def _check(q, kv) -> None:
+def check(q, kv) -> None:
     """Raise UserError where the kernel does not support the arrays."""
     kernel, (page, H) = "the paged attention kernel for GPUs", kv.shape[2:]
     if q.dtype != jnp.bfloat16 or kv.dtype != jnp.bfloat16:
@@ -171,6 +170,11 @@ def _kernel(
             source = kv.at[table[row, token // page], 2 * kv_head + kind, tokens]
             plgpu.copy_gmem_to_smem(source, kv_smem[kind].at[slot], kv_barriers[kind].at[slot])
 
+    def read(kind, block):
+        slot = block % _STEPS
+        plgpu.barrier_wait(kv_barriers[kind].at[slot])
+        return kv_smem[kind].at[slot]
+
     @pl.when(blocks > 0)
     def _():
         plgpu.copy_gmem_to_smem(q.at[row, kv_head], q_smem.at[pl.ds(0, heads)], q_barrier)
@@ -178,52 +182,13 @@ def _kernel(
             copy(0, step)
             copy(1, step)
         plgpu.barrier_wait(q_barrier)
-        acc, m, total = _attend(
-            q_smem, kv_smem, kv_barriers, copy, blocks, length[row] - split * _SPLIT, interpret
-        )
+        tokens = length[row] - split * _SPLIT
+        acc, m, total = mosaic_gpu.attend(
+            q_smem, blocks, read, lambda kind, block: copy(kind, block + _STEPS),
+            lambda block, query, key: key < tokens - block * _BLOCK, interpret,
+        )  # fmt: skip
         own = (row, split, kv_head)
         _store(acc, m, total, sums_smem, stats_smem, sums.at[own], stats.at[own])
-
-
-def _attend(q_smem, kv_smem, kv_barriers, copy, blocks, tokens, interpret: bool):
-    """Run FlashAttention over the blocks of a split; see algorithm 1 of arXiv 2205.14135.
-
-    blocks: int32[], at least 1; tokens: int32[], of the row from the start of the split on.
-
-    Returns:
-      float32[_ROWS, H], the sums of 2^(s - m) v, with s = q k^T / sqrt(H) / log(2).
-      float32[_ROWS], the largest s, called m.
-      float32[_ROWS], the sums of 2^(s - m).
-    """
-    H = q_smem.shape[1]
-    scale = _LOG2_E / math.sqrt(H)
-    layout = _no_layout if interpret else plgpu.layout_cast
-    shape = (_ROWS, _BLOCK)
-
-    def step(block, carry):
-        acc, m, total = carry
-        slot = block % _STEPS
-        plgpu.barrier_wait(kv_barriers[0].at[slot])
-        scores = _scores(q_smem, kv_smem[0].at[slot], interpret)
-        copy(0, block + _STEPS)
-        index = layout(jax.lax.broadcasted_iota(jnp.int32, shape, 1), plgpu.Layout.WGMMA)
-        # Each block has a visible token, so that m is finite.
-        scores = jnp.where(index < tokens - block * _BLOCK, scores * scale, -jnp.inf)
-        m_new = jnp.maximum(m, scores.max(axis=1))
-        weights = jnp.exp2(scores - jax.lax.broadcast_in_dim(m_new, shape, [0]))
-        rescale = jnp.exp2(m - m_new)
-        total = total * rescale + weights.sum(axis=1)
-        acc *= jax.lax.broadcast_in_dim(rescale, acc.shape, [0])
-        plgpu.barrier_wait(kv_barriers[1].at[slot])
-        acc = _add_values(acc, weights.astype(jnp.bfloat16), kv_smem[1].at[slot], interpret)
-        copy(1, block + _STEPS)
-        return acc, m_new, total
-
-    per_row = plgpu.Layout.WGMMA.reduce(1)
-    acc = layout(jnp.zeros((_ROWS, H), jnp.float32), plgpu.Layout.WGMMA)
-    m = layout(jnp.full((_ROWS,), -jnp.inf, jnp.float32), per_row)
-    total = layout(jnp.zeros((_ROWS,), jnp.float32), per_row)
-    return jax.lax.fori_loop(0, blocks, step, (acc, m, total))
 
 
 def _store(acc, m, total, sums_smem, stats_smem, sums, stats) -> None:
@@ -241,45 +206,6 @@ def _store(acc, m, total, sums_smem, stats_smem, sums, stats) -> None:
                 plgpu.copy_smem_to_gmem(stats_smem.at[i, pl.ds(0, heads)], stats.at[i])
         # The tile is reused; the last copies must finish before the thread block ends.
         plgpu.wait_smem_to_gmem(0, wait_read_only=start + _OUT_COLUMNS < H)
-
-
-def _scores(q_smem, k_smem, interpret: bool):
-    """Return q k^T, float32[_ROWS, _BLOCK]."""
-    if interpret:  # the interpreter has no transposed operands
-        return _product(q_smem[...], k_smem[...].T)
-
-    def compute(acc):
-        plgpu.wgmma(acc, q_smem, plgpu.transpose_ref(k_smem, (1, 0)))
-        return acc[...]
-
-    return pl.run_scoped(compute, plgpu.WGMMAAccumulatorRef((_ROWS, _BLOCK), jnp.float32))
-
-
-def _add_values(acc, weights, v_smem, interpret: bool):
-    """Return acc + weights v, float32[_ROWS, H]."""
-    if interpret:  # the interpreter has no operands in registers
-        return acc + _product(weights, v_smem[...])
-    multiply = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, v_smem))
-    return multiply(plgpu.WGMMAAccumulatorRef.init(acc))
-
-
-def _product(a, b):
-    """Return a b in float32."""
-    return jnp.dot(a, b, preferred_element_type=jnp.float32)
-
-
-def _no_layout(x, layout):
-    """Return `x`: registers have no layout in the interpreter."""
-    del layout
-    return x
-
-
-def _interpreter():
-    """Return the settings of Pallas' interpreter of Mosaic GPU kernels."""
-    # JAX has no public name for it.
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
-    return InterpretGPUParams()
 
 
 def _combine(sums, stats, length):

@@ -13,7 +13,7 @@ head. Kernels read pages in place: nothing of the size of the cache is copied.
 | platform | decode (T = 1)             | more tokens                              |
 |----------|----------------------------|------------------------------------------|
 | TPU      | `ragged_paged_attention`   | the same                                 |
-| GPU      | `gpu_paged_attention`      | pages of the row gathered, then cuDNN    |
+| GPU      | `gpu_paged_attention`      | `gpu_paged_prefill`                      |
 | CPU      | page by page in XLA        | the same                                 |
 
 The last line also serves what the kernels do not support: float32 on a GPU, head dimensions other
@@ -201,16 +201,11 @@ def _gpu_decode(q, pages, rows: PagedRows) -> jax.Array:
 
 
 def _gpu_prefill(q, pages, rows: PagedRows) -> jax.Array:
-    """Gather each row's pages, then attend by cuDNN: small beside reading the weights."""
-    B, T = q.shape[:2]
-    K, size, H = pages.shape[1], pages.shape[3], pages.shape[4]
-    S = rows.table.shape[1] * size
-    dense = pages[rows.table].transpose(3, 0, 1, 4, 2, 5).reshape(2, B, S, K, H)
-    query = rows.start[:, None] + jnp.arange(T)
-    mask = jnp.arange(S) <= query[:, :, None]
-    return jax.nn.dot_product_attention(
-        q, dense[0], dense[1], mask=mask[:, None], implementation="cudnn"
-    )
+    from mmsr1_jax.models.gpu_paged_prefill import paged_prefill
+
+    P, K, _, size, H = pages.shape
+    kv, table = pages.reshape(P, 2 * K, size, H), jnp.asarray(rows.table)
+    return paged_prefill(q, kv, table, jnp.asarray(rows.start), jnp.asarray(rows.count))
 
 
 def _xla(q, pages, rows: PagedRows) -> jax.Array:

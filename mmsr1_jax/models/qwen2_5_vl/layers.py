@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Float32
 
 from mmsr1_jax.models import sharding
+from mmsr1_jax.models.gated_linear import gated_linear
 from mmsr1_jax.models.sharding import param
 
 _LINEAR = "linear"  # checkpoint name of the results that `remat="dots"` keeps
@@ -162,8 +163,12 @@ class SwiGLU(nnx.Module):
         self.down = linear(F, D)
 
     def __call__(self, x: Float[jax.Array, "*rows D"]) -> Float[jax.Array, "*rows D"]:
+        platform = sharding.platform() if self.separate else None
+        if platform == "gpu" and x.shape[-2] > 1:
+            gate, up = (m.kernel.get_value().astype(x.dtype) for m in (self.gate, self.up))
+            return self.down(gated_linear(x, gate, up))
         gate, up = self.gate(x), self.up(x)
-        if self.separate and x.shape[-2] == 1 and sharding.platform() == "tpu":
+        if platform == "tpu" and x.shape[-2] == 1:
             gate, up = jax.lax.optimization_barrier((gate, up))
             return self.down(jax.lax.optimization_barrier(_gated(gate, up)))
         return self.down(_gated(gate, up))
