@@ -32,7 +32,8 @@ from mmsr1_jax.rollout import cache, decode, placement
 from mmsr1_jax.rollout.sampler import Sampling
 
 # With larger windows of weights in on-chip memory the TPU compiler expects 1.2 times the speed of
-# products with few rows. Its default is 16 MiB.
+# products with few rows. Its default is 16 MiB. Not for `encode`, whose products have many rows
+# and whose program then takes more than twice as long to compile.
 _TPU_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
 PAGES_PER_MOVE = 16  # pages that one call of `read_pages` or `write_pages` moves
 
@@ -127,7 +128,7 @@ class Programs:
 
         options = _TPU_OPTIONS if sharding.platform() == "tpu" else None
 
-        def program(function, *, donate=(), static=()):
+        def program(function, *, donate=(), static=(), options=options):
             @functools.wraps(function)
             def run(params, *args, **keywords):
                 with jax.default_matmul_precision(precision):  # accelerators reduce it by default
@@ -146,7 +147,7 @@ class Programs:
             hidden, lanes = cache.extend(model, lanes, new, store)
             return tuple(hidden), lanes  # one array per row, so that none is sliced later
 
-        self.encode = program(encode, donate=1)
+        self.encode = program(encode, donate=1, options=None)
         self.extend = program(extend, donate=1)
         self.decode = program(decode.decode, donate=1, static=("steps", "running"))
         self.fork = jax.jit(cache.fork, donate_argnums=0)

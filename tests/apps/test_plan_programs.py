@@ -109,7 +109,7 @@ def test_state_of_the_shipped_configs(name, policy_and_moments, engine, lane):
     assert state[memory.ENGINE] / gib == pytest.approx(engine, abs=0.06)
     assert cache.pages_per_lane * cache.page_bytes == lane * 2**20
     hidden = model.text.hidden_size * 2
-    pages = run.rollout.lanes * lane * 2**20 + lane * 2**20 / 64  # and a page to copy to
+    pages = run.rollout.cache_tokens / 8192 * lane * 2**20
     assert cache.bytes == state[memory.CACHE] == pages + run.rollout.lanes * hidden
 
 
