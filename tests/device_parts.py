@@ -35,7 +35,7 @@ from flax import nnx
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.models import qwen2_5_vl
-from mmsr1_jax.models.qwen2_5_vl import ModelConfig, Qwen2_5_VL
+from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 from mmsr1_jax.models.qwen2_5_vl.checkpoint import abstract_model
 from mmsr1_jax.rl import packing
 from mmsr1_jax.rollout.engine import Engine
@@ -103,32 +103,6 @@ def device_works() -> bool:
         return False
 
 
-def random_policy(config: ModelConfig, **keywords: Any) -> Qwen2_5_VL:
-    """Return a policy with random parameters, created by one program that compiles fast.
-
-    Kernels are uniform with variance 1 / hidden size, norms about 1, biases about 0.
-
-    Args:
-      config: Architecture of the policy.
-      keywords: Other arguments of `Qwen2_5_VL`.
-    """
-    graph, shapes = nnx.split(abstract_model(config, **keywords))
-    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
-    scale = (12 / config.text.hidden_size) ** 0.5
-
-    def parameter(index, path, leaf):
-        x = jax.lax.iota(jnp.uint32, leaf.size) + jnp.uint32(index * 0x9E3779B9 % 2**32)
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):  # scramble the bits
-            x = (x ^ (x >> shift)) * jnp.uint32(factor)
-        x = (x.astype(jnp.float32) * 2.0**-32 - 0.5).reshape(leaf.shape)
-        name = jax.tree_util.keystr(path)
-        x = 1 + 0.1 * x if "scale" in name else 0.1 * x if "bias" in name else scale * x
-        return x.astype(leaf.dtype)
-
-    create = jax.jit(lambda: [parameter(i, *item) for i, item in enumerate(leaves)])
-    return nnx.merge(graph, jax.tree.unflatten(tree, create()))
-
-
 # The device
 
 
@@ -174,12 +148,16 @@ def product_speed(size: int) -> dict[str, Any]:
     """Measure products of square bfloat16 matrices, one after the other in one program."""
     count = 40
 
-    def multiply(_, x):
-        return jax.lax.dot(x, w, preferred_element_type=jnp.bfloat16) * jnp.bfloat16(size**-0.5)
+    @jax.jit
+    def run(w):
+        def multiply(_, x):
+            product = jax.lax.dot(x, w, preferred_element_type=jnp.bfloat16)
+            return product * jnp.bfloat16(size**-0.5)
+
+        return jax.lax.fori_loop(0, count, multiply, w)
 
     w = np.random.default_rng(0).standard_normal((size, size), np.float32)
     w = jnp.asarray(w, jnp.bfloat16)
-    run = jax.jit(lambda x: jax.lax.fori_loop(0, count, multiply, x))
     seconds = model_bench.best_seconds({"": lambda: jax.block_until_ready(run(w))}, 3)[""]
     speed = 2 * size**3 * count / seconds
     return {"tflops": speed / 1e12, "share_of_peak": _share(speed, model_bench.peak_flops())}
@@ -220,7 +198,7 @@ def logprob_gap(config: ModelConfig, actions: dict[str, int], dtype: str) -> dic
     processor = scripted_processor(config.text.vocab_size, actions=actions)
     limits = dataclasses.replace(engines.LIMITS, max_new_tokens=128)
     engine_config = engines.make_config(limits=limits, lanes=16, decode_batch_size=16)
-    model = random_policy(config, dtype=dtype, logprob_chunk=256)
+    model = model_bench.quick_random_model(config, dtype=dtype, logprob_chunk=256)
     engine = Engine(model, processor, engine_config, engines.search_tools())
     sampling = settings.Sampling(seed=1)
     episodes = list(engine.rollout(engines.examples(4), group_size=4, sampling=sampling))
@@ -363,7 +341,7 @@ def forward_backward_speed(config, tiny: bool) -> dict[str, Any]:
     config, prompts, length = _work(config, tiny)
     dtype = "float32" if tiny else "bfloat16"
     remat = "none" if len(prompts) > 1 else "full"
-    model = random_policy(config, param_dtype=dtype, dtype=dtype, remat=remat)
+    model = model_bench.quick_random_model(config, param_dtype=dtype, dtype=dtype, remat=remat)
     runs, compiled = model_bench.jax_runs(model, prompts, length)
     seconds = model_bench.best_seconds(runs, 1 if tiny else 5)
     memory = compiled.memory_analysis().temp_size_in_bytes / GIB
@@ -386,7 +364,7 @@ def update_speed(config, tiny: bool) -> dict[str, Any]:
     ]  # fmt: skip
     windows = max(packing.num_prompt_windows(s.prompt, config) for s in samples)
     dtype, remat = ("float32", "none") if tiny else ("bfloat16", "full")
-    model = random_policy(config, dtype=dtype, remat=remat, logprob_chunk=256)
+    model = model_bench.quick_random_model(config, dtype=dtype, remat=remat, logprob_chunk=256)
     shape = packing.RowShape(1, length, windows)
     run, _ = update_bench.jax_update(model, samples, shape)
     seconds = model_bench.best_seconds({"": run}, 1 if tiny else 3)[""]

@@ -24,7 +24,7 @@ def gated_linear(
     Returns:
       float[B, T, F]. The kernel computes in float32 up to the rounding of the result.
     """
-    kernel = _gpu if sharding.platform() == "gpu" else _xla
+    kernel = _gpu if sharding.is_hopper() else _xla
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return kernel(x, gate, up)

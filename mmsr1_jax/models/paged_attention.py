@@ -16,8 +16,8 @@ head. Kernels read pages in place: nothing of the size of the cache is copied.
 | GPU      | `gpu_paged_attention`      | `gpu_paged_prefill`                      |
 | CPU      | page by page in XLA        | the same                                 |
 
-The last line also serves what the kernels do not support: float32 on a GPU, head dimensions other
-than 128 on a TPU.
+The last line also serves what the kernels do not support: float32 and other GPUs than Hopper, head
+dimensions other than 128.
 """
 
 import flax.struct
@@ -120,12 +120,12 @@ def paged_attention(
     Returns:
       float[B, T, N, H]; undefined at padding.
     """
-    platform = sharding.platform()
     if pages.ndim == 4:
         return _per_device(_tpu, q, pages, rows)
-    if platform == "gpu" and q.dtype == pages.dtype == jnp.bfloat16 and q.shape[3] == 128:
+    bfloat16 = q.dtype == pages.dtype == jnp.bfloat16
+    if bfloat16 and q.shape[3] == 128 and sharding.is_hopper():
         return _per_device(_gpu_decode if q.shape[1] == 1 else _gpu_prefill, q, pages, rows)
-    if platform == "cpu" and len(q) > _CPU_ROWS and len(q) % _CPU_ROWS == 0:
+    if sharding.platform() == "cpu" and len(q) > _CPU_ROWS and len(q) % _CPU_ROWS == 0:
         # Four rows at a time, so that short rows read fewer pages; best if sorted by length.
         parts = [
             x.reshape(-1, _CPU_ROWS, *x.shape[1:]) for x in (q, rows.table, rows.start, rows.count)

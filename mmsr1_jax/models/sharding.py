@@ -101,6 +101,15 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def is_hopper() -> bool:
+    """Return whether a function is traced for a GPU of the Hopper generation."""
+    if platform() != "gpu":
+        return False
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = jax.devices()[0].device_kind if device is None else device.device_kind
+    return any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200"))
+
+
 def param(
     rngs: nnx.Rngs,
     shape: Sequence[int],

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from mmsr1_jax.models import qwen2_5_vl
+from mmsr1_jax.models.qwen2_5_vl.checkpoint import abstract_model
 from mmsr1_jax.models.qwen2_5_vl.vision import num_windows
 from mmsr1_jax.processing.batching import Bucket, make_rows
 from mmsr1_jax.processing.images import Patches
@@ -62,6 +63,32 @@ SHAPES = {
     "3b": _four_layers("3b"),
     "7b": _four_layers("7b"),
 }
+
+
+def quick_random_model(config: qwen2_5_vl.ModelConfig, **keywords) -> qwen2_5_vl.Qwen2_5_VL:
+    """Return a policy with random parameters, created by one program that compiles fast.
+
+    Kernels are uniform with variance 1 / hidden size, norms about 1, biases about 0.
+
+    Args:
+      config: Architecture of the policy.
+      keywords: Other arguments of `Qwen2_5_VL`.
+    """
+    graph, shapes = nnx.split(abstract_model(config, **keywords))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    scale = (12 / config.text.hidden_size) ** 0.5
+
+    def parameter(index, path, leaf):
+        x = jax.lax.iota(jnp.uint32, leaf.size) + jnp.uint32(index * 0x9E3779B9 % 2**32)
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # scramble the bits
+            x = (x ^ (x >> shift)) * jnp.uint32(factor)
+        x = (x.astype(jnp.float32) * 2.0**-32 - 0.5).reshape(leaf.shape)
+        name = jax.tree_util.keystr(path)
+        x = 1 + 0.1 * x if "scale" in name else 0.1 * x if "bias" in name else scale * x
+        return x.astype(leaf.dtype)
+
+    create = jax.jit(lambda: [parameter(i, *item) for i, item in enumerate(leaves)])
+    return nnx.merge(graph, jax.tree.unflatten(tree, create()))
 
 
 def conversation(rng, config, length: int, side: int) -> Prompt:

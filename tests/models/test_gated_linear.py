@@ -52,9 +52,9 @@ def test_a_row_does_not_depend_on_the_others():
     assert (a[0] != b[0]).any()
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_float32_and_odd_shapes_are_computed_by_xla(platform, monkeypatch):
-    monkeypatch.setattr(sharding, "platform", lambda: platform)
+@pytest.mark.parametrize("hopper", [False, True])
+def test_float32_and_odd_shapes_are_computed_by_xla(hopper, monkeypatch):
+    monkeypatch.setattr(sharding, "is_hopper", lambda: hopper)
     for rows, F, D, dtype in ((128, 128, 256, jnp.float32), (24, 40, 72, jnp.bfloat16)):
         x, gate, up = inputs(rows, F, D, dtype)
         out = module.gated_linear(x[None], gate, up)
