@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Float32, Int32
 
 from mmsr1_jax.config.choices import Attention
+from mmsr1_jax.models import sharding
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
 from mmsr1_jax.models.qwen2_5_vl.layers import unstack
 from mmsr1_jax.models.qwen2_5_vl.text import (
@@ -77,9 +78,14 @@ class Qwen2_5_VL(nnx.Module):
         self.logprob_chunk = logprob_chunk
 
     def unstack(self) -> None:
-        """Separate the layers of both towers, for inference; see `layers.unstack`."""
+        """Separate the layers of both towers, for inference; see `layers.unstack`.
+
+        On a CPU the vision tower remains a scan: it computes much for each byte of its weights, and
+        compiles several times as fast.
+        """
         self.text.layers = unstack(self.text.layers)
-        self.vision.blocks = unstack(self.vision.blocks)
+        if sharding.platform() != "cpu":
+            self.vision.blocks = unstack(self.vision.blocks)
         for layer in self.text.layers:
             layer.mlp.separate = True
 

@@ -169,14 +169,22 @@ class TextDecoder(nnx.Module):
         written = []
         layers = self.layers if isinstance(self.layers, nnx.List) else unstack(self.layers)
         for layer, layer_pages in zip(layers, pages, strict=True):
-
-            def attend(q, k, v, layer_pages=layer_pages):
-                layer_pages = append(layer_pages, k, v, rows)
-                written.append(layer_pages)
-                return paged_attention(q, layer_pages, rows)
-
-            x = layer(x, cos, sin, attend)
+            graph, params = nnx.split(layer)
+            x, layer_pages = _cached_layer(graph, params, x, cos, sin, layer_pages, rows)
+            written.append(layer_pages)
         return self.norm(x), tuple(written)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _cached_layer(graph, params, x, cos, sin, pages, rows: PagedRows):
+    """Apply one layer of `TextDecoder.cached`; jitted so that equal layers are traced once."""
+
+    def attend(q, k, v):
+        nonlocal pages
+        pages = append(pages, k, v, rows)
+        return paged_attention(q, pages, rows)
+
+    return nnx.merge(graph, params)(x, cos, sin, attend), pages
 
 
 def head_logits(
