@@ -7,7 +7,7 @@ memory and come back later with the same contents, so nothing is computed twice.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import numpy as np
 
@@ -82,11 +82,9 @@ class PageTable:
         """Return the number of pages that hold this many tokens."""
         return -(-tokens // self.page_size)
 
-    def missing(self, holder: int, tokens: int) -> int:
-        """Return the number of free pages needed to bring a holder to this many tokens."""
-        pages = self._pages[holder]
-        restored = sum(page.index < 0 for page in pages)
-        return max(0, self.count(tokens) - len(pages)) + restored
+    def missing(self, holder: int) -> int:
+        """Return the number of a holder's pages that are on the host."""
+        return sum(page.index < 0 for page in self._pages[holder])
 
     def reserve(self, holder: int, tokens: int) -> bool:
         """Give a holder pages for this many tokens; return False if too few pages are free."""
@@ -169,9 +167,9 @@ class PageTable:
         """Return the holders with pages, the youngest first; a prompt counts as the youngest."""
         return sorted(reversed(self._order), key=lambda holder: holder != self.prompt)
 
-    def order(self, holder: int) -> int:
-        """Return the position of a holder by age, 0 for the oldest."""
-        return list(self._order).index(holder) if holder in self._order else len(self._order)
+    def oldest_first(self, holders: Container[int]) -> list[int]:
+        """Return those of some holders that have pages, the oldest first."""
+        return [holder for holder in self._order if holder in holders]
 
     def restore_lanes(self) -> None:
         """Bring lanes back to the device, the oldest first, while there is room.
@@ -179,7 +177,7 @@ class PageTable:
         Each active lane keeps a free page in reserve, so that none is offloaded again at once.
         """
         for holder in [h for h in self._order if h in self.offloaded and h != self.prompt]:
-            missing = self.missing(holder, 0)
+            missing = self.missing(holder)
             prompt_active = self.prompt in self._order and self.prompt not in self.offloaded
             if not self.has_room(missing) and prompt_active and not self._num_active_lanes:
                 self.offload(self.prompt)
@@ -195,7 +193,7 @@ class PageTable:
         """
         if self.offloaded - {self.prompt}:
             return False  # their pages come first
-        missing = self.missing(self.prompt, 0) if held else self.count(tokens)
+        missing = self.missing(self.prompt) if held else self.count(tokens)
         return self.has_room(missing + 1)  # and a page after it
 
     def has_room(self, pages: int) -> bool:

@@ -7,8 +7,8 @@
     fork           copy the partly filled page of a prompt
     read_pages     copy some pages out of the cache; `write_pages` writes them back
 
-The engine's parameters are the trainer's with the layers of both towers as separate arrays, so that
-programs read weights where they are (`layers.unstack`).
+The engine's parameters are the trainer's with layers as separate arrays, so that programs read
+weights where they are (`Qwen2_5_VL.unstack`).
 """
 
 import contextlib
@@ -85,10 +85,8 @@ class Programs:
         if self.config.cache_tokens:
             self.num_pages = self.config.cache_tokens // size
         self._trainer_graph, params = nnx.split(model)
-        self._trainer_params = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
-        )
         self.trainer_layout = jax.tree.map(lambda x: x.sharding, params)
+        self._trainer_params = sharding.with_shardings(params, self.trainer_layout)
         first = jax.tree.leaves(self.trainer_layout)[0]
         self.replicated: Sharding = placement.replicated(first)
         mesh = first.mesh if isinstance(first, NamedSharding) else None
@@ -203,21 +201,13 @@ class Programs:
 
     def abstract_params(self) -> nnx.State:
         """Return the shapes and shardings of the engine's parameters."""
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            self._params,
-            self.layout,
-        )
+        return sharding.with_shardings(self._params, self.layout)
 
     def abstract_state(self) -> tuple[cache.Cache, jax.ShapeDtypeStruct]:
         """Return the shapes and shardings of the cache and of the store of image tokens."""
         with self.context():
             lanes, store = jax.eval_shape(self._empty)
-        lanes = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            lanes,
-            self._cache_layout,
-        )
+        lanes = sharding.with_shardings(lanes, self._cache_layout)
         return lanes, self._abstract(store.shape, store.dtype)
 
     def _abstract(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

@@ -108,7 +108,7 @@ class Scheduler:
         self._groups = WaitingGroups(
             next_examples, group_size, config.lanes, rules.initial_prompt, engine.pool
         )
-        self._has_room = True  # for the next prompt
+        self._has_room = True  # for the next prompt, as far as known
         self._free_lanes = set(range(config.lanes))
         self._active: dict[int, ActiveEpisode] = {}  # by lane
         # Lanes that are ready to decode, in the order in which they became ready.
@@ -122,9 +122,9 @@ class Scheduler:
             self._groups.prefetch()
             if not self._groups and not self._active:
                 return
-            self._collect_replies(wait=self._must_wait_for_tools())
             self._device.pages.restore_lanes()
-            self._make_room({a: len(a.episode) for a in self._unwritten()})
+            self._collect_replies(wait=self._must_wait_for_tools())
+            self._make_room({a.lane: len(a.episode) for a in self._unwritten()})
             forked = self._admit()
             self._write_chunks()
             for active, copied in forked:
@@ -227,15 +227,15 @@ class Scheduler:
         offloaded = self._device.pages.offloaded
         return [a for a in self._active.values() if a.chunks and a.lane not in offloaded]
 
-    def _make_room(self, tokens: dict[ActiveEpisode, int]) -> None:
-        """Reserve pages for this many tokens of each episode, for the oldest episodes first.
+    def _make_room(self, tokens: dict[int, int]) -> None:
+        """Reserve pages for this many tokens of some lanes, for the oldest lanes first.
 
         Lanes for which there is no room are offloaded.
         """
         pages = self._device.pages
-        for active in sorted(tokens, key=lambda active: pages.order(active.lane)):
-            if active.lane not in pages.offloaded:
-                pages.make_room(active.lane, tokens[active])
+        for lane in pages.oldest_first(tokens):
+            if lane not in pages.offloaded:
+                pages.make_room(lane, tokens[lane])
 
     def _write_chunks(self) -> None:
         """Write all pending chunks, and start the turns of the lanes written to."""
@@ -282,7 +282,7 @@ class Scheduler:
         offloaded = self._device.pages.offloaded
         ready = [lane for lane in self._ready_lanes if lane not in offloaded]
         batch = [self._active[lane] for lane in ready[: self._decode_batch_size]]
-        self._make_room({a: a.length + min(a.budget, self._decode_steps) for a in batch})
+        self._make_room({a.lane: a.length + min(a.budget, self._decode_steps) for a in batch})
         batch = [active for active in batch if active.lane not in offloaded]
         if not batch:
             return
@@ -443,6 +443,7 @@ class Scheduler:
             del self._active[active.lane]
             self._device.pages.release(active.lane)
             self._free_lanes.add(active.lane)
+            self._has_room = True
             return
         tokens = np.concatenate([active.unwritten, new.tokens])
         active.unwritten = NO_TOKENS

@@ -70,13 +70,7 @@ def engine_kernels(filled: int) -> dict[str, Kernel]:
     def paged_prefill(path: str, operands: Sequence[Array]) -> KernelCost:
         return KernelCost(*gpu_paged_prefill.prefill_cost(operands[0].shape, filled))
 
-    def cudnn(path: str, operands: Sequence[Array]) -> KernelCost:
-        q, k = operands[:2]  # [B, T, N, H], [B, S, K, H]
-        once = sum(a.memory_bytes for a in operands) + q.memory_bytes
-        return KernelCost(once, 4.0 * q.size * k.shape[1])
-
     return {
         "ragged_paged_attention": ragged, "paged_decode": paged_decode,
-        "paged_prefill": paged_prefill,
-        "dot_product_attention": cudnn, **attention_kernels(),
+        "paged_prefill": paged_prefill, **attention_kernels(),
     }  # fmt: skip

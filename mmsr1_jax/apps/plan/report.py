@@ -46,7 +46,7 @@ class Plan:
 
     @property
     def largest_cache(self) -> int:
-        """Largest value of `cache.setting` with which all phases fit; 0 if there is none."""
+        """Largest value of `cache.setting` with which all phases fit; 0 if they never do."""
         value = self.cache.value(min(phase.limit - phase.bytes for phase in self.phases))
         return value if value >= self.cache.smallest else 0
 
