@@ -92,6 +92,7 @@ class Programs:
         mesh = first.mesh if isinstance(first, NamedSharding) else None
         self._mesh: Mesh | None = mesh if isinstance(mesh, Mesh) else None
         with self.context():
+            self._on_cpu = sharding.platform() == "cpu"
             self._params = jax.eval_shape(self._unstacked, params)  # sets `_graph`
             if self._mesh is None:
                 self.layout = jax.tree.map(lambda _: first, self._params)
@@ -112,7 +113,7 @@ class Programs:
         # Copied even if nothing changes, since the trainer donates its arrays.
         params = jax.tree.map(lambda x: jnp.array(x, self.dtype, copy=True), params)
         model = nnx.merge(self._trainer_graph, params)
-        model.unstack()
+        model.unstack(vision=not self._on_cpu)
         self._graph, params = nnx.split(model)
         return params
 

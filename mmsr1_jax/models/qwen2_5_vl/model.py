@@ -8,7 +8,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Float32, Int32
 
 from mmsr1_jax.config.choices import Attention
-from mmsr1_jax.models import sharding
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
 from mmsr1_jax.models.qwen2_5_vl.layers import unstack
 from mmsr1_jax.models.qwen2_5_vl.text import (
@@ -77,14 +76,15 @@ class Qwen2_5_VL(nnx.Module):
         self.remat = remat
         self.logprob_chunk = logprob_chunk
 
-    def unstack(self) -> None:
-        """Separate the layers of both towers, for inference; see `layers.unstack`.
+    def unstack(self, *, vision: bool) -> None:
+        """Separate the layers, for inference; see `layers.unstack`.
 
-        On a CPU the vision tower remains a scan: it computes much for each byte of its weights, and
-        compiles several times as fast.
+        Args:
+          vision: Whether to separate those of the vision tower too. As a scan it compiles several
+            times as fast, and on a CPU it computes much for each byte of its weights.
         """
         self.text.layers = unstack(self.text.layers)
-        if sharding.platform() != "cpu":
+        if vision:
             self.vision.blocks = unstack(self.vision.blocks)
         for layer in self.text.layers:
             layer.mlp.separate = True
