@@ -116,7 +116,10 @@ def check(q, kv) -> None:
             f"{kernel} needs bfloat16, not queries of {q.dtype} and a cache of {kv.dtype}"
         )
     if page % _BLOCK or _SPLIT % page:
-        raise UserError(f"{kernel} needs pages of 64, 128, 256, 512 or 1024 tokens, not {page}")
+        raise UserError(
+            f"{kernel} needs pages of 64, 128, 256, 512 or 1024 tokens, not {page}: set "
+            "rollout.page_size"
+        )
     if H not in (64, 128):
         raise UserError(f"{kernel} needs a head dimension of 64 or 128, not {H}")
 

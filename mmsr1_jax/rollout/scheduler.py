@@ -131,10 +131,12 @@ class Scheduler:
                 self._fork(active, copied)
             if self._running is None:
                 self._start_decode()
-            finished = self._finish_decode()
+            decoded = self._finish_decode()
             self._start_decode()
-            for active in finished:
-                self._end_turn(active)
+            for active in decoded:
+                self._on_tokens(active.episode, active.sampled["tokens"][-1])
+                if self._is_finished(active):
+                    self._end_turn(active)
             yield from self._ended
             self._ended.clear()
 
@@ -299,25 +301,25 @@ class Scheduler:
         self._running = (running, batch)
 
     def _finish_decode(self) -> list[ActiveEpisode]:
-        """Read the tokens of the lanes that are decoding; return those whose turn has ended."""
+        """Read the tokens of the lanes that are decoding; return their episodes."""
         if self._running is None:
             return []
         (running, batch), self._running = self._running, None
         output = self._device.finish_decode(running)
-        finished = []
         for row, active in enumerate(batch):
             active.add_sampled(output, row)
-            new = active.sampled["tokens"][-1]
             if self._timeline is not None:
+                tokens = int(output.count[row])
                 self._timeline.record_episode(
-                    active.lane, DECODE, running.start, active.episode, len(new)
+                    active.lane, DECODE, running.start, active.episode, tokens
                 )
-            if active.budget > 0 and active.stop_state < self._engine.stops.running:
+            if not self._is_finished(active):
                 self._ready_lanes.append(active.lane)
-            else:
-                finished.append(active)
-            self._on_tokens(active.episode, new)
-        return finished
+        return batch
+
+    def _is_finished(self, active: ActiveEpisode) -> bool:
+        """Return whether a turn has ended: it is complete, or its budget is used up."""
+        return active.budget <= 0 or active.stop_state >= self._engine.stops.running
 
     def _end_turn(self, active: ActiveEpisode) -> None:
         """Parse the turn that the policy wrote, and take the next step of the episode."""

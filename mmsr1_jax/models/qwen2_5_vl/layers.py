@@ -146,9 +146,10 @@ class SwiGLU(nnx.Module):
     """Gated feed-forward layer `(silu(x Wg) * (x Wu)) Wd` (arXiv 2002.05202, equation 6).
 
     Attributes:
-      separate: Whether to compile the three products of one token per row apart from each other on
-        a TPU, whose compiler otherwise computes `x Wu` inside of the last product, which takes 1.4
-        times as long as both.
+      separate: Whether the layer serves inference, without a gradient. Then several tokens per row
+        on a GPU use `gated_linear`, and one token per row on a TPU compiles the three products
+        apart from each other: its compiler otherwise computes `x Wu` inside of the last product,
+        which takes 1.4 times as long as both.
     """
 
     separate = False
