@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Float
 
-from mmsr1_jax.models import gpu_gated_linear, sharding
+from mmsr1_jax.models import sharding
 
 
 def gated_linear(
@@ -36,6 +36,8 @@ def gated_linear(
 
 
 def _gpu(x, gate, up) -> jax.Array:
+    from mmsr1_jax.models import gpu_gated_linear  # Pallas for GPUs takes long to import
+
     flat = x.reshape(-1, x.shape[-1])
     if not gpu_gated_linear.supported(flat, gate):
         return _xla(x, gate, up)

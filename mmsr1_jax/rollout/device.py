@@ -73,14 +73,15 @@ class RunningDecode:
 
     Attributes:
       sampled: Its future results.
-      start: Time of the call, from `time.perf_counter`; with a timeline, once it has ended, the
-        time at which the program before it ended if that is later.
       num_rows: Number of rows.
+      start: Time of the call, from `time.perf_counter`.
+      end: Time at which it ended, once a timeline has recorded it.
     """
 
     sampled: decode.SampledTokens
-    start: float
     num_rows: int
+    start: float
+    end: float = 0.0
 
 
 class Device:
@@ -110,7 +111,7 @@ class Device:
     ):
         self.stats = EngineStats()
         self.timeline: EngineTimeline | None = None
-        self._last_end = 0.0  # of the last recorded program
+        self._running: RunningDecode | None = None
         self.config = config.rollout
         self.stops = stops
         self._model_config = model.config
@@ -147,6 +148,15 @@ class Device:
             self._cache, self._image_tokens = self._programs.empty()
         self._images.clear()
         self.pages.clear()
+
+    def begin(self, timeline: EngineTimeline | None) -> None:
+        """Prepare for a rollout; one that was abandoned may have left its lanes.
+
+        Args:
+          timeline: Recorder of the programs' durations; None: they are not measured.
+        """
+        self.pages.clear()
+        self.timeline, self._running = timeline, None
 
     def warm_up(self) -> None:
         """Compile the programs for all bucket shapes by running them on padding."""
@@ -209,8 +219,8 @@ class Device:
 
     def _encode(self, images: ImageRows, slots: np.ndarray) -> None:
         """Encode images, and write their tokens to slots of the store, int32[B, M]."""
-        start = time.perf_counter()
         images, slots = self.put((images, slots))
+        start = self._next_start()
         with self._programs.context():
             self._image_tokens = self._programs.encode(
                 self._params, self._image_tokens, images, slots
@@ -267,7 +277,6 @@ class Device:
             image_index[row, :n][is_image] = slots[row][chunk.image_index[is_image]]
             self.stats.prefill_tokens += n
             self.stats.prefill_slots += length
-        start = time.perf_counter()
         rows = PagedRows(table=table, start=filled, count=count)
         new = self.put(
             cache.PrefillBatch(
@@ -278,6 +287,7 @@ class Device:
                 image_index=image_index,
             )
         )
+        start = self._next_start()
         with self._programs.context():
             hidden, self._cache = self._programs.extend(
                 self._params, self._cache, new, self._image_tokens
@@ -345,7 +355,6 @@ class Device:
         Returns:
           The running program, for `finish_decode`. Programs called in the meantime run after it.
         """
-        start = time.perf_counter()
         B = self.config.decode_batch_size
         fields = {
             field.name: np.full(B, self.config.lanes if field.name == "lane" else 0, np.int32)
@@ -359,6 +368,7 @@ class Device:
         fields, table, active, *scalars = self.put(
             (fields, table, np.arange(B) < len(rows), np.int32(seed), np.int32(leave_at))
         )
+        start = time.perf_counter()
         with self._programs.context():
             sampled, self._cache = self._programs.decode(
                 self._params,
@@ -371,7 +381,8 @@ class Device:
                 running=self.stops.running,
             )
         self.stats.offloaded_pages = self.pages.num_offloaded
-        return RunningDecode(sampled, start, len(rows))
+        self._running = RunningDecode(sampled, len(rows), start)
+        return self._running
 
     def finish_decode(self, running: RunningDecode) -> decode.SampledTokens:
         """Wait for a decoding program.
@@ -379,24 +390,37 @@ class Device:
         Returns:
           Numpy arrays with one row for each of the program's rows, followed by padding rows.
         """
+        self._record_decode()
         sampled = jax.device_get(running.sampled)
-        steps = int(sampled.steps)
         self.stats.decoded_tokens += int(sampled.count.sum())
-        self.stats.decode_slots += self.config.decode_batch_size * steps
-        running.start = self._record(
-            DECODE, running.start, sampled, rows=running.num_rows, steps=steps
-        )
+        self.stats.decode_slots += self.config.decode_batch_size * int(sampled.steps)
         return sampled
+
+    # Timeline
+
+    def _next_start(self) -> float:
+        """Return the start time of the next program; a timeline waits for the decoding one."""
+        self._record_decode()
+        return time.perf_counter()
+
+    def _record_decode(self) -> None:
+        """Record the running decoding program on the timeline, if there are both."""
+        running, self._running = self._running, None
+        if running is not None and self.timeline is not None:
+            steps = int(running.sampled.steps)
+            running.end = self._record(
+                DECODE, running.start, running.sampled, rows=running.num_rows, steps=steps
+            )
 
     def _record(self, program: str, start: float, output: Any, **args: int) -> float:
         """Record a program on the timeline, if there is one, after waiting for its output.
 
         Returns:
-          The time at which it began to run: it may have waited for the program before it.
+          The time at which it ended.
         """
+        end = time.perf_counter()
         if self.timeline is not None:
             jax.block_until_ready(output)
-            start = max(start, self._last_end)
-            self._last_end = time.perf_counter()
-            self.timeline.record(program, program, start, self._last_end, **args)
-        return start
+            end = time.perf_counter()
+            self.timeline.record(program, program, start, end, **args)
+        return end

@@ -12,13 +12,14 @@ import numpy as np
 from flax import nnx
 
 from mmsr1_jax.config import settings
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.episodes import prompts, turns
 from mmsr1_jax.episodes.episode import Episode, Example
 from mmsr1_jax.episodes.rules import Rules
 from mmsr1_jax.episodes.turn_machine import OnEvent
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
 from mmsr1_jax.processing.processor import Processor
-from mmsr1_jax.rollout import stop
+from mmsr1_jax.rollout import forcing, stop
 from mmsr1_jax.rollout.active import NextExamples, OnTokens
 from mmsr1_jax.rollout.device import Device, EngineStats
 from mmsr1_jax.rollout.scheduler import END_TOKENS, Scheduler
@@ -102,7 +103,15 @@ class Engine:
 
         Raises:
           ValueError: `limits.max_episode_tokens` exceeds the config's, the capacity of the lanes.
+          UserError: `limits.min_turn_tokens` is too small for the tags of a forced action.
         """
+        for action in forced:
+            required = 1 + sum(forcing.num_tag_tokens(action, self.processor.encode_text))
+            if limits.min_turn_tokens < required:
+                raise UserError(
+                    f"config.turns.min_turn_tokens={limits.min_turn_tokens} is too small for turns "
+                    f"whose action is prescribed; the tags of {action} take {required - 1} tokens"
+                )
         if limits.max_episode_tokens > self.config.turns.max_episode_tokens:
             raise ValueError(
                 f"turns.max_episode_tokens={limits.max_episode_tokens} of these rules exceeds "
@@ -198,8 +207,7 @@ class Engine:
         if self._busy:
             raise RuntimeError("Engine.rollout: another rollout is in progress")
         self._busy = True
-        self.device.pages.clear()  # a rollout that was abandoned has left its lanes
-        self.device.timeline = timeline
+        self.device.begin(timeline)
         try:
             scheduler = Scheduler(
                 self,

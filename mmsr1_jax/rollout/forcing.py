@@ -69,6 +69,13 @@ def close_action(text: str, action: Action, question: str) -> tuple[int, str]:
     return num_kept, f"{query}</{TAGS[action]}>"
 
 
+def num_tag_tokens(action: Action, encode: Callable[[str], Sequence[int]]) -> tuple[int, int]:
+    """Return the maximum numbers of tokens that open a forced action and that close it."""
+    _, opening = open_action(_REASON, action)
+    closing = "" if action == "image_search" else f"</{TAGS[action]}>"
+    return len(encode(opening)), len(encode(closing))
+
+
 def force_action(
     token_bytes: Sequence[bytes],
     action: Action,
@@ -85,25 +92,29 @@ def force_action(
       action: Prescribed action.
       resumed: Whether the opening tag has been forced, and the policy resumed from it.
       question: Question of the episode, used as the query if the policy wrote none.
-      max_tokens: Maximum number of tokens to keep and append; a question that exceeds it is not
-        used as the query.
+      max_tokens: Maximum number of tokens to keep and append, at least that of `num_tag_tokens`.
+        A question that exceeds it is not used as the query, and sampled tokens are dropped.
       encode: Tokenizer of plain text.
 
     Returns:
       The number of sampled tokens to keep, and the tokens to append, int32[n].
     """
-    # One character per byte; tags are ASCII.
-    text = b"".join(token_bytes).decode("latin-1")
-    chars_kept, suffix = (
-        close_action(text, action, question) if resumed else open_action(text, action)
-    )
-    ends = np.cumsum([len(piece) for piece in token_bytes])
-    num_kept = int(np.searchsorted(ends, chars_kept, side="right"))
-    # The kept part of a token that is truncated is appended, too.
-    fraction = text[ends[num_kept - 1] if num_kept else 0 : chars_kept]
-    prefix = fraction.encode("latin-1").decode("utf-8", "replace")
-    forced = np.array(encode(prefix + suffix), np.int32)
-    if resumed and num_kept + len(forced) > max_tokens:
-        _, suffix = close_action(text, action, "")
+    while True:
+        # One character per byte; tags are ASCII.
+        text = b"".join(token_bytes).decode("latin-1")
+        chars_kept, suffix = (
+            close_action(text, action, question) if resumed else open_action(text, action)
+        )
+        ends = np.cumsum([len(piece) for piece in token_bytes])
+        num_kept = int(np.searchsorted(ends, chars_kept, side="right"))
+        # The kept part of a token that is truncated is appended, too.
+        fraction = text[ends[num_kept - 1] if num_kept else 0 : chars_kept]
+        prefix = fraction.encode("latin-1").decode("utf-8", "replace")
         forced = np.array(encode(prefix + suffix), np.int32)
-    return num_kept, forced
+        if num_kept + len(forced) <= max_tokens:
+            return num_kept, forced
+        if question:
+            question = ""
+        else:
+            assert token_bytes  # without them, only the tags remain
+            token_bytes = token_bytes[: num_kept if fraction else num_kept - 1]

@@ -93,7 +93,7 @@ class Programs:
         self._mesh: Mesh | None = mesh if isinstance(mesh, Mesh) else None
         with self.context():
             self._on_cpu = sharding.platform() == "cpu"
-            self._params = jax.eval_shape(self._unstacked, params)  # sets `_graph`
+            self._graph, self._params = nnx.split(nnx.eval_shape(self._unstacked, params))
             if self._mesh is None:
                 self.layout = jax.tree.map(lambda _: first, self._params)
             else:
@@ -108,14 +108,14 @@ class Programs:
         with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
             yield
 
-    def _unstacked(self, params: nnx.State) -> nnx.State:
-        """Return the trainer's parameters in the engine's dtype, with separate layers."""
+    def _unstacked(self, params: nnx.State) -> Qwen2_5_VL:
+        """Return the policy with the trainer's parameters in the engine's dtype, and with separate
+        layers."""
         # Copied even if nothing changes, since the trainer donates its arrays.
         params = jax.tree.map(lambda x: jnp.array(x, self.dtype, copy=True), params)
         model = nnx.merge(self._trainer_graph, params)
         model.unstack(vision=not self._on_cpu)
-        self._graph, params = nnx.split(model)
-        return params
+        return model
 
     def _empty(self) -> tuple[cache.Cache, jax.Array]:
         config, text = self.config, self._model_config.text
@@ -169,7 +169,9 @@ class Programs:
             layout = self.layout
             if mesh is not None:
                 layout = placement.engine_layout_on(mesh, layout)
-            self._load_programs[mesh] = jax.jit(self._unstacked, out_shardings=layout)
+            self._load_programs[mesh] = jax.jit(
+                lambda params: nnx.split(self._unstacked(params))[1], out_shardings=layout
+            )
         return self._load_programs[mesh]
 
     def put_pages(self, layers: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:

@@ -247,9 +247,9 @@ class Scheduler:
             hidden = self._device.extend(chunks)
             for active, chunk, last_hidden in zip(pending, chunks, hidden, strict=True):
                 if self._timeline is not None:
-                    tokens = len(chunk.tokens)
+                    times, tokens = (start, time.perf_counter()), len(chunk.tokens)
                     self._timeline.record_episode(
-                        active.lane, PREFILL, start, active.episode, tokens
+                        active.lane, PREFILL, times, active.episode, tokens
                     )
                 if not active.chunks:
                     if active.group.hidden is None:
@@ -262,7 +262,8 @@ class Scheduler:
         assert group.hidden is not None
         self._device.fork(*copied, active.lane, group.hidden)
         if self._timeline is not None:
-            self._timeline.record_episode(active.lane, FORK, start, active.episode, length)
+            times = (start, time.perf_counter())
+            self._timeline.record_episode(active.lane, FORK, times, active.episode, length)
         active.position = group.position
         self._start_turn(active)
 
@@ -270,9 +271,13 @@ class Scheduler:
         """Make a lane ready to decode a turn, or the rest of one with a forced opening tag."""
         limits, length = self._rules.limits, len(active.episode)
         active.budget = min(limits.max_new_tokens, limits.max_episode_tokens - length)
-        if self._rules.forced_action(active.episode) is not None:
-            # Reserve tokens for a tag and its content.
-            active.budget -= limits.min_turn_tokens // (2 if active.forced_prefix is None else 4)
+        action = self._rules.forced_action(active.episode)
+        if action is not None:
+            # Reserve tokens for the tags of a forced action, and for its content.
+            opening, closing = self._num_tag_tokens(action)
+            content = (limits.min_turn_tokens - opening - closing) // 2
+            resumed = active.forced_prefix is not None
+            active.budget -= closing if resumed else opening + max(1, content) + closing
         active.stop_state, active.length = 0, length
         active.sampled = {name: [] for name in SAMPLED}
         self._ready_lanes.append(active.lane)
@@ -309,13 +314,14 @@ class Scheduler:
         for row, active in enumerate(batch):
             active.add_sampled(output, row)
             if self._timeline is not None:
-                tokens = int(output.count[row])
-                self._timeline.record_episode(
-                    active.lane, DECODE, running.start, active.episode, tokens
-                )
+                times, tokens = (running.start, running.end), int(output.count[row])
+                self._timeline.record_episode(active.lane, DECODE, times, active.episode, tokens)
             if not self._is_finished(active):
                 self._ready_lanes.append(active.lane)
         return batch
+
+    def _num_tag_tokens(self, action: turns.Action) -> tuple[int, int]:
+        return forcing.num_tag_tokens(action, self._engine.processor.encode_text)
 
     def _is_finished(self, active: ActiveEpisode) -> bool:
         """Return whether a turn has ended: it is complete, or its budget is used up."""
@@ -365,15 +371,18 @@ class Scheduler:
         Returns:
           The turn, or None if the policy has to complete it first.
         """
-        episode, limits = active.episode, self._rules.limits
+        episode, encode = active.episode, self._engine.processor.encode_text
         prefix, active.forced_prefix = active.forced_prefix, None
+        max_tokens = self._rules.limits.max_episode_tokens - len(episode)
+        if prefix is None:
+            max_tokens -= self._num_tag_tokens(action)[1] + 1  # to be completed by the policy
         num_kept, forced = forcing.force_action(
             [self._engine.token_bytes[token] for token in tokens],
             action,
             resumed=prefix is not None,
             question=episode.example.question,
-            max_tokens=limits.max_episode_tokens - len(episode),
-            encode=self._engine.processor.encode_text,
+            max_tokens=max_tokens,
+            encode=encode,
         )
         num_dropped = len(sampled["tokens"]) - num_kept
         if num_kept:
@@ -385,9 +394,7 @@ class Scheduler:
             self._device.pages.truncate(active.lane, active.length)
         episode.segments.append(Segment("forced", forced))
         turn_tokens = [NO_TOKENS if prefix is None else prefix, tokens[:num_kept], forced]
-        remaining = limits.max_episode_tokens - len(episode)
-        can_resume = prefix is None and action != "image_search"
-        if can_resume and remaining > limits.min_turn_tokens // 4:
+        if prefix is None and action != "image_search":
             active.forced_prefix = np.concatenate(turn_tokens)
             self._set_chunks(active, Prompt(forced, ()))
             return None

@@ -5,15 +5,17 @@
     timeline.write("timeline.json")
 
 An engine is a process of the trace. Its tracks are the device programs (`prefill`, `decode`,
-`encode`), the scheduler (times at which it only waits for tools), and the lanes. A lane shows the
-programs and tool calls of its episodes. The gaps between them become `queued` (the episode waits
-for a program to include it) or `idle` (the lane has no episode).
+`encode`), the scheduler (times at which it only waits for tools, and those at which the device
+waits for the host), and the lanes. A lane shows the programs and tool calls of its episodes. The
+gaps between them become `queued` (the episode waits for a program to include it) or `idle` (the
+lane has no episode).
 
 While a timeline is recorded, the host waits for each program, so that its duration is the
 program's. Without one, nothing is measured.
 """
 
 import json
+import math
 import pathlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,21 +56,19 @@ class EngineTimeline:
         self._events.append((lane, (name, start, end, args)))
 
     def record_episode(
-        self, lane: int, name: str, start: float, episode: Episode, tokens: int
+        self, lane: int, name: str, times: tuple[float, float], episode: Episode, tokens: int
     ) -> None:
-        """Record a program that has worked on a lane's episode until now.
+        """Record a program that has worked on a lane's episode.
 
         Args:
           lane: Index of the lane.
           name: Name of the program.
-          start: Start time, from `time.perf_counter`.
+          times: Start and end, from `time.perf_counter`.
           episode: The episode.
           tokens: Number of tokens of the lane that the program wrote.
         """
         turn = len(episode.turns)
-        self.record(
-            lane, name, start, time.perf_counter(), episode=episode.index, turn=turn, tokens=tokens
-        )
+        self.record(lane, name, *times, episode=episode.index, turn=turn, tokens=tokens)
 
     def record_search(self, lane: int, start: float, episode: Episode, call: ToolCall) -> None:
         """Record a search of a lane's episode that has ended before now."""
@@ -87,6 +87,19 @@ class EngineTimeline:
         for track, event in self._events:
             tracks[track].append(event)
         return {track: sorted(events, key=lambda e: e[1:3]) for track, events in tracks.items()}
+
+    def host_waits(self) -> list[tuple[float, float]]:
+        """Return the starts and ends of the times at which the device waits for the host.
+
+        These are the times between the first and the last device program in which no program runs,
+        except those in which the scheduler only waits for tools.
+        """
+        waits, last_end = [], math.inf
+        for start, end in sorted(e[1:3] for track, e in self._events if track in _TRACKS):
+            if start > last_end:
+                waits.append((last_end, start))
+            last_end = end if last_end == math.inf else max(last_end, end)
+        return waits
 
     def span(self) -> tuple[float, float]:
         """Return the start of the first and the end of the last event."""
@@ -136,6 +149,9 @@ class Timeline:
                 name = track if isinstance(track, str) else f"lane {track}"
                 yield _metadata("thread_name", index, tid, name=name)
                 yield _metadata("thread_sort_index", index, tid, sort_index=tid)
+                if track == SCHEDULER:
+                    waits = [wait for wait in engine.host_waits() if wait[1] - wait[0] > _MIN_GAP]
+                    events = [*events, *(("device waits for host", *wait, {}) for wait in waits)]
                 shown = _with_gaps(events, first, last) if isinstance(track, int) else events
                 for name, start, end, args in shown:
                     yield {

@@ -3,6 +3,7 @@ compared with the memory bandwidth.
 
     python -m tests.bench.rollout                        a table; CPU, about 15 minutes
     python -m tests.bench.rollout --decode --shape=7b    bf16, 64 lanes of 2k tokens; on a GPU
+    python -m tests.bench.rollout --host                 how long the device waits for the host
 
 The policy is random, about 24M parameters, float32. Its tokenizer has tokens whose bytes are whole
 searches, one in 64, so that turns end at random lengths; an episode has three of them. A question
@@ -34,6 +35,7 @@ from mmsr1_jax.rollout import engine as engine_module
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.programs import Programs
 from mmsr1_jax.rollout.sampler import Sampling
+from mmsr1_jax.rollout.timeline import Timeline
 from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.tools import Observation, Part
 from tests.bench.model import SHAPES
@@ -220,6 +222,24 @@ def with_latency(model, processor, prompts: str, lanes: int) -> list[tuple]:
     ]
 
 
+def host_waits(model, processor, prompts: str) -> list[tuple]:
+    """Measure by the timeline how long the device waits for the host while 64 rows decode."""
+    engine = Engine(model, processor, engine_config(prompts, lanes=64, rows=64), search(False))
+    timed_rollout(engine, 1)
+    timeline = Timeline()
+    recorder = timeline.engine(0, engine.config)
+    list(engine.rollout(examples(16), group_size=GROUP, timeline=timeline))
+    engine.close()
+    events = recorder.tracks()["decode"]
+    decoding_seconds = sum(end - start for _, start, end, _ in events)
+    waits = sum(end - start for start, end in recorder.host_waits())
+    return [
+        ("s, decoding, 64 rows", f"{decoding_seconds:.1f}", ""),
+        ("s, device waits for the host", f"{waits:.2f}", ""),
+        ("share of decoding", f"{waits / decoding_seconds:.1%}", "<= 5 %"),
+    ]
+
+
 def decoding(shape: str, lanes: int, context: int, dtype) -> list[tuple]:
     """Compare decoding with the time needed to copy the bytes that a step reads."""
     config = SHAPES[shape] if shape == "small" else random_policy.qwen2_5_vl.PRESETS[shape]
@@ -304,6 +324,7 @@ def copy_bandwidth() -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--decode", action="store_true", help="decoding alone")
+    parser.add_argument("--host", action="store_true", help="waits of the device for the host")
     parser.add_argument("--shape", default="small", help="of the policy that decodes")
     parser.add_argument("--lanes", type=int, default=64)
     parser.add_argument("--context", type=int, default=2048)
@@ -327,6 +348,9 @@ def main():
         with tempfile.TemporaryDirectory() as directory:
             for name, text in PROMPTS.items():
                 (pathlib.Path(directory) / f"{name}.txt").write_text(text)
+            if options.host:
+                rows += host_waits(model, processor, directory)
+                options.skip = ["transformers", "latency"]
             if "transformers" not in options.skip:
                 rows += beside_transformers(model, processor, directory)
             if "latency" not in options.skip:

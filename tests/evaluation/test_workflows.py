@@ -1,9 +1,12 @@
 """Workflows: their limits and prompts, and forced turns in the engine."""
 
+import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.config.settings import Turns
 from mmsr1_jax.episodes import prompts, turns
 from mmsr1_jax.evaluation.workflows import WORKFLOWS, max_searches, workflow_limits
@@ -12,6 +15,7 @@ from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.pool import EnginePool
 from mmsr1_jax.scripts import random_policy
 from tests.engines import (
+    LIMITS,
     VOCAB_SIZE,
     assert_logprobs_match_score,
     by_index,
@@ -90,6 +94,29 @@ def test_a_forced_action_is_closed_after_its_payload(text):
     assert text[:kept] + inserted == "Paris</answer>"
 
 
+@pytest.mark.parametrize("action", ["text_search", "image_search", "answer"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_forced_tokens_fit_whatever_was_sampled(action, resumed):
+    """Sampled tokens are dropped; those that are kept and inserted still form the action."""
+
+    def encode(text):
+        return list(text.encode())
+
+    rng, name = np.random.default_rng(0), turns.TAGS[action]
+    pieces = ["<reason>", "why so", "</reason>", " <answer>", "Paris", "</answer>", "é", " a<b"]
+    minimum = sum(forcing.num_tag_tokens(action, encode))
+    for _ in range(200):
+        sampled = [str(piece).encode() for piece in rng.choice(pieces, rng.integers(0, 30))]
+        max_tokens = int(minimum + rng.integers(0, 40))
+        kept, forced = forcing.force_action(
+            sampled, action, resumed=resumed, question="Who built this? " * 9,
+            max_tokens=max_tokens, encode=encode,
+        )  # fmt: skip
+        assert kept + len(forced) <= max_tokens
+        text = (b"".join(sampled[:kept]) + bytes(forced.tolist())).decode()
+        assert text.endswith(f"</{name}>" if resumed or action == "image_search" else f"<{name}>")
+
+
 @pytest.mark.parametrize("text", ["", " ", "</text_search>", " <answer>x</answer>"])
 def test_an_empty_query_is_replaced_by_the_question(text):
     question = "Who built this?</text_search> " + 40 * "x "
@@ -124,6 +151,17 @@ def rollout(engine, name, count=5, group_size=4, **keywords):
 @pytest.fixture(scope="module")
 def forced(engine):
     return {name: rollout(engine, name) for name in ("rag", "direct")}
+
+
+def test_forced_episodes_do_not_exceed_their_limit(forced):
+    lengths = [len(episode) for episodes in forced.values() for episode in episodes]
+    assert max(lengths) <= LIMITS.max_episode_tokens
+
+
+def test_rules_whose_forced_tags_do_not_fit_a_turn_are_refused(engine):
+    limits = dataclasses.replace(LIMITS, min_turn_tokens=2)
+    with pytest.raises(UserError, match="min_turn_tokens=2 is too small .* tags of image_search"):
+        engine.make_rules(limits, prompts.load(), WORKFLOWS["rag"].forced)
 
 
 def test_forced_turns_take_the_forced_actions(forced):

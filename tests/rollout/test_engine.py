@@ -1,8 +1,10 @@
 """The engine: episodes do not depend on the schedule, log-probs equal those of `score`, nothing is
 computed twice, and nothing is compiled in steady state."""
 
+import asyncio
 import dataclasses
 import random
+import threading
 
 import jax
 import numpy as np
@@ -75,7 +77,7 @@ def test_another_seed_changes_all_episodes(engine, episodes):
     assert all(again[i]["tokens"] != r["tokens"] for i, r in by_index(episodes).items())
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.proof), 0.7])
 def test_logprobs_equal_those_of_score(engine, model, temperature):
     sampling = settings.Sampling(temperature=temperature, top_p=0.9, seed=5)
     finished = list(engine.rollout(examples(5), group_size=2, sampling=sampling))
@@ -285,12 +287,38 @@ def test_a_full_cache_changes_no_episode(model, processor, engine, episodes):
     assert small.stats.prefill_tokens == engine.stats.prefill_tokens - before
 
 
-@pytest.mark.parametrize("lanes", [5])
-def test_pages_of_a_prompt_are_kept_until_its_last_episode_has_them(model, processor, lanes):
-    """Groups larger than the lanes: the last episode of one starts beside the first of the next."""
+def test_a_full_cache_does_not_let_others_wait_for_the_tool_of_one(model, processor):
+    """One search is answered only once all other episodes have ended."""
+    others_ended, delayed = threading.Event(), []
     tools = search_tools()
+
+    def delay_first(tool):
+        async def call(query):
+            if not delayed:
+                delayed.append(query)
+                while not others_ended.is_set():
+                    await asyncio.sleep(0.01)
+            return await tool(query)
+
+        return call
+
+    tools = {name: delay_first(tool) for name, tool in tools.items()}
+    engine = Engine(model, processor, make_config(lanes=12, cache_tokens=18 * 128), tools)
+    episodes = []
+    for episode in engine.rollout(examples(5), group_size=4):
+        episodes.append(episode)
+        if len(episodes) == 5 * 4 - 1:
+            others_ended.set()
+    engine.close()
+    assert engine.stats.offloaded_pages > 5 and len(delayed) == 1
+    assert {call.status for episode in episodes for call in episode.calls} <= {"ok", "refused"}
+
+
+def test_pages_of_a_prompt_are_kept_until_its_last_episode_has_them(model, processor):
+    """Groups larger than the lanes: the last episode of one starts beside the first of the next."""
+    lanes, tools = 5, search_tools()
     several = Engine(model, processor, make_config(lanes=lanes, page_size=32), tools)
     all_at_once = Engine(model, processor, make_config(lanes=64, page_size=32), tools)
-    rollouts = [e.rollout(examples(6), group_size=lanes + 1) for e in (several, all_at_once)]
+    rollouts = [e.rollout(examples(4), group_size=lanes + 1) for e in (several, all_at_once)]
     assert by_index(rollouts[0]) == by_index(rollouts[1])
     several.close(), all_at_once.close()

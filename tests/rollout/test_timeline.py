@@ -64,7 +64,11 @@ def test_lanes_show_programs_tools_and_idle_times(engine, tmp_path):
         assert_no_overlap(events)
     lane_events = [e for lane in range(2) for e in tracks[0, f"lane {lane}"]]
     assert {"prefill", "decode", "fork", "idle"} <= {event["name"] for event in lane_events}
-    assert {e["name"] for e in tracks[0, "scheduler"]} == {"wait for tools"}
+    waits = {"wait for tools", "device waits for host"}
+    assert {e["name"] for e in tracks[0, "scheduler"]} == waits
+    # The device runs one program at a time.
+    tracks_of_device = ("prefill", "decode", "encode", "scheduler")
+    assert_no_overlap([event for track in tracks_of_device for event in tracks[0, track]])
     # Each search and each token of the episodes is in an event of its episode.
     searches = [e for e in lane_events if e["name"].endswith("_search (none)")]
     calls = [c for episode in episodes for c in episode.calls if c.status != "refused"]
@@ -122,3 +126,14 @@ def test_gaps_are_queued_within_an_episode_and_idle_between_episodes():
         ("idle", 0.0, 1.0), ("decode", 1.0, 1.5), ("queued", 1.5, 2.0), ("decode", 2.0, 2.5),
         ("idle", 2.5, 4.0), ("decode", 4.0, 4.5), ("idle", 4.5, 6.0),
     ]  # fmt: skip
+
+
+def test_the_device_waits_for_the_host_while_nothing_else_explains_it():
+    engine = EngineTimeline(1, {})
+    assert engine.host_waits() == []
+    for track, start, end in (
+        ("decode", 1.0, 2.0), ("prefill", 2.5, 3.0), ("scheduler", 3.0, 5.0), ("decode", 5.25, 6.0),
+        (0, 1.0, 7.0), ("encode", 6.0, 6.5),
+    ):  # fmt: skip
+        engine.record(track, "", start, end, episode=0)
+    assert engine.host_waits() == [(2.0, 2.5), (5.0, 5.25)]
