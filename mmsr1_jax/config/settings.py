@@ -28,8 +28,8 @@ class Model:
         and length.
       remat: Rematerialisation of layers in the backward pass: `none`, `dots` or `full` (least
         memory).
-      logprob_chunk: Number of tokens of a row whose [tokens, vocabulary] logits are in memory at
-        a time.
+      logprob_chunk: Number of tokens of a row whose logits over the whole vocabulary take as much
+        memory as those that are computed at a time, a block of the vocabulary for all tokens.
     """
 
     dtype: str = setting("float32", one_of=DTYPES)

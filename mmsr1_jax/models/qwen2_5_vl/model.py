@@ -10,12 +10,8 @@ from jaxtyping import Float, Float32, Int32
 from mmsr1_jax.config.choices import Attention
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
 from mmsr1_jax.models.qwen2_5_vl.layers import unstack
-from mmsr1_jax.models.qwen2_5_vl.text import (
-    TextDecoder,
-    head_logits,
-    token_logprobs,
-    token_statistics,
-)
+from mmsr1_jax.models.qwen2_5_vl.output_head import head_logits, token_statistics
+from mmsr1_jax.models.qwen2_5_vl.text import TextDecoder
 from mmsr1_jax.models.qwen2_5_vl.vision import ImageRows, VisionTower
 from mmsr1_jax.models.sharding import constrain
 from mmsr1_jax.utils.arrays import AnyArray
@@ -54,7 +50,8 @@ class Qwen2_5_VL(nnx.Module):
       dtype: Dtype of the computation; norms, rotary embedding, softmax and log-probs use float32.
       attention: Name of an implementation in `models.attention`.
       remat: Rematerialisation of the layers: `none`, `dots` or `full`, see `scan_layers`.
-      logprob_chunk: Number of tokens per row whose logits are materialised at a time.
+      logprob_chunk: Number of tokens per row whose logits over the whole vocabulary take as much
+        memory as those that are materialised at a time, see `output_head`.
     """
 
     def __init__(
@@ -146,7 +143,8 @@ class Qwen2_5_VL(nnx.Module):
         ids = rows.segment_ids
         # Position t predicts token t + 1; the last column predicts nothing and is dropped.
         targets = jnp.roll(rows.tokens, -1, axis=1)
-        logprobs = token_logprobs(hidden, self.text.head_table, targets, chunk=self.logprob_chunk)
+        table = self.text.head_table
+        logprobs, _ = token_statistics(hidden, table, targets, chunk=self.logprob_chunk)
         logprobs = jnp.roll(logprobs, 1, axis=1).at[:, 0].set(0.0)
         has_previous = (ids == jnp.roll(ids, 1, axis=1)) & (ids > 0)
         return jnp.where(has_previous, logprobs, 0.0)
