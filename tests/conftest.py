@@ -4,14 +4,20 @@ import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the time goes into compiling small programs that run a few times: machine code is hardly
-# optimised, and the commands that tests start find what others of them have compiled.
 os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=1",
-    "--xla_llvm_disable_expensive_passes=true",
 ])  # fmt: skip
+# Most of the time goes into compiling small programs that run a few times: machine code is hardly
+# optimised, and the commands that tests start find what others of them have compiled. With
+# OPTIMIZED=1 programs are compiled as users run them (`make proofs`).
+if not os.environ.get("OPTIMIZED"):
+    os.environ["XLA_FLAGS"] += " ".join([
+        " --xla_backend_optimization_level=1",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ])  # fmt: skip
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="compiled")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
@@ -43,7 +49,7 @@ logs.set_up()  # as `cli.run` does
 LONG = ("test_train.py", "test_engine.py", "test_learner.py", "test_sharding.py", "test_pool.py",
         "test_sft.py", "test_embedding.py", "test_faults.py", "test_lora.py",
         "test_off_policy_updates.py", "test_scripted.py", "test_saved_episodes.py",
-        "test_profile.py", "test_evaluate.py", "test_curate.py", "test_serve.py",
+        "test_evaluate.py", "test_curate.py", "test_serve.py",
         "test_serve_page.py", "test_report_page.py", "test_workflows.py")  # fmt: skip
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 

@@ -20,7 +20,6 @@ from mmsr1_jax import cli
 from mmsr1_jax.config.errors import UserError
 
 EXCEPTIONS: dict[str, Exception] = {
-    "RuntimeError": RuntimeError("injected"),
     "ValueError": ValueError("injected"),
     "UserError": UserError("injected"),
 }

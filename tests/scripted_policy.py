@@ -49,9 +49,9 @@ def config_for(vocab_size: int, base: ModelConfig | None = None) -> ModelConfig:
     return dataclasses.replace(base, text=text, video_token_id=vocab_size - 1)
 
 
-def write(directory, *, vocab_size: int = 640, actions=ACTIONS) -> None:
+def write(directory, *, vocab_size: int = 640, actions=ACTIONS, seed: int = 3) -> None:
     """Write the policy as an HF directory."""
-    qwen2_5_vl.save(random_policy.random_model(config_for(vocab_size), seed=3), directory)
+    qwen2_5_vl.save(random_policy.random_model(config_for(vocab_size), seed=seed), directory)
     tokenizer = scripted_tokenizer(vocab_size, actions)
     (directory / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
     image_settings = json.dumps(random_policy.IMAGES.to_hf())

@@ -5,13 +5,14 @@ python -m mmsr1_jax.scripts.random_policy --out=DIR [--tokenizer=HF_DIR]
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 import tokenizers
 from absl import flags
 from flax import nnx
@@ -21,6 +22,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from mmsr1_jax import cli
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.models import qwen2_5_vl
+from mmsr1_jax.models.qwen2_5_vl import checkpoint
+from mmsr1_jax.models.qwen2_5_vl.layers import Linear
 from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.processing.processor import CONTROL_TOKENS
 from mmsr1_jax.utils import outputs
@@ -61,6 +64,10 @@ CONFIG = qwen2_5_vl.ModelConfig(
     vision_end_token_id=4,
 )
 
+# Distributions of the random parameters that are not kernels.
+_MEAN_AND_STD = {"embedding": (0.0, 0.02), "head": (0.0, 0.02), "scale": (1.0, 0.1),
+                 "bias": (0.0, 0.1)}  # fmt: skip
+
 # 16 to 256 visual tokens, which take seconds on a CPU.
 IMAGES = ImageProcessor(min_pixels=16 * 28 * 28, max_pixels=256 * 28 * 28)
 
@@ -88,24 +95,21 @@ def random_model(config: qwen2_5_vl.ModelConfig, seed: int, **kwargs: Any) -> qw
       seed: Random seed.
       kwargs: Other arguments of `Qwen2_5_VL`.
     """
-    model = qwen2_5_vl.Qwen2_5_VL(config, rngs=nnx.Rngs(seed), **kwargs)
-    state = nnx.state(model, nnx.Param)
-    leaves, tree = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noisy = [_with_noise(x, key) for x, key in zip(leaves, keys, strict=True)]
-    nnx.update(model, jax.tree.unflatten(tree, noisy))
+    model = checkpoint.abstract_model(config, **kwargs)
+    rng = np.random.default_rng(seed)
+    for _, module in nnx.iter_modules(model):
+        for name, variable in vars(module).items():
+            if not isinstance(variable, nnx.Param):
+                continue
+            shape, dtype = variable.get_value().shape, variable.get_value().dtype
+            if name == "kernel":  # [.., *inputs]
+                assert isinstance(module, Linear)
+                mean, std = 0.0, math.prod(shape[-module.contracted :]) ** -0.5
+            else:
+                mean, std = _MEAN_AND_STD[name]
+            noise = rng.standard_normal(shape, np.float32)  # of numpy, which compiles nothing
+            variable.set_value(jnp.asarray(mean + std * noise, dtype))
     return model
-
-
-@jax.jit
-def _with_noise(x: jax.Array, key: jax.Array) -> jax.Array:
-    return x + 0.1 * jax.random.normal(key, x.shape, x.dtype) * _scale(x)
-
-
-def _scale(x: jax.Array) -> jax.Array:
-    """Return the standard deviation of a parameter, or 1 if it is constant (norms, biases)."""
-    std = jnp.std(x.astype(jnp.float32)).astype(x.dtype)
-    return jnp.where(std > 0, std, 1)
 
 
 def write(

@@ -83,7 +83,7 @@ def test_concurrent_questions_get_the_episodes_of_infer(engine, alone, setup):
     done = subprocess.run(
         [sys.executable, "-m", "mmsr1_jax.infer", f"--model={setup[0]}", f"--image={image}",
          f"--question={QUESTIONS[1]}", f"--tools.index={setup[1]}", f"--config={setup[2]}",
-         "--config.sampling.temperature=1", "--config.sampling.seed=4", "--json"],
+         "--config.sampling.temperature=1", "--config.sampling.seed=1", "--json"],
         cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     inferred = json.loads(done.stdout)

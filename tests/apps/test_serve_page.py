@@ -112,4 +112,5 @@ def _expect(locator):
     """Return an assertion of Playwright that waits, since the page does not allow eval."""
     from playwright.sync_api import expect  # may not be installed, see `browser.py`
 
+    expect.set_options(timeout=1000 * PATIENCE)
     return expect(locator)

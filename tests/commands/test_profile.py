@@ -1,21 +1,10 @@
-"""`run.profile`: a JAX profiler trace of some training steps."""
+"""Values of `run.profile`; `test_train.py` profiles a step."""
 
 import pytest
 
 from mmsr1_jax.config import ConfigError, settings
 from tests.programs import run
-from tests.train_runs import run_without_tools, train_command
-
-
-def test_a_profiled_step_writes_a_trace(tmp_path, tiny_dir):
-    result = run_without_tools(
-        tmp_path / "run", tiny_dir,
-        "--config.run.steps=1", "--config.run.profile=(1,1)",
-        "--config.objective.num_minibatches=1",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    traces = list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
-    assert len(traces) == 1 and traces[0].stat().st_size > 0
+from tests.train_runs import train_command
 
 
 def test_an_invalid_profile_ends_the_command_with_one_line(tmp_path):

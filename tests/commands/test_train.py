@@ -1,5 +1,6 @@
 """`python -m mmsr1_jax.train`: the files of a run, resuming after a stop or a kill, and errors."""
 
+import json
 import random
 import shutil
 import signal
@@ -24,11 +25,14 @@ def questions(tmp_path_factory):
     return write_questions(tmp_path_factory.mktemp("questions"))
 
 
+RECORDED = ("--config.run.profile=(2,2)", "--config.run.timeline=True")
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, questions):
-    """Directory of a complete run of 6 steps."""
+    """Directory of a complete run of 6 steps with a profile of the second and timelines."""
     workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    result = run(new_run_command(workdir, questions))
+    result = run(new_run_command(workdir, questions, *RECORDED))
     assert result.returncode == 0, result.stderr[-3000:]
     return workdir
 
@@ -71,6 +75,15 @@ def test_the_last_two_checkpoints_and_the_best_one_are_kept(uninterrupted):
     best = 1 + max(range(6), key=lambda i: (scores[i], i))
     # The best step may have no checkpoint, since checkpoints are saved every 2 steps.
     assert steps == {4, 6} | ({best} if best in (2, 4, 6) else set()), (steps, scores)
+
+
+def test_profiles_and_timelines_are_written(uninterrupted):
+    traces = list((uninterrupted / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1 and traces[0].stat().st_size > 0
+    timelines = sorted((uninterrupted / "timelines").iterdir())
+    assert [path.name for path in timelines] == [f"{step:06d}.json" for step in range(1, 7)]
+    events = json.loads(timelines[0].read_text())["traceEvents"]
+    assert {"prefill", "decode", "device waits for host"} <= {event["name"] for event in events}
 
 
 # Resuming
@@ -131,7 +144,8 @@ def test_a_complete_run_rejects_other_settings_and_is_unchanged(uninterrupted, t
     shutil.copytree(uninterrupted, workdir)
     settings_before = (workdir / "config.json").read_bytes()
     policy_time = (workdir / "policy" / "config.json").stat().st_mtime_ns
-    result = run(new_run_command(workdir, questions, "--config.rewards.search_penalty=0"))
+    other = [*RECORDED, "--config.rewards.search_penalty=0"]
+    result = run(new_run_command(workdir, questions, *other))
     assert result.returncode == 1
     assert "with config.rewards.search_penalty=0.3; this command sets" in result.stderr
     result = run(train_command(workdir, "--config.run.seed=1"))

@@ -54,7 +54,7 @@ def test_eight_devices_equal_one(expected, shape):
     assert any(part != x.shape for part, x in zip(parts, moments, strict=True)), "not sharded"
 
 
-@pytest.mark.parametrize("freeze_vision", [False, True])
+@pytest.mark.parametrize("freeze_vision", [False, pytest.param(True, marks=pytest.mark.proof)])
 def test_three_updates_equal_torch(freeze_vision):
     samples = make_samples(CONFIG, seed=2)
     learner = make_learner(CONFIG, freeze_vision=freeze_vision)

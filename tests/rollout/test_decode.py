@@ -134,14 +134,15 @@ def run(programs, start, next_state, running, chunk):
     } | {"stop_state": rows.stop_state, "length": rows.length}
 
 
-def test_greedy_tokens_equal_those_of_transformers(model, programs):
-    """64 prompts of 0 to 3 images, float32."""
+@pytest.mark.parametrize("count", [16, pytest.param(64, marks=pytest.mark.proof)])
+def test_greedy_tokens_equal_those_of_transformers(model, programs, count):
+    """Prompts of 0 to 3 images, float32."""
     reference, new_tokens = torch_model(model), 12
     never = np.zeros((1, CONFIG.text.vocab_size), np.int16)
     greedy = Sampling.uniform(LANES, greedy=True)
-    everything = prompts(64)
+    everything = prompts(count)
     varied = set()
-    for first in range(0, 64, LANES):
+    for first in range(0, count, LANES):
         group = everything[first : first + LANES]
         ours = run(programs, ready_rows(programs, model, group, new_tokens, greedy), never, 1, 12)
         for prompt, tokens in zip(group, ours["tokens"], strict=True):
@@ -156,7 +157,7 @@ def test_greedy_tokens_equal_those_of_transformers(model, programs):
             )
             assert tokens.tolist() == theirs[0, len(prompt.tokens) :].tolist()
             varied.update(tokens.tolist())
-    assert len(varied) > 50  # not always the same token
+    assert len(varied) > count // 2  # not always the same token
 
 
 SETTINGS = {"temperature": 0.7, "top_p": 0.9}
