@@ -64,7 +64,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
     processor.check_fits(model.config)
     learner = Learner(model, likelihood_loss, config.update, mesh, seed=seed)
     learning_rate = train_utils.learning_rate_schedule(config)
-    shape = train_utils.row_shape(config.update, mesh)
+    shape = train_utils.row_shape(config, mesh)
 
     with TrainingRun(config, model_dir, workdir, learner) as run:
         # ------------------------------------------------------------ data and checkpoint
@@ -149,6 +149,7 @@ def make_samples(examples: Sequence[SFTExample], processor: ImageProcessor) -> l
                 weights=np.full(len(example.tokens), weight, np.float32),
                 advantages=zeros,
                 rollout_logprobs=zeros,
+                prefix=int(np.argmax(example.mask)),
             )
         )
     return samples

@@ -9,15 +9,16 @@ into one row of eight tokens, padded with segment 0:
     segment ids   1 1 1 2 2 2 2 0          query 4 (segment 2) attends to keys 3, 4
                                            query 2 (segment 1) attends to keys 0, 1, 2
 
-Queries of segment 0 are padding: their output is finite but undefined.
+Queries of segment 0 are padding: their output is finite but undefined. A segment may continue
+another one, its prefix, which several segments may share: its queries see both.
 
-| name        | where  | memory for scores | packing               |
-|-------------|--------|-------------------|-----------------------|
-| `xla`       | all    | [T, S]            | mask                  |
-| `blockwise` | all    | [T, block]        | mask, block by block  |
-| `cudnn`     | GPU    | none              | single-segment rows only, padded at the end |
-| `triton`    | GPU    | none              | segment ids in the kernel |
-| `splash`    | TPU    | none              | segment ids in the kernel |
+| name        | where  | memory for scores | packing                   | prefixes |
+|-------------|--------|-------------------|---------------------------|----------|
+| `xla`       | all    | [T, S]            | mask                      | yes      |
+| `blockwise` | all    | [T, block]        | mask, block by block      | yes      |
+| `cudnn`     | GPU    | none              | single-segment rows only, padded at the end | no |
+| `triton`    | GPU    | none              | segment ids in the kernel | no       |
+| `splash`    | TPU    | none              | segment ids in the kernel | yes, see `models.splash` |
 
 `auto` selects by platform and shape, see `choose`.
 """
@@ -47,6 +48,7 @@ def attention(
     k: Float[jax.Array, "B T K H"],
     v: Float[jax.Array, "B T K H"],
     segment_ids: Int32[AnyArray, "B T"],
+    prefix_ids: Int32[AnyArray, "B T"] | None = None,
     *,
     causal: bool,
     single_segment: bool = False,
@@ -59,6 +61,8 @@ def attention(
       k: float[B, T, K, H], N a multiple of K.
       v: float[B, T, K, H].
       segment_ids: int32[B, T], 0 for padding.
+      prefix_ids: int32[B, T]. Segment whose tokens each token's segment continues, and sees; 0 for
+        none. None: no segment continues another.
       causal: Whether to mask the keys after each query.
       single_segment: Promise that each row holds one segment, padded at its end. Required by cuDNN.
       implementation: Name from the table in the module's docstring. All compute the softmax in
@@ -74,12 +78,17 @@ def attention(
     k, v = _expand_kv(q, k, v)
     segment_ids = jnp.asarray(segment_ids)  # the custom gradients reject numpy constants
     name = choose(implementation, k.shape[1], q.dtype, single_segment)
-    if name == "xla":
-        return _xla(q, k, v, segment_ids, causal)
-    if name == "blockwise":
-        return _blockwise(q, k, v, segment_ids, causal)
+    if prefix_ids is not None:
+        if name in ("cudnn", "triton"):
+            raise UserError(f"attention: {name} has no segments that continue others")
+        # Padding is segment 0, which nothing continues
+        prefix_ids = jnp.where(jnp.asarray(prefix_ids) > 0, prefix_ids, -1)
+    if name in ("xla", "blockwise"):
+        run = _xla if name == "xla" else _blockwise
+        return run(q, k, v, (segment_ids, prefix_ids), causal)
     kernel = {"cudnn": _cudnn, "triton": _triton, "splash": _splash}[name]
-    return _per_device(functools.partial(kernel, causal=causal), q, k, v, segment_ids)
+    ids = (segment_ids,) if prefix_ids is None else (segment_ids, prefix_ids)
+    return _per_device(functools.partial(kernel, causal=causal), q, k, v, *ids)
 
 
 def choose(implementation: str, keys: int, dtype: DTypeLike, single_segment: bool) -> str:
@@ -96,7 +105,7 @@ def choose(implementation: str, keys: int, dtype: DTypeLike, single_segment: boo
     if implementation != "auto":
         return implementation
     platform = sharding.platform()
-    half = dtype in (jnp.bfloat16, jnp.float16)
+    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     if keys <= _MAX_XLA_KEYS:
         return "xla"
     if platform == "gpu" and half and single_segment:
@@ -108,6 +117,12 @@ def choose(implementation: str, keys: int, dtype: DTypeLike, single_segment: boo
     return "blockwise"
 
 
+def supports_prefixes(implementation: str, keys: int, dtype: DTypeLike) -> bool:
+    """Return whether the implementation for rows of several segments lets them continue others."""
+    packed = choose(implementation, keys, dtype, single_segment=False)
+    return packed not in ("cudnn", "triton")
+
+
 def _expand_kv(q, k, v):
     """Repeat kv heads if the tensor axis has more devices than there are kv heads."""
     axis_size, kv_heads = sharding.mesh_axis_size("kv_heads"), k.shape[2]
@@ -116,13 +131,23 @@ def _expand_kv(q, k, v):
     return tuple(sharding.constrain(x, "batch", None, "kv_heads", None) for x in (k, v))
 
 
-def _visible(q_ids, kv_ids, q_index, kv_index, causal: bool):
-    """Return the attention mask, bool[T, S], for segment ids [T] and [S]."""
-    same_segment = q_ids[:, None] == kv_ids[None, :]
-    return same_segment & (q_index[:, None] >= kv_index[None, :]) if causal else same_segment
+def _visible(q_segments, kv_ids, q_index, kv_index, causal: bool):
+    """Return the attention mask, bool[T, S].
+
+    Args:
+      q_segments: Segment and prefix of each query, int32[T] and int32[T] or None.
+      kv_ids: Segment of each key, int32[S].
+      q_index, kv_index: Position in the row of each query and key, int32[T] and int32[S].
+      causal: Whether to mask the keys after each query.
+    """
+    ids, prefix_ids = q_segments
+    visible = ids[:, None] == kv_ids[None, :]
+    if prefix_ids is not None:
+        visible |= prefix_ids[:, None] == kv_ids[None, :]
+    return visible & (q_index[:, None] >= kv_index[None, :]) if causal else visible
 
 
-def _xla(q, k, v, segment_ids, causal: bool):
+def _xla(q, k, v, segments, causal: bool):
     """Compute attention with the full score matrix.
 
     On a CPU, large rows are computed one at a time, so that their scores reuse the same memory.
@@ -134,37 +159,37 @@ def _xla(q, k, v, segment_ids, causal: bool):
     large = 4 * N * T * T >= 2**20
     mesh = jax.sharding.get_abstract_mesh()
     if B > 1 and large and sharding.platform() == "cpu" and (mesh.empty or mesh.size == 1):
-        out = jax.lax.map(lambda row: _row_attention(*row, causal), (q, k, v, segment_ids))
+        out = jax.lax.map(lambda row: _row_attention(*row, causal), (q, k, v, segments))
     else:
-        out = jax.vmap(functools.partial(_row_attention, causal=causal))(q, k, v, segment_ids)
+        out = jax.vmap(functools.partial(_row_attention, causal=causal))(q, k, v, segments)
     return out.swapaxes(1, 2)
 
 
-def _weights(q, k, segment_ids, causal: bool):
+def _weights(q, k, segments, causal: bool):
     """Return the attention weights of one row, float32[N, T, S]."""
     index = jnp.arange(q.shape[1])
-    visible = _visible(segment_ids, segment_ids, index, index, causal)
+    visible = _visible(segments, segments[0], index, index, causal)
     scores = jnp.einsum("nth,nsh->nts", q, k, preferred_element_type=jnp.float32)
     return jax.nn.softmax(jnp.where(visible, scores * q.shape[-1] ** -0.5, _MASKED), axis=-1)
 
 
-def _row_output(q, k, v, segment_ids, causal: bool) -> jax.Array:
+def _row_output(q, k, v, segments, causal: bool) -> jax.Array:
     """Compute attention of one row; q, k, v: [N, T, H] -> [N, T, H].
 
     The backward pass recomputes the scores instead of storing them (FlashAttention, arXiv
     2205.14135, appendix B.2).
     """
-    weights = _weights(q, k, segment_ids, causal)
+    weights = _weights(q, k, segments, causal)
     return jnp.einsum("nts,nsh->nth", weights.astype(v.dtype), v)
 
 
-def _row_attention_forward(q, k, v, segment_ids, causal):
-    return _row_output(q, k, v, segment_ids, causal), (q, k, v, segment_ids)
+def _row_attention_forward(q, k, v, segments, causal):
+    return _row_output(q, k, v, segments, causal), (q, k, v, segments)
 
 
 def _row_attention_backward(causal, saved, g):
-    q, k, v, segment_ids = saved
-    weights = _weights(q, k, segment_ids, causal)
+    q, k, v, segments = saved
+    weights = _weights(q, k, segments, causal)
     d_weights = jnp.einsum("nth,nsh->nts", g, v, preferred_element_type=jnp.float32)
     d_scores = weights * (d_weights - (weights * d_weights).sum(axis=-1, keepdims=True))
     weights, d_scores = weights.astype(v.dtype), d_scores.astype(q.dtype)
@@ -180,7 +205,7 @@ _row_attention = jax.custom_vjp(_row_output, nondiff_argnums=(4,))
 _row_attention.defvjp(_row_attention_forward, _row_attention_backward)
 
 
-def _blockwise(q, k, v, segment_ids, causal: bool):
+def _blockwise(q, k, v, segments, causal: bool):
     """Compute FlashAttention (arXiv 2205.14135) in XLA.
 
     Keys are processed one block at a time, so no [T, T] array is materialised, neither in the
@@ -194,33 +219,36 @@ def _blockwise(q, k, v, segment_ids, causal: bool):
         x = jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0)))
         return x.reshape(B, -1, block, x.shape[2], H).transpose(1, 0, 3, 2, 4)
 
-    kv_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)), constant_values=-1)
+    kv_ids = jnp.pad(segments[0], ((0, 0), (0, pad)), constant_values=-2)
     kv_ids = kv_ids.reshape(B, -1, block).swapaxes(0, 1)
-    out = _flash(q.swapaxes(1, 2), split(k), split(v), segment_ids, kv_ids, causal)
+    out = _flash(q.swapaxes(1, 2), split(k), split(v), segments, kv_ids, causal)
     return out.swapaxes(1, 2)
 
 
-def _flash_output(q, k, v, q_ids, kv_ids, causal: bool) -> jax.Array:
+def _flash_output(q, k, v, q_segments, kv_ids, causal: bool) -> jax.Array:
     """Compute blockwise attention.
 
-    q: [B, N, T, H]; k, v: [blocks, B, K, block, H]; ids: [B, T], [blocks, B, block].
+    q: [B, N, T, H]; k, v: [blocks, B, K, block, H]; q_segments: ids and prefix ids, [B, T];
+    kv_ids: [blocks, B, block].
     """
-    return _flash_forward(q, k, v, q_ids, kv_ids, causal)[0]
+    return _flash_forward(q, k, v, q_segments, kv_ids, causal)[0]
 
 
-def _block_scores(q, k, q_ids, kv_ids, block_index, causal: bool):
+def _block_scores(q, k, q_segments, kv_ids, block_index, causal: bool):
     """Return masked scores of all queries with one block of keys, float32[B, N, T, block].
 
     The block of keys has N heads, already repeated for grouped queries.
     """
     kv_index = block_index * k.shape[2] + jnp.arange(k.shape[2])
     visible = functools.partial(_visible, causal=causal)
-    visible = jax.vmap(visible, (0, 0, None, None))(q_ids, kv_ids, jnp.arange(q.shape[2]), kv_index)
+    visible = jax.vmap(visible, (0, 0, None, None))(
+        q_segments, kv_ids, jnp.arange(q.shape[2]), kv_index
+    )
     scores = jnp.einsum("bnth,bnsh->bnts", q, k, preferred_element_type=jnp.float32)
     return jnp.where(visible[:, None], scores * q.shape[-1] ** -0.5, _MASKED)
 
 
-def _flash_forward(q, k, v, q_ids, kv_ids, causal):
+def _flash_forward(q, k, v, q_segments, kv_ids, causal):
     """Run algorithm 1 of FlashAttention.
 
     With m the largest score so far, total = sum of exp(s - m) and o = sum of exp(s - m) v. Each
@@ -232,7 +260,7 @@ def _flash_forward(q, k, v, q_ids, kv_ids, causal):
         m, total, o = carry
         k, v, ids, index = block
         k, v = (jnp.repeat(x, heads_per_kv, axis=1) for x in (k, v))
-        scores = _block_scores(q, k, q_ids, ids, index, causal)
+        scores = _block_scores(q, k, q_segments, ids, index, causal)
         m_new = jnp.maximum(m, scores.max(axis=-1))
         weights = jnp.exp(scores - m_new[..., None])
         scale = jnp.exp(m - m_new)
@@ -244,7 +272,7 @@ def _flash_forward(q, k, v, q_ids, kv_ids, causal):
     carry = (zero + _MASKED, zero, jnp.zeros(q.shape, jnp.float32))
     (m, total, o), _ = jax.lax.scan(step, carry, (k, v, kv_ids, jnp.arange(len(k))))
     out = (o / total[..., None]).astype(q.dtype)
-    return out, (q, k, v, q_ids, kv_ids, out, m + jnp.log(total))
+    return out, (q, k, v, q_segments, kv_ids, out, m + jnp.log(total))
 
 
 def _flash_backward(causal, saved, g):
@@ -252,7 +280,7 @@ def _flash_backward(causal, saved, g):
 
     The weights of a block are recomputed from its scores and the saved logsumexp.
     """
-    q, k, v, q_ids, kv_ids, out, logsumexp = saved
+    q, k, v, q_segments, kv_ids, out, logsumexp = saved
     B, K, size, H = k.shape[1:]
     heads_per_kv = q.shape[1] // K
     delta = (out.astype(jnp.float32) * g.astype(jnp.float32)).sum(axis=-1, keepdims=True)
@@ -260,7 +288,9 @@ def _flash_backward(causal, saved, g):
     def step(dq, block):
         k, v, ids, index = block
         k, v = (jnp.repeat(x, heads_per_kv, axis=1) for x in (k, v))
-        weights = jnp.exp(_block_scores(q, k, q_ids, ids, index, causal) - logsumexp[..., None])
+        weights = jnp.exp(
+            _block_scores(q, k, q_segments, ids, index, causal) - logsumexp[..., None]
+        )
         d_weights = jnp.einsum("bnth,bnsh->bnts", g, v, preferred_element_type=jnp.float32)
         d_scores = (weights * (d_weights - delta) * H**-0.5).astype(q.dtype)
         dq += jnp.einsum("bnts,bnsh->bnth", d_scores, k)
@@ -301,41 +331,24 @@ def _triton(q, k, v, segment_ids, *, causal: bool, interpret: bool = False):
     )  # fmt: skip
 
 
-def _splash(q, k, v, segment_ids, *, causal: bool, interpret: bool = False):
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+def _splash(q, k, v, segment_ids, prefix_ids=None, *, causal: bool, interpret: bool = False):
+    from mmsr1_jax.models import splash  # Pallas for TPUs takes long to import
 
-    B, T, N, H = q.shape
-    K = k.shape[2]
-    mask_type = splash.CausalMask if causal else splash.FullMask
-    mask = splash.MultiHeadMask([mask_type((T, T))] * (N // K))
-    block = _BLOCK if T % _BLOCK == 0 else _ROW_MULTIPLE["splash"]
-    sizes = splash.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block,
-        block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
-    )  # fmt: skip
-    kernel = splash.make_splash_mqa_single_device(mask, block_sizes=sizes, interpret=interpret)
-    # The kernel needs a head dimension that is a multiple of 128. Zeros do not change the result.
-    q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, -H % 128),)) for x in (q * H**-0.5, k, v))
-    q = q.reshape(B, T, K, N // K, -1).transpose(0, 2, 3, 1, 4)
-    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
-    ids = splash.SegmentIds(q=segment_ids, kv=segment_ids)
-    per_row = jax.vmap(kernel, in_axes=(0, 0, 0, None))  # over kv heads
-    out = jnp.asarray(jax.vmap(per_row)(q, k, v, ids))
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)[..., :H].astype(v.dtype)
+    return splash.attention(q, k, v, segment_ids, prefix_ids, causal=causal, interpret=interpret)
 
 
-def _per_device(kernel, q, k, v, segment_ids):
+def _per_device(kernel, q, k, v, *ids):
     """Run a single-device kernel on each device's own rows and heads."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return kernel(q, k, v, segment_ids)
+        return kernel(q, k, v, *ids)
     names = ("batch", None, "heads", None)
     kv_spec = sharding.partition_spec(("batch", None, "kv_heads", None), k.shape, mesh)
     spec = sharding.partition_spec(names, q.shape, mesh)
     if kv_spec != spec:  # q and kv heads split differently: every device computes all heads
         spec = kv_spec = PartitionSpec(spec[0])
-    ids_spec = PartitionSpec(spec[0])
+    ids_specs = (PartitionSpec(spec[0]),) * len(ids)
     return jax.shard_map(
-        kernel, mesh=mesh, in_specs=(spec, kv_spec, kv_spec, ids_spec), out_specs=spec,
+        kernel, mesh=mesh, in_specs=(spec, kv_spec, kv_spec, *ids_specs), out_specs=spec,
         check_vma=False,
-    )(q, k, v, segment_ids)  # fmt: skip
+    )(q, k, v, *ids)  # fmt: skip

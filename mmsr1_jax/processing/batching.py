@@ -6,7 +6,8 @@ depend on the rest of the batch.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.config.settings import Buckets
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig, Rows, mrope_positions
 from mmsr1_jax.models.qwen2_5_vl.vision import num_windows, pack_images
+from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.processing.processor import Prompt
 
 
@@ -69,6 +71,22 @@ def smallest_bucket(unit: str, size: int, sizes: Sequence[int], field: str) -> i
     raise TooLongError(f"{size} {unit}, more than the largest of {field}, {sizes[-1]}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Part of a conversation in a row.
+
+    Attributes:
+      conversation: The whole conversation.
+      start, end: Range of its tokens.
+      prefix: Index in the row of the segment with the tokens before `start`; None without any.
+    """
+
+    conversation: Prompt
+    start: int
+    end: int
+    prefix: int | None = None
+
+
 def make_rows(
     rows: Sequence[Sequence[Prompt]], bucket: Bucket, config: ModelConfig, image_token_id: int
 ) -> Rows:
@@ -80,41 +98,88 @@ def make_rows(
     Raises:
       ValueError: If the conversations of a row do not fit.
     """
+    segments = [[Segment(prompt, 0, len(prompt.tokens)) for prompt in row] for row in rows]
+    return make_segment_rows(segments, bucket, config, image_token_id)
+
+
+def make_segment_rows(
+    rows: Sequence[Sequence[Segment]], bucket: Bucket, config: ModelConfig, image_token_id: int
+) -> Rows:
+    """Pack the segments `rows[i]` one after another into row i, padded to the bucket's shape.
+
+    Equal images of a row are stored once.
+
+    Returns:
+      Rows of numpy arrays in the bucket's shape. `prefix_ids` is None if no segment has a prefix.
+
+    Raises:
+      ValueError: If the segments of a row, or their images, do not fit.
+    """
     shape = (bucket.rows, bucket.length)
     tokens = np.zeros(shape, np.int32)
     positions = np.zeros((bucket.rows, 3, bucket.length), np.int32)
     segment_ids = np.zeros(shape, np.int32)
+    prefix_ids = np.zeros(shape, np.int32)
     image_index = np.full(shape, -1, np.int32)
-    for row, prompts in enumerate(rows):
+    images, indices = None, [{} for _ in rows]
+    if bucket.windows:
+        distinct = [distinct_images(s.conversation for s in row) for row in rows]
+        patches = [[(i.values, i.grid) for i in row.values()] for row in distinct]
+        patches += [[]] * (bucket.rows - len(rows))
+        images, packed = pack_images(patches, bucket.windows, config.vision)
+        pairs = zip(packed, distinct, strict=False)  # without empty rows
+        indices = [_split_by_image(index, row, config) for index, row in pairs]
+    for row, segments in enumerate(rows):
         start = 0
-        for segment, prompt in enumerate(prompts, start=1):
-            end = start + len(prompt.tokens)
+        for number, segment in enumerate(segments, start=1):
+            prompt, taken = segment.conversation, slice(segment.start, segment.end)
+            end = start + segment.end - segment.start
             if end > bucket.length:
                 raise ValueError(f"row {row}: more than {bucket.length} tokens")
-            tokens[row, start:end] = prompt.tokens
-            positions[row, :, start:end], _ = mrope_positions(
+            place = slice(start, end)
+            tokens[row, place] = prompt.tokens[taken]
+            all_positions, _ = mrope_positions(
                 prompt.tokens,
                 prompt.grids,
                 image_token_id=image_token_id,
                 merge_size=config.vision.merge_size,
             )
-            segment_ids[row, start:end] = segment
+            positions[row, :, place] = all_positions[:, taken]
+            segment_ids[row, place] = number
+            if segment.prefix is not None:
+                prefix_ids[row, place] = 1 + segment.prefix
+            if prompt.images and bucket.windows:
+                index = np.full(len(prompt.tokens), -1, np.int32)
+                index[prompt.tokens == image_token_id] = np.concatenate(
+                    [indices[row][image.digest] for image in prompt.images]
+                )
+                image_index[row, place] = index[taken]
             start = end
-    images = None
-    if bucket.windows:
-        patches = [[(i.values, i.grid) for p in prompts for i in p.images] for prompts in rows]
-        patches += [[]] * (bucket.rows - len(rows))
-        images, indices = pack_images(patches, bucket.windows, config.vision)
-        for row, index in enumerate(indices):
-            image_index[row, tokens[row] == image_token_id] = index
     arrays: dict[str, Any] = {  # of numpy, until a program takes them
         "tokens": tokens,
         "positions": positions,
         "segment_ids": segment_ids,
         "image_index": image_index,
+        "prefix_ids": prefix_ids if prefix_ids.any() else None,
     }
     return Rows(
         **arrays,
         images=images,
-        single_segment=all(len(prompts) <= 1 for prompts in rows),
+        single_segment=all(len(segments) <= 1 for segments in rows),
     )
+
+
+def distinct_images(conversations: Iterable[Prompt]) -> dict[str, Patches]:
+    """Return the images of some conversations by digest, in order of appearance."""
+    return {image.digest: image for prompt in conversations for image in prompt.images}
+
+
+def _split_by_image(
+    index: np.ndarray, images: Mapping[str, Patches], config: ModelConfig
+) -> dict[str, np.ndarray]:
+    """Return the part of a row's indices, int32[M], that belongs to each of its images."""
+    parts, start, merged = {}, 0, config.vision.merge_size**2
+    for digest, image in images.items():
+        end = start + math.prod(image.grid) // merged
+        parts[digest], start = index[start:end], end
+    return parts

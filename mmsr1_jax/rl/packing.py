@@ -1,15 +1,20 @@
 """Sequence packing: episodes are concatenated into rows, and rows grouped into micro-batches.
 
     row 0   | episode 3 ........ | episode 0 ... | padding
-    row 1   | episode 1 ........................ | padding
+    row 1   | prompt of 4, 5 and 6 | rest of 5 .. | rest of 4 .. | rest of 6 .. | padding
             both tokens and image windows of a row are bounded
+
+The episodes of a group begin with the same prompt. A row holds it once, and the rest of each
+episode attends to it; equal images of a row are encoded once. So nothing is computed twice in a
+row. A group that does not fit into a row repeats its prompt in each of its rows.
 
 All micro-batches of an update have the same shape, and few shapes exist in total, so that few
 programs are compiled.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Sequence
 
 import flax.struct
 import numpy as np
@@ -17,7 +22,14 @@ from jaxtyping import Bool, Float32, Int32
 
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig, Rows
 from mmsr1_jax.models.qwen2_5_vl.vision import num_windows
-from mmsr1_jax.processing.batching import Bucket, TooLongError, make_rows, smallest_bucket
+from mmsr1_jax.processing.batching import (
+    Bucket,
+    Segment,
+    TooLongError,
+    distinct_images,
+    make_segment_rows,
+    smallest_bucket,
+)
 from mmsr1_jax.processing.processor import Prompt
 from mmsr1_jax.utils.arrays import AnyArray
 
@@ -33,6 +45,7 @@ class Sample:
         samples.
       advantages: float32[T], advantage of each token.
       rollout_logprobs: float32[T], log-probs of the tokens under the policy that sampled them.
+      prefix: Number of tokens of the prompt, which carry no loss and which other samples may share.
     """
 
     prompt: Prompt
@@ -40,6 +53,7 @@ class Sample:
     weights: Float32[np.ndarray, "T"]
     advantages: Float32[np.ndarray, "T"]
     rollout_logprobs: Float32[np.ndarray, "T"]
+    prefix: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +64,14 @@ class RowShape:
       rows: Number of rows.
       length: Number of tokens per row.
       windows: Number of windows of 64 patches per row.
+      shares_prompts: Whether the samples of a row share their prompts, for which the implementation
+        of attention needs `prefix_ids`.
     """
 
     rows: int
     length: int
     windows: int
+    shares_prompts: bool = False
 
 
 class TrainBatch(flax.struct.PyTreeNode):
@@ -124,6 +141,69 @@ def first_fit(sizes: Sequence[tuple[int, int]], length: int, windows: int) -> li
     return rows
 
 
+class _Cluster:
+    """Samples with the same prompt that are in the same row.
+
+    Attributes:
+      members: Indices of the samples.
+      tokens: Number of tokens, the common prefix once.
+      windows: Number of windows of their distinct images.
+    """
+
+    def __init__(self, config: ModelConfig):
+        self._config, self._images = config, set[str]()
+        self.members: list[int] = []
+        self.tokens = self.windows = 0
+
+    def add(self, index: int, sample: Sample, shape: RowShape) -> bool:
+        """Add a sample if it fits into a row; return whether it does."""
+        tokens = self.tokens + len(sample.prompt.tokens) - (sample.prefix if self.members else 0)
+        new = {
+            digest: num_windows(image.grid, self._config.vision)
+            for digest, image in distinct_images([sample.prompt]).items()
+            if digest not in self._images
+        }
+        windows = self.windows + sum(new.values())
+        if tokens > shape.length or windows > shape.windows:
+            return False
+        self.tokens, self.windows = tokens, windows
+        self._images |= new.keys()
+        self.members.append(index)
+        return True
+
+
+def _prompt_key(sample: Sample, config: ModelConfig) -> tuple[bytes, ...] | None:
+    """Return a key that is equal for equal prompts; None without a prompt."""
+    if not sample.prefix:
+        return None
+    tokens = sample.prompt.tokens[: sample.prefix]
+    num_image_tokens, merged, digests = 0, config.vision.merge_size**2, []
+    for image in sample.prompt.images:
+        if num_image_tokens == (tokens == config.image_token_id).sum():
+            break
+        num_image_tokens += math.prod(image.grid) // merged
+        digests.append(image.digest.encode())
+    return (tokens.tobytes(), *digests)
+
+
+def _clusters(samples: Sequence[Sample], config: ModelConfig, shape: RowShape) -> list[_Cluster]:
+    """Return the samples in clusters, found by first-fit decreasing for each prompt."""
+    by_prompt: dict[Hashable, list[int]] = {}
+    for index, sample in enumerate(samples):
+        key = _prompt_key(sample, config) if shape.shares_prompts else None
+        by_prompt.setdefault(key or index, []).append(index)
+    clusters: list[_Cluster] = []
+    for members in by_prompt.values():
+        own: list[_Cluster] = []
+        for index in sorted(members, key=lambda i: -len(samples[i].prompt.tokens)):
+            if not any(cluster.add(index, samples[index], shape) for cluster in own):
+                own.append(_Cluster(config))
+                added = own[-1].add(index, samples[index], shape)
+                assert added  # `check_fits`
+        clusters += own
+    return clusters
+
+
 def pack(samples: Sequence[Sample], config: ModelConfig, shape: RowShape) -> list[TrainBatch]:
     """Pack samples into micro-batches of NumPy arrays.
 
@@ -134,16 +214,19 @@ def pack(samples: Sequence[Sample], config: ModelConfig, shape: RowShape) -> lis
       config: Model configuration of the policy.
       shape: Shape of every micro-batch.
     """
-    sizes = [(len(s.prompt.tokens), num_prompt_windows(s.prompt, config)) for s in samples]
+    clusters = _clusters(samples, config, shape)
+    sizes = [(cluster.tokens, cluster.windows) for cluster in clusters]
     packed = first_fit(sizes, shape.length, shape.windows)
-    loss_tokens = (sum(int(samples[i].mask[1:].sum()) for i in row) for row in packed)
+    rows = [[[samples[i] for i in clusters[c].members] for c in row] for row in packed]
+    loss_tokens = (
+        sum(int(sample.mask[1:].sum()) for cluster in row for sample in cluster) for row in rows
+    )
     columns = smallest_bucket(
         "loss tokens", max(loss_tokens, default=0), _column_sizes(shape.length),
         "update.pack_length",
     )  # fmt: skip
     if not any(windows for _, windows in sizes):
         shape = dataclasses.replace(shape, windows=0)
-    rows = [[samples[i] for i in row] for row in packed]
     return [
         _make_batch(rows[start : start + shape.rows], shape, columns, config)
         for start in range(0, len(rows), shape.rows)
@@ -161,15 +244,34 @@ def _column_sizes(length: int) -> list[int]:
     return sorted({-(-length * n // 4) for n in (1, 2, 3, 4)})
 
 
+def _segments(row: Sequence[Sequence[Sample]]) -> list[Segment]:
+    """Return the segments of a row: for each cluster its prefix and the rest of its samples."""
+    segments: list[Segment] = []
+    for cluster in row:
+        first, shared = cluster[0], len(cluster) > 1 and cluster[0].prefix > 0
+        prefix = len(segments) if shared else None
+        if shared:
+            segments.append(Segment(first.prompt, 0, first.prefix))
+        for sample in cluster:
+            start = sample.prefix if shared else 0
+            segments.append(Segment(sample.prompt, start, len(sample.prompt.tokens), prefix))
+    return segments
+
+
 def _make_batch(
-    packed: Sequence[Sequence[Sample]], shape: RowShape, columns: int, config: ModelConfig
+    packed: Sequence[Sequence[Sequence[Sample]]],
+    shape: RowShape,
+    columns: int,
+    config: ModelConfig,
 ) -> TrainBatch:
-    """Return the micro-batch of these rows of samples, with C = `columns`."""
+    """Return the micro-batch of these rows of clusters of samples, with C = `columns`."""
     bucket = Bucket(shape.length, shape.windows, shape.rows)
-    prompts = [[sample.prompt for sample in row] for row in packed]
-    rows = make_rows(prompts, bucket, config, config.image_token_id)
-    # The same program is used whether or not every row holds a single episode.
+    segments = [_segments(row) for row in packed]
+    rows = make_segment_rows(segments, bucket, config, config.image_token_id)
+    # The same program is used whether or not rows hold a single episode or share prompts.
     rows = rows.replace(single_segment=False)
+    if shape.shares_prompts and rows.prefix_ids is None:
+        rows = rows.replace(prefix_ids=np.zeros_like(rows.segment_ids))
     size = (shape.rows, columns)
     batch = TrainBatch(
         rows=rows,
@@ -183,17 +285,25 @@ def _make_batch(
         old_logprobs=np.zeros(size, np.float32),
         ref_logprobs=np.zeros(size, np.float32),
     )
-    for row, samples in enumerate(packed):
-        start = offset = 0
-        for segment, sample in enumerate(samples, start=1):
+    for row, (clusters, parts) in enumerate(zip(packed, segments, strict=True)):
+        starts = np.cumsum([0] + [part.end - part.start for part in parts])
+        samples = iter(sample for cluster in clusters for sample in cluster)
+        offset = number = prefix_start = 0
+        for start, part in zip(starts[:-1], parts, strict=True):
+            if part.end < len(part.conversation.tokens):
+                prefix_start = start
+                continue  # a prefix
+            number, sample = number + 1, next(samples)
             loss_columns = np.flatnonzero(sample.mask[1:]) + 1  # nothing predicts the first token
+            previous = loss_columns - 1  # columns of the conversation
             slots = (row, slice(offset, offset + len(loss_columns)))
-            batch.logit_columns[slots] = start + loss_columns - 1
+            batch.logit_columns[slots] = np.where(
+                previous < part.start, prefix_start + previous, start + previous - part.start
+            )
             batch.targets[slots] = sample.prompt.tokens[loss_columns]
-            batch.segment_ids[slots] = segment
+            batch.segment_ids[slots] = number
             batch.mask[slots] = True
             for name in ("weights", "advantages", "rollout_logprobs"):
                 getattr(batch, name)[slots] = getattr(sample, name)[loss_columns]
-            start += len(sample.prompt.tokens)
             offset += len(loss_columns)
     return batch

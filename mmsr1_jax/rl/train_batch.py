@@ -141,6 +141,7 @@ def make_samples(
             weights=np.full(len(mask), weight, np.float32),
             advantages=np.full(len(mask), advantage, np.float32),
             rollout_logprobs=episode.logprobs,
+            prefix=len(episode.segments[0].tokens),
         )
         for (episode, mask, advantage), weight in zip(kept, weights, strict=True)
         if mask.any() and not (policy_loss_only and advantage == 0)  # else its gradient is 0

@@ -5,6 +5,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+import jax
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
@@ -13,6 +14,7 @@ from mmsr1_jax.config import settings
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.data import QuestionSource
 from mmsr1_jax.models import qwen2_5_vl, sharding
+from mmsr1_jax.models.attention import supports_prefixes
 from mmsr1_jax.rl import lora
 from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.rl.packing import RowShape
@@ -165,10 +167,13 @@ def learning_rate_schedule(config: settings.Config) -> Schedule:
     )
 
 
-def row_shape(update: settings.Update, mesh: Mesh) -> RowShape:
+def row_shape(config: settings.Config, mesh: Mesh) -> RowShape:
     """Return the shape of a micro-batch on the mesh."""
+    update = config.update
     rows = update.micro_batch_rows * sharding.num_batch_shards(mesh)
-    return RowShape(rows, update.pack_length, update.pack_windows)
+    with jax.set_mesh(mesh):
+        shares = supports_prefixes(config.model.attention, update.pack_length, config.model.dtype)
+    return RowShape(rows, update.pack_length, update.pack_windows, shares)
 
 
 def is_validation_step(run: settings.Run, step: int) -> bool:

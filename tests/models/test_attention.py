@@ -20,7 +20,7 @@ def float32_products():
         yield
 
 
-def reference_attention(q, k, v, segment_ids, causal):
+def reference_attention(q, k, v, segment_ids, causal, prefix_ids=None):
     """softmax(q k^T / sqrt(H)) v in float64, one query at a time."""
     B, T, N, H = q.shape
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
@@ -29,6 +29,8 @@ def reference_attention(q, k, v, segment_ids, causal):
     for b in range(B):
         for t in range(T):
             visible = segment_ids[b] == segment_ids[b, t]
+            if prefix_ids is not None and prefix_ids[b, t]:
+                visible |= segment_ids[b] == prefix_ids[b, t]
             if causal:
                 visible &= np.arange(T) <= t
             scores = np.einsum("nh,snh->ns", q[b, t], k[b, visible]) / np.sqrt(H)
@@ -65,6 +67,53 @@ def test_packed_rows_match_the_formula(name, causal, monkeypatch):
     q, k, v, ids = inputs(T, H=64 if name in ("triton", "splash") else 16)
     ours = IMPLEMENTATIONS[name](*map(jnp.asarray, (q, k, v, ids)), causal=causal)
     np.testing.assert_allclose(ours, reference_attention(q, k, v, ids, causal), atol=2e-5)
+
+
+def with_prefixes(ids):
+    """Return the prefix of each token: segments 2 and 3 of a row continue segment 1."""
+    return np.where(ids > 1, 1, 0).astype(np.int32)
+
+
+@pytest.mark.parametrize("name", ["xla", "blockwise", "splash"])
+def test_segments_continue_a_prefix(name, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK", 128)
+    q, k, v, ids = inputs(256, H=64)
+    prefixes = with_prefixes(ids)
+    # `attention` marks tokens without a prefix for the kernel.
+    given = np.where(prefixes > 0, prefixes, -1) if name == "splash" else prefixes
+    arrays = map(jnp.asarray, (q, k, v, ids, given))
+    ours = np.asarray(IMPLEMENTATIONS[name](*arrays, causal=True))
+    expected = reference_attention(q, k, v, ids, True, prefixes)
+    np.testing.assert_allclose(ours[ids > 0], expected[ids > 0], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["blockwise", "splash"])
+def test_gradients_with_prefixes_match_the_xla_implementation(name, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK", 128)
+    q, k, v, ids = inputs(256, H=64)
+    prefixes = with_prefixes(ids)
+    weights = np.random.default_rng(1).normal(size=q.shape) * (ids != 0)[..., None, None]
+
+    def gradient(implementation, prefixes):
+        def loss(q, k, v):
+            arrays = (q, k, v, jnp.asarray(ids), jnp.asarray(prefixes))
+            return (implementation(*arrays, causal=True) * weights).sum()
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*map(jnp.asarray, (q, k, v)))
+
+    marked = np.where(prefixes > 0, prefixes, -1) if name == "splash" else prefixes
+    ours = gradient(IMPLEMENTATIONS[name], marked)
+    for a, b in zip(ours, gradient(IMPLEMENTATIONS["xla"], prefixes), strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-5)
+
+
+@pytest.mark.parametrize("name", ["cudnn", "triton"])
+def test_implementations_without_prefixes_refuse_them(name):
+    q, k, v, ids = map(jnp.asarray, inputs(256, H=64))
+    with pytest.raises(UserError, match=f"{name} has no segments that continue others"):
+        attention(
+            q, k, v, ids, ids, causal=True, implementation=name, single_segment=name == "cudnn"
+        )
 
 
 @pytest.mark.parametrize("name", ["blockwise", "triton", "splash"])
@@ -115,6 +164,17 @@ def test_auto_chooses_by_platform_and_length(monkeypatch):
     assert choose_on("gpu", 8192, jnp.dtype(jnp.float32), True) == "blockwise"
     assert choose_on("tpu", 8192, bf16, False) == "splash"
     assert choose_on("tpu", 8190, bf16, False) == "blockwise"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16])
+def test_prompts_are_shared_where_the_chosen_implementation_can(dtype, monkeypatch):
+    def supports_on(platform, keys):
+        monkeypatch.setattr(jax, "default_backend", lambda: platform)
+        return module.supports_prefixes("auto", keys, dtype)
+
+    assert supports_on("tpu", 8192) and supports_on("cpu", 8192) and supports_on("gpu", 512)
+    assert not supports_on("gpu", 8192)
+    assert not module.supports_prefixes("triton", 8192, dtype)
 
 
 def test_unsupported_rows_and_unknown_names_are_rejected():

@@ -21,6 +21,7 @@ from mmsr1_jax.apps.plan.traffic import Kernel
 from mmsr1_jax.config import settings
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.models import qwen2_5_vl, sharding
+from mmsr1_jax.models.attention import supports_prefixes
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig, Qwen2_5_VL
 from mmsr1_jax.models.qwen2_5_vl.checkpoint import abstract_model
 from mmsr1_jax.rl.learner import Learner
@@ -157,6 +158,7 @@ def abstract_batch(shape: RowShape, columns: int, model: ModelConfig, mesh: Mesh
         tokens=array(shape.length),
         positions=array(3, shape.length),
         segment_ids=array(shape.length),
+        prefix_ids=array(shape.length) if shape.shares_prompts else None,
         image_index=array(shape.length),
         images=images,
     )
@@ -187,7 +189,9 @@ def trainer_programs(
     """
     update, vision = config.update, model.vision
     rows = update.micro_batch_rows * sharding.num_batch_shards(mesh)
-    shape = RowShape(rows, update.pack_length, update.pack_windows)
+    with jax.set_mesh(mesh):
+        shares = supports_prefixes(config.model.attention, update.pack_length, config.model.dtype)
+    shape = RowShape(rows, update.pack_length, update.pack_windows, shares)
     batch = abstract_batch(shape, update.pack_length, model, mesh)
     patches = shape.windows * vision.window_patches
     image = config.images.max_pixels or patches * vision.patch_size**2

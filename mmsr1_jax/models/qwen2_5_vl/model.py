@@ -26,6 +26,8 @@ class Rows(flax.struct.PyTreeNode):
         conversation.
       segment_ids: int32[B, T]. Index of each token's conversation in its row, from 1; 0 for
         padding.
+      prefix_ids: int32[B, T]. Index of the segment that precedes each token's segment: its tokens
+        are visible as well; 0 for none. None: no segment has one.
       image_index: int32[B, T]. Index of the merged image token that replaces an image placeholder
         (from `pack_images`); -1 for text.
       images: Images of the rows, or None if no row has any.
@@ -37,6 +39,7 @@ class Rows(flax.struct.PyTreeNode):
     segment_ids: Int32[AnyArray, "B T"]
     image_index: Int32[AnyArray, "B T"]
     images: ImageRows | None = None
+    prefix_ids: Int32[AnyArray, "B T"] | None = None
     single_segment: bool = flax.struct.field(pytree_node=False, default=False)
 
 
@@ -121,6 +124,7 @@ class Qwen2_5_VL(nnx.Module):
             self.embed(rows, image_tokens),
             rows.positions,
             rows.segment_ids,
+            rows.prefix_ids,
             single_segment=rows.single_segment,
             implementation=self.attention,
             remat=self.remat,

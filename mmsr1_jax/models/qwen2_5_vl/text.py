@@ -121,6 +121,7 @@ class TextDecoder(nnx.Module):
         x: Float[jax.Array, "B T D"],
         positions: Int32[AnyArray, "B 3 T"],
         segment_ids: Int32[AnyArray, "B T"],
+        prefix_ids: Int32[AnyArray, "B T"] | None = None,
         *,
         single_segment: bool = False,
         implementation: Attention = "auto",
@@ -131,7 +132,8 @@ class TextDecoder(nnx.Module):
         Args:
           x: float[B, T, D]. Embedded tokens.
           positions: int32[B, 3, T]. M-RoPE positions.
-          segment_ids: int32[B, T], 0 for padding.
+          segment_ids, prefix_ids: int32[B, T]. Segments and their prefixes, see
+            `models.attention`.
           single_segment, implementation: Arguments of `models.attention`.
           remat: Rematerialisation of the layers, see `scan_layers`.
 
@@ -140,8 +142,8 @@ class TextDecoder(nnx.Module):
         """
         cos, sin = mrope_angles(positions, self.config)
         attend = functools.partial(
-            attention, segment_ids=segment_ids, causal=True, single_segment=single_segment,
-            implementation=implementation,
+            attention, segment_ids=segment_ids, prefix_ids=prefix_ids, causal=True,
+            single_segment=single_segment, implementation=implementation,
         )  # fmt: skip
         x = constrain(x, "batch", None, None)
         x = scan_layers(self.layers, x, lambda layer, x, _: layer(x, cos, sin, attend), remat=remat)
