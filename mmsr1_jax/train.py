@@ -103,7 +103,7 @@ def _train(
     memory = "pinned_host" if objective.reference == "host" else None
     reference = learner.snapshot(memory) if objective.kl_coef else None
     learning_rate = train_utils.learning_rate_schedule(config)
-    shape = train_utils.row_shape(update, mesh)
+    shape = train_utils.row_shape(config, mesh)
     run = stack.enter_context(TrainingRun(config, model_dir, workdir, learner))
     if metadata := run.restore():
         questions.restore(metadata["questions"])
@@ -117,12 +117,17 @@ def _train(
         seed = (config.run.seed * 100_003 + step) % 2**31  # differs by step
         try:
             with run.phase("rollout"), run.timeline(step) as timeline:
+                if update.offload:
+                    learner.offload()
                 rollouts = roll_out(
                     engine, questions, config, judge, seed=seed, step=step, timeline=timeline
                 )
         except ServiceRefusedError as error:
+            learner.restore()
             run.save(step - 1, {"questions": data_position})
             raise run.with_resume_hint(error, step - 1) from None
+        engine.release()  # its memory is free for the update, until `load`
+        learner.restore()
 
         # ------------------------------------------------------------ advantages, packed rows
         minibatches, skipped = [], []

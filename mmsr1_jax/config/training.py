@@ -26,6 +26,8 @@ class Update:
         skipped.
       pack_windows: Maximum number of windows of 64 patches for all images of a row together.
       micro_batch_rows: Number of micro-batch rows on each data-parallel shard of the mesh.
+      offload: Whether the trainer's parameters and optimiser state are in pinned host memory during
+        rollouts, which frees their memory for the engine.
       freeze_vision: Whether the vision tower is frozen.
       lora_rank: Rank of the LoRA adapters (`rl/lora.py`). With 0, all parameters are trained
         instead.
@@ -45,6 +47,7 @@ class Update:
     pack_length: int = setting(8192, at_least=1, at_most=2**24)
     pack_windows: int = setting(384, at_least=0, at_most=2**20)
     micro_batch_rows: int = setting(1, at_least=1, at_most=65536)
+    offload: bool = False
     freeze_vision: bool = False
     lora_rank: int = setting(0, at_least=0, at_most=65536)
     lora_alpha: float = setting(32.0, at_least=-1e6, at_most=1e6)

@@ -11,6 +11,7 @@ packing and the number of devices. A step with a non-finite loss or gradient is 
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,7 @@ class Learner:
         self._precision = "highest" if model.dtype == jnp.float32 else None
         self._plain_graph = nnx.split(model)[0]
         self._merge = None
+        self._layout: Any = None  # shardings of the state while it is in host memory
         is_trained = _is_trained(config.freeze_vision)
         if config.lora_rank:
             lora.attach(
@@ -144,6 +146,20 @@ class Learner:
         if memory is None:
             return copy
         return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(memory)), copy)
+
+    def offload(self) -> None:
+        """Move parameters and optimiser state to pinned host memory, until `restore`."""
+        state = self.trained, self.frozen, self.optimizer
+        self._layout = jax.tree.map(lambda x: x.sharding, state)
+        host = jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), self._layout)
+        self.trained, self.frozen, self.optimizer = jax.tree.map(_move, state, host)
+
+    def restore(self) -> None:
+        """Bring parameters and optimiser state back to the devices after `offload`."""
+        if self._layout is not None:
+            state = self.trained, self.frozen, self.optimizer
+            self.trained, self.frozen, self.optimizer = jax.tree.map(_move, state, self._layout)
+            self._layout = None
 
     def shard_batch(self, batch: TrainBatch) -> TrainBatch:
         """Return a micro-batch of host arrays as arrays sharded over the devices."""
@@ -257,6 +273,13 @@ class Learner:
 
         trained, optimizer = select(new_trained, trained), select(new_optimizer, optimizer)
         return trained, optimizer, {"gradient_norm": norm, "finite": finite}
+
+
+def _move(x: jax.Array, sharding: Any) -> jax.Array:
+    """Return a copy of an array in another kind of memory, and delete the array."""
+    moved = jax.block_until_ready(jax.device_put(x, sharding))
+    x.delete()
+    return moved
 
 
 def _adamw(config: settings.Update) -> optax.GradientTransformation:

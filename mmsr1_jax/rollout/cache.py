@@ -7,7 +7,6 @@
     fork              copy the last, partly filled page of a prefix, and its hidden state
     read_pages        copy some pages out of the cache, to move them to the host
     write_pages       write them back
-    reset             zero all pages
 
 A lane is one conversation. Which pages it has is decided on the host (`rollout/pages.py`) and given
 to each call as a page table, so a conversation that pauses for a tool call resumes without
@@ -163,8 +162,3 @@ def write_pages(
         for layer, new in zip(cache.pages, contents, strict=True)
     )
     return cache.replace(pages=tuple(pages))
-
-
-def reset(cache: Cache) -> Cache:
-    """Zero all pages. Stale values matter even where no row attends, as 0 times NaN is NaN."""
-    return jax.tree.map(jnp.zeros_like, cache)

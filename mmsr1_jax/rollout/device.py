@@ -134,7 +134,7 @@ class Device:
         self._allowed = self.put(allowed)
         self._next_state = self.put(stops.next_state)
         with programs.context():
-            self._params = programs.load(None)(nnx.split(model)[1])
+            self._params: nnx.State | None = programs.load(None)(nnx.split(model)[1])
         self.reset()
 
     def put(self, arrays: Any) -> Any:
@@ -148,6 +148,10 @@ class Device:
             self._cache, self._image_tokens = self._programs.empty()
         self._images.clear()
         self.pages.clear()
+
+    def release(self) -> None:
+        """Free parameters, KV cache and image tokens; the next `install` allocates them again."""
+        self._params = self._cache = self._image_tokens = None
 
     def begin(self, timeline: EngineTimeline | None) -> None:
         """Prepare for a rollout; one that was abandoned may have left its lanes.
@@ -174,11 +178,14 @@ class Device:
     def load(self, params: nnx.State) -> None:
         """Load the trainer's parameters, converted to the engine's layout and dtype in one program.
 
-        Cached image tokens are discarded, since the old parameters produced them.
+        Cached image tokens are discarded, since the old parameters produced them. The engine's old
+        parameters and its KV cache are freed before, so that they take no memory beside the new
+        ones.
 
         Args:
           params: Parameter tree in any layout and dtype.
         """
+        self.release()
         self.install(self.prepare(params))
 
     def prepare(self, params: nnx.State) -> nnx.State:
@@ -206,10 +213,7 @@ class Device:
     def install(self, prepared: nnx.State) -> None:
         """Install parameters from `prepare`; buffers already on the engine's devices are shared."""
         self._params = placement.transfer(prepared, self._programs.layout)
-        with self._programs.context():
-            self._cache = self._programs.reset(self._cache)
-        self._images.clear()
-        self.pages.clear()
+        self.reset()
 
     # Images
 

@@ -92,9 +92,18 @@ class Engine:
         Raises:
           RuntimeError: A rollout is in progress.
         """
-        if self._busy:
-            raise RuntimeError("Engine.load: a rollout is in progress")
+        self.release()
         self.device.load(params)
+
+    def release(self) -> None:
+        """Free the memory of parameters, KV cache and images, until `load` allocates it again.
+
+        Raises:
+          RuntimeError: A rollout is in progress.
+        """
+        if self._busy:
+            raise RuntimeError("Engine: a rollout is in progress")
+        self.device.release()
 
     def make_rules(
         self, limits: settings.Turns, texts: Mapping[str, str], forced: Sequence[turns.Action] = ()

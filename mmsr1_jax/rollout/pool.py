@@ -71,16 +71,26 @@ class EnginePool:
     def load(self, params: nnx.State) -> None:
         """Load the trainer's parameters, as `Engine.load` does, with one program for all engines.
 
-        While it runs, each device holds a second copy of the parameters in the engine's dtype.
+        The memory of the old ones, and of the KV caches, is freed before.
+
+        Raises:
+          RuntimeError: A rollout is in progress.
+        """
+        self.release()
+        prepared = self.engines[0].device.prepare(params)
+        for engine in self.engines:
+            engine.device.install(prepared)
+
+    def release(self) -> None:
+        """Free the memory of all engines, as `Engine.release` does, until `load`.
 
         Raises:
           RuntimeError: A rollout is in progress.
         """
         if self._busy:
-            raise RuntimeError("EnginePool.load: a rollout is in progress")
-        prepared = self.engines[0].device.prepare(params)
+            raise RuntimeError("EnginePool: a rollout is in progress")
         for engine in self.engines:
-            engine.device.install(prepared)
+            engine.release()
 
     def make_rules(
         self, limits: settings.Turns, texts: Mapping[str, str], forced: Sequence[Action] = ()

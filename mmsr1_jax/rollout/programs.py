@@ -152,9 +152,6 @@ class Programs:
         self.fork = jax.jit(cache.fork, donate_argnums=0)
         self.read_pages = jax.jit(cache.read_pages)
         self.write_pages = jax.jit(cache.write_pages, donate_argnums=0)
-        self.reset = jax.jit(
-            cache.reset, donate_argnums=0, keep_unused=True, out_shardings=self._cache_layout
-        )
         self.empty = jax.jit(self._empty, out_shardings=(self._cache_layout, self.replicated))
         self._load_programs: dict[Mesh | None, Callable[[nnx.State], nnx.State]] = {}
 

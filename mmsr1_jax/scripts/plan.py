@@ -88,7 +88,9 @@ def make_plan(
         model=model,
         calibration=calibration,
         programs=results,
-        phases=memory.phases(state, footprints, target.chip.memory, extra),
+        phases=memory.phases(
+            state, footprints, target.chip.memory, extra, memory.absent_state(config)
+        ),
         cache=memory.cache_size(config, rollout),
         filled=engine.filled_tokens(config),
         tensor=tensor,

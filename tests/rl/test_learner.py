@@ -10,6 +10,7 @@ import pytest
 from mmsr1_jax.models import sharding
 from mmsr1_jax.models.qwen2_5_vl import checkpoint
 from mmsr1_jax.rl import packing
+from mmsr1_jax.utils import compile_counter
 from tests.reference import torch, torch_model, variant
 from tests.rl.learners import (
     CONFIG,
@@ -104,6 +105,22 @@ def test_a_reference_policy_can_be_kept_in_host_memory(learner):
         learner.logprobs(batches, reference), learner.logprobs(batches), strict=True
     ):
         np.testing.assert_array_equal(actual, expected)
+
+
+def test_the_state_moves_to_host_memory_and_back(learner):
+    batches = packing.pack(make_samples(CONFIG), CONFIG, SHAPE)
+    learner.update(batches, 1e-3)
+    before, compiled = (flat(learner.params), flat(learner.optimizer)), compile_counter.count()
+    learner.offload()
+    state = jax.tree.leaves((learner.trained, learner.frozen, learner.optimizer))
+    assert {x.sharding.memory_kind for x in state} == {"pinned_host"}
+    learner.restore()
+    learner.restore()  # it is there already
+    for moved, expected in zip((learner.params, learner.optimizer), before, strict=True):
+        for name, value in flat(moved).items():
+            np.testing.assert_array_equal(value, expected[name])
+    learner.update(batches, 1e-3)
+    assert compile_counter.count() == compiled
 
 
 def test_no_update_materialises_tokens_by_vocabulary():

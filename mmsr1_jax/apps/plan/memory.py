@@ -129,7 +129,7 @@ class Footprint:
 
 
 def state_bytes(config: settings.Config, learner: Learner, engine: Programs) -> dict[str, float]:
-    """Return the bytes of the state that a device holds in all phases, by name.
+    """Return the bytes of the state that a device holds between programs, by name.
 
     Args:
       config: Settings of the run.
@@ -193,23 +193,37 @@ def device_elements(tree: Any) -> int:
     return sum(_shard_size(x) for x in jax.tree.leaves(tree))
 
 
+def absent_state(config: settings.Config) -> dict[str, frozenset[str]]:
+    """Return the names of the state that is not on the devices in a phase, by phase.
+
+    The engine is released after a rollout, and `load` allocates its parameters, then its caches.
+    With `update.offload` the trainer is in host memory during a rollout.
+    """
+    engine = frozenset([ENGINE, CACHE, IMAGES])
+    trainer = frozenset([POLICY, OPTIMIZER] if config.update.offload else [])
+    return {"rollout": trainer, "load": engine, "score": engine, "update": engine}
+
+
 def phases(
     state: Mapping[str, float],
     footprints: Iterable[Footprint],
     limit: float,
     extra: Mapping[str, Mapping[str, float]],
+    absent: Mapping[str, frozenset[str]],
 ) -> list[Phase]:
-    """Return the memory of each phase: all state, and the other arrays of its largest program.
+    """Return the memory of each phase: its state, and the other arrays of its largest program.
 
     Args:
       state: Bytes of the state, see `state_bytes`.
       footprints: Arrays of the programs.
       limit: Bytes that the device has.
       extra: Bytes by name that a phase holds besides state and programs.
+      absent: State that is not on the device in a phase, see `absent_state`.
     """
     footprints, result = list(footprints), []
     for name in PHASES:
-        parts = {**state, **extra.get(name, {})}
+        kept = {part: x for part, x in state.items() if part not in absent[name]}
+        parts = {**kept, **extra.get(name, {})}
         largest: dict[str, float] = {}
         for program in (p for p in footprints if p.phase == name):
             inputs = program.inputs

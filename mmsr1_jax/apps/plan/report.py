@@ -47,7 +47,10 @@ class Plan:
     @property
     def largest_cache(self) -> int:
         """Largest value of `cache.setting` with which all phases fit; 0 if they never do."""
-        value = self.cache.value(min(phase.limit - phase.bytes for phase in self.phases))
+        if not all(phase.fits for phase in self.phases if memory.CACHE not in phase.parts):
+            return 0
+        free = (p.limit - p.bytes for p in self.phases if memory.CACHE in p.parts)
+        value = self.cache.value(min(free))
         return value if value >= self.cache.smallest else 0
 
     @property
@@ -122,8 +125,8 @@ def advice(phase: Phase, plan: Plan, config: settings.Config) -> str:
     """Return the setting to change if a phase does not fit, else an empty string.
 
     The first of these that frees enough on its own: reference policy to the host, a smaller KV
-    cache (at least an episode, or `rollout.decode_batch_size` lanes), larger tensor groups,
-    smaller micro-batches.
+    cache (at least an episode, or `rollout.decode_batch_size` lanes), trainer to the host during
+    rollouts, larger tensor groups, smaller micro-batches.
     """
     excess = phase.bytes - phase.limit
     if excess <= 0:
@@ -132,9 +135,12 @@ def advice(phase: Phase, plan: Plan, config: settings.Config) -> str:
     if phase.name != "score" and parts.get(memory.REFERENCE, 0.0) >= excess:
         return "objective.reference=host"
     cache = plan.cache
-    smaller = cache.value(-excess)
+    smaller = cache.value(-excess) if memory.CACHE in parts else 0
     if smaller >= (cache.smallest if cache.is_set else rollout.decode_batch_size):
         return f"{cache.setting}={smaller}"
+    trainer = parts.get(memory.POLICY, 0.0) + parts.get(memory.OPTIMIZER, 0.0)
+    if phase.name == "rollout" and trainer >= excess:
+        return "update.offload=True"
     engine = sum(size for name, size in parts.items() if memory.ENGINE in name)
     if engine / 2 >= excess:
         return f"mesh.tensor={2 * plan.tensor}"
@@ -146,7 +152,7 @@ def advice(phase: Phase, plan: Plan, config: settings.Config) -> str:
             return f"update.micro_batch_rows={config.update.micro_batch_rows // 2}"
     if not cache.is_set and smaller >= 1:
         return f"rollout.lanes={smaller} with rollout.decode_batch_size={smaller}"
-    if not config.update.lora_rank and parts[memory.OPTIMIZER] >= excess:
+    if not config.update.lora_rank and parts.get(memory.OPTIMIZER, 0.0) >= excess:
         return "update.lora_rank=32, or a target with more devices"
     largest = max(parts, key=lambda name: parts[name])
     return f"a target with more memory or devices (largest part: {largest})"
