@@ -310,7 +310,7 @@ def test_a_full_cache_does_not_let_others_wait_for_the_tool_of_one(model, proces
         if len(episodes) == 5 * 4 - 1:
             others_ended.set()
     engine.close()
-    assert engine.stats.offloaded_pages > 5 and len(delayed) == 1
+    assert engine.stats.offloaded_pages > 0 and len(delayed) == 1
     assert {call.status for episode in episodes for call in episode.calls} <= {"ok", "refused"}
 
 

@@ -112,6 +112,7 @@ class Learner:
         self.trained, self.optimizer = {"w": jnp.zeros(4)}, {"m": jnp.zeros(2)}
         self.params = None
         self.snapshot = lambda memory: None
+        self.restore = lambda: None
         Learner.now = self
 
 
@@ -123,7 +124,9 @@ def stubbed_config(services, monkeypatch, tmp_path):
     config.data.train = config.data.validation = (str(questions(tmp_path)),)
     config.run.prompts_per_step, config.run.group_size, config.run.steps = 2, 1, 4
     config.run.save_every, config.run.log_to = 0, ""
-    engine = types.SimpleNamespace(load=lambda params: None, close=lambda: None)
+    engine = types.SimpleNamespace(
+        load=lambda params: None, release=lambda: None, close=lambda: None
+    )
 
     def roll_out(engine, source, config, judge, *, seed, step, timeline):
         drawn = next(source)
