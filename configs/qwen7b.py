@@ -4,11 +4,10 @@
 --config=configs/qwen7b.py:script    settings of the single-node script that its authors published
 --config=configs/qwen7b.py:sft       for `sft`: the paper's supervised baseline, on 8k traces
 
-Memory budget of a GPU's 74 GiB, computed, not measured: KV cache 21 GiB, the engine's policy 15 GiB
-and as much again while a new one is loaded, parameters and moments in float32 12 GiB. Instead of
-the new policy, an update needs 8 GiB for two sums of gradients, plus the saved activations of a
-row. JAX takes three quarters of a GPU's memory by default, so set
-XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
+Memory budget of a GPU's 74 GiB, computed, not measured: parameters and moments in float32 12 GiB;
+during rollouts a KV cache of 21 GiB and the engine's policy of 15 GiB; instead of both, an update
+needs 8 GiB for two sums of gradients, plus the saved activations of a row. JAX takes three quarters
+of a GPU's memory by default, so set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
 """
 
 from mmsr1_jax.config import (

@@ -128,6 +128,13 @@ def test_the_tpu_kernel_fetches_whole_blocks_once_per_block_of_queries():
     assert many.bytes == 2 * 2 * 9 * 512 * token + 2 * q.bytes  # 4,352 tokens, twice a row
 
 
+def test_the_gated_product_counts_both_products():
+    x, weights = Array("bf16", (1024, 3584)), Array("bf16", (18944, 3584))
+    cost = kernels.engine_kernels(4096)["gated_linear"]("", [x, weights, weights])
+    assert cost.flops == 2 * 2 * 1024 * 3584 * 18944
+    assert cost.bytes == 2 * (1024 * 3584 + 2 * 18944 * 3584 + 1024 * 18944)
+
+
 def test_the_gpu_kernel_fetches_filled_blocks_and_writes_partial_sums():
     q, pages = Array("bf16", (48, 2, 8, 128)), Array("bf16", (3073, 4, 128, 128))
     kernel = kernels.engine_kernels(4096)["paged_decode"]

@@ -1,4 +1,4 @@
-"""Costs of the attention kernels that state none (`models/attention.py`, `paged_attention.py`)."""
+"""Costs of the kernels that state none: attention, paged attention and the gated product."""
 
 import math
 from collections.abc import Sequence
@@ -70,7 +70,13 @@ def engine_kernels(filled: int) -> dict[str, Kernel]:
     def paged_prefill(path: str, operands: Sequence[Array]) -> KernelCost:
         return KernelCost(*gpu_paged_prefill.prefill_cost(operands[0].shape, filled))
 
+    def gated_linear(path: str, operands: Sequence[Array]) -> KernelCost:
+        x, gate, _ = operands[:3]  # [rows, D], [F, D], [F, D]
+        (rows, D), F = x.shape, gate.shape[0]
+        written = x.bytes * F / D
+        return KernelCost(sum(a.memory_bytes for a in operands) + written, 4.0 * rows * D * F)
+
     return {
         "ragged_paged_attention": ragged, "paged_decode": paged_decode,
-        "paged_prefill": paged_prefill, **attention_kernels(),
+        "paged_prefill": paged_prefill, "gated_linear": gated_linear, **attention_kernels(),
     }  # fmt: skip

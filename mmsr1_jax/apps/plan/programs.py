@@ -21,12 +21,12 @@ from mmsr1_jax.apps.plan.traffic import Kernel
 from mmsr1_jax.config import settings
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.models import qwen2_5_vl, sharding
-from mmsr1_jax.models.attention import supports_prefixes
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig, Qwen2_5_VL
 from mmsr1_jax.models.qwen2_5_vl.checkpoint import abstract_model
 from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.rl.packing import RowShape, TrainBatch
 from mmsr1_jax.rl.train_batch import make_loss
+from mmsr1_jax.training import train_utils
 
 _PRESET = "qwen2.5-vl-"  # before the size in a model's name
 
@@ -188,10 +188,8 @@ def trainer_programs(
       learner: Abstract learner (`make_learner`).
     """
     update, vision = config.update, model.vision
-    rows = update.micro_batch_rows * sharding.num_batch_shards(mesh)
-    with jax.set_mesh(mesh):
-        shares = supports_prefixes(config.model.attention, update.pack_length, config.model.dtype)
-    shape = RowShape(rows, update.pack_length, update.pack_windows, shares)
+    shape = train_utils.row_shape(config, mesh)
+    rows = shape.rows
     batch = abstract_batch(shape, update.pack_length, model, mesh)
     patches = shape.windows * vision.window_patches
     image = config.images.max_pixels or patches * vision.patch_size**2
