@@ -80,7 +80,7 @@ def get_config(variant: str = "paper") -> Config:
         ),
         update=Update(
             pack_length=8192,
-            pack_windows=768,  # a question's image and five thumbnails take up to 150
+            pack_windows=256,  # a question's image and five thumbnails take up to 196
             micro_batch_rows=1,
             learning_rate=2e-6,
             # The script: decays to 5 % around step 45.

@@ -85,6 +85,20 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
 
 
+def gather(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Return a parameter gathered from the devices that split the batch.
+
+    Left to itself, XLA may keep the parameter in place and exchange partial sums of what is
+    computed with it, which are as large as activations and are added in their dtype.
+
+    Args:
+      x: Parameter, or a part of one.
+      axes: Logical axis of each dimension.
+    """
+    batch = set(RULES["batch"])
+    return constrain(x, *(None if batch & set(_mesh_axes(axis)) else axis for axis in axes))
+
+
 def mesh_axis_size(name: str) -> int:
     """Return the size of a logical axis's mesh axes in the current mesh (1 without a mesh)."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -1,7 +1,9 @@
 """Attention over packed rows on TPUs, by JAX's splash kernel.
 
-The kernel separates segments by their ids. A query whose segment continues another one attends in
-two parts, to its own segment and to the prefix, each with the log of the sum of its exponentials:
+The kernel separates segments by their ids and visits the blocks of queries and keys that a table
+names. The table is computed from the ids of the row, so blocks of which no query sees a key cost
+nothing. A query whose segment continues another one attends in two parts, to its own segment and to
+the prefix, each with the log of the sum of its exponentials:
 
     out = w1 out1 + w2 out2,    w = exp(l - logsumexp),    logsumexp = log(exp(l1) + exp(l2))
 
@@ -9,11 +11,15 @@ The backward kernels compute the weights of a part from its scores and the logsu
 given. With the merged output and logsumexp, the gradients of both parts are exact, and add up.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
-from jaxtyping import Float, Int32
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+from jaxtyping import Bool, Float, Int32
 
 BLOCK, ROW_MULTIPLE = 512, 128
 
@@ -44,69 +50,165 @@ def attention(
     q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, -H % 128),)) for x in (q * H**-0.5, k, v))
     q = q.reshape(B, T, K, N // K, -1).transpose(0, 2, 3, 1, 4)
     k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
-    if prefix_ids is None:
-        kernel = _kernel(T, N // K, causal, save_residuals=False, interpret=interpret)
-        out = _rows(kernel, q, k, v, segment_ids, segment_ids)
-    else:
-        kernel = _kernel(T, N // K, causal, save_residuals=True, interpret=interpret)
-        out = _with_prefix(kernel, q, k, v, segment_ids, prefix_ids)
-    return jnp.asarray(out).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)[..., :H].astype(v.dtype)
+    seen = (segment_ids,) if prefix_ids is None else (segment_ids, prefix_ids)
+    out = _attend(q, k, v, seen, causal, interpret)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)[..., :H].astype(v.dtype)
 
 
-def _kernel(T: int, heads: int, causal: bool, *, save_residuals: bool, interpret: bool):
-    mask_type = splash.CausalMask if causal else splash.FullMask
-    mask = splash.MultiHeadMask([mask_type((T, T))] * heads)
+def visible_blocks(
+    q_ids: Int32[jax.Array, "T"], kv_ids: Int32[jax.Array, "T"], block: int, *, causal: bool
+) -> Bool[jax.Array, "blocks blocks"]:
+    """Return the blocks of queries and keys which the kernel visits.
+
+    They are those in which a query may see a key, by the ranges of ids in a block. Ids increase
+    along a row, so few others are among them.
+
+    Args:
+      q_ids: int32[T]. Segment whose keys each query sees; less than 1 for none.
+      kv_ids: int32[T]. Segment of each key; 0 for padding.
+      block: Number of tokens of a block.
+      causal: Whether the keys after each query are masked.
+
+    Returns:
+      bool[T / block, T / block], by block of queries and block of keys.
+    """
+    largest = jnp.iinfo(jnp.int32).max
+
+    def id_ranges(ids):
+        ids = ids.reshape(-1, block)
+        return jnp.where(ids > 0, ids, largest).min(axis=1), ids.max(axis=1)
+
+    (q_low, q_high), (kv_low, kv_high) = id_ranges(q_ids), id_ranges(kv_ids)
+    visible = (q_low[:, None] <= kv_high) & (kv_low <= q_high[:, None])
+    return jnp.tril(visible) if causal else visible
+
+
+def _mask_info(visited: jax.Array, *, by_key: bool = False) -> MaskInfo:
+    """Return a table of visited blocks in the form of the kernel.
+
+    Args:
+      visited: bool[T / block, T / block], by block of queries and block of keys.
+      by_key: Whether the kernel visits the queries of one block of keys after those of another,
+        instead of the keys of one block of queries.
+    """
+    rows = visited.T if by_key else visited
+    blocks = rows.shape[1]
+    # A step without a visit names the block of the next visit, which is fetched in the meantime.
+    index = jnp.where(rows, jnp.arange(blocks), blocks)
+    following = jax.lax.cummin(index, axis=1, reverse=True)
+    following = jnp.where(following < blocks, following, index.min(axis=1, keepdims=True)) % blocks
+    small = jnp.int8 if blocks <= 128 else jnp.int16  # scalar memory is scarce
+    return MaskInfo(
+        data_next=(following.T if by_key else following).astype(small)[None],
+        mask_next=None,
+        block_mask=visited.astype(jnp.int8)[None],
+        partial_mask_blocks=None,
+        q_sequence=None,
+    )
+
+
+def _kernel(q_ids, kv_ids, *, own: bool, causal: bool, save_residuals: bool, interpret: bool):
+    """Return the kernel for a row, with the blocks that it visits.
+
+    Args:
+      q_ids, kv_ids: int32[T]. Segments that queries see and those of keys.
+      own: Whether queries see their own segment, so that each sees a key, padding included.
+      causal: Whether to mask the keys after each query.
+      save_residuals: Whether to return the log-sum-exp too.
+      interpret: Whether to run the kernel in Pallas' interpreter.
+    """
+    T = len(q_ids)
     block = BLOCK if T % BLOCK == 0 else ROW_MULTIPLE
+    visited = visible_blocks(q_ids, kv_ids, block, causal=causal)
+    if own:
+        visited |= jnp.eye(len(visited), dtype=bool)  # for padding, whose output must be finite
+    order = jnp.arange(T, dtype=jnp.int32) if causal else None
+    by_query = _mask_info(visited)._replace(q_sequence=order)
+    by_key = _mask_info(visited, by_key=True)._replace(q_sequence=order)
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block,
         block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
-    return splash.make_splash_mqa_single_device(
-        mask, block_sizes=sizes, save_residuals=save_residuals, interpret=interpret
-    )
+    return splash_attention_kernel.SplashAttentionKernel(
+        by_query, by_query, by_key, block_sizes=sizes, is_mqa=True, save_residuals=save_residuals,
+        mask_value=splash_attention_kernel.DEFAULT_MASK_VALUE, attn_logits_soft_cap=None,
+        residual_checkpoint_name=None, mask_function=_not_after if causal else None,
+        interpret=interpret,
+    )  # fmt: skip
 
 
-def _rows(kernel, q, k, v, q_ids, kv_ids):
+def _not_after(query: jax.Array, key: jax.Array) -> jax.Array:
+    """Return whether keys are not after queries, by their indices."""
+    return query >= key
+
+
+def _rows(q, k, v, q_ids, kv_ids, **options) -> Any:
     """Run the kernel for each row and kv head."""
-    ids = splash.SegmentIds(q=q_ids, kv=kv_ids)
-    return jax.vmap(jax.vmap(kernel, in_axes=(0, 0, 0, None)))(q, k, v, ids)
+
+    def row(q, k, v, q_ids, kv_ids):
+        kernel = _kernel(q_ids, kv_ids, **options)
+        ids = splash.SegmentIds(q=q_ids, kv=kv_ids)
+        return jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, ids)
+
+    return jax.vmap(row)(q, k, v, q_ids, kv_ids)
 
 
-def _forward(kernel, q, k, v, segment_ids, prefix_ids):
-    parts = [_rows(kernel, q, k, v, ids, segment_ids) for ids in (segment_ids, prefix_ids)]
-    outs, sums = [out for out, _ in parts], jnp.stack([sums for _, (sums,) in parts])
-    # A query without a visible key has a finite sum, of masked scores, that weighs nothing.
-    logsumexp = jax.nn.logsumexp(sums, axis=0)
-    weights = jnp.exp(sums - logsumexp)[..., None]
-    out = sum(w * out.astype(jnp.float32) for w, out in zip(weights, outs, strict=True))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q, k, v, seen, causal: bool, interpret: bool) -> jax.Array:
+    """Compute attention of queries to their own segment and, with two `seen`, to their prefix.
+
+    q: [B, K, N / K, T, H]; k, v: [B, K, T, H]; seen: the ids of the segments that each query sees,
+    int32[B, T] each, first its own.
+    """
+    if len(seen) > 1:
+        return _forward(q, k, v, seen, causal, interpret)[0]
+    options = {"causal": causal, "save_residuals": False, "interpret": interpret}
+    return _rows(q, k, v, *seen, *seen, own=True, **options)
+
+
+def _forward(q, k, v, seen, causal: bool, interpret: bool):
+    options = {"causal": causal, "save_residuals": True, "interpret": interpret}
+    outs, sums = [], []
+    for index, ids in enumerate(seen):
+        out, (logsumexp,) = _rows(q, k, v, ids, seen[0], own=index == 0, **options)
+        outs.append(out)
+        sums.append(logsumexp)
+    if len(seen) == 1:
+        return outs[0], (q, k, v, seen, outs[0], sums[0])
+    # The sum of a query without a visible key is -inf, and its output NaN, where no block of keys
+    # was visited, and otherwise that of masked scores, which weighs nothing.
+    logsumexp = jnp.logaddexp(*sums)
+    out = sum(
+        jnp.where((s > -jnp.inf)[..., None], jnp.exp(s - logsumexp)[..., None] * out, 0)
+        for s, out in zip(sums, outs, strict=True)
+    )
     out = jnp.asarray(out).astype(q.dtype)
-    return out, (kernel, q, k, v, segment_ids, prefix_ids, out, logsumexp)
+    return out, (q, k, v, seen, out, logsumexp)
 
 
-def _backward(saved, g):
-    kernel, q, k, v, segment_ids, prefix_ids, out, logsumexp = saved
-    options = {name: x for name, x in kernel.kwargs.items() if name != "save_residuals"}
+def _backward(causal: bool, interpret: bool, saved, g):
+    q, k, v, seen, out, logsumexp = saved
 
-    def gradients(q, k, v, ids, out, logsumexp, g):
-        masks = kernel.dq_mask_info, kernel.dkv_mask_info
-        residuals = (q, k, v, ids, None, out, logsumexp, *masks)
-        results = splash_attention_kernel._splash_attention_bwd(
-            save_residuals=False, res=residuals, do=g, **options
-        )
-        return results[3:6]
+    def row(own, q, k, v, q_ids, kv_ids, out, logsumexp, g):
+        options = {"causal": causal, "save_residuals": False, "interpret": interpret}
+        kernel = _kernel(q_ids, kv_ids, own=own, **options)
+        segments = splash.SegmentIds(q=q_ids, kv=kv_ids)
 
-    def add(ids):
-        of_heads = jax.vmap(gradients, in_axes=(0, 0, 0, None, 0, 0, 0))
-        ids = splash.SegmentIds(q=ids, kv=segment_ids)
-        return jax.vmap(of_heads)(q, k, v, ids, out, logsumexp, g)
+        def head(q, k, v, out, logsumexp, g):
+            masks = kernel.dq_mask_info, kernel.dkv_mask_info
+            residuals = (q, k, v, segments, None, out, logsumexp, *masks)
+            results = splash_attention_kernel._splash_attention_bwd(
+                res=residuals, do=g, **kernel.kwargs
+            )
+            return results[3:6]
 
-    own, prefix = add(segment_ids), add(prefix_ids)
-    return (None, *(a + b for a, b in zip(own, prefix, strict=True)), None, None)
+        return jax.vmap(head)(q, k, v, out, logsumexp, g)
+
+    parts = [
+        jax.vmap(functools.partial(row, index == 0))(q, k, v, ids, seen[0], out, logsumexp, g)
+        for index, ids in enumerate(seen)
+    ]
+    return (*(functools.reduce(jnp.add, x) for x in zip(*parts, strict=True)), None)
 
 
-@jax.custom_vjp
-def _with_prefix(kernel, q, k, v, segment_ids, prefix_ids):
-    return _forward(kernel, q, k, v, segment_ids, prefix_ids)[0]
-
-
-_with_prefix.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)

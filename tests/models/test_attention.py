@@ -9,6 +9,7 @@ import pytest
 
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.models import attention as module
+from mmsr1_jax.models import splash
 from mmsr1_jax.models.attention import attention, choose
 from tests.programs import array_sizes
 
@@ -105,6 +106,58 @@ def test_gradients_with_prefixes_match_the_xla_implementation(name, monkeypatch)
     ours = gradient(IMPLEMENTATIONS[name], marked)
     for a, b in zip(ours, gradient(IMPLEMENTATIONS["xla"], prefixes), strict=True):
         np.testing.assert_allclose(a, b, atol=5e-5)
+
+
+def packed_rows(T, lengths):
+    """Return ids and prefixes of a row: per list of lengths a prompt and segments that continue it.
+
+    A list of one length is a segment by itself; the rest of the row is padding.
+    """
+    ids, prefixes = np.zeros((2, 1, T), np.int32)
+    start, segment = 0, 0
+    for cluster in lengths:
+        prompt = segment + 1
+        for length in cluster:
+            segment += 1
+            ids[0, start : start + length] = segment
+            prefixes[0, start : start + length] = prompt if segment > prompt else 0
+            start += length
+    return ids, prefixes
+
+
+# Blocks of 128 tokens: some hold a part of one segment, some several, some only padding.
+CLUSTERS = ([100, 60, 200], [40], [130, 90, 20, 30])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_splash_visits_few_blocks_and_misses_none(causal):
+    ids, prefixes = packed_rows(1024, CLUSTERS)
+    q, k, v, _ = (x[:1] for x in inputs(1024, H=64))
+    weights = np.random.default_rng(1).normal(size=q.shape) * (ids != 0)[..., None, None]
+
+    def gradient(name, prefixes):
+        def loss(q, k, v):
+            arrays = (q, k, v, jnp.asarray(ids), jnp.asarray(prefixes))
+            out = IMPLEMENTATIONS[name](*arrays, causal=causal)
+            return (out * weights).sum(), out
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    marked = np.where(prefixes > 0, prefixes, -1)
+    (ours, out), (expected, expected_out) = gradient("splash", marked), gradient("xla", prefixes)
+    assert np.isfinite(out).all()
+    used = ids[0] > 0
+    np.testing.assert_allclose(out[0, used], expected_out[0, used], atol=2e-5)
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-5)
+    for seen in (ids, prefixes):
+        visited = np.asarray(
+            splash.visible_blocks(*map(jnp.asarray, (seen[0], ids[0])), 128, causal=causal)
+        )
+        pairs = (seen[0][:, None] == ids[0]) & (seen[0] > 0)[:, None]
+        pairs &= np.tri(1024, dtype=bool) if causal else True
+        needed = pairs.reshape(8, 128, 8, 128).any(axis=(1, 3))
+        assert (visited >= needed).all() and visited.sum() <= 1.2 * needed.sum()
 
 
 @pytest.mark.parametrize("name", ["cudnn", "triton"])

@@ -65,6 +65,8 @@ def engine_programs(
       mesh: Mesh of the trainer, whose parameters are loaded.
       engine: Programs of the engine (`make_engine`).
     """
+    image_patches = needs.image_patches(config.images, model)
+    costs = kernels.engine_kernels(filled_tokens(config), image_patches)
     result = []
     for call in engine.calls():
         kind = call.name.partition(" ")[0]
@@ -78,7 +80,7 @@ def engine_programs(
                     needed_bytes=needed_bytes, flops=flops / _tensor(engine), state=state,
                     # The compiler drops the parameters that a program does not use.
                     inputs=memory.device_bytes(_inputs(call)),
-                    trips=_trips(config), kernels=kernels.engine_kernels(filled_tokens(config)),
+                    trips=_trips(config), kernels=costs,
                 )
             )  # fmt: skip
     return result
@@ -147,7 +149,8 @@ def _encode(config: settings.Config, model: ModelConfig, engine: Programs, call:
     tokens = rows * patches // model.vision.merge_size**2
     moved += tokens * model.vision.out_hidden_size * _itemsize(config)
     moved += needs.multiplied_weights(model)["vision"] * _itemsize(config) / _tensor(engine)
-    work = needs.Work(rows=rows, length=0, patches=patches, image_patches=patches, columns=0)
+    image = needs.image_patches(config.images, model)
+    work = needs.Work(rows=rows, length=0, patches=patches, image_patches=image, columns=0)
     flops = sum(needs.forward_flops(model, work).values())
     return moved, flops, frozenset([memory.ENGINE, memory.IMAGES])
 

@@ -16,12 +16,17 @@ _PRODUCTS = {
 }  # fmt: skip
 
 
-def attention_kernels(length: int = 0) -> dict[str, Kernel]:
+def attention_kernels(length: int, image_patches: int, parts: int = 1) -> dict[str, Kernel]:
     """Return the costs of the kernels of packed rows, for `traffic.measure`.
+
+    The rows of text hold one segment, or a prompt and one segment that continues it: no others have
+    more pairs of tokens that see each other.
 
     Args:
       length: Tokens of a row of text, for which attention is causal; the kernels of other lengths
         are those of the vision tower.
+      image_patches: Patches of an image in the vision tower.
+      parts: Number of runs that compute a row of text: 2 with prefixes.
     """
 
     def cost(path: str, operands: Sequence[Array]) -> KernelCost:
@@ -32,7 +37,12 @@ def attention_kernels(length: int = 0) -> dict[str, Kernel]:
         if not products:  # preparation of the backward pass
             return KernelCost(once)
         T = q.shape[-2] if is_splash else q.shape[1]  # [K, N / K, T, H], or [B, T, N, H]
-        visible = 0.5 if length == T else 1.0
+        if length == T and "/cond" not in path:
+            visible = 0.5 / parts
+        elif is_splash:  # blocks of two images are not visited
+            visible = min(1.0, (image_patches + _BLOCK) / T)
+        else:
+            visible = 1.0
         flops = 2.0 * products * q.size * T * visible
         if not is_splash:  # on a GPU the L2 cache holds what is read again
             return KernelCost(once, flops)
@@ -46,11 +56,12 @@ def attention_kernels(length: int = 0) -> dict[str, Kernel]:
     return {"pallas_call": cost}
 
 
-def engine_kernels(filled: int) -> dict[str, Kernel]:
+def engine_kernels(filled: int, image_patches: int) -> dict[str, Kernel]:
     """Return the costs of the kernels of an engine's programs, for `traffic.measure`.
 
     Args:
       filled: Number of tokens of each row's lane before the new ones.
+      image_patches: Patches of an image in the vision tower.
     """
 
     def ragged(path: str, operands: Sequence[Array]) -> KernelCost:
@@ -78,5 +89,6 @@ def engine_kernels(filled: int) -> dict[str, Kernel]:
 
     return {
         "ragged_paged_attention": ragged, "paged_decode": paged_decode,
-        "paged_prefill": paged_prefill, "gated_linear": gated_linear, **attention_kernels(),
+        "paged_prefill": paged_prefill, "gated_linear": gated_linear,
+        **attention_kernels(0, image_patches),
     }  # fmt: skip

@@ -10,6 +10,8 @@ import dataclasses
 from mmsr1_jax.config import settings
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 
+_USUAL_PIXELS = 2**20  # of an image, where its size has no bound
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
@@ -28,6 +30,11 @@ class Work:
     patches: int
     image_patches: int
     columns: int
+
+
+def image_patches(images: settings.Images, model: ModelConfig) -> int:
+    """Return the number of patches of the largest image."""
+    return (images.max_pixels or _USUAL_PIXELS) // model.vision.patch_size**2
 
 
 def forward_flops(config: ModelConfig, work: Work) -> dict[str, float]:

@@ -192,10 +192,10 @@ def trainer_programs(
     rows = shape.rows
     batch = abstract_batch(shape, update.pack_length, model, mesh)
     patches = shape.windows * vision.window_patches
-    image = config.images.max_pixels or patches * vision.patch_size**2
+    image_patches = needs.image_patches(config.images, model)
     work = needs.Work(
         rows=rows, length=shape.length, patches=patches,
-        image_patches=image // vision.patch_size**2, columns=shape.length,
+        image_patches=image_patches, columns=shape.length,
     )  # fmt: skip
     devices, itemsize = mesh.size, jnp.dtype(config.model.dtype).itemsize
     trained = memory.device_elements(learner.trained)
@@ -203,7 +203,9 @@ def trainer_programs(
     activations = needs.saved_activation_bytes(model, work, itemsize) / devices
     full = len(vision.full_attention_layers) / vision.num_layers
     common: dict[str, Any] = {
-        "kernels": kernels.attention_kernels(shape.length),
+        "kernels": kernels.attention_kernels(
+            shape.length, image_patches, parts=1 + shape.shares_prompts
+        ),
         "branches": {"/cond": (1 - full, full)},  # windows, or the whole image
     }
     policy = frozenset([memory.POLICY])

@@ -66,7 +66,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[jax.Array, "..."]) -> Float[jax.Array, "..."]:
         """Apply the map to float[..., *inputs], which gives float[..., *outputs]."""
-        y = _apply(x, self.kernel.get_value().astype(x.dtype), self.contracted)
+        y = _apply(x, *_weights(self.kernel, x), self.contracted)
         if self.adapter is not None:
             y = y + self.adapter(x, self.contracted)
         y = checkpoint_name(y, _LINEAR)
@@ -86,12 +86,22 @@ class Adapter(nnx.Module):
 
     def __call__(self, x: Float[jax.Array, "..."], contracted: int) -> Float[jax.Array, "..."]:
         """Return the update for float[..., *inputs] with `contracted` input dimensions."""
-        projected = _apply(x, self.a.get_value().astype(x.dtype), contracted) * self.scale
-        return _apply(projected, self.b.get_value().astype(x.dtype), 1)
+        projected = _apply(x, *_weights(self.a, x), contracted) * self.scale
+        return _apply(projected, *_weights(self.b, x), 1)
 
 
-def _contract(x: jax.Array, kernel: jax.Array, n: int) -> jax.Array:
+def _weights(variable: nnx.Variable, x: jax.Array) -> tuple[jax.Array, tuple[str | None, ...]]:
+    """Return the value of a parameter of one layer in the dtype of x, and its logical axes."""
+    value = variable.get_value().astype(x.dtype)
+    return value, tuple(variable.get_metadata("axes")[-value.ndim :])
+
+
+def _contract(x: jax.Array, kernel: jax.Array, axes: tuple[str | None, ...], n: int) -> jax.Array:
     """Contract the last n dimensions of x with the last n dimensions of the kernel.
+
+    The kernel, which has the logical axes `axes`, is gathered from the devices that split the
+    batch. Left to itself, XLA may move partial sums of the result between them instead, in the
+    dtype of x and several times the size of the kernel.
 
     The custom gradient puts the smaller of x and g on the left of the kernel's gradient. That
     product contracts over tokens, so one operand is transposed in memory. XLA's CPU backend always
@@ -99,15 +109,21 @@ def _contract(x: jax.Array, kernel: jax.Array, n: int) -> jax.Array:
     third of a training step.
     """
     last = (tuple(range(x.ndim - n, x.ndim)), tuple(range(kernel.ndim - n, kernel.ndim)))
-    return jax.lax.dot_general(x, kernel, (last, ((), ())))
+    return jax.lax.dot_general(x, sharding.gather(kernel, *axes), (last, ((), ())))
 
 
-def _apply_forward(x, kernel, n):
-    return _contract(x, kernel, n), (x, kernel)
+def _apply_forward(x, kernel, axes, n):
+    return _contract(x, kernel, axes, n), (x, kernel)
 
 
-def _apply_backward(n, saved, g):
+def _apply_backward(axes, n, saved, g):
     x, kernel = saved
+    dx, d_kernel = _gradients(x, sharding.gather(kernel, *axes), n, g)
+    return dx, sharding.constrain(d_kernel, *axes)
+
+
+def _gradients(x, kernel, n: int, g):
+    """Return the gradients of x and of the kernel."""
     outputs = kernel.ndim - n
     tokens = tuple(range(x.ndim - n))
     sums = (tuple(range(len(tokens), g.ndim)), tuple(range(outputs)))
@@ -118,7 +134,7 @@ def _apply_backward(n, saved, g):
     return dx, jax.lax.dot_general(g, x, ((tokens, tokens), ((), ())))
 
 
-_apply = jax.custom_vjp(_contract, nondiff_argnums=(2,))
+_apply = jax.custom_vjp(_contract, nondiff_argnums=(2, 3))
 _apply.defvjp(_apply_forward, _apply_backward)
 
 
