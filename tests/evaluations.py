@@ -1,13 +1,12 @@
 """Outcomes and lines of evaluation episodes, and the command `evaluate`, for several tests."""
 
 import dataclasses
-import subprocess
 import sys
 from typing import Any
 
 from mmsr1_jax.episodes.turns import Turn
 from mmsr1_jax.evaluation.metrics import Outcome
-from tests.programs import ROOT, environment
+from tests import programs
 
 CONFIG = """
 from mmsr1_jax.config import Buckets, Config, Rollout, Tools, Turns
@@ -30,9 +29,7 @@ def command(*arguments: object) -> list[str]:
 
 def run(arguments: list[str]) -> str:
     """Run a command that must succeed, and return its output."""
-    done = subprocess.run(
-        arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=1200
-    )
+    done = programs.run(arguments, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from tests import command_server
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -32,10 +34,13 @@ def run(
       env: Environment; None is `environment()`.
       timeout: Seconds after which the command is killed and the test fails.
     """
+    env = env or environment()
+    if [*command[:2]] == [sys.executable, "-m"] and command[2].startswith("mmsr1_jax."):
+        arguments = [str(argument) for argument in command[3:]]
+        return command_server.run(command[2], arguments, cwd=ROOT, env=env, timeout=timeout)
     return subprocess.run(
-        command, cwd=ROOT, env=env or environment(), capture_output=True, text=True,
-        timeout=timeout,
-    )  # fmt: skip
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def run_module(
@@ -45,14 +50,9 @@ def run_module(
     cwd: str | os.PathLike | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run `python -m MODULE ARGUMENTS`."""
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**environment(devices), "PYTHONPATH": str(ROOT)},
-        cwd=cwd or ROOT,
-        timeout=300,
-    )
+    env = {**environment(devices), "PYTHONPATH": str(ROOT)}
+    arguments_as_text = [str(argument) for argument in arguments]
+    return command_server.run(module, arguments_as_text, cwd=cwd or ROOT, env=env, timeout=300)
 
 
 def read_jsonl(path: pathlib.Path) -> list[Any]:

@@ -1,10 +1,8 @@
 """Episodes and files that the tests of the report read."""
 
 import dataclasses
-import os
 import pathlib
 import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +17,7 @@ from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.rewards import reward_function
 from mmsr1_jax.training.sft_dataset import to_line
-from tests.programs import ROOT
+from tests.programs import run_module
 
 HOSTILE = (
     "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><!--"
@@ -126,7 +124,4 @@ def make_outcome(workflow: str, index: int, rng: np.random.Generator) -> Outcome
 
 
 def run_report(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mmsr1_jax.report", *map(str, arguments)],
-        cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    return run_module(*arguments, module="mmsr1_jax.report")

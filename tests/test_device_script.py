@@ -102,6 +102,7 @@ def test_all_parts_at_tiny_sizes(tmp_path):
     assert demo["logprob_difference"] < 1e-4
 
 
+@pytest.mark.proof
 def test_failures_are_recorded_and_other_measurements_follow(tmp_path):
     part = run_script(tmp_path, MEASURES.format(root=str(device.ROOT)), 120, 120)
     first, fails, dies, last = part["results"]

@@ -115,6 +115,20 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def compiler_options(vmem_mib: int) -> dict[str, Any] | None:
+    """Return options for compiling programs made of large matrix products.
+
+    With more on-chip memory than its default of 16 MiB, a TPU's compiler expects 1.1 to 1.3 times
+    the speed of products, and takes up to twice as long.
+
+    Args:
+      vmem_mib: Mebibytes of on-chip memory that an operation may use.
+    """
+    if platform() != "tpu":
+        return None
+    return {"xla_tpu_scoped_vmem_limit_kib": str(1024 * vmem_mib)}
+
+
 def is_hopper() -> bool:
     """Return whether a function is traced for a GPU of the Hopper generation."""
     if platform() != "gpu":

@@ -102,15 +102,18 @@ class Learner:
             lambda p: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), p),
             out_shardings=trained,
         )
+        with jax.set_mesh(self.mesh):
+            options = sharding.compiler_options(vmem_mib=32)
         self._accumulate = jax.jit(
-            self._accumulate_gradients, donate_argnums=2, out_shardings=(trained, replicated)
-        )
+            self._accumulate_gradients, donate_argnums=2, out_shardings=(trained, replicated),
+            compiler_options=options,
+        )  # fmt: skip
         self._apply = jax.jit(
             self._apply_gradients,
             donate_argnums=(0, 1),
             out_shardings=(trained, optimizer, replicated),
         )
-        self._logprobs = jax.jit(self._compute_logprobs)
+        self._logprobs = jax.jit(self._compute_logprobs, compiler_options=options)
         self._copy = jax.jit(
             lambda p: jax.tree.map(lambda x: x.astype(dtype).copy(), p), out_shardings=trained
         )

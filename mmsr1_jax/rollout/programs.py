@@ -31,10 +31,6 @@ from mmsr1_jax.models.qwen2_5_vl.vision import ImageRows
 from mmsr1_jax.rollout import cache, decode, placement
 from mmsr1_jax.rollout.sampler import Sampling
 
-# With larger windows of weights in on-chip memory the TPU compiler expects 1.2 times the speed of
-# products with few rows. Its default is 16 MiB. Not for `encode`, whose products have many rows
-# and whose program then takes more than twice as long to compile.
-_TPU_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": "65536"}
 PAGES_PER_MOVE = 16  # pages that one call of `read_pages` or `write_pages` moves
 
 
@@ -125,7 +121,7 @@ class Programs:
     def _define(self) -> None:
         graph, precision = self._graph, "highest" if self.dtype == jnp.float32 else None
 
-        options = _TPU_OPTIONS if sharding.platform() == "tpu" else None
+        options = sharding.compiler_options(vmem_mib=64)
 
         def program(function, *, donate=(), static=(), options=options):
             @functools.wraps(function)
@@ -146,6 +142,7 @@ class Programs:
             hidden, lanes = cache.extend(model, lanes, new, store)
             return tuple(hidden), lanes  # one array per row, so that none is sliced later
 
+        # Without, as compiling takes more than twice as long, for each number of windows.
         self.encode = program(encode, donate=1, options=None)
         self.extend = program(extend, donate=1)
         self.decode = program(decode.decode, donate=1, static=("steps", "running"))

@@ -130,12 +130,19 @@ def test_the_tpu_kernel_fetches_whole_blocks_once_per_block_of_queries():
 
 def test_the_packed_tpu_kernel_visits_blocks_of_one_segment():
     q, kv = Array("bf16", (4, 7, 8192, 128)), Array("bf16", (4, 8192, 128))
-    path, pairs = "splash_mqa_fwd/pallas_call", 28 * 8192 * 8192 / 2
-    once, both = (kernels.attention_kernels(8192, 4608, n)["pallas_call"] for n in (1, 2))
-    assert once(path, [q, kv, kv]).flops == 2 * 2 * 128 * pairs
-    assert both(path, [q, kv, kv]).flops == 2 * 2 * 128 * pairs / 2  # each of two runs
-    vision = once("/cond/branch_1/" + path, [q, kv, kv])
-    assert vision.flops == 2 * 2 * 128 * 28 * 8192 * (4608 + 512)
+    ids = [Array("s32", (8192, 128)), Array("s32", (8, 8192))]
+    path, pairs = "splash_mqa_fwd_segmented_residuals/pallas_call", 28 * 8192 * 8192 / 2
+    once, both = (kernels.attention_kernels(1000.0, n)["pallas_call"] for n in (1, 2))
+    text = [q, kv, kv, *ids, Array("s32", (8192, 128))]
+    assert once(path, text).flops == 2 * 2 * 128 * pairs
+    assert both(path, text).flops == 2 * 2 * 128 * pairs / 2  # each of two runs
+    vision = once(path, [q, kv, kv, *ids])
+    assert vision.flops == 2 * 2 * 128 * 28 * 8192 * (1000 + 512)
+    assert both(path, [q, kv, kv, *ids]) == vision
+    # Blocks of 512 queries fetch three of keys and values; sums in 128 lanes are written.
+    fetched = 28 / 4 * 2 * kv.bytes * (1000 + 512) / 512
+    others = sum(a.bytes for a in ids) + 2 * q.bytes + 2 * kv.bytes - 28 / 4 * 2 * kv.bytes
+    assert vision.bytes == pytest.approx(fetched + others + 4 * q.size)
 
 
 def test_the_gated_product_counts_both_products():

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import io
 import json
-import os
 import re
 import signal
 import subprocess
@@ -21,7 +20,7 @@ import pytest
 
 from mmsr1_jax.apps.serve.app import check_image, split
 from mmsr1_jax.apps.serve.events import EventSerializer
-from tests.programs import ROOT, environment
+from tests.programs import ROOT, environment, run_module
 from tests.serving import (
     HOSTILE,
     IMAGES,
@@ -80,11 +79,10 @@ def test_concurrent_questions_get_the_episodes_of_infer(engine, alone, setup):
         # The same question gets the same episode again.
         check(ask(url, QUESTIONS[1], IMAGES[1]), alone[1], engine.processor)
     image = setup[1] / "1.png"
-    done = subprocess.run(
-        [sys.executable, "-m", "mmsr1_jax.infer", f"--model={setup[0]}", f"--image={image}",
-         f"--question={QUESTIONS[1]}", f"--tools.index={setup[1]}", f"--config={setup[2]}",
-         "--config.sampling.temperature=1", "--config.sampling.seed=1", "--json"],
-        cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=PATIENCE,
+    done = run_module(
+        f"--model={setup[0]}", f"--image={image}", f"--question={QUESTIONS[1]}",
+        f"--tools.index={setup[1]}", f"--config={setup[2]}", "--config.sampling.temperature=1",
+        "--config.sampling.seed=1", "--json", module="mmsr1_jax.infer", devices=8,
     )  # fmt: skip
     inferred = json.loads(done.stdout)
     expected = json.loads(json.dumps(alone[1].to_json(engine.processor)))

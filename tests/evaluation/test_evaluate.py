@@ -25,7 +25,7 @@ from mmsr1_jax.rl.train_batch import make_loss
 from mmsr1_jax.tools.index_builder import build_index
 from mmsr1_jax.training import run_config, train_utils
 from mmsr1_jax.training.checkpoint import Checkpoints
-from tests import scripted_policy
+from tests import programs, scripted_policy
 from tests.evaluations import CONFIG, command, run
 from tests.programs import ROOT, environment, read_jsonl
 
@@ -206,10 +206,7 @@ def test_a_killed_evaluation_resumes_with_the_same_results(shared, material, tmp
     comparison = compare_files([f"{uninterrupted}:rag", f"{interrupted}:rag"])
     assert re.search(r"\+0\.0 \[-\d+\.\d, \+\d+\.\d\] by EM", comparison), comparison
 
-    done = subprocess.run(
-        [*again, "--config.eval.temperature=0.5"],
-        cwd=ROOT, env=environment(), capture_output=True, text=True,
-    )  # fmt: skip
+    done = programs.run([*again, "--config.eval.temperature=0.5"])
     assert done.returncode == 1 and "with eval.temperature=0.0; this command" in done.stderr
 
 
@@ -258,7 +255,7 @@ def test_rescoring_needs_no_policy(shared, tmp_path):
         command(f"--rescore={shared / 'data' / 'transcripts.jsonl'}", f"--out={tmp_path}")
     )
     assert printed.startswith("actions parsed as recorded: 26 of 26\n") and "\nrecorded " in printed
-    done = subprocess.run(command(f"--out={tmp_path}"), cwd=ROOT, capture_output=True, text=True)
+    done = programs.run(command(f"--out={tmp_path}"))
     assert done.returncode == 1 and done.stderr.startswith(
         "error: --model or --workdir: one of them is required"
     )

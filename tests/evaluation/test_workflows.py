@@ -205,6 +205,7 @@ def test_logprobs_of_forced_episodes_equal_those_of_score(forced, model):
     assert_logprobs_match_score(model, [*selected["rag"][3:13], *selected["direct"][:3]], 1.0)
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("lanes, chunk", [(4, 3)])
 def test_the_number_of_lanes_does_not_change_forced_episodes(model, forced, lanes, chunk):
     engine = make_engine(model, lanes=lanes, decode_steps=chunk)

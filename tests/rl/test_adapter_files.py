@@ -77,9 +77,21 @@ MERGED = {
     "random initialisation, negative scale": dict(init_lora_weights=False, lora_alpha=-8),
     "initialisation from activations": dict(init_lora_weights="eva", eva_config=peft.EvaConfig()),
 }
+# The others are proofs.
+QUICK = (
+    "a regular expression",
+    "ranks and scales by pattern",
+    "random initialisation, negative scale",
+)
 
 
-@pytest.mark.parametrize("fields", MERGED.values(), ids=MERGED)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param(fields, id=name, marks=[] if name in QUICK else pytest.mark.proof)
+        for name, fields in MERGED.items()
+    ],
+)
 def test_adapters_are_merged_as_by_peft(policy, tiny_dir, tmp_path, fields):
     expected = adapter(policy, tmp_path, **fields)
     np.testing.assert_allclose(

@@ -56,7 +56,7 @@ def make_groups(rng, groups=3, size=4):
     return samples
 
 
-@pytest.mark.parametrize("attention", ["xla", "blockwise"])
+@pytest.mark.parametrize("attention", ["xla", pytest.param("blockwise", marks=pytest.mark.proof)])
 def test_an_update_equals_that_of_episodes_one_by_one(attention):
     learner = make_learner(CONFIG, attention=attention)
     samples = make_groups(np.random.default_rng(0))
@@ -69,6 +69,7 @@ def test_an_update_equals_that_of_episodes_one_by_one(attention):
     assert_same_update(metrics_and_moments(learner, shared), metrics_and_moments(learner, separate))
 
 
+@pytest.mark.proof
 def test_eight_devices_equal_one():
     samples = make_groups(np.random.default_rng(3))
     results = []

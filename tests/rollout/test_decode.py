@@ -134,7 +134,7 @@ def run(programs, start, next_state, running, chunk):
     } | {"stop_state": rows.stop_state, "length": rows.length}
 
 
-@pytest.mark.parametrize("count", [16, pytest.param(64, marks=pytest.mark.proof)])
+@pytest.mark.parametrize("count", [8, pytest.param(64, marks=pytest.mark.proof)])
 def test_greedy_tokens_equal_those_of_transformers(model, programs, count):
     """Prompts of 0 to 3 images, float32."""
     reference, new_tokens = torch_model(model), 12

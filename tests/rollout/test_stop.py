@@ -73,6 +73,7 @@ def check(processor, count, seed=0):
     return table, token_bytes
 
 
+@pytest.mark.proof
 def test_the_released_vocabulary(shared):
     text = (shared / "tokenizer" / "qwen" / "tokenizer.json").read_text("utf-8")
     processor = Processor(text, ImageProcessor())

@@ -94,6 +94,7 @@ def test_a_timeline_changes_no_episode_and_is_off_by_default(engine):
     assert by_index(engine.rollout(examples(3), group_size=2)) == recorded
 
 
+@pytest.mark.proof
 def test_engines_of_a_pool_are_different_processes(model, processor, tmp_path):
     meshes = [sharding.make_mesh(1, 1, 1, devices=[device]) for device in jax.devices()[:2]]
     models = build.replicate(model, meshes)

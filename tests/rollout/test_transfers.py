@@ -12,7 +12,11 @@ from tests.engines import VOCAB_SIZE, by_index, examples, make_config, search_to
 from tests.scripted_policy import config_for, scripted_processor
 
 
-@pytest.fixture(scope="module", params=[[0], [3], [1, 2]], ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[[0], *(pytest.param(p, marks=pytest.mark.proof) for p in ([3], [1, 2]))],
+    ids=str,
+)
 def engine(request):
     """An engine on the default device, on another one, and on a tensor group."""
     devices = [jax.devices()[index] for index in request.param]

@@ -18,6 +18,7 @@ from mmsr1_jax.data import curation
 from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.tools.index_builder import build_index
 from mmsr1_jax.utils import outputs
+from tests.programs import run_module
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TIMEOUT = 600.0  # seconds, enough on a busy machine
@@ -131,11 +132,13 @@ def test_a_second_command_on_a_locked_directory_ends_at_once(holder, command):
     directory, process = holder
     data = "eval.data" if command == "evaluate" else "data.train"
     flag = "workdir" if command == "train" else "out"
-    done = subprocess.run(
-        [sys.executable, "-m", f"mmsr1_jax.{command}", "--config=tests/small_config.py",
-         "--model=nowhere", f"--{flag}={directory}", f"--config.{data}=('x.parquet',)"],
-        cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT,
-    )  # fmt: skip
+    done = run_module(
+        "--config=tests/small_config.py",
+        "--model=nowhere",
+        f"--{flag}={directory}",
+        f"--config.{data}=('x.parquet',)",
+        module=f"mmsr1_jax.{command}",
+    )
     assert done.returncode == 1, done.stderr
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith(f"error: {directory}: in use by process {process.pid} on ")

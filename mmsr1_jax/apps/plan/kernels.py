@@ -16,16 +16,14 @@ _PRODUCTS = {
 }  # fmt: skip
 
 
-def attention_kernels(length: int, image_patches: int, parts: int = 1) -> dict[str, Kernel]:
+def attention_kernels(image_keys: float, parts: int = 1) -> dict[str, Kernel]:
     """Return the costs of the kernels of packed rows, for `traffic.measure`.
 
-    The rows of text hold one segment, or a prompt and one segment that continues it: no others have
-    more pairs of tokens that see each other.
+    Rows of text are causal, and hold one segment, or a prompt and one segment that continues it: no
+    others have more pairs of tokens that see each other. Those of the vision tower are not causal.
 
     Args:
-      length: Tokens of a row of text, for which attention is causal; the kernels of other lengths
-        are those of the vision tower.
-      image_patches: Patches of an image in the vision tower.
+      image_keys: Number of patches that a patch sees in the vision tower, mean over the layers.
       parts: Number of runs that compute a row of text: 2 with prefixes.
     """
 
@@ -37,31 +35,31 @@ def attention_kernels(length: int, image_patches: int, parts: int = 1) -> dict[s
         if not products:  # preparation of the backward pass
             return KernelCost(once)
         T = q.shape[-2] if is_splash else q.shape[1]  # [K, N / K, T, H], or [B, T, N, H]
-        if length == T and "/cond" not in path:
-            visible = 0.5 / parts
-        elif is_splash:  # blocks of two images are not visited
-            visible = min(1.0, (image_patches + _BLOCK) / T)
-        else:
-            visible = 1.0
-        flops = 2.0 * products * q.size * T * visible
         if not is_splash:  # on a GPU the L2 cache holds what is read again
-            return KernelCost(once, flops)
+            # The loops of the kernel know causality, but not the segments.
+            visible = 1.0 if "/cond" in path else 0.5
+            return KernelCost(once, 2.0 * products * q.size * T * visible)
+        indices = [a for a in operands if len(a.shape) == 2 and a.dtype == "s32"]
+        is_causal = len(indices) == 3  # ids of queries and of keys, and the order of queries
+        visible = 0.5 / parts if is_causal else min(1.0, (image_keys + _BLOCK) / T)
+        if "_fwd_" in path and "no_residuals" not in path:
+            once += 4.0 * q.size  # the log-sum-exp, in all lanes
         # Each block of queries fetches the blocks of k and v that it sees, for each query head (or
         # each block of keys those of q and its output's gradient).
         k, v = matrices[1:3]
         blocks = max(1.0, math.ceil(T / _BLOCK) * visible)
         streamed = 2 * q.bytes if "dkv" in path else (k.bytes + v.bytes) * q.size / k.size
-        return KernelCost(once + streamed * (blocks - 1), flops)
+        return KernelCost(once + streamed * (blocks - 1), 2.0 * products * q.size * T * visible)
 
     return {"pallas_call": cost}
 
 
-def engine_kernels(filled: int, image_patches: int) -> dict[str, Kernel]:
+def engine_kernels(filled: int, image_keys: float) -> dict[str, Kernel]:
     """Return the costs of the kernels of an engine's programs, for `traffic.measure`.
 
     Args:
       filled: Number of tokens of each row's lane before the new ones.
-      image_patches: Patches of an image in the vision tower.
+      image_keys: See `attention_kernels`.
     """
 
     def ragged(path: str, operands: Sequence[Array]) -> KernelCost:
@@ -90,5 +88,5 @@ def engine_kernels(filled: int, image_patches: int) -> dict[str, Kernel]:
     return {
         "ragged_paged_attention": ragged, "paged_decode": paged_decode,
         "paged_prefill": paged_prefill, "gated_linear": gated_linear,
-        **attention_kernels(0, image_patches),
+        **attention_kernels(image_keys),
     }  # fmt: skip

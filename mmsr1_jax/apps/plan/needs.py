@@ -37,6 +37,18 @@ def image_patches(images: settings.Images, model: ModelConfig) -> int:
     return (images.max_pixels or _USUAL_PIXELS) // model.vision.patch_size**2
 
 
+def image_keys(config: ModelConfig, patches: int) -> float:
+    """Return the number of patches that a patch of an image sees, mean over the tower's layers.
+
+    Args:
+      config: Configuration of the policy.
+      patches: Number of patches of the image.
+    """
+    v = config.vision
+    full = len(v.full_attention_layers) / v.num_layers
+    return full * patches + (1 - full) * min(patches, v.window_patches)
+
+
 def forward_flops(config: ModelConfig, work: Work) -> dict[str, float]:
     """Return the FLOPs of a forward pass by part: `text`, `head`, `vision`, and their attention."""
     t, v = config.text, config.vision
@@ -46,15 +58,13 @@ def forward_flops(config: ModelConfig, work: Work) -> dict[str, float]:
     block = 4 * v.hidden_size**2 + 3 * v.hidden_size * v.intermediate_size
     merged = v.hidden_size * v.merge_size**2
     merger = (merged * merged + merged * v.out_hidden_size) / v.merge_size**2
-    full = len(v.full_attention_layers)
-    pairs = full * min(work.patches, work.image_patches)
-    pairs += (v.num_layers - full) * min(work.patches, v.window_patches)
+    keys = image_keys(config, min(work.patches, work.image_patches))
     return {
         "text": 2.0 * tokens * t.num_layers * layer,
         "text attention": 4.0 * t.num_layers * N * H * tokens * work.length / 2,  # causal
         "head": 2.0 * work.rows * work.columns * t.vocab_size * t.hidden_size,
         "vision": 2.0 * patches * (v.num_layers * block + v.patch_dim * v.hidden_size + merger),
-        "vision attention": 4.0 * v.hidden_size * patches * pairs,
+        "vision attention": 4.0 * v.num_layers * v.hidden_size * patches * keys,
     }
 
 

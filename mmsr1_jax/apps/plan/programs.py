@@ -204,7 +204,7 @@ def trainer_programs(
     full = len(vision.full_attention_layers) / vision.num_layers
     common: dict[str, Any] = {
         "kernels": kernels.attention_kernels(
-            shape.length, image_patches, parts=1 + shape.shares_prompts
+            needs.image_keys(model, image_patches), parts=1 + shape.shares_prompts
         ),
         "branches": {"/cond": (1 - full, full)},  # windows, or the whole image
     }

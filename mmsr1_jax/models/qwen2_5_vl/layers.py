@@ -102,11 +102,6 @@ def _contract(x: jax.Array, kernel: jax.Array, axes: tuple[str | None, ...], n: 
     The kernel, which has the logical axes `axes`, is gathered from the devices that split the
     batch. Left to itself, XLA may move partial sums of the result between them instead, in the
     dtype of x and several times the size of the kernel.
-
-    The custom gradient puts the smaller of x and g on the left of the kernel's gradient. That
-    product contracts over tokens, so one operand is transposed in memory. XLA's CPU backend always
-    transposes the left one and recomputes its producers in the transposed order, which can take a
-    third of a training step.
     """
     last = (tuple(range(x.ndim - n, x.ndim)), tuple(range(kernel.ndim - n, kernel.ndim)))
     return jax.lax.dot_general(x, sharding.gather(kernel, *axes), (last, ((), ())))
@@ -123,12 +118,17 @@ def _apply_backward(axes, n, saved, g):
 
 
 def _gradients(x, kernel, n: int, g):
-    """Return the gradients of x and of the kernel."""
+    """Return the gradients of x and of the kernel.
+
+    The kernel's contracts over tokens, so one operand is transposed in memory. XLA's CPU backend
+    always transposes the left one and recomputes its producers in the transposed order, which can
+    take a third of a training step. Therefore the smaller one is on the left there.
+    """
     outputs = kernel.ndim - n
     tokens = tuple(range(x.ndim - n))
     sums = (tuple(range(len(tokens), g.ndim)), tuple(range(outputs)))
     dx = jax.lax.dot_general(g, kernel, (sums, ((), ())))
-    if x.size < g.size:
+    if x.size < g.size and sharding.platform() == "cpu":
         transposed = jax.lax.dot_general(x, g, ((tokens, tokens), ((), ())))
         return dx, transposed.transpose(*range(n, kernel.ndim), *range(n))
     return dx, jax.lax.dot_general(g, x, ((tokens, tokens), ((), ())))
@@ -152,7 +152,7 @@ class RMSNorm(nnx.Module):
         return _normalize(x, self.eps) * self.scale.get_value().astype(x.dtype)
 
 
-@functools.partial(jax.checkpoint, static_argnums=1)
+@functools.partial(jax.checkpoint, static_argnums=1, prevent_cse=False)
 def _normalize(x: jax.Array, eps: float) -> jax.Array:
     y = x.astype(jnp.float32)
     return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
@@ -191,7 +191,7 @@ class SwiGLU(nnx.Module):
         return self.down(_gated(gate, up))
 
 
-@jax.checkpoint
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
     """Return `silu(gate) * up`. The backward pass keeps only the inputs and recomputes silu."""
     return jax.nn.silu(gate) * up

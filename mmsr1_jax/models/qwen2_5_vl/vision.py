@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Float32, Int32
 
 from mmsr1_jax.config.choices import Attention
-from mmsr1_jax.models.attention import attention
+from mmsr1_jax.models.attention import attention, choose
 from mmsr1_jax.models.qwen2_5_vl.config import VisionConfig
 from mmsr1_jax.models.qwen2_5_vl.layers import Linear, RMSNorm, SwiGLU, rotate, scan_layers
 from mmsr1_jax.models.sharding import constrain
@@ -68,6 +68,17 @@ def window_order(grid: Sequence[int], config: VisionConfig) -> Int32[np.ndarray,
     blocks = windows.transpose(0, 1, 3, 2, 4).reshape(-1)
     slots = blocks[:, None] * unit + np.arange(unit)
     return np.where(blocks[:, None] < 0, -1, slots).reshape(-1).astype(np.int32)
+
+
+def window_ids(segment_ids: Int32[AnyArray, "B P"], window: int) -> Int32[jax.Array, "B P"]:
+    """Return the index of each patch's window in its row, from 1; 0 for padding.
+
+    Args:
+      segment_ids: int32[B, P], 0 for padding.
+      window: Number of patches of a window.
+    """
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32) // window + 1
+    return jnp.where(jnp.asarray(segment_ids) > 0, index, 0)
 
 
 def num_windows(grid: Sequence[int], config: VisionConfig) -> int:
@@ -157,8 +168,12 @@ class VisionAttention(nnx.Module):
         implementation: Attention,
     ) -> Float[jax.Array, "B P D"]:
         """Compute attention over each image if `full_attention`, else over each window."""
-        q, k, v = jnp.moveaxis(self.qkv(x), 2, 0)
+        q, k, v = (part.squeeze(2) for part in jnp.split(self.qkv(x), 3, axis=2))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if choose(implementation, q.shape[1], q.dtype, single_segment=False) == "splash":
+            # The kernel visits blocks of one window or image, as the ids say: no branches needed.
+            ids = jnp.where(full_attention, segment_ids, window_ids(segment_ids, window))
+            return self.out(attention(q, k, v, ids, causal=False, implementation=implementation))
 
         def over_image(q, k, v):
             return attention(q, k, v, segment_ids, causal=False, implementation=implementation)
