@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmsr1_jax.config.choices import Attention
-from mmsr1_jax.models import attention, gpu_paged_attention, paged_attention
+from mmsr1_jax.models import attention, gpu_paged_attention, paged_attention, sharding
 from mmsr1_jax.models.paged_attention import PagedRows
 from mmsr1_jax.rollout import sampler
 
@@ -60,8 +60,9 @@ def _attention_parity(tiny: bool) -> list[Measurement]:
     shapes = {"text": (2, 2048, 28, 4, 128, True), "vision": (2, 2048, 16, 16, 80, False)}
     if tiny:
         shapes = {"text": (2, 128, 4, 2, 32, True)}
+    of_gpu = ("cudnn", "triton", "mosaic") if sharding.is_hopper() else ("cudnn", "triton")
     kernels = {  # those that `attention.choose` may return for long rows
-        ("gpu", "bfloat16"): ("cudnn", "triton"),
+        ("gpu", "bfloat16"): of_gpu,
         ("tpu", "bfloat16"): ("splash",),
         ("tpu", "float32"): ("splash",),
     }
