@@ -5,7 +5,12 @@ from collections.abc import Sequence
 
 from mmsr1_jax.apps.plan.hlo import Array
 from mmsr1_jax.apps.plan.traffic import Kernel, KernelCost
-from mmsr1_jax.models import gpu_paged_attention, gpu_paged_prefill, paged_attention
+from mmsr1_jax.models import (
+    gpu_packed_attention,
+    gpu_paged_attention,
+    gpu_paged_prefill,
+    paged_attention,
+)
 
 _BLOCK = 512  # queries and keys of a block of the TPU kernel for rows without a cache
 # Products of [T, H] and [T, T] matrices in a kernel, by a part of its path: scores and output; with
@@ -16,12 +21,13 @@ _PRODUCTS = {
 }  # fmt: skip
 
 
-def attention_kernels(length: int = 0) -> dict[str, Kernel]:
+def attention_kernels(length: int = 0, image_patches: int = 0) -> dict[str, Kernel]:
     """Return the costs of the kernels of packed rows, for `traffic.measure`.
 
     Args:
       length: Tokens of a row of text, for which attention is causal; the kernels of other lengths
         are those of the vision tower.
+      image_patches: Patches of an image in the vision tower; 0: those of a row.
     """
 
     def cost(path: str, operands: Sequence[Array]) -> KernelCost:
@@ -43,7 +49,18 @@ def attention_kernels(length: int = 0) -> dict[str, Kernel]:
         streamed = 2 * q.bytes if "dkv" in path else (k.bytes + v.bytes) * q.size / k.size
         return KernelCost(once + streamed * (blocks - 1), flops)
 
-    return {"pallas_call": cost}
+    def packed(name: str) -> Kernel:
+        def cost(path: str, operands: Sequence[Array]) -> KernelCost:
+            q, k = operands[:2]  # [B, T, N, H], [B, T, K, H]
+            causal, K = length == q.shape[1], k.shape[2]
+            return KernelCost(
+                *gpu_packed_attention.kernel_cost(name, q.shape, K, causal, image_patches)
+            )
+
+        return cost
+
+    names = ("packed_forward", "packed_dq", "packed_dkv")
+    return {**{name: packed(name) for name in names}, "pallas_call": cost}
 
 
 def engine_kernels(filled: int) -> dict[str, Kernel]:

@@ -203,7 +203,7 @@ def trainer_programs(
     activations = needs.saved_activation_bytes(model, work, itemsize) / devices
     full = len(vision.full_attention_layers) / vision.num_layers
     common: dict[str, Any] = {
-        "kernels": kernels.attention_kernels(shape.length),
+        "kernels": kernels.attention_kernels(shape.length, work.image_patches),
         "branches": {"/cond": (1 - full, full)},  # windows, or the whole image
     }
     policy = frozenset([memory.POLICY])
