@@ -92,13 +92,13 @@ def test_images_equal_the_xla_implementation():
 
 @pytest.mark.proof
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("N, K, H", [(4, 2, 64), (6, 2, 128), (3, 3, 80), (2, 1, 32)])
+@pytest.mark.parametrize("N, K, H", [(4, 2, 64), (3, 1, 128), (2, 2, 80), (2, 1, 32)])
 @pytest.mark.parametrize("prefixes", [{}, {2: 1, 3: 1, 5: 4}])
 def test_all_layouts_equal_the_xla_implementation(N, K, H, causal, prefixes):
-    layouts = [(100, 156, 28, 128, 60), (512,), (1, 127, 128, 64, 190), (300, 1, 1, 1, 1)]
-    ids = np.stack([segments(512, *sizes) for sizes in layouts])
+    layouts = [(100, 28, 28, 64, 90), (1, 127, 128, 64, 64), (300, 1, 1, 1, 1)]
+    ids = np.stack([segments(384, *sizes) for sizes in layouts])
     prefix_ids = continued(ids, prefixes) if prefixes else None
-    assert_equal_to_xla(inputs(4, 512, N, K, H), ids, prefix_ids, causal)
+    assert_equal_to_xla(inputs(3, 384, N, K, H), ids, prefix_ids, causal)
 
 
 def test_the_output_is_that_of_the_formula():
