@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmsr1_jax.config.choices import Attention
-from mmsr1_jax.models import attention, gpu_paged_attention, paged_attention
+from mmsr1_jax.models import attention, gpu_paged_attention, paged_attention, sharding
 from mmsr1_jax.models.paged_attention import PagedRows
 from mmsr1_jax.rollout import sampler
 
@@ -60,8 +60,9 @@ def _attention_parity(tiny: bool) -> list[Measurement]:
     shapes = {"text": (2, 2048, 28, 4, 128, True), "vision": (2, 2048, 16, 16, 80, False)}
     if tiny:
         shapes = {"text": (2, 128, 4, 2, 32, True)}
+    of_gpu = ("cudnn", "triton", "mosaic") if sharding.is_hopper() else ("cudnn", "triton")
     kernels = {  # those that `attention.choose` may return for long rows
-        ("gpu", "bfloat16"): ("cudnn", "triton"),
+        ("gpu", "bfloat16"): of_gpu,
         ("tpu", "bfloat16"): ("splash",),
         ("tpu", "float32"): ("splash",),
     }
@@ -83,9 +84,9 @@ def _attention_program(implementation: Attention, causal: bool) -> Callable:
     Cached, so that the reference is compiled once for each shape.
     """
 
-    def output(q, k, v, weights, segment_ids):
+    def output(q, k, v, weights, segment_ids, prefix_ids):
         out = attention.attention(
-            q, k, v, segment_ids, causal=causal, implementation=implementation,
+            q, k, v, segment_ids, prefix_ids, causal=causal, implementation=implementation,
             single_segment=implementation == "cudnn",
         ).astype(jnp.float32)  # fmt: skip
         mask = (segment_ids != 0)[..., None, None]
@@ -108,12 +109,14 @@ def attention_difference(
     if name != "cudnn":  # which takes one segment
         ids[0, T // 3 :], ids[0, T // 2 :] = 2, 3
     ids[1, -T // 4 :] = 0
+    prefixes = None if name in ("cudnn", "triton") else np.where(ids == 3, 1, 0).astype(np.int32)
     weights = _uniform(rng, B, T, N, H, dtype=jnp.float32)
     exact = [x.astype(jnp.float32) for x in (q, k, v)]
     with precision("float32"):
-        expected, expected_gradients = _attention_program("xla", causal)(*exact, weights, ids)
+        reference = _attention_program("xla", causal)
+        expected, expected_gradients = reference(*exact, weights, ids, prefixes)
     with precision(dtype):
-        ours, gradients = _attention_program(name, causal)(q, k, v, weights, ids)
+        ours, gradients = _attention_program(name, causal)(q, k, v, weights, ids, prefixes)
     pairs = zip(gradients, expected_gradients, strict=True)
     relative = np.array([float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs])
     difference = float(jnp.abs(ours - expected).max())

@@ -2,10 +2,14 @@
 
 import dataclasses
 import functools
+import threading
+from collections.abc import Callable
 
 import jax
+import numpy as np
 import pytest
 from jax._src import literals
+from jax._src.pallas.mosaic.interpret import thread_map
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
 from mmsr1_jax.models import paged_attention
@@ -20,6 +24,42 @@ def interpret_tpu_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     # The interpreter asks constant indices for their shape, which they do not have.
     monkeypatch.setattr(literals.TypedInt, "shape", (), raising=False)
     jax.clear_caches()  # traces of `ragged_paged_attention` without the interpreter
+
+
+def compile_gpu_kernels_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile an interpreted kernel for NVIDIA GPUs once, not for every thread of each block."""
+    compiled, lock = {}, threading.Lock()
+
+    def run(jaxpr, consts, *args):
+        with lock:
+            if id(jaxpr) not in compiled:
+                program = jax.jit(lambda *arrays: jax.core.eval_jaxpr(jaxpr, *arrays))
+                compiled[id(jaxpr)] = jaxpr, program.lower(consts, *args).compile()
+        compiled[id(jaxpr)][1](consts, *args)
+
+    monkeypatch.setattr(thread_map, "_run_jaxpr", run)
+
+
+def one_device_at_a_time(kernel: Callable) -> Callable:
+    """Return a function that runs an interpreted GPU kernel on each device of a mesh in turn.
+
+    The interpreter cannot run several at once. The result is like the first argument.
+    """
+    lock = threading.Lock()
+
+    @functools.cache
+    def compiled(**options):
+        return jax.jit(functools.partial(kernel, **options))
+
+    def run(*arrays, **options):
+        with lock:
+            return np.asarray(compiled(**options)(*arrays))
+
+    def call(q, *arrays, **options):
+        result = jax.ShapeDtypeStruct(q.shape, q.dtype)
+        return jax.pure_callback(functools.partial(run, **options), result, q, *arrays)
+
+    return call
 
 
 def widen_random_policy() -> None:

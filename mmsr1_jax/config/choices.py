@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
-Attention = Literal["auto", "xla", "blockwise", "cudnn", "triton", "splash"]
+Attention = Literal["auto", "xla", "blockwise", "cudnn", "triton", "mosaic", "splash"]
 Workflow = Literal["on_demand", "rag", "direct", "agent"]
 Match = Literal["EM", "SubEM"]
 Advantage = Literal["grpo", "mean", "rloo"]

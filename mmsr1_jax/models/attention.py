@@ -18,9 +18,11 @@ another one, its prefix, which several segments may share: its queries see both.
 | `blockwise` | all    | [T, block]        | mask, block by block      | yes      |
 | `cudnn`     | GPU    | none              | single-segment rows only, padded at the end | no |
 | `triton`    | GPU    | none              | segment ids in the kernel | no       |
-| `splash`    | TPU    | none              | segment ids in the kernel | yes, see `models.splash` |
+| `mosaic`    | Hopper | none              | segment ids in the kernel | yes      |
+| `splash`    | TPU    | none              | segment ids in the kernel | yes      |
 
-`auto` selects by platform and shape, see `choose`.
+The kernels with prefixes are `models.gpu_packed_attention` and `models.splash`. `auto` selects by
+platform and shape, see `choose`.
 """
 
 import functools
@@ -39,7 +41,8 @@ from mmsr1_jax.utils.arrays import AnyArray
 # Up to this many keys, `xla` is the fastest on every platform and its scores are small.
 _MAX_XLA_KEYS = 1024
 _BLOCK = 512  # keys per step of `blockwise`; also the block size of the TPU kernel
-_ROW_MULTIPLE = {"triton": 64, "splash": 128}  # row lengths must be a multiple of this
+# Row lengths must be a multiple of this.
+_ROW_MULTIPLE = {"triton": 64, "mosaic": 128, "splash": 128}
 _MASKED = -1e30  # finite, so that a row with no visible key yields a mean, not NaN
 
 
@@ -86,9 +89,9 @@ def attention(
     if name in ("xla", "blockwise"):
         run = _xla if name == "xla" else _blockwise
         return run(q, k, v, (segment_ids, prefix_ids), causal)
-    kernel = {"cudnn": _cudnn, "triton": _triton, "splash": _splash}[name]
+    kernels = {"cudnn": _cudnn, "triton": _triton, "mosaic": _mosaic, "splash": _splash}
     ids = (segment_ids,) if prefix_ids is None else (segment_ids, prefix_ids)
-    return _per_device(functools.partial(kernel, causal=causal), q, k, v, *ids)
+    return _per_device(functools.partial(kernels[name], causal=causal), q, k, v, *ids)
 
 
 def choose(implementation: str, keys: int, dtype: DTypeLike, single_segment: bool) -> str:
@@ -96,7 +99,7 @@ def choose(implementation: str, keys: int, dtype: DTypeLike, single_segment: boo
     if implementation not in ATTENTION:
         raise UserError(f"attention: {implementation!r} is not one of {', '.join(ATTENTION)}")
     if implementation == "cudnn" and not single_segment:
-        raise UserError("attention: cudnn cannot keep packed segments apart; use triton")
+        raise UserError("attention: cudnn cannot keep packed segments apart; use triton or mosaic")
     if keys % _ROW_MULTIPLE.get(implementation, 1):
         raise UserError(
             f"attention: {implementation} needs rows of a multiple of "
@@ -110,6 +113,9 @@ def choose(implementation: str, keys: int, dtype: DTypeLike, single_segment: boo
         return "xla"
     if platform == "gpu" and half and single_segment:
         return "cudnn"
+    on_hopper = sharding.is_hopper() and jnp.dtype(dtype) == jnp.bfloat16
+    if on_hopper and keys % _ROW_MULTIPLE["mosaic"] == 0:
+        return "mosaic"
     if platform == "gpu" and half and keys % _ROW_MULTIPLE["triton"] == 0:
         return "triton"
     if platform == "tpu" and keys % _BLOCK == 0:
@@ -329,6 +335,12 @@ def _triton(q, k, v, segment_ids, *, causal: bool, interpret: bool = False):
         q, k, v, segment_ids, sm_scale=q.shape[-1] ** -0.5, causal=causal, block_sizes=sizes,
         interpret=interpret,
     )  # fmt: skip
+
+
+def _mosaic(q, k, v, segment_ids, prefix_ids=None, *, causal: bool, interpret: bool = False):
+    from mmsr1_jax.models import gpu_packed_attention as packed  # Pallas takes long to import
+
+    return packed.attention(q, k, v, segment_ids, prefix_ids, causal=causal, interpret=interpret)
 
 
 def _splash(q, k, v, segment_ids, prefix_ids=None, *, causal: bool, interpret: bool = False):

@@ -100,23 +100,17 @@ def _kernel(
     def _():
         plgpu.set_max_registers(40, action="decrease")
 
-        @pl.loop(0, steps + _STEPS)
-        def _(step):
-            slot, depth = step % _STEPS, pl.ds(step * _DEPTH, _DEPTH)
+        def copy(step, slot):
+            depth = pl.ds(step * _DEPTH, _DEPTH)
+            for source, start, size, tiles in (
+                (x, row, _ROWS, x_smem),
+                (gate, column, _COLUMNS, gate_smem),
+                (up, column, _COLUMNS, up_smem),
+            ):
+                tile = source.at[pl.ds(start, size), depth]
+                plgpu.copy_gmem_to_smem(tile, tiles.at[slot], filled.at[slot])
 
-            @pl.when(step >= _STEPS)
-            def _():
-                plgpu.barrier_wait(emptied.at[slot])
-
-            @pl.when(step < steps)
-            def _():
-                for source, start, size, tiles in (
-                    (x, row, _ROWS, x_smem),
-                    (gate, column, _COLUMNS, gate_smem),
-                    (up, column, _COLUMNS, up_smem),
-                ):
-                    tile = source.at[pl.ds(start, size), depth]
-                    plgpu.copy_gmem_to_smem(tile, tiles.at[slot], filled.at[slot])
+        mosaic_gpu.fill_slots(steps, [emptied], [copy])
 
     @pl.when(warpgroup < _WARPGROUPS)
     def _():

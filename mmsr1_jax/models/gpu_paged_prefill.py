@@ -123,11 +123,13 @@ def _kernel(
             plgpu.set_max_registers(40, action="decrease")
         kv_head = head // (2 * q.shape[2] // kv.shape[1])
 
-        @pl.loop(0, steps + _STEPS)
-        def _(step):
-            for kind in range(2):
-                _copy(kv, table, row, 2 * kv_head + kind, step, steps, kv_smem[kind], filled[kind],
-                      emptied[kind])  # fmt: skip
+        copies = [
+            functools.partial(
+                _copy, kv, table, row, 2 * kv_head + kind, slots=kv_smem[kind], filled=filled[kind]
+            )
+            for kind in range(2)
+        ]
+        mosaic_gpu.fill_slots(steps, emptied, copies)
 
     @pl.when(warpgroup < warpgroups)
     def _():
@@ -156,18 +158,11 @@ def _kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
-def _copy(kv, table, row, index, step, steps, slots, filled, emptied) -> None:
-    """Copy the keys or values of a step, once its slot has been read."""
-    slot, page = step % _STEPS, kv.shape[2]
-
-    @pl.when(step >= _STEPS)
-    def _():
-        plgpu.barrier_wait(emptied.at[slot])
-
-    @pl.when(step < steps)
-    def _():
-        for offset in range(0, _KEYS, _COPY):
-            token = step * _KEYS + offset
-            which = table[row, jnp.minimum(token // page, table.shape[1] - 1)]
-            source = kv.at[which, index, pl.ds(token % page, _COPY)]
-            plgpu.copy_gmem_to_smem(source, slots.at[slot, pl.ds(offset, _COPY)], filled.at[slot])
+def _copy(kv, table, row, index, step, slot, *, slots, filled) -> None:
+    """Copy the keys or values of a step to a slot."""
+    page = kv.shape[2]
+    for offset in range(0, _KEYS, _COPY):
+        token = step * _KEYS + offset
+        which = table[row, jnp.minimum(token // page, table.shape[1] - 1)]
+        source = kv.at[which, index, pl.ds(token % page, _COPY)]
+        plgpu.copy_gmem_to_smem(source, slots.at[slot, pl.ds(offset, _COPY)], filled.at[slot])

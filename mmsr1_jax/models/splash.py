@@ -51,7 +51,7 @@ def attention(
     q = q.reshape(B, T, K, N // K, -1).transpose(0, 2, 3, 1, 4)
     k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
     seen = (segment_ids,) if prefix_ids is None else (segment_ids, prefix_ids)
-    out = _attend(q, k, v, seen, causal, interpret)
+    out: Any = _attend(q, k, v, seen, causal, interpret)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)[..., :H].astype(v.dtype)
 
 

@@ -15,6 +15,7 @@ from mmsr1_jax.scripts import random_policy
 
 MODEL = random_policy.CONFIG
 COMPILERS = {"v5e:2x2": ("libtpu",), "h100:1x1": ("jax_cuda12_plugin", "jax_cuda13_plugin")}
+VISIBLE = kernels.Visible(length=8192, image_patches=4608, image_keys=1000.0)
 
 
 def config(**rollout):
@@ -118,7 +119,7 @@ def test_load_reads_the_trainers_parameters_and_writes_those_of_an_engine():
 
 def test_the_tpu_kernel_fetches_whole_blocks_once_per_block_of_queries():
     pages, table = Array("bf16", (3073, 128, 2, 128)), Array("s32", (48, 64))
-    kernel = kernels.engine_kernels(4096, 4608)["ragged_paged_attention"]
+    kernel = kernels.engine_kernels(4096, VISIBLE)["ragged_paged_attention"]
     token = 2 * 128 * 2
     one = kernel("", [Array("s32", (48,)), table, Array("bf16", (48, 7, 128), 1), pages])
     assert one.bytes == 48 * 9 * 512 * token  # 4,097 tokens; queries are on the chip
@@ -132,7 +133,10 @@ def test_the_packed_tpu_kernel_visits_blocks_of_one_segment():
     q, kv = Array("bf16", (4, 7, 8192, 128)), Array("bf16", (4, 8192, 128))
     ids = [Array("s32", (8192, 128)), Array("s32", (8, 8192))]
     path, pairs = "splash_mqa_fwd_segmented_residuals/pallas_call", 28 * 8192 * 8192 / 2
-    once, both = (kernels.attention_kernels(1000.0, n)["pallas_call"] for n in (1, 2))
+    once, both = (
+        kernels.attention_kernels(dataclasses.replace(VISIBLE, parts=n))["pallas_call"]
+        for n in (1, 2)
+    )
     text = [q, kv, kv, *ids, Array("s32", (8192, 128))]
     assert once(path, text).flops == 2 * 2 * 128 * pairs
     assert both(path, text).flops == 2 * 2 * 128 * pairs / 2  # each of two runs
@@ -147,14 +151,14 @@ def test_the_packed_tpu_kernel_visits_blocks_of_one_segment():
 
 def test_the_gated_product_counts_both_products():
     x, weights = Array("bf16", (1024, 3584)), Array("bf16", (18944, 3584))
-    cost = kernels.engine_kernels(4096, 4608)["gated_linear"]("", [x, weights, weights])
+    cost = kernels.engine_kernels(4096, VISIBLE)["gated_linear"]("", [x, weights, weights])
     assert cost.flops == 2 * 2 * 1024 * 3584 * 18944
     assert cost.bytes == 2 * (1024 * 3584 + 2 * 18944 * 3584 + 1024 * 18944)
 
 
 def test_the_gpu_kernel_fetches_filled_blocks_and_writes_partial_sums():
     q, pages = Array("bf16", (48, 2, 8, 128)), Array("bf16", (3073, 4, 128, 128))
-    kernel = kernels.engine_kernels(4096, 4608)["paged_decode"]
+    kernel = kernels.engine_kernels(4096, VISIBLE)["paged_decode"]
     cost = kernel("", [q, pages, Array("s32", (48, 64)), Array("s32", (48,))])
     fetched = 48 * 4 * (4096 + 64) * 128 * 2
     sums = 48 * 5 * 2 * 8 * (128 + 2) * 4  # five thread blocks of 1,024 tokens a row

@@ -14,6 +14,7 @@ from mmsr1_jax.models import attention as attention_module
 from mmsr1_jax.models import sharding
 from mmsr1_jax.processing.batching import Bucket, make_rows
 from mmsr1_jax.scripts import random_policy
+from tests import kernels
 from tests.reference import random_conversation, variant
 
 BUCKET = Bucket(length=96, windows=6, rows=8)
@@ -95,6 +96,26 @@ def test_kernels_run_on_each_device(name, shape, monkeypatch):
     np.testing.assert_allclose(ours, expected, atol=2e-5)
 
 
+def test_the_kernel_for_hopper_runs_on_each_device(monkeypatch):
+    """Four devices share two kv heads; rollouts continue prompts."""
+    kernels.compile_gpu_kernels_once(monkeypatch)
+    kernel = functools.partial(attention_module._mosaic, interpret=True)
+    monkeypatch.setattr(attention_module, "_mosaic", kernels.one_device_at_a_time(kernel))
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 128, n, 32)), jnp.bfloat16) for n in (4, 2, 2))
+    ids = np.repeat(np.arange(1, 5, dtype=np.int32), 32)[None].repeat(2, axis=0)
+    prefixes = np.where(ids == 3, 1, 0).astype(np.int32)
+    prefixes[1] = 0
+    run = functools.partial(attention_module.attention, causal=True)
+    exact = (x.astype(jnp.float32) for x in (q, k, v))
+    expected = run(*exact, ids, prefixes, implementation="xla")
+    mesh = sharding.make_mesh(1, 2, 4)
+    with jax.set_mesh(mesh):
+        sharded = jax.jit(functools.partial(run, implementation="mosaic"))
+        ours = sharded(*sharding.shard_batch((q, k, v, ids, prefixes), mesh))
+    np.testing.assert_allclose(ours.astype(jnp.float32), expected, atol=2e-2)
+
+
 def test_batch_and_parameters_are_sharded():
     mesh = sharding.make_mesh(1, 4, 2)
     logprobs, gradient = run_on(mesh, CONFIGS["kv heads 2"])
@@ -139,3 +160,16 @@ def test_the_platform_is_that_of_the_mesh():
     with jax.sharding.use_abstract_mesh(mesh):
         assert sharding.platform() == "tpu"
         assert attention_module.choose("auto", 8192, jnp.dtype(jnp.bfloat16), False) == "splash"
+
+
+@pytest.mark.parametrize("kind, packed", [("NVIDIA H100 80GB HBM3", "mosaic"), ("A100", "triton")])
+def test_gpus_use_the_kernels_of_their_generation(kind, packed):
+    gpu = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((8,), ("fsdp",), abstract_device=gpu)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert attention_module.choose("auto", 8192, jnp.bfloat16, False) == packed
+        assert attention_module.choose("auto", 8192, jnp.bfloat16, True) == "cudnn"
+        assert attention_module.choose("auto", 8192 + 64, jnp.bfloat16, False) == "triton"
+        assert attention_module.choose("auto", 8192, jnp.float16, False) == "triton"
+        shares = attention_module.supports_prefixes("auto", 8192, jnp.bfloat16)
+        assert shares == (packed == "mosaic")

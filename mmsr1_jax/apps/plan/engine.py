@@ -65,8 +65,9 @@ def engine_programs(
       mesh: Mesh of the trainer, whose parameters are loaded.
       engine: Programs of the engine (`make_engine`).
     """
-    image_keys = needs.image_keys(model, needs.image_patches(config.images, model))
-    costs = kernels.engine_kernels(filled_tokens(config), image_keys)
+    image = needs.image_patches(config.images, model)
+    visible = kernels.Visible(image_patches=image, image_keys=needs.image_keys(model, image))
+    costs = kernels.engine_kernels(filled_tokens(config), visible)
     result = []
     for call in engine.calls():
         kind = call.name.partition(" ")[0]

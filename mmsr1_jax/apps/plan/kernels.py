@@ -1,11 +1,17 @@
 """Costs of the kernels that state none: attention, paged attention and the gated product."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
 from mmsr1_jax.apps.plan.hlo import Array
 from mmsr1_jax.apps.plan.traffic import Kernel, KernelCost
-from mmsr1_jax.models import gpu_paged_attention, gpu_paged_prefill, paged_attention
+from mmsr1_jax.models import (
+    gpu_packed_attention,
+    gpu_paged_attention,
+    gpu_paged_prefill,
+    paged_attention,
+)
 
 _BLOCK = 512  # queries and keys of a block of the TPU kernel for rows without a cache
 # Products of [T, H] and [T, T] matrices in a kernel, by a part of its path: scores and output; with
@@ -16,16 +22,31 @@ _PRODUCTS = {
 }  # fmt: skip
 
 
-def attention_kernels(image_keys: float, parts: int = 1) -> dict[str, Kernel]:
-    """Return the costs of the kernels of packed rows, for `traffic.measure`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Visible:
+    """What the tokens and patches of packed rows see, on which the cost of their kernels depends.
 
     Rows of text are causal, and hold one segment, or a prompt and one segment that continues it: no
     others have more pairs of tokens that see each other. Those of the vision tower are not causal.
 
-    Args:
-      image_keys: Number of patches that a patch sees in the vision tower, mean over the layers.
-      parts: Number of runs that compute a row of text: 2 with prefixes.
+    Attributes:
+      length: Number of tokens of a row of text; 0: there are none.
+      parts: Number of runs of the TPU kernel that compute a row of text: 2 with prefixes.
+      image_patches: Number of patches of an image.
+      image_keys: Number of patches that a patch sees, mean over the layers of the vision tower.
     """
+
+    length: int = 0
+    parts: int = 1
+    image_patches: int
+    image_keys: float
+
+
+def attention_kernels(visible: Visible) -> dict[str, Kernel]:
+    """Return the costs of the kernels of packed rows, for `traffic.measure`."""
+
+    def is_text(path: str, T: int) -> bool:
+        return visible.length == T and "/cond" not in path
 
     def cost(path: str, operands: Sequence[Array]) -> KernelCost:
         matrices = [a for a in operands if len(a.shape) >= 3 and a.dtype in ("bf16", "f32")]
@@ -37,29 +58,43 @@ def attention_kernels(image_keys: float, parts: int = 1) -> dict[str, Kernel]:
         T = q.shape[-2] if is_splash else q.shape[1]  # [K, N / K, T, H], or [B, T, N, H]
         if not is_splash:  # on a GPU the L2 cache holds what is read again
             # The loops of the kernel know causality, but not the segments.
-            visible = 1.0 if "/cond" in path else 0.5
-            return KernelCost(once, 2.0 * products * q.size * T * visible)
+            share = 0.5 if is_text(path, T) else 1.0
+            return KernelCost(once, 2.0 * products * q.size * T * share)
         indices = [a for a in operands if len(a.shape) == 2 and a.dtype == "s32"]
-        is_causal = len(indices) == 3  # ids of queries and of keys, and the order of queries
-        visible = 0.5 / parts if is_causal else min(1.0, (image_keys + _BLOCK) / T)
+        share = min(1.0, (visible.image_keys + _BLOCK) / T)
+        if len(indices) == 3:  # ids of queries and of keys, and the order of queries: causal
+            share = 0.5 / visible.parts
         if "_fwd_" in path and "no_residuals" not in path:
             once += 4.0 * q.size  # the log-sum-exp, in all lanes
         # Each block of queries fetches the blocks of k and v that it sees, for each query head (or
         # each block of keys those of q and its output's gradient).
         k, v = matrices[1:3]
-        blocks = max(1.0, math.ceil(T / _BLOCK) * visible)
+        blocks = max(1.0, math.ceil(T / _BLOCK) * share)
         streamed = 2 * q.bytes if "dkv" in path else (k.bytes + v.bytes) * q.size / k.size
-        return KernelCost(once + streamed * (blocks - 1), 2.0 * products * q.size * T * visible)
+        return KernelCost(once + streamed * (blocks - 1), 2.0 * products * q.size * T * share)
 
-    return {"pallas_call": cost}
+    def packed(name: str) -> Kernel:
+        def cost(path: str, operands: Sequence[Array]) -> KernelCost:
+            q, k = operands[:2]  # [B, T, N, H], [B, T, K, H]
+            causal = is_text(path, q.shape[1])
+            return KernelCost(
+                *gpu_packed_attention.kernel_cost(
+                    name, q.shape, k.shape[2], causal, visible.image_patches
+                )
+            )
+
+        return cost
+
+    names = ("packed_forward", "packed_dq", "packed_dkv")
+    return {**{name: packed(name) for name in names}, "pallas_call": cost}
 
 
-def engine_kernels(filled: int, image_keys: float) -> dict[str, Kernel]:
+def engine_kernels(filled: int, visible: Visible) -> dict[str, Kernel]:
     """Return the costs of the kernels of an engine's programs, for `traffic.measure`.
 
     Args:
       filled: Number of tokens of each row's lane before the new ones.
-      image_keys: See `attention_kernels`.
+      visible: What the patches of images see.
     """
 
     def ragged(path: str, operands: Sequence[Array]) -> KernelCost:
@@ -88,5 +123,5 @@ def engine_kernels(filled: int, image_keys: float) -> dict[str, Kernel]:
     return {
         "ragged_paged_attention": ragged, "paged_decode": paged_decode,
         "paged_prefill": paged_prefill, "gated_linear": gated_linear,
-        **attention_kernels(image_keys),
+        **attention_kernels(visible),
     }  # fmt: skip

@@ -202,10 +202,12 @@ def trainer_programs(
     weights = sum(needs.multiplied_weights(model).values()) * itemsize / mesh.shape["tensor"]
     activations = needs.saved_activation_bytes(model, work, itemsize) / devices
     full = len(vision.full_attention_layers) / vision.num_layers
+    visible = kernels.Visible(
+        length=shape.length, parts=1 + shape.shares_prompts, image_patches=image_patches,
+        image_keys=needs.image_keys(model, image_patches),
+    )  # fmt: skip
     common: dict[str, Any] = {
-        "kernels": kernels.attention_kernels(
-            needs.image_keys(model, image_patches), parts=1 + shape.shares_prompts
-        ),
+        "kernels": kernels.attention_kernels(visible),
         "branches": {"/cond": (1 - full, full)},  # windows, or the whole image
     }
     policy = frozenset([memory.POLICY])
