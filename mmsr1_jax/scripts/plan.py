@@ -69,11 +69,8 @@ def make_plan(
         *programs.trainer_programs(config, shape, mesh, learner),
     ]
     selected = select(all_programs, names)
-    run = {
-        "config": dataclasses.asdict(config), "model": dataclasses.asdict(shape),
-        "target": target.name,
-    }  # fmt: skip
-    cache = figures.FigureCache(directory, run)
+    run = {"config": dataclasses.asdict(config), "model": dataclasses.asdict(shape)}
+    cache = figures.FigureCache(directory, target, run)
     calibration = figures.calibrate(target, cache)
     results = []
     for program in selected:
