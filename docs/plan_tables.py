@@ -35,8 +35,11 @@ def tables(plans: dict[str, dict]) -> str:
         limit = plan["phases"][0]["limit"] / _GIB
         cache = plan["cache"]
         largest = f"`{cache['setting']}={cache['largest']}`" if cache["largest"] else "none fits"
+        lanes = str(cache["most_lanes"])
+        if cache["largest"] is None:  # programs are missing
+            largest, lanes = "", ""
         phases = [_phase(phase) for phase in plan["phases"]]
-        rows.append(_row([f"{name}: {limit:.1f}", *phases, largest, str(cache["most_lanes"])]))
+        rows.append(_row([f"{name}: {limit:.1f}", *phases, largest, lanes]))
     return "\n\n".join([*blocks, "Memory of each phase of a step:", "\n".join(rows)])
 
 
@@ -66,6 +69,8 @@ def _program(program: dict) -> str:
 
 def _phase(phase: dict) -> str:
     size = f"{phase['bytes'] / _GIB:.1f}"
+    if phase["fits"] is None:
+        return "not compiled"
     return f"{size} fits" if phase["fits"] else f"**{size}**: {phase['advice']}"
 
 

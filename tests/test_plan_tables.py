@@ -44,6 +44,14 @@ def test_the_tables_stand_between_the_markers_and_the_rest_of_the_page_stays(tmp
         assert "| `b` on h100:1x8: 5.0 | **4.0**: rollout.lanes=3 |" in text
 
 
+def test_a_phase_without_its_programs_has_no_verdict():
+    partial = plan()
+    partial["phases"][0]["fits"] = partial["cache"]["largest"] = partial["cache"]["most_lanes"] = (
+        None
+    )
+    assert "| `a`: 5.0 | not compiled |  |  |" in SCRIPT["tables"]({"`a`": partial})
+
+
 def test_a_page_without_markers_is_left_alone():
     with pytest.raises(ValueError, match="must have the lines"):
         SCRIPT["replace"]("no markers", "text")

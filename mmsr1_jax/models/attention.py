@@ -171,39 +171,48 @@ def _xla(q, k, v, segments, causal: bool):
     return out.swapaxes(1, 2)
 
 
-def _weights(q, k, segments, causal: bool):
-    """Return the attention weights of one row, float32[N, T, S]."""
-    index = jnp.arange(q.shape[1])
-    visible = _visible(segments, segments[0], index, index, causal)
-    scores = jnp.einsum("nth,nsh->nts", q, k, preferred_element_type=jnp.float32)
-    return jax.nn.softmax(jnp.where(visible, scores * q.shape[-1] ** -0.5, _MASKED), axis=-1)
-
-
 def _row_output(q, k, v, segments, causal: bool) -> jax.Array:
-    """Compute attention of one row; q, k, v: [N, T, H] -> [N, T, H].
+    """Compute attention of one row; q, k, v: [N, T, H] -> [N, T, H]."""
+    return _row_attention_forward(q, k, v, segments, causal)[0]
 
-    The backward pass recomputes the scores instead of storing them (FlashAttention, arXiv
-    2205.14135, appendix B.2).
-    """
-    weights = _weights(q, k, segments, causal)
-    return jnp.einsum("nts,nsh->nth", weights.astype(v.dtype), v)
+
+def _row_mask(segments, causal: bool) -> jax.Array:
+    """Return the attention mask of a row, bool[T, T]."""
+    index = jnp.arange(segments[0].shape[0])
+    return _visible(segments, segments[0], index, index, causal)
 
 
 def _row_attention_forward(q, k, v, segments, causal):
-    return _row_output(q, k, v, segments, causal), (q, k, v, segments)
+    scores = jnp.einsum("nth,nsh->nts", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(_row_mask(segments, causal), scores * q.shape[-1] ** -0.5, _MASKED)
+    largest = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - largest)
+    total = weights.sum(axis=-1, keepdims=True)
+    out = jnp.einsum("nts,nsh->nth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = (out / total).astype(v.dtype)
+    return out, (q, k, v, segments, out, (largest + jnp.log(total))[..., 0])
 
 
 def _row_attention_backward(causal, saved, g):
-    q, k, v, segments = saved
-    weights = _weights(q, k, segments, causal)
-    d_weights = jnp.einsum("nth,nsh->nts", g, v, preferred_element_type=jnp.float32)
-    d_scores = weights * (d_weights - (weights * d_weights).sum(axis=-1, keepdims=True))
-    weights, d_scores = weights.astype(v.dtype), d_scores.astype(q.dtype)
+    """Compute the gradients from scores that are computed again instead of stored.
+
+    FlashAttention, arXiv 2205.14135, appendix B.2. Scores are transposed, keys by queries, so that
+    the gradients of keys and values are plain products.
+    """
+    q, k, v, segments, out, logsumexp = saved
     scale = q.shape[-1] ** -0.5
+    scores = jnp.einsum("nsh,nth->nst", k, q, preferred_element_type=jnp.float32) * scale
+    scores = jnp.where(_row_mask(segments, causal).T, scores, _MASKED)
+    weights = jnp.exp(scores - logsumexp[:, None])
+    delta = (out.astype(jnp.float32) * g.astype(jnp.float32)).sum(axis=-1)
+    d_weights = jnp.einsum("nsh,nth->nst", v, g, preferred_element_type=jnp.float32)
+    d_scores = (weights * (d_weights - delta[:, None])).astype(q.dtype)
+    dk = jnp.einsum("nst,nth->nsh", d_scores, q) * scale
+    dv = jnp.einsum("nst,nth->nsh", weights.astype(v.dtype), g)
+    d_scores = d_scores.swapaxes(1, 2)
+    if sharding.platform() == "cpu":  # XLA's product of a transposed operand takes longer there
+        d_scores = jax.lax.optimization_barrier(d_scores)
     dq = jnp.einsum("nts,nsh->nth", d_scores, k) * scale
-    # Computed transposed, then swapped: twice as fast in XLA's CPU backend.
-    dk = jnp.einsum("nts,nth->nhs", d_scores, q).swapaxes(1, 2) * scale
-    dv = jnp.einsum("nts,nth->nhs", weights, g).swapaxes(1, 2)
     return dq, dk, dv, None
 
 

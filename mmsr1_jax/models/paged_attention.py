@@ -30,6 +30,7 @@ from mmsr1_jax.models import sharding
 from mmsr1_jax.utils.arrays import AnyArray
 
 _MASKED = -1e30  # finite, so that a row with no visible key yields a mean, not NaN
+PAGE_LOOP = "page_loop"  # name of the loop over pages in a compiled program
 _CPU_ROWS = 4  # rows that the XLA form computes at a time on a CPU
 # Block sizes of the TPU kernel, pinned: its own defaults depend on the numbers of rows and pages.
 _TPU_BLOCK_TOKENS = 512  # keys of a block
@@ -249,6 +250,7 @@ def _xla(q, pages, rows: PagedRows) -> jax.Array:
     zero = jnp.zeros((*q.shape[:3], 1), jnp.float32)
     carry = (zero + _MASKED, zero, jnp.zeros(q.shape, jnp.float32))
     filled = jnp.max(jnp.where(rows.count > 0, rows.start + rows.count, 1))
-    _, total, o = jax.lax.fori_loop(0, (filled + size - 1) // size, step, carry)
+    with jax.named_scope(PAGE_LOOP):
+        _, total, o = jax.lax.fori_loop(0, (filled + size - 1) // size, step, carry)
     o = (o / total).astype(q.dtype).reshape(B, K, heads_per_kv, T, H)
     return o.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float32, Int32, Key
 
 from mmsr1_jax.utils.arrays import AnyArray
 
+THRESHOLD_SEARCH = "threshold_search"  # name of the loop of `least_likely` in a compiled program
+
 
 class Sampling(flax.struct.PyTreeNode):
     """Sampling parameters of B rows.
@@ -245,7 +247,8 @@ def least_likely(
 
     # Round 0 is top-k, round 1 is top-p.
     first, end = jnp.where(use_k.any(), 0, 1), jnp.where(use_p.any(), 2, 1)
-    return jax.lax.fori_loop(first, end, search, jnp.full(B, -jnp.inf, jnp.float32))
+    with jax.named_scope(THRESHOLD_SEARCH):
+        return jax.lax.fori_loop(first, end, search, jnp.full(B, -jnp.inf, jnp.float32))
 
 
 def _float_of_rank(rank: jax.Array) -> jax.Array:

@@ -10,7 +10,8 @@ without --model it is `config.run.model`. An engine has the first `mesh.tensor` 
 
 Prints what each program holds, moves and computes beside what it needs, a lower bound and an
 estimate of its time; then the memory of each phase of a step with a verdict, and the setting to
-change if it does not fit. Figures are cached in DIR, so that an interrupted plan resumes.
+change if it does not fit. A phase has no verdict if --programs leaves out one of its programs.
+Figures are cached in DIR, so that an interrupted plan resumes.
 """
 
 import dataclasses
@@ -69,11 +70,8 @@ def make_plan(
         *programs.trainer_programs(config, shape, mesh, learner),
     ]
     selected = select(all_programs, names)
-    run = {
-        "config": dataclasses.asdict(config), "model": dataclasses.asdict(shape),
-        "target": target.name,
-    }  # fmt: skip
-    cache = figures.FigureCache(directory, run)
+    run = {"config": dataclasses.asdict(config), "model": dataclasses.asdict(shape)}
+    cache = figures.FigureCache(directory, target, run)
     calibration = figures.calibrate(target, cache)
     results = []
     for program in selected:
@@ -83,13 +81,14 @@ def make_plan(
     compiled = [f.name for f in results if not f.problem]
     extra = memory.phase_extras(config, learner, state, compiled)
     footprints = [f.footprint(program) for f, program in zip(results, selected, strict=True)]
+    missing = {p.phase for p in select(all_programs, []) if p not in selected}
     return Plan(
         target=target,
         model=model,
         calibration=calibration,
         programs=results,
         phases=memory.phases(
-            state, footprints, target.chip.memory, extra, memory.absent_state(config)
+            state, footprints, target.chip.memory, extra, memory.absent_state(config), missing
         ),
         cache=memory.cache_size(config, rollout),
         filled=engine.filled_tokens(config),

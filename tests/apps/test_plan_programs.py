@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmsr1_jax.apps.plan import figures, memory, needs, programs, traffic
+from mmsr1_jax.apps.plan import figures, memory, needs, parts, programs, targets, traffic
 from mmsr1_jax.apps.plan.engine import make_engine
 from mmsr1_jax.apps.plan.estimate import Calibration
 from mmsr1_jax.apps.plan.targets import CHIPS, Target
 from mmsr1_jax.config import settings
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.models import qwen2_5_vl, sharding
+from mmsr1_jax.models.qwen2_5_vl import output_head
 from mmsr1_jax.models.qwen2_5_vl.checkpoint import abstract_model
 from mmsr1_jax.rl.packing import RowShape
 from mmsr1_jax.scripts import random_policy
@@ -90,6 +91,58 @@ def test_a_backward_pass_costs_two_forward_passes_where_weights_are_trained():
     lora = settings.Update(lora_rank=8)
     expected = 3 * total - 2 * vision - parts["text"] - parts["head"]
     assert needs.gradient_flops(MODEL, work, lora) == pytest.approx(expected)
+
+
+def test_with_full_rematerialisation_what_has_a_backward_pass_is_computed_again():
+    """Products of N weights and T tokens then cost 8 N T."""
+    work = needs.Work(rows=1, length=64, patches=64, image_patches=64, columns=64)
+    parts = needs.forward_flops(MODEL, work)
+    vision = parts["vision"] + parts["vision attention"]
+    update, total = settings.Update(), sum(parts.values())
+
+    def recomputed(remat):
+        return needs.recomputed_flops(MODEL, work, update, remat)
+
+    assert needs.gradient_flops(MODEL, work, update) + recomputed("full") == pytest.approx(
+        4 * total
+    )
+    # The logits are never kept.
+    assert recomputed("none") == recomputed("dots") == parts["head"]
+    update.freeze_vision = True
+    assert recomputed("full") == pytest.approx(total - vision)
+
+
+def gradient_costs():
+    """Return the costs of the gradient of a micro-batch on eight devices."""
+    program = trainer_programs(config(model={"remat": "full", "logprob_chunk": 16}))["gradient"]
+    text = program.lower().compile().as_text()
+    return traffic.measure(text, kernels=program.kernels, branches=program.branches)
+
+
+def test_the_parts_of_a_gradient_are_those_of_both_passes():
+    costs = gradient_costs()
+    by_name = {part.name: part for part in parts.by_part(costs, [1.0] * len(costs.instructions))}
+    assert list(by_name) == ["vision", "text", "log_probs", "other"]
+    work = needs.Work(rows=1, length=64, patches=128, image_patches=128, columns=64)
+    flops = needs.forward_flops(MODEL, work)
+    # Forward, forward again but for each layer's last product, and gradients by activations and
+    # weights. XLA computes all pairs of tokens.
+    assert 3.5 < by_name["text"].flops / (flops["text"] + 2 * flops["text attention"]) < 4
+    assert by_name["log_probs"].flops == 4 * flops["head"]
+    assert by_name["other"].flops == 0
+    assert sum(part.bytes for part in by_name.values()) == pytest.approx(costs.bytes)
+    assert sum(part.seconds for part in by_name.values()) == len(costs.instructions)
+    assert by_name["other"].bytes < 0.05 * costs.bytes  # the sum of gradients
+    assert parts.by_part(traffic.Traffic((), (), ()), []) == ()
+
+
+def test_the_head_is_gathered_once_for_both_passes(monkeypatch):
+    table = MODEL.text.vocab_size, MODEL.text.hidden_size
+    assert gradient_costs().gathers(table) == 1
+
+    # A table that stays sharded is gathered in each pass.
+    monkeypatch.setattr(output_head, "constrain", lambda x, *axes: x)
+    assert gradient_costs().gathers(table) != 1
 
 
 @pytest.mark.parametrize(
@@ -170,9 +223,9 @@ def test_score_belongs_to_a_run_only_if_something_reads_the_log_probs():
     assert "score" not in trainer_programs(config(objective={"kl_coef": 0.0}))
 
 
-def test_figures_come_from_the_cache_unless_something_changed(tmp_path):
+def test_figures_come_from_the_cache_unless_something_changed(tmp_path, monkeypatch):
     program = trainer_programs(config())["step"]
-    cache = figures.FigureCache(tmp_path, {"config": 1})
+    cache = figures.FigureCache(tmp_path, target(), {"config": 1})
     first = figures.compile_figures(program, target(), CALIBRATION, cache)
     assert first.argument_bytes > 0 and first.moved_bytes >= 0.9 * first.needed_bytes > 0
     assert first.bound_seconds <= first.seconds
@@ -182,9 +235,54 @@ def test_figures_come_from_the_cache_unless_something_changed(tmp_path):
 
     again = dataclasses.replace(program, lower=fail)
     assert figures.compile_figures(again, target(), CALIBRATION, cache) == first
-    other = figures.FigureCache(tmp_path, {"config": 2})
-    with pytest.raises(AssertionError, match="compiled again"):
-        figures.compile_figures(again, target(), CALIBRATION, other)
+
+    def compiles(cache):
+        with pytest.raises(AssertionError, match="compiled again"):
+            figures.compile_figures(again, target(), CALIBRATION, cache)
+        return True
+
+    assert compiles(figures.FigureCache(tmp_path, target(), {"config": 2}))
+    other = dataclasses.replace(target(), name="test:2x4")
+    assert compiles(figures.FigureCache(tmp_path, other, {"config": 1}))
+    with monkeypatch.context() as patch:
+        patch.setattr(targets, "compiler_versions", lambda platform: ["libtpu 0.1"])
+        assert compiles(cache)
+    for variable in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "--a_flag=true")
+            assert compiles(cache)
+    assert figures.compile_figures(again, target(), CALIBRATION, cache) == first
+
+
+def test_the_bare_product_is_compiled_once_for_a_target(tmp_path, monkeypatch):
+    calls = []
+
+    def calibrate(target):
+        calls.append(target.name)
+        return CALIBRATION
+
+    monkeypatch.setattr(figures.estimate, "calibrate", calibrate)
+    other = dataclasses.replace(target(), name="test:2x4")
+    for run, chips in (({"config": 1}, target()), ({"config": 2}, target()), ({}, other)):
+        cache = figures.FigureCache(tmp_path, chips, run)
+        assert figures.calibrate(chips, cache) == CALIBRATION
+    assert calls == ["test:1x8", "test:2x4"]
+    monkeypatch.setattr(targets, "compiler_versions", lambda platform: ["libtpu 0.1"])
+    figures.calibrate(other, cache)
+    assert len(calls) == 3
+
+
+def test_figures_of_a_gradient_have_parts_and_an_efficiency(tmp_path):
+    run = config(model={"remat": "full"})
+    program = trainer_programs(run)["gradient"]
+    cache = figures.FigureCache(tmp_path, target(), {})
+    found = figures.compile_figures(program, target(), CALIBRATION, cache)
+    assert program.recomputed_flops == pytest.approx(program.flops / 3)
+    product = 2 * 8192**3 / CALIBRATION.seconds
+    done = program.flops * 4 / 3
+    assert found.efficiency == pytest.approx(done / found.seconds / product)
+    assert sum(part.seconds for part in found.parts) == pytest.approx(found.seconds)
+    assert figures.compile_figures(program, target(), CALIBRATION, cache) == found  # stored
 
 
 @pytest.mark.parametrize(
@@ -204,7 +302,7 @@ def test_a_program_that_the_compiler_refuses_has_the_size_that_it_states(message
         trainer_programs(config())["gradient"],
         lower=lambda: types.SimpleNamespace(compile=compile_program),
     )
-    cache = figures.FigureCache(tmp_path, {})
+    cache = figures.FigureCache(tmp_path, target(), {})
     refused = figures.compile_figures(program, target(), CALIBRATION, cache)
     assert refused.temporary_bytes == pytest.approx(gib * 2**30)
     assert refused.problem == message

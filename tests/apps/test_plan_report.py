@@ -11,6 +11,7 @@ from mmsr1_jax.apps.plan import memory, report, targets
 from mmsr1_jax.apps.plan.estimate import Calibration
 from mmsr1_jax.apps.plan.figures import Figures
 from mmsr1_jax.apps.plan.memory import Footprint
+from mmsr1_jax.apps.plan.parts import Part
 from mmsr1_jax.apps.plan.targets import CHIPS, Target
 from mmsr1_jax.config import settings
 from mmsr1_jax.config.errors import UserError
@@ -47,20 +48,27 @@ def cache(lanes=40, is_set=False):
     )  # fmt: skip
 
 
-def phases(limit=80, state=STATE, extra=None, offload=False):
+def phases(limit=80, state=STATE, extra=None, offload=False, missing=()):
     config = settings.Config()
     config.update.offload = offload
     absent = memory.absent_state(config)
-    found = memory.phases(state, FOOTPRINTS, limit * GIB, extra or {}, absent)
+    found = memory.phases(state, FOOTPRINTS, limit * GIB, extra or {}, absent, missing)
     return {phase.name: phase for phase in found}
 
 
-def make_plan(phases, lanes=40, is_set=False):
-    devices = [types.SimpleNamespace(process_index=0)] * 8
+PARTS = (Part("text", 3 * GIB, 0.3, 8e12), Part("log_probs", GIB, 0.1, 2e12))
+
+
+def make_plan(phases, lanes=40, is_set=False, hosts=1):
+    devices = [types.SimpleNamespace(process_index=i % hosts) for i in range(8)]
+    gradient = Figures(
+        name="gradient", phase="update", needed_bytes=GIB, flops=1e12, moved_bytes=4 * GIB,
+        seconds=0.4, efficiency=0.795, parts=PARTS,
+    )  # fmt: skip
     return report.Plan(
         target=Target("h100:1x8", CHIPS["h100"], devices), model="m",
         calibration=Calibration(0.0, 1e-3, 1.0),
-        programs=[Figures(name="gradient", phase="update", needed_bytes=GIB, flops=1e12)],
+        programs=[gradient],
         phases=list(phases.values()), cache=cache(lanes, is_set), filled=4096, tensor=1,
         crosses_hosts=False,
     )  # fmt: skip
@@ -83,6 +91,20 @@ def test_a_phase_holds_its_state_and_its_largest_program():
 def test_a_phase_fits_up_to_its_limit():
     assert [p.fits for p in phases(limit=57).values()] == [True, True, True, True]
     assert [p.name for p in phases(limit=56.9).values() if not p.fits] == ["rollout"]
+
+
+def test_a_phase_without_all_its_programs_has_no_verdict_unless_it_is_too_large_already():
+    result = phases(limit=57, missing={"rollout", "load"})
+    assert [p.fits for p in result.values()] == [None, None, True, True]
+    plan = make_plan(result)
+    assert plan.largest_cache is None and plan.most_lanes is None
+    text, values = (f(plan, settings.Config()) for f in (report.as_text, report.as_json))
+    assert "| load | 12.00 GiB | 57.00 GiB | not compiled |" in text
+    assert "| score | 16.00 GiB | 57.00 GiB | fits |" in text
+    assert "at most" not in text
+    assert [phase["fits"] for phase in values["phases"]] == [None, None, True, True]
+    assert values["cache"]["largest"] is None and values["cache"]["most_lanes"] is None
+    assert phases(limit=56, missing={"rollout"})["rollout"].fits is False
 
 
 def test_the_most_lanes_fit_and_one_more_does_not():
@@ -163,18 +185,18 @@ def test_a_phase_fits_with_the_setting_that_is_advised(rollout, tmp_path, monkey
         return plan, next(p for p in plan.phases if p.name == "rollout")
 
     plan, before = phase(1e12)
-    assert before.fits and before.bytes == sum(before.parts.values())
+    assert before.fits is not False and before.bytes == sum(before.parts.values())
     limit = before.bytes - 0.4 * plan.cache.bytes
     plan, before = phase(limit)
-    assert not before.fits
+    assert before.fits is False
     setting, _, value = report.advice(before, plan, config).partition("=")
     assert setting == plan.cache.setting
     setattr(config.rollout, setting.removeprefix("rollout."), int(value))
     _, after = phase(limit)
-    assert after.fits
+    assert after.fits is not False
     step = config.rollout.page_size if plan.cache.is_set else 1
     setattr(config.rollout, setting.removeprefix("rollout."), int(value) + step)
-    assert not phase(limit)[1].fits
+    assert phase(limit)[1].fits is False
 
 
 def test_the_report_and_its_json_agree():
@@ -190,6 +212,17 @@ def test_the_report_and_its_json_agree():
     assert "| rollout | 57.00 GiB | 54.00 GiB | does not fit: rollout.lanes=34 |" in text
     assert "| update | 28.00 GiB | 54.00 GiB | fits |" in text
     assert "at most rollout.lanes=34 fits" in text
+    assert (
+        "gradient by part: text 3.00 GiB (75%), 300.0 ms (75%), 8.0 TFLOP; "
+        "log_probs 1.00 GiB (25%), 100.0 ms (25%), 2.0 TFLOP.\n\n| phase |" in text
+    )
+    assert program["parts"][1] == {
+        "name": "log_probs", "bytes": GIB, "seconds": 0.1, "flops": 2e12,
+    }  # fmt: skip
+    assert "| 400.0 ms | 80% |" in text and program["efficiency"] == 0.795
+    assert "hosts yet" not in text
+    several = report.as_text(make_plan(phases(), hosts=2), config)
+    assert "A run cannot span hosts yet: this is the plan of one on all 2 hosts." in several
 
 
 def test_a_plan_of_a_small_run(tmp_path, monkeypatch):
@@ -202,7 +235,11 @@ def test_a_plan_of_a_small_run(tmp_path, monkeypatch):
     plan = command.make_plan(config, model, "h100:1x8", ["score", "step"], tmp_path)
     assert [p.name for p in plan.programs] == ["score", "step"]
     assert all(p.seconds >= p.bound_seconds > 0 for p in plan.programs)
-    assert all(phase.fits for phase in plan.phases)
+    # All programs of an update are `gradient` and `step`.
+    assert {p.name: p.fits for p in plan.phases} == {
+        "rollout": None, "load": None, "score": True, "update": None,
+    }  # fmt: skip
+    assert plan.largest_cache is None
     text = report.as_text(plan, config)
     assert report.as_text(
         command.make_plan(config, model, "h100:1x8", ["score", "step"], tmp_path), config

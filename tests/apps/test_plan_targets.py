@@ -1,11 +1,15 @@
 """Targets of a plan, and the estimated time of a program on them."""
 
 import importlib.util
+import itertools
+import types
 
 import pytest
 
 from mmsr1_jax.apps.plan import estimate, targets
-from mmsr1_jax.apps.plan.targets import CHIPS
+from mmsr1_jax.apps.plan.collectives import Collective
+from mmsr1_jax.apps.plan.network import Network
+from mmsr1_jax.apps.plan.targets import CHIPS, Target
 from mmsr1_jax.apps.plan.traffic import Instruction, Traffic
 from mmsr1_jax.config.errors import UserError
 
@@ -56,13 +60,51 @@ def test_the_description_of_an_h200_differs_in_its_memory():
     ]
 
 
+def slice_of(kind, *shape):
+    """A TPU slice with the coordinates of its chips, the first axis fastest."""
+    places = itertools.product(*(range(size) for size in reversed(shape)))
+    chips = [types.SimpleNamespace(coords=place[::-1], process_index=0) for place in places]
+    name = f"{kind}:{'x'.join(map(str, shape))}"
+    return Network(Target(name, CHIPS[kind], chips), chips)
+
+
+def gpus(hosts, count):
+    devices = [types.SimpleNamespace(process_index=i // count) for i in range(hosts * count)]
+    return Network(Target(f"h100:{hosts}x{count}", CHIPS["h100"], devices), devices)
+
+
+@pytest.mark.parametrize(
+    ("network", "groups", "expected"),
+    [
+        (slice_of("v5p", 2, 2, 2), [(0, 1), (2, 3)], 100e9),  # one link of six
+        (slice_of("v5p", 2, 2, 2), [(0, 1, 2, 3)], 200e9),  # along two axes
+        (slice_of("v5p", 2, 2, 2), [], 300e9),
+        (slice_of("v5p", 2, 2, 2), [(0, 7), (7, 0)], 100e9),  # sources and targets
+        (slice_of("v5p", 4, 4, 4), [], 600e9),  # rings along all axes
+        (slice_of("v5p", 4, 4, 4), [(0, 1, 2, 3)], 200e9),
+        (slice_of("v5p", 4, 4, 4), [(0, 1)], 100e9),  # part of a ring
+        (slice_of("v5e", 4, 4), [(0, 1, 2, 3)], 50e9),  # too short for a ring
+        (slice_of("v5e", 16, 16), [], 200e9),
+        (gpus(1, 8), [(0, 1), (2, 3)], 450e9),  # through the switch
+        (gpus(4, 8), [tuple(range(8)), tuple(range(8, 16))], 450e9),
+        (gpus(4, 8), [], 400e9),  # the adapters of a host
+        (gpus(4, 8), [tuple(range(n, 32, 8)) for n in range(8)], 50e9),  # one of each host
+        (gpus(4, 8), [(0, 1), (7, 8)], 50e9),  # the slowest group
+    ],
+)
+def test_bandwidth_of_a_group_is_that_of_the_links_between_its_devices(network, groups, expected):
+    assert network.bandwidth(tuple(groups)) == pytest.approx(expected)
+
+
 def instruction(**costs):
+    if received := costs.pop("links", 0.0):
+        costs["collective"] = Collective("all-gather", (), received)
     common = dict(name="fusion.1", opcode="fusion", kind="other", where="", result="", runs=2.0)
     return Instruction(**{**common, "read": 0.0, "written": 0.0, **costs})
 
 
 def test_an_instruction_takes_the_largest_of_its_times():
-    chip = CHIPS["v5p"]
+    chip, network = CHIPS["v5p"], slice_of("v5p", 4, 4, 4)
     product = Traffic((instruction(cycles=4652072 / 2),), (), ())
     calibration = estimate.calibration(product, chip)
     assert calibration.efficiency == pytest.approx(0.901, abs=1e-3)
@@ -74,7 +116,7 @@ def test_an_instruction_takes_the_largest_of_its_times():
         (dict(read=1.0, links=1800e9), 3.0),  # of a collective
     ):
         program = Traffic((instruction(**costs),), (), ())
-        assert estimate.program_seconds(program, chip, calibration) == pytest.approx(2 * seconds)
+        assert estimate.program_seconds(program, network, calibration) == pytest.approx(2 * seconds)
 
 
 @pytest.mark.parametrize(
@@ -89,30 +131,57 @@ def test_an_instruction_takes_the_largest_of_its_times():
     ],
 )
 def test_a_prefetch_overlaps_with_what_leaves_the_memory_idle(between, expected):
-    chip, second = CHIPS["v5p"], 2765e9 / 2  # bytes of a second in two runs
+    second = 2765e9 / 2  # bytes of a second in two runs
     between = [{name: value / 2 for name, value in costs.items()} for costs in between]
     program = [
         *(instruction(name=f"copy.{n}", kind="copy", read=second) for n in (1, 2)),
         *(instruction(**costs) for costs in between),
-        *(instruction(name=f"done.{n}", kind="wait", copy=f"copy.{n}") for n in (1, 2)),
+        *(instruction(name=f"done.{n}", kind="wait", start=f"copy.{n}") for n in (1, 2)),
     ]
     calibration = estimate.Calibration(1.0, 1.0, 0.9)
-    seconds = estimate.program_seconds(Traffic(tuple(program), (), ()), chip, calibration)
+    network = slice_of("v5p", 4, 4, 4)
+    seconds = estimate.program_seconds(Traffic(tuple(program), (), ()), network, calibration)
     assert seconds == pytest.approx(expected)
 
 
 def test_a_prefetch_that_is_waited_for_early_is_not_hidden_by_what_follows():
-    chip, calibration = CHIPS["v5p"], estimate.Calibration(1.0, 1.0, 0.9)
+    network, calibration = slice_of("v5p", 4, 4, 4), estimate.Calibration(1.0, 1.0, 0.9)
     work = instruction(cycles=3 * 1.75e9 / 2)
     copies = [instruction(name=f"copy.{n}", kind="copy", read=2765e9 / 2) for n in (1, 2)]
-    wait = instruction(name="done.2", kind="wait", copy="copy.2")  # for the one before it, too
+    wait = instruction(name="done.2", kind="wait", start="copy.2")  # for the one before it, too
 
     def seconds(*program):
-        return estimate.program_seconds(Traffic(program, (), ()), chip, calibration)
+        return estimate.program_seconds(Traffic(program, (), ()), network, calibration)
 
     assert seconds(*copies, work, wait) == pytest.approx(3.0)
     assert seconds(*copies, wait, work) == pytest.approx(2.0 + 3.0)
     assert seconds(work, *copies) == pytest.approx(3.0 + 2.0)  # until the program ends
+
+
+@pytest.mark.parametrize(
+    ("between", "expected"),
+    [
+        ([], 2.0),  # nothing hides the collective of two seconds
+        ([dict(cycles=1.75e9 / 2)], 2.0),  # half a second of it is hidden
+        ([dict(cycles=3 * 1.75e9)], 3.0),
+        ([dict(read=2765e9)], 2.0),  # the memory is in use, the links are not
+        ([dict(links=600e9)], 3.0),  # the links are in use
+        ([dict(cycles=3 * 1.75e9, links=2 * 600e9)], 4.0),  # and idle for one second of three
+    ],
+)
+def test_an_asynchronous_collective_overlaps_with_what_leaves_the_links_idle(between, expected):
+    between = [{name: value / 2 for name, value in costs.items()} for costs in between]
+    program = [
+        instruction(name="start", kind="collective", links=600e9, asynchronous=True),
+        *(instruction(**costs) for costs in between),
+        instruction(name="done", kind="wait", start="start"),
+        instruction(cycles=1.75e9 / 2),  # after its end
+    ]
+    calibration, network = estimate.Calibration(1.0, 1.0, 0.9), slice_of("v5p", 4, 4, 4)
+    costs = Traffic(tuple(program), (), ())
+    times = estimate.instruction_times(costs, network, calibration)
+    assert sum(times) == pytest.approx(expected + 1.0)
+    assert times[0] == 0 and times[-2] == pytest.approx(sum(times) - 1.0 - sum(times[1:-2]))
 
 
 def test_a_gpu_states_no_cycles():

@@ -12,6 +12,7 @@ Decoding and extending depend on how full the cache is: every row's lane is assu
 counted.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,8 +25,10 @@ from mmsr1_jax.apps.plan import kernels, memory, needs, programs
 from mmsr1_jax.apps.plan.programs import Program
 from mmsr1_jax.config import settings
 from mmsr1_jax.models import sharding
+from mmsr1_jax.models.paged_attention import PAGE_LOOP
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 from mmsr1_jax.rollout.programs import PAGES_PER_MOVE, Call, Programs
+from mmsr1_jax.rollout.sampler import THRESHOLD_SEARCH
 
 # States of the stop automaton. `turns.STOPS` give 29, and a tokenizer's end tokens a few more; a
 # plan reads no tokenizer.
@@ -68,6 +71,7 @@ def engine_programs(
     image = needs.image_patches(config.images, model)
     visible = kernels.Visible(image_patches=image, image_keys=needs.image_keys(model, image))
     costs = kernels.engine_kernels(filled_tokens(config), visible)
+    devices = _devices(engine)
     result = []
     for call in engine.calls():
         kind = call.name.partition(" ")[0]
@@ -79,9 +83,10 @@ def engine_programs(
                 Program(
                     name=call.name, phase="rollout", lower=_lowering(engine, call),
                     needed_bytes=needed_bytes, flops=flops / _tensor(engine), state=state,
+                    devices=devices,
                     # The compiler drops the parameters that a program does not use.
                     inputs=memory.device_bytes(_inputs(call)),
-                    trips=_trips(config), kernels=costs,
+                    trips=_trips(config, call), kernels=costs,
                 )
             )  # fmt: skip
     return result
@@ -122,6 +127,7 @@ def _load(config: settings.Config, model: ModelConfig, mesh: Mesh, engine: Progr
     return Program(
         name="load", phase="load", lower=lambda: program.lower(params),
         needed_bytes=memory.device_bytes(params) + own, flops=0.0,
+        devices=list(mesh.devices.flat),
         state=frozenset([memory.POLICY]),
     )  # fmt: skip
 
@@ -192,8 +198,22 @@ def _tensor(engine: Programs) -> int:
     return len(engine.replicated.device_set)
 
 
-def _trips(config: settings.Config) -> dict[str, float]:
-    """Return the trip counts of the loops of `decode`: one step, and the sampler's searches."""
+def _devices(engine: Programs) -> list[Any]:
+    """Return the devices of an engine in the order of its mesh."""
+    replicated: Any = engine.replicated
+    return list(replicated.mesh.devices.flat)
+
+
+def _trips(config: settings.Config, call: Call) -> dict[str, float]:
+    """Return the trip counts of the loops whose length depends on data, by the end of their paths.
+
+    `decode` runs one step and the sampler's searches. Where attention is computed by XLA, it visits
+    the pages that the rows fill, in `extend` as well.
+    """
     sampling = config.sampling
     searches = (sampling.top_k > 0) + (sampling.top_p < 1) if sampling.temperature else 0
-    return {"jit(decode)/while/body": searches, "jit(decode)/while": 1}
+    new = call.args[2].tokens.shape[1] if call.name.startswith("extend") else 1
+    pages = math.ceil((filled_tokens(config) + new) / config.rollout.page_size)
+    return {
+        f"{THRESHOLD_SEARCH}/while": searches, f"{PAGE_LOOP}/while": pages, "jit(decode)/while": 1,
+    }  # fmt: skip

@@ -13,14 +13,18 @@ from typing import Any
 import jax
 import jaxlib.version
 
-from mmsr1_jax.apps.plan import estimate, traffic
+from mmsr1_jax.apps.plan import estimate, parts, targets, traffic
 from mmsr1_jax.apps.plan.estimate import Calibration
 from mmsr1_jax.apps.plan.memory import Footprint
+from mmsr1_jax.apps.plan.network import Network
+from mmsr1_jax.apps.plan.parts import Part
 from mmsr1_jax.apps.plan.programs import Program
 from mmsr1_jax.apps.plan.targets import Target
 from mmsr1_jax.utils import outputs
 
-_PACKAGE = pathlib.Path(__file__).parents[2]
+_PLAN = pathlib.Path(__file__).parent
+_PACKAGE = _PLAN.parents[1]
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # environment variables that the compilers read
 _STATED_SIZE = re.compile(r"(?:temporaries \(|Used )([\d.]+)([KMG])")
 _LARGEST = 5  # instructions that are kept
 
@@ -41,6 +45,9 @@ class Figures:
       kernels, collectives: Numbers of these instructions, whatever the loops around them.
       bound_seconds: Least time for what is needed.
       seconds: Estimated time.
+      efficiency: FLOP/s of the estimated time as a share of those of the bare product. The FLOPs
+        are by formula: those needed, and those of rematerialisation.
+      parts: Bytes, seconds and FLOPs by part of the policy, of the trainer's programs.
       compile_seconds: Time that lowering and compiling took.
       compile_cpu_seconds: Time of the processor that they took, of all threads.
       largest: The instructions that move the most: bytes in all runs, runs, path.
@@ -63,6 +70,8 @@ class Figures:
     collectives: int = 0
     bound_seconds: float = 0.0
     seconds: float = 0.0
+    efficiency: float = 0.0
+    parts: tuple[Part, ...] = ()
     compile_seconds: float = 0.0
     compile_cpu_seconds: float = 0.0
     largest: tuple[tuple[float, float, str], ...] = ()
@@ -83,31 +92,53 @@ class FigureCache:
 
     Args:
       directory: Directory of the files, created if it does not exist.
-      run: What all programs of the plan depend on besides the code and the version of JAX:
-        settings, model and target, as JSON.
+      target: Target of the programs. Figures also depend on the versions of JAX and of the
+        compiler, and on the environment variables that it reads.
+      run: Settings and model of the run, as JSON, on which all programs depend.
     """
 
-    def __init__(self, directory: pathlib.Path, run: dict[str, Any]):
+    def __init__(self, directory: pathlib.Path, target: Target, run: dict[str, Any]):
         self.directory = directory
-        self._run = run
+        self._target, self._run = target, run
 
     def load(self, name: str) -> dict[str, Any] | None:
         """Return the values stored for a program, or None."""
+        return self._read(self._program_path(name))
+
+    def store(self, name: str, values: dict[str, Any]) -> None:
+        """Store the values of a program."""
+        self._write(self._program_path(name), values)
+
+    def load_product(self) -> dict[str, Any] | None:
+        """Return the values stored for the bare product, which no setting changes, or None."""
+        return self._read(self._path("product", source_digest(_PLAN)))
+
+    def store_product(self, values: dict[str, Any]) -> None:
+        """Store the values of the bare product."""
+        self._write(self._path("product", source_digest(_PLAN)), values)
+
+    def _program_path(self, name: str) -> pathlib.Path:
+        return self._path(name, source_digest(_PACKAGE), self._run)
+
+    def _path(self, *key: Any) -> pathlib.Path:
+        """Return the file of what depends on the key, the target and the compiler."""
+        versions = [jax.__version__, jaxlib.version.__version__]
+        versions += targets.compiler_versions(self._target.chip.platform)
+        flags = [os.environ.get(name, "") for name in _FLAGS]
+        everything = [self._target.name, versions, flags, *key]
+        text = json.dumps(everything, sort_keys=True, default=str)
+        return self.directory / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+    def _read(self, path: pathlib.Path) -> dict[str, Any] | None:
         try:
-            stored = json.loads(self._path(name).read_text(encoding="utf-8"))
+            stored = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         return stored if isinstance(stored, dict) else None
 
-    def store(self, name: str, values: dict[str, Any]) -> None:
-        """Store the values of a program."""
+    def _write(self, path: pathlib.Path, values: dict[str, Any]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        outputs.write_text(self._path(name), json.dumps(values))
-
-    def _path(self, name: str) -> pathlib.Path:
-        versions = [jax.__version__, jaxlib.version.__version__, source_digest()]
-        key = json.dumps([self._run, versions, name], sort_keys=True, default=str)
-        return self.directory / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+        outputs.write_text(path, json.dumps(values))
 
 
 def default_directory() -> pathlib.Path:
@@ -117,20 +148,20 @@ def default_directory() -> pathlib.Path:
 
 
 @functools.cache
-def source_digest() -> str:
-    """Return a digest of the package's source, on which every program depends."""
+def source_digest(directory: pathlib.Path) -> str:
+    """Return a digest of the source in a directory: a program depends on all of the package."""
     digest = hashlib.sha256()
-    for path in sorted(_PACKAGE.rglob("*.py")):
-        digest.update(str(path.relative_to(_PACKAGE)).encode() + b"\0" + path.read_bytes())
+    for path in sorted(directory.rglob("*.py")):
+        digest.update(str(path.relative_to(directory)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
 def calibrate(target: Target, cache: FigureCache) -> Calibration:
     """Return the calibration of a target, from the cache or by compiling the bare product."""
-    if stored := cache.load("product"):
+    if stored := cache.load_product():
         return Calibration(**stored)
     calibration = estimate.calibrate(target)
-    cache.store("product", dataclasses.asdict(calibration))
+    cache.store_product(dataclasses.asdict(calibration))
     return calibration
 
 
@@ -139,8 +170,7 @@ def compile_figures(
 ) -> Figures:
     """Return the figures of a program, from the cache or by compiling it."""
     if stored := cache.load(program.name):
-        stored["largest"] = tuple(tuple(row) for row in stored["largest"])
-        return Figures(**{**stored, "unknown_loops": tuple(stored["unknown_loops"])})
+        return _restored(stored)
     start, cpu_start = time.monotonic(), time.process_time()
     lowered = program.lower()
     try:
@@ -159,6 +189,16 @@ def compile_figures(
     return figures
 
 
+def _restored(stored: dict[str, Any]) -> Figures:
+    """Return figures from the values of their JSON file."""
+    tuples = {
+        "largest": tuple(tuple(row) for row in stored["largest"]),
+        "unknown_loops": tuple(stored["unknown_loops"]),
+        "parts": tuple(Part(**part) for part in stored["parts"]),
+    }
+    return Figures(**{**stored, **tuples})
+
+
 def _extract(
     program: Program, compiled: jax.stages.Compiled, target: Target, calibration: Calibration
 ) -> Figures:
@@ -169,6 +209,8 @@ def _extract(
         compiled.as_text() or "", trips=program.trips, kernels=program.kernels,
         branches=program.branches,
     )  # fmt: skip
+    times = estimate.instruction_times(costs, Network(target, program.devices), calibration)
+    done = program.flops + program.recomputed_flops
     return Figures(
         name=program.name,
         phase=program.phase,
@@ -182,9 +224,11 @@ def _extract(
         counted_flops=costs.flops,
         cycles=costs.cycles,
         kernels=len(costs.of_kind("kernel")),
-        collectives=len(costs.of_kind("collective")),
+        collectives=len(costs.collectives),
         bound_seconds=estimate.bound_seconds(program.needed_bytes, program.flops, target.chip),
-        seconds=estimate.program_seconds(costs, target.chip, calibration),
+        seconds=sum(times),
+        efficiency=done / (sum(times) * calibration.flops_per_second) if done else 0.0,
+        parts=() if program.phase == "rollout" else parts.by_part(costs, times),
         largest=tuple((i.bytes * i.runs, i.runs, i.where) for i in costs.largest(_LARGEST)),
         unknown_loops=costs.unknown_loops,
     )

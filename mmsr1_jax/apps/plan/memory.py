@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -93,17 +93,24 @@ class Phase:
       bytes: Bytes at the peak.
       limit: Bytes that the device has.
       parts: Bytes by part: state by name, and the arrays of the largest program.
+      complete: Whether the figures of all its programs are known.
     """
 
     name: str
     bytes: float
     limit: float
     parts: Mapping[str, float]
+    complete: bool = True
 
     @property
-    def fits(self) -> bool:
-        """Whether the phase fits into the device's memory."""
-        return self.bytes <= self.limit
+    def fits(self) -> bool | None:
+        """Whether the phase fits into the device's memory.
+
+        None if that is not known, since programs are missing and what is there fits.
+        """
+        if self.bytes > self.limit:
+            return False
+        return True if self.complete else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,6 +217,7 @@ def phases(
     limit: float,
     extra: Mapping[str, Mapping[str, float]],
     absent: Mapping[str, frozenset[str]],
+    missing: Container[str] = (),
 ) -> list[Phase]:
     """Return the memory of each phase: its state, and the other arrays of its largest program.
 
@@ -219,6 +227,7 @@ def phases(
       limit: Bytes that the device has.
       extra: Bytes by name that a phase holds besides state and programs.
       absent: State that is not on the device in a phase, see `absent_state`.
+      missing: Phases some of whose programs are not among the footprints.
     """
     footprints, result = list(footprints), []
     for name in PHASES:
@@ -236,7 +245,8 @@ def phases(
             }
             largest = max(largest, arrays, key=lambda a: sum(a.values()))
         parts |= largest
-        result.append(Phase(name, sum(parts.values()), limit, parts))
+        complete = name not in missing
+        result.append(Phase(name, sum(parts.values()), limit, parts, complete))
     return result
 
 

@@ -74,14 +74,32 @@ def gradient_flops(config: ModelConfig, work: Work, update: settings.Update) -> 
     The backward pass costs a product for the gradient of the activations and one for that of the
     weights. Frozen weights need no gradient, and a tower without trained weights no backward pass.
     """
-    lora = update.lora_rank > 0
-    trains_vision = any(name.startswith("vision.") for name in update.lora_targets)
-    text = 2 if lora else 3  # adapters are small beside the weights
-    vision = (2 if trains_vision else 1) if lora else (1 if update.freeze_vision else 3)
+    text = 2 if update.lora_rank else 3  # adapters are small beside the weights
+    vision = text if _trains_vision(update) else 1
     factors = {"vision": vision, "vision attention": 3 if vision > 1 else 1, "text attention": 3}
     return sum(
         flops * factors.get(part, text) for part, flops in forward_flops(config, work).items()
     )
+
+
+def recomputed_flops(config: ModelConfig, work: Work, update: settings.Update, remat: str) -> float:
+    """Return the FLOPs of the forward pass that a backward pass computes again.
+
+    With `full` rematerialisation all layers that have a backward pass; of the output head, whose
+    logits are never kept, always its product.
+    """
+    again = {"head"}
+    if remat == "full":
+        again |= {"text", "text attention"}
+        again |= {"vision", "vision attention"} if _trains_vision(update) else set()
+    return sum(flops for part, flops in forward_flops(config, work).items() if part in again)
+
+
+def _trains_vision(update: settings.Update) -> bool:
+    """Return whether the vision tower has a backward pass."""
+    if update.lora_rank:
+        return any(name.startswith("vision.") for name in update.lora_targets)
+    return not update.freeze_vision
 
 
 def multiplied_weights(config: ModelConfig) -> dict[str, int]:

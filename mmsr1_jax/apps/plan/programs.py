@@ -41,6 +41,8 @@ class Program:
       lower: Function that lowers it for the mesh.
       needed_bytes: Bytes that a device must move, by formula.
       flops: FLOPs that a device must compute, by formula.
+      devices: Devices that run it, in the order of its mesh.
+      recomputed_flops: FLOPs of a device for what the settings compute again, by formula.
       state: Names of the run's state among its arguments (`memory.state_bytes`).
       inputs: Bytes of the other arguments on a device; None: all bytes of arguments less the state,
         for programs that use all of it.
@@ -52,6 +54,8 @@ class Program:
     lower: Callable[[], jax.stages.Lowered]
     needed_bytes: float
     flops: float
+    devices: Sequence[Any]
+    recomputed_flops: float = 0.0
     state: frozenset[str] = frozenset()
     inputs: float | None = None
     trips: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -197,16 +201,18 @@ def trainer_programs(
         rows=rows, length=shape.length, patches=patches,
         image_patches=image_patches, columns=shape.length,
     )  # fmt: skip
-    devices, itemsize = mesh.size, jnp.dtype(config.model.dtype).itemsize
+    num_devices, itemsize = mesh.size, jnp.dtype(config.model.dtype).itemsize
     trained = memory.device_elements(learner.trained)
     weights = sum(needs.multiplied_weights(model).values()) * itemsize / mesh.shape["tensor"]
-    activations = needs.saved_activation_bytes(model, work, itemsize) / devices
+    activations = needs.saved_activation_bytes(model, work, itemsize) / num_devices
     full = len(vision.full_attention_layers) / vision.num_layers
     visible = kernels.Visible(
         length=shape.length, parts=1 + shape.shares_prompts, image_patches=image_patches,
         image_keys=needs.image_keys(model, image_patches),
     )  # fmt: skip
+    devices = list(mesh.devices.flat)
     common: dict[str, Any] = {
+        "devices": devices,
         "kernels": kernels.attention_kernels(visible),
         "branches": {"/cond": (1 - full, full)},  # windows, or the whole image
     }
@@ -216,12 +222,15 @@ def trainer_programs(
             name="gradient", phase="update", lower=lambda: learner.lower("gradient", batch),
             # Weights forward and backward; the sum of gradients is read and written in float32.
             needed_bytes=2 * weights + 2 * activations + 8.0 * trained,
-            flops=needs.gradient_flops(model, work, update) / devices, state=policy, **common,
+            flops=needs.gradient_flops(model, work, update) / num_devices,
+            recomputed_flops=needs.recomputed_flops(model, work, update, config.model.remat)
+            / num_devices,
+            state=policy, **common,
         ),
         Program(
             name="step", phase="update", lower=lambda: learner.lower("step", batch),
             # Parameters and two moments are read and written, gradients read.
-            needed_bytes=28.0 * trained, flops=0.0,
+            needed_bytes=28.0 * trained, flops=0.0, devices=devices,
             state=frozenset([memory.OPTIMIZER]) | (policy if not update.lora_rank else frozenset()),
         ),
     ]  # fmt: skip
@@ -231,7 +240,8 @@ def trainer_programs(
         score = Program(
             name="score", phase="score", lower=lambda: learner.lower("score", batch),
             needed_bytes=weights,
-            flops=sum(needs.forward_flops(model, work).values()) / devices, state=policy, **common,
+            flops=sum(needs.forward_flops(model, work).values()) / num_devices,
+            state=policy, **common,
         )  # fmt: skip
         programs.insert(0, score)
     return programs

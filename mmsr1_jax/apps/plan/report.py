@@ -14,7 +14,7 @@ from mmsr1_jax.config import settings
 _GIB = 2.0**30
 _COLUMNS = (
     "program", "arguments", "temporaries", "moved", "needed", "over links", "TFLOP", "needed TFLOP",
-    "kernels", "collectives", "bound", "estimate", "compiled in (CPU)",
+    "kernels", "collectives", "bound", "estimate", "efficiency", "compiled in (CPU)",
 )  # fmt: skip
 
 
@@ -45,8 +45,13 @@ class Plan:
     crosses_hosts: bool
 
     @property
-    def largest_cache(self) -> int:
-        """Largest value of `cache.setting` with which all phases fit; 0 if they never do."""
+    def largest_cache(self) -> int | None:
+        """Largest value of `cache.setting` with which all phases fit; 0 if they never do.
+
+        None if that is not known, since programs of a phase are missing.
+        """
+        if not all(phase.complete for phase in self.phases):
+            return None
         if not all(phase.fits for phase in self.phases if memory.CACHE not in phase.parts):
             return 0
         free = (p.limit - p.bytes for p in self.phases if memory.CACHE in p.parts)
@@ -54,12 +59,13 @@ class Plan:
         return value if value >= self.cache.smallest else 0
 
     @property
-    def most_lanes(self) -> int:
-        """The most full lanes that fit; 0 if not a single one does."""
-        if not self.cache.is_set:
-            return self.largest_cache
+    def most_lanes(self) -> int | None:
+        """The most full lanes that fit; 0 if not a single one does, None if that is not known."""
+        largest = self.largest_cache
+        if largest is None or not self.cache.is_set:
+            return largest
         # One page is for copies of a prompt's last page.
-        pages = max(0, self.largest_cache // self.cache.tokens - 1)
+        pages = max(0, largest // self.cache.tokens - 1)
         return pages // self.cache.pages_per_lane
 
 
@@ -102,12 +108,7 @@ def as_text(plan: Plan, config: settings.Config) -> str:
         _row(["---"] * len(_COLUMNS)),
         *(_program_row(program) for program in plan.programs),
         "",
-        *(f"{p.name}: {p.problem}" for p in plan.programs if p.problem),
-        *(
-            f"{p.name}: a loop of unknown length is counted once: {loop}"
-            for p in plan.programs
-            for loop in p.unknown_loops
-        ),
+        *_notes(plan.programs),
         _row(["phase", "memory", "of", "verdict", "largest parts"]),
         _row(["---"] * 5),
         *(_phase_row(phase, plan, config) for phase in plan.phases),
@@ -115,6 +116,10 @@ def as_text(plan: Plan, config: settings.Config) -> str:
         _cache_line(plan),
         f"Decode (one step) and extend: each row's lane holds {plan.filled} tokens before it.",
     ]
+    if target.num_hosts > 1:
+        lines.append(
+            f"A run cannot span hosts yet: this is the plan of one on all {target.num_hosts} hosts."
+        )
     if plan.tensor > 1:
         where = "span several hosts" if plan.crosses_hosts else "stay on one host"
         lines.append(f"Groups of mesh.tensor={plan.tensor} devices {where}.")
@@ -190,13 +195,41 @@ def _program_row(program: Figures) -> str:
             str(program.collectives),
             _time(program.bound_seconds),
             _time(program.seconds),
+            f"{program.efficiency:.0%}" if program.efficiency else "",
             f"{program.compile_seconds:.0f} s ({program.compile_cpu_seconds:.0f} s)",
         ]
     )
 
 
+def _notes(programs: Sequence[Figures]) -> list[str]:
+    """Return lines about single programs, and an empty line if there are any."""
+    notes = [line for program in programs if (line := _parts_line(program))]
+    notes += [f"{p.name}: {p.problem}" for p in programs if p.problem]
+    notes += [
+        f"{p.name}: a loop of unknown length is counted once: {loop}"
+        for p in programs
+        for loop in p.unknown_loops
+    ]
+    return [*notes, ""] if notes else []
+
+
+def _parts_line(program: Figures) -> str:
+    """Return the sentence about the parts of a program; empty if it has none."""
+    if not program.parts:
+        return ""
+    parts = [
+        f"{part.name} {_size(part.bytes)} ({part.bytes / program.moved_bytes:.0%}), "
+        f"{_time(part.seconds)} ({part.seconds / program.seconds:.0%}), "
+        f"{part.flops / 1e12:.1f} TFLOP"
+        for part in program.parts
+    ]
+    return f"{program.name} by part: {'; '.join(parts)}."
+
+
 def _phase_row(phase: Phase, plan: Plan, config: settings.Config) -> str:
-    verdict = "fits" if phase.fits else f"does not fit: {advice(phase, plan, config)}"
+    verdict = "fits" if phase.fits else "not compiled"
+    if phase.fits is False:
+        verdict = f"does not fit: {advice(phase, plan, config)}"
     parts = sorted(phase.parts.items(), key=lambda part: -part[1])[:3]
     largest = ", ".join(f"{name} {_size(size)}" for name, size in parts)
     return _row([phase.name, _size(phase.bytes), _size(phase.limit), verdict, largest])
@@ -207,6 +240,8 @@ def _cache_line(plan: Plan) -> str:
     cache = plan.cache
     size = f"KV cache: {cache.pages} pages of {cache.tokens} tokens, {_size(cache.bytes)}"
     full = f"{cache.lanes} lanes, full lanes of {cache.pages_per_lane} pages"
+    if plan.largest_cache is None:
+        return f"{size}, for {full}; run without --programs for the largest cache that fits."
     if not plan.largest_cache:
         return f"{size}, for {full}; no cache fits."
     lanes = f", {plan.most_lanes} full lanes" if cache.is_set else ""

@@ -6,7 +6,9 @@
 XLA's compilers for TPUs and GPUs are in libtpu and in the CUDA plugin, which work without devices.
 """
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -34,6 +36,9 @@ class Chip:
         (TPU), by the data sheet.
       memory: Bytes that programs can use.
       clock: Cycles/s, in the unit of the compiler's cycles; 0 if it states none.
+      num_links: Number of these links of a TPU: two for each axis of a slice.
+      ring: Least length of an axis of a slice whose ends are linked; so are those of its multiples.
+      network: Bytes/s in one direction between hosts, for each GPU.
     """
 
     name: str
@@ -43,40 +48,54 @@ class Chip:
     links: float
     memory: float
     clock: float = 0.0
+    num_links: int = 1
+    ring: int = 1
+    network: float = 0.0
 
 
 # Figures of TPUs: the pages of Cloud TPU (https://cloud.google.com/tpu/docs/v5p, /v5e, /v6e), which
 # state links in both directions. Their memory is what the compiler allows a program, as it says
 # when one does not fit. Clocks are not published: with these, the compiler's cycles of a bare
-# product (`estimate.calibrate`) mean 90, 88 and 70 % of the peak.
-# Figures of GPUs: NVIDIA's data sheets. Of their memory, XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
+# product (`estimate.calibrate`) mean 90, 88 and 70 % of the peak. The same pages state the lengths
+# from which on an axis is a ring: a cube of 4 x 4 x 4 of v5p, 16 of v5e and v6e.
+# Figures of GPUs: NVIDIA's data sheets. Of their memory, XLA_PYTHON_CLIENT_MEM_FRACTION=0.92. The
+# network between hosts is an assumption: that of NVIDIA's DGX, an adapter of 400 Gbit/s for each of
+# the eight GPUs (400 GB/s for a host). Machines of a cloud may have less.
+_ADAPTER = 400e9 / 8
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip(
             name="v5e", platform="tpu", peak_flops=197e12, bandwidth=819e9, links=200e9,
-            memory=15.75 * _GIB, clock=1.5e9,
+            memory=15.75 * _GIB, clock=1.5e9, num_links=4, ring=16,
         ),
         Chip(
             name="v5p", platform="tpu", peak_flops=459e12, bandwidth=2765e9, links=600e9,
-            memory=95.74 * _GIB, clock=1.75e9,
+            memory=95.74 * _GIB, clock=1.75e9, num_links=6, ring=4,
         ),
         Chip(
             name="v6e", platform="tpu", peak_flops=918e12, bandwidth=1640e9, links=400e9,
-            memory=31.25 * _GIB, clock=1.75e9,
+            memory=31.25 * _GIB, clock=1.75e9, num_links=4, ring=16,
         ),
         Chip(
             name="h100", platform="gpu", peak_flops=989e12, bandwidth=3352e9, links=450e9,
-            memory=0.92 * 84942979072,
+            memory=0.92 * 84942979072, network=_ADAPTER,
         ),
         Chip(
             name="h200", platform="gpu", peak_flops=989e12, bandwidth=4800e9, links=450e9,
-            memory=0.92 * 141e9,
+            memory=0.92 * 141e9, network=_ADAPTER,
         ),
     )
 }  # fmt: skip
 _SHAPE = re.compile(r"[1-9]\d*(x[1-9]\d*)+")
 _EXTRAS = {"tpu": "tpu", "gpu": "cuda"}
+_COMPILERS = {
+    "tpu": ["libtpu"],
+    "gpu": [
+        *(f"jax-cuda{n}-{part}" for n in (12, 13) for part in ("plugin", "pjrt")),
+        "nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc",
+    ],
+}  # fmt: skip
 _H100 = pathlib.Path(__file__).with_name("h100.txtpb")
 
 
@@ -98,6 +117,11 @@ class Target:
     def num_hosts(self) -> int:
         """Number of hosts."""
         return len({device.process_index for device in self.devices})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Numbers of the name: axes of a slice, or hosts and GPUs of a host."""
+        return tuple(int(size) for size in self.name.partition(":")[2].split("x"))
 
 
 def make_target(name: str) -> Target:
@@ -126,6 +150,15 @@ def make_target(name: str) -> Target:
         reason = " ".join(str(error).split())
         raise UserError(f"--topology={name}: {reason}") from None
     return Target(name, chip, list(topology.devices))
+
+
+def compiler_versions(platform: str) -> list[str]:
+    """Return the names and versions of the installed packages with the compiler for a platform."""
+    result = []
+    for package in _COMPILERS[platform]:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            result.append(f"{package} {importlib.metadata.version(package)}")
+    return result
 
 
 def check_compiler(platform: str) -> None:

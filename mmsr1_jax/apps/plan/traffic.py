@@ -14,22 +14,24 @@ Every instruction outside of fusions counts what it reads and writes in the devi
 | loop | its body, times its trip count |
 | conditional | its branch with the most bytes (then FLOPs), or all by the given fractions |
 
-The compiler states the trip counts of most loops. The others are given by the caller, by a part of
+The compiler states the trip counts of most loops. The others are given by the caller, by the end of
 the loop's path in the traced function, or else are counted once and listed in `unknown_loops`.
 
 A TPU's compiler prefetches weights: an asynchronous copy or slice brings them into on-chip memory
 while earlier instructions run. Its bytes are counted once, at its start; the product that uses them
-reads nothing in main memory. The end of the copy is listed too, without bytes, so that `estimate`
-can let it overlap with the instructions in between. The compiler also states the cycles that it
-expects of each instruction, except for kernels and collectives. These are estimates for comparing
-programs and for finding copies, not measurements.
+reads nothing in main memory. Collectives may be asynchronous as well, and are counted at their
+start. The end is listed too, without bytes, so that `estimate` can let copies and collectives
+overlap with the instructions in between. The compiler also states the cycles that it expects of
+each instruction, except for kernels and collectives. These are estimates for comparing programs and
+for finding copies, not measurements.
 """
 
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from mmsr1_jax.apps.plan import collectives, flops, hlo, loops
+from mmsr1_jax.apps.plan import collectives, flops, hlo, loops, operands
+from mmsr1_jax.apps.plan.collectives import Collective
 from mmsr1_jax.apps.plan.hlo import Array, Computation, Op
 
 # Instructions that move nothing. The end of an asynchronous operation is counted at its start.
@@ -38,11 +40,7 @@ _FREE = frozenset([
     "add-dependency", "opt-barrier", "partition-id", "replica-id", "domain",
 ])  # fmt: skip
 _FREE_TARGETS = frozenset(["AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding"])
-_TAKES = frozenset(["slice", "dynamic-slice", "gather"])
 _COPIES = frozenset(["copy-start", "slice-start", "dynamic-slice-start"])
-_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # opcode -> operand that is written
-# Operations that a fused computation passes its operand through without reading it.
-_VIEWS = frozenset(["bitcast", "get-tuple-element", "reshape"])
 _KERNELS = re.compile(
     r'custom_call_target="(tpu_custom_call|mosaic_gpu\w*|__gpu\$xla\.gpu\.triton|triton_kernel_call'
     r'|__cudnn\$[^"]*)"'
@@ -72,16 +70,18 @@ class Instruction:
     Attributes:
       name: Name in the HLO text.
       opcode: Operation, such as `fusion`.
-      kind: `kernel`, `collective`, `copy` (the start of an asynchronous copy), `wait` (its end) or
-        `other`.
+      kind: `kernel`, `collective`, `copy` (the start of an asynchronous copy), `wait` (the end of
+        an asynchronous copy or collective) or `other`.
       where: Path of the operation in the traced function.
+      loop: Path of the innermost loop around it; empty if there is none.
       result: Types of the result.
       runs: Number of times that the program runs it.
       read, written: Bytes read and written in the device's main memory.
-      links: Bytes received over links between devices.
+      collective: The collective that the instruction is, contains or starts, or None.
       flops: FLOPs of matrix products.
       cycles: Cycles that the compiler expects; 0 if it does not say.
-      copy: Of a `wait`, the name of the asynchronous copy.
+      asynchronous: Whether a `wait` ends it.
+      start: Of a `wait`, the name of the asynchronous copy or collective.
     """
 
     name: str
@@ -92,15 +92,22 @@ class Instruction:
     runs: float
     read: float
     written: float
-    links: float = 0.0
+    loop: str = ""
+    collective: Collective | None = None
     flops: float = 0.0
     cycles: float = 0.0
-    copy: str = ""
+    asynchronous: bool = False
+    start: str = ""
 
     @property
     def bytes(self) -> float:
         """Bytes of one run."""
         return self.read + self.written
+
+    @property
+    def links(self) -> float:
+        """Bytes that one run receives over links between devices."""
+        return self.collective.received if self.collective else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +144,23 @@ class Traffic:
         """Bytes received over links between devices."""
         return sum(i.links * i.runs for i in self.instructions)
 
+    @property
+    def collectives(self) -> list[Instruction]:
+        """Instructions that are or contain a collective; of an asynchronous one, the start."""
+        return [i for i in self.instructions if i.collective]
+
+    def gathers(self, shape: tuple[int, ...]) -> float:
+        """Return how often the program gathers an array from other devices, by its shape.
+
+        Dimensions of size 1 and the order of dimensions do not matter.
+        """
+        sizes = sorted(size for size in shape if size > 1)
+        return sum(
+            i.runs for i in self.collectives
+            if i.collective and i.collective.opcode == "all-gather"
+            and sorted(size for size in i.collective.shape if size > 1) == sizes
+        )  # fmt: skip
+
     def of_kind(self, kind: str) -> list[Instruction]:
         """Return the instructions of a kind, such as `kernel`."""
         return [i for i in self.instructions if i.kind == kind]
@@ -157,8 +181,8 @@ def measure(
 
     Args:
       text: Optimised HLO, `compiled.as_text()`.
-      trips: Trip counts of loops that the compiler does not know, by a part of the path of the
-        loop.
+      trips: Trip counts of loops that the compiler does not know, by the end of the path of the
+        loop, such as `decode/while`.
       kernels: Costs of one call of kernels, by a part of the path or name of the call. They
         replace the kernels' own estimates.
       branches: Fractions of the runs that take each branch of a conditional, by a part of its path;
@@ -211,6 +235,8 @@ class _Walk:
         self.instructions: list[Instruction] = []
         self.unknown_loops: list[str] = []
         self.taken: dict[str, int] = {}
+        self.loop = ""  # path of the loop around the current instruction
+        self.started: dict[str, str] = {}  # start of each asynchronous collective, by its channel
 
     @property
     def cost(self) -> tuple[float, float]:
@@ -225,13 +251,16 @@ class _Walk:
         computation = self.module.computations[name]
         for op in computation.ops.values():
             if op.opcode == "while":
+                outer = self.loop
+                self.loop = outer if op.op_name == op.name else op.op_name
                 self.computation(op.computation("body"), runs * self._trip_count(computation, op))
+                self.loop = outer
             elif op.opcode == "conditional":
                 self._conditional(op, runs)
             elif op.opcode == "call":
                 self.computation(op.computation("to_apply"), runs)
             elif op.opcode.endswith("-start") and op.computation("calls"):
-                self.computation(op.computation("calls"), runs)  # an asynchronous operation
+                self._asynchronous(op, runs)
             elif op.opcode.endswith("-done"):
                 self._wait(computation, op, runs)
             elif not (op.opcode in _FREE or op.opcode.endswith("-update")):
@@ -241,9 +270,8 @@ class _Walk:
         """Return the trip count of a loop: the compiler's, else the given one, else 1."""
         if counted := loops.trip_count(self.module, computation, op):
             return float(counted)
-        path = f"{op.op_name} {op.name}"
-        for part, count in self.trips.items():
-            if part in path:
+        for end, count in self.trips.items():
+            if op.op_name.endswith(end):
                 return float(count)
         self.unknown_loops.append(op.op_name)
         return 1.0
@@ -259,6 +287,7 @@ class _Walk:
         branches = []
         for name in names:
             branch = _Walk(self.module, self.trips, self.kernels, self.fractions)
+            branch.loop, branch.started = self.loop, dict(self.started)
             branch.computation(name, runs)
             branches.append(branch)
         index = max(range(len(branches)), key=lambda i: branches[i].cost)
@@ -267,26 +296,46 @@ class _Walk:
         self.unknown_loops += branch.unknown_loops
         self.taken |= {**branch.taken, op.name: index}
 
+    def _asynchronous(self, op: Op, runs: float) -> None:
+        """Add the instructions of an asynchronous operation whose computation is written out."""
+        first = len(self.instructions)
+        self.computation(op.computation("calls"), runs)
+        for n, inner in enumerate(self.instructions[first:], first):
+            if inner.collective:
+                self.instructions[n] = dataclasses.replace(inner, name=op.name, asynchronous=True)
+
     def _wait(self, computation: Computation, op: Op, runs: float) -> None:
-        """Add the end of an asynchronous copy."""
+        """Add the end of an asynchronous copy or collective."""
         start = computation.ops.get(op.operands[0]) if op.operands else None
-        if start is not None and start.opcode in _COPIES:
-            self.instructions.append(
-                Instruction(
-                    name=op.name, opcode=op.opcode, kind="wait", where=op.op_name, result="",
-                    runs=runs, read=0.0, written=0.0, copy=start.name,
-                )
-            )  # fmt: skip
+        while start is not None and start.opcode.endswith("-update"):
+            start = computation.ops.get(start.operands[0])
+        if start is not None:
+            self._add_wait(op, start.name, runs)
+
+    def _add_wait(self, op: Op, start: str, runs: float) -> None:
+        self.instructions.append(
+            Instruction(
+                name=op.name, opcode=op.opcode, kind="wait", where=op.op_name, loop=self.loop,
+                result="", runs=runs, read=0.0, written=0.0, start=start,
+            )
+        )  # fmt: skip
 
     def _add(self, computation: Computation, op: Op, runs: float) -> None:
         target = op.find(_TARGET) or ""
         if target in _FREE_TARGETS:
             return
-        read, written = self._bytes(computation, op)
-        kind, links = "other", 0.0
+        if start := self.started.get(collectives.done_channel(self.module, op)):
+            self._add_wait(op, start, runs)
+            return
+        read, written = operands.instruction_bytes(self.module, computation, op, self.started)
+        kind, asynchronous = "other", op.opcode in _COPIES
         work = flops.op_flops(self.module, computation, op)
-        if collective := collectives.find(self.module, op):
-            kind, links = "collective", collective.received
+        collective = collectives.find(self.module, op, self.started)
+        if collective and not work:
+            kind = "collective"
+            asynchronous = op.opcode.endswith("-start")
+            if collectives.is_start(self.module, op):
+                self.started[collective.channel], asynchronous = op.name, True
         elif op.opcode in _COPIES:
             kind = "copy"
         elif op.opcode == "custom-call" and _KERNELS.search(op.attributes):
@@ -294,12 +343,13 @@ class _Walk:
             if cost := self._kernel_cost(computation, op):
                 read, written, work = cost.bytes, 0.0, cost.flops
         cycles = float(op.find(_CYCLES) or 0)
-        if read or written or links or work or cycles:
+        if read or written or collective or work or cycles:
             self.instructions.append(
                 Instruction(
-                    name=op.name, opcode=op.opcode, kind=kind, where=op.op_name,
+                    name=op.name, opcode=op.opcode, kind=kind, where=op.op_name, loop=self.loop,
                     result=" ".join(f"{a.dtype}{list(a.shape)}" for a in op.result[:3]), runs=runs,
-                    read=read, written=written, links=links, flops=work, cycles=cycles,
+                    read=read, written=written, collective=collective, flops=work, cycles=cycles,
+                    asynchronous=asynchronous,
                 )
             )  # fmt: skip
 
@@ -316,82 +366,3 @@ class _Walk:
         if stated.get("bytes_accessed"):
             return KernelCost(stated["bytes_accessed"], stated.get("flops", 0.0))
         return None
-
-    def _bytes(self, computation: Computation, op: Op) -> tuple[float, float]:
-        """Return the bytes that an instruction reads and writes."""
-        operands = [computation.ops[name] for name in op.operands if name in computation.ops]
-        read = [operand.memory_bytes for operand in operands]
-        if op.opcode == "fusion":
-            name = op.computation("calls")
-            taken = [self._fused_read(name, n, whole) for n, whole in enumerate(read)]
-            return sum(taken), self._fused_written(name, op)
-        if op.opcode.endswith("-start") and op.opcode.removesuffix("-start") in _TAKES:
-            taken = op.result[len(operands)]  # the result is (operands, slice, context)
-            return taken.bytes if read[0] else 0.0, taken.memory_bytes
-        if op.opcode in _TAKES:
-            size = op.bytes if read[0] else 0.0
-            return size + sum(read[1:]), op.memory_bytes
-        if op.opcode in _UPDATES:
-            update = _UPDATES[op.opcode]
-            rest = [size for n, size in enumerate(read) if n != 0]
-            return sum(rest), operands[update].bytes if op.memory_bytes else 0.0
-        if op.opcode.endswith("-start") and len(op.result) > len(operands):
-            # A copy, (result, operand, ..), or a collective, (operands, results, ..).
-            first = 0 if op.opcode == "copy-start" else len(operands)
-            result = op.result[first : first + len(operands)]
-            return sum(read), sum(array.memory_bytes for array in result)
-        return sum(read), op.memory_bytes
-
-    def _fused_read(self, name: str, number: int, whole: float) -> float:
-        """Return the bytes that a fusion reads of an operand whose size in memory is `whole`."""
-        computation = self.module.computations[name]
-        names, total = {computation.parameters.get(number, "")}, 0.0
-        if not whole:
-            return 0.0
-        for op in computation.ops.values():
-            places = [n for n, operand in enumerate(op.operands) if operand in names]
-            if not places:
-                continue
-            if op.opcode in _VIEWS or self._is_view(op):
-                names.add(op.name)
-                if op.name == computation.root:
-                    return whole
-            elif op.opcode == "fusion":
-                inner = op.computation("calls")
-                total += sum(self._fused_read(inner, n, whole) for n in places)
-            elif op.opcode in _TAKES and places == [0]:
-                total += op.bytes
-            elif not ((op.opcode in _UPDATES and places == [0]) or op.opcode == "tuple"):
-                return whole
-        return min(total, whole)
-
-    def _is_view(self, op: Op) -> bool:
-        """Return whether an instruction is a fusion that only renames its operand."""
-        if op.opcode != "fusion" or len(op.operands) != 1:
-            return False
-        inner = self.module.computations[op.computation("calls")]
-        return all(o.opcode in _VIEWS or o.opcode == "parameter" for o in inner.ops.values())
-
-    def _fused_written(self, name: str, fusion: Op) -> float:
-        """Return the bytes that a fusion writes: of an update in place, only the update."""
-        computation = self.module.computations[name]
-        root = computation.ops[computation.root]
-        roots = [root]
-        if root.opcode == "tuple" and len(root.operands) == len(fusion.result):
-            roots = [computation.ops[operand] for operand in root.operands]
-        if len(roots) != len(fusion.result):
-            return fusion.memory_bytes
-        written = 0.0
-        for op, result in zip(roots, fusion.result, strict=True):
-            while op.opcode in _VIEWS and op.operands[0] in computation.ops:
-                op = computation.ops[op.operands[0]]
-            whole = result.memory_bytes
-            if op.opcode in _UPDATES:
-                update = computation.ops[op.operands[_UPDATES[op.opcode]]]
-                whole = min(whole, update.bytes)
-            elif op.opcode == "fusion":  # nested
-                whole = min(whole, self._fused_written(op.computation("calls"), op))
-            elif op.opcode == "parameter":
-                whole = 0.0 if len(roots) > 1 else whole
-            written += whole
-        return written

@@ -1,4 +1,8 @@
-"""The policy model: maps images and tokens to hidden states, logits or log-probs."""
+"""The policy model: maps images and tokens to hidden states, logits or log-probs.
+
+Its parts run in the named scopes `vision`, `text` and `log_probs`, by which profiles and `mmsr1
+plan` tell them apart in a compiled program, in both passes.
+"""
 
 import flax.struct
 import jax
@@ -91,7 +95,8 @@ class Qwen2_5_VL(nnx.Module):
 
     def encode_images(self, images: ImageRows) -> Float[jax.Array, "B M D"]:
         """Return the merged tokens of each row's images, float[B, M, D], in slot order."""
-        return self.vision(images, self.dtype, implementation=self.attention, remat=self.remat)
+        with jax.named_scope("vision"):
+            return self.vision(images, self.dtype, implementation=self.attention, remat=self.remat)
 
     def embed(
         self, rows: Rows, image_tokens: Float[jax.Array, "B M D"] | None
@@ -120,15 +125,16 @@ class Qwen2_5_VL(nnx.Module):
         """
         if image_tokens is None and rows.images is not None:
             image_tokens = self.encode_images(rows.images)
-        hidden = self.text(
-            self.embed(rows, image_tokens),
-            rows.positions,
-            rows.segment_ids,
-            rows.prefix_ids,
-            single_segment=rows.single_segment,
-            implementation=self.attention,
-            remat=self.remat,
-        )
+        with jax.named_scope("text"):
+            hidden = self.text(
+                self.embed(rows, image_tokens),
+                rows.positions,
+                rows.segment_ids,
+                rows.prefix_ids,
+                single_segment=rows.single_segment,
+                implementation=self.attention,
+                remat=self.remat,
+            )
         return hidden, {"image_tokens": image_tokens}
 
     def logits(self, hidden: Float[jax.Array, "B T D"]) -> Float32[jax.Array, "B T V"]:
@@ -175,7 +181,8 @@ class Qwen2_5_VL(nnx.Module):
           Log-probs, float32[B, C], and entropies in nats, float32[B, C].
         """
         hidden, _ = self(rows, image_tokens)
-        hidden = jnp.take_along_axis(hidden, logit_columns[..., None], axis=1)
+        with jax.named_scope("log_probs"):
+            hidden = jnp.take_along_axis(hidden, logit_columns[..., None], axis=1)
         return token_statistics(
             hidden,
             self.text.head_table,

@@ -59,6 +59,11 @@ def token_statistics(
       Log-probabilities of the targets, float32[B, T], and entropies of the distributions in nats,
       float32[B, T].
     """
+    with jax.named_scope("log_probs"):
+        return _blocked_statistics(hidden, table, targets, chunk, temperature)
+
+
+def _blocked_statistics(hidden, table, targets, chunk: int, temperature: float) -> Any:
     V, D = table.shape
     shards = sharding.mesh_axis_size("vocab")
     shards = shards if V % shards == 0 else 1
@@ -66,8 +71,7 @@ def token_statistics(
     table = constrain(table.astype(hidden.dtype), "vocab", None)
     # [blocks, shards, v, D], so that each device computes a part of every block.
     table = table.reshape(shards, blocks, V // shards // blocks, D).swapaxes(0, 1)
-    statistics: Any = _statistics(hidden, table, jnp.asarray(targets), temperature)
-    return statistics
+    return _statistics(hidden, table, jnp.asarray(targets), temperature)
 
 
 def _num_blocks(vocabulary: int, at_least: int) -> int:
