@@ -120,6 +120,7 @@ class Device:
             programs.num_pages,
             self.config.page_size,
             config.turns.max_episode_tokens,
+            self.config.decode_steps,
             self._offload_pages,
             self._write_pages,
         )
