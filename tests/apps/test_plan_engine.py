@@ -80,9 +80,12 @@ def test_state_and_cache_are_those_of_the_compiled_programs():
     assert listed["fork"].inputs == 3 * 4 + MODEL.text.hidden_size * 4
     arguments = compiled.memory_analysis().argument_size_in_bytes
     assert arguments == cache + listed["fork"].inputs
-    moved = traffic.measure(compiled.as_text()).bytes
-    # The CPU program copies a page by way of a temporary.
-    assert listed["fork"].needed_bytes <= moved <= 2 * listed["fork"].needed_bytes
+    # A page is copied by way of a temporary, see `cache.fork`.
+    page, layers = memory.cache_size(config(lanes=5), rollout).page_bytes, MODEL.text.num_layers
+    moved = traffic.measure(compiled.as_text())
+    assert 0 <= moved.bytes - listed["fork"].needed_bytes - 2 * page < 0.01 * page
+    assert max(i.read + i.written for i in moved.largest(1)) < 2.01 * page / layers
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.01 * page
 
 
 def test_inputs_are_the_arguments_without_parameters_and_caches():
@@ -204,3 +207,7 @@ def test_decode_moves_little_more_than_it_needs(name):
     assert traffic.wasteful(costs, cache_bytes=cache, layer_bytes=layer) == []
     assert len([i for i in costs.of_kind("kernel")]) == 2
     assert 1.0 <= costs.bytes / program.needed_bytes <= 1.25
+    # A fork needs the memory of one layer's page at a time.
+    page = memory.cache_size(run, rollout).page_bytes / model.text.num_layers
+    fork = next(p for p in listed if p.name == "fork").lower().compile()
+    assert fork.memory_analysis().temp_size_in_bytes < 1.01 * page
