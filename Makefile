@@ -41,12 +41,12 @@ test: $(VENV)/.tests lint
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Tests that take too long for every day, and the tests of numbers with programs that are compiled
-# as users run them.
+# as users run them; rollouts also with the kernels of TPUs and GPUs, interpreted.
 proofs: $(VENV)/.tests
 	$(RUN) -m pytest -m proof
 	OPTIMIZED=1 $(RUN) -m pytest tests/models tests/rl tests/rollout
-	$(RUN) -m pytest --kernels tests/rollout/test_cache.py tests/rollout/test_decode.py \
-	    tests/rollout/test_engine.py
+	$(RUN) -m pytest --kernels=tpu tests/rollout
+	$(RUN) -m pytest --kernels=gpu tests/rollout
 
 lint: $(VENV)/.tests
 	$(VENV)/bin/ruff check .

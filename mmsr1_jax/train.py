@@ -77,10 +77,11 @@ def _train(
 ) -> int:
     objective, update, max_tokens = config.objective, config.update, config.turns.max_episode_tokens
 
-    # ---------------------------------------------------------------- policy, engine and judge
+    # ---------------------------------------------------------------- engine, policy and judge
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
-    model = train_utils.load_policy(config, model_dir, mesh)
     engine = stack.enter_context(contextlib.closing(make_engine(config, model_dir)))
+    engine.release()  # its programs are compiled; the memory is free for the trainer, until `load`
+    model = train_utils.load_policy(config, model_dir, mesh)
     judge = make_judge(config)
 
     # ---------------------------------------------------------------- questions
@@ -116,18 +117,18 @@ def _train(
         data_position = questions.state()
         seed = (config.run.seed * 100_003 + step) % 2**31  # differs by step
         try:
-            with run.phase("rollout"), run.timeline(step) as timeline:
-                if update.offload:
-                    learner.offload()
+            with (
+                run.phase("rollout"),
+                run.timeline(step) as timeline,
+                train_utils.memory_for_rollouts(engine, learner, update.offload),
+            ):
                 rollouts = roll_out(
                     engine, questions, config, judge, seed=seed, step=step, timeline=timeline
                 )
         except ServiceRefusedError as error:
-            learner.restore()
             run.save(step - 1, {"questions": data_position})
             raise run.with_resume_hint(error, step - 1) from None
         engine.release()  # its memory is free for the update, until `load`
-        learner.restore()
 
         # ------------------------------------------------------------ advantages, packed rows
         minibatches, skipped = [], []
@@ -180,7 +181,10 @@ def _train(
         refusal = None
         if validation_source and train_utils.is_validation_step(config.run, step):
             try:
-                with run.phase("validation"):
+                with (
+                    run.phase("validation"),
+                    train_utils.memory_for_rollouts(engine, learner, update.offload),
+                ):
                     step_metrics |= validate(engine, validation_source, config, judge)
             except ServiceRefusedError as error:  # the step itself is complete
                 refusal = error

@@ -5,7 +5,7 @@
 | part | |
 |---|---|
 | `device` | names and versions; speed of copies and of matrix products |
-| `parity` | every kernel of the platform against XLA: attention with gradients, paged, sampler |
+| `parity` | every kernel of the platform: attention with gradients, paged, gated product, sampler |
 | `gap` | log-probs that the engine records, against those of the trainer for the same tokens |
 | `decoding` | tokens/s at 7B shape, and the share of the bandwidth |
 | `update` | MFU of forward+backward and of updates, four layers of 7B and 3B width |

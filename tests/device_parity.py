@@ -1,7 +1,8 @@
 """Parity of the kernels that a platform uses with XLA in float32, on the device itself.
 
 Differences of outputs are absolute; inputs are bounded and of variance 1. Those of gradients are
-relative to the gradient's largest entry.
+relative to the gradient's largest entry, and those of the gated product, which is not bounded, to
+its value where that exceeds 1.
 """
 
 import dataclasses
@@ -14,7 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmsr1_jax.config.choices import Attention
-from mmsr1_jax.models import attention, gpu_paged_attention, paged_attention, sharding
+from mmsr1_jax.models import (
+    attention,
+    gpu_gated_linear,
+    gpu_paged_attention,
+    paged_attention,
+    sharding,
+)
 from mmsr1_jax.models.paged_attention import PagedRows
 from mmsr1_jax.rollout import sampler
 
@@ -35,8 +42,13 @@ class Measurement:
 
 
 def parity(tiny: bool) -> list[Measurement]:
-    """Compare every kernel that the platform uses with XLA in float32."""
-    return [*_attention_parity(tiny), *_paged_parity(tiny), *_reductions_parity(tiny)]
+    """Compare every kernel that the platform uses with XLA in float32, or NumPy in float64."""
+    return [
+        *_attention_parity(tiny),
+        *_paged_parity(tiny),
+        *_gated_parity(tiny),
+        *_sampler_parity(tiny),
+    ]
 
 
 def _uniform(rng, *shape: int, dtype) -> jax.Array:
@@ -197,14 +209,44 @@ def decode_kernel_difference(
     return _compared("bfloat16", difference=float(jnp.abs(ours - expected).max()))
 
 
-def _reductions_parity(tiny: bool) -> list[Measurement]:
-    shape = (8, 512) if tiny else (64, 152064)
+def _gated_parity(tiny: bool) -> list[Measurement]:
+    shapes = [(1024, 18944, 3584)] if jax.default_backend() == "gpu" else []
+    if tiny:
+        shapes = [(128, 128, 256)]
     return [
+        Measurement(
+            f"gated_linear, {rows} rows, {D} to {F}",
+            functools.partial(gated_difference, rows, F, D),
+        )
+        for rows, F, D in shapes
+    ]
+
+
+def gated_difference(rows: int, F: int, D: int) -> dict[str, Any]:
+    """Compare the gated product's kernel for GPUs with XLA; a CPU runs it in the interpreter."""
+    rng = np.random.default_rng(0)
+    x = _uniform(rng, rows, D, dtype="bfloat16")
+    gate, up = (_uniform(rng, F, D, dtype="bfloat16") * D**-0.5 for _ in range(2))
+    with precision("float32"):
+        gated, raw = (jax.jit(jnp.dot)(*map(jnp.float32, (x, w.T))) for w in (gate, up))
+    expected = jax.nn.silu(gated) * raw
+    interpret = jax.default_backend() == "cpu"
+    kernel = jax.jit(functools.partial(gpu_gated_linear.gated_linear, interpret=interpret))
+    difference = jnp.abs(kernel(x, gate, up) - expected) / jnp.maximum(1, jnp.abs(expected))
+    return _compared("bfloat16", difference=float(difference.max()))
+
+
+def _sampler_parity(tiny: bool) -> list[Measurement]:
+    shape = (8, 512) if tiny else (64, 152064)
+    reductions = [
         Measurement(
             f"sampler, {reduce.__name__}", functools.partial(reduction_error, reduce, shape)
         )
         for reduce in (sampler.reduce_in_passes, sampler.reduce_at_once)
     ]
+    bits = 1 if jax.default_backend() == "cpu" and not tiny else 4  # as `sampler.sample` chooses
+    limits = functools.partial(limits_error, bits, shape)
+    return [*reductions, Measurement(f"sampler, top-k and top-p by {bits} bits", limits)]
 
 
 def reduction_error(reduce: Callable, shape: tuple[int, int]) -> dict[str, Any]:
@@ -222,3 +264,34 @@ def reduction_error(reduce: Callable, shape: tuple[int, int]) -> dict[str, Any]:
         difference=float(np.abs(np.array(lses, np.float64) - np.array(expected)).max()),
         wrong_tokens=wrong,
     )
+
+
+def limits_error(bits: int, shape: tuple[int, int]) -> dict[str, Any]:
+    """Compare the least likely token that top-k and top-p keep with that of a sort.
+
+    Returns:
+      The largest share of the probability by which a row is beside its top-p, in `difference`, and
+      the number of rows with another top-k, in `wrong_rows`.
+    """
+    rng = np.random.default_rng(0)
+    B, V = shape
+    logits, allowed = rng.normal(size=shape, scale=3).astype(np.float32), rng.random(V) < 0.9
+    sampling = sampler.Sampling(
+        temperature=np.full(B, 0.7, np.float32),
+        top_k=np.resize(np.array([50, 0, 300, 1], np.int32), B),
+        top_p=np.resize(np.array([1, 0.9, 0.95, 1], np.float32), B),
+        greedy=np.zeros(B, bool),
+    )
+    search = jax.jit(functools.partial(sampler.least_likely, bits=bits))
+    difference, wrong = 0.0, 0
+    for row, least in enumerate(np.asarray(search(logits, sampling, allowed))):
+        likely = np.sort(logits[row, allowed])[::-1][: sampling.top_k[row] or None]
+        p, masses = sampling.top_p[row], np.exp((likely - likely[0]) / np.float64(0.7))
+        if p == 1:
+            wrong += int(least != likely[-1])
+            continue
+        kept, above = (
+            masses[mask].sum() / masses.sum() for mask in (likely >= least, likely > least)
+        )
+        difference = max(difference, float(p - kept), float(above - p))
+    return _compared("float32", difference=difference, wrong_rows=wrong)

@@ -50,6 +50,8 @@ from tests.programs import ROOT
 from tests.scripted_policy import ACTIONS, config_for, scripted_processor
 
 GIB = 2**30
+# Bars of the mean and of the largest difference between log-probs of engine and trainer.
+GAP_BARS = {"float32": (1e-5, 1e-4), "bfloat16": (2e-2, 0.2)}
 UNUSABLE = 3  # exit code: the device fails after an error, so a new process has to go on
 
 
@@ -226,13 +228,26 @@ def logprob_gap(config: ModelConfig, actions: dict[str, int], dtype: str) -> dic
     with precision(dtype):
         ours = [np.asarray(score(params, batch))[batch.mask] for batch in batches]
     recorded = np.concatenate([batch.rollout_logprobs[batch.mask] for batch in batches])
-    difference = np.abs(np.concatenate(ours) - recorded)
+    calls = sum(len(episode.calls) for episode in episodes)
+    return {**compared_logprobs(np.concatenate(ours), recorded, dtype), "calls": calls}
+
+
+def compared_logprobs(ours: np.ndarray, recorded: np.ndarray, dtype: str) -> dict[str, Any]:
+    """Return the differences between log-probs of the trainer and of the engine, with their bars.
+
+    Args:
+      ours, recorded: Log-probs by the trainer and by the engine, float32[tokens].
+      dtype: Compute dtype, which decides the bars. NaN does not pass.
+    """
+    difference, bars = np.abs(ours - recorded), GAP_BARS[dtype]
+    mean, largest = float(difference.mean()), float(difference.max())
     return {
-        "mean_difference": float(difference.mean()),
-        "largest_difference": float(difference.max()),
+        "mean_difference": mean,
+        "largest_difference": largest,
+        "bars": list(bars),
+        "passed": mean <= bars[0] and largest <= bars[1],
         "mean_logprob": float(recorded.mean()),
         "tokens": len(recorded),
-        "calls": sum(len(episode.calls) for episode in episodes),
     }
 
 

@@ -86,8 +86,12 @@ def by_index(episodes) -> dict[int, dict]:
     return {episode.index: episode_record(episode) for episode in episodes}
 
 
-def assert_logprobs_match_score(model, finished, temperature):
-    """Compare recorded log-probs with those of `score` on the finished conversation."""
+def compare_logprobs_with_score(model, finished, temperature: float) -> int:
+    """Compare recorded log-probs with those of `score` on the finished conversations.
+
+    Returns:
+      Number of tokens that were compared.
+    """
     graph, params = nnx.split(nnx.clone(model))
     # logits / temperature, by the output head
     params["text"]["head"].set_value(params["text"]["head"].get_value() / temperature)
@@ -103,4 +107,10 @@ def assert_logprobs_match_score(model, finished, temperature):
             if segment.kind == "model":
                 assert (segment.sampling_logprobs >= segment.logprobs - 1e-5).all()
         compared += int(mask.sum())
-    assert compared > 100 and any(len(e.turns) == 3 and len(e.images) > 3 for e in finished)
+    return compared
+
+
+def assert_logprobs_match_score(model, finished, temperature: float) -> None:
+    """Compare the log-probs of many tokens, of episodes with several turns and images."""
+    assert compare_logprobs_with_score(model, finished, temperature) > 100
+    assert any(len(e.turns) == 3 and len(e.images) > 3 for e in finished)

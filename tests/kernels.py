@@ -3,16 +3,25 @@
 import dataclasses
 import functools
 import threading
+import types
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src import literals
 from jax._src.pallas.mosaic.interpret import thread_map
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
-from mmsr1_jax.models import paged_attention
+from mmsr1_jax.models import (
+    gpu_paged_attention,
+    gpu_paged_prefill,
+    mosaic_gpu,
+    paged_attention,
+    sharding,
+)
 from mmsr1_jax.scripts import random_policy
 
 
@@ -60,6 +69,41 @@ def one_device_at_a_time(kernel: Callable) -> Callable:
         return jax.pure_callback(functools.partial(run, **options), result, q, *arrays)
 
     return call
+
+
+class _Instead:
+    """A module with some of its names replaced."""
+
+    def __init__(self, module: types.ModuleType, **names):
+        self._module = module
+        vars(self).update(names)
+
+    def __getattr__(self, name: str):
+        return getattr(self._module, name)
+
+
+def interpret_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make paged attention use the kernels for GPUs, interpreted.
+
+    They compute in float32, so that the tests compare as closely as with XLA. Tensor cores have
+    only bfloat16, and shared memory is tiled for it, but the interpreter has neither.
+    """
+
+    def untiled(shape, dtype, *, transforms=()):
+        return plgpu.SMEM(shape, dtype)
+
+    for module in (paged_attention, gpu_paged_attention, gpu_paged_prefill, mosaic_gpu):
+        monkeypatch.setattr(module, "jnp", _Instead(jnp, bfloat16=jnp.float32))
+    for module, name in (
+        (gpu_paged_attention, "paged_decode"), (gpu_paged_prefill, "paged_prefill"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, "plgpu", _Instead(plgpu, SMEM=untiled))
+        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
+    monkeypatch.setattr(sharding, "is_hopper", lambda: True)
+    jax.clear_caches()
+
+
+INTERPRET = {"tpu": interpret_tpu_kernel, "gpu": interpret_gpu_kernels}
 
 
 def widen_random_policy() -> None:

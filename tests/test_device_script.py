@@ -3,9 +3,12 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
-from tests import device, device_parts
+from mmsr1_jax.models import gpu_gated_linear
+from mmsr1_jax.rollout import sampler
+from tests import device, device_parity, device_parts
 from tests.device_parity import Measurement
 from tests.programs import environment, run
 
@@ -66,7 +69,7 @@ def check(result, parts):
 
 
 def check_parity(rows):
-    assert len(rows) == 9
+    assert len(rows) == 11
     for name, row in rows.items():
         assert 0 <= row["difference"] <= row["bar"], name
         if name.startswith("attention"):
@@ -93,13 +96,37 @@ def test_all_parts_at_tiny_sizes(tmp_path):
     rows = check(result, ["parity", "gap", "decoding", "update", "demo"])
     check_parity(rows["parity"])
     gap = rows["gap"]["float32, tiny policy"]
-    assert 0 < gap["mean_difference"] < 1e-5 and gap["largest_difference"] < 1e-4
+    assert gap["passed"] and 0 < gap["mean_difference"] < 1e-5
     assert gap["tokens"] > 100 and gap["calls"] > 5
     assert {row["mfu"] for row in rows["update"].values()} == {None}
     assert all(row["tokens_per_second"] > 0 for row in rows["update"].values())
     demo = rows["demo"]["training"]
     assert demo["steps"] == 1 and demo["finite"] and -1 <= demo["last_reward"] <= 1
     assert demo["logprob_difference"] < 1e-4
+
+
+def test_kernels_of_gpus_and_limits_of_the_sampler_have_a_bar(monkeypatch):
+    """On a CPU the interpreter runs them. A wrong result does not pass."""
+    measurements = {m.name: m for m in device_parity.parity(tiny=True)}
+    names = "gated_linear, 128 rows, 256 to 128", "sampler, top-k and top-p by 4 bits"
+    assert all(measurements[name].run()["passed"] for name in names)
+    kernel, least = gpu_gated_linear.gated_linear, sampler.least_likely
+    monkeypatch.setattr(
+        gpu_gated_linear, "gated_linear", lambda *args, **options: kernel(*args, **options) * 1.05
+    )
+    monkeypatch.setattr(
+        sampler, "least_likely", lambda *args, **options: least(*args, **options) + 0.02
+    )
+    assert not any(measurements[name].run()["passed"] for name in names)
+
+
+def test_a_gap_between_engine_and_trainer_has_a_bar():
+    recorded = np.linspace(-9, 0, 1000, dtype=np.float32)
+    for offset, one, passed in ((0, 5e-5, True), (2e-5, 0, False), (0, 2e-4, False),
+                                (0, np.nan, False)):  # fmt: skip
+        ours = recorded + np.float32(offset)
+        ours[7] += one
+        assert device_parts.compared_logprobs(ours, recorded, "float32")["passed"] is passed
 
 
 @pytest.mark.proof

@@ -27,7 +27,7 @@ class Update:
       pack_windows: Maximum number of windows of 64 patches for all images of a row together.
       micro_batch_rows: Number of micro-batch rows on each data-parallel shard of the mesh.
       offload: Whether the trainer's parameters and optimiser state are in pinned host memory during
-        rollouts, which frees their memory for the engine.
+        rollouts, those of validation included, which frees their memory for the engine's caches.
       freeze_vision: Whether the vision tower is frozen.
       lora_rank: Rank of the LoRA adapters (`rl/lora.py`). With 0, all parameters are trained
         instead.

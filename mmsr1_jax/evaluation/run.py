@@ -92,6 +92,7 @@ def evaluate(
     results: dict[str, Any] = {}
     try:
         if checkpoint is not None:
+            engine.release()  # the memory is free for restoring
             engine.load(restore_params(config, str(model_dir), *checkpoint))
         for name in config.eval.workflows:
             run_workflow(engine, config, name, source, out)

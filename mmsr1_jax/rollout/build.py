@@ -44,8 +44,8 @@ def make_engine(
     )
     processor.check_fits(model.config)
     if len(meshes) == 1:
-        return Engine(model, processor, config, tools)
-    return EnginePool(replicate(model, meshes), processor, config, tools)
+        return Engine(model, processor, config, tools, donate=True)
+    return EnginePool(replicate(model, meshes), processor, config, tools, donate=True)
 
 
 def make_processor(config: settings.Config, model_dir: str) -> Processor:

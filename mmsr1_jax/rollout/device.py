@@ -7,7 +7,6 @@ the order of the calls, and only `decode` and moves to host memory wait for thei
 """
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ from mmsr1_jax.rollout.prefill import PrefillChunk
 from mmsr1_jax.rollout.programs import PAGES_PER_MOVE, Programs
 from mmsr1_jax.rollout.sampler import Sampling
 from mmsr1_jax.rollout.stop import StopTable
-from mmsr1_jax.rollout.timeline import DECODE, ENCODE, PREFILL, EngineTimeline
+from mmsr1_jax.rollout.timeline import DECODE, ENCODE, PREFILL, EngineTimeline, Execution
 from mmsr1_jax.utils import fallbacks
 
 
@@ -73,15 +72,11 @@ class RunningDecode:
 
     Attributes:
       sampled: Its future results.
-      num_rows: Number of rows.
-      start: Time of the call, from `time.perf_counter`.
-      end: Time at which it ended, once a timeline has recorded it.
+      execution: Its times, if a timeline is recorded.
     """
 
     sampled: decode.SampledTokens
-    num_rows: int
-    start: float
-    end: float = 0.0
+    execution: Execution | None
 
 
 class Device:
@@ -92,13 +87,13 @@ class Device:
       config: All settings; only `rollout`, `buckets` and `turns` are used.
       stops: Stop strings and end tokens of a turn.
       allowed: Tokens that may be sampled, bool[V].
+      donate: Whether to delete the model's parameters, of which the engine has a converted copy.
 
     Attributes:
       config: Settings of the engine, `config.rollout`.
       stats: Counters of the device's work.
       stops: Stop strings and end tokens of a turn.
       pages: Pages of each lane, and of a group's prompt.
-      timeline: Recorder of the programs' durations; None: they are not measured.
     """
 
     def __init__(
@@ -108,10 +103,10 @@ class Device:
         *,
         stops: StopTable,
         allowed: np.ndarray,
+        donate: bool = False,
     ):
         self.stats = EngineStats()
-        self.timeline: EngineTimeline | None = None
-        self._running: RunningDecode | None = None
+        self._timeline: EngineTimeline | None = None
         self.config = config.rollout
         self.stops = stops
         self._model_config = model.config
@@ -125,6 +120,7 @@ class Device:
             programs.num_pages,
             self.config.page_size,
             config.turns.max_episode_tokens,
+            self.config.decode_steps,
             self._offload_pages,
             self._write_pages,
         )
@@ -133,44 +129,74 @@ class Device:
         # compiled twice.
         self._allowed = self.put(allowed)
         self._next_state = self.put(stops.next_state)
+        params = nnx.split(model)[1]
         with programs.context():
-            self._params: nnx.State | None = programs.load(None)(nnx.split(model)[1])
-        self.reset()
+            self._params: nnx.State | None = programs.load(None)(params)
+        if donate:
+            jax.tree.map(lambda x: x.delete(), params)
+        self._cache: cache.Cache | None = None
+        self._image_tokens: jax.Array | None = None
 
     def put(self, arrays: Any) -> Any:
         """Return a tree of host arrays as arrays on the engine's devices, replicated."""
         return jax.device_put(arrays, self._programs.replicated)
 
-    def reset(self) -> None:
-        """Reallocate both caches, since a failed program may have lost donated arrays."""
-        self._cache = self._image_tokens = None  # free the memory before allocating it again
-        with self._programs.context():
-            self._cache, self._image_tokens = self._programs.empty()
+    # Memory
+
+    def release(self) -> None:
+        """Free parameters and caches. `install` allocates parameters again."""
+        self.release_caches()
+        self._params = None
+
+    def release_caches(self) -> None:
+        """Free KV cache and image tokens. The next `begin` allocates empty ones."""
+        self._cache = self._image_tokens = None
         self._images.clear()
         self.pages.clear()
 
-    def release(self) -> None:
-        """Free parameters, KV cache and image tokens; the next `install` allocates them again."""
-        self._params = self._cache = self._image_tokens = None
+    def _allocate_caches(self) -> None:
+        if self._cache is None:
+            with self._programs.context():
+                self._cache, self._image_tokens = self._programs.empty()
+
+    # Rollouts
 
     def begin(self, timeline: EngineTimeline | None) -> None:
-        """Prepare for a rollout; one that was abandoned may have left its lanes.
+        """Prepare for a rollout: allocate the caches, and clear lanes of an abandoned rollout.
 
         Args:
-          timeline: Recorder of the programs' durations; None: they are not measured.
+          timeline: Recorder of the programs' times; None: they are not measured.
+
+        Raises:
+          RuntimeError: There are no parameters.
         """
+        if self._params is None:
+            raise RuntimeError(
+                "the engine has no parameters: it was released, or loading failed; call `load` "
+                "before the next rollout"
+            )
         self.pages.clear()
-        self.timeline, self._running = timeline, None
+        self._allocate_caches()
+        self._timeline = timeline
+        if timeline is not None:
+            timeline.begin()
+
+    def finish(self) -> None:
+        """End a rollout: complete the timeline, which waits for the programs."""
+        timeline, self._timeline = self._timeline, None
+        if timeline is not None:
+            timeline.finish()
 
     def warm_up(self) -> None:
         """Compile the programs for all bucket shapes by running them on padding."""
+        self._allocate_caches()
         for length in self.config.prefill_buckets:
             self._extend(length, [])
         self._images.warm_up()
         sampling = self.put(Sampling.uniform(self.config.decode_batch_size))
         self.finish_decode(self.start_decode([], sampling, seed=0, leave_at=0))
-        hidden = self._extend(self.config.prefill_buckets[0], [])[0]
-        self.fork(0, 0, 0, hidden)
+        hidden, _ = self._extend(self.config.prefill_buckets[0], [])
+        self.fork(0, 0, 0, hidden[0])
         self._write_pages([0], self._read_pages([0]))
 
     # Parameters
@@ -178,9 +204,8 @@ class Device:
     def load(self, params: nnx.State) -> None:
         """Load the trainer's parameters, converted to the engine's layout and dtype in one program.
 
-        Cached image tokens are discarded, since the old parameters produced them. The engine's old
-        parameters and its KV cache are freed before, so that they take no memory beside the new
-        ones.
+        The old parameters and both caches are freed before. The next rollout allocates caches, so
+        that until then they take no memory beside the trainer's state.
 
         Args:
           params: Parameter tree in any layout and dtype.
@@ -211,9 +236,12 @@ class Device:
             return programs.load(None)(params)
 
     def install(self, prepared: nnx.State) -> None:
-        """Install parameters from `prepare`; buffers already on the engine's devices are shared."""
+        """Install parameters from `prepare`; buffers already on the engine's devices are shared.
+
+        Both caches are freed, since the old parameters produced their contents.
+        """
+        self.release_caches()
         self._params = placement.transfer(prepared, self._programs.layout)
-        self.reset()
 
     # Images
 
@@ -224,20 +252,20 @@ class Device:
     def _encode(self, images: ImageRows, slots: np.ndarray) -> None:
         """Encode images, and write their tokens to slots of the store, int32[B, M]."""
         images, slots = self.put((images, slots))
-        start = self._next_start()
         with self._programs.context():
-            self._image_tokens = self._programs.encode(
+            self._image_tokens, output = self._programs.encode(
                 self._params, self._image_tokens, images, slots
             )
-        self._record(ENCODE, start, self._image_tokens, rows=len(slots))
+        self._record(ENCODE, output, rows=len(slots))
 
     # Lanes
 
-    def extend(self, chunks: Sequence[PrefillChunk]) -> list[jax.Array]:
+    def extend(self, chunks: Sequence[PrefillChunk]) -> list[tuple[jax.Array, Execution | None]]:
         """Write chunks, at most one per lane, into lanes that have pages for them.
 
         Returns:
-          The hidden state of the last token of each chunk, float[D].
+          For each chunk, the hidden state of its last token, float[D], and the times of its program
+          if a timeline is recorded.
         """
         by_length: dict[int, list[int]] = {}
         for index, chunk in enumerate(chunks):
@@ -245,7 +273,7 @@ class Device:
                 "tokens", len(chunk.tokens), self.config.prefill_buckets, "rollout.prefill_buckets"
             )
             by_length.setdefault(length, []).append(index)
-        hidden: dict[int, jax.Array] = {}
+        written: dict[int, tuple[jax.Array, Execution | None]] = {}
         for length, indices in by_length.items():
             batches: list[list[int]] = [[]]
             for index in indices:
@@ -257,12 +285,14 @@ class Device:
                     batches.append([])
                 batches[-1].append(index)
             for batch in batches:
-                states = self._extend(length, [chunks[index] for index in batch])
-                hidden |= dict(zip(batch, states, strict=False))
-        return [hidden[index] for index in range(len(chunks))]
+                hidden, execution = self._extend(length, [chunks[index] for index in batch])
+                written |= {index: (hidden[row], execution) for row, index in enumerate(batch)}
+        return [written[index] for index in range(len(chunks))]
 
-    def _extend(self, length: int, chunks: Sequence[PrefillChunk]) -> Sequence[jax.Array]:
-        """Write one batch of chunks of a bucket; return the hidden state of each row."""
+    def _extend(
+        self, length: int, chunks: Sequence[PrefillChunk]
+    ) -> tuple[Sequence[jax.Array], Execution | None]:
+        """Write one batch of chunks of a bucket; return the hidden states of all rows."""
         B = self._programs.extend_rows(length)
         lane = np.full(B, self.config.lanes, np.int32)
         tokens = np.zeros((B, length), np.int32)
@@ -291,13 +321,12 @@ class Device:
                 image_index=image_index,
             )
         )
-        start = self._next_start()
         with self._programs.context():
             hidden, self._cache = self._programs.extend(
                 self._params, self._cache, new, self._image_tokens
             )
-        self._record(PREFILL, start, hidden, rows=len(chunks), length=length)
-        return hidden
+        execution = self._record(PREFILL, hidden, rows=len(chunks), length=length)
+        return hidden, execution
 
     def fork(self, source: int, target: int, lane: int, hidden: jax.Array) -> None:
         """Copy the last page of a prompt for a lane that begins with it.
@@ -372,7 +401,6 @@ class Device:
         fields, table, active, *scalars = self.put(
             (fields, table, np.arange(B) < len(rows), np.int32(seed), np.int32(leave_at))
         )
-        start = time.perf_counter()
         with self._programs.context():
             sampled, self._cache = self._programs.decode(
                 self._params,
@@ -385,8 +413,7 @@ class Device:
                 running=self.stops.running,
             )
         self.stats.offloaded_pages = self.pages.num_offloaded
-        self._running = RunningDecode(sampled, len(rows), start)
-        return self._running
+        return RunningDecode(sampled, self._record(DECODE, sampled, rows=len(rows)))
 
     def finish_decode(self, running: RunningDecode) -> decode.SampledTokens:
         """Wait for a decoding program.
@@ -394,37 +421,16 @@ class Device:
         Returns:
           Numpy arrays with one row for each of the program's rows, followed by padding rows.
         """
-        self._record_decode()
         sampled = jax.device_get(running.sampled)
+        if running.execution is not None:
+            running.execution.has_ended()
+            running.execution.args["steps"] = int(sampled.steps)
         self.stats.decoded_tokens += int(sampled.count.sum())
         self.stats.decode_slots += self.config.decode_batch_size * int(sampled.steps)
         return sampled
 
-    # Timeline
-
-    def _next_start(self) -> float:
-        """Return the start time of the next program; a timeline waits for the decoding one."""
-        self._record_decode()
-        return time.perf_counter()
-
-    def _record_decode(self) -> None:
-        """Record the running decoding program on the timeline, if there are both."""
-        running, self._running = self._running, None
-        if running is not None and self.timeline is not None:
-            steps = int(running.sampled.steps)
-            running.end = self._record(
-                DECODE, running.start, running.sampled, rows=running.num_rows, steps=steps
-            )
-
-    def _record(self, program: str, start: float, output: Any, **args: int) -> float:
-        """Record a program on the timeline, if there is one, after waiting for its output.
-
-        Returns:
-          The time at which it ended.
-        """
-        end = time.perf_counter()
-        if self.timeline is not None:
-            jax.block_until_ready(output)
-            end = time.perf_counter()
-            self.timeline.record(program, program, start, end, **args)
-        return end
+    def _record(self, program: str, output: Any, **args: int) -> Execution | None:
+        """Record a program that was just called on the timeline, if there is one."""
+        if self._timeline is None:
+            return None
+        return self._timeline.record_program(program, output, **args)

@@ -37,6 +37,8 @@ class Engine:
       config: All settings.
       tools: Tools by action, `text_search` and `image_search`. The searches of an action without a
         tool fail, and the policy receives an error message.
+      donate: Whether the engine deletes the model's parameters once it has its own copy, so that
+        they take no memory beside its caches.
 
     Attributes:
       device: Parameters, lanes and programs on the device.
@@ -54,6 +56,8 @@ class Engine:
         processor: Processor,
         config: settings.Config,
         tools: Mapping[str, Tool] | None = None,
+        *,
+        donate: bool = False,
     ):
         self.config = config
         self.processor = processor
@@ -66,12 +70,7 @@ class Engine:
         allowed[: len(token_bytes)] = [bool(text) for text in token_bytes]
         allowed[list(processor.control.values())] = False
         allowed[list(ends.values())] = True
-        self.device = Device(
-            model,
-            config,
-            stops=self.stops,
-            allowed=allowed,
-        )
+        self.device = Device(model, config, stops=self.stops, allowed=allowed, donate=donate)
         self._rules = self.make_rules(config.turns, prompts.load(config.turns.prompt_dir))
         self.image_token = model.config.image_token_id
         self.merge_size = model.config.vision.merge_size
@@ -87,23 +86,35 @@ class Engine:
         return self.device.stats
 
     def load(self, params: nnx.State) -> None:
-        """Load the trainer's parameters, `nnx.split(model)[1]`, and discard cached image tokens.
+        """Load the trainer's parameters, `nnx.split(model)[1]`, and free both caches.
 
         Raises:
           RuntimeError: A rollout is in progress.
         """
-        self.release()
+        self._check_idle()
         self.device.load(params)
 
     def release(self) -> None:
-        """Free the memory of parameters, KV cache and images, until `load` allocates it again.
+        """Free the memory of parameters and caches. `load` must be called before a rollout.
 
         Raises:
           RuntimeError: A rollout is in progress.
         """
+        self._check_idle()
+        self.device.release()
+
+    def release_caches(self) -> None:
+        """Free the memory of KV cache and encoded images until the next rollout.
+
+        Raises:
+          RuntimeError: A rollout is in progress.
+        """
+        self._check_idle()
+        self.device.release_caches()
+
+    def _check_idle(self) -> None:
         if self._busy:
             raise RuntimeError("Engine: a rollout is in progress")
-        self.device.release()
 
     def make_rules(
         self, limits: settings.Turns, texts: Mapping[str, str], forced: Sequence[turns.Action] = ()
@@ -167,7 +178,7 @@ class Engine:
           timeline: Recorder of what the device and each lane do; None: nothing is recorded.
 
         Raises:
-          RuntimeError: Another rollout of this engine is in progress.
+          RuntimeError: Another rollout of this engine is in progress, or it has no parameters.
           ConfigError: The sampling settings are invalid.
         """
         indexed = zip(itertools.count() if indices is None else indices, examples, strict=False)
@@ -209,14 +220,14 @@ class Engine:
           timeline: Recorder of this engine; None: nothing is recorded.
 
         Raises:
-          RuntimeError: Another rollout of this engine is in progress.
+          RuntimeError: Another rollout of this engine is in progress, or it has no parameters.
           ConfigError: The sampling settings are invalid.
         """
         settings.validate_sampling(sampling)
         if self._busy:
             raise RuntimeError("Engine.rollout: another rollout is in progress")
-        self._busy = True
         self.device.begin(timeline)
+        self._busy = True
         try:
             scheduler = Scheduler(
                 self,
@@ -232,5 +243,5 @@ class Engine:
             yield from scheduler.episodes()
         finally:
             self.tool_executor.cancel_all()
-            self.device.timeline = None
+            self.device.finish()
             self._busy = False

@@ -40,6 +40,7 @@ class PageTable:
       num_pages: Number of pages on the device.
       page_size: Number of tokens in a page.
       max_tokens: Maximum number of tokens of a holder.
+      chunk_tokens: Maximum number of tokens that a decoding call appends to a lane.
       to_host: Returns the contents of the pages with these indices.
       to_device: Writes contents, one entry a page, to the pages with these indices.
 
@@ -56,10 +57,12 @@ class PageTable:
         num_pages: int,
         page_size: int,
         max_tokens: int,
+        chunk_tokens: int,
         to_host: Callable[[Sequence[int]], list[Contents]],
         to_device: Callable[[Sequence[int], list[Contents]], None],
     ):
         self.page_size, self.num_pages, self.prompt = page_size, num_pages, holders - 1
+        self._max_tokens, self._chunk_tokens = max_tokens, chunk_tokens
         self._to_host, self._to_device = to_host, to_device
         self.table = np.zeros((holders, -(-max_tokens // page_size)), np.int32)
         self.num_offloaded = 0
@@ -68,6 +71,7 @@ class PageTable:
     def clear(self) -> None:
         """Drop all pages of all holders."""
         self._pages: list[list[Page]] = [[] for _ in self.table]
+        self._tokens = [0] * len(self.table)  # for which a holder has pages
         self._free = list(range(self.num_pages))[::-1]
         self.table[:] = 0
         self.offloaded: set[int] = set()
@@ -93,6 +97,7 @@ class PageTable:
         if required - len(pages) > len(self._free):
             return False
         self._order.setdefault(holder)
+        self._tokens[holder] = max(self._tokens[holder], tokens)
         while len(pages) < required:
             pages.append(Page(self._free.pop()))
             self.table[holder, len(pages) - 1] = pages[-1].index
@@ -102,6 +107,7 @@ class PageTable:
         """Let an empty holder also hold the pages of the first `tokens` tokens of another."""
         assert not self._pages[target] and not {source, target} & self.offloaded
         self._order.setdefault(target)
+        self._tokens[target] = tokens
         for number, page in enumerate(self._pages[source][: self.count(tokens)]):
             page.holders += 1
             page.active += 1
@@ -136,6 +142,7 @@ class PageTable:
                 self._free.append(page.index)
         self._move([page for page in pages[kept:] if page.holders and not page.active])
         self.table[holder, kept : len(pages)] = 0
+        self._tokens[holder] = min(self._tokens[holder], tokens)
         del pages[kept:]
 
     def release(self, holder: int) -> None:
@@ -174,18 +181,21 @@ class PageTable:
     def restore_lanes(self) -> None:
         """Bring lanes back to the device, the oldest first, while there is room.
 
-        Each active lane keeps a free page in reserve, so that none is offloaded again at once.
+        All lanes on the device keep enough free pages in reserve for their next decoding call, so
+        that none is offloaded again at once.
         """
         for holder in [h for h in self._order if h in self.offloaded and h != self.prompt]:
-            missing = self.missing(holder)
+            required = self.missing(holder) + self._next_pages(holder)
             prompt_active = self.prompt in self._order and self.prompt not in self.offloaded
-            if not self.has_room(missing) and prompt_active and not self._num_active_lanes:
+            if not self._has_room(required) and prompt_active and not self._num_active_lanes:
                 self.offload(self.prompt)
-            if not self.has_room(missing) or not self.restore(holder):
+            if not self._has_room(required) or not self.restore(holder):
                 return
 
     def fits_prompt(self, tokens: int, *, held: bool) -> bool:
         """Return whether a lane with a prompt of this many tokens may be admitted.
+
+        There must be room for the prompt and for the lane's first decoding call.
 
         Args:
           tokens: Number of tokens of the prompt.
@@ -193,12 +203,23 @@ class PageTable:
         """
         if self.offloaded - {self.prompt}:
             return False  # their pages come first
-        missing = self.missing(self.prompt) if held else self.count(tokens)
-        return self.has_room(missing + 1)  # and a page after it
+        required = self._pages_after_chunk(tokens)
+        if held:  # the lane shares the full ones
+            required += self.missing(self.prompt) - tokens // self.page_size
+        return self._has_room(required)
 
-    def has_room(self, pages: int) -> bool:
-        """Return whether so many pages are free beside one for each active lane."""
-        return pages + self._num_active_lanes <= self.num_free
+    def _has_room(self, pages: int) -> bool:
+        """Return whether so many pages are free beside those that active lanes need next."""
+        lanes = (h for h in self._order if h not in self.offloaded and h != self.prompt)
+        return pages + sum(map(self._next_pages, lanes)) <= self.num_free
+
+    def _next_pages(self, holder: int) -> int:
+        """Return the number of further pages that a lane's next decoding call may need."""
+        return self._pages_after_chunk(self._tokens[holder]) - len(self._pages[holder])
+
+    def _pages_after_chunk(self, tokens: int) -> int:
+        """Return the number of pages of a lane of so many tokens after a decoding call."""
+        return self.count(min(tokens + self._chunk_tokens, self._max_tokens))
 
     @property
     def _num_active_lanes(self) -> int:

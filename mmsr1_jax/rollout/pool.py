@@ -42,7 +42,8 @@ class EnginePool:
     Args:
       models: The same policy on disjoint groups of devices, one for each engine. The engines are
         created in threads, so that they compile concurrently.
-      processor, config, tools: As for `Engine`; the numbers of lanes and rows are per engine.
+      processor, config, tools, donate: As for `Engine`; the numbers of lanes and rows are per
+        engine.
 
     Attributes:
       engines: Engines, in the order of `models`.
@@ -54,11 +55,15 @@ class EnginePool:
         processor: Processor,
         config: settings.Config,
         tools: Mapping[str, Tool] | None = None,
+        *,
+        donate: bool = False,
     ):
         self.config = config
         self.processor = processor
         with concurrent.futures.ThreadPoolExecutor(len(models)) as threads:
-            make_engine = functools.partial(Engine, processor=processor, config=config, tools=tools)
+            make_engine = functools.partial(
+                Engine, processor=processor, config=config, tools=tools, donate=donate
+            )
             self.engines = list(threads.map(make_engine, models))
         self._busy = False
 
@@ -71,7 +76,7 @@ class EnginePool:
     def load(self, params: nnx.State) -> None:
         """Load the trainer's parameters, as `Engine.load` does, with one program for all engines.
 
-        The memory of the old ones, and of the KV caches, is freed before.
+        The memory of the old ones, and of the caches, is freed before.
 
         Raises:
           RuntimeError: A rollout is in progress.
@@ -82,15 +87,28 @@ class EnginePool:
             engine.device.install(prepared)
 
     def release(self) -> None:
-        """Free the memory of all engines, as `Engine.release` does, until `load`.
+        """Free the memory of all engines, as `Engine.release` does.
 
         Raises:
           RuntimeError: A rollout is in progress.
         """
-        if self._busy:
-            raise RuntimeError("EnginePool: a rollout is in progress")
+        self._check_idle()
         for engine in self.engines:
             engine.release()
+
+    def release_caches(self) -> None:
+        """Free the caches of all engines, as `Engine.release_caches` does.
+
+        Raises:
+          RuntimeError: A rollout is in progress.
+        """
+        self._check_idle()
+        for engine in self.engines:
+            engine.release_caches()
+
+    def _check_idle(self) -> None:
+        if self._busy:
+            raise RuntimeError("EnginePool: a rollout is in progress")
 
     def make_rules(
         self, limits: settings.Turns, texts: Mapping[str, str], forced: Sequence[Action] = ()
@@ -121,7 +139,7 @@ class EnginePool:
         all engines stop after their current round.
 
         Raises:
-          RuntimeError: Another rollout of this pool is in progress.
+          RuntimeError: Another rollout of this pool is in progress, or it has no parameters.
           ConfigError: The sampling settings are invalid.
           Exception: Any exception raised by an engine, `examples` or `on_event`.
         """

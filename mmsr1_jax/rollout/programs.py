@@ -136,7 +136,9 @@ class Programs:
         def encode(model, store, images, slots):
             tokens = model.encode_images(images)
             flat = tokens.reshape(-1, tokens.shape[-1])
-            return store.at[slots.reshape(-1)].set(flat.astype(store.dtype), mode="drop")
+            store = store.at[slots.reshape(-1)].set(flat.astype(store.dtype), mode="drop")
+            # The store is donated to the next call. The number shows when this one has ended.
+            return store, flat[0, 0]
 
         def extend(model, lanes, new, store):
             hidden, lanes = cache.extend(model, lanes, new, store)

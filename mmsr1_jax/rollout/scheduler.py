@@ -13,19 +13,17 @@ round is done while they run. `episodes/turn_machine.py` decides the step after 
 """
 
 import collections
-import concurrent.futures
 import time
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 
-from mmsr1_jax.config import Config, settings
+from mmsr1_jax.config import settings
 from mmsr1_jax.episodes import turns
 from mmsr1_jax.episodes.episode import Episode, Segment
 from mmsr1_jax.episodes.rules import Rules
 from mmsr1_jax.episodes.turn_machine import OnEvent, Search, TurnMachine
-from mmsr1_jax.processing.processor import Processor, Prompt
+from mmsr1_jax.processing.processor import Prompt
 from mmsr1_jax.rollout import forcing
 from mmsr1_jax.rollout.active import (
     NO_TOKENS,
@@ -36,30 +34,21 @@ from mmsr1_jax.rollout.active import (
     OnTokens,
     WaitingGroups,
 )
-from mmsr1_jax.rollout.device import Device, RunningDecode
+from mmsr1_jax.rollout.device import RunningDecode
+from mmsr1_jax.rollout.engine_protocol import Engine
 from mmsr1_jax.rollout.prefill import make_chunks
 from mmsr1_jax.rollout.sampler import Sampling
-from mmsr1_jax.rollout.stop import StopTable
-from mmsr1_jax.rollout.timeline import DECODE, FORK, PREFILL, SCHEDULER, EngineTimeline
-from mmsr1_jax.tools import Tool
-from mmsr1_jax.tools.tool_executor import Call, ToolExecutor
+from mmsr1_jax.rollout.timeline import (
+    DECODE,
+    FORK,
+    PREFILL,
+    SCHEDULER,
+    EngineTimeline,
+    Execution,
+)
+from mmsr1_jax.tools.tool_executor import Call
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
-
-
-class Engine(Protocol):
-    """Interface of `rollout.engine.Engine` that the scheduler uses."""
-
-    config: Config
-    processor: Processor
-    device: Device
-    tools: dict[str, Tool]
-    stops: StopTable
-    token_bytes: list[bytes]
-    image_token: int
-    merge_size: int
-    pool: concurrent.futures.ThreadPoolExecutor
-    tool_executor: ToolExecutor
 
 
 class Scheduler:
@@ -144,8 +133,7 @@ class Scheduler:
 
     def _must_wait_for_tools(self) -> bool:
         """Return whether nothing can be done before a tool replies."""
-        offloaded = self._device.pages.offloaded
-        ready = any(lane not in offloaded for lane in self._ready_lanes)
+        ready = any(lane not in self._device.pages.offloaded for lane in self._ready_lanes)
         can_admit = bool(self._free_lanes and self._groups and self._has_room)
         busy = ready or can_admit or self._running is not None or bool(self._unwritten())
         return len(self._engine.tool_executor) > 0 and not busy
@@ -242,18 +230,13 @@ class Scheduler:
     def _write_chunks(self) -> None:
         """Write all pending chunks, and start the turns of the lanes written to."""
         while pending := self._unwritten():
-            start = time.perf_counter()
             chunks = [active.chunks.pop() for active in pending]
-            hidden = self._device.extend(chunks)
-            for active, chunk, last_hidden in zip(pending, chunks, hidden, strict=True):
-                if self._timeline is not None:
-                    times, tokens = (start, time.perf_counter()), len(chunk.tokens)
-                    self._timeline.record_episode(
-                        active.lane, PREFILL, times, active.episode, tokens
-                    )
+            written = self._device.extend(chunks)
+            for active, chunk, (hidden, execution) in zip(pending, chunks, written, strict=True):
+                self._record(active, PREFILL, execution, len(chunk.tokens))
                 if not active.chunks:
                     if active.group.hidden is None:
-                        active.group.hidden = last_hidden
+                        active.group.hidden = hidden
                     self._start_turn(active)
 
     def _fork(self, active: ActiveEpisode, copied: tuple[int, int]) -> None:
@@ -262,8 +245,10 @@ class Scheduler:
         assert group.hidden is not None
         self._device.fork(*copied, active.lane, group.hidden)
         if self._timeline is not None:
-            times = (start, time.perf_counter())
-            self._timeline.record_episode(active.lane, FORK, times, active.episode, length)
+            self._timeline.record(
+                active.lane, FORK, start, time.perf_counter(),
+                episode=active.episode.index, turn=0, tokens=length,
+            )  # fmt: skip
         active.position = group.position
         self._start_turn(active)
 
@@ -313,12 +298,17 @@ class Scheduler:
         output = self._device.finish_decode(running)
         for row, active in enumerate(batch):
             active.add_sampled(output, row)
-            if self._timeline is not None:
-                times, tokens = (running.start, running.end), int(output.count[row])
-                self._timeline.record_episode(active.lane, DECODE, times, active.episode, tokens)
+            self._record(active, DECODE, running.execution, int(output.count[row]))
             if not self._is_finished(active):
                 self._ready_lanes.append(active.lane)
         return batch
+
+    def _record(
+        self, active: ActiveEpisode, name: str, execution: Execution | None, tokens: int
+    ) -> None:
+        """Record that a program writes tokens of an episode, if there is a timeline."""
+        if self._timeline is not None and execution is not None:
+            self._timeline.record_episode(active.lane, name, execution, active.episode, tokens)
 
     def _num_tag_tokens(self, action: turns.Action) -> tuple[int, int]:
         return forcing.num_tag_tokens(action, self._engine.processor.encode_text)

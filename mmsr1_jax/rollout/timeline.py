@@ -10,16 +10,23 @@ waits for the host), and the lanes. A lane shows the programs and tool calls of 
 gaps between them become `queued` (the episode waits for a program to include it) or `idle` (the
 lane has no episode).
 
-While a timeline is recorded, the host waits for each program, so that its duration is the
-program's. Without one, nothing is measured.
+A thread waits for the output of each program and records when it is ready, to within the time that
+the interpreter takes to let that thread run (`sys.getswitchinterval`, 5 ms). The host waits for
+nothing, so a rollout is scheduled as without a timeline.
 """
 
+import contextlib
+import dataclasses
 import json
 import math
 import pathlib
+import queue
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import jax
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.episodes.episode import Episode, ToolCall
@@ -32,8 +39,32 @@ _MIN_GAP = 1e-4  # seconds; shorter gaps are not shown
 TimelineEvent = tuple[str, float, float, dict[str, Any]]
 
 
+@dataclasses.dataclass(eq=False)
+class Execution:
+    """Execution of a device program. All times are from `time.perf_counter`.
+
+    Attributes:
+      program: One of `ENCODE`, `PREFILL` and `DECODE`.
+      called: Time at which the call returned. At the latest then the device could start.
+      args: JSON values that the viewer shows.
+      start: Time at which it started: when it was called, or when the program before it ended.
+        Known after `EngineTimeline.finish`.
+      end: Time at which its output was ready.
+    """
+
+    program: str
+    called: float
+    args: dict[str, Any]
+    start: float = math.nan
+    end: float = math.inf
+
+    def has_ended(self) -> None:
+        """Record that the output is ready, unless an earlier time is known."""
+        self.end = min(self.end, time.perf_counter())
+
+
 class EngineTimeline:
-    """Recorder of the events of one engine, for use by its thread.
+    """Recorder of the events of one engine, for use by its thread between `begin` and `finish`.
 
     Args:
       lanes: Number of lanes.
@@ -43,6 +74,58 @@ class EngineTimeline:
     def __init__(self, lanes: int, services: Mapping[str, str]):
         self._lanes, self._services = lanes, services
         self._events: list[tuple[int | str, TimelineEvent]] = []
+        self._executions: list[Execution] = []  # since `begin`, in the order of the calls
+        # Lane, name, program and arguments of events that take as long as their program.
+        self._lane_programs: list[tuple[int, str, Execution, dict[str, Any]]] = []
+        self._unfinished: queue.SimpleQueue[tuple[Execution, Any] | None] = queue.SimpleQueue()
+        self._watcher: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Start the thread that waits for programs."""
+        assert self._watcher is None
+        self._watcher = threading.Thread(target=self._watch, name="timeline", daemon=True)
+        self._watcher.start()
+
+    def finish(self) -> None:
+        """Wait for all programs, and end the thread."""
+        if self._watcher is not None:
+            self._unfinished.put(None)
+            self._watcher.join()
+            self._watcher = None
+        last_end = -math.inf
+        for execution in self._executions:
+            end = max(execution.end, last_end)
+            execution.start = min(max(execution.called, last_end), end)
+            execution.end = last_end = end
+            self.record(
+                execution.program, execution.program, execution.start, end, **execution.args
+            )
+        for lane, name, execution, args in self._lane_programs:
+            self.record(lane, name, execution.start, execution.end, **args)
+        self._executions.clear()
+        self._lane_programs.clear()
+
+    def _watch(self) -> None:
+        while (item := self._unfinished.get()) is not None:
+            execution, output = item
+            with contextlib.suppress(Exception):  # of the program; its caller raises it, too
+                jax.block_until_ready(output)
+            execution.has_ended()
+
+    def record_program(self, program: str, output: Any, **args: Any) -> Execution:
+        """Record a device program whose call has just returned.
+
+        Programs are executed in the order of the calls.
+
+        Args:
+          program: One of `ENCODE`, `PREFILL` and `DECODE`.
+          output: Arrays that the program returned, which are not donated to another.
+          **args: JSON values that the viewer shows.
+        """
+        execution = Execution(program, time.perf_counter(), args)
+        self._executions.append(execution)
+        self._unfinished.put((execution, output))
+        return execution
 
     def record(self, lane: int | str, name: str, start: float, end: float, **args: Any) -> None:
         """Record an event.
@@ -56,19 +139,19 @@ class EngineTimeline:
         self._events.append((lane, (name, start, end, args)))
 
     def record_episode(
-        self, lane: int, name: str, times: tuple[float, float], episode: Episode, tokens: int
+        self, lane: int, name: str, execution: Execution, episode: Episode, tokens: int
     ) -> None:
-        """Record a program that has worked on a lane's episode.
+        """Record that a program works on a lane's episode.
 
         Args:
           lane: Index of the lane.
-          name: Name of the program.
-          times: Start and end, from `time.perf_counter`.
+          name: Name of the event.
+          execution: The program, from `record_program`.
           episode: The episode.
-          tokens: Number of tokens of the lane that the program wrote.
+          tokens: Number of tokens of the lane that the program writes.
         """
-        turn = len(episode.turns)
-        self.record(lane, name, *times, episode=episode.index, turn=turn, tokens=tokens)
+        args = dict(episode=episode.index, turn=len(episode.turns), tokens=tokens)
+        self._lane_programs.append((lane, name, execution, args))
 
     def record_search(self, lane: int, start: float, episode: Episode, call: ToolCall) -> None:
         """Record a search of a lane's episode that has ended before now."""

@@ -1,9 +1,10 @@
 """Helpers of the training commands: settings, directory and policy of a run."""
 
+import contextlib
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 from absl import flags
@@ -19,6 +20,8 @@ from mmsr1_jax.rl import lora
 from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.rl.packing import RowShape
 from mmsr1_jax.rl.schedules import Schedule, make_schedule
+from mmsr1_jax.rollout.engine import Engine
+from mmsr1_jax.rollout.pool import EnginePool
 from mmsr1_jax.training import run_config
 from mmsr1_jax.utils import outputs
 from mmsr1_jax.utils.logs import log
@@ -118,6 +121,26 @@ def load_policy(config: settings.Config, model_dir: str, mesh: Mesh) -> qwen2_5_
         remat=config.model.remat,
         logprob_chunk=config.model.logprob_chunk,
     )
+
+
+@contextlib.contextmanager
+def memory_for_rollouts(
+    engine: Engine | EnginePool, learner: Learner, offload: bool
+) -> Iterator[None]:
+    """Keep the learner's state in host memory during a rollout, if `offload`.
+
+    The engine allocates its caches in the rollout. They are freed before the state returns, which
+    may need their memory.
+    """
+    if not offload:
+        yield
+        return
+    learner.offload()
+    try:
+        yield
+    finally:
+        engine.release_caches()
+        learner.restore()
 
 
 def save_policy(

@@ -1,9 +1,8 @@
 """What a plan says is resident between the phases of a step is what lies on the devices."""
 
-import gc
+import copy
 
 import jax
-import numpy as np
 import pytest
 from flax import nnx
 
@@ -16,27 +15,10 @@ from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.rollout import build
 from mmsr1_jax.rollout.pool import EnginePool
 from mmsr1_jax.scripts import random_policy
+from mmsr1_jax.training.train_utils import memory_for_rollouts
 from tests.engines import VOCAB_SIZE, examples, make_config, search_tools
+from tests.live_arrays import LiveArrays
 from tests.scripted_policy import config_for, scripted_processor
-
-
-class LiveArrays:
-    """Counter of the bytes on the first device of arrays that were created since."""
-
-    def __init__(self):
-        gc.collect()
-        self._known = jax.live_arrays()  # kept, so that no new array gets the id of one of them
-        self._ids = {id(array) for array in self._known}
-
-    def bytes(self) -> int:
-        gc.collect()
-        shards = {}
-        for array in jax.live_arrays():
-            if id(array) not in self._ids:
-                for shard in array.addressable_shards:
-                    if shard.device == jax.devices()[0]:
-                        shards[shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
-        return sum(shards.values())
 
 
 @pytest.fixture(scope="module")
@@ -61,33 +43,49 @@ def test_live_arrays_between_phases_are_those_of_the_plan(config):
     loss = train_batch.make_loss(config.objective)
     learner = Learner(nnx.merge(graph, params), loss, config.update, mesh)
     del params
-    pool.load(learner.params)
 
     abstract = programs.make_learner(config, model_config, mesh)
     engine = abstract_engine(config, model_config, jax.devices(), 2)
     state = memory.state_bytes(config, abstract, engine)
-    absent = memory.absent_state(config)
-    planned = {phase.name: phase.bytes for phase in memory.phases(state, (), 1e9, {}, absent)}
-    assert live.bytes() == pytest.approx(planned["rollout"], rel=0.1)
-    assert len(list(pool.rollout(examples(2), group_size=2))) == 4
-    assert live.bytes() == pytest.approx(planned["rollout"], rel=0.1)
-    pool.release()
-    assert live.bytes() == pytest.approx(planned["update"], rel=0.1)
-    assert planned["update"] < 0.8 * planned["rollout"]
+    extra = memory.phase_extras(config, abstract, state, ())
 
-    # While the trainer's parameters are loaded, the engine has none of its own.
-    device, seen = pool.engines[0].device, []
-    prepare = device.prepare
+    def planned(offload):
+        run = copy.deepcopy(config)
+        run.update.offload = offload
+        absent = memory.absent_state(run)
+        return {p.name: p.bytes for p in memory.phases(state, (), 1e9, extra, absent)}
 
-    def observe(params):
-        seen.append(live.bytes())
-        return prepare(params)
+    def observe(name):
+        """Measure at the end of the first calls of a method of the first engine's device."""
+        seen, device = [], pool.engines[0].device
+        method = getattr(device, name)
 
-    device.prepare = observe
-    pool.load(learner.params)
-    pool.load(learner.params)  # the engines hold parameters
-    assert np.ptp(seen) == 0 and seen[0] == pytest.approx(planned["load"], rel=0.1)
-    assert live.bytes() == pytest.approx(planned["rollout"], rel=0.1)
+        def observed(*args):
+            result = method(*args)
+            if len(seen) < 4:
+                seen.append(live.bytes())
+            return result
+
+        setattr(device, name, observed)
+        return seen
+
+    decoding, prepared = observe("finish_decode"), observe("prepare")
+    for offload in (False, True):
+        phases = planned(offload)
+        pool.load(learner.params)
+        pool.load(learner.params)  # the engines hold parameters
+        assert prepared[-1] == prepared[-2] == pytest.approx(phases["load"], rel=0.1)
+        # Nothing else is there until the rollout begins.
+        assert live.bytes() == pytest.approx(phases["load"], rel=0.1)
+        decoding.clear(), prepared.clear()
+        with memory_for_rollouts(pool, learner, offload):
+            assert len(list(pool.rollout(examples(4), group_size=2))) == 8
+            assert live.bytes() == pytest.approx(phases["rollout"], rel=0.1)
+        assert max(decoding) == pytest.approx(phases["rollout"], rel=0.1)
+        assert live.bytes() == pytest.approx(phases["load" if offload else "rollout"], rel=0.1)
+        pool.release()
+        assert live.bytes() == pytest.approx(phases["update"], rel=0.1)
+        assert phases["update"] < 0.8 * phases["load"] < 0.64 * planned(False)["rollout"]
     pool.close()
 
 
@@ -98,6 +96,11 @@ def test_a_released_engine_is_loaded_again(config):
     expected = [e.tokens.tolist() for e in engine.rollout(examples(2))]
     params = nnx.split(model)[1]
     engine.release()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="has no parameters.*call `load` before"):
+            list(engine.rollout(examples(2)))
+        with pytest.raises(IndexError):  # a load that fails
+            engine.load(None)
     engine.load(params)
     assert [e.tokens.tolist() for e in engine.rollout(examples(2))] == expected
     engine.close()

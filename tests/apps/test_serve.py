@@ -178,7 +178,7 @@ def test_an_engine_recovers_from_a_failure(engine, alone, monkeypatch, caplog, w
         gate.open()
         with monkeypatch.context() as patch:
             for single in engine.engines:
-                single.device.reset()  # no image is encoded yet
+                single.device.release_caches()  # no image is encoded yet
                 fail = functools.partial(_fail, single.device)
                 patch.setattr(single.device._programs, where, fail)
             events = ask(url, QUESTIONS[0], IMAGES[0])

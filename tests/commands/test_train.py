@@ -90,8 +90,9 @@ def test_profiles_and_timelines_are_written(uninterrupted):
 
 
 def test_a_run_stopped_by_sigterm_resumes_bit_identically(uninterrupted, tmp_path, questions):
+    """Also with the trainer in host memory during rollouts, which changes no number."""
     workdir = tmp_path / "run"
-    process = start(new_run_command(workdir, questions))
+    process = start(new_run_command(workdir, questions, "--config.update.offload=True"))
     wait_until(process, lambda: bool(metrics.read(workdir / "metrics.jsonl")), interval=0.02)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=300)

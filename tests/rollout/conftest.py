@@ -15,8 +15,8 @@ def model():
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreted_kernels(request):
-    """With `--kernels`, all engines use the TPU kernel, in Pallas' interpreter."""
+    """With `--kernels=tpu` or `gpu`, all engines use its kernels, in Pallas' interpreter."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.config.getoption("kernels"):
-            kernels.interpret_tpu_kernel(patch)
+        if platform := request.config.getoption("kernels"):
+            kernels.INTERPRET[platform](patch)
         yield

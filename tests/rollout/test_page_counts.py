@@ -46,20 +46,49 @@ def _fields(turns: settings.Turns) -> dict:
     return {name: getattr(turns, name) for name in turns.__dataclass_fields__}
 
 
-def test_four_times_the_lanes_fit_if_a_quarter_is_filled():
-    """2k tokens of 8k in each of 192 lanes, in the memory of 48."""
-    lanes, capacity, filled = 48, 8192, 2048
+def page_table(lanes, num_pages, capacity, *, chunk=16, size=SIZE):
+    """Return a table of lanes that are never offloaded."""
 
     def never(*args):
         pytest.fail("a lane was offloaded")
 
-    num_pages = lanes * capacity // SIZE
-    table = PageTable(4 * lanes + 1, num_pages, SIZE, capacity, never, never)
+    return PageTable(lanes + 1, num_pages, size, capacity, chunk, never, never)
+
+
+def test_four_times_the_lanes_fit_if_a_quarter_is_filled():
+    """2k tokens of 8k in each of 192 lanes, in the memory of 48, the first chunk included."""
+    lanes, capacity, filled, chunk = 48, 8192, 2048, 16
+    table = page_table(4 * lanes, lanes * capacity // SIZE, capacity)
+    for lane in range(4 * lanes):
+        assert table.fits_prompt(filled - chunk, held=False)
+        assert table.reserve(lane, filled - chunk)
     for lane in range(4 * lanes):
         assert table.make_room(lane, filled)
-    assert table.num_free == 0
+    assert table.num_free == 0 and not table.fits_prompt(1, held=False)
     held = table.table[: 4 * lanes, : filled // SIZE]
-    assert len(np.unique(held)) == num_pages
+    assert len(np.unique(held)) == table.num_pages
+
+
+def test_lanes_that_cannot_grow_reserve_nothing():
+    table = page_table(144, 143 * 64 + 2, 64 * SIZE)
+    for lane in range(143):
+        table.reserve(lane, 64 * SIZE)
+    assert table.fits_prompt(SIZE, held=False) and not table.fits_prompt(2 * SIZE, held=False)
+
+
+def test_a_chunk_of_several_pages_is_reserved():
+    """For the lanes that are there and for the new one, which shares the full pages of a group."""
+    table = page_table(4, 20, 16 * 8, chunk=32, size=8)
+    table.reserve(0, 5)  # 1 page, and 4 after a chunk
+    assert table.fits_prompt(11 * 8, held=False)
+    assert not table.fits_prompt(11 * 8 + 1, held=False)
+    table.share(0, table.prompt, 5)
+    assert table.fits_prompt(5, held=True)
+    table.reserve(1, 8)
+    table.fork(table.prompt, 2, 5)
+    assert table.num_free == 3 * 4 + 5 and table.fits_prompt(5, held=True)
+    table.reserve(1, 9)
+    assert not table.fits_prompt(5, held=True)
 
 
 def test_memory_of_the_cache_is_what_the_setting_says(model):
@@ -68,6 +97,7 @@ def test_memory_of_the_cache_is_what_the_setting_says(model):
     for lanes in (4, 16):
         config = make_config(lanes=lanes, cache_tokens=4 * 1024)
         engine = Engine(model, scripted_processor(VOCAB_SIZE), config, search_tools())
+        engine.device.begin(None)
         sizes.append(sum(pages.nbytes for pages in jax.tree.leaves(engine.device._cache.pages)))
         engine.close()
     text = model.config.text

@@ -13,7 +13,7 @@ class Memory:
 
     def __init__(self):
         self.device = np.full(PAGES, -1)
-        self.table = PageTable(LANES + 1, PAGES, SIZE, CAPACITY, self.to_host, self.to_device)
+        self.table = PageTable(LANES + 1, PAGES, SIZE, CAPACITY, SIZE, self.to_host, self.to_device)
 
     def to_host(self, pages):
         assert len(set(pages)) == len(pages)

@@ -3,10 +3,12 @@
 import collections
 import itertools
 import json
+import time
 
 import jax
 import pytest
 
+from mmsr1_jax.config import settings
 from mmsr1_jax.models import sharding
 from mmsr1_jax.rollout import build
 from mmsr1_jax.rollout.engine import Engine
@@ -88,9 +90,35 @@ def test_lanes_show_programs_tools_and_idle_times(engine, tmp_path):
             )
 
 
+def test_work_of_the_host_does_not_count_as_decoding(engine):
+    """A device that has long finished does not decode until the host looks at its tokens."""
+    source, calls, timeline = list(enumerate(examples(3))), [], Timeline()
+    recorder = timeline.engine(0, engine.config)
+
+    def on_tokens(episode, tokens):
+        calls.append(episode)
+        time.sleep(0.05)
+
+    def next_examples(count):
+        taken = source[:count]
+        del source[:count]
+        return taken
+
+    list(engine.rollout(examples(3)))  # compiles
+    list(engine.rollout_part(
+        next_examples, group_size=2, sampling=settings.Sampling(), on_tokens=on_tokens,
+        timeline=recorder,
+    ))  # fmt: skip
+    decoding = sum(end - start for _, start, end, _ in recorder.tracks()["decode"])
+    waits = sum(end - start for start, end in recorder.host_waits())
+    asleep = 0.05 * len(calls)
+    assert decoding < 0.4 * asleep and 0.6 * asleep < waits
+    assert all(args["steps"] > 0 for *_, args in recorder.tracks()["decode"])
+
+
 def test_a_timeline_changes_no_episode_and_is_off_by_default(engine):
     recorded = by_index(engine.rollout(examples(3), group_size=2, timeline=Timeline()))
-    assert engine.device.timeline is None
+    assert engine.device._timeline is None
     assert by_index(engine.rollout(examples(3), group_size=2)) == recorded
 
 

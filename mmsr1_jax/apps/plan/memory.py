@@ -203,8 +203,9 @@ def device_elements(tree: Any) -> int:
 def absent_state(config: settings.Config) -> dict[str, frozenset[str]]:
     """Return the names of the state that is not on the devices in a phase, by phase.
 
-    The engine is released after a rollout, and `load` allocates its parameters, then its caches.
-    With `update.offload` the trainer is in host memory during a rollout.
+    The engine is released after a rollout. `load` allocates its parameters, and the next rollout
+    its caches. With `update.offload` the trainer is in host memory during a rollout, also that of a
+    validation, and the caches exist only then.
     """
     engine = frozenset([ENGINE, CACHE, IMAGES])
     trainer = frozenset([POLICY, OPTIMIZER] if config.update.offload else [])

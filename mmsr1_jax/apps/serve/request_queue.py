@@ -177,7 +177,7 @@ class RequestQueue:
         pass
 
     def on_failure(self, engine: int, error: BaseException) -> bool:
-        """Fail the questions in the engine's lanes, and reset it; no others are affected."""
+        """Fail the questions in the engine's lanes and free its caches; no others are affected."""
         if not isinstance(error, Exception):
             raise error
         log.error(
@@ -188,7 +188,8 @@ class RequestQueue:
             failed, self._active[engine] = self._active[engine], set()
         for question in failed:
             question.emit("failed")
-        self._engines[engine].device.reset()
+        # The program that failed may have lost them, since they are donated.
+        self._engines[engine].device.release_caches()
         return True
 
     def on_thread_end(self, engine: int) -> None:
