@@ -17,7 +17,8 @@ $(VENV)/.tests: tests/requirements.txt $(VENV)/.runtime
 	touch $@
 
 # Trains a small policy to search a small world (minutes on two cores), and compares its answers
-# before and after.
+# before and after. With large pages of memory, programs that allocate much of it are a tenth faster.
+demo: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 demo: $(VENV)/.runtime
 	$(RUN) -m mmsr1_jax.scripts.tiny_world --sft_examples=0
 	$(RUN) -m mmsr1_jax.evaluate --config=configs/tiny.py --model=$(WARM_START) \
