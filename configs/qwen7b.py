@@ -41,7 +41,7 @@ def get_config(variant: str = "paper") -> Config:
         buckets=Buckets(
             # The published script: prompts up to 4,096 tokens, all turns up to 8,192.
             lengths=(1024, 2048, 4096, 6144, 8192),
-            # An image within the limits below takes 6 to 116 windows, mostly under 90.
+            # An image within the limits below takes 21 to 96 windows, mostly under 70.
             image_windows=(24, 48, 96, 192, 384),
             batch_tokens=65536,  # one 8k row per device
             batch_windows=768,
@@ -80,7 +80,7 @@ def get_config(variant: str = "paper") -> Config:
         ),
         update=Update(
             pack_length=8192,
-            pack_windows=256,  # a question's image and five thumbnails take up to 196
+            pack_windows=256,  # a question's image and five thumbnails take up to 153
             micro_batch_rows=1,
             learning_rate=2e-6,
             # The script: decays to 5 % around step 45.

@@ -86,7 +86,7 @@ def get_config(variant: str = "grpo") -> Config:
         ),
         update=Update(
             pack_length=512,  # short rows, because attention covers a whole row
-            pack_windows=6,  # the tower computes padding too; equal pictures of a row are one
+            pack_windows=3,  # the fewest that leave as many rows; the tower computes padding too
             micro_batch_rows=2,
             learning_rate=3e-4,
             weight_decay=0.0,
@@ -100,6 +100,7 @@ def get_config(variant: str = "grpo") -> Config:
         config.update.lr_schedule = "cosine"
         config.update.warmup_steps = 50
         config.update.b2 = 0.99
+        config.update.pack_windows = 5  # examples show a photo each, not one for a group
         config.run = Run(
             model=f"{WORLD}/policy", steps=2000, prompts_per_step=64, save_every=250, log_to=""
         )

@@ -37,6 +37,7 @@ from mmsr1_jax.config import settings
 from mmsr1_jax.models import qwen2_5_vl
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 from mmsr1_jax.models.qwen2_5_vl.checkpoint import abstract_model
+from mmsr1_jax.processing.batching import num_prompt_windows
 from mmsr1_jax.rl import packing
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.scripts.random_policy import CONFIG
@@ -216,7 +217,7 @@ def logprob_gap(config: ModelConfig, actions: dict[str, int], dtype: str) -> dic
         )
         for episode in episodes
     ]  # fmt: skip
-    windows = max(packing.num_prompt_windows(s.prompt, config) for s in samples)
+    windows = max(num_prompt_windows(s.prompt, config) for s in samples)
     batches = packing.pack(samples, config, packing.RowShape(1, 2048, 4 * windows))
     graph, params = nnx.split(model)
 
@@ -377,7 +378,7 @@ def update_speed(config, tiny: bool) -> dict[str, Any]:
         )
         for prompt in prompts
     ]  # fmt: skip
-    windows = max(packing.num_prompt_windows(s.prompt, config) for s in samples)
+    windows = max(num_prompt_windows(s.prompt, config) for s in samples)
     dtype, remat = ("float32", "none") if tiny else ("bfloat16", "full")
     model = model_bench.quick_random_model(config, dtype=dtype, remat=remat, logprob_chunk=256)
     shape = packing.RowShape(1, length, windows)

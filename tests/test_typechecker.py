@@ -43,10 +43,11 @@ def test_broadcasting_between_arguments_raises():
 
 def test_dataclasses_of_arrays_are_checked_but_not_those_of_shardings():
     fields = (
-        np.zeros((B, T, 6), np.float32), np.zeros((B, T, 2), np.int32), np.zeros((B, T), np.int32)
+        np.zeros((B, T, 6), np.float32), np.zeros((B, T, 2), np.int32),
+        np.zeros((B, T), np.int32), np.zeros((B, T), np.int32),
     )  # fmt: skip
     rows = ImageRows(*fields)
     with pytest.raises(TypeCheckError):
-        ImageRows(*fields[:2], segment_ids=fields[2][:, 1:])
+        ImageRows(*fields[:3], window_ids=fields[3][:, 1:])
     shardings = jax.tree.map(lambda x: jnp.asarray(x).sharding, rows)
     assert isinstance(shardings, ImageRows)

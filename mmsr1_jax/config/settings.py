@@ -61,8 +61,8 @@ class Buckets:
 
     Attributes:
       lengths: Row lengths in tokens, ascending. Longer conversations are rejected.
-      image_windows: Numbers of windows of 64 patches for the images of a row, ascending. Rows
-        without images have a shape of their own.
+      image_windows: Numbers of windows of 64 patches for the images of a row, ascending. Smaller
+        windows, at the edges of images, share one. Rows without images have a shape of their own.
       batch_tokens: Maximum number of tokens in a batch, which bounds its number of rows. A batch
         has at least one row.
       batch_windows: Maximum number of windows of patches in a batch, which also bounds its number

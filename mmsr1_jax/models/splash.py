@@ -61,7 +61,7 @@ def visible_blocks(
     """Return the blocks of queries and keys which the kernel visits.
 
     They are those in which a query may see a key, by the ranges of ids in a block. Ids increase
-    along a row, so few others are among them.
+    along a row, except those of images whose windows share slots, so few others are among them.
 
     Args:
       q_ids: int32[T]. Segment whose keys each query sees; less than 1 for none.

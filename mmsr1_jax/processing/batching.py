@@ -48,7 +48,7 @@ def select_bucket(
     Raises:
       TooLongError: If the conversation's tokens or images exceed the largest bucket.
     """
-    windows = sum(num_windows(grid, config.vision) for grid in prompt.grids)
+    windows = num_prompt_windows(prompt, config)
     length = smallest_bucket("tokens", len(prompt.tokens), table.lengths, "buckets.lengths")
     windows = windows and smallest_bucket(
         "image windows", windows, table.image_windows, "buckets.image_windows"
@@ -57,6 +57,16 @@ def select_bucket(
     if windows:
         rows = min(rows, table.batch_windows // windows)
     return Bucket(length, windows, max(1, -(-rows // row_multiple)) * row_multiple)
+
+
+def num_prompt_windows(prompt: Prompt, config: ModelConfig) -> int:
+    """Return the number of windows that the images of a conversation take in a row of their own."""
+    return num_image_windows(distinct_images([prompt]), config)
+
+
+def num_image_windows(images: Mapping[str, Patches], config: ModelConfig) -> int:
+    """Return the number of windows that distinct images, by digest, take together in a row."""
+    return num_windows((image.grid for image in images.values()), config.vision)
 
 
 def smallest_bucket(unit: str, size: int, sizes: Sequence[int], field: str) -> int:

@@ -14,22 +14,24 @@ programs are compiled.
 
 import dataclasses
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import flax.struct
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig, Rows
-from mmsr1_jax.models.qwen2_5_vl.vision import num_windows
 from mmsr1_jax.processing.batching import (
     Bucket,
     Segment,
     TooLongError,
     distinct_images,
     make_segment_rows,
+    num_image_windows,
+    num_prompt_windows,
     smallest_bucket,
 )
+from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.processing.processor import Prompt
 from mmsr1_jax.utils.arrays import AnyArray
 
@@ -104,11 +106,6 @@ class TrainBatch(flax.struct.PyTreeNode):
     ref_logprobs: Float32[AnyArray, "B C"]
 
 
-def num_prompt_windows(prompt: Prompt, config: ModelConfig) -> int:
-    """Return the number of patch windows of a conversation's images."""
-    return sum(num_windows(grid, config.vision) for grid in prompt.grids)
-
-
 def check_fits(prompt: Prompt, config: ModelConfig, shape: RowShape) -> None:
     """Raise TooLongError if an episode does not fit into a row."""
     for unit, size, max_size, field in (
@@ -119,26 +116,45 @@ def check_fits(prompt: Prompt, config: ModelConfig, shape: RowShape) -> None:
             raise TooLongError(f"{size} {unit}, more than update.{field}={max_size}")
 
 
-def first_fit(sizes: Sequence[tuple[int, int]], length: int, windows: int) -> list[list[int]]:
+def first_fit(
+    items: Sequence[tuple[int, Mapping[str, Patches]]], config: ModelConfig, shape: RowShape
+) -> list[list[int]]:
     """Pack items into rows by first-fit decreasing (Johnson, Near-optimal bin packing, 1973).
 
     Args:
-      sizes: (tokens, windows) of each item, none larger than a row.
-      length, windows: Capacity of a row.
+      items: Number of tokens, and images by digest, of each item, none larger than a row.
+      config: Model configuration of the policy.
+      shape: Shape of a row.
 
     Returns:
       The indices of the items in each row.
     """
-    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i][0], -sizes[i][1], i))
-    remaining = np.tile(np.array([length, windows]), (len(sizes), 1))
+    order = sorted(
+        range(len(items)), key=lambda i: (-items[i][0], -num_image_windows(items[i][1], config), i)
+    )
     rows: list[list[int]] = []
+    contents: list[tuple[int, dict[str, Patches]]] = []  # tokens and images of each row
     for item in order:
-        row = int(np.argmax((remaining >= sizes[item]).all(axis=1)))
-        remaining[row] -= sizes[item]
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(item)
+        tokens, images = items[item]
+        for row, (used, row_images) in enumerate(contents):
+            if used + tokens <= shape.length:
+                both = {**row_images, **images}
+                if len(both) == len(row_images) or _images_fit(both, config, shape):
+                    contents[row] = used + tokens, both
+                    rows[row].append(item)
+                    break
+        else:
+            rows.append([item])
+            contents.append((tokens, dict(images)))
     return rows
+
+
+def _images_fit(images: Mapping[str, Patches], config: ModelConfig, shape: RowShape) -> bool:
+    """Return whether distinct images, by digest, fit into a row."""
+    patches = sum(len(image.values) for image in images.values())
+    if patches > shape.windows * config.vision.window_patches:
+        return False  # most rows are rejected here, without placing windows
+    return num_image_windows(images, config) <= shape.windows
 
 
 class _Cluster:
@@ -147,27 +163,21 @@ class _Cluster:
     Attributes:
       members: Indices of the samples.
       tokens: Number of tokens, the common prefix once.
-      windows: Number of windows of their distinct images.
+      images: Their distinct images by digest.
     """
 
     def __init__(self, config: ModelConfig):
-        self._config, self._images = config, set[str]()
+        self._config = config
         self.members: list[int] = []
-        self.tokens = self.windows = 0
+        self.tokens, self.images = 0, dict[str, Patches]()
 
     def add(self, index: int, sample: Sample, shape: RowShape) -> bool:
         """Add a sample if it fits into a row; return whether it does."""
         tokens = self.tokens + len(sample.prompt.tokens) - (sample.prefix if self.members else 0)
-        new = {
-            digest: num_windows(image.grid, self._config.vision)
-            for digest, image in distinct_images([sample.prompt]).items()
-            if digest not in self._images
-        }
-        windows = self.windows + sum(new.values())
-        if tokens > shape.length or windows > shape.windows:
+        images = self.images | distinct_images([sample.prompt])
+        if tokens > shape.length or not _images_fit(images, self._config, shape):
             return False
-        self.tokens, self.windows = tokens, windows
-        self._images |= new.keys()
+        self.tokens, self.images = tokens, images
         self.members.append(index)
         return True
 
@@ -215,8 +225,8 @@ def pack(samples: Sequence[Sample], config: ModelConfig, shape: RowShape) -> lis
       shape: Shape of every micro-batch.
     """
     clusters = _clusters(samples, config, shape)
-    sizes = [(cluster.tokens, cluster.windows) for cluster in clusters]
-    packed = first_fit(sizes, shape.length, shape.windows)
+    items = [(cluster.tokens, cluster.images) for cluster in clusters]
+    packed = first_fit(items, config, shape)
     rows = [[[samples[i] for i in clusters[c].members] for c in row] for row in packed]
     loss_tokens = (
         sum(int(sample.mask[1:].sum()) for cluster in row for sample in cluster) for row in rows
@@ -225,7 +235,7 @@ def pack(samples: Sequence[Sample], config: ModelConfig, shape: RowShape) -> lis
         "loss tokens", max(loss_tokens, default=0), _column_sizes(shape.length),
         "update.pack_length",
     )  # fmt: skip
-    if not any(windows for _, windows in sizes):
+    if not any(images for _, images in items):
         shape = dataclasses.replace(shape, windows=0)
     return [
         _make_batch(rows[start : start + shape.rows], shape, columns, config)

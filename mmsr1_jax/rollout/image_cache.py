@@ -33,7 +33,7 @@ def check_image(
       windows: Image window buckets, `buckets.image_windows`.
     """
     smallest_bucket(
-        "image windows", num_windows(image.grid, model.vision), windows, "buckets.image_windows"
+        "image windows", num_windows([image.grid], model.vision), windows, "buckets.image_windows"
     )
     size = len(image.values) // model.vision.merge_size**2
     # A chunk may contain parts of two such images beside complete ones.
@@ -101,7 +101,7 @@ class ImageCache:
                 self._slots.move_to_end(digest)
         by_windows: dict[int, list[tuple[Patches, np.ndarray]]] = {}
         for image in missing:
-            windows = num_windows(image.grid, self._vision)
+            windows = num_windows([image.grid], self._vision)
             bucket = smallest_bucket(
                 "image windows", windows, self._windows, "buckets.image_windows"
             )

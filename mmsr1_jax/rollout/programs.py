@@ -219,6 +219,7 @@ class Programs:
             patches=array((rows, P, vision.patch_dim), np.float32),  # pyright: ignore
             positions=array((rows, P, 2), np.int32),  # pyright: ignore
             segment_ids=array((rows, P), np.int32),  # pyright: ignore
+            window_ids=array((rows, P), np.int32),  # pyright: ignore
         )
         return images, array((rows, P // vision.merge_size**2), np.int32)
 

@@ -28,7 +28,7 @@ from mmsr1_jax.processing.images import ImageError, ImageProcessor
 # Largest image that the published script shows to the policy. The released settings would allow 14
 # times as many pixels, which does not make an image easier to recognise.
 MAX_PIXELS = 2 * 672 * 672
-# An image of MAX_PIXELS takes at most 125 windows of 112 x 112, for any shape (56 x 14,000 does).
+# An image of MAX_PIXELS takes at most 96 windows of 112 x 112, for any shape (84 x 10,696 does).
 WINDOWS = (16, 32, 64, 128)
 
 
@@ -78,7 +78,7 @@ class Embedder:
           ImageError: The image takes too many windows, or its embedding is not finite.
         """
         patches = self._images(image)
-        num_windows_needed = num_windows(patches.grid, self._config)
+        num_windows_needed = num_windows([patches.grid], self._config)
         windows = next((n for n in WINDOWS if num_windows_needed <= n), None)
         if windows is None:  # a tower with smaller windows than the released ones
             raise ImageError(

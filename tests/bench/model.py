@@ -104,7 +104,7 @@ def conversation(rng, config, length: int, side: int) -> Prompt:
 
 def jax_runs(model, prompts, length):
     config = model.config
-    windows = num_windows(prompts[0].grids[0], config.vision)
+    windows = num_windows(prompts[0].grids[:1], config.vision)
     bucket = Bucket(length=length, windows=windows, rows=len(prompts))
     rows = jax.device_put(make_rows([[p] for p in prompts], bucket, config, 3))
     graph, params = nnx.split(model)

@@ -28,6 +28,7 @@ from mmsr1_jax.config import settings
 from mmsr1_jax.data import tiny_world
 from mmsr1_jax.episodes.episode import Episode
 from mmsr1_jax.models import sharding
+from mmsr1_jax.processing.batching import num_prompt_windows
 from mmsr1_jax.rl import packing
 from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.rl.train_batch import make_loss
@@ -68,7 +69,7 @@ def episodes(rng, config, count: int) -> list[packing.Sample]:
 
 def row_shape(samples, config, pack_length: int, rows: int) -> packing.RowShape:
     """Return a shape whose rows hold the images of many short episodes."""
-    windows = max(packing.num_prompt_windows(s.prompt, config) for s in samples)
+    windows = max(num_prompt_windows(s.prompt, config) for s in samples)
     return packing.RowShape(rows, pack_length, windows * (pack_length // 200))
 
 

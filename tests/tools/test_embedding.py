@@ -44,7 +44,7 @@ def make_image(width, height, seed=0):
 
 
 # They take 1, 20 and 2 windows, hence two programs.
-IMAGES = [make_image(112, 112), make_image(20 * 112, 28, 1), make_image(140, 112, 2)]
+IMAGES = [make_image(112, 112), make_image(20 * 112, 84, 1), make_image(140, 112, 2)]
 
 
 def copy_modified(source, target, modify):
@@ -113,7 +113,7 @@ def test_the_largest_image_fits_the_largest_program():
         if high <= 200 * low:
             height, width = processor.target_size(low, high)
             grid = (1, height // 14, width // 14)
-            worst = max(worst, num_windows(grid, random_policy.CONFIG.vision))
+            worst = max(worst, num_windows([grid], random_policy.CONFIG.vision))
     assert WINDOWS[-2] < worst <= WINDOWS[-1]
 
 

@@ -157,6 +157,7 @@ def abstract_batch(shape: RowShape, columns: int, model: ModelConfig, mesh: Mesh
             patches=array(patches, model.vision.patch_dim, dtype=jnp.float32),
             positions=array(patches, 2),
             segment_ids=array(patches),
+            window_ids=array(patches),
         )
     rows = qwen2_5_vl.Rows(
         tokens=array(shape.length),

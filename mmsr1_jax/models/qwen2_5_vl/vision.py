@@ -1,15 +1,19 @@
 """Vision tower and the layout of its inputs.
 
-A row of `ImageRows` holds the patches of any number of images, window by window. A window has
-`window_patches` slots (64 in the released models), and a window at the edge of an image that has
-fewer patches is padded. Window attention is thus a dense batch of windows, and full attention
-separates the images of a row by segment id. An image of 10 x 6 patches with windows of 8 x 8:
+A row of `ImageRows` holds the patches of any number of images, window by window. A row is divided
+into groups of `window_patches` slots (64 in the released models), as many as a full window has
+patches. A window at the edge of an image has fewer, so several such windows share a group, and no
+window is split between groups. Window attention is thus a dense batch of groups that separates
+windows by their ids, and full attention separates the images of a row by segment id. Two images, of
+10 x 6 and 4 x 4 patches, with windows of 8 x 8:
 
-    8x6 | 2x6      two windows of 48 and 12 patches; the rest of their 64 slots is padding
+    8x6 | 2x6         segment ids   1 .. 1 2 .. 2 | 1 .. 1 0 .. 0
+    4x4               window ids    1 .. 1 2 .. 2 | 3 .. 3 0 .. 0
+                      patches           48     16       12     52 (padding)
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import flax.struct
@@ -37,18 +41,22 @@ class ImageRows(flax.struct.PyTreeNode):
       positions: int32[B, P, 2]. Row and column of each patch in its image.
       segment_ids: int32[B, P]. Index of each patch's image (and frame) in its row, from 1; 0 for
         padding.
+      window_ids: int32[B, P]. Index of each patch's window in its row, from 1, ascending; 0 for
+        padding.
     """
 
     patches: Float32[AnyArray, "B P patch_dim"]
     positions: Int32[AnyArray, "B P 2"]
     segment_ids: Int32[AnyArray, "B P"]
+    window_ids: Int32[AnyArray, "B P"]
 
 
-def window_order(grid: Sequence[int], config: VisionConfig) -> Int32[np.ndarray, "slots"]:
-    """Return the patch index of each slot of an image, int32[slots], -1 for padding.
+def window_order(grid: Sequence[int], config: VisionConfig) -> Int32[np.ndarray, "P"]:
+    """Return the indices of the patches of an image, window by window, int32[P].
 
-    Patches are in the processor's order: by frame, then merge block by merge block in row-major
-    order, then row-major within a block. Slots are ordered by frame, then window, then merge block.
+    Patches are numbered in the processor's order: by frame, then merge block by merge block in
+    row-major order, then row-major within a block. The result is ordered by frame, then window,
+    then merge block.
 
     Args:
       grid: Numbers (frames, rows, columns) of patches; rows and columns are multiples of
@@ -57,7 +65,7 @@ def window_order(grid: Sequence[int], config: VisionConfig) -> Int32[np.ndarray,
     """
     t, h, w = grid
     unit, side = config.merge_size**2, config.window_side
-    blocks = np.arange(t * (h // config.merge_size) * (w // config.merge_size))
+    blocks = np.arange(t * h * w // unit, dtype=np.int32)
     blocks = blocks.reshape(t, h // config.merge_size, w // config.merge_size)
     blocks = np.pad(
         blocks,
@@ -66,26 +74,57 @@ def window_order(grid: Sequence[int], config: VisionConfig) -> Int32[np.ndarray,
     )
     windows = blocks.reshape(t, blocks.shape[1] // side, side, blocks.shape[2] // side, side)
     blocks = windows.transpose(0, 1, 3, 2, 4).reshape(-1)
-    slots = blocks[:, None] * unit + np.arange(unit)
-    return np.where(blocks[:, None] < 0, -1, slots).reshape(-1).astype(np.int32)
+    return (blocks[blocks >= 0, None] * unit + np.arange(unit, dtype=np.int32)).reshape(-1)
 
 
-def window_ids(segment_ids: Int32[AnyArray, "B P"], window: int) -> Int32[jax.Array, "B P"]:
-    """Return the index of each patch's window in its row, from 1; 0 for padding.
+def window_sizes(
+    grids: Iterable[Sequence[int]], config: VisionConfig
+) -> Int32[np.ndarray, "windows"]:
+    """Return the number of patches of each window of some images, int32[windows].
+
+    Windows are in the order of `window_order`, image after image.
+    """
+    side, sizes = config.window_side * config.merge_size, [np.zeros(0, np.int32)]
+    for t, h, w in grids:
+        rows, columns = (np.minimum(side, n - np.arange(0, n, side)) for n in (h, w))
+        sizes.append(np.tile(np.outer(rows, columns).reshape(-1), t))
+    return np.concatenate(sizes).astype(np.int32)
+
+
+def place_windows(
+    sizes: Int32[np.ndarray, "windows"], config: VisionConfig
+) -> tuple[Int32[np.ndarray, "windows"], int]:
+    """Place windows into groups of slots by first-fit decreasing.
+
+    Windows of equal size are placed in order of appearance, so full windows come first, image after
+    image.
 
     Args:
-      segment_ids: int32[B, P], 0 for padding.
-      window: Number of patches of a window.
+      sizes: int32[windows], number of patches of each window.
+      config: Configuration of the vision tower.
+
+    Returns:
+      int32[windows], the first slot of each window, and the number of groups.
     """
-    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32) // window + 1
-    return jnp.where(jnp.asarray(segment_ids) > 0, index, 0)
+    capacity = config.window_patches
+    starts, used = np.zeros(len(sizes), np.int32), np.zeros(0, np.int32)  # used slots of each group
+    for size in np.unique(sizes)[::-1]:
+        windows = np.flatnonzero(sizes == size)
+        missing = len(windows) - int(((capacity - used) // size).sum())
+        used = np.pad(used, (0, max(0, -(-missing // (capacity // size)))))
+        # The first group takes as many windows of this size as it has room for, then the second ..
+        ends = np.minimum(np.cumsum((capacity - used) // size), len(windows))
+        counts = np.diff(ends, prepend=0)
+        nth = np.arange(len(windows)) - np.repeat(ends - counts, counts)
+        groups = np.repeat(np.arange(len(used)), counts)
+        starts[windows] = groups * capacity + used[groups] + nth * size
+        used = used + (counts * size).astype(np.int32)
+    return starts, len(used)
 
 
-def num_windows(grid: Sequence[int], config: VisionConfig) -> int:
-    """Return the number of windows that an image with this grid occupies in a row."""
-    t, h, w = grid
-    side = config.window_side * config.merge_size
-    return t * -(-h // side) * -(-w // side)
+def num_windows(grids: Iterable[Sequence[int]], config: VisionConfig) -> int:
+    """Return the number of full windows in whose slots images with these grids fit in a row."""
+    return place_windows(window_sizes(grids, config), config)[1]
 
 
 def patch_positions(grid: Sequence[int], merge: int) -> Int32[np.ndarray, "P 2"]:
@@ -102,11 +141,11 @@ def pack_images(
     windows: int,
     config: VisionConfig,
 ) -> tuple[ImageRows, list[Int32[np.ndarray, "..."]]]:
-    """Pack the images of each row into windows for the tower.
+    """Pack the images of each row into groups of slots for the tower.
 
     Args:
       rows: Images of each row: (patches float32[P, patch_dim], grid (t, h, w)).
-      windows: Number of windows per row (from the bucket table).
+      windows: Number of groups per row, each of the size of a full window (from the bucket table).
       config: Configuration of the vision tower.
 
     Returns:
@@ -116,33 +155,33 @@ def pack_images(
     Raises:
       ValueError: If the images of a row do not fit.
     """
-    size = config.window_patches
-    patches = np.zeros((len(rows), windows * size, config.patch_dim), np.float32)
-    positions = np.zeros((len(rows), windows * size, 2), np.int32)
-    segment_ids = np.zeros((len(rows), windows * size), np.int32)
+    shape, unit = (len(rows), windows * config.window_patches), config.merge_size**2
+    patches = np.zeros((*shape, config.patch_dim), np.float32)
+    positions = np.zeros((*shape, 2), np.int32)
+    segment_ids, window_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     indices = []
     for row, images in enumerate(rows):
-        start, segment, merged_index = 0, 1, [np.zeros(0, np.int32)]
+        sizes = window_sizes((grid for _, grid in images), config)
+        starts, required = place_windows(sizes, config)
+        if required > windows:
+            raise ValueError(f"row {row}: images of {required} windows, of at most {windows}")
+        first, segment, merged_index = 0, 1, [np.zeros(0, np.int32)]
+        # Slots of all patches, image after image, each window by window.
+        slots = np.repeat(starts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
+        ranks = np.argsort(np.argsort(starts))  # ids ascend with slots, which kernels rely on
+        window_ids[row, slots] = np.repeat(1 + ranks, sizes)
         for image_patches, grid in images:
-            slot_patch = window_order(grid, config)
-            end = start + len(slot_patch)
-            if end > windows * size:
-                required = sum(num_windows(g, config) for _, g in images)
-                raise ValueError(f"row {row}: images of {required} windows, of at most {windows}")
-            used = np.flatnonzero(slot_patch >= 0)
-            source = slot_patch[used]
-            patches[row, start + used] = image_patches[source]
-            positions[row, start + used] = patch_positions(grid, config.merge_size)[source]
-            frame = source // (grid[1] * grid[2])
-            segment_ids[row, start + used] = segment + frame
-            segment += grid[0]
+            source = window_order(grid, config)
+            own = slots[first : first + len(source)]
+            patches[row, own] = image_patches[source]
+            positions[row, own] = patch_positions(grid, config.merge_size)[source]
+            segment_ids[row, own] = segment + source // (grid[1] * grid[2])
             # A merged token covers `unit` adjacent slots; sort tokens into the processor's order.
-            unit = config.merge_size**2
-            merged = used[np.argsort(source)][::unit] // unit
-            merged_index.append((start // unit + merged).astype(np.int32))
-            start = end
+            merged = own[np.argsort(source)][::unit] // unit
+            merged_index.append(merged.astype(np.int32))
+            first, segment = first + len(source), segment + grid[0]
         indices.append(np.concatenate(merged_index))
-    return ImageRows(patches, positions, segment_ids), indices
+    return ImageRows(patches, positions, segment_ids, window_ids), indices
 
 
 class VisionAttention(nnx.Module):
@@ -163,6 +202,7 @@ class VisionAttention(nnx.Module):
         cos: Float32[jax.Array, "B P half_H"],
         sin: Float32[jax.Array, "B P half_H"],
         segment_ids: Int32[AnyArray, "B P"],
+        window_ids: Int32[AnyArray, "B P"],
         full_attention: Bool[AnyArray, ""] | np.bool_,
         window: int,
         implementation: Attention,
@@ -172,17 +212,17 @@ class VisionAttention(nnx.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if choose(implementation, q.shape[1], q.dtype, single_segment=False) == "splash":
             # The kernel visits blocks of one window or image, as the ids say: no branches needed.
-            ids = jnp.where(full_attention, segment_ids, window_ids(segment_ids, window))
+            ids = jnp.where(full_attention, segment_ids, window_ids)
             return self.out(attention(q, k, v, ids, causal=False, implementation=implementation))
 
         def over_image(q, k, v):
             return attention(q, k, v, segment_ids, causal=False, implementation=implementation)
 
         def over_windows(q, k, v):
-            B, P = segment_ids.shape
+            B, P = window_ids.shape
             dense = (a.reshape(B * P // window, window, *a.shape[2:]) for a in (q, k, v))
             dense_q, dense_k, dense_v = dense
-            ids = segment_ids.reshape(B * P // window, window)
+            ids = window_ids.reshape(B * P // window, window)
             out = attention(dense_q, dense_k, dense_v, ids, causal=False, implementation="xla")
             return out.reshape(q.shape)
 
@@ -271,8 +311,9 @@ class VisionTower(nnx.Module):
 
         def call(block, x, full):
             return block(
-                x, cos, sin, images.segment_ids, full, config.window_patches, implementation
-            )
+                x, cos, sin, images.segment_ids, images.window_ids, full, config.window_patches,
+                implementation,
+            )  # fmt: skip
 
         x = constrain(x, "batch", None, None)
         x = scan_layers(self.blocks, x, call, full_attention, remat)

@@ -1,0 +1,92 @@
+"""Windows of a row's images share groups of slots, and an image does not depend on the others."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmsr1_jax.models import attention as attention_module
+from mmsr1_jax.models.qwen2_5_vl.vision import num_windows, pack_images, place_windows
+from mmsr1_jax.scripts import random_policy
+
+CONFIG = random_policy.CONFIG.vision
+SIZES = [(1, 9), (5, 3), (7, 6), (2, 2), (2, 3, 2), (4, 4)]  # in merged tokens, and frames
+
+
+def make_images(sizes=SIZES):
+    rng = np.random.default_rng(0)
+    grids = [((*size, 1)[2], 2 * size[0], 2 * size[1]) for size in sizes]
+    return [
+        (rng.normal(size=(int(np.prod(grid)), CONFIG.patch_dim)).astype(np.float32), grid)
+        for grid in grids
+    ]
+
+
+def encode(tower, rows, windows, implementation="xla"):
+    """Return the merged tokens of each image, float32[M, D], row after row."""
+    graph, params = nnx.split(tower)
+    images, indices = pack_images(rows, windows, CONFIG)
+    tokens = jax.jit(
+        lambda params, images: nnx.merge(graph, params)(
+            images, np.float32, implementation=implementation
+        )
+    )(params, images)
+    return [
+        part
+        for row, images, index in zip(np.asarray(tokens), rows, indices, strict=True)
+        for part in np.split(row[index], np.cumsum([len(p) // 4 for p, _ in images])[:-1])
+    ]
+
+
+@pytest.fixture(scope="module")
+def tower():
+    return random_policy.random_model(random_policy.CONFIG, seed=3).vision
+
+
+def test_images_that_share_windows_equal_images_one_by_one(tower):
+    images = make_images()
+    required = num_windows((grid for _, grid in images), CONFIG)
+    assert required == 7 < sum(num_windows([grid], CONFIG) for _, grid in images)
+    alone = encode(tower, [[image] for image in images], required)
+    for order in (range(6), [3, 0, 5, 1, 4, 2]):
+        together = encode(tower, [[images[i] for i in order]], required)
+        for index, tokens in zip(order, together, strict=True):
+            np.testing.assert_allclose(tokens, alone[index], rtol=0, atol=2e-5)
+
+
+def test_splash_separates_windows_by_their_ids(tower, monkeypatch):
+    interpreted = functools.partial(attention_module._splash, interpret=True)
+    monkeypatch.setattr(attention_module, "_splash", interpreted)
+    rows = [make_images([(5, 3), (2, 2), (1, 6)])]
+    ours, expected = (encode(tower, rows, 2, name) for name in ("splash", "xla"))
+    for tokens, image in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(tokens, image, rtol=0, atol=2e-5)
+
+
+def test_windows_are_placed_by_first_fit_decreasing():
+    sizes = np.array([16, 64, 48, 16, 12, 64, 20], np.int32)
+    starts, groups = place_windows(sizes, CONFIG)
+    assert starts.tolist() == [128 + 48, 0, 128, 192 + 20, 192 + 36, 64, 192]
+    assert groups == 4
+    assert place_windows(sizes[:0], CONFIG)[1] == num_windows([], CONFIG) == 0
+
+
+def test_the_layout_of_a_row():
+    """Two images of 10 x 6 and 4 x 4 patches, as in the module's docstring."""
+    images = make_images([(5, 3), (2, 2)])
+    rows, (index, empty) = pack_images([images, []], 2, CONFIG)
+    expected = np.repeat([1, 2, 1, 0], [48, 16, 12, 52])
+    assert rows.segment_ids.tolist() == [expected.tolist(), [0] * 128]
+    assert rows.window_ids[0].tolist() == np.repeat([1, 2, 3, 0], [48, 16, 12, 52]).tolist()
+    # The last row of the first image's tokens is a window of its own, and the processor's last.
+    assert index.tolist() == [*range(12), 16, 17, 18, *range(12, 16)] and not len(empty)
+    tokens = np.concatenate([patches.reshape(-1, 4, CONFIG.patch_dim) for patches, _ in images])
+    np.testing.assert_array_equal(rows.patches[0].reshape(-1, 4, CONFIG.patch_dim)[index], tokens)
+    assert rows.positions[0, [0, 64]].tolist() == [[0, 0], [8, 0]]
+
+
+def test_images_that_do_not_fit_are_rejected():
+    with pytest.raises(ValueError, match="row 1: images of 2 windows, of at most 1"):
+        pack_images([[], make_images([(5, 3), (2, 2)])], 1, CONFIG)
