@@ -72,7 +72,7 @@ def test_an_asynchronous_collective_counts_once_and_the_product_that_hides_it_is
     assert (gather.kind, gather.name) == ("collective", "async-collective-start")
     assert (gather.read, gather.written, gather.links) == (part, whole, whole * 3 / 4)
     assert program.link_bytes == gather.links
-    assert program.gathers((2048, 2048)) == 1 and program.gathers((2048, 512)) == 0
+    assert program.gathers((2048, 2048), "") == 1 and program.gathers((2048, 512), "") == 0
     (product,) = [i for i in program.instructions if i.flops]
     assert (product.kind, product.name, product.links) == ("other", "fusion.26", 0)
     assert (product.flops, product.cycles) == (2 * 2048 * 1024 * 2048, 61000)

@@ -138,11 +138,11 @@ def test_the_parts_of_a_gradient_are_those_of_both_passes():
 
 def test_the_head_is_gathered_once_for_both_passes(monkeypatch):
     table = MODEL.text.vocab_size, MODEL.text.hidden_size
-    assert gradient_costs().gathers(table) == 1
+    assert gradient_costs().gathers(table, "log_probs") == 1
 
     # A table that stays sharded is gathered in each pass.
-    monkeypatch.setattr(output_head, "constrain", lambda x, *axes: x)
-    assert gradient_costs().gathers(table) != 1
+    monkeypatch.setattr(output_head.sharding, "gather", lambda x, *axes: x)
+    assert gradient_costs().gathers(table, "log_probs") != 1
 
 
 @pytest.mark.parametrize(

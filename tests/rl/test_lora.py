@@ -79,7 +79,8 @@ def test_an_adapted_linear_map_matches_its_equation():
     linear.kernel.set_value(jnp.float32(W))
     linear.bias.set_value(jnp.float32(b))
 
-    linear.adapter = Adapter(nnx.LoRAParam(jnp.float32(A)), nnx.LoRAParam(jnp.float32(B)), 8 / 4)
+    factors = [nnx.LoRAParam(jnp.float32(x), axes=(None,) * x.ndim) for x in (A, B)]
+    linear.adapter = Adapter(*factors, 8 / 4)
     graph, factors, base = nnx.split(linear, nnx.LoRAParam, ...)
 
     def loss(factors, x):

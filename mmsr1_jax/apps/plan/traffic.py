@@ -27,6 +27,7 @@ for finding copies, not measurements.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -149,16 +150,17 @@ class Traffic:
         """Instructions that are or contain a collective; of an asynchronous one, the start."""
         return [i for i in self.instructions if i.collective]
 
-    def gathers(self, shape: tuple[int, ...]) -> float:
-        """Return how often the program gathers an array from other devices, by its shape.
+    def gathers(self, shape: tuple[int, ...], scope: str) -> float:
+        """Return how often the program gathers an array, or one as large, from other devices.
 
-        Dimensions of size 1 and the order of dimensions do not matter.
+        Args:
+          shape: Shape of the array.
+          scope: Part of the path of what gathers it.
         """
-        sizes = sorted(size for size in shape if size > 1)
         return sum(
             i.runs for i in self.collectives
-            if i.collective and i.collective.opcode == "all-gather"
-            and sorted(size for size in i.collective.shape if size > 1) == sizes
+            if i.collective and i.collective.opcode == "all-gather" and scope in i.where
+            and math.prod(i.collective.shape) == math.prod(shape)
         )  # fmt: skip
 
     def of_kind(self, kind: str) -> list[Instruction]:

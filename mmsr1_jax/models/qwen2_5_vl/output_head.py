@@ -64,14 +64,26 @@ def token_statistics(
 
 
 def _blocked_statistics(hidden, table, targets, chunk: int, temperature: float) -> Any:
-    V, D = table.shape
+    blocks = _num_blocks(table.shape[0] // _num_shards(table), -(-hidden.shape[1] // chunk))
+    table = table.astype(hidden.dtype)
+    return _statistics(hidden, table, jnp.asarray(targets), temperature, blocks)
+
+
+def _num_shards(table) -> int:
+    """Return the number of devices that split the vocabulary."""
     shards = sharding.mesh_axis_size("vocab")
-    shards = shards if V % shards == 0 else 1
-    blocks = _num_blocks(V // shards, -(-hidden.shape[1] // chunk))
-    table = constrain(table.astype(hidden.dtype), "vocab", None)
-    # [blocks, shards, v, D], so that each device computes a part of every block.
-    table = table.reshape(shards, blocks, V // shards // blocks, D).swapaxes(0, 1)
-    return _statistics(hidden, table, jnp.asarray(targets), temperature)
+    return shards if table.shape[0] % shards == 0 else 1
+
+
+def _gather_blocks(table, blocks: int) -> jax.Array:
+    """Return the table by blocks, [blocks, shards, v, D], gathered but for the vocabulary.
+
+    Each device computes a part of every block.
+    """
+    V, D = table.shape
+    shards = _num_shards(table)
+    table = sharding.gather(table, "vocab", "embed")
+    return table.reshape(shards, blocks, V // shards // blocks, D).swapaxes(0, 1)
 
 
 def _num_blocks(vocabulary: int, at_least: int) -> int:
@@ -119,18 +131,19 @@ def _logsumexp_of_blocks(hidden, table, targets, temperature: float):
     return largest + jnp.log(total), weighted / total, chosen
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _statistics(hidden, table, targets, temperature: float):
-    return _statistics_forward(hidden, table, targets, temperature)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _statistics(hidden, table, targets, temperature: float, blocks: int):
+    return _statistics_forward(hidden, table, targets, temperature, blocks)[0]
 
 
-def _statistics_forward(hidden, table, targets, temperature: float):
+def _statistics_forward(hidden, table, targets, temperature: float, blocks: int):
+    table = _gather_blocks(table, blocks)
     logsumexp, mean, chosen = _logsumexp_of_blocks(hidden, table, targets, temperature)
     saved = hidden, table, targets, logsumexp, mean
     return (chosen - logsumexp, logsumexp - mean), saved
 
 
-def _statistics_backward(temperature: float, saved, gradients):
+def _statistics_backward(temperature: float, _blocks: int, saved, gradients):
     """Return the gradients of hidden states and table.
 
     With probabilities p and logits z of a token, the gradient of its log-prob by z is
@@ -156,7 +169,8 @@ def _statistics_backward(temperature: float, saved, gradients):
 
     zeros = jnp.zeros(hidden.shape, jnp.float32)
     d_hidden, d_table = jax.lax.scan(step, zeros, (jnp.arange(len(table)), table))
-    return d_hidden.astype(hidden.dtype), d_table, None
+    d_table = d_table.swapaxes(0, 1).reshape(-1, hidden.shape[-1])
+    return d_hidden.astype(hidden.dtype), constrain(d_table, "vocab", "embed"), None
 
 
 _statistics.defvjp(_statistics_forward, _statistics_backward)
