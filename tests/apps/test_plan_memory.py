@@ -29,7 +29,10 @@ def config():
     return config
 
 
-def test_live_arrays_between_phases_are_those_of_the_plan(config):
+@pytest.mark.parametrize(
+    "settings_of_offload", [(True,), pytest.param((False, True), marks=pytest.mark.proof)]
+)
+def test_live_arrays_between_phases_are_those_of_the_plan(config, settings_of_offload):
     mesh = sharding.make_mesh(1, 4, 2)
     model_config = config_for(VOCAB_SIZE)
     live = LiveArrays()
@@ -70,7 +73,7 @@ def test_live_arrays_between_phases_are_those_of_the_plan(config):
         return seen
 
     decoding, prepared = observe("finish_decode"), observe("prepare")
-    for offload in (False, True):
+    for offload in settings_of_offload:
         phases = planned(offload)
         pool.load(learner.params)
         pool.load(learner.params)  # the engines hold parameters

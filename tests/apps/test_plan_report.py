@@ -167,7 +167,13 @@ def test_advice_for_a_cache_of_a_number_of_tokens_holds_at_least_an_episode():
     assert "cache_tokens" not in advice(37.4)
 
 
-@pytest.mark.parametrize("rollout", [{"lanes": 12}, {"lanes": 12, "cache_tokens": 8192}])
+@pytest.mark.parametrize(
+    "rollout",
+    [
+        pytest.param({"lanes": 12}, marks=pytest.mark.proof),
+        {"lanes": 12, "cache_tokens": 8192},
+    ],
+)
 def test_a_phase_fits_with_the_setting_that_is_advised(rollout, tmp_path, monkeypatch):
     """On this machine's devices, with so little memory that the KV cache must shrink."""
     config = settings.Config()

@@ -267,6 +267,7 @@ def test_the_page_has_no_inline_scripts(engine):
 # The command
 
 
+@pytest.mark.proof
 def test_the_command(tiny_dir, setup):
     command = [sys.executable, "-m", "mmsr1_jax.serve", f"--model={tiny_dir}",
                f"--config={setup[2]}", "--config.turns.max_turns=1"]  # fmt: skip

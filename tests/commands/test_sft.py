@@ -51,6 +51,7 @@ def labels_of_assistant_turns(tokens: list[int], processor) -> np.ndarray:
     return labels
 
 
+@pytest.mark.proof
 def test_loss_and_gradients_equal_torch(folder, tmp_path):
     examples, processor = sft_files.prepare_examples(folder, tmp_path / "examples.jsonl")
     mesh = sharding.make_mesh(1, 1, 1, devices=sharding.jax.devices()[:1])

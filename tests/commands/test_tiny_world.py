@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from mmsr1_jax.data import QuestionSource
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 from mmsr1_jax.processing.processor import Processor
@@ -9,6 +11,7 @@ from mmsr1_jax.tools.local_index import LocalIndex
 from tests.programs import run_module as run
 
 
+@pytest.mark.proof
 def test_written_files_are_read_by_the_other_commands(tmp_path):
     out = tmp_path / "world"
     counts = ["--train=8", "--heldout=4", "--unmet=4", "--sft_examples=3"]

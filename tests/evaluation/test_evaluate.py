@@ -32,7 +32,8 @@ from tests.programs import ROOT, environment, read_jsonl
 # The parameters of a run
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.proof)])
+@pytest.mark.proof
+@pytest.mark.parametrize("rank", [0, 2])
 def test_parameters_are_restored_from_a_checkpoint(tmp_path, tiny_dir, rank):
     config = settings.Config(update=settings.Update(lora_rank=rank))
     mesh = sharding.make_mesh(1, -1, 1)
@@ -210,6 +211,7 @@ def test_a_killed_evaluation_resumes_with_the_same_results(shared, material, tmp
     assert done.returncode == 1 and "with eval.temperature=0.0; this command" in done.stderr
 
 
+@pytest.mark.proof
 def test_a_run_is_evaluated_with_its_own_settings(shared, material, tmp_path):
     config = runpy.run_path(str(material / "config.py"))["get_config"]()
     config.data.validation = (str(shared / "data" / "fvqa_mini.parquet"),)

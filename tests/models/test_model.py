@@ -110,7 +110,9 @@ def test_packed_rows_equal_separate_rows():
         )
 
 
-@pytest.mark.parametrize("name", ["gqa 4:1, untied", "gqa 8:1, tied"])
+@pytest.mark.parametrize(
+    "name", ["gqa 4:1, untied", pytest.param("gqa 8:1, tied", marks=pytest.mark.proof)]
+)
 def test_gradients_equal_torch(name):
     """Gradients of a weighted token loss with respect to every parameter of both towers."""
     model, torch_model = models(name)
@@ -144,6 +146,7 @@ def test_gradients_equal_torch(name):
         assert np.linalg.norm(ours[key] - expected) <= 1e-3 * norm, key
 
 
+@pytest.mark.proof
 def test_remat_and_attention_give_the_same_gradients():
     config = random_policy.CONFIG
     rng = np.random.default_rng(2)

@@ -59,7 +59,7 @@ MESHES = [(1, 8, 1), (1, 4, 2), (1, 2, 4)]
 @pytest.mark.parametrize(
     "name, attention, shapes",
     [
-        ("kv heads 2", "xla", [(2, 2, 2)]),
+        pytest.param("kv heads 2", "xla", [(2, 2, 2)], marks=pytest.mark.proof),
         pytest.param("kv heads 2", "xla", MESHES, marks=pytest.mark.proof),
         pytest.param("kv heads 1, tied", "xla", MESHES[1:], marks=pytest.mark.proof),
         pytest.param("kv heads 8", "xla", MESHES[2:], marks=pytest.mark.proof),
@@ -116,6 +116,7 @@ def test_the_kernel_for_hopper_runs_on_each_device(monkeypatch):
     np.testing.assert_allclose(ours.astype(jnp.float32), expected, atol=2e-2)
 
 
+@pytest.mark.proof
 def test_batch_and_parameters_are_sharded():
     mesh = sharding.make_mesh(1, 4, 2)
     logprobs, gradient = run_on(mesh, CONFIGS["kv heads 2"])

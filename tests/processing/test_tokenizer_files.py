@@ -132,6 +132,7 @@ def test_the_tokenizer_class_decides_whether_the_pipeline_is_replaced(
     assert (warning in capsys.readouterr().err) == rebuilt
 
 
+@pytest.mark.proof
 def test_the_released_files_cause_no_warning(shared, tmp_path, capsys):
     folder = shared / "tokenizer" / "qwen"
     raw = json.loads((folder / "tokenizer.json").read_text("utf-8"))

@@ -35,9 +35,8 @@ def expected(learner):
     return metrics_and_moments(learner, off_policy_batches(learner, make_samples(CONFIG)))
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 128, 16), pytest.param((1, 512, 64), marks=pytest.mark.proof)]
-)
+@pytest.mark.proof
+@pytest.mark.parametrize("shape", [(1, 128, 16), (1, 512, 64)])
 def test_the_update_does_not_depend_on_packing_and_micro_batches(learner, expected, shape):
     metrics, moments = expected
     assert metrics["finite"] == 1 and max(np.abs(m).max() for m in moments.values()) > 1e-3

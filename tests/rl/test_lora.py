@@ -235,6 +235,7 @@ def test_peft_reads_our_adapters(learner, tmp_path):
     assert all(p.abs().max() > 0 for name, p in torch_policy.named_parameters() if "lora_" in name)
 
 
+@pytest.mark.proof
 def test_updates_equal_torch(tmp_path):
     learner = randomised(make_learner(CONFIG, max_grad_norm=0.5, **ALL_TARGETS))
     samples = make_samples(CONFIG, seed=2)

@@ -104,6 +104,7 @@ def assert_sums(actual, batches, new, old, *, corrected):
     assert actual == pytest.approx({k: float(v) for k, v in expected.items()}, rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.proof
 def test_the_second_update_of_a_step_is_off_policy():
     """Old log-probs come from `Learner.logprobs`, new ones from the gradient program."""
     learner, packed = make_learner_and_batches(make_objective(old_logprobs="trainer"))

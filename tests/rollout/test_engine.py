@@ -227,6 +227,7 @@ def test_load_converts_the_parameters_of_a_trainer_on_eight_devices(model, proce
     engine.close()
 
 
+@pytest.mark.proof
 def test_an_engine_on_two_devices_along_the_tensor_axis(model, processor, episodes):
     """Each holds half of the heads and of the cache, and no program is compiled twice."""
     mesh = sharding.make_mesh(1, 1, 2, devices=jax.devices()[:2])
