@@ -225,6 +225,7 @@ print(time.time(), flush=True)
 """
 
 
+@pytest.mark.proof
 def test_the_program_exits_while_hostile_pages_are_read(tmp_path):
     """Takes less than 5 s on an idle machine; the bound allows for a busy one."""
     root = pathlib.Path(__file__).resolve().parents[2]

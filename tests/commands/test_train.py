@@ -140,6 +140,7 @@ def test_runs_killed_at_random_moments_resume_bit_identically(uninterrupted, tmp
         assert run_results(workdir) == run_results(uninterrupted), index
 
 
+@pytest.mark.proof
 def test_a_complete_run_rejects_other_settings_and_is_unchanged(uninterrupted, tmp_path, questions):
     workdir = tmp_path / "run"
     shutil.copytree(uninterrupted, workdir)

@@ -200,6 +200,7 @@ def test_forced_tokens_are_recorded_as_forced(forced, engine):
     assert truncated > 10
 
 
+@pytest.mark.proof
 def test_logprobs_of_forced_episodes_equal_those_of_score(forced, model):
     selected = {name: sorted(episodes, key=lambda e: e.index) for name, episodes in forced.items()}
     assert_logprobs_match_score(model, [*selected["rag"][3:13], *selected["direct"][:3]], 1.0)
@@ -214,6 +215,7 @@ def test_the_number_of_lanes_does_not_change_forced_episodes(model, forced, lane
     engine.close()
 
 
+@pytest.mark.proof
 def test_a_pool_forces_the_same_turns(model, forced):
     pool = EnginePool([model], scripted_processor(VOCAB_SIZE), make_config(), search_tools())
     assert by_index(rollout(pool, "rag")) == by_index(forced["rag"])

@@ -78,6 +78,7 @@ def test_rollouts_of_two_prompts_equal_the_xla_implementation():
     assert_equal_to_xla(inputs(2, 384, 2, 1, 64), ids, prefixes, causal=True)
 
 
+@pytest.mark.proof
 def test_segments_without_prefixes_equal_the_xla_implementation():
     ids = segments(256, 150, 90)[None]
     assert_equal_to_xla(inputs(1, 256, 2, 2, 128), ids, None, causal=True)

@@ -96,6 +96,7 @@ def test_kernels_run_on_each_device(name, shape, monkeypatch):
     np.testing.assert_allclose(ours, expected, atol=2e-5)
 
 
+@pytest.mark.proof
 def test_the_kernel_for_hopper_runs_on_each_device(monkeypatch):
     """Four devices share two kv heads; rollouts continue prompts."""
     kernels.compile_gpu_kernels_once(monkeypatch)

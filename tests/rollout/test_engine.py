@@ -208,6 +208,7 @@ def test_load_installs_new_parameters(model, processor, episodes):
     engine.close()
 
 
+@pytest.mark.proof
 def test_load_converts_the_parameters_of_a_trainer_on_eight_devices(model, processor, episodes):
     """They are sharded over a mesh and have another dtype; the engine has its own layout."""
     mesh = sharding.make_mesh(fsdp=4, tensor=2)

@@ -294,6 +294,7 @@ def test_invalid_sampling_settings_are_refused(pool):
     assert engine_threads() == []
 
 
+@pytest.mark.proof
 def test_make_engine_uses_all_devices(tiny_dir):
     def engine_devices(tensor, **keywords):
         config = make_config()

@@ -71,6 +71,7 @@ def without_vision(tensors):
 BIAS = "visual.merger.mlp.2.bias"
 
 
+@pytest.mark.proof
 def test_embedding_is_the_mean_of_the_models_visual_tokens(tiny_dir, embed):
     """Compared with the mean, in float64, of the model's visual tokens of larger batches."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
