@@ -1,9 +1,9 @@
 """Runs the project's commands in forks of a process that has imported what they import.
 
 Importing JAX and what is built on it takes two seconds of a processor, which the tests would spend
-for each of about a hundred commands. The process has initialised no backend and started no thread,
-so a fork is what `python -m MODULE` is when its imports have been done: it reads its own arguments
-and environment, and exits through the interpreter.
+for each of about a hundred commands. The process has not initialised a backend of JAX, so a fork is
+what `python -m MODULE` is when its imports have been done: it reads its own arguments and
+environment, and exits through the interpreter. Tests that send signals start commands themselves.
 
 The server reads one JSON object per line: `module`, `arguments`, `cwd`, `env`, and the files
 `stdout` and `stderr`. It answers with two numbers of `_ANSWER` bytes: process id and exit code.

@@ -74,7 +74,7 @@ class Instruction:
       kind: `kernel`, `collective`, `copy` (the start of an asynchronous copy), `wait` (the end of
         an asynchronous copy or collective) or `other`.
       where: Path of the operation in the traced function.
-      loop: Path of the innermost loop around it; empty if there is none.
+      loop: Path of the innermost loop around it; empty outside of loops.
       result: Types of the result.
       runs: Number of times that the program runs it.
       read, written: Bytes read and written in the device's main memory.
