@@ -42,7 +42,10 @@ class Measurement:
 
 
 def parity(tiny: bool) -> list[Measurement]:
-    """Compare every kernel that the platform uses with XLA in float32, or NumPy in float64."""
+    """Compare every kernel that the platform uses with XLA in float32, or NumPy in float64.
+
+    Attention in float32 has no kernel on a GPU; `demo` compares its log-probs.
+    """
     return [
         *_attention_parity(tiny),
         *_paged_parity(tiny),
@@ -51,7 +54,7 @@ def parity(tiny: bool) -> list[Measurement]:
     ]
 
 
-def _uniform(rng, *shape: int, dtype) -> jax.Array:
+def uniform(rng, *shape: int, dtype) -> jax.Array:
     """Return bounded random numbers of variance 1."""
     return jnp.asarray(rng.uniform(-(3**0.5), 3**0.5, shape), dtype)
 
@@ -75,6 +78,7 @@ def _attention_parity(tiny: bool) -> list[Measurement]:
     of_gpu = ("cudnn", "triton", "mosaic") if sharding.is_hopper() else ("cudnn", "triton")
     kernels = {  # those that `attention.choose` may return for long rows
         ("gpu", "bfloat16"): of_gpu,
+        ("gpu", "float32"): (),
         ("tpu", "bfloat16"): ("splash",),
         ("tpu", "float32"): ("splash",),
     }
@@ -116,13 +120,13 @@ def attention_difference(
 ) -> dict[str, Any]:
     """Compare an implementation of attention and its gradient with `xla` in float32."""
     rng = np.random.default_rng(0)
-    q, k, v = (_uniform(rng, B, T, n, H, dtype=dtype) for n in (N, K, K))
+    q, k, v = (uniform(rng, B, T, n, H, dtype=dtype) for n in (N, K, K))
     ids = np.ones((B, T), np.int32)
     if name != "cudnn":  # which takes one segment
         ids[0, T // 3 :], ids[0, T // 2 :] = 2, 3
     ids[1, -T // 4 :] = 0
     prefixes = None if name in ("cudnn", "triton") else np.where(ids == 3, 1, 0).astype(np.int32)
-    weights = _uniform(rng, B, T, N, H, dtype=jnp.float32)
+    weights = uniform(rng, B, T, N, H, dtype=jnp.float32)
     exact = [x.astype(jnp.float32) for x in (q, k, v)]
     with precision("float32"):
         reference = _attention_program("xla", causal)
@@ -161,11 +165,11 @@ def _paged_parity(tiny: bool) -> list[Measurement]:
     ]
 
 
-def _paged_inputs(B, T, N, K, H, size, pages, dtype):
+def paged_inputs(B, T, N, K, H, size, pages, dtype):
     """Return queries, shuffled head-major pages, and rows of all lengths, one of them skipped."""
     rng = np.random.default_rng(0)
-    q = _uniform(rng, B, T, N, H, dtype=dtype)
-    cache = _uniform(rng, B * pages, K, 2, size, H, dtype=dtype)
+    q = uniform(rng, B, T, N, H, dtype=dtype)
+    cache = uniform(rng, B * pages, K, 2, size, H, dtype=dtype)
     table = rng.permutation(B * pages).reshape(B, pages).astype(np.int32)
     start = np.linspace(0, pages * size - T, B).astype(np.int32)
     count = np.full(B, T, np.int32)
@@ -184,7 +188,7 @@ def paged_difference(
     B: int, T: int, N: int, K: int, H: int, size: int, pages: int, dtype: str
 ) -> dict[str, Any]:
     """Compare the platform's attention over pages with its XLA form in float32."""
-    q, cache, rows = _paged_inputs(B, T, N, K, H, size, pages, dtype)
+    q, cache, rows = paged_inputs(B, T, N, K, H, size, pages, dtype)
     expected = _paged_reference(q, cache, rows)
     if paged_attention.token_major(H):
         cache = cache.transpose(0, 3, 1, 2, 4).reshape(B * pages, size, 2 * K, H)
@@ -199,7 +203,7 @@ def decode_kernel_difference(
     B: int, N: int, K: int, H: int, size: int, pages: int
 ) -> dict[str, Any]:
     """Compare the kernel for GPUs with the XLA form; on a CPU the interpreter runs it."""
-    q, cache, rows = _paged_inputs(B, 1, N, K, H, size, pages, "bfloat16")
+    q, cache, rows = paged_inputs(B, 1, N, K, H, size, pages, "bfloat16")
     rows = rows.replace(count=np.ones(B, np.int32))
     expected = _paged_reference(q, cache, rows)[:, 0]
     interpret = jax.default_backend() == "cpu"
@@ -225,8 +229,8 @@ def _gated_parity(tiny: bool) -> list[Measurement]:
 def gated_difference(rows: int, F: int, D: int) -> dict[str, Any]:
     """Compare the gated product's kernel for GPUs with XLA; a CPU runs it in the interpreter."""
     rng = np.random.default_rng(0)
-    x = _uniform(rng, rows, D, dtype="bfloat16")
-    gate, up = (_uniform(rng, F, D, dtype="bfloat16") * D**-0.5 for _ in range(2))
+    x = uniform(rng, rows, D, dtype="bfloat16")
+    gate, up = (uniform(rng, F, D, dtype="bfloat16") * D**-0.5 for _ in range(2))
     with precision("float32"):
         gated, raw = (jax.jit(jnp.dot)(*map(jnp.float32, (x, w.T))) for w in (gate, up))
     expected = jax.nn.silu(gated) * raw

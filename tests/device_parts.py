@@ -47,6 +47,7 @@ from tests.bench import model as model_bench
 from tests.bench import rollout as rollout_bench
 from tests.bench import update as update_bench
 from tests.device_parity import Measurement, parity, precision
+from tests.device_speed import speed
 from tests.programs import ROOT
 from tests.scripted_policy import ACTIONS, config_for, scripted_processor
 
@@ -174,11 +175,13 @@ def _share(value: float, of: float | None) -> float | None:
 
 
 def gap(tiny: bool) -> list[Measurement]:
-    """Compare recorded log-probs with the trainer's, for the same tokens."""
-    small = functools.partial(logprob_gap, config_for(640), ACTIONS, "float32")
-    measurements = [Measurement("float32, tiny policy", small)]
+    """Compare recorded log-probs with the trainer's, for the same tokens.
+
+    In bfloat16 on an accelerator; `demo` compares them in float32.
+    """
     if tiny:
-        return measurements
+        small = functools.partial(logprob_gap, config_for(640), ACTIONS, "float32")
+        return [Measurement("float32, tiny policy", small)]
     base = model_bench.SHAPES["7b"]
     vocabulary = base.text.vocab_size
     base = dataclasses.replace(base, text=dataclasses.replace(base.text, num_layers=2))
@@ -189,7 +192,7 @@ def gap(tiny: bool) -> list[Measurement]:
     # One token in 64 ends a turn.
     actions = {text: count * vocabulary // 4096 for text, count in ACTIONS.items()}
     large = functools.partial(logprob_gap, config, actions, "bfloat16")
-    return [Measurement("bfloat16, 2 layers of 7B width", large), *measurements]
+    return [Measurement("bfloat16, 2 layers of 7B width", large)]
 
 
 def logprob_gap(config: ModelConfig, actions: dict[str, int], dtype: str) -> dict[str, Any]:
@@ -319,11 +322,14 @@ def update(tiny: bool) -> list[Measurement]:
     shapes = {"tiny": CONFIG}
     if not tiny:
         shapes = {name: model_bench.SHAPES[name] for name in ("7b", "3b")}
-    functions = {"forward+backward": forward_backward_speed, "update": update_speed}
+    first = next(iter(shapes))
+    forward_backward = functools.partial(forward_backward_speed, shapes[first], tiny)
     return [
-        Measurement(f"{name}, {shape}", functools.partial(function, config, tiny))
-        for name, function in functions.items()
-        for shape, config in shapes.items()
+        Measurement(f"forward+backward, {first}", forward_backward),
+        *(
+            Measurement(f"update, {name}", functools.partial(update_speed, config, tiny))
+            for name, config in shapes.items()
+        ),
     ]
 
 
@@ -433,7 +439,7 @@ def train_demo(tiny: bool) -> dict[str, Any]:
     }
 
 
-PARTS = {f.__name__: f for f in (device, parity, gap, decoding, update, demo)}
+PARTS = {f.__name__: f for f in (device, parity, gap, decoding, speed, update, demo)}
 
 
 def main() -> None:

@@ -93,11 +93,14 @@ def test_parity_and_decoding_at_tiny_sizes(tmp_path):
 @pytest.mark.proof
 def test_all_parts_at_tiny_sizes(tmp_path):
     result, _ = run_tiny(tmp_path)
-    rows = check(result, ["parity", "gap", "decoding", "update", "demo"])
+    rows = check(result, ["parity", "gap", "decoding", "speed", "update", "demo"])
     check_parity(rows["parity"])
     gap = rows["gap"]["float32, tiny policy"]
     assert gap["passed"] and 0 < gap["mean_difference"] < 1e-5
     assert gap["tokens"] > 100 and gap["calls"] > 5
+    attention, paged = rows["speed"].values()
+    assert attention["forward_and_gradient_tflops"] > 0 < attention["forward_tflops"]
+    assert paged["gigabytes_per_second"] > 0
     assert {row["mfu"] for row in rows["update"].values()} == {None}
     assert all(row["tokens_per_second"] > 0 for row in rows["update"].values())
     demo = rows["demo"]["training"]

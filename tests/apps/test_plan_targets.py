@@ -187,8 +187,11 @@ def test_an_asynchronous_collective_overlaps_with_what_leaves_the_links_idle(bet
 def test_a_gpu_states_no_cycles():
     chip = CHIPS["h100"]
     calibration = estimate.calibration(Traffic((instruction(flops=8192.0**3),), (), ()), chip)
-    assert (calibration.cycles, calibration.efficiency) == (0.0, 1.0)
-    assert calibration.seconds == pytest.approx(2 * 8192**3 / 989e12)
+    assert (calibration.cycles, calibration.efficiency) == (0.0, chip.product_share)
+    assert calibration.seconds == pytest.approx(2 * 8192**3 / 706e12, rel=1e-3)
+    for costs, seconds in ((dict(read=2957e9), 1.0), (dict(flops=706e12), 1.0)):
+        one = estimate.instruction_seconds(instruction(**costs), gpus(1, 1), calibration.efficiency)
+        assert one == pytest.approx(seconds, rel=1e-3)
 
 
 def test_the_bound_is_the_larger_of_memory_and_products():

@@ -7,9 +7,10 @@ An instruction takes the largest of
     FLOPs / peak            of its matrix products
     link bytes / links      of a collective
 
-and the program takes the sum over its instructions. The links are those of the collective's group
-of devices (`network`). What is asynchronous overlaps with the instructions between its start and
-its end:
+and the program takes the sum over its instructions. Bandwidth and peak are those that copies and a
+bare product reach, where that was measured (`targets.Chip`). The links are those of the
+collective's group of devices (`network`). What is asynchronous overlaps with the instructions
+between its start and its end:
 
 - A copy, by which a TPU prefetches weights into on-chip memory, uses the main memory while those
   instructions leave it idle: those limited by cycles, FLOPs or links.
@@ -45,7 +46,7 @@ class Calibration:
       cycles: Cycles that the compiler expects; 0 if it states none.
       seconds: Estimated time.
       efficiency: Share of the peak FLOP/s. Kernels, whose cycles are unknown, are assumed to reach
-        it too. On a GPU, where no cycles are stated, it is 1.
+        it too. On a GPU, where no cycles are stated, it is what was measured (`Chip`).
     """
 
     cycles: float
@@ -71,7 +72,8 @@ def calibrate(target: Target) -> Calibration:
 def calibration(product: Traffic, chip: Chip) -> Calibration:
     """Return the calibration for the costs of the compiled product."""
     if not product.cycles:
-        return Calibration(0.0, _PRODUCT_FLOPS / chip.peak_flops, 1.0)
+        seconds = _PRODUCT_FLOPS / (chip.peak_flops * chip.product_share)
+        return Calibration(0.0, seconds, chip.product_share)
     seconds = product.cycles / chip.clock
     efficiency = min(1.0, _PRODUCT_FLOPS / seconds / chip.peak_flops)
     return Calibration(product.cycles, seconds, efficiency)
@@ -80,7 +82,7 @@ def calibration(product: Traffic, chip: Chip) -> Calibration:
 def instruction_seconds(cost: Instruction, network: Network, efficiency: float) -> float:
     """Return the estimated time of one run of an instruction."""
     chip = network.chip
-    seconds = max(cost.bytes / chip.bandwidth, link_seconds(cost, network))
+    seconds = max(cost.bytes / chip.copy_bandwidth, link_seconds(cost, network))
     if cost.cycles and chip.clock:
         return max(seconds, cost.cycles / chip.clock, cost.flops / chip.peak_flops)
     return max(seconds, cost.flops / (chip.peak_flops * efficiency))
@@ -134,7 +136,7 @@ def instruction_times(
     times: list[float] = []
     index = {i.name: n for n, i in enumerate(program.instructions)}
     for i in program.instructions:
-        memory_time = i.runs * i.bytes / network.chip.bandwidth
+        memory_time = i.runs * i.bytes / network.chip.copy_bandwidth
         seconds = 0.0
         if i.kind == "copy":
             memory.start(i.name, memory_time)

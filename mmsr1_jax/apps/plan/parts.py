@@ -1,7 +1,8 @@
 """Costs of a program by part of the policy: vision tower, text decoder, log-probs.
 
 The policy's functions run in named scopes (`models.qwen2_5_vl.model`), which the compiled program
-keeps in the paths of its instructions, also in those of the backward pass.
+keeps in the paths of its instructions, also in those of the backward pass. Gathers of parameters
+may have the path of the parameter instead (jax 0.11).
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from mmsr1_jax.apps.plan.traffic import Instruction, Traffic
 PARTS = ("vision", "text", "log_probs")
 OTHER = "other"
 _SCOPE = re.compile(rf"\b({'|'.join(PARTS)})\b")
+_HEAD = re.compile(r"\['text'\]\['head'\]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,9 @@ def by_part(program: Traffic, times: Sequence[float]) -> tuple[Part, ...]:
 
 def part_of(instruction: Instruction) -> str:
     """Return the part of an instruction: that of its path, else that of the loop around it."""
-    for path in (instruction.where, instruction.loop):
+    for path in (instruction.where.replace("\\'", "'"), instruction.loop):
+        if _HEAD.search(path):
+            return "log_probs"
         if match := _SCOPE.search(path):
             return match.group(1)
     return OTHER

@@ -169,7 +169,8 @@ def _product_line(product: Calibration, target: Target) -> str:
     if not product.cycles:
         return (
             f"{size} is estimated at {product.seconds * 1e3:.2f} ms: the compiler for GPUs states "
-            "no cycles, so all products are assumed to reach the peak."
+            f"no cycles, so all products are assumed to reach {product.efficiency:.0%} of the "
+            "peak, as a bare one did on an H100."
         )
     return (
         f"{size} is estimated at {product.seconds * 1e3:.2f} ms: {product.cycles / 1e6:.2f} M "

@@ -39,6 +39,9 @@ class Chip:
       num_links: Number of these links of a TPU: two for each axis of a slice.
       ring: Least length of an axis of a slice whose ends are linked; so are those of its multiples.
       network: Bytes/s in one direction between hosts, for each GPU.
+      product_share: Share of the peak that a bare product reaches where the compiler states no
+        cycles, measured.
+      copy_share: Share of the bandwidth that copies reach, measured; 1 if it was not.
     """
 
     name: str
@@ -51,6 +54,13 @@ class Chip:
     num_links: int = 1
     ring: int = 1
     network: float = 0.0
+    product_share: float = 1.0
+    copy_share: float = 1.0
+
+    @property
+    def copy_bandwidth(self) -> float:
+        """Bytes/s that copies read and write, which estimates assume of all instructions."""
+        return self.copy_share * self.bandwidth
 
 
 # Figures of TPUs: the pages of Cloud TPU (https://cloud.google.com/tpu/docs/v5p, /v5e, /v6e), which
@@ -60,8 +70,10 @@ class Chip:
 # from which on an axis is a ring: a cube of 4 x 4 x 4 of v5p, 16 of v5e and v6e.
 # Figures of GPUs: NVIDIA's data sheets. Of their memory, XLA_PYTHON_CLIENT_MEM_FRACTION=0.92. The
 # network between hosts is an assumption: that of NVIDIA's DGX, an adapter of 400 Gbit/s for each of
-# the eight GPUs (400 GB/s for a host). Machines of a cloud may have less.
+# the eight GPUs (400 GB/s for a host). Machines of a cloud may have less. `python -m tests.device`
+# measured the shares on an H100, 706 TFLOP/s and 2,957 GB/s; an H200 is assumed to reach the same.
 _ADAPTER = 400e9 / 8
+_HOPPER = {"product_share": 0.714, "copy_share": 0.882}
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -79,11 +91,11 @@ CHIPS = {
         ),
         Chip(
             name="h100", platform="gpu", peak_flops=989e12, bandwidth=3352e9, links=450e9,
-            memory=0.92 * 84942979072, network=_ADAPTER,
+            memory=0.92 * 84942979072, network=_ADAPTER, **_HOPPER,
         ),
         Chip(
             name="h200", platform="gpu", peak_flops=989e12, bandwidth=4800e9, links=450e9,
-            memory=0.92 * 141e9, network=_ADAPTER,
+            memory=0.92 * 141e9, network=_ADAPTER, **_HOPPER,
         ),
     )
 }  # fmt: skip
