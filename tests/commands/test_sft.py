@@ -128,7 +128,10 @@ def test_the_loss_of_repeated_examples_falls_to_zero(uninterrupted):
     assert lines[0]["loss"] > 4 and max(line["loss"] for line in lines[-3:]) < 0.05
     assert all(line["nonfinite"] == 0 and line["tokens"] > 100 for line in lines)
     assert lines[-1]["epoch"] == 56 * 6 / 8
-    assert lines[0]["time/compiles"] > 0 and lines[5]["time/compiles"] == lines[-1]["time/compiles"]
+    compiles = [line["time/compiles"] for line in lines]
+    assert compiles[0] > 0
+    # Later ones: the sum over micro-batches, and the gradient for other numbers of loss columns.
+    assert compiles[-1] - compiles[0] <= len(packing._column_sizes(384))
     mesh = sharding.make_mesh(1, 1, 1, devices=sharding.jax.devices()[:1])
     qwen2_5_vl.load(uninterrupted / "policy", mesh=mesh)
     assert (uninterrupted / "policy" / "tokenizer.json").is_file()

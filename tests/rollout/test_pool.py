@@ -187,16 +187,19 @@ def test_engines_on_tensor_groups_of_devices(model, processor, other, expected):
         np.testing.assert_allclose(other_episode.logprobs, episode.logprobs, atol=1e-4, rtol=0)
     for engine in pool.engines:
         assert not engine.device._cache.pages[0].sharding.is_fully_replicated
-    params, whole = nnx.split(model)[1], jax.tree.leaves(nnx.split(model)[1])
+    params = nnx.split(model)[1]
+    first = [jax.tree.leaves(engine.device._params) for engine in pool.engines]
+    layouts = [[x.sharding for x in leaves] for leaves in first]
+    values = [jax.device_get(leaves) for leaves in first]
+    del first
     for fsdp, tensor in ((4, 2), (8, 1)):
         mesh = sharding.make_mesh(1, fsdp, tensor, devices=jax.devices()[: fsdp * tensor])
         pool.load(jax.device_put(params, sharding.param_shardings(params, mesh)))
-        for engine, group, one in zip(pool.engines, groups, models, strict=True):
+        for engine, group, *before in zip(pool.engines, groups, layouts, values, strict=True):
             taken = jax.tree.leaves(engine.device._params)
             assert taken[0].devices() == {jax.devices()[n] for n in group}
-            ours = jax.tree.leaves(nnx.split(one)[1])
-            assert all(x.sharding == y.sharding for x, y in zip(taken, ours, strict=True))
-            assert all(np.array_equal(x, y) for x, y in zip(taken, whole, strict=True))
+            assert [x.sharding for x in taken] == before[0]
+            assert all(np.array_equal(x, y) for x, y in zip(taken, before[1], strict=True))
     # A slightly different layout would recompile all programs.
     compiled = compile_counter.count()
     assert by_index(pool.rollout(examples(6), group_size=4)) == by_index(again.values())
