@@ -46,6 +46,7 @@ _FIRST_RUN_CPU_TIME = (
 )
 _START_TIMEOUT = 5.0  # seconds that starting or ending a worker may take
 _CPU_TIME_CODES = (-signal.SIGPROF, -signal.SIGXCPU)  # exit codes of a process out of CPU time
+_SHUTTING_DOWN = "the program is shutting down"
 _POLL_INTERVAL = 0.2  # seconds between checks for interpreter shutdown
 
 
@@ -96,7 +97,7 @@ def run(function: Callable[..., Any], *args: Any, limits: Limits = DEFAULT_LIMIT
             # The interpreter joins threads at shutdown, so they must not wait for a worker.
             if not threading.main_thread().is_alive():
                 future.cancel()
-                raise WorkerError("the program is shutting down") from None
+                raise WorkerError(_SHUTTING_DOWN) from None
         except concurrent.futures.CancelledError:
             raise WorkerError("the worker pool was closed") from None
 
@@ -193,7 +194,10 @@ class _Pool:
                         timeout=task.limits.wall_seconds,
                     )
                 except Exception as error:
-                    _settle(task, WorkerError(f"no worker could be started: {error}"))
+                    reason = f"no worker could be started: {error}"
+                    if not threading.main_thread().is_alive():  # Python 3.12 starts no threads then
+                        reason = _SHUTTING_DOWN
+                    _settle(task, WorkerError(reason))
                     continue
                 task.deadline = time.monotonic() + task.limits.wall_seconds + _START_TIMEOUT
                 self._running[task] = worker

@@ -14,7 +14,7 @@ from mmsr1_jax.apps.plan.traffic import Instruction, Traffic
 PARTS = ("vision", "text", "log_probs")
 OTHER = "other"
 _SCOPE = re.compile(rf"\b({'|'.join(PARTS)})\b")
-_HEAD = re.compile(r"\['text'\]\['head'\]")
+_HEAD = "['text']['head']"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ def by_part(program: Traffic, times: Sequence[float]) -> tuple[Part, ...]:
 def part_of(instruction: Instruction) -> str:
     """Return the part of an instruction: that of its path, else that of the loop around it."""
     for path in (instruction.where.replace("\\'", "'"), instruction.loop):
-        if _HEAD.search(path):
+        if _HEAD in path:
             return "log_probs"
         if match := _SCOPE.search(path):
             return match.group(1)
