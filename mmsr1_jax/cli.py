@@ -8,9 +8,11 @@ or the name of one in `configs/`, such as `tiny` or `qwen7b:script`.
 
 import ast
 import dataclasses
+import os
 import pathlib
 import runpy
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Sequence
 
@@ -19,7 +21,7 @@ from ml_collections import config_flags
 
 from mmsr1_jax.config import ConfigError, settings
 from mmsr1_jax.config.errors import UserError
-from mmsr1_jax.utils import logs, shutdown
+from mmsr1_jax.utils import logs, processes, shutdown
 
 COMMANDS = ("train", "sft", "evaluate", "infer", "score", "curate", "report", "serve")
 SCRIPTS = (
@@ -77,6 +79,42 @@ def define_flag() -> flags.FlagHolder:
     return config_flags.DEFINE_config_file("config", None, "a file with get_config(); see configs/")
 
 
+def define_process_flags() -> Callable[[settings.Config], None]:
+    """Define the flags of a command that runs on several hosts. Call it before `run`.
+
+    Returns:
+      A function that joins the processes, to be called before anything touches a device.
+    """
+    coordinator = flags.DEFINE_string(
+        "coordinator", os.environ.get("MMSR1_COORDINATOR"),
+        "HOST:PORT of process 0, of a run on several hosts; default: detected on TPU slices, and "
+        "under SLURM and MPI",
+    )  # fmt: skip
+    count = flags.DEFINE_integer(
+        "num_processes", _integer("MMSR1_NUM_PROCESSES"), "number of processes, one a host"
+    )
+    index = flags.DEFINE_integer(
+        "process_id", _integer("MMSR1_PROCESS_ID"), "index of this process, from 0"
+    )
+
+    def start(config: settings.Config) -> None:
+        limits = config.processes
+        processes.start(
+            coordinator=coordinator.value, count=count.value, index=index.value,
+            timeout=limits.timeout_seconds, heartbeat_seconds=limits.heartbeat_seconds,
+        )  # fmt: skip
+
+    return start
+
+
+def _integer(variable: str) -> int | None:
+    """Return the integer of an environment variable, if it is set."""
+    text = os.environ.get(variable, "")
+    if text and not text.isdecimal():
+        sys.exit(f"error: {variable}={text} must be a number")
+    return int(text) if text else None
+
+
 def run(
     main: Callable[[Sequence[str]], int | None],
     *,
@@ -105,13 +143,24 @@ def run(
     def call(argv: Sequence[str]) -> int | None:
         logs.set_up()  # after absl has parsed its flags, which set a level of their own
         try:
-            return main(argv)
+            code = main(argv)
+            processes.finish()
+            return code
         except UserError as error:
+            processes.guard_failure(error)
             sys.exit(f"error: {error}")
         except OSError as error:
+            if processes.count() > 1:
+                traceback.print_exc()
+                processes.guard_failure(error)
             if error.filename is None:  # not about a file, so not the user's to fix
                 raise
             sys.exit(f"error: {error}")
+        except BaseException as error:
+            if processes.count() > 1:
+                traceback.print_exc()
+                processes.guard_failure(error)
+            raise
 
     app.run(shutdown.guard(call, interrupted=interrupted), flags_parser=parse)
 

@@ -22,7 +22,7 @@ import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, count
 
 from absl import flags
 
@@ -47,16 +47,19 @@ from mmsr1_jax.tools.service_checks import check_services
 from mmsr1_jax.training import metrics, train_utils
 from mmsr1_jax.training.rollouts import RolloutBatch, compute_rewards, validate, write_episodes
 from mmsr1_jax.training.training_run import TrainingRun
-from mmsr1_jax.utils import fallbacks, outputs
+from mmsr1_jax.utils import fallbacks, outputs, processes
 from mmsr1_jax.utils.logs import log
 
 
 def main(argv) -> int:
     del argv
+    _START_PROCESSES(_CONFIG.value)
     workdir = train_utils.resolve_workdir(_WORKDIR.value)
-    with outputs.lock(workdir):
+    with outputs.lock(workdir) if processes.main() else contextlib.nullcontext():
+        processes.barrier("lock")
         config, model_dir = train_utils.resolve_settings(workdir, _CONFIG.value, _MODEL.value)
         train_utils.check_matches_existing_run(workdir, config, model_dir)
+        train_utils.check_processes(config, model_dir, workdir)
         return train(config, model_dir, workdir)
 
 
@@ -66,7 +69,8 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
     if not config.sampling.temperature > 0:
         raise UserError("config.sampling.temperature=0: training needs episodes that differ")
     (workdir / "episodes").mkdir(parents=True, exist_ok=True)
-    if not (workdir / "checkpoints" / str(config.run.steps)).is_dir():  # the run is not complete
+    is_complete = (workdir / "checkpoints" / str(config.run.steps)).is_dir()
+    if not is_complete and processes.main():
         check_services(config, [config.turns])
     with contextlib.ExitStack() as stack:  # closes the engine and the run at every exit
         return _train(config, model_dir, workdir, stack)
@@ -89,7 +93,10 @@ def _train(
         train_utils.question_source(config, config.data.train),
         config.run.prompts_per_step,
         config.run.seed,
+        processes.index(),
+        processes.count(),
     )
+    processes.agree({"the training data": questions.state()})
     validation_source = (
         train_utils.question_source(config, config.data.validation)
         if config.data.validation
@@ -133,7 +140,9 @@ def _train(
         # ------------------------------------------------------------ advantages, packed rows
         minibatches, skipped = [], []
         with run.phase("pack"):
-            for groups in train_batch.split(rollouts.groups, objective.num_minibatches):
+            for groups in train_batch.split(
+                rollouts.groups, rollouts.positions, rollouts.num_groups, objective.num_minibatches
+            ):
                 rewards = [train_batch.shape_rewards(g, objective, max_tokens) for g in groups]
                 advantages = [group_advantages(r, objective.advantage) for r in rewards]
                 samples, too_long = train_batch.make_samples(
@@ -145,7 +154,7 @@ def _train(
             log.warning("step %d: skipped in the update: %s", step, reason)
 
         # ------------------------------------------------------------ reference and old log-probs
-        with run.phase("score"):
+        with run.collective_phase("score"):
             if reference is not None:
                 minibatches = [
                     train_batch.with_logprobs(minibatch, "ref_logprobs", learner, reference)
@@ -161,23 +170,22 @@ def _train(
                 ]
 
         # ------------------------------------------------------------ clipped loss and update
-        with run.phase("update"):
+        with run.collective_phase("update"):
             sums = [learner.update(b, float(learning_rate(step - 1))) for b in minibatches if b]
         updates = [train_batch.update_metrics(values) for values in sums]
         run.check_finite(step, [values["finite"] for values in updates], minibatches)
 
         # ------------------------------------------------------------ sync
-        with run.phase("load"):
+        with run.collective_phase("load"):
             engine.load(learner.params)
 
         # ------------------------------------------------------------ metrics and checkpoint
         step_metrics = rollouts.metrics() | train_batch.mean_update_metrics(updates)
         step_metrics["update/learning_rate"] = float(learning_rate(step - 1))
-        step_metrics["update/skipped"] = float(len(skipped))
+        step_metrics["update/skipped"] = float(sum(processes.exchange("skipped", len(skipped))))
         step_metrics["update/packing_efficiency"] = packing.efficiency([*chain(*minibatches)])
         rollouts.warn_of_failed_searches(step)
-        saved = rollouts.training_episodes[: config.run.saved_episodes]
-        write_episodes(workdir, step, saved, rollouts.questions, engine)
+        write_episodes(workdir, step, rollouts, config.run.saved_episodes, engine)
         refusal = None
         if validation_source and train_utils.is_validation_step(config.run, step):
             try:
@@ -192,7 +200,7 @@ def _train(
             step,
             step_metrics | fallbacks.take_counts(),
             {"questions": questions.state()},
-            tokens=sum(len(episode) for episode, _ in rollouts.episodes),
+            tokens=sum(processes.exchange("tokens", rollouts.num_tokens)),
             score=step_metrics.get("validation/accuracy"),
             save=refusal is not None,
             shown=("reward", "accuracy", "search/any"),
@@ -208,48 +216,66 @@ def roll_out(
 ) -> RolloutBatch:  # fmt: skip
     """Sample the episodes of a step (counted from 1), and compute their rewards.
 
+    Of P processes, process p samples those of the questions p, p + P, ..; questions and episodes
+    are numbered over all processes, so that they do not depend on P.
+
     With `objective.max_resample_rounds`, groups with zero reward variance are replaced by groups of
     further questions (DAPO, arXiv 2503.14476, section 3.2).
     """
     objective, run, max_tokens = config.objective, config.run, config.turns.max_episode_tokens
-    all_groups: list[train_batch.Group] = []
-    with_variance, zero_variance = list[train_batch.Group](), list[train_batch.Group]()
-    all_questions: list[Question] = []
+    groups: dict[int, list[tuple[Episode, Reward]]] = {}
+    all_questions: dict[int, Question] = {}
     all_episodes: list[tuple[Episode, Reward]] = []
+    varies: dict[int, bool] = {}  # whether the rewards of a group differ, of all processes
     for attempt in range(objective.max_resample_rounds + 1):
-        new_questions = next(questions)
-        sampling = dataclasses.replace(config.sampling, seed=(seed + attempt * 7919) % 2**31)
-        examples = [question.example() for question in new_questions]
-        rollout = engine.rollout(
-            examples, group_size=run.group_size, sampling=sampling, timeline=timeline
+        first = attempt * run.prompts_per_step  # number of the attempt's first question
+        new_questions = dict(
+            zip(count(processes.index(), processes.count()), next(questions), strict=False)
         )
+        sampling = dataclasses.replace(config.sampling, seed=(seed + attempt * 7919) % 2**31)
+        rollout = engine.rollout(
+            [question.example() for question in new_questions.values()],
+            group_size=run.group_size, sampling=sampling, indices=new_questions, timeline=timeline,
+        )  # fmt: skip
         episodes = sorted(rollout, key=lambda episode: episode.index)
         rewards = compute_rewards(episodes, new_questions, config, judge, step=step - 1)
-        groups: list[list[tuple[Episode, Reward]]] = [[] for _ in new_questions]
+        new_groups = {first + number: [] for number in new_questions}
         for episode, reward in zip(episodes, rewards, strict=True):
             if episode.end == "error":
                 question = new_questions[episode.group].id
                 log.warning("step %d, question %s: %s", step, question, episode.error)
-            elif reward.known:
-                groups[episode.group].append((episode, reward))
-            episode.group += len(all_questions)
-            episode.index += len(all_episodes)
-        for group in groups:
-            varies = train_batch.has_reward_variance(group, objective, max_tokens)
-            (with_variance if varies else zero_variance).append(group)
-        all_groups += groups
-        all_questions += new_questions
+            episode.group += first
+            episode.index += first * run.group_size
+            if episode.end != "error" and reward.known:
+                new_groups[episode.group].append((episode, reward))
+        own = [
+            [number, train_batch.has_reward_variance(group, objective, max_tokens)]
+            for number, group in new_groups.items()
+        ]
+        varies |= dict(sorted(chain(*processes.exchange("reward variance", own))))
+        groups |= new_groups
+        all_questions |= {first + number: q for number, q in new_questions.items()}
         all_episodes += zip(episodes, rewards, strict=True)
-        if len(with_variance) >= run.prompts_per_step:
+        if sum(varies.values()) >= run.prompts_per_step:
             break
-    chosen = with_variance + zero_variance if objective.max_resample_rounds else all_groups
+    # With further rounds, the groups that vary are first.
+    order = sorted(varies, key=lambda n: not varies[n]) if objective.max_resample_rounds else varies
+    chosen = [*order][: run.prompts_per_step]
+    positions = {number: k for k, number in enumerate(chosen) if number in groups}
     return RolloutBatch(
-        chosen[: run.prompts_per_step], all_episodes, all_questions, len(with_variance)
+        groups=[groups[number] for number in positions],
+        positions=[*positions.values()],
+        num_groups=len(chosen),
+        episodes=all_episodes,
+        questions=all_questions,
+        num_sampled=len(varies),
+        num_with_variance=sum(varies.values()),
     )
 
 
 if __name__ == "__main__":
     _CONFIG = cli.define_flag()
+    _START_PROCESSES = cli.define_process_flags()
     _MODEL = flags.DEFINE_string(
         "model", None, "HF directory of the initial policy; default: config.run.model"
     )

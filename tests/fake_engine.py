@@ -1,6 +1,6 @@
 """A stand-in for the rollout engine that returns given answers, for tests of training steps."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -31,11 +31,12 @@ class FakeEngine:
         *,
         group_size: int,
         sampling: settings.Sampling,
+        indices: Iterable[int],
         timeline: None = None,
     ) -> Iterator[Episode]:
         self.seeds.append(sampling.seed)
         episodes = []
-        for group, example in enumerate(examples):
+        for group, example in zip(indices, examples, strict=True):
             assert len(self.answers[example.id]) == group_size
             for i, text in enumerate(self.answers[example.id]):
                 turns = [] if text is None else [answer(text)]

@@ -56,6 +56,22 @@ class Mesh:
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
+class Processes:
+    """Time limits of a run on several hosts, one process each (`utils/processes.py`).
+
+    Attributes:
+      timeout_seconds: Seconds for which processes wait for each other: more than the rollouts of a
+        step may differ in length.
+      update_seconds: Seconds after which an update is taken to be stuck.
+      heartbeat_seconds: Seconds of silence after which a process is taken to be dead.
+    """
+
+    timeout_seconds: float = setting(1800.0, at_least=1, at_most=86400)
+    update_seconds: float = setting(1800.0, at_least=1, at_most=86400)
+    heartbeat_seconds: float = setting(30.0, at_least=4, at_most=3600)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
 class Buckets:
     """Shape buckets. A conversation is computed in the smallest bucket that it fits into.
 
@@ -233,6 +249,7 @@ class Config:
     objective: Objective = dataclasses.field(default_factory=Objective)
     update: Update = dataclasses.field(default_factory=Update)
     run: Run = dataclasses.field(default_factory=Run)
+    processes: Processes = dataclasses.field(default_factory=Processes)
     eval: Eval = dataclasses.field(default_factory=Eval)
 
 

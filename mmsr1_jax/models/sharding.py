@@ -6,6 +6,7 @@ A dimension whose size its mesh axes do not divide is not split: two kv heads on
 four are replicated, and so is a batch of one row.
 """
 
+import collections
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -41,8 +42,12 @@ def make_mesh(
 ) -> Mesh:
     """Return a mesh over all devices (or `devices`). One size may be -1 to use all remaining ones.
 
+    With several processes, the devices of a tensor group belong to one of them, and each process
+    has consecutive shards of a batch.
+
     Raises:
-      UserError: If the product of the sizes is not the number of devices.
+      UserError: The product of the sizes is not the number of devices, or a tensor group would need
+        devices of several processes.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [replica, fsdp, tensor]
@@ -54,7 +59,19 @@ def make_mesh(
     if int(np.prod(sizes)) != len(devices):
         named = " x ".join(f"{n}={s}" for n, s in zip(MESH_AXES, sizes, strict=True))
         raise UserError(f"mesh: {named} does not match {len(devices)} devices")
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    axis_types = (AxisType.Auto,) * 3
+    per_process = collections.Counter(device.process_index for device in devices)
+    if len(per_process) == 1:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=devices)
+    if any(number % sizes[2] for number in per_process.values()):
+        process, number = min(per_process.items(), key=lambda item: item[1])
+        raise UserError(
+            f"mesh: config.mesh.tensor={sizes[2]} does not divide the {number} devices of process "
+            f"{process}: tensor parallelism must not cross processes"
+        )
+    # Not `make_mesh`, which orders the devices of a TPU slice by its torus alone.
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(ordered).reshape(sizes), MESH_AXES, axis_types=axis_types)
 
 
 def partition_spec(
@@ -196,14 +213,36 @@ def is_abstract(tree: Any) -> bool:
 def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
     """Put a pytree of host arrays on the mesh, with rows (dimension 0) split over the batch axes.
 
-    Arrays are [B, ...].
+    Arrays are [B, ...]. With several processes, B is the number of rows of this one.
     """
+    processes = _num_processes(mesh)
 
     def put(x):
         axes = ("batch",) + (None,) * (np.ndim(x) - 1)
-        return jax.device_put(x, NamedSharding(mesh, partition_spec(axes, np.shape(x), mesh)))
+        shape = (processes * np.shape(x)[0], *np.shape(x)[1:])
+        sharding = NamedSharding(mesh, partition_spec(axes, shape, mesh))
+        if processes == 1:
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x), shape)
 
     return jax.tree.map(put, batch)
+
+
+def local_rows(x: jax.Array) -> np.ndarray:
+    """Return the rows (dimension 0) of this process of an array that `shard_batch` would split."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+def _num_processes(mesh: Mesh) -> int:
+    return len({device.process_index for device in mesh.devices.flat})
+
+
+def num_local_batch_shards(mesh: Mesh) -> int:
+    """Return the number of shards of a batch that this process holds."""
+    return num_batch_shards(mesh) // _num_processes(mesh)
 
 
 def num_batch_shards(mesh: Mesh) -> int:

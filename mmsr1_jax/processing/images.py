@@ -4,6 +4,7 @@ The result is identical to the HF Qwen2-VL image processor's (its PIL backend): 
 patches. `processing/image_files.py` opens image files.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -210,7 +211,8 @@ def write_image(
     """
     path = directory / f"{patches.digest}.png"
     if not path.is_file():
-        with outputs.new_file(path) as partial:
+        # Another process may be writing the same image.
+        with contextlib.suppress(outputs.LockedError), outputs.new_file(path) as partial:
             processor.unpatchify(patches).save(partial, "png", compress_level=1)
     return path
 

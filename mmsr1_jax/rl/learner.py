@@ -173,6 +173,8 @@ class Learner:
     ) -> list[Float32[np.ndarray, "B C"]]:
         """Return the log-probs of the loss tokens as one NumPy float32[B, C] per micro-batch.
 
+        With several processes, of the rows of this one.
+
         Args:
           batches: Micro-batches of host arrays.
           trained: Snapshot of the trained parameters; None for the current parameters.
@@ -182,7 +184,7 @@ class Learner:
             logprobs = [
                 self._logprobs(trained, self.frozen, self.shard_batch(batch)) for batch in batches
             ]
-        return [np.asarray(x) for x in logprobs]
+        return [sharding.local_rows(x) for x in logprobs]
 
     def update(self, batches: Sequence[TrainBatch], learning_rate: float) -> dict[str, float]:
         """Take one optimiser step with the gradient of all micro-batches.

@@ -33,6 +33,7 @@ from mmsr1_jax.processing.batching import (
 )
 from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.processing.processor import Prompt
+from mmsr1_jax.utils import processes
 from mmsr1_jax.utils.arrays import AnyArray
 
 
@@ -63,7 +64,7 @@ class RowShape:
     """Shape of a micro-batch.
 
     Attributes:
-      rows: Number of rows.
+      rows: Number of rows, in each process.
       length: Number of tokens per row.
       windows: Number of windows of 64 patches per row.
       shares_prompts: Whether the samples of a row share their prompts, for which the implementation
@@ -219,6 +220,10 @@ def pack(samples: Sequence[Sample], config: ModelConfig, shape: RowShape) -> lis
 
     `old_logprobs` and `ref_logprobs` are zeros, to be filled in by the trainer.
 
+    With several processes, each packs its own samples, and all must call this together: they get
+    equally many micro-batches of the same shape, the last ones without samples where others have
+    more.
+
     Args:
       samples: Samples, each of which fits into a row (`check_fits`).
       config: Model configuration of the policy.
@@ -231,22 +236,27 @@ def pack(samples: Sequence[Sample], config: ModelConfig, shape: RowShape) -> lis
     loss_tokens = (
         sum(int(sample.mask[1:].sum()) for cluster in row for sample in cluster) for row in rows
     )
+    count = -(-len(rows) // shape.rows)
+    has_images = any(images for _, images in items)
+    own = [count, max(loss_tokens, default=0), has_images]
+    count, most, has_images = map(max, zip(*processes.exchange("micro-batches", own), strict=True))
     columns = smallest_bucket(
-        "loss tokens", max(loss_tokens, default=0), _column_sizes(shape.length),
-        "update.pack_length",
-    )  # fmt: skip
-    if not any(images for _, images in items):
+        "loss tokens", most, _column_sizes(shape.length), "update.pack_length"
+    )
+    if not has_images:
         shape = dataclasses.replace(shape, windows=0)
     return [
-        _make_batch(rows[start : start + shape.rows], shape, columns, config)
-        for start in range(0, len(rows), shape.rows)
+        _make_batch(rows[i * shape.rows : (i + 1) * shape.rows], shape, columns, config)
+        for i in range(count)
     ]
 
 
 def efficiency(batches: Sequence[TrainBatch]) -> float:
-    """Return the fraction of row positions that hold tokens."""
+    """Return the fraction of row positions that hold tokens, over all processes."""
     used = sum(int((batch.rows.segment_ids > 0).sum()) for batch in batches)
-    return used / max(1, sum(batch.rows.tokens.size for batch in batches))
+    own = [used, sum(batch.rows.tokens.size for batch in batches)]
+    used, size = map(sum, zip(*processes.exchange("efficiency", own), strict=True))
+    return used / max(1, size)
 
 
 def _column_sizes(length: int) -> list[int]:

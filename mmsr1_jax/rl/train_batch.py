@@ -1,6 +1,7 @@
 """Conversion of a step's episodes into training samples, and metrics of its updates."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from mmsr1_jax.rl.advantages import overlong_mask, overlong_penalty
 from mmsr1_jax.rl.learner import Learner, LossFunction
 from mmsr1_jax.rl.loss import LossOptions, policy_loss, token_weights
 from mmsr1_jax.rl.packing import RowShape, Sample, TrainBatch
+from mmsr1_jax.utils import processes
 
 Group = Sequence[tuple[Episode, Reward]]  # episodes of one question, with rewards
 # Values from `Learner.update` that are totals of an update, not sums over its tokens.
@@ -90,11 +92,22 @@ def has_reward_variance(
     )
 
 
-def split(groups: Sequence[Group], num_minibatches: int) -> list[list[Group]]:
-    """Distribute non-empty groups round-robin over minibatches, one for each update of a step."""
-    return [
-        [group for group in groups[i::num_minibatches] if group] for i in range(num_minibatches)
-    ]
+def split(
+    groups: Sequence[Group], positions: Sequence[int], total: int, num_minibatches: int
+) -> list[list[Group]]:
+    """Distribute non-empty groups over minibatches, one for each update of a step, in order.
+
+    Args:
+      groups: Groups of this process.
+      positions: Position of each among the groups of all processes, which decides.
+      total: Number of the groups of all processes.
+      num_minibatches: Number of updates.
+    """
+    minibatches: list[list[Group]] = [[] for _ in range(num_minibatches)]
+    for group, position in zip(groups, positions, strict=True):
+        if group:
+            minibatches[position * num_minibatches // total].append(group)
+    return minibatches
 
 
 def make_samples(
@@ -105,10 +118,11 @@ def make_samples(
     config: ModelConfig,
     shape: RowShape,
 ) -> tuple[list[Sample], list[str]]:
-    """Return the training samples of an update.
+    """Return the training samples of an update. All processes must call this together.
 
     Args:
-      groups: Groups of the update; the loss is averaged over the tokens of all their episodes.
+      groups: Groups of the update in this process; the loss is averaged over the tokens of all
+        episodes, those of other processes too.
       group_advantages: Advantages of each group, float32[G], see `advantages.group_advantages`.
       objective: Settings of the objective.
       max_episode_tokens: Maximum length of an episode in tokens.
@@ -131,8 +145,13 @@ def make_samples(
             if objective.overlong == "mask":
                 mask = overlong_mask(mask, episode.end == "tokens")
             kept.append((episode, mask, advantage))
-    lengths = np.array([mask.sum() for _, mask, _ in kept], np.int64)
-    weights = token_weights(lengths, objective.loss_aggregation, fixed_length=max_episode_tokens)
+    lengths = processes.exchange("lengths", [int(mask.sum()) for _, mask, _ in kept])
+    weights = token_weights(
+        np.array([*chain(*lengths)], np.int64), objective.loss_aggregation,
+        fixed_length=max_episode_tokens,
+    )  # fmt: skip
+    first = sum(map(len, lengths[: processes.index()]))
+    weights = weights[first : first + len(kept)]
     policy_loss_only = not objective.kl_coef and not objective.entropy_coef
     samples = [
         Sample(

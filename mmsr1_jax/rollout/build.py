@@ -12,6 +12,7 @@ from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.placement import transfer
 from mmsr1_jax.rollout.pool import EnginePool
 from mmsr1_jax.tools.build import make_tools
+from mmsr1_jax.utils import processes
 
 _MAX_PIXELS = 2 * 672 * 672  # default bound on the area of an image, as in the published script
 
@@ -33,7 +34,7 @@ def make_engine(
       UserError, OSError: A file or setting is unusable; the message names it.
     """
     meshes = _meshes(config.mesh)[:engines]
-    tools = make_tools(config, num_loops=len(meshes))
+    tools = make_tools(config, num_loops=len(meshes) * processes.count())
     processor = make_processor(config, model_dir)
     model = qwen2_5_vl.load(
         model_dir,

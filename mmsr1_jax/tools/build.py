@@ -19,6 +19,7 @@ from mmsr1_jax.tools.services.reader import Reader
 from mmsr1_jax.tools.text_search import PassageSearch, TextSearch
 from mmsr1_jax.tools.tool import Tool
 from mmsr1_jax.tools.tool_cache import ToolCache
+from mmsr1_jax.utils import processes
 
 # A search returns the results that are ready by this fraction of the time limit of a tool call, so
 # that it does not exceed the limit itself.
@@ -30,8 +31,8 @@ def make_tools(config: settings.Config, *, num_loops: int = 1) -> dict[str, Tool
 
     Args:
       config: Settings.
-      num_loops: Number of asyncio loops that will use the tools, one per engine. Limits are
-        enforced per loop, so each loop gets an equal fraction of them.
+      num_loops: Number of asyncio loops that will use the tools, one for each engine of all
+        processes. Limits are enforced per loop, so each loop gets an equal fraction of them.
 
     Raises:
       ToolsError, LocalIndexError, KeyMissingError, FvqaCacheError, ToolCacheError: A tool cannot be
@@ -62,7 +63,10 @@ def make_judge(config: settings.Config) -> Judge | None:
     """Return the answer judge, or None if answers are matched. Raises ToolCacheError."""
     if config.services.judge_url is None:
         return None
-    return ServiceClients(config.services, _open_cache(config.services)).client("judge")
+    clients = ServiceClients(
+        config.services, _open_cache(config.services), num_loops=processes.count()
+    )
+    return clients.client("judge")
 
 
 def _open_cache(services: settings.Services) -> ToolCache | RedisCache:

@@ -1,6 +1,7 @@
 """Metrics of a training step, and the log that writes them."""
 
 import collections
+import dataclasses
 import json
 import pathlib
 import statistics
@@ -14,21 +15,64 @@ from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.config.redaction import redact
 from mmsr1_jax.episodes.episode import Episode
 from mmsr1_jax.rewards.reward_function import Reward
-from mmsr1_jax.utils import checked_json, outputs
+from mmsr1_jax.utils import checked_json, outputs, processes
 
 
 class _Line(TypedDict):
     step: Annotated[int, msgspec.Meta(ge=0)]
 
 
-def episode_metrics(
-    episodes: Sequence[Episode], rewards: Sequence[Reward], categories: Sequence[str]
-) -> dict[str, float]:
-    """Return metrics of finished episodes; episodes with errors are only counted.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EpisodeFacts:
+    """What the metrics need of an episode; processes exchange it as JSON.
 
-    Args:
-      episodes, rewards: Episodes and their rewards, of equal length.
-      categories: Category of each episode's question; an empty string means no category.
+    Attributes:
+      index: `Episode.index`.
+      end: `Episode.end`.
+      category: Category of its question; an empty string means no category.
+      reward, correct, format, known, judge: See `Reward`.
+      turns, tokens, sampled: Numbers of turns, of tokens, and of sampled tokens.
+      calls: Action, status, seconds of each tool call, and whether it has notes.
+    """
+
+    index: int
+    end: str | None
+    category: str
+    reward: float
+    correct: bool | float
+    format: bool
+    known: bool
+    judge: str | None
+    turns: int
+    tokens: int
+    sampled: int
+    calls: list[tuple[str, str, float, bool]]
+
+
+def episode_facts(
+    episodes: Sequence[Episode], rewards: Sequence[Reward], categories: Sequence[str]
+) -> list[EpisodeFacts]:
+    """Return the facts of episodes, of their rewards, and of the categories of their questions."""
+    return [
+        EpisodeFacts(
+            index=episode.index, end=episode.end, category=category, reward=reward.reward,
+            correct=reward.correct, format=reward.format, known=reward.known, judge=reward.judge,
+            turns=len(episode.turns), tokens=len(episode), sampled=int(episode.loss_mask.sum()),
+            calls=[(c.action, c.status, c.seconds, bool(c.notes)) for c in episode.calls],
+        )
+        for episode, reward, category in zip(episodes, rewards, categories, strict=True)
+    ]  # fmt: skip
+
+
+def gather_facts(facts: Sequence[EpisodeFacts]) -> list[EpisodeFacts]:
+    """Return the facts of the episodes of all processes, by index."""
+    received = processes.exchange("episodes", [dataclasses.asdict(fact) for fact in facts])
+    everywhere = [EpisodeFacts(**fact) for part in received for fact in part]
+    return sorted(everywhere, key=lambda fact: fact.index)
+
+
+def episode_metrics(facts: Sequence[EpisodeFacts]) -> dict[str, float]:
+    """Return metrics of finished episodes; episodes with errors are only counted.
 
     Returns:
       `errors`, the number of episodes that could not be run. If others exist, also their means
@@ -45,71 +89,68 @@ def episode_metrics(
       failed, since answers that need no judge are not representative; `accuracy_by_category` is
       absent if no episode of the category remains.
     """
-    indices = [i for i, episode in enumerate(episodes) if episode.end != "error"]
-    values = {"errors": float(len(episodes) - len(indices))}
-    if not indices:
+    finished = [fact for fact in facts if fact.end != "error"]
+    values = {"errors": float(len(facts) - len(finished))}
+    if not finished:
         return values
-    episodes, rewards = [episodes[i] for i in indices], [rewards[i] for i in indices]
-    action_sets = [{c.action for c in e.calls if c.status != "refused"} for e in episodes]
-    known = [reward for reward in rewards if reward.known]
-    outcomes = [reward.judge for reward in rewards if reward.judge]
+    action_sets = [{c[0] for c in fact.calls if c[1] != "refused"} for fact in finished]
+    known = [fact for fact in finished if fact.known]
+    outcomes = [fact.judge for fact in finished if fact.judge]
     requests = [outcome for outcome in outcomes if outcome != "match"]
     if known and not (requests and set(requests) == {"failed"}):
-        values["reward"] = _mean(reward.reward for reward in known)
-        values["accuracy"] = _mean(reward.correct for reward in known)
-    values |= _call_metrics(episodes)
+        values["reward"] = _mean(fact.reward for fact in known)
+        values["accuracy"] = _mean(fact.correct for fact in known)
+    values |= _call_metrics(finished)
     values |= {
-        "format": _mean(reward.format for reward in rewards),
+        "format": _mean(fact.format for fact in finished),
         "search/any": _mean(bool(actions) for actions in action_sets),
         "search/text": _mean(actions == {"text_search"} for actions in action_sets),
         "search/image": _mean(actions == {"image_search"} for actions in action_sets),
         "search/both": _mean(len(actions) == 2 for actions in action_sets),
         "search/none": _mean(not actions for actions in action_sets),
-        "turns": _mean(len(episode.turns) for episode in episodes),
-        "tokens": _mean(len(episode) for episode in episodes),
-        "tokens_sampled": _mean(int(episode.loss_mask.sum()) for episode in episodes),
+        "turns": _mean(fact.turns for fact in finished),
+        "tokens": _mean(fact.tokens for fact in finished),
+        "tokens_sampled": _mean(fact.sampled for fact in finished),
     }
     for end in ("answer", "turns", "tokens"):
-        values[f"end/{end}"] = _mean(episode.end == end for episode in episodes)
+        values[f"end/{end}"] = _mean(fact.end == end for fact in finished)
     if outcomes:
         values["judge/requests"] = float(len(requests))
         for outcome in ("failed", "unreadable"):
             values[f"judge/{outcome}"] = _mean(request == outcome for request in requests)
-    return values | _category_metrics(rewards, action_sets, [categories[i] for i in indices])
+    return values | _category_metrics(finished, action_sets)
 
 
 def _category_metrics(
-    rewards: Sequence[Reward], action_sets: Sequence[set[str]], categories: Sequence[str]
+    facts: Sequence[EpisodeFacts], action_sets: Sequence[set[str]]
 ) -> dict[str, float]:
     """Return `accuracy_by_category/..` and `search_by_category/..`.
 
     Args:
-      rewards: Rewards of the episodes.
+      facts: Facts of the episodes.
       action_sets: Kinds of search that each episode executed.
-      categories: Categories of their questions; an empty string means no category.
     """
     values, by_category = {}, collections.defaultdict(list)
-    for category, reward, actions in zip(categories, rewards, action_sets, strict=True):
-        by_category[category].append((reward, actions))
+    for fact, actions in zip(facts, action_sets, strict=True):
+        by_category[fact.category].append((fact, actions))
     for category in sorted(set(by_category) - {""}):
         members = by_category[category]
-        if judged := [reward for reward, _ in members if reward.known]:
-            accuracy = _mean(reward.correct for reward in judged)
-            values[f"accuracy_by_category/{category}"] = accuracy
+        if judged := [fact for fact, _ in members if fact.known]:
+            values[f"accuracy_by_category/{category}"] = _mean(fact.correct for fact in judged)
         values[f"search_by_category/{category}"] = _mean(bool(actions) for _, actions in members)
     return values
 
 
-def _call_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+def _call_metrics(facts: Sequence[EpisodeFacts]) -> dict[str, float]:
     """Return `searches` per episode, and the metrics `tool/..` of all calls."""
-    calls = [call for episode in episodes for call in episode.calls]
-    executed = [call for call in calls if call.status != "refused"]
+    calls = [call for fact in facts for call in fact.calls]
+    executed = [call for call in calls if call[1] != "refused"]
     return {
-        "searches": len(executed) / len(episodes),
+        "searches": len(executed) / len(facts),
         "tool/calls": float(len(executed)),
-        "tool/failed": _mean(call.status == "failed" for call in executed),
+        "tool/failed": _mean(status == "failed" for _, status, _, _ in executed),
         "tool/refused": float(len(calls) - len(executed)),
-        "tool/seconds": _mean(call.seconds for call in executed),
+        "tool/seconds": _mean(seconds for _, _, seconds, _ in executed),
     }
 
 
@@ -118,10 +159,10 @@ def _mean(values: Iterable[float]) -> float:
     return float(statistics.fmean(list(values) or [0.0]))
 
 
-def partial_search_fraction(episodes: Sequence[Episode]) -> float:
+def partial_search_fraction(facts: Sequence[EpisodeFacts]) -> float:
     """Return the fraction of executed searches that succeeded with omitted or repaired results."""
-    calls = [call for episode in episodes for call in episode.calls if call.status != "refused"]
-    return _mean(call.status == "ok" and bool(call.notes) for call in calls)
+    calls = [call for fact in facts for call in fact.calls if call[1] != "refused"]
+    return _mean(status == "ok" and has_notes for _, status, _, has_notes in calls)
 
 
 def check_loggers(log_to: str) -> None:

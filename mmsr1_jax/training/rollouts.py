@@ -3,10 +3,10 @@
 import asyncio
 import collections
 import dataclasses
-import itertools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain, islice
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.data import Question, QuestionSource, validation
@@ -18,7 +18,7 @@ from mmsr1_jax.rollout.pool import EnginePool
 from mmsr1_jax.tools.judge import Judge
 from mmsr1_jax.training import metrics
 from mmsr1_jax.training.sft_dataset import to_line
-from mmsr1_jax.utils import fallbacks, outputs
+from mmsr1_jax.utils import fallbacks, outputs, processes
 from mmsr1_jax.utils.logs import log
 
 # Log text for answers without a verdict, by `Verdict.outcome`.
@@ -30,34 +30,62 @@ _OUTCOME_MESSAGES = {
 
 @dataclasses.dataclass(frozen=True)
 class RolloutBatch:
-    """Episodes of a training step.
+    """Episodes of a training step in this process.
 
     Attributes:
       groups: Groups to train on, without episodes that could not be run or judged.
+      positions: Position of each group among those of all processes, ascending.
+      num_groups: Number of the groups of all processes.
       episodes: All episodes of the step, with their rewards.
-      questions: Questions of the episodes, indexed by `Episode.group`.
-      num_groups_with_variance: Number of sampled groups whose rewards differ.
+      questions: Questions of the episodes, by `Episode.group`.
+      num_sampled, num_with_variance: Number of sampled groups of all processes, and of those whose
+        rewards differ.
     """
 
     groups: list[train_batch.Group]
+    positions: list[int]
+    num_groups: int
     episodes: list[tuple[Episode, Reward]]
-    questions: list[Question]
-    num_groups_with_variance: int
+    questions: dict[int, Question]
+    num_sampled: int
+    num_with_variance: int
 
     @property
-    def training_episodes(self) -> train_batch.Group:
-        """All episodes of `groups`, with their rewards."""
-        return list(itertools.chain(*self.groups))
+    def num_tokens(self) -> int:
+        """Number of tokens of the episodes of this process."""
+        return sum(len(episode) for episode, _ in self.episodes)
 
     def metrics(self) -> dict[str, float]:
-        """Return the metrics of the episodes, and of their groups."""
-        episodes, rewards = zip(*self.episodes, strict=True)
-        categories = [self.questions[episode.group].category for episode in episodes]
-        return metrics.episode_metrics(episodes, rewards, categories) | {
-            "tool/partial": metrics.partial_search_fraction(episodes),
-            "groups/sampled": float(len(self.questions)),
-            "groups/with_variance": self.num_groups_with_variance / len(self.questions),
+        """Return the metrics of the episodes of all processes, and of their groups."""
+        own = metrics.episode_facts(
+            [episode for episode, _ in self.episodes],
+            [reward for _, reward in self.episodes],
+            [self.questions[episode.group].category for episode, _ in self.episodes],
+        )
+        facts = metrics.gather_facts(own)
+        return metrics.episode_metrics(facts) | {
+            "tool/partial": metrics.partial_search_fraction(facts),
+            "groups/sampled": float(self.num_sampled),
+            "groups/with_variance": self.num_with_variance / self.num_sampled,
         }
+
+    def saved_episodes(self, limit: int) -> list[tuple[int, Episode, Reward]]:
+        """Return those of the first `limit` training episodes that this process has.
+
+        Returns:
+          The position of each among the training episodes of all processes, episode and reward.
+        """
+        own = [[p, len(group)] for p, group in zip(self.positions, self.groups, strict=True)]
+        sizes = dict(chain(*processes.exchange("sizes of groups", own)))
+        starts, total = {}, 0
+        for position in sorted(sizes):
+            starts[position], total = total, total + sizes[position]
+        return [
+            (starts[position] + i, episode, reward)
+            for position, group in zip(self.positions, self.groups, strict=True)
+            for i, (episode, reward) in enumerate(group)
+            if starts[position] + i < limit
+        ]
 
     def warn_of_failed_searches(self, step: int) -> None:
         """Log the first search in this process that failed or lacked results."""
@@ -71,13 +99,13 @@ class RolloutBatch:
 
 
 def compute_rewards(
-    episodes: Sequence[Episode], questions: Sequence[Question], config: settings.Config,
-    judge: Judge | None, *, step: int,
+    episodes: Sequence[Episode], questions: Mapping[int, Question] | Sequence[Question],
+    config: settings.Config, judge: Judge | None, *, step: int,
 ) -> list[Reward]:  # fmt: skip
     """Return the rewards of episodes at a training step, counted from 0.
 
-    `Episode.group` is the index of an episode's question. If a judge request fails, the reward is
-    not `known`; the number of such episodes is logged.
+    `questions` has the question of each episode by `Episode.group`. If a judge request fails, the
+    reward is not `known`; the number of such episodes is logged.
 
     Raises:
       ServiceRefusedError: The judge refuses all requests.
@@ -123,28 +151,50 @@ def validate(
       ServiceRefusedError: The judge refuses all requests.
     """
     greedy = dataclasses.replace(config.sampling, temperature=0.0)
-    questions = list(validation(source, config.data.validation_rows or None))
-    examples = [question.example() for question in questions]
-    episodes = sorted(engine.rollout(examples, sampling=greedy), key=lambda e: e.index)
+    everywhere = enumerate(validation(source, config.data.validation_rows or None))
+    questions = dict(islice(everywhere, processes.index(), None, processes.count()))
+    examples = [question.example() for question in questions.values()]
+    rollout = engine.rollout(examples, sampling=greedy, indices=questions)
+    episodes = sorted(rollout, key=lambda e: e.index)
     rewards = compute_rewards(episodes, questions, config, judge, step=config.run.steps)
     categories = [questions[episode.group].category for episode in episodes]
-    values = metrics.episode_metrics(episodes, rewards, categories)
-    return {f"validation/{name}": value for name, value in values.items()}
+    facts = metrics.gather_facts(metrics.episode_facts(episodes, rewards, categories))
+    return {f"validation/{name}": value for name, value in metrics.episode_metrics(facts).items()}
 
 
 def write_episodes(
-    workdir: pathlib.Path, step: int, pairs: train_batch.Group, questions: Sequence[Question],
+    workdir: pathlib.Path, step: int, rollouts: RolloutBatch, limit: int,
     engine: Engine | EnginePool,
 ) -> None:  # fmt: skip
-    """Write episodes of a step as JSONL, with gold answers and rewards.
+    """Write the first training episodes of a step as JSONL, with gold answers and rewards.
 
-    Their images go to `workdir/images`.
+    Their images go to `workdir/images`. With several processes, each writes its part, and process 0
+    the file.
+
+    Args:
+      workdir: Directory of the run.
+      step: Step, counted from 1.
+      rollouts: Episodes of the step.
+      limit: Number of episodes to write, over all processes.
+      engine: Engine that sampled them.
     """
     path = workdir / "episodes" / f"{step:06d}.jsonl"
-    with outputs.new_text_file(path) as file:
-        for episode, reward in pairs:
-            question = questions[episode.group]
-            line = to_line(episode, engine.processor, path.parent, workdir / "images")
-            line |= {"answers": question.answers, "category": question.category}
-            line |= {"source": question.source, "reward": dataclasses.asdict(reward)}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    lines: dict[int, str] = {}
+    for position, episode, reward in rollouts.saved_episodes(limit):
+        question = rollouts.questions[episode.group]
+        line = to_line(episode, engine.processor, path.parent, workdir / "images")
+        line |= {"answers": question.answers, "category": question.category}
+        line |= {"source": question.source, "reward": dataclasses.asdict(reward)}
+        lines[position] = json.dumps(line, ensure_ascii=False)
+    if processes.count() > 1:
+        own = outputs.partial_path(path.with_name(f"{path.stem}.{processes.index()}.json"))
+        own.write_text(json.dumps(lines), encoding="utf-8")
+        processes.barrier("episodes written")
+        if processes.main():
+            for process in range(processes.count()):
+                part = outputs.partial_path(path.with_name(f"{path.stem}.{process}.json"))
+                lines |= {int(k): v for k, v in json.loads(part.read_text("utf-8")).items()}
+                part.unlink()
+    if processes.main():
+        with outputs.new_text_file(path) as file:
+            file.writelines(f"{lines[position]}\n" for position in sorted(lines))

@@ -4,14 +4,17 @@ import contextlib
 import dataclasses
 import pathlib
 import sys
+import uuid
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from mmsr1_jax.config import settings
+import mmsr1_jax
+from mmsr1_jax.config import redaction, settings
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.data import QuestionSource
 from mmsr1_jax.models import qwen2_5_vl, sharding
@@ -23,8 +26,9 @@ from mmsr1_jax.rl.schedules import Schedule, make_schedule
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.pool import EnginePool
 from mmsr1_jax.training import run_config
-from mmsr1_jax.utils import outputs
+from mmsr1_jax.utils import outputs, processes
 from mmsr1_jax.utils.logs import log
+from mmsr1_jax.utils.source import source_digest
 
 
 def resolve_workdir(given: str | None) -> pathlib.Path:
@@ -107,6 +111,25 @@ def _without_config_file() -> bool:
     return file.resolve() == pathlib.Path(settings.__file__).resolve()
 
 
+def check_processes(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> None:
+    """Check that all processes run the same command, on the same code, in the same directory.
+
+    Raises:
+      ProcessError: They do not; the message names the process and what differs.
+    """
+    token = workdir / ".mmsr1-processes"
+    if processes.main():
+        outputs.write_text(token, uuid.uuid4().hex)
+    processes.barrier("start")
+    facts: dict[str, Any] = {"the policy": model_dir}
+    for section, values in redaction.redact(dataclasses.asdict(config)).items():
+        facts |= {f"config.{section}.{name}": value for name, value in values.items()}
+    facts["the code's digest"] = source_digest(pathlib.Path(mmsr1_jax.__file__).parent)[:16]
+    facts["the version of jax"] = jax.__version__
+    facts[f"what {workdir} contains"] = token.read_text() if token.is_file() else "another folder"
+    processes.agree(facts)
+
+
 def load_policy(config: settings.Config, model_dir: str, mesh: Mesh) -> qwen2_5_vl.Qwen2_5_VL:
     """Load the policy to train.
 
@@ -152,10 +175,12 @@ def save_policy(
     """
     update, marker = config.update, workdir / "policy_step"
     exists = marker.is_file() and (workdir / "policy").is_dir()
-    if exists and marker.read_text() == str(config.run.steps):
+    is_saved = exists and marker.read_text() == str(config.run.steps)
+    if processes.broadcast("policy saved", is_saved):
         log.info("%s: the run is complete, and its policy is saved here", workdir / "policy")
         return
-    marker.unlink(missing_ok=True)
+    if processes.main():
+        marker.unlink(missing_ok=True)
     policy = learner.model()
     if update.lora_rank:
         lora.save(
@@ -164,7 +189,8 @@ def save_policy(
         )  # fmt: skip
         log.info("%s: saved the trained adapter", workdir / "adapter")
     qwen2_5_vl.save(policy, workdir / "policy", source=model_dir)
-    outputs.write_text(marker, str(config.run.steps))
+    if processes.main():
+        outputs.write_text(marker, str(config.run.steps))
     log.info("%s: saved the trained policy", workdir / "policy")
 
 
@@ -193,7 +219,7 @@ def learning_rate_schedule(config: settings.Config) -> Schedule:
 def row_shape(config: settings.Config, mesh: Mesh) -> RowShape:
     """Return the shape of a micro-batch on the mesh."""
     update = config.update
-    rows = update.micro_batch_rows * sharding.num_batch_shards(mesh)
+    rows = update.micro_batch_rows * sharding.num_local_batch_shards(mesh)
     with jax.set_mesh(mesh):
         shares = supports_prefixes(config.model.attention, update.pack_length, config.model.dtype)
     return RowShape(rows, update.pack_length, update.pack_windows, shares)

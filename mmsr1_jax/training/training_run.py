@@ -33,7 +33,7 @@ from mmsr1_jax.rl.packing import TrainBatch
 from mmsr1_jax.rollout.timeline import Timeline
 from mmsr1_jax.training import metrics, run_config, train_utils
 from mmsr1_jax.training.checkpoint import Checkpoints
-from mmsr1_jax.utils import compile_counter
+from mmsr1_jax.utils import compile_counter, processes
 from mmsr1_jax.utils.logs import log
 
 
@@ -57,7 +57,7 @@ class TrainingRun:
         self.workdir = workdir
         self._config, self._model_dir, self._learner = config, model_dir, learner
         self._checkpoints = Checkpoints(workdir / "checkpoints", keep=config.run.keep_checkpoints)
-        self.start_step = self._checkpoints.latest or 0
+        self.start_step = processes.broadcast("latest checkpoint", self._checkpoints.latest) or 0
         self._saved_step = self.start_step
         self._nonfinite_streak = 0
         self._stopping = False
@@ -86,12 +86,13 @@ class TrainingRun:
 
     def start(self) -> None:
         """Write `config.json`, open the metrics log, and install the SIGTERM handler."""
-        run_config.write(self.workdir / "config.json", self._config, self._model_dir)
-        config = dataclasses.asdict(self._config)
-        self._log = metrics.Log(
-            self.workdir, self._config.run.log_to, step=self.start_step, config=config
-        )
-        self._resources.callback(self._log.close)
+        if processes.main():
+            run_config.write(self.workdir / "config.json", self._config, self._model_dir)
+            config = dataclasses.asdict(self._config)
+            self._log = metrics.Log(
+                self.workdir, self._config.run.log_to, step=self.start_step, config=config
+            )
+            self._resources.callback(self._log.close)
         self._sigterm = StopSignal()
 
     def steps(self) -> Iterator[int]:
@@ -101,7 +102,10 @@ class TrainingRun:
         """
         step, last = self.start_step, self._config.run.steps
         first = step + 1
-        self._bar = tqdm(range(first, last + 1), initial=first - 1, total=last, unit="step")
+        self._bar = tqdm(
+            range(first, last + 1), initial=first - 1, total=last, unit="step",
+            disable=not processes.main(),
+        )  # fmt: skip
         profile = self._config.run.profile
         with self._bar, contextlib.ExitStack() as trace:
             for step in self._bar:
@@ -121,15 +125,27 @@ class TrainingRun:
 
     def phase(self, name: str) -> contextlib.AbstractContextManager:
         """Return a context that adds its time to `time/NAME` of this step."""
+        processes.phase(name)
         return self._timer.phase(name)
+
+    def collective_phase(self, name: str) -> contextlib.AbstractContextManager:
+        """Return a `phase` in which processes wait for each other on their devices.
+
+        It begins once all are there. If it then takes too long, all processes end with a message.
+        """
+        stack = contextlib.ExitStack()
+        processes.barrier(name)
+        stack.enter_context(processes.watchdog(name, self._config.processes.update_seconds))
+        stack.enter_context(self._timer.phase(name))
+        return stack
 
     @contextlib.contextmanager
     def timeline(self, step: int) -> Iterator[Timeline | None]:
         """Yield a recorder of a step's rollout, and write `timelines/STEP.json` afterwards.
 
-        Yield None unless `run.timeline` is set.
+        Yield None unless `run.timeline` is set. With several processes, process 0 is recorded.
         """
-        timeline = Timeline() if self._config.run.timeline else None
+        timeline = Timeline() if self._config.run.timeline and processes.main() else None
         yield timeline
         if timeline is not None:
             timeline.write(self.workdir / "timelines" / f"{step:06d}.json")
@@ -152,7 +168,8 @@ class TrainingRun:
             self._nonfinite_streak = 0 if is_finite else self._nonfinite_streak + 1
             if self._nonfinite_streak >= limit:
                 self._bar.close()
-                path = self.workdir / f"nonfinite_{step:06d}.npz"
+                part = f"_{processes.index()}" if processes.count() > 1 else ""
+                path = self.workdir / f"nonfinite_{step:06d}{part}.npz"
                 _write_batches(path, itertools.chain(*batches))
                 raise NonfiniteUpdatesError(
                     f"step {step}: the loss or gradient of {limit} updates in a row was not finite "
@@ -187,8 +204,9 @@ class TrainingRun:
         run = self._config.run
         step_metrics = step_metrics | self._timer.metrics(tokens)
         step_metrics["time/compiles"] = float(compile_counter.count())
-        self._log.write(step, step_metrics)
-        self._stopping = self._sigterm.is_set()
+        if processes.main():
+            self._log.write(step, step_metrics)
+        self._stopping = any(processes.exchange("stop", self._sigterm.is_set()))
         due = run.save_every and step % run.save_every == 0
         if save or due or step == run.steps or self._stopping:
             self.save(step, metadata, score)

@@ -45,7 +45,8 @@ QUESTIONS = [types.SimpleNamespace(question="q", answers=["New York"])]
 def step(judge, answers):
     episodes = episodes_of(answers)
     rewards = train.compute_rewards(episodes, QUESTIONS, settings.Config(), judge, step=0)
-    return rewards, metrics.episode_metrics(episodes, rewards, ["c"] * len(episodes))
+    facts = metrics.episode_facts(episodes, rewards, ["c"] * len(episodes))
+    return rewards, metrics.episode_metrics(facts)
 
 
 @pytest.mark.parametrize("status", [401, 402, 403, 404, 400, 308])

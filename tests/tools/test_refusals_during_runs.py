@@ -75,8 +75,9 @@ def test_partial_and_failed_searches_are_metrics():
         episode = episode_of("<reason>r</reason><answer>x</answer>")
         episode.calls = [ToolCall(turn=0, action="text_search", query="q", status=status,
                                   notes=notes) for status, notes in calls]  # fmt: skip
-        values = metrics.episode_metrics([episode], [reward_of(1.0, True)], [""])
-        return values | {"tool/partial": metrics.partial_search_fraction([episode])}
+        facts = metrics.episode_facts([episode], [reward_of(1.0, True)], [""])
+        values = metrics.episode_metrics(facts)
+        return values | {"tool/partial": metrics.partial_search_fraction(facts)}
 
     assert of(("ok", ("page 2: HTTP status 403",)), ("ok", ()))["tool/partial"] == 0.5
     assert of(("failed", ("search: HTTP status 403",)))["tool/failed"] == 1
@@ -135,7 +136,9 @@ def stubbed_config(services, monkeypatch, tmp_path):
         rewards = train.compute_rewards(episodes, drawn, config, judge, step=step - 1)
         seen = jnp.array([float(q.id[1:]) + step / 8 for q in drawn] * 2)
         Learner.now.trained = {"w": Learner.now.trained["w"] * 2 + seen}
-        return train.RolloutBatch([], list(zip(episodes, rewards, strict=True)), drawn, 0)
+        pairs = list(zip(episodes, rewards, strict=True))
+        questions = dict(enumerate(drawn))
+        return train.RolloutBatch([], [], 0, pairs, questions, len(drawn), 0)
 
     def validate(engine, source, config, judge):
         episodes = [episode_of("<reason>r</reason><answer>y</answer>")]

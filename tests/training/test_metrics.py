@@ -6,6 +6,10 @@ from mmsr1_jax.training import metrics
 from tests.episode_factory import TEXT, answer, episode_of, reward_of
 
 
+def metrics_of(*arguments):
+    return metrics.episode_metrics(metrics.episode_facts(*arguments))
+
+
 def test_metrics_equal_hand_computed_values():
     image, text, nonsense = TEXT["image"], TEXT["text"], TEXT["nonsense"]
     cases = [  # turns, calls, end, reward, category
@@ -28,7 +32,7 @@ def test_metrics_equal_hand_computed_values():
     ]
     rewards = [reward for _, _, _, reward, _ in cases]
     categories = [category for _, _, _, _, category in cases]
-    values = metrics.episode_metrics(episodes, rewards, categories)
+    values = metrics_of(episodes, rewards, categories)
     # A prompt has 5 tokens, a turn 3, and 3 more stand between two turns.
     turns = [3, 3, 1, 2, 3, 2]
     assert values == pytest.approx(
@@ -66,11 +70,11 @@ def test_metrics_equal_hand_computed_values():
 
 def test_without_a_runnable_episode_only_errors_are_counted():
     episode = episode_of(end="error")
-    assert metrics.episode_metrics([episode] * 3, [reward_of(0.0)] * 3, ["a"] * 3) == {"errors": 3}
+    assert metrics_of([episode] * 3, [reward_of(0.0)] * 3, ["a"] * 3) == {"errors": 3}
 
 
 def test_without_a_search_the_tool_metrics_are_zero():
-    values = metrics.episode_metrics([episode_of(answer("x"))], [reward_of(1.0, True)], [""])
+    values = metrics_of([episode_of(answer("x"))], [reward_of(1.0, True)], [""])
     assert values["tool/calls"] == values["tool/failed"] == values["tool/seconds"] == 0
     assert values["search/none"] == values["accuracy"] == 1
     assert not any("_by_category/" in name for name in values)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -47,8 +48,10 @@ def group_ids(batch: RolloutBatch) -> list[str | None]:
 
 def check_episodes(batch: RolloutBatch, answers=ANSWERS) -> None:
     """Check that the batch has all episodes of its questions, in order, with their rewards."""
-    texts = [text for question in batch.questions for text in answers[question.id]]
-    ids = [question.id for question in batch.questions for _ in answers[question.id]]
+    assert list(batch.questions) == list(range(batch.num_sampled))
+    questions = batch.questions.values()
+    texts = [text for question in questions for text in answers[question.id]]
+    ids = [question.id for question in questions for _ in answers[question.id]]
     assert [episode.example.id for episode, _ in batch.episodes] == ids
     assert [batch.questions[episode.group].id for episode, _ in batch.episodes] == ids
     assert [episode.answer for episode, _ in batch.episodes] == texts
@@ -68,12 +71,12 @@ def test_without_resampling_every_question_keeps_its_group(capsys):
     batch, engine = roll_out_step(step_config())
     assert group_ids(batch) == ["a", "b", "c"] and len(engine.seeds) == 1
     assert [len(group) for group in batch.groups] == [2, 2, 2]
-    assert batch.num_groups_with_variance == 1 and len(batch.questions) == 3
+    assert batch.num_with_variance == 1 and len(batch.questions) == 3
     check_episodes(batch)
     # Groups stay in the order of the questions, whether or not their rewards differ.
     answers = {name: ANSWERS[name] for name in "ghe"}
     batch, _ = roll_out_step(step_config(), answers)
-    assert group_ids(batch) == [None, "h", "e"] and batch.num_groups_with_variance == 1
+    assert group_ids(batch) == [None, "h", "e"] and batch.num_with_variance == 1
     check_episodes(batch, answers)
     assert capsys.readouterr().err.count("step 7, question g: no image") == 2
 
@@ -93,11 +96,11 @@ def test_groups_with_zero_reward_variance_are_resampled(
     batch, engine = roll_out_step(step_config(max_resample_rounds=max_rounds))
     assert group_ids(batch) == list(ids)
     assert len(batch.questions) == num_questions and len(batch.episodes) == 2 * num_questions
-    assert batch.num_groups_with_variance == num_groups_with_variance
+    assert batch.num_with_variance == num_groups_with_variance
     assert len(set(engine.seeds)) == len(engine.seeds) == num_questions // 3
     check_episodes(batch)
     assert [len(group) for group in batch.groups] == [2, 2, 2]
-    assert [episode.end for episode, _ in batch.training_episodes] == ["answer"] * 6
+    assert [episode.end for episode, _ in chain(*batch.groups)] == ["answer"] * 6
     assert "step 7, question d: no image" in capsys.readouterr().err
 
 
@@ -108,7 +111,7 @@ def test_episodes_that_could_not_be_run_are_in_no_group():
     assert [[episode.answer for episode, _ in group] for group in batch.groups] == [
         ["right", "wrong"], ["wrong"], [],
     ]  # fmt: skip
-    assert batch.num_groups_with_variance == 1 and len(batch.episodes) == 9
+    assert batch.num_with_variance == 1 and len(batch.episodes) == 9
     check_episodes(batch, answers)
 
 

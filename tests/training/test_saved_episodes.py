@@ -24,10 +24,11 @@ from tests.programs import ROOT
 WRITE = """
 import pickle, sys, types, pathlib
 from mmsr1_jax.processing.processor import Processor
-from mmsr1_jax.training.rollouts import write_episodes
+from mmsr1_jax.training.rollouts import RolloutBatch, write_episodes
 pairs, questions, tokenizer, images = pickle.load(sys.stdin.buffer)
 engine = types.SimpleNamespace(processor=Processor(tokenizer, images))
-write_episodes(pathlib.Path(sys.argv[1]), 7, pairs, questions, engine)
+batch = RolloutBatch([pairs], [0], 1, pairs, dict(enumerate(questions)), 1, 1)
+write_episodes(pathlib.Path(sys.argv[1]), 7, batch, len(pairs), engine)
 """
 
 

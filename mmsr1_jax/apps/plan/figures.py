@@ -1,7 +1,6 @@
 """Figures of compiled programs, cached on disk so that a plan can be interrupted and resumed."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from mmsr1_jax.apps.plan.parts import Part
 from mmsr1_jax.apps.plan.programs import Program
 from mmsr1_jax.apps.plan.targets import Target
 from mmsr1_jax.utils import outputs
+from mmsr1_jax.utils.source import source_digest
 
 _PLAN = pathlib.Path(__file__).parent
 _PACKAGE = _PLAN.parents[1]
@@ -145,15 +145,6 @@ def default_directory() -> pathlib.Path:
     """Return the user's cache directory for figures."""
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(base) / "mmsr1_jax" / "plan"
-
-
-@functools.cache
-def source_digest(directory: pathlib.Path) -> str:
-    """Return a digest of the source in a directory: a program depends on all of the package."""
-    digest = hashlib.sha256()
-    for path in sorted(directory.rglob("*.py")):
-        digest.update(str(path.relative_to(directory)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
 
 
 def calibrate(target: Target, cache: FigureCache) -> Calibration:

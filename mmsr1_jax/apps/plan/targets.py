@@ -73,7 +73,7 @@ class Chip:
 # the eight GPUs (400 GB/s for a host). Machines of a cloud may have less. `python -m tests.device`
 # measured the shares on an H100, 706 TFLOP/s and 2,957 GB/s; an H200 is assumed to reach the same.
 _ADAPTER = 400e9 / 8
-_HOPPER = {"product_share": 0.714, "copy_share": 0.882}
+_PRODUCTS, _COPIES = 0.714, 0.882
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -91,11 +91,13 @@ CHIPS = {
         ),
         Chip(
             name="h100", platform="gpu", peak_flops=989e12, bandwidth=3352e9, links=450e9,
-            memory=0.92 * 84942979072, network=_ADAPTER, **_HOPPER,
+            memory=0.92 * 84942979072, network=_ADAPTER, product_share=_PRODUCTS,
+            copy_share=_COPIES,
         ),
         Chip(
             name="h200", platform="gpu", peak_flops=989e12, bandwidth=4800e9, links=450e9,
-            memory=0.92 * 141e9, network=_ADAPTER, **_HOPPER,
+            memory=0.92 * 141e9, network=_ADAPTER, product_share=_PRODUCTS,
+            copy_share=_COPIES,
         ),
     )
 }  # fmt: skip

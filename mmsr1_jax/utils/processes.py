@@ -1,0 +1,375 @@
+"""The processes of a command that runs on several hosts: their start, exchange and end.
+
+    start(..)                     before anything touches a device
+    exchange("lengths", values)   the values of all processes, by index
+    agree("step", value, ..)      refused unless all have the same
+    main()                        whether this is process 0, which writes the files
+
+Facts are exchanged as JSON over JAX's coordination service, whose server is in process 0, never by
+collectives of devices: a host may wait for tools as long as it likes, and a limit names those that
+do not answer. With one process all of this does nothing.
+
+A process that fails says so, and all others end with its message. One that dies or is silent for
+`heartbeat_seconds` is named by process 0, or by all if it is process 0. One that hangs while others
+wait in a collective is found by their `watchdog`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmsr1_jax.config.errors import UserError
+from mmsr1_jax.utils.logs import log
+
+_PREFIX = "mmsr1"
+_BEAT_SECONDS = 2.0
+_ACKNOWLEDGE_SECONDS = 5.0  # for which process 0 keeps the server running after a failure
+# Variables of launchers that JAX detects (`jax.distributed.initialize`), with the number of
+# processes that they state.
+_LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_LOST = ("gloo", "nccl", "connection", "unavailable", "heartbeat", "coordination", "socket")
+
+
+class ProcessError(UserError):
+    """Another process failed, does not answer, or has other settings; the message names it."""
+
+
+@dataclasses.dataclass
+class _State:
+    """State of this process.
+
+    Attributes:
+      client: Client of the coordination service; None: there is one process.
+      index, count: Index of this process, and number of processes.
+      timeout: Seconds for which `exchange` waits.
+      sequence: Number of exchanges so far, which names their keys.
+      phase: What the main thread is doing, for the others' messages.
+      ending: Whether the command has ended, so that silence is no failure.
+    """
+
+    client: Any = None
+    index: int = 0
+    count: int = 1
+    timeout: float = 1800.0
+    sequence: int = 0
+    phase: str = "start"
+    ending: bool = False
+
+
+_state = _State()
+
+
+def start(
+    *,
+    coordinator: str | None,
+    count: int | None,
+    index: int | None,
+    timeout: float,
+    heartbeat_seconds: float,
+) -> None:
+    """Join the processes of a run; does nothing if it has one.
+
+    Must be called before anything touches a device. Without arguments the launcher is detected: a
+    TPU slice of several hosts, SLURM, MPI.
+
+    Args:
+      coordinator: HOST:PORT of process 0.
+      count, index: Number of processes, and index of this one.
+      timeout: Seconds for which the processes wait for each other.
+      heartbeat_seconds: Seconds of silence after which a process counts as dead.
+
+    Raises:
+      UserError: The arguments are incomplete, or the processes did not all start in time.
+    """
+    given = [coordinator, count, index]
+    if all(x is None for x in given) and not _is_launched():
+        return
+    if any(x is None for x in given) and not all(x is None for x in given):
+        raise UserError("give all of --coordinator, --num_processes and --process_id, or none")
+    if count is not None and index is not None and not 0 <= index < count:
+        raise UserError(f"--process_id={index} must be in [0, {count}), as --num_processes={count}")
+    if count == 1:
+        return
+    import jax  # not above, as commands that need no device start without it
+
+    try:
+        jax.distributed.initialize(
+            coordinator, count, index, initialization_timeout=int(min(timeout, 300)),
+            heartbeat_timeout_seconds=int(2 * heartbeat_seconds), shutdown_timeout_seconds=60,
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the processes did not all start: {reason}. Is --coordinator={coordinator} the host "
+            "of process 0, its port open, and does every host run the same command?"
+        ) from None
+    _join(timeout, heartbeat_seconds)
+
+
+def _is_launched() -> bool:
+    """Return whether a launcher that JAX detects has started several processes."""
+    if any(int(os.environ.get(name) or 1) > 1 for name in _LAUNCHERS):
+        return True
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")  # set on TPU slices
+    return "," in hosts or "MEGASCALE_NUM_SLICES" in os.environ
+
+
+def _join(timeout: float, heartbeat_seconds: float) -> None:
+    from jax._src import distributed  # JAX has no public access to the key-value store
+
+    state = distributed.global_state
+    if state.client is None or (state.num_processes or 1) == 1:
+        return
+    _state.client, _state.timeout = state.client, timeout
+    _state.index, _state.count = state.process_id or 0, state.num_processes or 1
+    for target in (_watch_failures, _watch_heartbeats):
+        threading.Thread(target=target, args=(heartbeat_seconds,), daemon=True).start()
+    log.info("process %d of %d", _state.index, _state.count)
+
+
+def index() -> int:
+    """Return the index of this process, from 0."""
+    return _state.index
+
+
+def count() -> int:
+    """Return the number of processes."""
+    return _state.count
+
+
+def main() -> bool:
+    """Return whether this is process 0, which writes the files of a run."""
+    return _state.index == 0
+
+
+def exchange(topic: str, value: Any, timeout: float | None = None) -> list[Any]:
+    """Return the values of all processes, by index. All processes must call it, in the same order.
+
+    Args:
+      topic: What is exchanged, for messages.
+      value: Value of this process, which JSON can hold.
+      timeout: Seconds to wait for the others; None: that of `start`.
+
+    Raises:
+      ProcessError: Processes did not answer in time; the message names them.
+    """
+    if _state.client is None:
+        return [value]
+    timeout = _state.timeout if timeout is None else timeout
+    number, _state.sequence = _state.sequence, _state.sequence + 1
+    _set(f"exchange/{number}/{_state.index}", json.dumps([topic, value]))
+    deadline, values = time.monotonic() + timeout, []
+    for process in range(_state.count):
+        text = _get(f"exchange/{number}/{process}", deadline)
+        if text is None:
+            raise ProcessError(_missing(topic, number, timeout))
+        other, received = json.loads(text)
+        if other != topic:
+            raise ProcessError(f"process {process} exchanges {other}, this one {topic}")
+        values.append(received)
+    if number:  # all have read the last one, or they would not be here
+        _state.client.key_value_delete(f"{_PREFIX}/exchange/{number - 1}/{_state.index}")
+    return values
+
+
+def broadcast(topic: str, value: Any) -> Any:
+    """Return the value of process 0."""
+    return exchange(topic, value if main() else None)[0]
+
+
+def barrier(topic: str) -> None:
+    """Wait until all processes are here."""
+    exchange(topic, None)
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Check that facts are the same in all processes.
+
+    Raises:
+      ProcessError: They are not; the message names the first process and fact that differ.
+    """
+    first, *others = exchange("facts", dict(facts))
+    for process, theirs in enumerate(others, start=1):
+        for name, value in first.items():
+            if theirs.get(name) != value:
+                raise ProcessError(
+                    f"process {process}: {name} is {_short(theirs.get(name))}, and in process 0 "
+                    f"{_short(value)}; all processes must run the same command on the same files"
+                )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}.."
+
+
+def phase(name: str) -> None:
+    """Say what this process is doing, for the messages of others that wait for it."""
+    _state.phase = name
+    if _state.client is not None:
+        _set(f"phase/{_state.index}", name, overwrite=True)
+
+
+@contextlib.contextmanager
+def watchdog(name: str, seconds: float) -> Iterator[None]:
+    """End all processes if the block, which runs collectives, takes longer than `seconds`.
+
+    Processes that are not in a block of this name are named as those that the others wait for.
+    """
+    if _state.client is None:
+        yield
+        return
+    phase(name)
+
+    def expire() -> None:
+        phases = {p: _try_get(f"phase/{p}") or "unknown" for p in range(_state.count)}
+        absent = [f"process {p} is in {other}" for p, other in phases.items() if other != name]
+        fail(f"{name} takes longer than {seconds:.0f} s: {', '.join(absent) or 'all are in it'}")
+
+    timer = threading.Timer(seconds, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        phase(f"after {name}")
+
+
+def fail(message: str) -> None:
+    """Tell all processes why this one ends, and end it with exit code 1. Does not return.
+
+    Nothing is waited for but, in process 0, that the others have read the message.
+    """
+    announced = f"process {_state.index}: {message}"
+    with contextlib.suppress(Exception):
+        _set("failure", announced)
+    _end(_try_get("failure") or announced)
+
+
+def guard_failure(error: BaseException) -> None:
+    """Announce the exception that ends this process; with several, does not return.
+
+    An exception of a collective has another cause, the process that is gone: it is waited for until
+    that is found, or for as long as a silent process may take.
+    """
+    if _state.client is None:
+        return
+    message = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
+    if isinstance(error, ProcessError):
+        message = str(error)
+    elif not isinstance(error, UserError) and any(word in message.lower() for word in _LOST):
+        deadline = time.monotonic() + _heartbeat + 2 * _BEAT_SECONDS
+        while time.monotonic() < deadline and not _try_get("failure"):
+            time.sleep(0.2)
+    fail(message)
+
+
+def finish() -> None:
+    """Say that this process ends as planned, so that its silence is no failure."""
+    if _state.client is not None and not _state.ending:
+        barrier("end")
+        _state.ending = True
+
+
+# Threads
+
+
+_heartbeat = 30.0
+
+
+def _watch_failures(heartbeat_seconds: float) -> None:
+    """End this process when another one has failed, or when process 0 does not answer."""
+    global _heartbeat
+    _heartbeat = heartbeat_seconds
+    last_answer = time.monotonic()
+    while not _state.ending:
+        begin = time.monotonic()
+        failure = _get("failure", begin + _BEAT_SECONDS)
+        if failure is not None:
+            return None if _state.ending else _end(failure)
+        if time.monotonic() - begin >= 0.5 * _BEAT_SECONDS:  # the server waited, so it is there
+            last_answer = time.monotonic()
+        elif time.monotonic() - last_answer > heartbeat_seconds and not _state.ending:
+            _end("process 0, which coordinates, does not answer: it has ended, or its host has")
+        else:
+            time.sleep(0.5)
+
+
+def _watch_heartbeats(heartbeat_seconds: float) -> None:
+    """Send heartbeats; in process 0 also look for processes that send none."""
+    beats, since = dict[str, str](), dict[str, float]()
+    number, last = 0, time.monotonic()
+    while not _state.ending:
+        with contextlib.suppress(Exception):
+            number += 1
+            _set(f"alive/{_state.index}", str(number), overwrite=True)
+            last = time.monotonic()
+        if time.monotonic() - last > heartbeat_seconds and not main():
+            _end("process 0, which coordinates, does not answer: it has ended, or its host has")
+        if main():
+            now, heard = time.monotonic(), {}
+            with contextlib.suppress(Exception):
+                heard = dict(_state.client.key_value_dir_get(f"{_PREFIX}/alive/"))
+            for process in range(_state.count):
+                beat = heard.get(f"{_PREFIX}/alive/{process}", "")
+                if beat != beats.get(str(process)) or str(process) not in since:
+                    beats[str(process)], since[str(process)] = beat, now
+                elif now - since[str(process)] > heartbeat_seconds and not _state.ending:
+                    seconds = now - since[str(process)]
+                    fail(f"process {process} has been silent for {seconds:.0f} s: it is dead, "
+                         "stopped, or cut off")  # fmt: skip
+        time.sleep(_BEAT_SECONDS)
+
+
+def _end(message: str) -> None:
+    """End this process at once, with exit code 1 and the message of the failure."""
+    with contextlib.suppress(Exception):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(Exception):
+        _set(f"acknowledged/{_state.index}", "1", overwrite=True)
+        if main():  # the server ends with it
+            deadline = time.monotonic() + _ACKNOWLEDGE_SECONDS
+            while time.monotonic() < deadline:
+                if len(_state.client.key_value_dir_get(f"{_PREFIX}/acknowledged/")) >= _state.count:
+                    break
+                time.sleep(0.1)
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os._exit(1)
+
+
+# The key-value store
+
+
+def _set(key: str, value: str, overwrite: bool = False) -> None:
+    _state.client.key_value_set(f"{_PREFIX}/{key}", value, allow_overwrite=overwrite)
+
+
+def _get(key: str, deadline: float) -> str | None:
+    """Return a value once it is there; None if it is not in time, or the server is gone."""
+    milliseconds = max(1, int(1000 * (deadline - time.monotonic())))
+    try:
+        return _state.client.blocking_key_value_get(f"{_PREFIX}/{key}", milliseconds)
+    except RuntimeError:  # of JAX
+        return None
+
+
+def _try_get(key: str) -> str | None:
+    try:
+        return _state.client.key_value_try_get(f"{_PREFIX}/{key}")
+    except RuntimeError:  # of JAX: it is not there
+        return None
+
+
+def _missing(topic: str, number: int, timeout: float) -> str:
+    """Return the message that names the processes that have not exchanged `topic`."""
+    missing = [p for p in range(_state.count) if _try_get(f"exchange/{number}/{p}") is None]
+    phases = [f"process {p} (in {_try_get(f'phase/{p}') or 'start'})" for p in missing]
+    return f"{topic}: no answer in {timeout:.0f} s from {', '.join(phases) or 'process 0'}"
