@@ -28,7 +28,7 @@ from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.utils.logs import log
 
 _PREFIX = "mmsr1"
-_BEAT_SECONDS = 2.0
+_BEAT_SECONDS = 1.0
 _ACKNOWLEDGE_SECONDS = 5.0  # for which process 0 keeps the server running after a failure
 # Variables of launchers that JAX detects (`jax.distributed.initialize`), with the number of
 # processes that they state.
@@ -49,8 +49,10 @@ class _State:
       index, count: Index of this process, and number of processes.
       timeout: Seconds for which `exchange` waits.
       sequence: Number of exchanges so far, which names their keys.
-      phase: What the main thread is doing, for the others' messages.
-      ending: Whether the command has ended, so that silence is no failure.
+      heartbeat_seconds: Seconds of silence after which a process counts as dead.
+      answered: When the server answered last.
+      ended: Set when the command has ended, so that silence is no failure.
+      threads: Threads that watch the others.
     """
 
     client: Any = None
@@ -58,8 +60,10 @@ class _State:
     count: int = 1
     timeout: float = 1800.0
     sequence: int = 0
-    phase: str = "start"
-    ending: bool = False
+    heartbeat_seconds: float = 30.0
+    answered: float = 0.0
+    ended: threading.Event = dataclasses.field(default_factory=threading.Event)
+    threads: list[threading.Thread] = dataclasses.field(default_factory=list)
 
 
 _state = _State()
@@ -128,8 +132,11 @@ def _join(timeout: float, heartbeat_seconds: float) -> None:
         return
     _state.client, _state.timeout = state.client, timeout
     _state.index, _state.count = state.process_id or 0, state.num_processes or 1
-    for target in (_watch_failures, _watch_heartbeats):
-        threading.Thread(target=target, args=(heartbeat_seconds,), daemon=True).start()
+    _state.heartbeat_seconds, _state.answered = heartbeat_seconds, time.monotonic()
+    for target in (_watch, _watch_server):
+        thread = threading.Thread(target=target, args=(heartbeat_seconds,), daemon=True)
+        thread.start()
+        _state.threads.append(thread)
     log.info("process %d of %d", _state.index, _state.count)
 
 
@@ -211,7 +218,6 @@ def _short(value: Any) -> str:
 
 def phase(name: str) -> None:
     """Say what this process is doing, for the messages of others that wait for it."""
-    _state.phase = name
     if _state.client is not None:
         _set(f"phase/{_state.index}", name, overwrite=True)
 
@@ -228,7 +234,7 @@ def watchdog(name: str, seconds: float) -> Iterator[None]:
     phase(name)
 
     def expire() -> None:
-        phases = {p: _try_get(f"phase/{p}") or "unknown" for p in range(_state.count)}
+        phases = {p: _phase_of(p) for p in range(_state.count)}
         absent = [f"process {p} is in {other}" for p, other in phases.items() if other != name]
         fail(f"{name} takes longer than {seconds:.0f} s: {', '.join(absent) or 'all are in it'}")
 
@@ -249,8 +255,10 @@ def fail(message: str) -> None:
     """
     announced = f"process {_state.index}: {message}"
     with contextlib.suppress(Exception):
-        _set("failure", announced)
-    _end(_try_get("failure") or announced)
+        _set("failure", announced)  # fails if another was first
+    with contextlib.suppress(Exception):
+        announced = _try_get("failure") or announced
+    _end(announced)
 
 
 def guard_failure(error: BaseException) -> None:
@@ -265,67 +273,57 @@ def guard_failure(error: BaseException) -> None:
     if isinstance(error, ProcessError):
         message = str(error)
     elif not isinstance(error, UserError) and any(word in message.lower() for word in _LOST):
-        deadline = time.monotonic() + _heartbeat + 2 * _BEAT_SECONDS
-        while time.monotonic() < deadline and not _try_get("failure"):
-            time.sleep(0.2)
+        time.sleep(_state.heartbeat_seconds + 3 * _BEAT_SECONDS)  # `_watch` ends this process
     fail(message)
 
 
 def finish() -> None:
-    """Say that this process ends as planned, so that its silence is no failure."""
-    if _state.client is not None and not _state.ending:
-        barrier("end")
-        _state.ending = True
+    """End as planned: wait for the others, and stop watching them."""
+    if _state.client is None:
+        return
+    barrier("end")
+    _state.ended.set()
+    for thread in _state.threads:  # they must not be in a call when the interpreter ends
+        thread.join(_ACKNOWLEDGE_SECONDS)
 
 
 # Threads
 
 
-_heartbeat = 30.0
+def _watch(heartbeat_seconds: float) -> None:
+    """Send heartbeats, and end this process when another one has failed.
 
-
-def _watch_failures(heartbeat_seconds: float) -> None:
-    """End this process when another one has failed, or when process 0 does not answer."""
-    global _heartbeat
-    _heartbeat = heartbeat_seconds
-    last_answer = time.monotonic()
-    while not _state.ending:
-        begin = time.monotonic()
-        failure = _get("failure", begin + _BEAT_SECONDS)
-        if failure is not None:
-            return None if _state.ending else _end(failure)
-        if time.monotonic() - begin >= 0.5 * _BEAT_SECONDS:  # the server waited, so it is there
-            last_answer = time.monotonic()
-        elif time.monotonic() - last_answer > heartbeat_seconds and not _state.ending:
-            _end("process 0, which coordinates, does not answer: it has ended, or its host has")
-        else:
-            time.sleep(0.5)
-
-
-def _watch_heartbeats(heartbeat_seconds: float) -> None:
-    """Send heartbeats; in process 0 also look for processes that send none."""
-    beats, since = dict[str, str](), dict[str, float]()
-    number, last = 0, time.monotonic()
-    while not _state.ending:
-        with contextlib.suppress(Exception):
-            number += 1
+    In process 0 also look for processes that send no heartbeats.
+    """
+    heard = dict[int, tuple[str, float]]()  # last heartbeat of each process, and when it came
+    number = 0
+    while not _state.ended.wait(_BEAT_SECONDS):
+        number += 1
+        try:
             _set(f"alive/{_state.index}", str(number), overwrite=True)
-            last = time.monotonic()
-        if time.monotonic() - last > heartbeat_seconds and not main():
-            _end("process 0, which coordinates, does not answer: it has ended, or its host has")
-        if main():
-            now, heard = time.monotonic(), {}
-            with contextlib.suppress(Exception):
-                heard = dict(_state.client.key_value_dir_get(f"{_PREFIX}/alive/"))
-            for process in range(_state.count):
-                beat = heard.get(f"{_PREFIX}/alive/{process}", "")
-                if beat != beats.get(str(process)) or str(process) not in since:
-                    beats[str(process)], since[str(process)] = beat, now
-                elif now - since[str(process)] > heartbeat_seconds and not _state.ending:
-                    seconds = now - since[str(process)]
-                    fail(f"process {process} has been silent for {seconds:.0f} s: it is dead, "
-                         "stopped, or cut off")  # fmt: skip
-        time.sleep(_BEAT_SECONDS)
+            failure = _try_get("failure")
+            beats = dict(_state.client.key_value_dir_get(f"{_PREFIX}/alive/")) if main() else {}
+        except RuntimeError:  # of JAX: the server does not answer, which `_watch_server` notices
+            continue
+        _state.answered = time.monotonic()
+        if failure is not None:
+            _end(failure)
+        for process in range(_state.count) if main() else ():
+            beat, now = beats.get(f"{_PREFIX}/alive/{process}", ""), time.monotonic()
+            if process not in heard or beat != heard[process][0]:
+                heard[process] = beat, now
+            elif now - heard[process][1] > heartbeat_seconds:
+                fail(
+                    f"process {process} has been silent for {heartbeat_seconds:.0f} s: it is dead, "
+                    "stopped, or cut off"
+                )
+
+
+def _watch_server(heartbeat_seconds: float) -> None:
+    """End this process when process 0 does not answer."""
+    while not _state.ended.wait(_BEAT_SECONDS):
+        if time.monotonic() - _state.answered > heartbeat_seconds:
+            _end("process 0, which coordinates, does not answer: it has ended, or is cut off")
 
 
 def _end(message: str) -> None:
@@ -362,14 +360,25 @@ def _get(key: str, deadline: float) -> str | None:
 
 
 def _try_get(key: str) -> str | None:
+    """Return a value, or None if it is not there. Raises RuntimeError if the server is gone."""
     try:
         return _state.client.key_value_try_get(f"{_PREFIX}/{key}")
-    except RuntimeError:  # of JAX: it is not there
-        return None
+    except RuntimeError as error:  # of JAX
+        if "NOT_FOUND" in str(error):
+            return None
+        raise
+
+
+def _phase_of(process: int) -> str:
+    with contextlib.suppress(RuntimeError):
+        return _try_get(f"phase/{process}") or "start"
+    return "unknown"
 
 
 def _missing(topic: str, number: int, timeout: float) -> str:
     """Return the message that names the processes that have not exchanged `topic`."""
-    missing = [p for p in range(_state.count) if _try_get(f"exchange/{number}/{p}") is None]
-    phases = [f"process {p} (in {_try_get(f'phase/{p}') or 'start'})" for p in missing]
+    missing = []
+    with contextlib.suppress(RuntimeError):
+        missing = [p for p in range(_state.count) if _try_get(f"exchange/{number}/{p}") is None]
+    phases = [f"process {p} (in {_phase_of(p)})" for p in missing]
     return f"{topic}: no answer in {timeout:.0f} s from {', '.join(phases) or 'process 0'}"
