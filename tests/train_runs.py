@@ -101,5 +101,9 @@ def run_results(workdir: pathlib.Path) -> tuple[list[dict], list[bytes], list[di
 
 def read_episodes(workdir: pathlib.Path) -> list[dict]:
     """Return the saved episodes of a run, in the order of its steps."""
-    paths = sorted((workdir / "episodes").iterdir())
-    return [json.loads(line) for path in paths for line in path.read_text("utf-8").splitlines()]
+    return [*itertools.chain(*map(read_file, sorted((workdir / "episodes").iterdir())))]
+
+
+def read_file(path: pathlib.Path) -> list[dict]:
+    """Return the saved episodes of a step."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]

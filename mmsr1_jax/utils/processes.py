@@ -326,8 +326,12 @@ def _watch_server(heartbeat_seconds: float) -> None:
             _end("process 0, which coordinates, does not answer: it has ended, or is cut off")
 
 
+_ending = threading.Lock()
+
+
 def _end(message: str) -> None:
     """End this process at once, with exit code 1 and the message of the failure."""
+    _ending.acquire()  # never released: the first message is the one
     with contextlib.suppress(Exception):
         print(f"error: {message}", file=sys.stderr, flush=True)
     with contextlib.suppress(Exception):
@@ -336,6 +340,7 @@ def _end(message: str) -> None:
             deadline = time.monotonic() + _ACKNOWLEDGE_SECONDS
             while time.monotonic() < deadline:
                 if len(_state.client.key_value_dir_get(f"{_PREFIX}/acknowledged/")) >= _state.count:
+                    time.sleep(0.2)  # in which the last one ends
                     break
                 time.sleep(0.1)
     with contextlib.suppress(Exception):
