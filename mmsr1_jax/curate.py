@@ -38,7 +38,8 @@ from mmsr1_jax.data.curation import Attempt
 from mmsr1_jax.evaluation import records
 from mmsr1_jax.evaluation.records import EPISODES
 from mmsr1_jax.evaluation.scoring import rescore
-from mmsr1_jax.utils import outputs
+from mmsr1_jax.training import train_utils
+from mmsr1_jax.utils import outputs, processes
 from mmsr1_jax.utils.logs import log
 
 CURATED, SFT, SUMMARY = "curated.parquet", "sft.jsonl", "curation.json"
@@ -47,10 +48,14 @@ _WORKFLOW = "on_demand"  # as in training: the policy decides when to search
 
 def main(argv: Sequence[str]) -> int:
     del argv
+    _START_PROCESSES(_CONFIG.value)
     out = pathlib.Path(_OUT.value)
     mix = curation.read_mix(_MIX.value)
     with outputs.lock(out):
+        train_utils.check_processes(_CONFIG.value, _MODEL.value or "", out)
         provenance = roll_out(_CONFIG.value, _MODEL.value, out)
+        if not processes.main():
+            return 0
         summary = select(_CONFIG.value, provenance, out, mix, _KEEP.value)
     print(curation.format_table(summary))
     for part, counts in summary["parts"].items():
@@ -81,7 +86,7 @@ def roll_out(config: settings.Config, model_dir: str | None, out: pathlib.Path) 
       out: Results directory, created if necessary.
 
     Returns:
-      The settings and files that the episodes depend on.
+      The settings and files that the episodes depend on; nothing in processes other than 0.
 
     Raises:
       UserError: The settings, data or policy are invalid; `out` contains a different evaluation; or
@@ -90,6 +95,8 @@ def roll_out(config: settings.Config, model_dir: str | None, out: pathlib.Path) 
     if not config.data.train:
         raise DataError("config.data.train: must name at least one parquet file of questions")
     if model_dir is None:
+        if not processes.main():
+            return {}
         if not (out / EPISODES).is_file():
             raise UserError(f"--model: required, because {out} has no {EPISODES}")
         records.truncate_partial_line(out / EPISODES)
@@ -107,7 +114,8 @@ def roll_out(config: settings.Config, model_dir: str | None, out: pathlib.Path) 
         num_samples=config.run.group_size,
         temperature=config.sampling.temperature,
     )
-    return evaluate(dataclasses.replace(config, eval=eval_settings), model_dir, out)["provenance"]
+    results = evaluate(dataclasses.replace(config, eval=eval_settings), model_dir, out)
+    return results["provenance"] if processes.main() else {}
 
 
 def select(
@@ -261,6 +269,7 @@ def write_curated(path: pathlib.Path, source: QuestionSource, chosen: Mapping[in
 
 if __name__ == "__main__":
     _CONFIG = cli.define_flag()
+    _START_PROCESSES = cli.define_process_flags()
     _MODEL = flags.DEFINE_string(
         "model", None, "HF directory of the policy; not needed if OUT contains all episodes"
     )

@@ -31,7 +31,7 @@ from mmsr1_jax.evaluation.extraction import score_documents
 from mmsr1_jax.evaluation.scoring import rescore
 from mmsr1_jax.evaluation.table import format_results
 from mmsr1_jax.training import train_utils
-from mmsr1_jax.utils import outputs
+from mmsr1_jax.utils import outputs, processes
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         from mmsr1_jax.evaluation.run import evaluate  # only this path needs a model
 
+        _START_PROCESSES(_CONFIG.value)
         config, model_dir, checkpoint = _policy()
         if _OUT.value:
             out = pathlib.Path(_OUT.value)
@@ -56,8 +57,10 @@ def main(argv: Sequence[str]) -> int:
         else:
             raise UserError("--out: required, a directory for the results")
         with outputs.lock(out):
+            train_utils.check_processes(config, model_dir, out)
             results = evaluate(config, model_dir, out, checkpoint=checkpoint)
-    print(format_results(results))
+    if processes.main():
+        print(format_results(results))
     return 0
 
 
@@ -84,6 +87,7 @@ def _policy() -> tuple[settings.Config, str, tuple[pathlib.Path, int] | None]:
 
 if __name__ == "__main__":
     _CONFIG = cli.define_flag()
+    _START_PROCESSES = cli.define_process_flags()
     _MODEL = flags.DEFINE_string("model", None, "HF directory of the policy")
     _WORKDIR = flags.DEFINE_string(
         "workdir", None, "run whose policy is evaluated, with the run's settings"

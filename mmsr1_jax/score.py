@@ -12,7 +12,9 @@ A line of OUT, in the order of IN, is {"id": .., "tokens": [..], "logprobs": [nu
 {"id": .., "error": ..} for a line that cannot be scored. In that case the exit code is 1.
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -23,6 +25,7 @@ import jax
 import numpy as np
 from absl import flags
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from mmsr1_jax import cli
@@ -33,7 +36,7 @@ from mmsr1_jax.models.qwen2_5_vl import Rows
 from mmsr1_jax.processing.batching import Bucket, TooLongError, make_rows, select_bucket
 from mmsr1_jax.processing.images import ImageError
 from mmsr1_jax.processing.processor import ConversationError, Processor, Prompt
-from mmsr1_jax.utils import checked_json, outputs
+from mmsr1_jax.utils import checked_json, outputs, processes
 from mmsr1_jax.utils.files import FileRefusedError, check_regular
 from mmsr1_jax.utils.logs import log
 
@@ -45,6 +48,7 @@ Result = dict[str, Any]  # a line of OUT
 def main(argv: Sequence[str]) -> int:
     del argv
     config = _CONFIG.value
+    _START_PROCESSES(config)
     if _DTYPE.value:
         config.model.dtype = _DTYPE.value
     failed = score_file(config, _MODEL.value, pathlib.Path(_IN.value), pathlib.Path(_OUT.value))
@@ -107,7 +111,8 @@ def score_lines(
     """Yield (line number, result) as batches fill; one batch is always in flight."""
     graph, params = nnx.split(model)
 
-    @jax.jit
+    # Replicated, so that with several processes each can read all of it.
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def token_logprobs(params: nnx.State, rows: Rows) -> jax.Array:
         return nnx.merge(graph, params).token_logprobs(rows)
 
@@ -120,9 +125,10 @@ def score_lines(
         if isinstance(batch, tuple):
             yield batch
             continue
+        processes.agree({"the lines of a batch": [c.line_number for c in batch]})
         prompts = [[conversation.prompt] for conversation in batch]
         rows = make_rows(prompts, batch[0].bucket, model.config, model.config.image_token_id)
-        started = batch, token_logprobs(params, sharding.shard_batch(rows, mesh))
+        started = batch, token_logprobs(params, sharding.shard_whole_batch(rows, mesh))
         if in_flight:
             yield from finish(*in_flight)
         in_flight = started
@@ -245,15 +251,18 @@ def write_in_order(
 ) -> int:
     """Write results, which arrive in any order, in the order of `line_numbers`.
 
-    They are written to a temporary file beside `out`, which is renamed at the end. Return the
-    number of errors.
+    They are written to a temporary file beside `out`, which is renamed at the end; of several
+    processes, process 0 does. Return the number of errors.
     """
     total = len(line_numbers)
     done: dict[int, Result] = {}
     remaining, failed, tokens, logprob = iter(line_numbers), 0, 0, 0.0
     expected = next(remaining, None)
-    with outputs.new_file(out) as partial, open(partial, "w", encoding="utf-8") as file:
-        for line_number, result in tqdm(results, total=total, unit=" lines", desc="score"):
+    with contextlib.ExitStack() as stack:
+        path = stack.enter_context(outputs.new_file(out)) if processes.main() else os.devnull
+        file = stack.enter_context(open(path, "w", encoding="utf-8"))
+        bar = tqdm(results, total=total, unit=" lines", desc="score", disable=not processes.main())
+        for line_number, result in bar:
             if "error" in result:
                 failed += 1
                 log.warning("id %r, %s", result["id"], result["error"])
@@ -264,10 +273,11 @@ def write_in_order(
             while expected in done:
                 file.write(json.dumps(done.pop(expected)) + "\n")
                 expected = next(remaining, None)
-    print(
-        f"scored {total - failed} of {total} conversations, {tokens} tokens, "
-        f"mean log-prob {logprob / max(tokens, 1):.4f}: {out}"
-    )
+    if processes.main():
+        print(
+            f"scored {total - failed} of {total} conversations, {tokens} tokens, "
+            f"mean log-prob {logprob / max(tokens, 1):.4f}: {out}"
+        )
     if failed:
         log.warning("%d of %d lines could not be scored", failed, total)
     return failed
@@ -275,6 +285,7 @@ def write_in_order(
 
 if __name__ == "__main__":
     _CONFIG = cli.define_flag()
+    _START_PROCESSES = cli.define_process_flags()
     _MODEL = flags.DEFINE_string("model", None, "HF directory of the policy", required=True)
     _IN = flags.DEFINE_string("conversations", None, "JSONL file to read", required=True)
     _OUT = flags.DEFINE_string("out", None, "JSONL file to write", required=True)

@@ -39,15 +39,17 @@ from mmsr1_jax.rollout.build import make_processor
 from mmsr1_jax.training import metrics, sft_dataset, train_utils
 from mmsr1_jax.training.sft_dataset import SFTExample
 from mmsr1_jax.training.training_run import TrainingRun
-from mmsr1_jax.utils import outputs
+from mmsr1_jax.utils import outputs, processes
 
 
 def main(argv) -> int:
     del argv
+    _START_PROCESSES(_CONFIG.value)
     workdir = train_utils.resolve_workdir(_WORKDIR.value)
     with outputs.lock(workdir):
         config, model_dir = train_utils.resolve_settings(workdir, _CONFIG.value, _MODEL.value)
         train_utils.check_matches_existing_run(workdir, config, model_dir)
+        train_utils.check_processes(config, model_dir, workdir)
         return train(config, model_dir, workdir)
 
 
@@ -69,8 +71,9 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
     with TrainingRun(config, model_dir, workdir, learner) as run:
         # ------------------------------------------------------------ data and checkpoint
         dataset = workdir / "examples.jsonl"
-        if not run.start_step:
+        if not run.start_step and processes.main():
             sft_dataset.prepare(dataset, config, processor, model.config)
+        processes.barrier("examples", timeout=sft_dataset.PREPARE_SECONDS)
         examples = sft_dataset.load(dataset, config)
         made_with = {"seed": seed, "prompts_per_step": prompts_per_step}
         _check_resumes(run.restore(), made_with, workdir)
@@ -79,7 +82,8 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
         def pack(step: int) -> list[TrainBatch]:
             indices = sft_dataset.step_indices(step, len(examples), prompts_per_step, seed)
             samples = make_samples([examples[i] for i in indices], processor.images)
-            return packing.pack(samples, model.config, shape)
+            own = samples[processes.index() :: processes.count()]
+            return packing.pack(own, model.config, shape)
 
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             prefetched = pool.submit(pack, run.start_step + 1)
@@ -91,7 +95,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
                     prefetched = pool.submit(pack, step + 1)
 
                 # ---------------------------------------------------- update
-                with run.phase("update"):
+                with run.collective_phase("update"):
                     step_metrics = learner.update(batches, float(learning_rate(step - 1)))
                 finite = step_metrics.pop("finite")
                 run.check_finite(step, [finite], [batches])
@@ -107,7 +111,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
                     step,
                     step_metrics,
                     {"made_with": made_with},
-                    tokens=sum(int((b.rows.segment_ids > 0).sum()) for b in batches),
+                    tokens=packing.num_tokens(batches),
                     shown=("loss", "epoch"),
                 )
         return run.finish()
@@ -157,6 +161,7 @@ def make_samples(examples: Sequence[SFTExample], processor: ImageProcessor) -> l
 
 if __name__ == "__main__":
     _CONFIG = cli.define_flag()
+    _START_PROCESSES = cli.define_process_flags()
     _MODEL = flags.DEFINE_string(
         "model", None, "HF directory of the initial policy; default: config.run.model"
     )

@@ -55,8 +55,7 @@ def main(argv) -> int:
     del argv
     _START_PROCESSES(_CONFIG.value)
     workdir = train_utils.resolve_workdir(_WORKDIR.value)
-    with outputs.lock(workdir) if processes.main() else contextlib.nullcontext():
-        processes.barrier("lock")
+    with outputs.lock(workdir):
         config, model_dir = train_utils.resolve_settings(workdir, _CONFIG.value, _MODEL.value)
         train_utils.check_matches_existing_run(workdir, config, model_dir)
         train_utils.check_processes(config, model_dir, workdir)

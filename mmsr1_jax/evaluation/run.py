@@ -23,7 +23,7 @@ from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.data import DataError, Question, QuestionSource, benchmarks
 from mmsr1_jax.episodes import prompts
 from mmsr1_jax.episodes.episode import Episode, Example
-from mmsr1_jax.evaluation import records
+from mmsr1_jax.evaluation import parts, records
 from mmsr1_jax.evaluation.extraction import score_documents
 from mmsr1_jax.evaluation.records import EPISODES
 from mmsr1_jax.evaluation.scoring import PROVENANCE, score_episodes
@@ -42,7 +42,7 @@ from mmsr1_jax.tools.index_builder import INDEX_FILE
 from mmsr1_jax.tools.service_checks import check_services
 from mmsr1_jax.training import sft_dataset, train_utils
 from mmsr1_jax.training.checkpoint import Checkpoints
-from mmsr1_jax.utils import checked_json, outputs
+from mmsr1_jax.utils import checked_json, outputs, processes
 from mmsr1_jax.utils.logs import log
 
 # Fields of `config.services` that the episodes depend on.
@@ -60,7 +60,8 @@ def evaluate(
     """Evaluate the policy on the questions of `config.eval` with each of its workflows.
 
     Episodes that `out` already contains are not repeated. Return the results that are written to
-    `out/results.json`.
+    `out/results.json`. With several processes, each answers its part of the questions, and process
+    0 scores all; the others return no results.
 
     Args:
       config: Settings. Rewards are computed as at step `run.steps` of training; `services`
@@ -84,9 +85,13 @@ def evaluate(
         config = dataclasses.replace(config, images=image_settings)
     source = EvalQuestions(config, images)
     provenance = _provenance(config, source, model_dir, checkpoint)
-    provenance = _check_provenance(out / PROVENANCE, provenance)
-    _check_questions(out / EPISODES, source)
-    check_services(config, [workflow_limits(name, config.turns) for name in config.eval.workflows])
+    if processes.main():
+        provenance = _check_provenance(out / PROVENANCE, provenance)
+        parts.absorb(out)
+        _check_questions(out / EPISODES, source)
+        limits = [workflow_limits(name, config.turns) for name in config.eval.workflows]
+        check_services(config, limits)
+    processes.barrier("evaluation")
     judge = make_judge(config)
     engine = make_engine(config, str(model_dir))
     results: dict[str, Any] = {}
@@ -95,10 +100,15 @@ def evaluate(
             engine.release()  # the memory is free for restoring
             engine.load(restore_params(config, str(model_dir), *checkpoint))
         for name in config.eval.workflows:
+            processes.phase(f"workflow {name}")
             run_workflow(engine, config, name, source, out)
-            model = config.services.judge_model
-            results = score_episodes(out / EPISODES, out, judge, model, provenance)
-            results = score_documents(config, out, results)
+            processes.barrier(f"episodes of {name}")
+            if processes.main():
+                parts.absorb(out)
+                model = config.services.judge_model
+                results = score_episodes(out / EPISODES, out, judge, model, provenance)
+                results = score_documents(config, out, results)
+            processes.barrier(f"scores of {name}")
     finally:
         engine.close()
     return results
@@ -156,9 +166,14 @@ def run_workflow(
     engine: Engine | EnginePool, config: settings.Config, name: str, source: EvalQuestions,
     out: pathlib.Path,
 ) -> None:  # fmt: skip
-    """Sample the episodes of a workflow that `out` lacks and append them to its file."""
+    """Sample the episodes of a workflow that `out` lacks and append them to its file.
+
+    With several processes, those of every P-th question, to a file of this process.
+    """
     num_samples, path = config.eval.num_samples, out / EPISODES
-    records.truncate_partial_line(path)
+    if processes.main():
+        records.truncate_partial_line(path)
+    processes.barrier(f"start of {name}")
     stored = (line for _, _, line in records.scan(path)) if path.is_file() else ()
     done = {line["index"] for line in stored if line["workflow"] == name}
     limits = workflow_limits(name, config.turns)
@@ -168,7 +183,8 @@ def run_workflow(
     questions: dict[int, Question] = {}  # without their images, which may be large
 
     def missing() -> Iterator[tuple[int, Example]]:
-        for index, question in enumerate(source):
+        own = itertools.islice(enumerate(source), processes.index(), None, processes.count())
+        for index, question in own:
             if not done.issuperset(range(index * num_samples, (index + 1) * num_samples)):
                 questions[index] = dataclasses.replace(question, images=())
                 yield index, question.example()
@@ -182,10 +198,11 @@ def run_workflow(
         indices=(index for index, _ in indices),
     )
     total = source.count and source.count * num_samples
-    with (
-        open(path, "a", encoding="utf-8") as file,
-        tqdm(episodes, desc=name, initial=len(done), total=total, unit="episode") as bar,
-    ):
+    bar = tqdm(
+        episodes, desc=name, initial=len(done), total=total, unit="episode",
+        disable=not processes.main(),
+    )  # fmt: skip
+    with open(parts.own_path(out), "a", encoding="utf-8") as file, bar:
         for episode in bar:
             if episode.index in done:  # only other samples of its question were missing
                 continue

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -228,12 +229,33 @@ def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(put, batch)
 
 
+def shard_whole_batch(batch: Tree, mesh: Mesh) -> Tree:
+    """As `shard_batch`, but each process has all rows of the batch, of which it puts its own."""
+
+    def put(x):
+        axes = ("batch",) + (None,) * (np.ndim(x) - 1)
+        sharding = NamedSharding(mesh, partition_spec(axes, np.shape(x), mesh))
+        return jax.make_array_from_callback(np.shape(x), sharding, lambda index: x[index])
+
+    return jax.tree.map(put, batch)
+
+
 def local_rows(x: jax.Array) -> np.ndarray:
     """Return the rows (dimension 0) of this process of an array that `shard_batch` would split."""
     if x.is_fully_addressable:
         return np.asarray(x)
     shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """Return an array as a host array; gathered if other processes hold parts of it.
+
+    With several processes, all must call this together.
+    """
+    if not x.is_fully_addressable:
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
 
 
 def _num_processes(mesh: Mesh) -> int:

@@ -29,10 +29,10 @@ from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL, checkpoint
 from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
 from mmsr1_jax.models.qwen2_5_vl.layers import Adapter, Linear
 from mmsr1_jax.models.qwen2_5_vl.tensors import Layout, Tensor
-from mmsr1_jax.models.sharding import abstract_params, is_abstract, param_shardings
+from mmsr1_jax.models.sharding import abstract_params, is_abstract, param_shardings, to_host
 from mmsr1_jax.rl import adapter_files
 from mmsr1_jax.rl.adapter_files import CONFIG, WEIGHTS, AdapterError
-from mmsr1_jax.utils import outputs
+from mmsr1_jax.utils import outputs, processes
 from mmsr1_jax.utils.logs import log
 
 Path = tuple[str, ...]  # of a linear map in the module tree
@@ -138,7 +138,8 @@ def save(
 ) -> None:
     """Write adapters to a directory that the PEFT library can load.
 
-    An existing adapter in the directory is replaced (`outputs.new_directory`).
+    An existing adapter in the directory is replaced (`outputs.new_directory`). With several
+    processes, process 0 writes, and all must call this together.
 
     Args:
       adapters: A and B, see `merge`.
@@ -158,7 +159,7 @@ def save(
     rank = 0
     for path in _paths(factors):
         tensor = table[*path, "kernel"]
-        a, b = (np.asarray(factors[*path, "adapter", name].get_value()) for name in "ab")
+        a, b = (to_host(factors[*path, "adapter", name].get_value()) for name in "ab")
         rank, (rows, columns) = a.shape[1], tensor.shape
         for layer in tensor.layer_indices():
             module = tensor.hf_name(layout, layer).removesuffix(".weight")
@@ -178,6 +179,8 @@ def save(
         "target_modules": "|".join(modules),
         "inference_mode": True,
     }
+    if not processes.main():
+        return
     with outputs.new_directory(target) as temporary:
         weights = temporary / WEIGHTS
         safetensors.numpy.save_file(tensors, weights, metadata={"format": "pt"})

@@ -253,10 +253,14 @@ def pack(samples: Sequence[Sample], config: ModelConfig, shape: RowShape) -> lis
 
 def efficiency(batches: Sequence[TrainBatch]) -> float:
     """Return the fraction of row positions that hold tokens, over all processes."""
-    used = sum(int((batch.rows.segment_ids > 0).sum()) for batch in batches)
-    own = [used, sum(batch.rows.tokens.size for batch in batches)]
-    used, size = map(sum, zip(*processes.exchange("efficiency", own), strict=True))
-    return used / max(1, size)
+    size = sum(batch.rows.tokens.size for batch in batches)
+    return num_tokens(batches) / max(1, sum(processes.exchange("positions", size)))
+
+
+def num_tokens(batches: Sequence[TrainBatch]) -> int:
+    """Return the number of row positions that hold tokens, over all processes."""
+    own = sum(int((batch.rows.segment_ids > 0).sum()) for batch in batches)
+    return sum(processes.exchange("packed tokens", own))
 
 
 def _column_sizes(length: int) -> list[int]:

@@ -49,6 +49,7 @@ from mmsr1_jax.utils import checked_json, outputs
 from mmsr1_jax.utils.files import resolve_inside
 from mmsr1_jax.utils.logs import log
 
+PREPARE_SECONDS = 86400.0  # for which processes wait until one has prepared the examples
 _BATCH_SIZE = 64  # number of lines whose images are in memory at a time
 
 

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from mmsr1_jax.config.errors import UserError
+from mmsr1_jax.utils import processes
 from mmsr1_jax.utils.logs import log
 
 # No other program uses these names, so such files may be removed.
@@ -47,10 +48,16 @@ def lock(directory: str | os.PathLike) -> Iterator[None]:
     The directory is created if it does not exist, and leftovers of killed processes are removed. A
     KeyboardInterrupt that leaves the block lists the directory in its attribute `interrupted`.
 
+    With several processes, process 0 holds the lock, and the others wait until it does.
+
     Raises:
       LockedError: Another process holds the lock.
       OSError: The directory cannot be created or written.
     """
+    if not processes.main():
+        processes.barrier("lock")
+        yield
+        return
     path = pathlib.Path(directory)
     created = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
@@ -58,6 +65,7 @@ def lock(directory: str | os.PathLike) -> Iterator[None]:
         with _locked(path / ".mmsr1-lock", path):
             for name in _SUBFOLDERS:
                 _sweep(path / name)
+            processes.barrier("lock")
             _locked_directories.append(path)
             try:
                 yield

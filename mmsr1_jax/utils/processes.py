@@ -48,7 +48,7 @@ class _State:
       client: Client of the coordination service; None: there is one process.
       index, count: Index of this process, and number of processes.
       timeout: Seconds for which `exchange` waits.
-      sequence: Number of exchanges so far, which names their keys.
+      sequence: Number of exchanges so far, by topic.
       heartbeat_seconds: Seconds of silence after which a process counts as dead.
       answered: When the server answered last.
       ended: Set when the command has ended, so that silence is no failure.
@@ -59,7 +59,7 @@ class _State:
     index: int = 0
     count: int = 1
     timeout: float = 1800.0
-    sequence: int = 0
+    sequence: dict[str, int] = dataclasses.field(default_factory=dict)
     heartbeat_seconds: float = 30.0
     answered: float = 0.0
     ended: threading.Event = dataclasses.field(default_factory=threading.Event)
@@ -156,10 +156,11 @@ def main() -> bool:
 
 
 def exchange(topic: str, value: Any, timeout: float | None = None) -> list[Any]:
-    """Return the values of all processes, by index. All processes must call it, in the same order.
+    """Return the values of all processes, by index. All processes must call it.
 
     Args:
-      topic: What is exchanged, for messages.
+      topic: What is exchanged. The calls of a topic are counted, and belong together by their
+        number; a topic must not be exchanged in several threads at once.
       value: Value of this process, which JSON can hold.
       timeout: Seconds to wait for the others; None: that of `start`.
 
@@ -169,19 +170,18 @@ def exchange(topic: str, value: Any, timeout: float | None = None) -> list[Any]:
     if _state.client is None:
         return [value]
     timeout = _state.timeout if timeout is None else timeout
-    number, _state.sequence = _state.sequence, _state.sequence + 1
-    _set(f"exchange/{number}/{_state.index}", json.dumps([topic, value]))
+    number = _state.sequence.get(topic, 0)
+    _state.sequence[topic] = number + 1
+    key = f"exchange/{topic.replace(' ', '_')}"
+    _set(f"{key}/{number}/{_state.index}", json.dumps(value))
     deadline, values = time.monotonic() + timeout, []
     for process in range(_state.count):
-        text = _get(f"exchange/{number}/{process}", deadline)
+        text = _get(f"{key}/{number}/{process}", deadline)
         if text is None:
-            raise ProcessError(_missing(topic, number, timeout))
-        other, received = json.loads(text)
-        if other != topic:
-            raise ProcessError(f"process {process} exchanges {other}, this one {topic}")
-        values.append(received)
-    if number:  # all have read the last one, or they would not be here
-        _state.client.key_value_delete(f"{_PREFIX}/exchange/{number - 1}/{_state.index}")
+            raise ProcessError(_missing(topic, f"{key}/{number}", timeout))
+        values.append(json.loads(text))
+    if number:  # all have read the last ones, or they would not be here
+        _state.client.key_value_delete(f"{_PREFIX}/{key}/{number - 1}/{_state.index}")
     return values
 
 
@@ -190,9 +190,9 @@ def broadcast(topic: str, value: Any) -> Any:
     return exchange(topic, value if main() else None)[0]
 
 
-def barrier(topic: str) -> None:
-    """Wait until all processes are here."""
-    exchange(topic, None)
+def barrier(topic: str, timeout: float | None = None) -> None:
+    """Wait until all processes are here; `timeout` as in `exchange`."""
+    exchange(topic, None, timeout)
 
 
 def agree(facts: Mapping[str, Any]) -> None:
@@ -380,10 +380,10 @@ def _phase_of(process: int) -> str:
     return "unknown"
 
 
-def _missing(topic: str, number: int, timeout: float) -> str:
+def _missing(topic: str, key: str, timeout: float) -> str:
     """Return the message that names the processes that have not exchanged `topic`."""
     missing = []
     with contextlib.suppress(RuntimeError):
-        missing = [p for p in range(_state.count) if _try_get(f"exchange/{number}/{p}") is None]
+        missing = [p for p in range(_state.count) if _try_get(f"{key}/{p}") is None]
     phases = [f"process {p} (in {_phase_of(p)})" for p in missing]
     return f"{topic}: no answer in {timeout:.0f} s from {', '.join(phases) or 'process 0'}"

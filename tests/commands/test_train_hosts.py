@@ -29,8 +29,6 @@ VARIANTS = {
         "--config.objective.loss_aggregation=sequence", "--config.objective.num_minibatches=2",
     ],
 }  # fmt: skip
-# Metrics whose value depends on rounding alone: differences of equal log-probs.
-ROUNDING = ("update/rollout_logprob_diff_abs", "update/rollout_logprob_diff_rms", "update/kl")
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +69,15 @@ def tokens(workdir, step: int) -> list[list]:
 
 def check_equal(one, other, steps=(1, 2)):
     """Check that two runs have the same episodes, and figures that differ by rounding."""
-    pairs = list(zip(figures(one), figures(other), strict=True))
-    for ours, theirs in pairs[: len(steps)]:
+    for ours, theirs in zip(figures(one), figures(other), strict=True):
+        if ours["step"] not in steps:
+            continue
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
-            # After an update, parameters differ by rounding.
-            bars = dict(abs=1e-6) if name in ROUNDING else dict(rel=1e-5, abs=1e-9)
-            assert theirs[name] == pytest.approx(value, **bars), (ours["step"], name)
+            # Figures of the episodes are equal, those of an update differ by rounding: means over
+            # tokens of terms of size 1, which may cancel.
+            bar = dict(rel=1e-5, abs=1e-6) if name.startswith("update/") else dict(rel=1e-12)
+            assert theirs[name] == pytest.approx(value, **bar), (ours["step"], name)
     for step in steps:
         assert tokens(one, step) == tokens(other, step)
 
@@ -118,7 +118,7 @@ def test_a_run_resumes_on_another_number_of_processes(before, after, alone, ques
     command = train_runs.train_command(workdir, "--config.run.steps=2")
     with hosts([command] * after, devices=4 // after) as group:
         assert group.wait(600) == [0] * after, [group.output(i)[-3000:] for i in range(after)]
-    check_equal(alone("one update"), workdir)
+    check_equal(alone("one update"), workdir, steps=[2])  # the first run ended with a validation
 
 
 def wait_for_step(group, workdir, step):

@@ -31,7 +31,7 @@ from mmsr1_jax.models.qwen2_5_vl.weight_files import (
     ShardWriter,
     WeightFiles,
 )
-from mmsr1_jax.models.sharding import param_shardings
+from mmsr1_jax.models.sharding import param_shardings, to_host
 from mmsr1_jax.utils import outputs
 from mmsr1_jax.utils.checked_json import load as load_json
 
@@ -117,9 +117,7 @@ def hf_tensors(model: Qwen2_5_VL, layout: Layout = LAYOUTS[0]) -> Iterator[tuple
         value, tensor = variable.get_value(), table[_path(*path)]
         for layer in tensor.layer_indices():
             array = value if layer is None else value[layer]
-            if not array.is_fully_addressable:
-                array = multihost_utils.process_allgather(array, tiled=True)
-            yield tensor.hf_name(layout, layer), np.asarray(array).reshape(tensor.shape)
+            yield tensor.hf_name(layout, layer), to_host(array).reshape(tensor.shape)
 
 
 def save(
