@@ -8,7 +8,7 @@ from mmsr1_jax.apps.plan import memory
 from mmsr1_jax.apps.plan.estimate import Calibration
 from mmsr1_jax.apps.plan.figures import Figures
 from mmsr1_jax.apps.plan.memory import CacheSize, Phase
-from mmsr1_jax.apps.plan.targets import Target
+from mmsr1_jax.apps.plan.targets import WHOLE_SLICES, Target
 from mmsr1_jax.config import settings
 
 _GIB = 2.0**30
@@ -117,12 +117,15 @@ def as_text(plan: Plan, config: settings.Config) -> str:
         f"Decode (one step) and extend: each row's lane holds {plan.filled} tokens before it.",
     ]
     if target.num_hosts > 1:
-        lines.append(
-            f"A run cannot span hosts yet: this is the plan of one on all {target.num_hosts} hosts."
-        )
+        lines.append(f"A run on this target has one process on each of {target.num_hosts} hosts.")
     if plan.tensor > 1:
         where = "span several hosts" if plan.crosses_hosts else "stay on one host"
         lines.append(f"Groups of mesh.tensor={plan.tensor} devices {where}.")
+        if target.num_hosts > 1 and target.chip.name in WHOLE_SLICES:
+            lines.append(
+                f"A slice of {target.chip.name} with several hosts runs no program on part of it: "
+                "engines need mesh.tensor=1."
+            )
     return "\n".join(lines)
 
 
