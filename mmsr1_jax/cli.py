@@ -101,7 +101,8 @@ def define_process_flags() -> Callable[[settings.Config], None]:
         limits = config.processes
         processes.start(
             coordinator=coordinator.value, count=count.value, index=index.value,
-            timeout=limits.timeout_seconds, heartbeat_seconds=limits.heartbeat_seconds,
+            start_seconds=limits.start_seconds, timeout=limits.timeout_seconds,
+            heartbeat_seconds=limits.heartbeat_seconds,
         )  # fmt: skip
 
     return start

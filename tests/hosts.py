@@ -19,7 +19,8 @@ from mmsr1_jax.utils import processes
 def main(argv):
     processes.start(
         coordinator=os.environ["MMSR1_COORDINATOR"], count=int(os.environ["MMSR1_NUM_PROCESSES"]),
-        index=int(os.environ["MMSR1_PROCESS_ID"]), timeout={timeout}, heartbeat_seconds={heartbeat},
+        index=int(os.environ["MMSR1_PROCESS_ID"]), start_seconds={start}, timeout={timeout},
+        heartbeat_seconds={heartbeat},
     )
     index = processes.index()
 {body}
@@ -87,10 +88,11 @@ def hosts(commands: Sequence[Sequence[str]], devices: int = 1) -> Iterator[Hosts
         yield started
 
 
-def script(body: str, timeout: float = 60, heartbeat: float = 4) -> list[str]:
+def script(body: str, start: float = 60, timeout: float = 60, heartbeat: float = 4) -> list[str]:
     """Return a command that joins the processes and then runs the lines of `body`.
 
     In `body`, `index` is the index of the process.
     """
     lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
-    return [sys.executable, "-c", CODE.format(body=lines, timeout=timeout, heartbeat=heartbeat)]
+    code = CODE.format(body=lines, start=start, timeout=timeout, heartbeat=heartbeat)
+    return [sys.executable, "-c", code]

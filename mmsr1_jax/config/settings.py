@@ -60,12 +60,14 @@ class Processes:
     """Time limits of a run on several hosts, one process each (`utils/processes.py`).
 
     Attributes:
-      timeout_seconds: Seconds for which processes wait for each other: more than the rollouts of a
-        step may differ in length.
+      start_seconds: Seconds for which processes wait for each other at the start.
+      timeout_seconds: Seconds for which they wait later. The rollouts of a step may not differ more
+        in length.
       update_seconds: Seconds after which an update is taken to be stuck.
       heartbeat_seconds: Seconds of silence after which a process is taken to be dead.
     """
 
+    start_seconds: float = setting(300.0, at_least=1, at_most=3600)
     timeout_seconds: float = setting(1800.0, at_least=1, at_most=86400)
     update_seconds: float = setting(1800.0, at_least=1, at_most=86400)
     heartbeat_seconds: float = setting(30.0, at_least=4, at_most=3600)

@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -74,6 +75,7 @@ def start(
     coordinator: str | None,
     count: int | None,
     index: int | None,
+    start_seconds: float,
     timeout: float,
     heartbeat_seconds: float,
 ) -> None:
@@ -85,7 +87,8 @@ def start(
     Args:
       coordinator: HOST:PORT of process 0.
       count, index: Number of processes, and index of this one.
-      timeout: Seconds for which the processes wait for each other.
+      start_seconds: Seconds for which the processes wait for each other at the start.
+      timeout: Seconds for which they wait later.
       heartbeat_seconds: Seconds of silence after which a process counts as dead.
 
     Raises:
@@ -102,18 +105,36 @@ def start(
         return
     import jax  # not above, as commands that need no device start without it
 
+    if coordinator is not None and index:
+        _wait_for_coordinator(coordinator, start_seconds)
     try:
         jax.distributed.initialize(
-            coordinator, count, index, initialization_timeout=int(min(timeout, 300)),
+            coordinator, count, index, initialization_timeout=int(start_seconds),
             heartbeat_timeout_seconds=int(2 * heartbeat_seconds), shutdown_timeout_seconds=60,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"the processes did not all start: {reason}. Is --coordinator={coordinator} the host "
-            "of process 0, its port open, and does every host run the same command?"
+            f"the processes did not all start: {reason}. Does every host run the same command?"
         ) from None
     _join(timeout, heartbeat_seconds)
+
+
+def _wait_for_coordinator(address: str, seconds: float) -> None:
+    """Wait until process 0 listens, since JAX aborts the process if it does not in time."""
+    host, _, port = address.rpartition(":")
+    deadline, reason = time.monotonic() + seconds, "no address"
+    while host and port.isdecimal() and time.monotonic() < deadline:
+        try:
+            with socket.create_connection((host, int(port)), timeout=5):
+                return
+        except OSError as error:
+            reason = str(error)
+            time.sleep(0.5)
+    raise UserError(
+        f"--coordinator={address}: no answer in {seconds:.0f} s ({reason}). It must be HOST:PORT "
+        "of process 0, which runs the same command, with the port open"
+    )
 
 
 def _is_launched() -> bool:
@@ -270,9 +291,9 @@ def guard_failure(error: BaseException) -> None:
     if _state.client is None:
         return
     message = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
-    if isinstance(error, ProcessError):
+    if isinstance(error, UserError):
         message = str(error)
-    elif not isinstance(error, UserError) and any(word in message.lower() for word in _LOST):
+    elif any(word in message.lower() for word in _LOST):
         time.sleep(_state.heartbeat_seconds + 3 * _BEAT_SECONDS)  # `_watch` ends this process
     fail(message)
 

@@ -167,8 +167,9 @@ def test_a_dead_process_ends_the_others_and_the_run_resumes(alone, questions, tm
 def test_what_cannot_run_together_is_refused(questions, tmp_path):
     """Another configuration, another directory, and processes that do not divide the questions."""
     workdir = tmp_path / "run"
-    command = train_runs.new_run_command(workdir, questions, *STEPS)
-    elsewhere = train_runs.new_run_command(tmp_path / "other", questions, *STEPS)
+    any_mesh = "--config.mesh.fsdp=-1"
+    command = train_runs.new_run_command(workdir, questions, *STEPS, any_mesh)
+    elsewhere = train_runs.new_run_command(tmp_path / "other", questions, *STEPS, any_mesh)
     cases = [
         ([command, [*command, "--config.run.seed=5"]],
          "process 1: config.run.seed is 5, and in process 0"),
@@ -176,7 +177,7 @@ def test_what_cannot_run_together_is_refused(questions, tmp_path):
         ([command] * 3, "prompts_per_step=4 must be a positive multiple"),
     ]  # fmt: skip
     for commands, message in cases:
-        with hosts(commands, devices=4) as group:
+        with hosts(commands) as group:
             codes = group.wait(120)
             assert all(codes), codes
             for index in range(len(commands)):
