@@ -26,6 +26,7 @@ from mmsr1_jax.tools import cache_file
 from mmsr1_jax.tools.cache_file import ToolCacheError, is_fresh, is_valid, read_entries
 from mmsr1_jax.utils import outputs
 from mmsr1_jax.utils.checked_json import valid_text
+from mmsr1_jax.utils.files import network_file_system
 from mmsr1_jax.utils.logs import log
 
 __all__ = ["MODES", "ToolCache", "ToolCacheError"]
@@ -95,6 +96,12 @@ class ToolCache:
             if mode == "replay" and not self._path.is_file():
                 raise ToolCacheError(f"{self._path}: no such cache file; replay mode needs one")
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            if (kind := network_file_system(self._path)) and mode != "replay":
+                raise ToolCacheError(
+                    f"{self._path}: is on a network file system ({kind}), where several hosts would "
+                    "damage an SQLite file. Set config.services.cache=redis://HOST:6379/0, or use a "
+                    "file on a local disk"
+                )
             with self._lock:
                 self._guarded(lambda connection: None)
 

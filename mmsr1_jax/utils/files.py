@@ -10,6 +10,10 @@ from mmsr1_jax.config.errors import UserError
 
 MAX_IMAGE_BYTES = 100_000_000
 _CHUNK = 1 << 20  # bytes
+_NETWORK_FILE_SYSTEMS = (
+    "nfs", "nfs4", "cifs", "smb3", "lustre", "gpfs", "ceph", "glusterfs", "beegfs", "afs",
+    "fuse.sshfs", "fuse.gcsfuse", "fuse.s3fs", "fuse.glusterfs", "fuse.juicefs", "fuse.ceph",
+)  # fmt: skip
 
 
 class FileRefusedError(UserError):
@@ -22,6 +26,30 @@ class FileRefusedError(UserError):
     def __init__(self, path: str | os.PathLike, reason: str):
         super().__init__(f"{path}: {reason}")
         self.strerror = reason
+
+
+def network_file_system(
+    path: str | os.PathLike, mounts: pathlib.Path = pathlib.Path("/proc/self/mounts")
+) -> str | None:
+    """Return the type of the network file system that holds a path, such as `nfs4`, or None.
+
+    Args:
+      path: A path, which need not exist.
+      mounts: Table of mounts, as Linux has it. Without one, no type is known.
+    """
+    target, found = pathlib.Path(os.path.realpath(path)), (-1, "")
+    try:
+        lines = mounts.read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        fields = line.split(" ")
+        if len(fields) < 3:
+            continue
+        point = pathlib.Path(fields[1].replace("\\040", " ").replace("\\134", "\\"))
+        if point in (target, *target.parents) and len(point.parts) >= found[0]:
+            found = len(point.parts), fields[2]  # of two at the same point, the later one
+    return found[1] if found[1] in _NETWORK_FILE_SYSTEMS else None
 
 
 def resolve_inside(

@@ -260,3 +260,9 @@ def test_cache_command(path, tmp_path):
         assert process.returncode == 1 and message in process.stderr.strip().splitlines()[-1], (
             process
         )
+
+
+def test_a_file_on_a_network_file_system_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmsr1_jax.tools.tool_cache.network_file_system", lambda path: "nfs4")
+    with pytest.raises(ToolCacheError, match=r"network file system \(nfs4\).*redis://"):
+        ToolCache(tmp_path / "cache.sqlite")

@@ -222,3 +222,21 @@ def test_a_pipe_is_rejected_without_blocking(folders):
     threading.Thread(target=read, daemon=True).start()
     assert done.wait(60)
     os.close(writer)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/home/a/cache.sqlite", "nfs4"), ("/home/a", "nfs4"), ("/homes/a", None),
+        ("/home/a/scratch/x", None), ("/data set/x", "fuse.sshfs"), ("/over/x", None), ("/x", None),
+    ],
+)  # fmt: skip
+def test_network_file_systems_are_told_by_the_innermost_mount(path, expected, tmp_path):
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        "/dev/sda / ext4 rw 0 0\nserver:/home /home nfs4 rw 0 0\n"
+        "/dev/sdb /home/a/scratch xfs rw 0 0\nhost: /data\\040set fuse.sshfs rw 0 0\n"
+        "server:/over /over nfs rw 0 0\n/dev/sdc /over ext4 rw 0 0\nodd line\n"
+    )
+    assert files.network_file_system(path, mounts) == expected
+    assert files.network_file_system(path, tmp_path / "absent") is None
