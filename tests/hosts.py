@@ -1,6 +1,8 @@
 """Several processes that stand for hosts: started together, each with devices of its own."""
 
 import contextlib
+import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -42,13 +44,16 @@ class Hosts:
       commands: Command of each process.
       logs: Open file for the output of each.
       devices: Number of devices of each.
+      address: Address of process 0.
 
     Attributes:
       processes: The processes, by index.
     """
 
-    def __init__(self, commands: Sequence[Sequence[str]], logs: Sequence[TextIO], devices: int):
-        coordinator = f"127.0.0.1:{free_port()}"
+    def __init__(
+        self, commands: Sequence[Sequence[str]], logs: Sequence[TextIO], devices: int, address: str
+    ):
+        coordinator = f"{address}:{free_port()}"
         self._logs = logs
         self.processes = [
             subprocess.Popen(
@@ -79,13 +84,59 @@ class Hosts:
 
 
 @contextlib.contextmanager
-def hosts(commands: Sequence[Sequence[str]], devices: int = 1) -> Iterator[Hosts]:
-    """Start processes, and kill those that still run when the block ends."""
+def hosts(
+    commands: Sequence[Sequence[str]], devices: int = 1, address: str = "127.0.0.1"
+) -> Iterator[Hosts]:
+    """Start processes, and kill those that still run when the block ends.
+
+    Args:
+      commands: Command of each process.
+      devices: Number of devices of each.
+      address: Address of process 0.
+    """
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in commands]
-        started = Hosts(commands, logs, devices)
+        started = Hosts(commands, logs, devices, address)
         stack.callback(started.kill)
         yield started
+
+
+@contextlib.contextmanager
+def namespaces(count: int) -> Iterator[list[str]]:
+    """Create network namespaces with addresses 10.77.0.1, .2, .. on one bridge.
+
+    Yields:
+      Their names. `ip netns exec NAME` runs a command in one; the link `NAME` cuts it off.
+    """
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+    bridge, names = "mmsr1br", [f"mmsr1n{index}" for index in range(count)]
+    with contextlib.ExitStack() as stack:
+        ip("link", "add", bridge, "type", "bridge")
+        stack.callback(ip, "link", "delete", bridge)
+        ip("link", "set", bridge, "up")
+        for index, name in enumerate(names):
+            ip("netns", "add", name)
+            stack.callback(ip, "netns", "delete", name)
+            ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
+            ip("link", "set", name, "master", bridge, "up")
+            ip("-n", name, "address", "add", f"10.77.0.{index + 1}/24", "dev", "eth0")
+            for link in ("lo", "eth0"):
+                ip("-n", name, "link", "set", link, "up")
+            # In place of /etc/hosts: collectives use the address of the host's own name.
+            folder = pathlib.Path("/etc/netns", name)
+            folder.mkdir(parents=True)
+            stack.callback(shutil.rmtree, folder)
+            lines = f"127.0.0.1 localhost\n10.77.0.{index + 1} {socket.gethostname()}\n"
+            (folder / "hosts").write_text(lines)
+        yield names
+
+
+def cut_off(name: str) -> None:
+    """Cut a namespace off from the others."""
+    subprocess.run(["ip", "link", "set", name, "down"], check=True)
 
 
 def script(body: str, start: float = 60, timeout: float = 60, heartbeat: float = 4) -> list[str]:

@@ -98,9 +98,9 @@ class ToolCache:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if (kind := network_file_system(self._path)) and mode != "replay":
                 raise ToolCacheError(
-                    f"{self._path}: is on a network file system ({kind}), where several hosts would "
-                    "damage an SQLite file. Set config.services.cache=redis://HOST:6379/0, or use a "
-                    "file on a local disk"
+                    f"{self._path}: is on a network file system ({kind}), where several hosts "
+                    "would damage an SQLite file. Set config.services.cache=redis://HOST:6379/0, "
+                    "or use a file on a local disk"
                 )
             with self._lock:
                 self._guarded(lambda connection: None)

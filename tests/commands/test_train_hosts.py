@@ -11,7 +11,7 @@ import pytest
 
 from mmsr1_jax.training import metrics
 from tests import train_runs
-from tests.hosts import hosts
+from tests.hosts import cut_off, hosts, namespaces
 
 # Four devices in all, whatever the number of processes.
 STEPS = ["--config.run.prompts_per_step=4", "--config.run.steps=2", "--config.run.save_every=1",
@@ -185,6 +185,25 @@ def test_what_cannot_run_together_is_refused(questions, tmp_path):
                 errors = [line for line in lines if line.startswith("error: ")]
                 assert message in errors[0] and len(errors) == 1, lines
                 assert "Traceback" not in group.output(index)
+
+
+@pytest.mark.proof
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and `ip`"
+)
+def test_a_host_that_is_cut_off_ends_the_others(questions, tmp_path):
+    workdir = tmp_path / "run"
+    command = train_runs.new_run_command(workdir, questions, *STEPS, "--config.run.steps=50")
+    with namespaces(4) as names:
+        commands = [["ip", "netns", "exec", name, *command] for name in names]
+        with hosts(commands, address="10.77.0.1") as group:
+            wait_for_step(group, workdir, 1)
+            cut_off(names[2])
+            begin = time.monotonic()
+            assert all(process.wait(60) != 0 for process in group.processes)
+            assert time.monotonic() - begin < 60
+            for index in (0, 1, 3):
+                assert "process 2 has been silent" in group.output(index), log(group, index)
 
 
 def test_groups_belong_to_updates_whatever_the_number_of_processes():
