@@ -305,7 +305,9 @@ def test_a_full_cache_does_not_let_others_wait_for_the_tool_of_one(model, proces
         return call
 
     tools = {name: delay_first(tool) for name, tool in tools.items()}
-    engine = Engine(model, processor, make_config(lanes=12, cache_tokens=18 * 128), tools)
+    config = make_config(lanes=12, cache_tokens=18 * 128)
+    config.tools.timeout = config.tools.episode_timeout = 3600.0  # interpreted kernels are slow
+    engine = Engine(model, processor, config, tools)
     episodes = []
     for episode in engine.rollout(examples(5), group_size=4):
         episodes.append(episode)

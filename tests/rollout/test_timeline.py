@@ -90,8 +90,10 @@ def test_lanes_show_programs_tools_and_idle_times(engine, tmp_path):
             )
 
 
-def test_work_of_the_host_does_not_count_as_decoding(engine):
+def test_work_of_the_host_does_not_count_as_decoding(engine, pytestconfig):
     """A device that has long finished does not decode until the host looks at its tokens."""
+    if pytestconfig.getoption("kernels"):
+        pytest.skip("interpreted kernels take longer than the host, and nothing else is compared")
     source, calls, timeline = list(enumerate(examples(3))), [], Timeline()
     recorder = timeline.engine(0, engine.config)
 
