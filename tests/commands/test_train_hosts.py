@@ -3,6 +3,7 @@
 import itertools
 import os
 import pathlib
+import random
 import shutil
 import signal
 import time
@@ -161,6 +162,30 @@ def test_a_dead_process_ends_the_others_and_the_run_resumes(alone, questions, tm
     with hosts([train_runs.train_command(workdir)] * 2, devices=2) as group:
         assert group.wait(600) == [0, 0], [log(group, i) for i in range(2)]
     check_equal(alone("one update"), workdir)
+
+
+@pytest.mark.proof
+def test_a_run_whose_processes_die_ten_times_is_bit_identical_to_an_unbroken_one(
+    questions, tmp_path
+):
+    """At random moments of a step: rollout, update, save."""
+    arguments = ["--config.run.steps=30", "--config.run.validate_every=0"]
+    unbroken = run(tmp_path / "unbroken", questions, 2, *arguments)
+    workdir, rng = tmp_path / "killed", random.Random(0)
+    command = train_runs.new_run_command(workdir, questions, *STEPS, *arguments)
+    for moment in range(10):
+        saved = [int(path.name) for path in workdir.glob("checkpoints/[0-9]*")]
+        with hosts([command] * 2, devices=2) as group:
+            wait_for_step(group, workdir, max(saved, default=0) + 1)
+            time.sleep(rng.uniform(0, 3))
+            begin, victim = time.monotonic(), group.processes[moment % 2]
+            victim.kill()
+            assert group.processes[1 - moment % 2].wait(60) != 0
+            assert time.monotonic() - begin < 60
+        command = train_runs.train_command(workdir)
+    with hosts([command] * 2, devices=2) as group:
+        assert group.wait(600) == [0, 0], [log(group, i) for i in range(2)]
+    assert train_runs.run_results(workdir) == train_runs.run_results(unbroken)
 
 
 @pytest.mark.proof

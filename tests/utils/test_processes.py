@@ -81,6 +81,7 @@ processes.barrier("never")
     assert "Traceback" in outputs[1] and "Traceback" not in outputs[0] + outputs[2]
 
 
+@pytest.mark.proof
 def test_a_failure_of_the_coordinator_reaches_every_process():
     outputs = run("""
 from mmsr1_jax.config.errors import UserError
@@ -93,6 +94,7 @@ processes.barrier("never")
         assert "process 0: the disk is full" in output and "Traceback" not in output
 
 
+@pytest.mark.proof
 def test_a_process_that_does_not_answer_in_time_is_named():
     outputs = run("""
 processes.barrier("start")
@@ -105,6 +107,7 @@ processes.exchange("lengths", index, timeout=2)
         assert "lengths: no answer in 2 s from process 2 (in validation)" in output
 
 
+@pytest.mark.proof
 def test_a_process_for_which_others_wait_in_a_collective_is_named():
     outputs = run("""
 processes.barrier("start")
@@ -118,6 +121,7 @@ with processes.watchdog("update", 1):
         assert "update takes longer than 1 s: process 1 is in rollout" in output
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("victim", "kill"), [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGKILL)]
 )
@@ -140,6 +144,7 @@ processes.exchange("forever", index, timeout=600) if index != VICTIM else time.s
             assert name in group.output(index), group.output(index)
 
 
+@pytest.mark.proof
 def test_a_coordinator_that_cannot_be_reached_is_named():
     begin = time.monotonic()
     with hosts([script("", start=5)] * 2) as group:
