@@ -38,7 +38,7 @@ from mmsr1_jax.rl.packing import Sample, TrainBatch
 from mmsr1_jax.rollout.build import make_processor
 from mmsr1_jax.training import metrics, sft_dataset, train_utils
 from mmsr1_jax.training.sft_dataset import SFTExample
-from mmsr1_jax.training.training_run import TrainingRun
+from mmsr1_jax.training.training_run import StopSignal, TrainingRun
 from mmsr1_jax.utils import outputs, processes
 
 
@@ -58,6 +58,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
     prompts_per_step, seed = config.run.prompts_per_step, config.run.seed
     metrics.check_loggers(config.run.log_to)
     workdir.mkdir(parents=True, exist_ok=True)
+    sigterm = StopSignal()
 
     # ---------------------------------------------------------------- policy and learner
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
@@ -68,7 +69,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
     learning_rate = train_utils.learning_rate_schedule(config)
     shape = train_utils.row_shape(config, mesh)
 
-    with TrainingRun(config, model_dir, workdir, learner) as run:
+    with TrainingRun(config, model_dir, workdir, learner, sigterm) as run:
         # ------------------------------------------------------------ data and checkpoint
         dataset = workdir / "examples.jsonl"
         if not run.start_step and processes.main():

@@ -46,7 +46,7 @@ from mmsr1_jax.tools.service import ServiceRefusedError
 from mmsr1_jax.tools.service_checks import check_services
 from mmsr1_jax.training import metrics, train_utils
 from mmsr1_jax.training.rollouts import RolloutBatch, compute_rewards, validate, write_episodes
-from mmsr1_jax.training.training_run import TrainingRun
+from mmsr1_jax.training.training_run import StopSignal, TrainingRun
 from mmsr1_jax.utils import fallbacks, outputs, processes
 from mmsr1_jax.utils.logs import log
 
@@ -79,6 +79,7 @@ def _train(
     config: settings.Config, model_dir: str, workdir: pathlib.Path, stack: contextlib.ExitStack
 ) -> int:
     objective, update, max_tokens = config.objective, config.update, config.turns.max_episode_tokens
+    sigterm = StopSignal()
 
     # ---------------------------------------------------------------- engine, policy and judge
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
@@ -111,7 +112,7 @@ def _train(
     reference = learner.snapshot(memory) if objective.kl_coef else None
     learning_rate = train_utils.learning_rate_schedule(config)
     shape = train_utils.row_shape(config, mesh)
-    run = stack.enter_context(TrainingRun(config, model_dir, workdir, learner))
+    run = stack.enter_context(TrainingRun(config, model_dir, workdir, learner, sigterm))
     if metadata := run.restore():
         questions.restore(metadata["questions"])
     engine.load(learner.params)

@@ -2,7 +2,8 @@
 
 `train` and `sft` share it:
 
-    with TrainingRun(config, model_dir, workdir, learner) as run:
+    sigterm = StopSignal()              # before anything that takes long
+    with TrainingRun(config, model_dir, workdir, learner, sigterm) as run:
         metadata = run.restore()        # of the latest checkpoint; None: a new run
         run.start()
         for step in run.steps():        # up to the last step, or until SIGTERM
@@ -49,12 +50,15 @@ class TrainingRun:
       model_dir: HF directory of the policy that training starts from.
       workdir: Directory of the run.
       learner: Trained parameters and optimiser state, which checkpoints hold.
+      sigterm: Set when the run is to stop after its current step.
     """
 
     def __init__(
-        self, config: settings.Config, model_dir: str, workdir: pathlib.Path, learner: Learner
-    ):
+        self, config: settings.Config, model_dir: str, workdir: pathlib.Path, learner: Learner,
+        sigterm: "StopSignal",
+    ):  # fmt: skip
         self.workdir = workdir
+        self._sigterm = sigterm
         self._config, self._model_dir, self._learner = config, model_dir, learner
         self._checkpoints = Checkpoints(workdir / "checkpoints", keep=config.run.keep_checkpoints)
         self.start_step = processes.broadcast("latest checkpoint", self._checkpoints.latest) or 0
@@ -85,7 +89,7 @@ class TrainingRun:
         return metadata
 
     def start(self) -> None:
-        """Write `config.json`, open the metrics log, and install the SIGTERM handler."""
+        """Write `config.json`, and open the metrics log."""
         if processes.main():
             run_config.write(self.workdir / "config.json", self._config, self._model_dir)
             config = dataclasses.asdict(self._config)
@@ -93,7 +97,6 @@ class TrainingRun:
                 self.workdir, self._config.run.log_to, step=self.start_step, config=config
             )
             self._resources.callback(self._log.close)
-        self._sigterm = StopSignal()
 
     def steps(self) -> Iterator[int]:
         """Yield the remaining steps, counted from 1, until the last one or SIGTERM.
@@ -107,6 +110,11 @@ class TrainingRun:
             disable=not processes.main(),
         )  # fmt: skip
         profile = self._config.run.profile
+        self._stopping = any(processes.exchange("stop at once", self._sigterm.is_set()))
+        if self._stopping:
+            self._bar.close()
+            log.info("%s: stopped before step %d", self.workdir, first)
+            return
         with self._bar, contextlib.ExitStack() as trace:
             for step in self._bar:
                 if profile and max(first, profile[0]) == step <= profile[1]:
@@ -279,7 +287,7 @@ class StopSignal:
 
     def _stop(self, *_) -> None:
         self._set = True
-        log.info("SIGTERM: finishing and saving this step, then exiting")
+        log.info("SIGTERM: finishing and saving the current step, then exiting")
 
     def is_set(self) -> bool:
         return self._set

@@ -148,7 +148,7 @@ def stubbed_config(services, monkeypatch, tmp_path):
     model = types.SimpleNamespace(config=random_policy.CONFIG)
     monkeypatch.setattr(train.train_utils, "load_policy", lambda *_: model)
     monkeypatch.setattr(train.train_utils, "save_policy", lambda *_: None)
-    monkeypatch.setattr("mmsr1_jax.training.training_run.StopSignal",
+    monkeypatch.setattr(train, "StopSignal",
                         lambda: types.SimpleNamespace(is_set=lambda: False))  # fmt: skip
     monkeypatch.setattr(train, "make_engine", lambda *_: engine)
     monkeypatch.setattr(train, "Learner", Learner)

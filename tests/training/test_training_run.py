@@ -9,7 +9,7 @@ import pytest
 from mmsr1_jax.config import settings
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.training import metrics, train_utils
-from mmsr1_jax.training.training_run import NonfiniteUpdatesError, TrainingRun
+from mmsr1_jax.training.training_run import NonfiniteUpdatesError, StopSignal, TrainingRun
 
 
 class FakeLearner:
@@ -56,7 +56,7 @@ def make_config(steps=6, max_nonfinite_updates=3, **run) -> settings.Config:
 
 
 def make_run(workdir, config, learner=None) -> TrainingRun:
-    return TrainingRun(config, "policy", workdir, learner or FakeLearner())
+    return TrainingRun(config, "policy", workdir, learner or FakeLearner(), StopSignal())
 
 
 def finish_step(run, step, **keywords) -> None:
@@ -191,6 +191,16 @@ def test_a_step_logs_its_times_and_throughput(tmp_path):
 # SIGTERM
 
 
+def test_sigterm_before_the_first_step_ends_the_run_without_one(tmp_path, saved_policies, capsys):
+    with make_run(tmp_path, make_config()) as run:
+        run.restore()
+        signal.raise_signal(signal.SIGTERM)  # while programs compile
+        run.start()
+        assert list(run.steps()) == [] and run.finish() == 0
+    assert f"{tmp_path}: stopped before step 1" in capsys.readouterr().err
+    assert train(tmp_path, make_config(steps=2)) == [1, 2]
+
+
 def test_sigterm_ends_the_run_after_the_step_and_saves_it(tmp_path, saved_policies, capsys):
     config = make_config(steps=6)
 
@@ -202,7 +212,7 @@ def test_sigterm_ends_the_run_after_the_step_and_saves_it(tmp_path, saved_polici
     assert saved_steps(tmp_path) == [3] and logged_steps(tmp_path) == [1, 2, 3]
     assert saved_policies == []  # the run is not complete
     stderr = capsys.readouterr().err
-    assert "SIGTERM: finishing and saving this step, then exiting" in stderr
+    assert "SIGTERM: finishing and saving the current step, then exiting" in stderr
     assert f"{tmp_path}: stopped after step 3, which is saved" in stderr
     assert train(tmp_path, config) == [4, 5, 6]
     assert saved_policies == [tmp_path]

@@ -14,6 +14,7 @@ import types
 import pytest
 
 from mmsr1_jax import curate, sft
+from mmsr1_jax.config import settings
 from mmsr1_jax.data import curation
 from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.tools.index_builder import build_index
@@ -151,6 +152,9 @@ def test_other_commands_on_a_locked_directory_fail(holder, monkeypatch, module, 
     values = {flag: str(directory), "_MIX": curation.PAPER_MIX}
     for name, value in values.items():
         monkeypatch.setattr(module, name, types.SimpleNamespace(value=value), raising=False)
+    config = types.SimpleNamespace(value=settings.Config())
+    monkeypatch.setattr(module, "_CONFIG", config, raising=False)
+    monkeypatch.setattr(module, "_START_PROCESSES", lambda config: None, raising=False)
     locked = (outputs.LockedError, SystemExit)  # before and after `cli.run` shows the error
     with pytest.raises(locked, match=f"{directory}: in use by process {process.pid} "):
         module.main([])
