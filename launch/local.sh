@@ -11,7 +11,9 @@ count=$1 devices=$2
 shift 2
 export JAX_PLATFORMS=cpu
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
-export MMSR1_COORDINATOR="${MMSR1_COORDINATOR:-127.0.0.1:8476}" MMSR1_NUM_PROCESSES="$count"
+free='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+MMSR1_COORDINATOR="127.0.0.1:$(python3 -c "$free")"
+export MMSR1_COORDINATOR MMSR1_NUM_PROCESSES="$count"
 processes=()
 for ((index = 0; index < count; index++)); do
     MMSR1_PROCESS_ID=$index "$@" > >(sed -u "s/^/[$index] /") 2>&1 &

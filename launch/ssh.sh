@@ -16,13 +16,20 @@ processes=()
 for index in "${!hosts[@]}"; do
     host=${hosts[$index]}
     variables="MMSR1_COORDINATOR=${hosts[0]}:${PORT:-8476} MMSR1_NUM_PROCESSES=${#hosts[@]}"
-    # -tt: the remote command ends with the connection, and Ctrl-C reaches it.
-    ssh -tt -o BatchMode=yes "$host" \
-        "cd $(printf '%q' "$folder") && $variables MMSR1_PROCESS_ID=$index $command" \
+    # The remote shell becomes the command, so that the file has its process ID.
+    ssh -o BatchMode=yes "$host" \
+        "cd $(printf '%q' "$folder") && echo \$\$ >.mmsr1-pid-$index \
+        && exec env $variables MMSR1_PROCESS_ID=$index $command" \
         > >(sed -u "s/^/[$host] /") 2>&1 </dev/null &
     processes+=($!)
 done
-trap 'kill -TERM "${processes[@]}" 2>/dev/null || true' INT TERM
+# SIGTERM to one process lets all save their step and end.
+# shellcheck disable=SC2329  # called by the trap
+stop() {
+    ssh -o BatchMode=yes "${hosts[0]}" \
+        "kill -TERM \$(cat $(printf '%q' "$folder")/.mmsr1-pid-0)" </dev/null || true
+}
+trap stop INT TERM
 status=0
 for process in "${processes[@]}"; do
     while kill -0 "$process" 2>/dev/null; do wait "$process" || true; done

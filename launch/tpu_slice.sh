@@ -24,11 +24,12 @@ case "$verb" in
         # All workers, always: a program on one worker of a slice waits for the others for ever.
         # In the foreground: with nohup a spot slice reports success at once. A lock that a killed
         # process has left in /tmp/libtpu_lockfile would refuse the next one.
-        "${all_workers[@]}" --command="pgrep -x python3 >/dev/null || rm -f /tmp/libtpu_lockfile; \
+        "${all_workers[@]}" --command="kill -0 \$(cat .mmsr1-pid) 2>/dev/null \
+            || rm -f /tmp/libtpu_lockfile; echo \$\$ >.mmsr1-pid; \
             cd mmsr1_jax && PATH=\$HOME/.venv/bin:\$PATH exec $(printf '%q ' "$@")"
         ;;
     stop)
-        "${all_workers[@]}" --command="pkill -TERM -f mmsr1_jax || true"
+        "${all_workers[@]}" --command="kill -TERM \$(cat .mmsr1-pid)"
         ;;
     *)
         echo "unknown: $verb" >&2

@@ -87,8 +87,8 @@ def define_process_flags() -> Callable[[settings.Config], None]:
     """
     coordinator = flags.DEFINE_string(
         "coordinator", os.environ.get("MMSR1_COORDINATOR"),
-        "HOST:PORT of process 0, of a run on several hosts; default: detected on TPU slices, and "
-        "under SLURM and MPI",
+        "HOST:PORT of process 0, of a run on several hosts; default: detected on TPU slices and "
+        "under SLURM",
     )  # fmt: skip
     count = flags.DEFINE_integer(
         "num_processes", _integer("MMSR1_NUM_PROCESSES"), "number of processes, one a host"
@@ -157,9 +157,12 @@ def run(
             if error.filename is None:  # not about a file, so not the user's to fix
                 raise
             sys.exit(f"error: {error}")
+        except SystemExit:
+            raise
         except BaseException as error:
             if processes.count() > 1:
-                traceback.print_exc()
+                if not isinstance(error, KeyboardInterrupt):
+                    traceback.print_exc()
                 processes.guard_failure(error)
             raise
 

@@ -49,10 +49,11 @@ _WORKFLOW = "on_demand"  # as in training: the policy decides when to search
 def main(argv: Sequence[str]) -> int:
     del argv
     _START_PROCESSES(_CONFIG.value)
-    out = pathlib.Path(_OUT.value)
+    out = train_utils.local_directory(_OUT.value, "out")
     mix = curation.read_mix(_MIX.value)
     with outputs.lock(out):
-        train_utils.check_processes(_CONFIG.value, _MODEL.value or "", out)
+        train_utils.check_directory(out)
+        processes.agree(train_utils.facts(_CONFIG.value, _MODEL.value or ""))
         provenance = roll_out(_CONFIG.value, _MODEL.value, out)
         if not processes.main():
             return 0

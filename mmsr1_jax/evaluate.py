@@ -51,13 +51,14 @@ def main(argv: Sequence[str]) -> int:
         _START_PROCESSES(_CONFIG.value)
         config, model_dir, checkpoint = _policy()
         if _OUT.value:
-            out = pathlib.Path(_OUT.value)
+            out = train_utils.local_directory(_OUT.value, "out")
         elif _WORKDIR.value:
             out = pathlib.Path(_WORKDIR.value, "evaluation")
         else:
             raise UserError("--out: required, a directory for the results")
         with outputs.lock(out):
-            train_utils.check_processes(config, model_dir, out)
+            train_utils.check_directory(out)
+            processes.agree(train_utils.facts(config, model_dir))
             results = evaluate(config, model_dir, out, checkpoint=checkpoint)
     if processes.main():
         print(format_results(results))

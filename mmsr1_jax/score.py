@@ -15,6 +15,7 @@ A line of OUT, in the order of IN, is {"id": .., "tokens": [..], "logprobs": [nu
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -36,6 +37,7 @@ from mmsr1_jax.models.qwen2_5_vl import Rows
 from mmsr1_jax.processing.batching import Bucket, TooLongError, make_rows, select_bucket
 from mmsr1_jax.processing.images import ImageError
 from mmsr1_jax.processing.processor import ConversationError, Processor, Prompt
+from mmsr1_jax.training import train_utils
 from mmsr1_jax.utils import checked_json, outputs, processes
 from mmsr1_jax.utils.files import FileRefusedError, check_regular
 from mmsr1_jax.utils.logs import log
@@ -62,6 +64,9 @@ def score_file(
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out={out}: must be a file in an existing directory")
     lines = list(checked_json.jsonl_lines(source))
+    if processes.count() > 1:
+        digest = hashlib.sha256(source.read_bytes()).hexdigest()
+        processes.agree({"the conversations": digest, **train_utils.facts(config, model_dir)})
     processor = Processor.from_directory(model_dir)
     processor.images = processor.images.with_limits(
         config.images.min_pixels, config.images.max_pixels

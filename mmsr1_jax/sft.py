@@ -47,9 +47,10 @@ def main(argv) -> int:
     _START_PROCESSES(_CONFIG.value)
     workdir = train_utils.resolve_workdir(_WORKDIR.value)
     with outputs.lock(workdir):
+        train_utils.check_directory(workdir)
         config, model_dir = train_utils.resolve_settings(workdir, _CONFIG.value, _MODEL.value)
         train_utils.check_matches_existing_run(workdir, config, model_dir)
-        train_utils.check_processes(config, model_dir, workdir)
+        processes.agree(train_utils.facts(config, model_dir))
         return train(config, model_dir, workdir)
 
 

@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain, count
 
 from absl import flags
@@ -56,9 +57,10 @@ def main(argv) -> int:
     _START_PROCESSES(_CONFIG.value)
     workdir = train_utils.resolve_workdir(_WORKDIR.value)
     with outputs.lock(workdir):
+        train_utils.check_directory(workdir)
         config, model_dir = train_utils.resolve_settings(workdir, _CONFIG.value, _MODEL.value)
         train_utils.check_matches_existing_run(workdir, config, model_dir)
-        train_utils.check_processes(config, model_dir, workdir)
+        processes.agree(train_utils.facts(config, model_dir))
         return train(config, model_dir, workdir)
 
 
@@ -198,7 +200,7 @@ def _train(
                 refusal = error
         run.finish_step(
             step,
-            step_metrics | fallbacks.take_counts(),
+            step_metrics | processes.sum_counts("fallbacks", fallbacks.take_counts()),
             {"questions": questions.state()},
             tokens=sum(processes.exchange("tokens", rollouts.num_tokens)),
             score=step_metrics.get("validation/accuracy"),
@@ -238,7 +240,8 @@ def roll_out(
             group_size=run.group_size, sampling=sampling, indices=new_questions, timeline=timeline,
         )  # fmt: skip
         episodes = sorted(rollout, key=lambda episode: episode.index)
-        rewards = compute_rewards(episodes, new_questions, config, judge, step=step - 1)
+        judged = partial(compute_rewards, episodes, new_questions, config, judge, step=step - 1)
+        rewards = processes.call_together("rewards", judged, ServiceRefusedError)
         new_groups = {first + number: [] for number in new_questions}
         for episode, reward in zip(episodes, rewards, strict=True):
             if episode.end == "error":

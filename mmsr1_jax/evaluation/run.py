@@ -50,6 +50,7 @@ _SERVICES = (
     "serpapi_url", "serper_url", "searxng_url", "retrieval_url", "jina_url", "reader",
     "summariser_url", "summariser_model", "fvqa_cache", "allowed_hosts", "cache", "cache_mode",
 )  # fmt: skip
+_WAIT_SECONDS = 86400.0  # while others roll out, or process 0 asks the judge
 _PROMPTS = "prompts."  # prefix of a workflow's name; the value is a digest of its prompts
 
 
@@ -85,6 +86,8 @@ def evaluate(
         config = dataclasses.replace(config, images=image_settings)
     source = EvalQuestions(config, images)
     provenance = _provenance(config, source, model_dir, checkpoint)
+    files = [f[:2] for f in provenance["model files"]]  # names and sizes, without times
+    processes.agree({"the policy's files": files, "the data": provenance["data"]})
     if processes.main():
         provenance = _check_provenance(out / PROVENANCE, provenance)
         parts.absorb(out)
@@ -92,7 +95,7 @@ def evaluate(
         limits = [workflow_limits(name, config.turns) for name in config.eval.workflows]
         check_services(config, limits)
     processes.barrier("evaluation")
-    judge = make_judge(config)
+    judge = make_judge(config, num_loops=1)  # of process 0
     engine = make_engine(config, str(model_dir))
     results: dict[str, Any] = {}
     try:
@@ -102,13 +105,13 @@ def evaluate(
         for name in config.eval.workflows:
             processes.phase(f"workflow {name}")
             run_workflow(engine, config, name, source, out)
-            processes.barrier(f"episodes of {name}")
+            processes.barrier(f"episodes of {name}", timeout=_WAIT_SECONDS)
             if processes.main():
                 parts.absorb(out)
                 model = config.services.judge_model
                 results = score_episodes(out / EPISODES, out, judge, model, provenance)
                 results = score_documents(config, out, results)
-            processes.barrier(f"scores of {name}")
+            processes.barrier(f"scores of {name}", timeout=_WAIT_SECONDS)
     finally:
         engine.close()
     return results

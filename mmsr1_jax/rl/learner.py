@@ -26,6 +26,7 @@ from mmsr1_jax.models import sharding
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
 from mmsr1_jax.rl import lora
 from mmsr1_jax.rl.packing import TrainBatch
+from mmsr1_jax.utils import processes
 
 # Maps the log-probs and entropies of a batch's tokens, float32[B, C] each, to the loss (a sum) and
 # named sums. All are accumulated over micro-batches.
@@ -113,7 +114,12 @@ class Learner:
             donate_argnums=(0, 1),
             out_shardings=(trained, optimizer, replicated),
         )
-        self._logprobs = jax.jit(self._compute_logprobs, compiler_options=options)
+        by_rows = None  # as the compiler likes; with several processes, each has its own rows
+        if processes.count() > 1:
+            by_rows = NamedSharding(self.mesh, PartitionSpec(sharding.RULES["batch"], None))
+        self._logprobs = jax.jit(
+            self._compute_logprobs, out_shardings=by_rows, compiler_options=options
+        )
         self._copy = jax.jit(
             lambda p: jax.tree.map(lambda x: x.astype(dtype).copy(), p), out_shardings=trained
         )

@@ -59,13 +59,17 @@ def make_tools(config: settings.Config, *, num_loops: int = 1) -> dict[str, Tool
     return by_action
 
 
-def make_judge(config: settings.Config) -> Judge | None:
-    """Return the answer judge, or None if answers are matched. Raises ToolCacheError."""
+def make_judge(config: settings.Config, *, num_loops: int | None = None) -> Judge | None:
+    """Return the answer judge, or None if answers are matched. Raises ToolCacheError.
+
+    Args:
+      config: Settings.
+      num_loops: Number of processes that ask the judge, as in `make_tools`; None: all.
+    """
     if config.services.judge_url is None:
         return None
-    clients = ServiceClients(
-        config.services, _open_cache(config.services), num_loops=processes.count()
-    )
+    loops = processes.count() if num_loops is None else num_loops
+    clients = ServiceClients(config.services, _open_cache(config.services), num_loops=loops)
     return clients.client("judge")
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import chain, islice
 
 from mmsr1_jax.config import settings
@@ -16,6 +17,7 @@ from mmsr1_jax.rl import train_batch
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.pool import EnginePool
 from mmsr1_jax.tools.judge import Judge
+from mmsr1_jax.tools.service import ServiceRefusedError
 from mmsr1_jax.training import metrics
 from mmsr1_jax.training.sft_dataset import to_line
 from mmsr1_jax.utils import fallbacks, outputs, processes
@@ -156,7 +158,8 @@ def validate(
     examples = [question.example() for question in questions.values()]
     rollout = engine.rollout(examples, sampling=greedy, indices=questions)
     episodes = sorted(rollout, key=lambda e: e.index)
-    rewards = compute_rewards(episodes, questions, config, judge, step=config.run.steps)
+    judged = partial(compute_rewards, episodes, questions, config, judge, step=config.run.steps)
+    rewards = processes.call_together("validation rewards", judged, ServiceRefusedError)
     categories = [questions[episode.group].category for episode in episodes]
     facts = metrics.gather_facts(metrics.episode_facts(episodes, rewards, categories))
     return {f"validation/{name}": value for name, value in metrics.episode_metrics(facts).items()}

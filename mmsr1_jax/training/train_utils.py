@@ -35,15 +35,22 @@ def resolve_workdir(given: str | None) -> pathlib.Path:
     """Return the run's directory: `--workdir`, or `build/` plus the config file's name and variant.
 
     Raises:
-      UserError: The command line has neither `--workdir` nor `--config`.
+      UserError: The command line has neither `--workdir` nor `--config`, or names an object store.
     """
     if given is not None:
-        return pathlib.Path(given)
+        return local_directory(given, "workdir")
     if _without_config_file():
         raise UserError("give --config=FILE to start a run, or --workdir=RUN of the run to resume")
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     name, _, variant = file.partition(":")
     return pathlib.Path("build", pathlib.Path(name).stem + (f"_{variant}" if variant else ""))
+
+
+def local_directory(given: str, flag: str) -> pathlib.Path:
+    """Return the directory that a flag names. Raises UserError for an object store."""
+    if "://" in given:
+        raise UserError(f"--{flag}={given}: must be a directory on a disk, not an object store")
+    return pathlib.Path(given)
 
 
 def resolve_settings(
@@ -111,23 +118,38 @@ def _without_config_file() -> bool:
     return file.resolve() == pathlib.Path(settings.__file__).resolve()
 
 
-def check_processes(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> None:
-    """Check that all processes run the same command, on the same code, in the same directory.
+def facts(config: settings.Config, model_dir: str) -> dict[str, Any]:
+    """Return what must be the same in all processes of a run: settings, policy, code."""
+    values: dict[str, Any] = {"the policy": model_dir}
+    for section, fields in redaction.redact(dataclasses.asdict(config)).items():
+        values |= {f"config.{section}.{name}": value for name, value in fields.items()}
+    files = sorted(pathlib.Path(model_dir).glob("*.safetensors"))
+    values["the policy's files"] = [[file.name, file.stat().st_size] for file in files]
+    values["the code's digest"] = source_digest(pathlib.Path(mmsr1_jax.__file__).parent)[:16]
+    values["the version of jax"] = jax.__version__
+    return values
+
+
+def check_directory(directory: pathlib.Path) -> None:
+    """Check that all processes see the same directory, by a file that process 0 puts there.
 
     Raises:
-      ProcessError: They do not; the message names the process and what differs.
+      ProcessError: They do not; the message names the first process that does not.
     """
-    token = workdir / ".mmsr1-processes"
+    if processes.count() == 1:
+        return
+    token = directory / f".mmsr1-{processes.broadcast('token', uuid.uuid4().hex)}"
     if processes.main():
-        outputs.write_text(token, uuid.uuid4().hex)
-    processes.barrier("start")
-    facts: dict[str, Any] = {"the policy": model_dir}
-    for section, values in redaction.redact(dataclasses.asdict(config)).items():
-        facts |= {f"config.{section}.{name}": value for name, value in values.items()}
-    facts["the code's digest"] = source_digest(pathlib.Path(mmsr1_jax.__file__).parent)[:16]
-    facts["the version of jax"] = jax.__version__
-    facts[f"what {workdir} contains"] = token.read_text() if token.is_file() else "another folder"
-    processes.agree(facts)
+        token.touch()
+    processes.barrier("token")
+    seen = processes.exchange("directory", token.is_file())
+    if processes.main():
+        token.unlink()
+    if not all(seen):
+        raise processes.ProcessError(
+            f"process {seen.index(False)}: does not see the files that process 0 writes to "
+            f"{directory}; all processes need the same directory, on a disk that they share"
+        )
 
 
 def load_policy(config: settings.Config, model_dir: str, mesh: Mesh) -> qwen2_5_vl.Qwen2_5_VL:

@@ -139,10 +139,12 @@ class TrainingRun:
     def collective_phase(self, name: str) -> contextlib.AbstractContextManager:
         """Return a `phase` in which processes wait for each other on their devices.
 
-        It begins once all are there. If it then takes too long, all processes end with a message.
+        It begins once all are there, which adds to `time/wait`. If it then takes too long, all
+        processes end with a message.
         """
         stack = contextlib.ExitStack()
-        processes.barrier(name)
+        with self._timer.phase("wait"):
+            processes.barrier(name)
         stack.enter_context(processes.watchdog(name, self._config.processes.update_seconds))
         stack.enter_context(self._timer.phase(name))
         return stack
@@ -179,6 +181,7 @@ class TrainingRun:
                 part = f"_{processes.index()}" if processes.count() > 1 else ""
                 path = self.workdir / f"nonfinite_{step:06d}{part}.npz"
                 _write_batches(path, itertools.chain(*batches))
+                processes.barrier("batches written")
                 raise NonfiniteUpdatesError(
                     f"step {step}: the loss or gradient of {limit} updates in a row was not finite "
                     f"(update.max_nonfinite_updates). Their micro-batches are in {path}"
@@ -232,6 +235,9 @@ class TrainingRun:
     def with_resume_hint(self, error: UserError, step: int) -> UserError:
         """Return the error that ends the run after `step`, saying how to resume it."""
         self._bar.close()
+        if processes.count() > 1:  # the first process that fails ends the others
+            self._resources.close()
+            processes.barrier("saved")
         saved = f"step {step} is saved" if step else "no step is complete yet"
         return type(error)(f"{error}; {self.workdir}: {saved}; the same command resumes the run")
 

@@ -14,6 +14,7 @@ A process that fails says so, and all others end with its message. One that dies
 wait in a collective is found by their `watchdog`.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -22,18 +23,17 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar, cast
 
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.utils.logs import log
 
+Result = TypeVar("Result")
+
 _PREFIX = "mmsr1"
 _BEAT_SECONDS = 1.0
 _ACKNOWLEDGE_SECONDS = 5.0  # for which process 0 keeps the server running after a failure
-# Variables of launchers that JAX detects (`jax.distributed.initialize`), with the number of
-# processes that they state.
-_LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _LOST = ("gloo", "nccl", "connection", "unavailable", "heartbeat", "coordination", "socket")
 
 
@@ -94,22 +94,26 @@ def start(
     Raises:
       UserError: The arguments are incomplete, or the processes did not all start in time.
     """
-    given = [coordinator, count, index]
-    if all(x is None for x in given) and not _is_launched():
-        return
-    if any(x is None for x in given) and not all(x is None for x in given):
+    if coordinator is None and count is None and index is None:
+        coordinator, count, index = _detect(start_seconds)
+        if coordinator is None:
+            return
+    if coordinator is None or count is None or index is None:
         raise UserError("give all of --coordinator, --num_processes and --process_id, or none")
-    if count is not None and index is not None and not 0 <= index < count:
+    if not 0 <= index < count:
         raise UserError(f"--process_id={index} must be in [0, {count}), as --num_processes={count}")
     if count == 1:
         return
     import jax  # not above, as commands that need no device start without it
 
-    if coordinator is not None and index:
+    # JAX would handle SIGTERM itself, and so hide it from the commands.
+    jax.config.update("jax_enable_preemption_service", False)
+    if index:
         _wait_for_coordinator(coordinator, start_seconds)
     try:
         jax.distributed.initialize(
-            coordinator, count, index, initialization_timeout=int(start_seconds),
+            coordinator, count, index, cluster_detection_method="deactivate",
+            initialization_timeout=int(start_seconds),
             heartbeat_timeout_seconds=int(2 * heartbeat_seconds), shutdown_timeout_seconds=60,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
@@ -137,12 +141,21 @@ def _wait_for_coordinator(address: str, seconds: float) -> None:
     )
 
 
-def _is_launched() -> bool:
-    """Return whether a launcher that JAX detects has started several processes."""
-    if any(int(os.environ.get(name) or 1) > 1 for name in _LAUNCHERS):
-        return True
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")  # set on TPU slices
-    return "," in hosts or "MEGASCALE_NUM_SLICES" in os.environ
+def _detect(seconds: float) -> tuple[str | None, int | None, int | None]:
+    """Return coordinator, number and index of the processes by the launcher, or None.
+
+    JAX knows TPU slices, SLURM, Open MPI and Kubernetes. It would give each process of a node one
+    of its GPUs; here each process takes all.
+    """
+    from jax._src.clusters import ClusterEnv  # JAX has no public access to what it detects
+
+    found = ClusterEnv.auto_detect_unset_distributed_params(
+        None, None, None, [], None, int(seconds)
+    )
+    coordinator, count, index = found[:3]
+    if coordinator is None or count is None or index is None:
+        return None, None, None
+    return coordinator, count, index
 
 
 def _join(timeout: float, heartbeat_seconds: float) -> None:
@@ -216,6 +229,29 @@ def barrier(topic: str, timeout: float | None = None) -> None:
     exchange(topic, None, timeout)
 
 
+def call_together(topic: str, function: Callable[[], Result], refused: type[Exception]) -> Result:
+    """Call a function in all processes. What one raises of type `refused`, all raise."""
+    error, result = None, None
+    try:
+        result = function()
+    except refused as caught:
+        error = caught
+    messages = exchange(topic, None if error is None else str(error))
+    if error is not None:
+        raise error
+    for message in filter(None, messages):
+        raise refused(message)
+    return cast(Result, result)
+
+
+def sum_counts(topic: str, counts: Mapping[str, float]) -> dict[str, float]:
+    """Return the sums of counts over all processes, by name."""
+    total = collections.Counter[str]()
+    for part in exchange(topic, dict(counts)):
+        total.update(part)
+    return {name: float(total[name]) for name in sorted(total)}
+
+
 def agree(facts: Mapping[str, Any]) -> None:
     """Check that facts are the same in all processes.
 
@@ -274,6 +310,7 @@ def fail(message: str) -> None:
 
     Nothing is waited for but, in process 0, that the others have read the message.
     """
+    _end_soon()
     announced = f"process {_state.index}: {message}"
     with contextlib.suppress(Exception):
         _set("failure", announced)  # fails if another was first
@@ -290,10 +327,16 @@ def guard_failure(error: BaseException) -> None:
     """
     if _state.client is None:
         return
+    import jax
+
     message = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
     if isinstance(error, UserError):
         message = str(error)
-    elif any(word in message.lower() for word in _LOST):
+    elif isinstance(error, KeyboardInterrupt):
+        message = "interrupted"
+    elif isinstance(error, jax.errors.JaxRuntimeError) and any(
+        word in message.lower() for word in _LOST
+    ):
         time.sleep(_state.heartbeat_seconds + 3 * _BEAT_SECONDS)  # `_watch` ends this process
     fail(message)
 
@@ -306,6 +349,9 @@ def finish() -> None:
     _state.ended.set()
     for thread in _state.threads:  # they must not be in a call when the interpreter ends
         thread.join(_ACKNOWLEDGE_SECONDS)
+    import jax
+
+    jax.distributed.shutdown()  # waits for the others, so that the server of process 0 is the last
 
 
 # Threads
@@ -350,8 +396,16 @@ def _watch_server(heartbeat_seconds: float) -> None:
 _ending = threading.Lock()
 
 
+def _end_soon() -> None:
+    """End this process in a few seconds, whatever the calls to a server that is gone do."""
+    timer = threading.Timer(2 * _ACKNOWLEDGE_SECONDS, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+
+
 def _end(message: str) -> None:
     """End this process at once, with exit code 1 and the message of the failure."""
+    _end_soon()
     _ending.acquire()  # never released: the first message is the one
     with contextlib.suppress(Exception):
         print(f"error: {message}", file=sys.stderr, flush=True)

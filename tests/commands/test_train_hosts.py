@@ -198,7 +198,7 @@ def test_what_cannot_run_together_is_refused(questions, tmp_path):
     cases = [
         ([command, [*command, "--config.run.seed=5"]],
          "process 1: config.run.seed is 5, and in process 0"),
-        ([command, elsewhere], "process 1: what"),
+        ([command, elsewhere], "process 1: does not see the files that process 0 writes to"),
         ([command] * 3, "prompts_per_step=4 must be a positive multiple"),
     ]  # fmt: skip
     for commands, message in cases:

@@ -62,6 +62,38 @@ print("done", index)
     assert all(f"done {index}" in output for index, output in enumerate(outputs))
 
 
+def test_slurm_is_detected(monkeypatch):
+    assert processes._detect(1) == (None, None, None)
+    variables = {"JOB_ID": "4095", "STEP_NODELIST": "node[07,11-12]", "NTASKS": "3", "PROCID": "2",
+                 "LOCALID": "0"}  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert processes._detect(1) == ("node07:65535", 3, 2)
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    processes.start(
+        coordinator=None, count=None, index=None, start_seconds=1, timeout=1, heartbeat_seconds=4
+    )
+    assert processes.count() == 1
+
+
+def test_what_one_process_refuses_all_refuse():
+    outputs = run("""
+class Refused(Exception): pass
+def function():
+    if index == 1:
+        raise Refused("no key")
+    return index
+try:
+    processes.call_together("rewards", function, Refused)
+except Refused as error:
+    print("refused:", error)
+assert processes.call_together("rewards", lambda: index, Refused) == index
+counts = processes.sum_counts("fallbacks", {"a": index, f"b{index}": 1.0})
+assert counts == {"a": 3.0, "b0": 1.0, "b1": 1.0, "b2": 1.0}, counts
+""")
+    assert all("refused: no key" in output for output in outputs)
+
+
 def test_processes_that_disagree_are_refused_with_the_fact_that_differs():
     body = "processes.agree({'seed': 1, 'config.run.steps': 8 if index == 2 else 9})"
     for output in run(body, expected=1):
