@@ -69,7 +69,8 @@ def test_slurm_is_detected(monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert processes._detect(1) == ("node07:65535", 3, 2)
-    monkeypatch.setenv("SLURM_NTASKS", "1")
+    for name, value in {"NTASKS": "1", "PROCID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
     processes.start(
         coordinator=None, count=None, index=None, start_seconds=1, timeout=1, heartbeat_seconds=4
     )
