@@ -80,6 +80,7 @@ WITHOUT_TEXTS = (
 EXPRESSIONS: dict[str, tuple[Text, ...]] = {
     **dict.fromkeys(WITHOUT_TEXTS, ()),
     "apps.plan.collectives._PAIRS": (lambda n: " source_target_pairs={" + "{1,1}," * (n // 6),),
+    "evaluation.parts._PART": (lambda n: "episodes." + "1" * n,),
     "tools.verdicts._THINK_FRAME": (lambda n: "</think" * (n // 7),),
     "data.benchmarks.grading._EXACT": (lambda n: "a." * n, lambda n: "a@" + "b." * n),
     "data.benchmarks.grading._clean": (lambda n: " " * n + "x", lambda n: "'" * n),

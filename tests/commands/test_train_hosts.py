@@ -10,8 +10,10 @@ import time
 
 import pytest
 
+from mmsr1_jax.rl import train_batch
 from mmsr1_jax.training import metrics
 from tests import train_runs
+from tests.episode_factory import answer, episode_of, reward_of
 from tests.hosts import cut_off, hosts, namespaces
 
 # Four devices in all, whatever the number of processes.
@@ -232,14 +234,19 @@ def test_a_host_that_is_cut_off_ends_the_others(questions, tmp_path):
 
 
 def test_groups_belong_to_updates_whatever_the_number_of_processes():
-    from mmsr1_jax.rl import train_batch
+    groups = [
+        [(episode_of(answer("x"), group=number), reward_of(1.0, True))] for number in range(10)
+    ]
 
-    groups = [[number] for number in range(10)]
-    whole = train_batch.split(groups, range(10), 10, 4)
-    assert [[g[0] for g in part] for part in whole] == [[0, 1, 2], [3, 4], [5, 6, 7], [8, 9]]
+    def numbers(part):
+        return [episode.group for ((episode, _),) in part]
+
+    whole = [numbers(part) for part in train_batch.split(groups, range(10), 10, 4)]
+    assert whole == [[0, 1, 2], [3, 4], [5, 6, 7], [8, 9]]
     for count in (2, 3, 5):
         parts = [train_batch.split(groups[p::count], range(p, 10, count), 10, 4)
                  for p in range(count)]  # fmt: skip
         for update in range(4):
-            merged = sorted(itertools.chain(*(part[update] for part in parts)))
-            assert merged == whole[update]
+            merged = itertools.chain(*(numbers(part[update]) for part in parts))
+            assert sorted(merged) == whole[update]
+    assert train_batch.split([[]], [0], 1, 2) == [[], []]  # a group without usable episodes
