@@ -86,8 +86,7 @@ def evaluate(
         config = dataclasses.replace(config, images=image_settings)
     source = EvalQuestions(config, images)
     provenance = _provenance(config, source, model_dir, checkpoint)
-    files = [f[:2] for f in provenance["model files"]]  # names and sizes, without times
-    processes.agree({"the policy's files": files, "the data": provenance["data"]})
+    processes.agree({"the data": provenance["data"]})
     if processes.main():
         provenance = _check_provenance(out / PROVENANCE, provenance)
         parts.absorb(out)

@@ -230,7 +230,10 @@ def shard_batch(batch: Tree, mesh: Mesh) -> Tree:
 
 
 def shard_whole_batch(batch: Tree, mesh: Mesh) -> Tree:
-    """As `shard_batch`, but each process has all rows of the batch, of which it puts its own."""
+    """Put a pytree of host arrays [B, ...] on the mesh, as `shard_batch` does.
+
+    With several processes, each passes the same B rows, those of the whole batch.
+    """
 
     def put(x):
         axes = ("batch",) + (None,) * (np.ndim(x) - 1)

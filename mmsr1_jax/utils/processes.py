@@ -33,6 +33,7 @@ Result = TypeVar("Result")
 
 _PREFIX = "mmsr1"
 _BEAT_SECONDS = 1.0
+_END_SECONDS = 86400.0  # while process 0 completes files alone
 _ACKNOWLEDGE_SECONDS = 5.0  # for which process 0 keeps the server running after a failure
 _LOST = ("gloo", "nccl", "connection", "unavailable", "heartbeat", "coordination", "socket")
 
@@ -345,7 +346,7 @@ def finish() -> None:
     """End as planned: wait for the others, and stop watching them."""
     if _state.client is None:
         return
-    barrier("end")
+    barrier("end", timeout=_END_SECONDS)
     _state.ended.set()
     for thread in _state.threads:  # they must not be in a call when the interpreter ends
         thread.join(_ACKNOWLEDGE_SECONDS)
