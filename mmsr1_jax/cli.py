@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 from mmsr1_jax.config import ConfigError, settings
 from mmsr1_jax.config.errors import UserError
-from mmsr1_jax.utils import logs, processes, shutdown
+from mmsr1_jax.utils import logs, process_watch, processes, shutdown
 
 COMMANDS = ("train", "sft", "evaluate", "infer", "score", "curate", "report", "serve")
 SCRIPTS = (
@@ -148,12 +148,12 @@ def run(
             processes.finish()
             return code
         except UserError as error:
-            processes.guard_failure(error)
+            process_watch.guard_failure(error)
             sys.exit(f"error: {error}")
         except OSError as error:
             if processes.count() > 1:
                 traceback.print_exc()
-                processes.guard_failure(error)
+                process_watch.guard_failure(error)
             if error.filename is None:  # not about a file, so not the user's to fix
                 raise
             sys.exit(f"error: {error}")
@@ -163,7 +163,7 @@ def run(
             if processes.count() > 1:
                 if not isinstance(error, KeyboardInterrupt):
                     traceback.print_exc()
-                processes.guard_failure(error)
+                process_watch.guard_failure(error)
             raise
 
     app.run(shutdown.guard(call, interrupted=interrupted), flags_parser=parse)

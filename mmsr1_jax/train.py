@@ -21,7 +21,7 @@ request failed are excluded from the update. All fallbacks are counted (`utils/f
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, count
 
@@ -37,6 +37,7 @@ from mmsr1_jax.rewards.reward_function import Reward
 from mmsr1_jax.rl import packing, train_batch
 from mmsr1_jax.rl.advantages import group_advantages
 from mmsr1_jax.rl.learner import Learner
+from mmsr1_jax.rollout.active import RolloutStopped
 from mmsr1_jax.rollout.build import make_engine
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.pool import EnginePool
@@ -46,7 +47,13 @@ from mmsr1_jax.tools.judge import Judge
 from mmsr1_jax.tools.service import ServiceRefusedError
 from mmsr1_jax.tools.service_checks import check_services
 from mmsr1_jax.training import metrics, train_utils
-from mmsr1_jax.training.rollouts import RolloutBatch, compute_rewards, validate, write_episodes
+from mmsr1_jax.training.rollouts import (
+    RolloutBatch,
+    collect_episodes,
+    compute_rewards,
+    validate,
+    write_episodes,
+)
 from mmsr1_jax.training.training_run import StopSignal, TrainingRun
 from mmsr1_jax.utils import fallbacks, outputs, processes
 from mmsr1_jax.utils.logs import log
@@ -132,8 +139,12 @@ def _train(
                 train_utils.memory_for_rollouts(engine, learner, update.offload),
             ):
                 rollouts = roll_out(
-                    engine, questions, config, judge, seed=seed, step=step, timeline=timeline
-                )
+                    engine, questions, config, judge, seed=seed, step=step, timeline=timeline,
+                    must_stop=run.must_stop_rollout,
+                )  # fmt: skip
+        except RolloutStopped:
+            run.stop_rollout(step, {"questions": data_position})
+            break
         except ServiceRefusedError as error:
             run.save(step - 1, {"questions": data_position})
             raise run.with_resume_hint(error, step - 1) from None
@@ -195,7 +206,11 @@ def _train(
                     run.phase("validation"),
                     train_utils.memory_for_rollouts(engine, learner, update.offload),
                 ):
-                    step_metrics |= validate(engine, validation_source, config, judge)
+                    step_metrics |= validate(
+                        engine, validation_source, config, judge, must_stop=run.must_stop_rollout
+                    )
+            except RolloutStopped:
+                log.warning("step %d: saved without its validation, because of SIGTERM", step)
             except ServiceRefusedError as error:  # the step itself is complete
                 refusal = error
         run.finish_step(
@@ -215,6 +230,7 @@ def _train(
 def roll_out(
     engine: Engine | EnginePool, questions: Iterator[list[Question]], config: settings.Config,
     judge: Judge | None, *, seed: int, step: int, timeline: Timeline | None = None,
+    must_stop: Callable[[], bool] | None = None,
 ) -> RolloutBatch:  # fmt: skip
     """Sample the episodes of a step (counted from 1), and compute their rewards.
 
@@ -223,6 +239,9 @@ def roll_out(
 
     With `objective.max_resample_rounds`, groups with zero reward variance are replaced by groups of
     further questions (DAPO, arXiv 2503.14476, section 3.2).
+
+    Raises:
+      RolloutStopped: `must_stop` returns True in a process.
     """
     objective, run, max_tokens = config.objective, config.run, config.turns.max_episode_tokens
     groups: dict[int, list[tuple[Episode, Reward]]] = {}
@@ -238,8 +257,9 @@ def roll_out(
         rollout = engine.rollout(
             [question.example() for question in new_questions.values()],
             group_size=run.group_size, sampling=sampling, indices=new_questions, timeline=timeline,
+            must_stop=must_stop,
         )  # fmt: skip
-        episodes = sorted(rollout, key=lambda episode: episode.index)
+        episodes = collect_episodes(rollout)
         judged = partial(compute_rewards, episodes, new_questions, config, judge, step=step - 1)
         rewards = processes.call_together("rewards", judged, ServiceRefusedError)
         new_groups = {first + number: [] for number in new_questions}

@@ -4,6 +4,7 @@ from typing import Literal, get_args
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
+Lockstep = Literal["auto", "always", "never"]
 Attention = Literal["auto", "xla", "blockwise", "cudnn", "triton", "mosaic", "splash"]
 Workflow = Literal["on_demand", "rag", "direct", "agent"]
 Match = Literal["EM", "SubEM"]
@@ -25,6 +26,7 @@ VisionTarget = Literal["vision.qkv", "vision.out", "vision.gate", "vision.up", "
 DTYPES: tuple[str, ...] = get_args(Dtype)
 REMAT: tuple[str, ...] = get_args(Remat)
 ATTENTION: tuple[str, ...] = get_args(Attention)
+LOCKSTEP: tuple[str, ...] = get_args(Lockstep)
 WORKFLOWS: tuple[str, ...] = get_args(Workflow)
 MATCHES: tuple[str, ...] = get_args(Match)
 ADVANTAGES: tuple[str, ...] = get_args(Advantage)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from mmsr1_jax.config import bounds, rewards, training
 from mmsr1_jax.config.bounds import ConfigError, setting
-from mmsr1_jax.config.choices import ATTENTION, DTYPES, REMAT, WORKFLOWS
+from mmsr1_jax.config.choices import ATTENTION, DTYPES, LOCKSTEP, REMAT, WORKFLOWS
 from mmsr1_jax.config.rewards import Rewards
 from mmsr1_jax.config.tools import Services, Tools, credential_error
 from mmsr1_jax.config.training import Data, Objective, Run, Update
@@ -146,6 +146,8 @@ class Rollout:
         `prefill_buckets`.
       precompile: Whether to compile all programs at startup instead of at their first use, so that
         none is compiled later.
+      lockstep: Whether the engines of all processes run their programs as one, because the devices
+        cannot run those of one engine alone. `auto`: on TPU v5e and v6e if `mesh.tensor` > 1.
     """
 
     lanes: int = setting(16, at_least=1, at_most=65536)
@@ -158,6 +160,7 @@ class Rollout:
     encode_windows: int = setting(16, at_least=1, at_most=2**20)
     image_cache_tokens: int = setting(40960, at_least=1, at_most=2**28)
     precompile: bool = True
+    lockstep: str = setting("auto", one_of=LOCKSTEP)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -149,6 +149,8 @@ class Run:
       save_every: Number of steps between checkpoints. The last step is always saved.
       keep_checkpoints: Number of most recent checkpoints to keep. The best one by validation score
         is kept as well.
+      grace_seconds: Seconds after SIGTERM in which a run should end, 30 for a spot machine. If the
+        current step would take longer, its rollout is dropped and the step before it is saved.
       saved_episodes: Number of episodes written to disk in each step.
       log_to: Metric loggers: `tensorboard`, `wandb`, both separated by a comma, or empty for
         neither. JSONL is always written.
@@ -166,6 +168,7 @@ class Run:
     validate_every: int = setting(10, at_least=0, at_most=2**31 - 1)
     save_every: int = setting(10, at_least=0, at_most=2**31 - 1)
     keep_checkpoints: int = setting(2, at_least=1, at_most=2**20)
+    grace_seconds: float = setting(30.0, at_least=0, at_most=86400)
     saved_episodes: int = setting(4, at_least=0, at_most=2**20)
     log_to: str = "tensorboard"
     profile: tuple[int, ...] = ()

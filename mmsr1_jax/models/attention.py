@@ -163,8 +163,7 @@ def _xla(q, k, v, segments, causal: bool):
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, N, T, H]
     B, N, T, _ = q.shape
     large = 4 * N * T * T >= 2**20
-    mesh = jax.sharding.get_abstract_mesh()
-    if B > 1 and large and sharding.platform() == "cpu" and (mesh.empty or mesh.size == 1):
+    if B > 1 and large and sharding.platform() == "cpu" and sharding.num_devices() == 1:
         out = jax.lax.map(lambda row: _row_attention(*row, causal), (q, k, v, segments))
     else:
         out = jax.vmap(functools.partial(_row_attention, causal=causal))(q, k, v, segments)
@@ -360,16 +359,14 @@ def _splash(q, k, v, segment_ids, prefix_ids=None, *, causal: bool, interpret: b
 
 def _per_device(kernel, q, k, v, *ids):
     """Run a single-device kernel on each device's own rows and heads."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if sharding.num_devices() == 1:
         return kernel(q, k, v, *ids)
+    mesh = jax.sharding.get_abstract_mesh()
     names = ("batch", None, "heads", None)
     kv_spec = sharding.partition_spec(("batch", None, "kv_heads", None), k.shape, mesh)
     spec = sharding.partition_spec(names, q.shape, mesh)
     if kv_spec != spec:  # q and kv heads split differently: every device computes all heads
         spec = kv_spec = PartitionSpec(spec[0])
     ids_specs = (PartitionSpec(spec[0]),) * len(ids)
-    return jax.shard_map(
-        kernel, mesh=mesh, in_specs=(spec, kv_spec, kv_spec, *ids_specs), out_specs=spec,
-        check_vma=False,
-    )(q, k, v, *ids)  # fmt: skip
+    run = sharding.per_device(kernel, (spec, kv_spec, kv_spec, *ids_specs), spec)
+    return run(q, k, v, *ids)

@@ -25,14 +25,12 @@ def gated_linear(
       float[B, T, F]. The kernel computes in float32 up to the rounding of the result.
     """
     kernel = _gpu if sharding.is_hopper() else _xla
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if sharding.num_devices() == 1:
         return kernel(x, gate, up)
+    mesh = jax.sharding.get_abstract_mesh()
     weights = sharding.partition_spec(("ffn", None), gate.shape, mesh)
-    return jax.shard_map(
-        kernel, mesh=mesh, in_specs=(PartitionSpec(), weights, weights),
-        out_specs=PartitionSpec(None, None, weights[0]), check_vma=False,
-    )(x, gate, up)  # fmt: skip
+    out = PartitionSpec(None, None, weights[0])
+    return sharding.per_device(kernel, (PartitionSpec(), weights, weights), out)(x, gate, up)
 
 
 def _gpu(x, gate, up) -> jax.Array:

@@ -138,17 +138,14 @@ def paged_attention(
 
 def _per_device(kernel, q, pages, rows: PagedRows) -> jax.Array:
     """Run a kernel on each device's own heads."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if sharding.num_devices() == 1:
         return kernel(q, pages, rows)
+    mesh = jax.sharding.get_abstract_mesh()
     kv_spec = sharding.partition_spec(AXES[pages.ndim], pages.shape, mesh)
     spec = sharding.partition_spec((None, None, "heads", None), q.shape, mesh)
     if not any(kv_spec):  # fewer kv heads than devices: every device computes all heads
         spec = PartitionSpec()
-    return jax.shard_map(
-        kernel, mesh=mesh, in_specs=(spec, kv_spec, PartitionSpec()), out_specs=spec,
-        check_vma=False,
-    )(q, pages, rows)  # fmt: skip
+    return sharding.per_device(kernel, (spec, kv_spec, PartitionSpec()), spec)(q, pages, rows)
 
 
 def tpu_fetched_tokens(T: int, keys: int, page_size: int, num_pages: int) -> int:

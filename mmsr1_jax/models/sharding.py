@@ -7,7 +7,7 @@ four are replicated, and so is a batch of one row.
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -83,10 +83,10 @@ def partition_spec(
     Example, on a mesh of fsdp=2, tensor=4:
       `("embed", "kv_heads", "head_dim")` of shape `(512, 2, 64)` -> `P("fsdp", None, None)`.
     """
-    spec = []
+    spec, sizes = [], _automatic_axes(mesh)
     for name, size in zip(axes, shape, strict=True):
-        mesh_axes = tuple(a for a in _mesh_axes(name) if mesh.shape.get(a, 1) > 1)
-        shards = int(np.prod([mesh.shape[a] for a in mesh_axes]))
+        mesh_axes = tuple(a for a in _mesh_axes(name) if sizes.get(a, 1) > 1)
+        shards = int(np.prod([sizes[a] for a in mesh_axes]))
         spec.append(mesh_axes if mesh_axes and size % shards == 0 else None)
     return PartitionSpec(*spec)
 
@@ -95,12 +95,41 @@ def _mesh_axes(name: str | None) -> tuple[str, ...]:
     return () if name is None else RULES.get(name, ())
 
 
+def _automatic_axes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """Return the sizes of the mesh axes over which a program is to be split.
+
+    Inside a `shard_map` over some axes, they are the others.
+    """
+    manual = mesh.manual_axes if isinstance(mesh, AbstractMesh) else ()
+    return {name: size for name, size in mesh.shape.items() if name not in manual}
+
+
+def num_devices() -> int:
+    """Return the number of devices of the current mesh over which a program is split.
+
+    It is 1 without a mesh. Inside a `shard_map` over some axes, the others count.
+    """
+    return int(np.prod([*_automatic_axes(jax.sharding.get_abstract_mesh()).values()]))
+
+
+def per_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """Return a function that runs on each device's own shards, with the mesh of `jax.set_mesh`.
+
+    Inside a `shard_map` over some axes, specs name the others.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs,
+        axis_names=set(_automatic_axes(mesh)), check_vma=False,
+    )  # fmt: skip
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Constrain the sharding of an activation inside `jit`; a no-op without `jax.set_mesh`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if num_devices() == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
+    spec = partition_spec(axes, x.shape, jax.sharding.get_abstract_mesh())
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -119,8 +148,8 @@ def gather(x: jax.Array, *axes: str | None) -> jax.Array:
 
 def mesh_axis_size(name: str) -> int:
     """Return the size of a logical axis's mesh axes in the current mesh (1 without a mesh)."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return int(np.prod([mesh.shape.get(a, 1) for a in _mesh_axes(name)]))
+    sizes = _automatic_axes(jax.sharding.get_abstract_mesh())
+    return int(np.prod([sizes.get(a, 1) for a in _mesh_axes(name)]))
 
 
 def platform() -> str:

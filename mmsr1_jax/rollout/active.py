@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
 from mmsr1_jax.episodes.episode import Episode, Example
@@ -19,10 +18,16 @@ from mmsr1_jax.rollout.prefill import PrefillChunk
 # none for now. It is called in each round of the loop, and may raise an exception to end it.
 NextExamples = Callable[[int], list[tuple[int, Example]]]
 
+
+class RolloutStopped(Exception):
+    """The caller of a rollout wants no more of its episodes."""
+
+
 # Callback for newly sampled tokens, int32[n]: the next tokens of the episode's current turn. They
 # become part of the episode when the turn ends.
 OnTokens = Callable[[Episode, np.ndarray], None]
 
+STOP_INTERVAL = 0.5  # seconds between two questions whether to stop while nothing else happens
 SAMPLED = ("tokens", "logprobs", "sampling_logprobs")
 NO_TOKENS = np.zeros(0, np.int32)
 
@@ -36,7 +41,8 @@ class Group:
       example: The example.
       waiting: Indices of the episodes that have no lane yet.
       prompt: Future of the tokenized prompt, computed in the pool.
-      hidden: Final hidden state of the last prompt token, set after prefill.
+      lane: Lane of the episode for which the prompt is written.
+      is_written: Whether it has been written.
       position: M-RoPE position of the token after the prompt.
     """
 
@@ -44,7 +50,8 @@ class Group:
     example: Example
     waiting: collections.deque[int]
     prompt: concurrent.futures.Future[Prompt]
-    hidden: jax.Array | None = None
+    lane: int = -1
+    is_written: bool = False
     position: int = 0
 
 

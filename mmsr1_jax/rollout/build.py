@@ -1,5 +1,8 @@
 """Construction of rollout engines from a config."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 from flax import nnx
 from jax.sharding import Mesh
@@ -9,11 +12,14 @@ from mmsr1_jax.models import qwen2_5_vl, sharding
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.rollout.engine import Engine
+from mmsr1_jax.rollout.lockstep import Lockstep
 from mmsr1_jax.rollout.placement import transfer
 from mmsr1_jax.rollout.pool import EnginePool
 from mmsr1_jax.tools.build import make_tools
 from mmsr1_jax.utils import processes
 
+# Kinds of TPU that run programs only on all chips of a slice, or on one.
+_WHOLE_SLICES = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")
 _MAX_PIXELS = 2 * 672 * 672  # default bound on the area of an image, as in the published script
 
 
@@ -33,20 +39,44 @@ def make_engine(
     Raises:
       UserError, OSError: A file or setting is unusable; the message names it.
     """
-    meshes = _meshes(config.mesh)[:engines]
+    meshes = _meshes(config.mesh)
+    lockstep = runs_in_lockstep(config, jax.devices(), meshes[0].size)
+    if not lockstep:
+        meshes = meshes[:engines]
     tools = make_tools(config, num_loops=len(meshes) * processes.count())
     processor = make_processor(config, model_dir)
     model = qwen2_5_vl.load(
         model_dir,
-        mesh=meshes[0],
+        mesh=sharding.make_mesh(1, -1, meshes[0].size) if lockstep else meshes[0],
         param_dtype=config.model.dtype,
         dtype=config.model.dtype,
         attention=config.model.attention,
     )
     processor.check_fits(model.config)
+    if lockstep:
+        engines_together = Lockstep(model, config, donate=True)
+        return EnginePool(
+            [model] * len(meshes), processor, config, tools, lockstep=engines_together
+        )
     if len(meshes) == 1:
         return Engine(model, processor, config, tools, donate=True)
     return EnginePool(replicate(model, meshes), processor, config, tools, donate=True)
+
+
+def runs_in_lockstep(config: settings.Config, devices: Sequence[Any], tensor: int) -> bool:
+    """Return whether the engines of a slice run their programs together, see `lockstep`.
+
+    Unless `rollout.lockstep` says, they do on TPU v5e and v6e with several chips an engine: these
+    refuse programs on some parts of a slice.
+
+    Args:
+      config: All settings.
+      devices: Devices of the slice.
+      tensor: Number of devices of an engine.
+    """
+    if config.rollout.lockstep != "auto":
+        return config.rollout.lockstep == "always"
+    return 1 < tensor < len(devices) and devices[0].device_kind in _WHOLE_SLICES
 
 
 def make_processor(config: settings.Config, model_dir: str) -> Processor:

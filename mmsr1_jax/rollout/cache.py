@@ -43,7 +43,7 @@ class PrefillBatch(flax.struct.PyTreeNode):
     """A batch of tokens to write into some lanes, padded to a shape of the bucket table.
 
     Attributes:
-      lane: Lane of each row, int32[B]. Padding rows have the out-of-range index "number of lanes",
+      lane: Lane of each row, int32[B]. Padding rows have the out-of-range `Programs.num_lanes`,
         and are dropped. No two rows have the same lane.
       rows: Pages, filled tokens and number of new tokens of each row's lane.
       tokens: Token ids, int32[B, T], padded at the end.
@@ -125,10 +125,10 @@ def fork(
     cache: Cache,
     source: Int32[AnyArray, ""],
     target: Int32[AnyArray, ""],
-    lane: Int32[AnyArray, ""],
-    hidden: Float[jax.Array, "D"],
+    from_lane: Int32[AnyArray, ""],
+    to_lane: Int32[AnyArray, ""],
 ) -> Cache:
-    """Copy one page, and set the hidden state of a lane.
+    """Copy one page, and the hidden state of a lane.
 
     XLA does not know that source and target differ, so it copies a page by way of a temporary in
     every form (slices, `at[].set`, gather and scatter): on GPUs twice the bytes are moved between
@@ -139,17 +139,18 @@ def fork(
       cache: The cache.
       source: Page to copy, int32[].
       target: Page to overwrite, int32[].
-      lane: Lane that continues from `hidden`, int32[].
-      hidden: Hidden state of the last token of the prefix, as returned by `extend`, float[D].
+      from_lane, to_lane: Lane whose hidden state is copied, and the one that continues from it,
+        int32[]; nothing is copied to an out-of-range one.
     """
 
     def copy(pages):
         page = jax.lax.dynamic_slice_in_dim(pages, source, 1)
         return jax.lax.dynamic_update_slice_in_dim(pages, page, target, 0)
 
+    hidden = jax.lax.dynamic_index_in_dim(cache.hidden, from_lane, keepdims=False)
     return Cache(
         pages=tuple(copy(pages) for pages in cache.pages),
-        hidden=cache.hidden.at[lane].set(hidden),
+        hidden=cache.hidden.at[to_lane].set(hidden, mode="drop"),
     )
 
 

@@ -31,7 +31,7 @@ class Rows(flax.struct.PyTreeNode):
     """State of the turns being decoded, one per row.
 
     Attributes:
-      lane: Lane of each row, int32[B]; "number of lanes" for padding rows.
+      lane: Lane of each row, int32[B]; `Programs.num_lanes` for padding rows.
       table: Pages of each row's lane, int32[B, pages], with room for the tokens to sample.
       length: Number of tokens in each row's lane, int32[B].
       active: Whether the row samples tokens, bool[B].

@@ -6,7 +6,7 @@ lanes, the number of steps per decoding call and the order in which tools respon
 
 import concurrent.futures
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from flax import nnx
@@ -20,8 +20,11 @@ from mmsr1_jax.episodes.turn_machine import OnEvent
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.rollout import forcing, stop
-from mmsr1_jax.rollout.active import NextExamples, OnTokens
+from mmsr1_jax.rollout.active import STOP_INTERVAL, NextExamples, OnTokens, RolloutStopped
 from mmsr1_jax.rollout.device import Device, EngineStats
+from mmsr1_jax.rollout.lockstep import Lockstep
+from mmsr1_jax.rollout.programs import Programs
+from mmsr1_jax.rollout.runner import LocalRunner, Runner
 from mmsr1_jax.rollout.scheduler import END_TOKENS, Scheduler
 from mmsr1_jax.rollout.timeline import EngineTimeline, Timeline
 from mmsr1_jax.tools import Tool
@@ -39,6 +42,8 @@ class Engine:
         tool fail, and the policy receives an error message.
       donate: Whether the engine deletes the model's parameters once it has its own copy, so that
         they take no memory beside its caches.
+      lockstep: The engines that run their programs together with this one, which have the
+        parameters; None: it runs its own.
 
     Attributes:
       device: Parameters, lanes and programs on the device.
@@ -48,6 +53,7 @@ class Engine:
       merge_size: Number of patches along each side of a merged image token.
       pool: Threads that prepare prompts and search results.
       tool_executor: Executor of tool calls.
+      lockstep: The engines that run their programs together with this one, or None.
     """
 
     def __init__(
@@ -58,6 +64,7 @@ class Engine:
         tools: Mapping[str, Tool] | None = None,
         *,
         donate: bool = False,
+        lockstep: Lockstep | None = None,
     ):
         self.config = config
         self.processor = processor
@@ -70,7 +77,17 @@ class Engine:
         allowed[: len(token_bytes)] = [bool(text) for text in token_bytes]
         allowed[list(processor.control.values())] = False
         allowed[list(ends.values())] = True
-        self.device = Device(model, config, stops=self.stops, allowed=allowed, donate=donate)
+        self.lockstep = lockstep
+        tables = dict(next_state=self.stops.next_state, allowed=allowed)
+        if lockstep is None:
+            programs = Programs(
+                model, config, states=len(self.stops.next_state), running=self.stops.running
+            )
+            params = nnx.split(model)[1]
+            runner: Runner = LocalRunner(programs, params, **tables, donate=donate)
+        else:
+            runner = lockstep.join(**tables, running=self.stops.running)
+        self.device = Device(runner, model.config, config)
         self._rules = self.make_rules(config.turns, prompts.load(config.turns.prompt_dir))
         self.image_token = model.config.image_token_id
         self.merge_size = model.config.vision.merge_size
@@ -162,6 +179,7 @@ class Engine:
         rules: Rules | None = None,
         indices: Iterable[int] | None = None,
         timeline: Timeline | None = None,
+        must_stop: Callable[[], bool] | None = None,
     ) -> Iterator[Episode]:
         """Yield episodes as they end, in any order; `group` and `index` identify them.
 
@@ -176,18 +194,27 @@ class Engine:
           indices: Distinct indices of the examples; None: 0, 1, .. They determine the indices of
             the episodes, so that part of a call can be repeated exactly.
           timeline: Recorder of what the device and each lane do; None: nothing is recorded.
+          must_stop: Called every second or less; the rollout ends when it returns True.
 
         Raises:
+          RolloutStopped: `must_stop` has returned True.
           RuntimeError: Another rollout of this engine is in progress, or it has no parameters.
           ConfigError: The sampling settings are invalid.
         """
         indexed = zip(itertools.count() if indices is None else indices, examples, strict=False)
+
+        def next_examples(count: int) -> list[tuple[int, Example]]:
+            if must_stop is not None and must_stop():
+                raise RolloutStopped
+            return list(itertools.islice(indexed, count))
+
         yield from self.rollout_part(
-            lambda count: list(itertools.islice(indexed, count)),
+            next_examples,
             group_size=group_size,
             sampling=sampling or self.config.sampling,
             on_event=on_event,
             rules=rules,
+            poll_interval=None if must_stop is None else STOP_INTERVAL,
             timeline=None if timeline is None else timeline.engine(0, self.config),
         )
 
@@ -226,22 +253,21 @@ class Engine:
         settings.validate_sampling(sampling)
         if self._busy:
             raise RuntimeError("Engine.rollout: another rollout is in progress")
-        self.device.begin(timeline)
         self._busy = True
         try:
-            scheduler = Scheduler(
-                self,
-                rules or self._rules,
-                next_examples,
-                group_size=group_size,
-                sampling=sampling,
-                on_event=on_event,
-                on_tokens=on_tokens,
-                poll_interval=poll_interval,
-                timeline=timeline,
-            )
-            yield from scheduler.episodes()
+            with self.device.rollout(timeline):
+                scheduler = Scheduler(
+                    self,
+                    rules or self._rules,
+                    next_examples,
+                    group_size=group_size,
+                    sampling=sampling,
+                    on_event=on_event,
+                    on_tokens=on_tokens,
+                    poll_interval=poll_interval,
+                    timeline=timeline,
+                )
+                yield from scheduler.episodes()
         finally:
             self.tool_executor.cancel_all()
-            self.device.finish()
             self._busy = False

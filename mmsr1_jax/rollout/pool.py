@@ -8,12 +8,13 @@ example in the whole call, and nothing else in it depends on the engine.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import itertools
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from flax import nnx
@@ -25,9 +26,11 @@ from mmsr1_jax.episodes.turn_machine import Event, OnEvent
 from mmsr1_jax.episodes.turns import Action
 from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
 from mmsr1_jax.processing.processor import Processor
+from mmsr1_jax.rollout.active import STOP_INTERVAL, RolloutStopped
 from mmsr1_jax.rollout.device import EngineStats
 from mmsr1_jax.rollout.dispatcher import Dispatcher
 from mmsr1_jax.rollout.engine import Engine
+from mmsr1_jax.rollout.lockstep import Lockstep
 from mmsr1_jax.rollout.timeline import Timeline
 from mmsr1_jax.tools import Tool
 
@@ -44,6 +47,8 @@ class EnginePool:
         created in threads, so that they compile concurrently.
       processor, config, tools, donate: As for `Engine`; the numbers of lanes and rows are per
         engine.
+      lockstep: Engines of a slice that run their programs together, those of this process among
+        them; `models` then has the policy on the whole slice for each of those.
 
     Attributes:
       engines: Engines, in the order of `models`.
@@ -57,13 +62,18 @@ class EnginePool:
         tools: Mapping[str, Tool] | None = None,
         *,
         donate: bool = False,
+        lockstep: Lockstep | None = None,
     ):
         self.config = config
         self.processor = processor
-        with concurrent.futures.ThreadPoolExecutor(len(models)) as threads:
+        with (
+            contextlib.nullcontext() if lockstep is None else lockstep.running(),
+            concurrent.futures.ThreadPoolExecutor(len(models)) as threads,
+        ):
             make_engine = functools.partial(
-                Engine, processor=processor, config=config, tools=tools, donate=donate
-            )
+                Engine, processor=processor, config=config, tools=tools, donate=donate,
+                lockstep=lockstep,
+            )  # fmt: skip
             self.engines = list(threads.map(make_engine, models))
         self._busy = False
 
@@ -82,7 +92,7 @@ class EnginePool:
           RuntimeError: A rollout is in progress.
         """
         self.release()
-        prepared = self.engines[0].device.prepare(params)
+        prepared = self.engines[0].device.runner.prepare(params)
         for engine in self.engines:
             engine.device.install(prepared)
 
@@ -131,6 +141,7 @@ class EnginePool:
         rules: Rules | None = None,
         indices: Iterable[int] | None = None,
         timeline: Timeline | None = None,
+        must_stop: Callable[[], bool] | None = None,
     ) -> Iterator[Episode]:
         """Yield episodes as they end, as `Engine.rollout` does.
 
@@ -141,6 +152,7 @@ class EnginePool:
         Raises:
           RuntimeError: Another rollout of this pool is in progress, or it has no parameters.
           ConfigError: The sampling settings are invalid.
+          RolloutStopped: `must_stop` has returned True.
           Exception: Any exception raised by an engine, `examples` or `on_event`.
         """
         sampling = sampling or self.config.sampling
@@ -162,19 +174,33 @@ class EnginePool:
             timelines=timelines,
         )
         try:
-            dispatcher.start()
-            running = len(self.engines)
-            while running:
-                result = source.results.get()
-                if isinstance(result, _Failure):
-                    raise result.error
-                if result is None:
-                    running -= 1
-                else:
-                    yield result
+            with running_programs(self.engines):
+                try:
+                    dispatcher.start()
+                    running = len(self.engines)
+                    while running:
+                        if must_stop is not None and must_stop():
+                            raise RolloutStopped
+                        try:
+                            result = source.results.get(timeout=STOP_INTERVAL)
+                        except queue.Empty:
+                            continue
+                        if isinstance(result, _Failure):
+                            raise result.error
+                        if result is None:
+                            running -= 1
+                        else:
+                            yield result
+                finally:
+                    dispatcher.stop()
         finally:
-            dispatcher.stop()
             self._busy = False
+
+
+def running_programs(engines: Sequence[Engine]) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which engines may run programs, see `Lockstep.running`."""
+    lockstep = engines[0].lockstep
+    return contextlib.nullcontext() if lockstep is None else lockstep.running()
 
 
 @dataclasses.dataclass(frozen=True)

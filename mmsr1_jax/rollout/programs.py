@@ -14,7 +14,7 @@ weights where they are (`Qwen2_5_VL.unstack`).
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,8 @@ from mmsr1_jax.models.qwen2_5_vl.vision import ImageRows
 from mmsr1_jax.rollout import cache, decode, placement
 from mmsr1_jax.rollout.sampler import Sampling
 
+# Positions of the arguments of a program that are the same for all engines: parameters and tables.
+SHARED = {"load": (0,), "encode": (0,), "extend": (0,), "decode": (0, 3, 4)}
 PAGES_PER_MOVE = 16  # pages that one call of `read_pages` or `write_pages` moves
 
 
@@ -64,17 +66,22 @@ class Programs:
 
     Attributes:
       dtype: Compute dtype.
+      num_engines: Number of engines that run a program together.
       layout: Sharding of each of the engine's parameters.
       trainer_layout: Sharding of each parameter of `model`.
       replicated: Sharding of an array on all devices of the engine.
       pages_per_lane: Maximum number of pages of a lane.
       num_pages: Number of pages of the cache.
+      num_lanes: Number of lanes of the cache: those of the engine, and one for the hidden state of
+        a prompt whose group has episodes without a lane.
     """
+
+    num_engines: int = 1
 
     def __init__(self, model: Qwen2_5_VL, config: settings.Config, *, states: int, running: int):
         self.config, self._model_config, self.dtype = config.rollout, model.config, model.dtype
         self._windows, self._states, self._running = config.buckets.image_windows, states, running
-        size = self.config.page_size
+        size, self.num_lanes = self.config.page_size, self.config.lanes + 1
         self.pages_per_lane = -(-config.turns.max_episode_tokens // size)
         # One page more than all lanes can fill, for the copy of a prompt's last page.
         self.num_pages = self.config.lanes * self.pages_per_lane + 1
@@ -90,13 +97,15 @@ class Programs:
         with self.context():
             self._on_cpu = sharding.platform() == "cpu"
             self._graph, self._params = nnx.split(nnx.eval_shape(self._unstacked, params))
-            if self._mesh is None:
-                self.layout = jax.tree.map(lambda _: first, self._params)
-            else:
-                self.layout = sharding.param_shardings(self._params, self._mesh)
-            shapes = jax.eval_shape(self._empty)
-            self._cache_layout = placement.cache_shardings(shapes[0], first)
+            self.layout = self._params_layout(first)
+            self._cache_layout = placement.cache_shardings(jax.eval_shape(self._empty)[0], first)
             self._define()
+
+    def _params_layout(self, first: Sharding) -> nnx.State:
+        """Return the sharding of each parameter; `first` is that of one of the trainer's."""
+        if self._mesh is None:
+            return jax.tree.map(lambda _: first, self._params)
+        return sharding.param_shardings(self._params, self._mesh)
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
@@ -115,24 +124,10 @@ class Programs:
 
     def _empty(self) -> tuple[cache.Cache, jax.Array]:
         config, text = self.config, self._model_config.text
-        empty = cache.allocate(text, self.dtype, config.lanes, self.num_pages, config.page_size)
+        empty = cache.allocate(text, self.dtype, self.num_lanes, self.num_pages, config.page_size)
         return empty, jnp.zeros((config.image_cache_tokens, text.hidden_size), self.dtype)
 
     def _define(self) -> None:
-        graph, precision = self._graph, "highest" if self.dtype == jnp.float32 else None
-
-        options = sharding.compiler_options(vmem_mib=64)
-
-        def program(function, *, donate=(), static=(), options=options):
-            @functools.wraps(function)
-            def run(params, *args, **keywords):
-                with jax.default_matmul_precision(precision):  # accelerators reduce it by default
-                    return function(nnx.merge(graph, params), *args, **keywords)
-
-            return jax.jit(
-                run, donate_argnums=donate, static_argnames=static, compiler_options=options
-            )
-
         def encode(model, store, images, slots):
             tokens = model.encode_images(images)
             flat = tokens.reshape(-1, tokens.shape[-1])
@@ -140,19 +135,51 @@ class Programs:
             # The store is donated to the next call. The number shows when this one has ended.
             return store, flat[0, 0]
 
-        def extend(model, lanes, new, store):
-            hidden, lanes = cache.extend(model, lanes, new, store)
-            return tuple(hidden), lanes  # one array per row, so that none is sliced later
-
         # Without, as compiling takes more than twice as long, for each number of windows.
-        self.encode = program(encode, donate=1, options=None)
-        self.extend = program(extend, donate=1)
-        self.decode = program(decode.decode, donate=1, static=("steps", "running"))
-        self.fork = jax.jit(cache.fork, donate_argnums=0)
-        self.read_pages = jax.jit(cache.read_pages)
-        self.write_pages = jax.jit(cache.write_pages, donate_argnums=0)
+        self.encode = self._with_params(encode, large_products=False)
+        self.extend = self._with_params(cache.extend)
+        self.decode = self._with_params(decode.decode, static=("steps", "running"))
+        self.fork = jax.jit(self._on_engines(cache.fork), donate_argnums=0)
+        self.read_pages = jax.jit(self._on_engines(cache.read_pages))
+        self.write_pages = jax.jit(self._on_engines(cache.write_pages), donate_argnums=0)
         self.empty = jax.jit(self._empty, out_shardings=(self._cache_layout, self.replicated))
         self._load_programs: dict[Mesh | None, Callable[[nnx.State], nnx.State]] = {}
+
+    def _with_params(
+        self,
+        function: Callable[..., Any],
+        *,
+        static: Sequence[str] = (),
+        large_products: bool = True,
+    ) -> Any:
+        """Return a jitted function of parameters, a donated state and further arguments.
+
+        Args:
+          function: Function of the policy, the state and the arguments.
+          static: Names of static arguments.
+          large_products: Whether to compile for large matrix products.
+        """
+        graph, precision = self._graph, "highest" if self.dtype == jnp.float32 else None
+
+        @functools.wraps(function)
+        def run(params, *args, **keywords):
+            with jax.default_matmul_precision(precision):  # accelerators reduce it by default
+                return function(nnx.merge(graph, params), *args, **keywords)
+
+        options = sharding.compiler_options(vmem_mib=64) if large_products else None
+        run = self._on_engines(run, SHARED[function.__name__])
+        return jax.jit(run, donate_argnums=1, static_argnames=static, compiler_options=options)
+
+    def _on_engines(
+        self, function: Callable[..., Any], shared: Sequence[int] = ()
+    ) -> Callable[..., Any]:
+        """Return a function that runs on the devices of all engines of these programs.
+
+        Args:
+          function: Function of arrays of one engine.
+          shared: Positions of arguments that are the same for all engines.
+        """
+        return function  # there is one engine
 
     def load(self, mesh: Mesh | None) -> Callable[[nnx.State], nnx.State]:
         """Return the program that converts the trainer's parameters to the engine's.
@@ -174,6 +201,24 @@ class Programs:
         """Return the contents of some pages, one array a layer, on the engine's devices."""
         return jax.device_put(layers, self._cache_layout.pages)
 
+    @property
+    def decode_settings(self) -> dict[str, int]:
+        """Static arguments of `decode`."""
+        return dict(steps=self.config.decode_steps, running=self._running)
+
+    def encode_name(self, images: ImageRows) -> str:
+        """Return the name of the program that encodes images of this shape."""
+        P = images.segment_ids.shape[-1]
+        return f"encode {P // self._model_config.vision.window_patches} windows"
+
+    def extend_name(self, new: cache.PrefillBatch) -> str:
+        """Return the name of the program that writes tokens of this shape."""
+        return f"extend {new.tokens.shape[-1]} tokens"
+
+    def encode_rows(self, windows: int) -> int:
+        """Return the number of rows of the program that encodes images of up to `windows`."""
+        return max(1, self.config.encode_windows // windows)
+
     def extend_rows(self, length: int) -> int:
         """Return the number of rows of the program that extends lanes by `length` tokens."""
         return max(1, self.config.prefill_tokens // length)
@@ -185,18 +230,21 @@ class Programs:
         params, (lanes, store) = self.abstract_params(), self.abstract_state()
         yield Call("load", self.load(None), (self._trainer_params,))
         for windows in self._windows:
-            rows = max(1, self.config.encode_windows // windows)
-            images, slots = self._abstract_images(rows, windows)
-            yield Call(f"encode {windows} windows", self.encode, (params, store, images, slots))
+            images, slots = self._abstract_images(self.encode_rows(windows), windows)
+            args = (params, store, images, slots)
+            yield Call(self.encode_name(images), self.encode, args)
         for length in self.config.prefill_buckets:
             new = self._abstract_chunks(self.extend_rows(length), length)
-            yield Call(f"extend {length} tokens", self.extend, (params, lanes, new, store))
+            yield Call(self.extend_name(new), self.extend, (params, lanes, new, store))
         yield Call("decode", self.decode, *self._abstract_decode(params, lanes))
         index = self._abstract((), np.int32)
-        hidden = self._abstract((self._model_config.text.hidden_size,), self.dtype)
-        yield Call("fork", self.fork, (lanes, index, index, index, hidden))
+        yield Call("fork", self.fork, (lanes, index, index, index, index))
         moved = self._abstract((PAGES_PER_MOVE,), np.int32)
         yield Call("read_pages", self.read_pages, (lanes, moved))
+        contents = tuple(
+            self._abstract((PAGES_PER_MOVE, *layer.shape[1:]), layer.dtype) for layer in lanes.pages
+        )
+        yield Call("write_pages", self.write_pages, (lanes, moved, contents))
 
     def abstract_params(self) -> nnx.State:
         """Return the shapes and shardings of the engine's parameters."""
@@ -211,6 +259,14 @@ class Programs:
 
     def _abstract(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.replicated)
+
+    def _abstract_tables(self, V: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Return the transition table and the allowed tokens of a vocabulary of V tokens."""
+        arrays = [((self._states, V), np.int16), ((V,), bool)]
+        next_state, allowed = (
+            jax.ShapeDtypeStruct(shape, dtype, sharding=self.replicated) for shape, dtype in arrays
+        )
+        return next_state, allowed
 
     def _abstract_images(self, rows: int, windows: int) -> tuple[Any, Any]:
         vision, array = self._model_config.vision, self._abstract
@@ -248,6 +304,6 @@ class Programs:
             sampling=jax.tree.map(lambda x: array(x.shape, x.dtype), Sampling.uniform(B)),
             **{name: array((B,), np.int32) for name in names},
         )
-        scalar, table = array((), np.int32), array((self._states, V), np.int16)
-        args = (params, lanes, rows, table, array((V,), bool), scalar, scalar)
-        return args, dict(steps=self.config.decode_steps, running=self._running)
+        scalar, tables = array((), np.int32), self._abstract_tables(V)
+        args = (params, lanes, rows, *tables, scalar, scalar)
+        return args, self.decode_settings

@@ -13,6 +13,8 @@ round is done while they run. `episodes/turn_machine.py` decides the step after 
 """
 
 import collections
+import contextlib
+import math
 import time
 from collections.abc import Iterator
 
@@ -86,13 +88,11 @@ class Scheduler:
         config = engine.config.rollout
         self._decode_batch_size = config.decode_batch_size
         self._decode_steps = config.decode_steps
-        self._sampling = engine.device.put(
-            Sampling.uniform(
-                config.decode_batch_size,
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-            )
+        self._sampling = Sampling.uniform(
+            config.decode_batch_size,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
         )
         self._groups = WaitingGroups(
             next_examples, group_size, config.lanes, rules.initial_prompt, engine.pool
@@ -117,7 +117,7 @@ class Scheduler:
             forked = self._admit()
             self._write_chunks()
             for active, copied in forked:
-                self._fork(active, copied)
+                self._fork(active, copied, active.group.lane)
             if self._running is None:
                 self._start_decode()
             decoded = self._finish_decode()
@@ -152,7 +152,8 @@ class Scheduler:
             if not group.prompt.done() and busy:
                 break  # other lanes have work to do in the meantime
             try:
-                prompt = group.prompt.result()
+                with self._device.waiting():
+                    prompt = group.prompt.result()
             except Exception as error:  # an unusable image or question
                 self._fail(group, error)
                 self._groups.pop()
@@ -163,7 +164,7 @@ class Scheduler:
             active = self._assign_lane(group, prompt)
             if group.position == 0:
                 self._set_chunks(active, prompt)
-                group.position = active.position
+                group.position, group.lane = active.position, active.lane
                 pages.reserve(active.lane, len(prompt.tokens))
                 if group.waiting:
                     pages.share(active.lane, pages.prompt, len(prompt.tokens))
@@ -172,10 +173,10 @@ class Scheduler:
                     pages.restore(pages.prompt)
                 copied = pages.fork(pages.prompt, active.lane, len(prompt.tokens))
                 assert copied is not None  # `fits_prompt`
-                if group.hidden is None:
+                if group.is_written:  # before another lane takes the page that is copied
+                    self._fork(active, copied, pages.prompt)
+                else:
                     forked.append((active, copied))
-                else:  # before another lane takes the page that is copied
-                    self._fork(active, copied)
             if not group.waiting:
                 pages.release(pages.prompt)
                 self._groups.pop()
@@ -232,18 +233,26 @@ class Scheduler:
         while pending := self._unwritten():
             chunks = [active.chunks.pop() for active in pending]
             written = self._device.extend(chunks)
-            for active, chunk, (hidden, execution) in zip(pending, chunks, written, strict=True):
+            for active, chunk, execution in zip(pending, chunks, written, strict=True):
                 self._record(active, PREFILL, execution, len(chunk.tokens))
                 if not active.chunks:
-                    if active.group.hidden is None:
-                        active.group.hidden = hidden
+                    group = active.group
+                    if not group.is_written and group.waiting:
+                        self._device.keep_hidden(active.lane)
+                    group.is_written = True
                     self._start_turn(active)
 
-    def _fork(self, active: ActiveEpisode, copied: tuple[int, int]) -> None:
-        """Copy the last page of a prompt for an episode that shares it, and start its turn."""
+    def _fork(self, active: ActiveEpisode, copied: tuple[int, int], from_lane: int) -> None:
+        """Copy the last page of a prompt for an episode that shares it, and start its turn.
+
+        Args:
+          active: The episode.
+          copied: Page to copy and its copy.
+          from_lane: Lane with the prompt's hidden state.
+        """
         group, length, start = active.group, len(active.episode), time.perf_counter()
-        assert group.hidden is not None
-        self._device.fork(*copied, active.lane, group.hidden)
+        assert group.is_written
+        self._device.fork(*copied, from_lane, active.lane)
         if self._timeline is not None:
             self._timeline.record(
                 active.lane, FORK, start, time.perf_counter(),
@@ -420,10 +429,8 @@ class Scheduler:
           wait: Whether to wait for a reply, for at most `poll_interval` seconds if it is set.
         """
         start = time.perf_counter()
-        poll_interval = self._poll_interval if wait else None
-        results = self._engine.tool_executor.poll(wait and poll_interval is None)
-        if poll_interval is not None and not results:
-            time.sleep(poll_interval)
+        with self._device.waiting() if wait else contextlib.nullcontext():
+            results = self._engine.tool_executor.poll(wait, self._poll_interval or math.inf)
         if wait and self._timeline is not None:
             self._timeline.record(SCHEDULER, "wait for tools", start, time.perf_counter())
         for lane, result in results:

@@ -10,6 +10,7 @@ are restarted on a new loop.
 import asyncio
 import concurrent.futures
 import dataclasses
+import math
 import queue
 import threading
 import time
@@ -104,17 +105,20 @@ class ToolExecutor:
             reply = raised
         self._replies.put((call, reply))  # only the first reply to a call counts
 
-    def poll(self, wait: bool) -> list[tuple[Any, Any]]:
+    def poll(self, wait: bool, seconds: float = math.inf) -> list[tuple[Any, Any]]:
         """Return (key, reply) of the calls that have ended.
 
         Args:
           wait: Whether to block until at least one call has ended, if any call is pending.
+          seconds: Maximum number of seconds to block.
         """
         replies: list[tuple[Any, Any]] = []
+        deadline = time.monotonic() + seconds
         while True:
-            block = wait and not replies and bool(self._calls)
+            left = deadline - time.monotonic()
+            block = wait and not replies and bool(self._calls) and left > 0
             try:
-                call, reply = self._replies.get(block, _POLL_INTERVAL)
+                call, reply = self._replies.get(block, min(_POLL_INTERVAL, left) if block else None)
             except queue.Empty:
                 self._check_responsive()
                 if not block:

@@ -5,7 +5,7 @@ import collections
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
 
@@ -14,6 +14,7 @@ from mmsr1_jax.data import Question, QuestionSource, validation
 from mmsr1_jax.episodes.episode import Episode
 from mmsr1_jax.rewards.reward_function import Reward, episode_reward
 from mmsr1_jax.rl import train_batch
+from mmsr1_jax.rollout.active import RolloutStopped
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.pool import EnginePool
 from mmsr1_jax.tools.judge import Judge
@@ -141,23 +142,42 @@ def compute_rewards(
     return rewards
 
 
+def collect_episodes(rollout: Iterable[Episode]) -> list[Episode]:
+    """Return the episodes of a rollout by index. All processes must call it together.
+
+    Raises:
+      RolloutStopped: The rollout was stopped in a process.
+    """
+    stopped, episodes = False, []
+    try:
+        episodes = sorted(rollout, key=lambda episode: episode.index)
+    except RolloutStopped:
+        stopped = True
+    if any(processes.exchange("rollout stopped", stopped)):
+        raise RolloutStopped
+    return episodes
+
+
 def validate(
     engine: Engine | EnginePool,
     source: QuestionSource,
     config: settings.Config,
     judge: Judge | None,
+    *,
+    must_stop: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
     """Answer each held-out question once, greedily, and return the metrics.
 
     Raises:
+      RolloutStopped: `must_stop` returns True in a process.
       ServiceRefusedError: The judge refuses all requests.
     """
     greedy = dataclasses.replace(config.sampling, temperature=0.0)
     everywhere = enumerate(validation(source, config.data.validation_rows or None))
     questions = dict(islice(everywhere, processes.index(), None, processes.count()))
     examples = [question.example() for question in questions.values()]
-    rollout = engine.rollout(examples, sampling=greedy, indices=questions)
-    episodes = sorted(rollout, key=lambda e: e.index)
+    rollout = engine.rollout(examples, sampling=greedy, indices=questions, must_stop=must_stop)
+    episodes = collect_episodes(rollout)
     judged = partial(compute_rewards, episodes, questions, config, judge, step=config.run.steps)
     rewards = processes.call_together("validation rewards", judged, ServiceRefusedError)
     categories = [questions[episode.group].category for episode in episodes]

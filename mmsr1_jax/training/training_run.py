@@ -66,6 +66,8 @@ class TrainingRun:
         self._nonfinite_streak = 0
         self._stopping = False
         self._timer = StepTimer()
+        # Of the last step: seconds, and seconds that were not its rollout.
+        self._last_step = self._last_update = float("inf")
         self._resources = contextlib.ExitStack()
         self._resources.callback(self._checkpoints.close)
 
@@ -130,6 +132,31 @@ class TrainingRun:
                 "%s: stopped after step %d, which is saved; the same command resumes the run",
                 self.workdir, step,
             )  # fmt: skip
+
+    def must_stop_rollout(self) -> bool:
+        """Return whether SIGTERM leaves too little time for the step, by that of the last one.
+
+        A step that it interrupts before any other is complete is not finished either.
+        """
+        if not self._sigterm.is_set():
+            return False
+        remaining = max(self._last_step - self._timer.seconds(), self._last_update)
+        return self._sigterm.seconds() + remaining > self._config.run.grace_seconds
+
+    def stop_rollout(self, step: int, metadata: dict[str, Any]) -> None:
+        """Save the step before `step`, whose rollout was stopped.
+
+        Args:
+          step: The step that is not finished.
+          metadata: Metadata of the checkpoint, as JSON data.
+        """
+        self.save(step - 1, metadata)
+        saved = f"step {step - 1} is saved" if step > 1 else "no step is complete yet"
+        log.info(
+            "%s: SIGTERM: step %d would take more than run.grace_seconds=%g and was dropped; %s; "
+            "the same command resumes the run",
+            self.workdir, step, self._config.run.grace_seconds, saved,
+        )  # fmt: skip
 
     def phase(self, name: str) -> contextlib.AbstractContextManager:
         """Return a context that adds its time to `time/NAME` of this step."""
@@ -224,6 +251,8 @@ class TrainingRun:
         values = {name: f"{step_metrics.get(name, 0):.3f}" for name in shown}
         values["tokens/s"] = f"{step_metrics['time/tokens_per_second']:.0f}"
         self._bar.set_postfix(values)
+        self._last_step = self._timer.seconds()
+        self._last_update = self._last_step - self._timer.seconds("rollout")
 
     def save(self, step: int, metadata: dict[str, Any], score: float | None = None) -> None:
         """Save a checkpoint of a step unless it is saved already."""
@@ -277,23 +306,35 @@ class StepTimer:
         finally:
             self._seconds[name] += time.perf_counter() - start
 
+    def seconds(self, phase: str | None = None) -> float:
+        """Return the seconds since the start, or those of a phase."""
+        return time.perf_counter() - self._start if phase is None else self._seconds[phase]
+
     def metrics(self, tokens: int) -> dict[str, float]:
         """Return `time/PHASE`, `time/step`, and `time/tokens_per_second` for `tokens` tokens."""
-        total = time.perf_counter() - self._start
+        total = self.seconds()
         phases = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         return phases | {"time/step": total, "time/tokens_per_second": tokens / total}
 
 
 class StopSignal:
-    """Flag that is set when the process receives SIGTERM."""
+    """Flag that is set when this process receives SIGTERM, and a second later when another does."""
 
     def __init__(self):
-        self._set = False
+        self._time: float | None = None
         signal.signal(signal.SIGTERM, self._stop)
 
     def _stop(self, *_) -> None:
-        self._set = True
+        if self._time is None:
+            self._time = time.monotonic()
+        processes.notify("stop")
         log.info("SIGTERM: finishing and saving the current step, then exiting")
 
     def is_set(self) -> bool:
-        return self._set
+        if self._time is None and processes.notified("stop"):
+            self._time = time.monotonic()
+        return self._time is not None
+
+    def seconds(self) -> float:
+        """Return the seconds since the flag was set; 0 if it is not."""
+        return time.monotonic() - self._time if self.is_set() and self._time else 0.0

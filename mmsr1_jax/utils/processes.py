@@ -16,59 +16,26 @@ wait in a collective is found by their `watchdog`.
 
 import collections
 import contextlib
-import dataclasses
 import json
-import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 from mmsr1_jax.config.errors import UserError
+from mmsr1_jax.utils import coordination, process_watch
+from mmsr1_jax.utils.coordination import state
 from mmsr1_jax.utils.logs import log
+from mmsr1_jax.utils.process_watch import fail
 
 Result = TypeVar("Result")
 
-_PREFIX = "mmsr1"
-_BEAT_SECONDS = 1.0
 _END_SECONDS = 86400.0  # while process 0 completes files alone
-_ACKNOWLEDGE_SECONDS = 5.0  # for which process 0 keeps the server running after a failure
-_LOST = ("gloo", "nccl", "connection", "unavailable", "heartbeat", "coordination", "socket")
 
 
 class ProcessError(UserError):
     """Another process failed, does not answer, or has other settings; the message names it."""
-
-
-@dataclasses.dataclass
-class _State:
-    """State of this process.
-
-    Attributes:
-      client: Client of the coordination service; None: there is one process.
-      index, count: Index of this process, and number of processes.
-      timeout: Seconds for which `exchange` waits.
-      sequence: Number of exchanges so far, by topic.
-      heartbeat_seconds: Seconds of silence after which a process counts as dead.
-      answered: When the server answered last.
-      ended: Set when the command has ended, so that silence is no failure.
-      threads: Threads that watch the others.
-    """
-
-    client: Any = None
-    index: int = 0
-    count: int = 1
-    timeout: float = 1800.0
-    sequence: dict[str, int] = dataclasses.field(default_factory=dict)
-    heartbeat_seconds: float = 30.0
-    answered: float = 0.0
-    ended: threading.Event = dataclasses.field(default_factory=threading.Event)
-    threads: list[threading.Thread] = dataclasses.field(default_factory=list)
-
-
-_state = _State()
 
 
 def start(
@@ -162,32 +129,29 @@ def _detect(seconds: float) -> tuple[str | None, int | None, int | None]:
 def _join(timeout: float, heartbeat_seconds: float) -> None:
     from jax._src import distributed  # JAX has no public access to the key-value store
 
-    state = distributed.global_state
-    if state.client is None or (state.num_processes or 1) == 1:
+    joined = distributed.global_state
+    if joined.client is None or (joined.num_processes or 1) == 1:
         return
-    _state.client, _state.timeout = state.client, timeout
-    _state.index, _state.count = state.process_id or 0, state.num_processes or 1
-    _state.heartbeat_seconds, _state.answered = heartbeat_seconds, time.monotonic()
-    for target in (_watch, _watch_server):
-        thread = threading.Thread(target=target, args=(heartbeat_seconds,), daemon=True)
-        thread.start()
-        _state.threads.append(thread)
-    log.info("process %d of %d", _state.index, _state.count)
+    state.client, state.timeout = joined.client, timeout
+    state.index, state.count = joined.process_id or 0, joined.num_processes or 1
+    state.heartbeat_seconds = heartbeat_seconds
+    process_watch.start(heartbeat_seconds)
+    log.info("process %d of %d", state.index, state.count)
 
 
 def index() -> int:
     """Return the index of this process, from 0."""
-    return _state.index
+    return state.index
 
 
 def count() -> int:
     """Return the number of processes."""
-    return _state.count
+    return state.count
 
 
 def main() -> bool:
     """Return whether this is process 0, which writes the files of a run."""
-    return _state.index == 0
+    return state.index == 0
 
 
 def exchange(topic: str, value: Any, timeout: float | None = None) -> list[Any]:
@@ -202,22 +166,57 @@ def exchange(topic: str, value: Any, timeout: float | None = None) -> list[Any]:
     Raises:
       ProcessError: Processes did not answer in time; the message names them.
     """
-    if _state.client is None:
+    if state.client is None:
         return [value]
-    timeout = _state.timeout if timeout is None else timeout
-    number = _state.sequence.get(topic, 0)
-    _state.sequence[topic] = number + 1
+    timeout = state.timeout if timeout is None else timeout
+    number = state.sequence.get(topic, 0)
+    state.sequence[topic] = number + 1
     key = f"exchange/{topic.replace(' ', '_')}"
-    _set(f"{key}/{number}/{_state.index}", json.dumps(value))
+    coordination.set_value(f"{key}/{number}/{state.index}", json.dumps(value))
     deadline, values = time.monotonic() + timeout, []
-    for process in range(_state.count):
-        text = _get(f"{key}/{number}/{process}", deadline)
+    for process in range(state.count):
+        text = coordination.get_value(f"{key}/{number}/{process}", deadline)
         if text is None:
             raise ProcessError(_missing(topic, f"{key}/{number}", timeout))
         values.append(json.loads(text))
     if number:  # all have read the last ones, or they would not be here
-        _state.client.key_value_delete(f"{_PREFIX}/{key}/{number - 1}/{_state.index}")
+        coordination.delete(f"{key}/{number - 1}/{state.index}")
     return values
+
+
+def decide(topic: str, value: Any, rule: Callable[[list[Any]], Any]) -> Any:
+    """Return what process 0 decides by a rule from the values of all, in fewer messages.
+
+    Args:
+      topic, value: As in `exchange`.
+      rule: Returns the decision, which JSON can hold, from the values by index.
+
+    Raises:
+      ProcessError: Processes did not answer in time; the message names them.
+    """
+    if state.client is None:
+        return rule([value])
+    number = state.sequence.get(topic, 0)
+    state.sequence[topic] = number + 1
+    folder = f"decide/{topic.replace(' ', '_')}"
+    key, deadline = f"{folder}/{number}", time.monotonic() + state.timeout
+    if not main():
+        coordination.set_value(f"{key}/{state.index}", json.dumps(value))
+        text = coordination.get_value(f"{key}/0", deadline)
+        if text is None:
+            raise ProcessError(_missing(topic, key, state.timeout))
+        return json.loads(text)
+    values = [value]
+    for process in range(1, state.count):
+        text = coordination.get_value(f"{key}/{process}", deadline)
+        if text is None:
+            raise ProcessError(_missing(topic, key, state.timeout))
+        values.append(json.loads(text))
+    decision = rule(values)
+    coordination.set_value(f"{key}/0", json.dumps(decision))
+    if number:  # all have read the last decision, or they would not be here
+        coordination.delete(f"{folder}/{number - 1}")
+    return decision
 
 
 def broadcast(topic: str, value: Any) -> Any:
@@ -274,10 +273,21 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}.."
 
 
+def notify(name: str) -> None:
+    """Give all processes a notice, which they have about a second later; may be called anywhere."""
+    if state.client is not None:
+        state.notices.add(name)
+
+
+def notified(name: str) -> bool:
+    """Return whether any process has given a notice."""
+    return name in state.notices
+
+
 def phase(name: str) -> None:
     """Say what this process is doing, for the messages of others that wait for it."""
-    if _state.client is not None:
-        _set(f"phase/{_state.index}", name, overwrite=True)
+    if state.client is not None:
+        coordination.set_value(f"phase/{state.index}", name, overwrite=True)
 
 
 @contextlib.contextmanager
@@ -286,13 +296,13 @@ def watchdog(name: str, seconds: float) -> Iterator[None]:
 
     Processes that are not in a block of this name are named as those that the others wait for.
     """
-    if _state.client is None:
+    if state.client is None:
         yield
         return
     phase(name)
 
     def expire() -> None:
-        phases = {p: _phase_of(p) for p in range(_state.count)}
+        phases = {p: coordination.phase_of(p) for p in range(state.count)}
         absent = [f"process {p} is in {other}" for p, other in phases.items() if other != name]
         fail(f"{name} takes longer than {seconds:.0f} s: {', '.join(absent) or 'all are in it'}")
 
@@ -306,160 +316,27 @@ def watchdog(name: str, seconds: float) -> Iterator[None]:
         phase(f"after {name}")
 
 
-def fail(message: str) -> None:
-    """Tell all processes why this one ends, and end it with exit code 1. Does not return.
-
-    Nothing is waited for but, in process 0, that the others have read the message.
-    """
-    _end_soon()
-    announced = f"process {_state.index}: {message}"
-    with contextlib.suppress(Exception):
-        _set("failure", announced)  # fails if another was first
-    with contextlib.suppress(Exception):
-        announced = _try_get("failure") or announced
-    _end(announced)
-
-
-def guard_failure(error: BaseException) -> None:
-    """Announce the exception that ends this process; with several, does not return.
-
-    An exception of a collective has another cause, the process that is gone: it is waited for until
-    that is found, or for as long as a silent process may take.
-    """
-    if _state.client is None:
-        return
-    import jax
-
-    message = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
-    if isinstance(error, UserError):
-        message = str(error)
-    elif isinstance(error, KeyboardInterrupt):
-        message = "interrupted"
-    elif isinstance(error, jax.errors.JaxRuntimeError) and any(
-        word in message.lower() for word in _LOST
-    ):
-        time.sleep(_state.heartbeat_seconds + 3 * _BEAT_SECONDS)  # `_watch` ends this process
-    fail(message)
-
-
 def finish() -> None:
     """End as planned: wait for the others, and stop watching them."""
-    if _state.client is None:
+    if state.client is None:
         return
     barrier("end", timeout=_END_SECONDS)
-    _state.ended.set()
-    for thread in _state.threads:  # they must not be in a call when the interpreter ends
-        thread.join(_ACKNOWLEDGE_SECONDS)
+    state.ended.set()
+    for thread in state.threads:  # they must not be in a call when the interpreter ends
+        thread.join(process_watch.ACKNOWLEDGE_SECONDS)
     import jax
 
     jax.distributed.shutdown()  # waits for the others, so that the server of process 0 is the last
-
-
-# Threads
-
-
-def _watch(heartbeat_seconds: float) -> None:
-    """Send heartbeats, and end this process when another one has failed.
-
-    In process 0 also look for processes that send no heartbeats.
-    """
-    heard = dict[int, tuple[str, float]]()  # last heartbeat of each process, and when it came
-    number = 0
-    while not _state.ended.wait(_BEAT_SECONDS):
-        number += 1
-        try:
-            _set(f"alive/{_state.index}", str(number), overwrite=True)
-            failure = _try_get("failure")
-            beats = dict(_state.client.key_value_dir_get(f"{_PREFIX}/alive/")) if main() else {}
-        except RuntimeError:  # of JAX: the server does not answer, which `_watch_server` notices
-            continue
-        _state.answered = time.monotonic()
-        if failure is not None:
-            _end(failure)
-        for process in range(_state.count) if main() else ():
-            beat, now = beats.get(f"{_PREFIX}/alive/{process}", ""), time.monotonic()
-            if process not in heard or beat != heard[process][0]:
-                heard[process] = beat, now
-            elif now - heard[process][1] > heartbeat_seconds:
-                fail(
-                    f"process {process} has been silent for {heartbeat_seconds:.0f} s: it is dead, "
-                    "stopped, or cut off"
-                )
-
-
-def _watch_server(heartbeat_seconds: float) -> None:
-    """End this process when process 0 does not answer."""
-    while not _state.ended.wait(_BEAT_SECONDS):
-        if time.monotonic() - _state.answered > heartbeat_seconds:
-            _end("process 0, which coordinates, does not answer: it has ended, or is cut off")
-
-
-_ending = threading.Lock()
-
-
-def _end_soon() -> None:
-    """End this process in a few seconds, whatever the calls to a server that is gone do."""
-    timer = threading.Timer(2 * _ACKNOWLEDGE_SECONDS, os._exit, (1,))
-    timer.daemon = True
-    timer.start()
-
-
-def _end(message: str) -> None:
-    """End this process at once, with exit code 1 and the message of the failure."""
-    _end_soon()
-    _ending.acquire()  # never released: the first message is the one
-    with contextlib.suppress(Exception):
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    with contextlib.suppress(Exception):
-        _set(f"acknowledged/{_state.index}", "1", overwrite=True)
-        if main():  # the server ends with it
-            deadline = time.monotonic() + _ACKNOWLEDGE_SECONDS
-            while time.monotonic() < deadline:
-                if len(_state.client.key_value_dir_get(f"{_PREFIX}/acknowledged/")) >= _state.count:
-                    time.sleep(0.2)  # in which the last one ends
-                    break
-                time.sleep(0.1)
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-    os._exit(1)
-
-
-# The key-value store
-
-
-def _set(key: str, value: str, overwrite: bool = False) -> None:
-    _state.client.key_value_set(f"{_PREFIX}/{key}", value, allow_overwrite=overwrite)
-
-
-def _get(key: str, deadline: float) -> str | None:
-    """Return a value once it is there; None if it is not in time, or the server is gone."""
-    milliseconds = max(1, int(1000 * (deadline - time.monotonic())))
-    try:
-        return _state.client.blocking_key_value_get(f"{_PREFIX}/{key}", milliseconds)
-    except RuntimeError:  # of JAX
-        return None
-
-
-def _try_get(key: str) -> str | None:
-    """Return a value, or None if it is not there. Raises RuntimeError if the server is gone."""
-    try:
-        return _state.client.key_value_try_get(f"{_PREFIX}/{key}")
-    except RuntimeError as error:  # of JAX
-        if "NOT_FOUND" in str(error):
-            return None
-        raise
-
-
-def _phase_of(process: int) -> str:
-    with contextlib.suppress(RuntimeError):
-        return _try_get(f"phase/{process}") or "start"
-    return "unknown"
 
 
 def _missing(topic: str, key: str, timeout: float) -> str:
     """Return the message that names the processes that have not exchanged `topic`."""
     missing = []
     with contextlib.suppress(RuntimeError):
-        missing = [p for p in range(_state.count) if _try_get(f"{key}/{p}") is None]
-    phases = [f"process {p} (in {_phase_of(p)})" for p in missing]
+        missing = [
+            p
+            for p in range(state.count)
+            if coordination.trycoordination.get_value(f"{key}/{p}") is None
+        ]
+    phases = [f"process {p} (in {coordination.phase_of(p)})" for p in missing]
     return f"{topic}: no answer in {timeout:.0f} s from {', '.join(phases) or 'process 0'}"

@@ -167,7 +167,7 @@ def test_forked_lanes_are_independent(model, programs):
     for lane in (2, 4):
         table[lane, :full] = table[0, :full]
         source, target = table[0, full], table[lane, full]
-        lanes = jax.jit(cache.fork)(lanes, source, target, np.int32(lane), hidden)
+        lanes = jax.jit(cache.fork)(lanes, source, target, np.int32(0), np.int32(lane))
     np.testing.assert_array_equal(lanes.hidden[jnp.array([2, 4])], np.stack([hidden] * 2))
     items = [(2, ours, start, T), (4, theirs, start, T)]
     new, _ = extension(programs, items, 64, table)

@@ -240,7 +240,7 @@ def test_an_engine_on_two_devices_along_the_tensor_axis(model, processor, episod
     compiled = compile_counter.count()
     assert by_index(engine.rollout(examples(5), group_size=4)) == by_index(again)
     assert compile_counter.count() == compiled
-    assert not engine.device._cache.pages[0].sharding.is_fully_replicated
+    assert not engine.device.runner._cache.pages[0].sharding.is_fully_replicated
     engine.close()
     expected = {episode.index: episode for episode in episodes}
     for episode in again:

@@ -97,8 +97,9 @@ def test_memory_of_the_cache_is_what_the_setting_says(model):
     for lanes in (4, 16):
         config = make_config(lanes=lanes, cache_tokens=4 * 1024)
         engine = Engine(model, scripted_processor(VOCAB_SIZE), config, search_tools())
-        engine.device.begin(None)
-        sizes.append(sum(pages.nbytes for pages in jax.tree.leaves(engine.device._cache.pages)))
+        with engine.device.rollout(None):
+            arrays = jax.tree.leaves(engine.device.runner._cache.pages)
+            sizes.append(sum(pages.nbytes for pages in arrays))
         engine.close()
     text = model.config.text
     token = 2 * text.num_layers * text.num_kv_heads * text.head_dim * 4

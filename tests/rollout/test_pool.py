@@ -157,12 +157,12 @@ def test_load_accepts_the_parameters_of_a_trainer_on_all_devices(
     assert by_index(pool.rollout(examples(6), group_size=4)) == changed != by_index(expected)
     assert compile_counter.count() == compiled
     assert pool.stats.images > images  # images encoded by the old parameters are discarded
-    prepared = pool.engines[0].device.prepare(other)
+    prepared = pool.engines[0].device.runner.prepare(other)
     for engine in pool.engines:
         engine.device.install(prepared)
-        (device,) = jax.tree.leaves(engine.device._params)[0].devices()
+        (device,) = jax.tree.leaves(engine.device.runner._params)[0].devices()
         for whole, part in zip(
-            *map(jax.tree.leaves, (prepared, engine.device._params)), strict=True
+            *map(jax.tree.leaves, (prepared, engine.device.runner._params)), strict=True
         ):
             (local,) = [s.data for s in whole.addressable_shards if s.device == device]
             assert part.devices() == {device}
@@ -186,9 +186,9 @@ def test_engines_on_tensor_groups_of_devices(model, processor, other, expected):
         assert other_episode.tokens.tolist() == episode.tokens.tolist()
         np.testing.assert_allclose(other_episode.logprobs, episode.logprobs, atol=1e-4, rtol=0)
     for engine in pool.engines:
-        assert not engine.device._cache.pages[0].sharding.is_fully_replicated
+        assert not engine.device.runner._cache.pages[0].sharding.is_fully_replicated
     params = nnx.split(model)[1]
-    first = [jax.tree.leaves(engine.device._params) for engine in pool.engines]
+    first = [jax.tree.leaves(engine.device.runner._params) for engine in pool.engines]
     layouts = [[x.sharding for x in leaves] for leaves in first]
     values = [jax.device_get(leaves) for leaves in first]
     del first
@@ -196,7 +196,7 @@ def test_engines_on_tensor_groups_of_devices(model, processor, other, expected):
         mesh = sharding.make_mesh(1, fsdp, tensor, devices=jax.devices()[: fsdp * tensor])
         pool.load(jax.device_put(params, sharding.param_shardings(params, mesh)))
         for engine, group, *before in zip(pool.engines, groups, layouts, values, strict=True):
-            taken = jax.tree.leaves(engine.device._params)
+            taken = jax.tree.leaves(engine.device.runner._params)
             assert taken[0].devices() == {jax.devices()[n] for n in group}
             assert [x.sharding for x in taken] == before[0]
             assert all(np.array_equal(x, y) for x, y in zip(taken, before[1], strict=True))
@@ -306,7 +306,8 @@ def test_make_engine_uses_all_devices(tiny_dir):
         engine.close()
         engines = engine.engines if isinstance(engine, EnginePool) else [engine]
         return [
-            sorted(d.id for d in jax.tree.leaves(e.device._params)[0].devices()) for e in engines
+            sorted(d.id for d in jax.tree.leaves(e.device.runner._params)[0].devices())
+            for e in engines
         ]
 
     assert engine_devices(4) == [[0, 1, 2, 3], [4, 5, 6, 7]]

@@ -43,9 +43,9 @@ def test_rollouts_run_under_a_transfer_guard(engine):
 
 
 def test_the_guard_notices_implicit_transfers(engine):
-    """Without `Device.put`, a program's host arrays would be transferred implicitly."""
+    """Without an explicit transfer, a program's host arrays would be transferred implicitly."""
     device = engine.device
     with jax.transfer_guard("disallow"):
         device._write_pages([0], device._read_pages([0]))
         with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-            device._programs.read_pages(device._cache, np.array([0], np.int32))
+            device.runner.programs.read_pages(device.runner._cache, np.array([0], np.int32))

@@ -53,7 +53,7 @@ for step in range(5):
     values = processes.exchange("squares", {"of": step, "is": index ** 2})
     assert values == [{"of": step, "is": p ** 2} for p in range(3)], values
 assert processes.broadcast("first", index + 10) == 10
-keys = processes._state.client.key_value_dir_get("mmsr1/exchange/")
+keys = processes.state.client.key_value_dir_get("mmsr1/exchange/")
 processes.barrier("looked")
 assert sum("squares" in key for key, _ in keys) <= 6, keys  # old ones are removed
 processes.agree({"same": [1, None], "other": (2,)})

@@ -27,6 +27,8 @@ from mmsr1_jax.config import settings
 from mmsr1_jax.models import sharding
 from mmsr1_jax.models.paged_attention import PAGE_LOOP
 from mmsr1_jax.models.qwen2_5_vl import ModelConfig
+from mmsr1_jax.rollout.build import runs_in_lockstep
+from mmsr1_jax.rollout.lockstep_programs import LockstepPrograms
 from mmsr1_jax.rollout.programs import PAGES_PER_MOVE, Call, Programs
 from mmsr1_jax.rollout.sampler import THRESHOLD_SEARCH
 
@@ -44,12 +46,16 @@ def make_engine(
     Args:
       config: Settings of the run.
       model: Configuration of the policy.
-      devices: Devices of the target; the engine has the first of their tensor groups.
+      devices: Devices of the target; the engine has the first of their tensor groups, or is one of
+        those that run their programs together on all.
       tensor: Devices of a tensor group.
     """
-    mesh = sharding.make_mesh(1, 1, tensor, devices=list(devices)[:tensor])
+    lockstep = runs_in_lockstep(config, devices, tensor)
+    own = list(devices) if lockstep else list(devices)[:tensor]
+    mesh = sharding.make_mesh(1, -1, tensor, devices=own)
     policy = programs.make_policy(config, model, mesh, config.model.dtype, remat="none")
-    return Programs(policy, config, states=_STATES, running=_RUNNING)
+    kind = LockstepPrograms if lockstep else Programs
+    return kind(policy, config, states=_STATES, running=_RUNNING)
 
 
 def filled_tokens(config: settings.Config) -> int:
@@ -142,7 +148,8 @@ def _decode(config: settings.Config, model: ModelConfig, engine: Programs, call:
 
 
 def _extend(config: settings.Config, model: ModelConfig, engine: Programs, call: Call):
-    rows, T = call.args[2].tokens.shape
+    T = int(call.name.split()[1])
+    rows = engine.extend_rows(T)
     filled = filled_tokens(config)
     read = needs.multiplied_weights(model)["text"] * _itemsize(config) / _tensor(engine)
     read += rows * (filled + 2 * T) * _token_bytes(config, engine)  # new tokens are written too
@@ -151,8 +158,9 @@ def _extend(config: settings.Config, model: ModelConfig, engine: Programs, call:
 
 
 def _encode(config: settings.Config, model: ModelConfig, engine: Programs, call: Call):
-    rows, patches = call.args[2].segment_ids.shape
-    moved = memory.device_bytes(call.args[2].patches)
+    windows = int(call.name.split()[1])
+    rows, patches = engine.encode_rows(windows), windows * model.vision.window_patches
+    moved = rows * patches * model.vision.patch_dim * 4.0
     tokens = rows * patches // model.vision.merge_size**2
     moved += tokens * model.vision.out_hidden_size * _itemsize(config)
     moved += needs.multiplied_weights(model)["vision"] * _itemsize(config) / _tensor(engine)
@@ -195,7 +203,7 @@ def _itemsize(config: settings.Config) -> int:
 
 
 def _tensor(engine: Programs) -> int:
-    return len(engine.replicated.device_set)
+    return len(_devices(engine)) // engine.num_engines
 
 
 def _devices(engine: Programs) -> list[Any]:
@@ -212,7 +220,7 @@ def _trips(config: settings.Config, call: Call) -> dict[str, float]:
     """
     sampling = config.sampling
     searches = (sampling.top_k > 0) + (sampling.top_p < 1) if sampling.temperature else 0
-    new = call.args[2].tokens.shape[1] if call.name.startswith("extend") else 1
+    new = int(call.name.split()[1]) if call.name.startswith("extend") else 1
     pages = math.ceil((filled_tokens(config) + new) / config.rollout.page_size)
     return {
         f"{THRESHOLD_SEARCH}/while": searches, f"{PAGE_LOOP}/while": pages, "jit(decode)/while": 1,

@@ -46,8 +46,8 @@ class CacheSize:
 
     @property
     def bytes(self) -> float:
-        """Bytes on a device."""
-        return self.pages * self.page_bytes + self.lanes * self.lane_bytes
+        """Bytes on a device. There is a lane more, for a prompt (`Programs.num_lanes`)."""
+        return self.pages * self.page_bytes + (self.lanes + 1) * self.lane_bytes
 
     @property
     def setting(self) -> str:
@@ -78,7 +78,7 @@ def cache_size(config: settings.Config, engine: Programs) -> CacheSize:
         page_bytes=device_bytes(cache.pages) / engine.num_pages,
         lanes=lanes,
         pages_per_lane=engine.pages_per_lane,
-        lane_bytes=device_bytes(cache.hidden) / lanes,
+        lane_bytes=device_bytes(cache.hidden) / engine.num_lanes,
         tokens=config.rollout.page_size,
         is_set=config.rollout.cache_tokens > 0,
     )

@@ -21,7 +21,7 @@ from mmsr1_jax.episodes.episode import Episode, Example
 from mmsr1_jax.episodes.turn_machine import Event
 from mmsr1_jax.rollout.dispatcher import Dispatcher
 from mmsr1_jax.rollout.engine import Engine
-from mmsr1_jax.rollout.pool import EnginePool
+from mmsr1_jax.rollout.pool import EnginePool, running_programs
 from mmsr1_jax.utils.logs import log
 
 
@@ -80,6 +80,8 @@ class RequestQueue:
             self._engines, self, max_load=engine.config.rollout.lanes - 1, sampling=sampling
         )
         self._changed = self._dispatcher.changed
+        self._programs = contextlib.ExitStack()
+        self._programs.enter_context(running_programs(self._engines))
         self._dispatcher.start()
 
     def __len__(self) -> int:
@@ -139,6 +141,7 @@ class RequestQueue:
     def close(self) -> None:
         """Stop the threads, after the device programs that are running."""
         self._dispatcher.stop()
+        self._programs.close()
 
     # Source of the dispatcher
 

@@ -170,16 +170,19 @@ class TextDecoder(nnx.Module):
         cos, sin = mrope_angles(positions, self.config)
         written = []
         layers = self.layers if isinstance(self.layers, nnx.List) else unstack(self.layers)
+        # Jitted so that equal layers are traced once, not inside a `shard_map`: the compiler for
+        # TPUs (jax 0.10) aborts if a function with another one inside is called twice.
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        apply = _cached_layer if manual else _jitted_cached_layer
         for layer, layer_pages in zip(layers, pages, strict=True):
             graph, params = nnx.split(layer)
-            x, layer_pages = _cached_layer(graph, params, x, cos, sin, layer_pages, rows)
+            x, layer_pages = apply(graph, params, x, cos, sin, layer_pages, rows)
             written.append(layer_pages)
         return self.norm(x), tuple(written)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _cached_layer(graph, params, x, cos, sin, pages, rows: PagedRows):
-    """Apply one layer of `TextDecoder.cached`; jitted so that equal layers are traced once."""
+    """Apply one layer of `TextDecoder.cached`."""
 
     def attend(q, k, v):
         nonlocal pages
@@ -187,3 +190,6 @@ def _cached_layer(graph, params, x, cos, sin, pages, rows: PagedRows):
         return paged_attention(q, pages, rows)
 
     return nnx.merge(graph, params)(x, cos, sin, attend), pages
+
+
+_jitted_cached_layer = jax.jit(_cached_layer, static_argnums=0)
