@@ -1,12 +1,13 @@
 """A stand-in for the rollout engine that returns given answers, for tests of training steps."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.data import Question
 from mmsr1_jax.episodes.episode import Episode, Example
+from mmsr1_jax.rollout.active import RolloutStopped
 from tests.episode_factory import answer, episode_of
 
 
@@ -33,7 +34,10 @@ class FakeEngine:
         sampling: settings.Sampling,
         indices: Iterable[int],
         timeline: None = None,
+        must_stop: Callable[[], bool] | None = None,
     ) -> Iterator[Episode]:
+        if must_stop is not None and must_stop():
+            raise RolloutStopped
         self.seeds.append(sampling.seed)
         episodes = []
         for group, example in zip(indices, examples, strict=True):

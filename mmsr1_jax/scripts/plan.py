@@ -94,6 +94,7 @@ def make_plan(
         filled=engine.filled_tokens(config),
         tensor=tensor,
         crosses_hosts=programs.tensor_groups_cross_hosts(mesh),
+        lockstep=rollout.num_engines > 1,
     )
 
 

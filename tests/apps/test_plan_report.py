@@ -59,7 +59,7 @@ def phases(limit=80, state=STATE, extra=None, offload=False, missing=()):
 PARTS = (Part("text", 3 * GIB, 0.3, 8e12), Part("log_probs", GIB, 0.1, 2e12))
 
 
-def make_plan(phases, lanes=40, is_set=False, hosts=1, target="h100:1x8", tensor=1):
+def make_plan(phases, lanes=40, is_set=False, hosts=1, target="h100:1x8", lockstep=False):
     devices = [types.SimpleNamespace(process_index=i % hosts) for i in range(8)]
     gradient = Figures(
         name="gradient", phase="update", needed_bytes=GIB, flops=1e12, moved_bytes=4 * GIB,
@@ -69,8 +69,8 @@ def make_plan(phases, lanes=40, is_set=False, hosts=1, target="h100:1x8", tensor
         target=Target(target, CHIPS[target.split(":")[0]], devices), model="m",
         calibration=Calibration(0.0, 1e-3, 1.0),
         programs=[gradient],
-        phases=list(phases.values()), cache=cache(lanes, is_set), filled=4096, tensor=tensor,
-        crosses_hosts=False,
+        phases=list(phases.values()), cache=cache(lanes, is_set), filled=4096, tensor=1,
+        crosses_hosts=False, lockstep=lockstep,
     )  # fmt: skip
 
 
@@ -229,11 +229,8 @@ def test_the_report_and_its_json_agree():
     assert "process on each" not in text
     several = report.as_text(make_plan(phases(), hosts=2), config)
     assert "A run on this target has one process on each of 2 hosts." in several
-    several = [
-        report.as_text(make_plan(phases(), hosts=2, target=f"{name}:2x4", tensor=2), config)
-        for name in ("v6e", "v5p")
-    ]
-    assert ["engines need mesh.tensor=1" in text for text in several] == [True, False]
+    assert "rollout.lockstep" not in several
+    assert "rollout.lockstep" in report.as_text(make_plan(phases(), lockstep=True), config)
 
 
 def test_a_plan_of_a_small_run(tmp_path, monkeypatch):

@@ -89,14 +89,22 @@ def test_profiles_and_timelines_are_written(uninterrupted):
 # Resuming
 
 
-def test_a_run_stopped_by_sigterm_resumes_bit_identically(uninterrupted, tmp_path, questions):
-    """Also with the trainer in host memory during rollouts, which changes no number."""
+@pytest.mark.parametrize(
+    ("grace", "message"),
+    [(600, "which is saved"), pytest.param(0, "was dropped", marks=pytest.mark.proof)],
+)
+def test_a_run_stopped_by_sigterm_resumes_bit_identically(
+    uninterrupted, tmp_path, questions, grace, message
+):
+    """The step is finished, or its rollout dropped. The trainer is in host memory during rollouts,
+    which changes no number."""
     workdir = tmp_path / "run"
-    process = start(new_run_command(workdir, questions, "--config.update.offload=True"))
+    arguments = ["--config.update.offload=True", f"--config.run.grace_seconds={grace}"]
+    process = start(new_run_command(workdir, questions, *arguments))
     wait_until(process, lambda: bool(metrics.read(workdir / "metrics.jsonl")), interval=0.02)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0 and "which is saved" in stderr, stderr[-3000:]
+    assert process.returncode == 0 and message in stderr, stderr[-3000:]
     assert len(metrics.read(workdir / "metrics.jsonl")) < 6
     assert run(train_command(workdir)).returncode == 0
     assert run_results(workdir) == run_results(uninterrupted)

@@ -150,12 +150,18 @@ def log(group, index) -> str:
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize("victim", [0, 1])
-def test_sigterm_to_one_process_ends_all_with_the_same_step_saved(questions, tmp_path, victim):
-    with start(tmp_path / "run", questions, 2, "--config.run.steps=50") as group:
+@pytest.mark.parametrize(("victim", "grace"), [(0, 600), (1, 600), (1, 0)])
+def test_sigterm_to_one_process_ends_all_with_the_same_step_saved(
+    questions, tmp_path, victim, grace
+):
+    """Without grace the rollout is dropped, and the step before is saved."""
+    arguments = ["--config.run.steps=50", "--config.run.save_every=20"]
+    arguments.append(f"--config.run.grace_seconds={grace}")
+    with start(tmp_path / "run", questions, 2, *arguments) as group:
         wait_for_step(group, tmp_path / "run", 1)
         os.kill(group.processes[victim].pid, signal.SIGTERM)
         assert group.wait(300) == [0, 0], [log(group, i) for i in range(2)]
+        assert ("was dropped" in group.output(0)) == (grace == 0), log(group, 0)
     saved = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*"))
     last = metrics.read(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
     assert saved[-1] == last < 50

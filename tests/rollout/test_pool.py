@@ -14,6 +14,7 @@ from flax import nnx
 from mmsr1_jax.config import settings
 from mmsr1_jax.models import sharding
 from mmsr1_jax.rollout import build
+from mmsr1_jax.rollout.active import RolloutStopped
 from mmsr1_jax.rollout.device import EngineStats
 from mmsr1_jax.rollout.dispatcher import Dispatcher
 from mmsr1_jax.rollout.engine import Engine
@@ -65,6 +66,30 @@ def pool(model, processor):
     pool = EnginePool(models, processor, make_config(precompile=True), search_tools())
     yield pool
     pool.close()
+
+
+@pytest.mark.parametrize("engines", [1, 2])
+def test_a_rollout_stops_while_its_tools_block(model, processor, engines):
+    """With one engine and with a pool of two."""
+    started = threading.Event()
+
+    async def block(query):
+        started.set()
+        await asyncio.sleep(60)
+
+    tools = {"text_search": block, "image_search": block}
+    if engines == 1:
+        engine = Engine(model, processor, make_config(), tools)
+    else:
+        engine = EnginePool(
+            build.replicate(model, meshes([2], [5])), processor, make_config(), tools
+        )
+    begin = time.monotonic()
+    with pytest.raises(RolloutStopped):
+        for _ in engine.rollout(examples(6), group_size=4, must_stop=started.is_set):
+            pass
+    assert time.monotonic() - begin < 50  # programs are compiled before the first search
+    engine.close()
 
 
 def is_intact(pool, expected) -> bool:

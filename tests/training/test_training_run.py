@@ -1,5 +1,6 @@
 """`TrainingRun` with a stand-in for the learner: steps, checkpoints, SIGTERM, nonfinite updates."""
 
+import itertools
 import signal
 
 import jax.numpy as jnp
@@ -226,6 +227,58 @@ def test_sigterm_in_the_last_step_completes_the_run(tmp_path, saved_policies, ca
     assert train(tmp_path, make_config(steps=2), on_step=stop) == [1, 2]
     assert saved_policies == [tmp_path]
     assert "stopped after step" not in capsys.readouterr().err
+
+
+def test_a_rollout_stops_after_sigterm_if_the_step_would_take_longer_than_the_grace(
+    tmp_path, saved_policies, capsys, monkeypatch
+):
+    """A step takes 100 s, 60 of them its rollout; the grace is 51 s."""
+    now, ticks = [0.0], itertools.count()
+    for name in ("perf_counter", "monotonic"):
+        clock = f"mmsr1_jax.training.training_run.time.{name}"
+        monkeypatch.setattr(clock, lambda: now[0] + 1e-9 * next(ticks))
+    config = make_config(steps=6, grace_seconds=51.0)
+    with make_run(tmp_path, config) as run:
+        run.restore()
+        run.start()
+        for step in run.steps():
+            assert not run.must_stop_rollout()
+            with run.phase("rollout"):
+                now[0] += 45.0
+                if step == 2:
+                    signal.raise_signal(signal.SIGTERM)
+                    assert run.must_stop_rollout()  # 55 s remain
+                    now[0] += 5.0
+                    assert run.must_stop_rollout()  # 50 s, of which 46 are left
+                    run._sigterm._time = now[0]
+                    assert not run.must_stop_rollout()
+                    now[0] += 9.0
+                    assert not run.must_stop_rollout()  # 40 s for the update, of 42
+                    now[0] += 3.0
+                    assert run.must_stop_rollout()
+                    run.stop_rollout(step, {"position": 1})
+                    break
+                now[0] += 15.0
+            now[0] += 40.0
+            finish_step(run, step)
+        assert run.finish() == 0
+    assert saved_steps(tmp_path) == [1] and saved_policies == []
+    stderr = capsys.readouterr().err
+    assert "step 2 would take more than run.grace_seconds=51 and was dropped; step 1 is" in stderr
+    assert train(tmp_path, make_config()) == [2, 3, 4, 5, 6]
+
+
+def test_before_any_step_is_complete_a_rollout_stops_at_once(tmp_path, saved_policies):
+    with make_run(tmp_path, make_config(steps=6, grace_seconds=1e4)) as run:
+        run.restore()
+        run.start()
+        for step in run.steps():
+            signal.raise_signal(signal.SIGTERM)
+            assert run.must_stop_rollout()
+            run.stop_rollout(step, {"position": 0})
+            break
+        assert run.finish() == 0
+    assert saved_steps(tmp_path) == []
 
 
 # Nonfinite updates

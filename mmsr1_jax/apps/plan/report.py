@@ -8,7 +8,7 @@ from mmsr1_jax.apps.plan import memory
 from mmsr1_jax.apps.plan.estimate import Calibration
 from mmsr1_jax.apps.plan.figures import Figures
 from mmsr1_jax.apps.plan.memory import CacheSize, Phase
-from mmsr1_jax.apps.plan.targets import WHOLE_SLICES, Target
+from mmsr1_jax.apps.plan.targets import Target
 from mmsr1_jax.config import settings
 
 _GIB = 2.0**30
@@ -32,6 +32,7 @@ class Plan:
       filled: Tokens that each lane is assumed to hold in the engine's programs.
       tensor: Devices of a tensor group.
       crosses_hosts: Whether a tensor group spans several hosts.
+      lockstep: Whether all engines run their programs together.
     """
 
     target: Target
@@ -43,6 +44,7 @@ class Plan:
     filled: int
     tensor: int
     crosses_hosts: bool
+    lockstep: bool
 
     @property
     def largest_cache(self) -> int | None:
@@ -91,7 +93,7 @@ def as_json(plan: Plan, config: settings.Config) -> dict[str, Any]:
             "largest": plan.largest_cache, "most_lanes": plan.most_lanes,
             "filled_tokens": plan.filled,
         },
-        "tensor_groups_cross_hosts": plan.crosses_hosts,
+        "tensor_groups_cross_hosts": plan.crosses_hosts, "lockstep": plan.lockstep,
     }  # fmt: skip
 
 
@@ -121,11 +123,8 @@ def as_text(plan: Plan, config: settings.Config) -> str:
     if plan.tensor > 1:
         where = "span several hosts" if plan.crosses_hosts else "stay on one host"
         lines.append(f"Groups of mesh.tensor={plan.tensor} devices {where}.")
-        if target.num_hosts > 1 and target.chip.name in WHOLE_SLICES:
-            lines.append(
-                f"A slice of {target.chip.name} with several hosts runs no program on part of it: "
-                "engines need mesh.tensor=1."
-            )
+    if plan.lockstep:
+        lines.append("All engines run their programs together (rollout.lockstep).")
     return "\n".join(lines)
 
 

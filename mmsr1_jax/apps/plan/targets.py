@@ -101,7 +101,6 @@ CHIPS = {
         ),
     )
 }  # fmt: skip
-WHOLE_SLICES = ("v5e", "v6e")  # whose compiler refuses collectives on a part of the chips
 _SHAPE = re.compile(r"[1-9]\d*(x[1-9]\d*)+")
 _EXTRAS = {"tpu": "tpu", "gpu": "cuda"}
 _COMPILERS = {
