@@ -157,7 +157,9 @@ def run(
             if error.filename is None:  # not about a file, so not the user's to fix
                 raise
             sys.exit(f"error: {error}")
-        except SystemExit:
+        except SystemExit as error:
+            if error.code and processes.count() > 1:
+                process_watch.guard_failure(error)
             raise
         except BaseException as error:
             if processes.count() > 1:

@@ -47,8 +47,8 @@ def make_mesh(
     has consecutive shards of a batch.
 
     Raises:
-      UserError: The product of the sizes is not the number of devices, or a tensor group would need
-        devices of several processes.
+      UserError: The product of the sizes is not the number of devices, processes have different
+        numbers of devices, or a tensor group would need devices of several processes.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [replica, fsdp, tensor]
@@ -64,6 +64,9 @@ def make_mesh(
     per_process = collections.Counter(device.process_index for device in devices)
     if len(per_process) == 1:
         return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=devices)
+    if len(set(per_process.values())) > 1:
+        counts = ", ".join(f"process {p}: {n}" for p, n in sorted(per_process.items()))
+        raise UserError(f"mesh: all processes need the same number of devices ({counts})")
     if any(number % sizes[2] for number in per_process.values()):
         process, number = min(per_process.items(), key=lambda item: item[1])
         raise UserError(

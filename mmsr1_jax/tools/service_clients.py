@@ -22,6 +22,7 @@ from mmsr1_jax.tools.services.serper import Serper
 from mmsr1_jax.tools.services.summariser import Summariser
 from mmsr1_jax.tools.tool_cache import ToolCache
 from mmsr1_jax.tools.web import WebClient
+from mmsr1_jax.utils.logs import log
 
 SERVICES = (
     "serpapi", "serper", "searxng", "retrieval", "reader", "summariser", "judge", "thumbnails",
@@ -112,6 +113,12 @@ class ServiceClients:
         default = self._services.max_qps, self._services.max_concurrency
         max_qps, max_concurrency = self._limits.get(name, default)
         wait_for_slot = None
+        if max_concurrency < self._num_loops:
+            log.warning(
+                "%s: %d engines may send a request each at the same time, more than the limit of "
+                "%d concurrent requests (services.max_concurrency)",
+                name, self._num_loops, max_concurrency,
+            )  # fmt: skip
         if isinstance(self._cache, RedisCache):
             wait_for_slot = functools.partial(self._cache.wait_for_slot, name, max_qps)
         names = SERVICE_SETTINGS.get(name, ())

@@ -31,6 +31,7 @@ from mmsr1_jax.utils.process_watch import fail
 
 Result = TypeVar("Result")
 
+_PATIENCE_SECONDS = 10.0  # for which a process waits for process 0 without a message
 _END_SECONDS = 86400.0  # while process 0 completes files alone
 
 
@@ -95,14 +96,17 @@ def start(
 def _wait_for_coordinator(address: str, seconds: float) -> None:
     """Wait until process 0 listens, since JAX aborts the process if it does not in time."""
     host, _, port = address.rpartition(":")
-    deadline, reason = time.monotonic() + seconds, "no address"
-    while host and port.isdecimal() and time.monotonic() < deadline:
+    begin, reason, logged = time.monotonic(), "no address", False
+    while host and port.isdecimal() and time.monotonic() - begin < seconds:
         try:
             with socket.create_connection((host, int(port)), timeout=5):
                 return
         except OSError as error:
             reason = str(error)
             time.sleep(0.5)
+        if time.monotonic() - begin > _PATIENCE_SECONDS and not logged:
+            log.warning("waiting up to %.0f s for process 0 at %s: %s", seconds, address, reason)
+            logged = True
     raise UserError(
         f"--coordinator={address}: no answer in {seconds:.0f} s ({reason}). It must be HOST:PORT "
         "of process 0, which runs the same command, with the port open"

@@ -78,6 +78,8 @@ def check_equal(one, other, steps=(1, 2)):
             continue
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
+            if name == "update/packing_efficiency":
+                continue  # each process packs its own episodes
             # Figures of the episodes are equal, those of an update differ by rounding: means over
             # tokens of terms of size 1, which may cancel.
             bar = dict(rel=1e-5, abs=1e-6) if name.startswith("update/") else dict(rel=1e-12)

@@ -1,6 +1,7 @@
 """Eight devices compute the same output as one, and each holds its shard."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -175,3 +176,9 @@ def test_gpus_use_the_kernels_of_their_generation(kind, packed):
         assert attention_module.choose("auto", 8192, jnp.float16, False) == "triton"
         shares = attention_module.supports_prefixes("auto", 8192, jnp.bfloat16)
         assert shares == (packed == "mosaic")
+
+
+def test_processes_with_different_numbers_of_devices_are_refused():
+    devices = [types.SimpleNamespace(process_index=p, id=n) for n, p in enumerate([0, 0, 1])]
+    with pytest.raises(UserError, match=r"same number of devices \(process 0: 2, process 1: 1\)"):
+        sharding.make_mesh(1, -1, 1, devices=devices)

@@ -186,3 +186,28 @@ def test_a_coordinator_that_cannot_be_reached_is_named():
         assert "no answer in 5 s" in group.output(1), group.output(1)
         assert "Traceback" not in group.output(1)
     assert time.monotonic() - begin < 30
+
+
+def test_values_of_many_megabytes_are_exchanged():
+    outputs = run("""
+values = processes.exchange("large", str(index) * 16_000_000)
+print("done", [value[0] for value in values], [len(value) for value in values])
+""")
+    for output in outputs:
+        assert "done ['0', '1', '2'] [16000000, 16000000, 16000000]" in output
+
+
+def test_the_rule_of_process_0_decides_for_all():
+    outputs = run("""
+for step in range(5):
+    chosen = processes.decide("next", [index, step], lambda values: max(values))
+    assert chosen == [2, step], chosen
+keys = processes.state.client.key_value_dir_get("mmsr1/decide/")
+processes.barrier("looked")
+assert len(keys) <= 6, keys  # old ones are removed
+processes.notify(f"notice-{index}")
+while not all(processes.notified(f"notice-{p}") for p in range(3)):
+    time.sleep(0.1)
+print("done", index)
+""")
+    assert all(f"done {index}" in output for index, output in enumerate(outputs))
