@@ -9,12 +9,16 @@ import signal
 import time
 
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 from mmsr1_jax.rl import train_batch
 from mmsr1_jax.training import metrics
 from tests import train_runs
 from tests.episode_factory import answer, episode_of, reward_of
 from tests.hosts import cut_off, hosts, namespaces
+from tests.servers import serve
 
 # Four devices in all, whatever the number of processes.
 STEPS = ["--config.run.prompts_per_step=4", "--config.run.steps=2", "--config.run.save_every=1",
@@ -196,19 +200,45 @@ def test_a_run_whose_processes_die_ten_times_is_bit_identical_to_an_unbroken_one
     workdir, rng = tmp_path / "killed", random.Random(0)
     command = train_runs.new_run_command(workdir, questions, *STEPS, *arguments)
     for moment in range(10):
-        names = [path.name for path in workdir.glob("checkpoints/[0-9]*")]
-        saved = [int(name) for name in names if name.isdigit()]  # others are incomplete
+        done = metrics.read(workdir / "metrics.jsonl")
         with hosts([command] * 2, devices=2) as group:
-            wait_for_step(group, workdir, max(saved, default=0) + 1)
+            wait_for_step(group, workdir, max((line["step"] for line in done), default=0) + 1)
             time.sleep(rng.uniform(0, 3))
             begin, victim = time.monotonic(), group.processes[moment % 2]
             victim.kill()
-            assert group.processes[1 - moment % 2].wait(60) != 0
+            assert group.processes[1 - moment % 2].wait(60) != 0, moment
             assert time.monotonic() - begin < 60
         command = train_runs.train_command(workdir)
     with hosts([command] * 2, devices=2) as group:
         assert group.wait(600) == [0, 0], [log(group, i) for i in range(2)]
     assert train_runs.run_results(workdir) == train_runs.run_results(unbroken)
+
+
+@pytest.mark.proof
+def test_four_processes_search_as_often_as_one_and_within_the_rate(questions, tmp_path):
+    times: list[float] = []
+
+    def search(request):
+        times.append(time.monotonic())
+        hit = {"url": "http://page.example/", "title": "Landmark", "content": "It is 12 m high."}
+        return JSONResponse({"results": [hit]})
+
+    searches, limit = {}, 1.0
+    with serve(Starlette(routes=[Route("/{rest:path}", search)])) as address:
+        for count in (1, 4):
+            times.clear()
+            run(
+                tmp_path / str(count), questions, count,
+                "--config.run.validate_every=0", "--config.run.group_size=16",
+                "--config.tools.text=searxng", f"--config.services.searxng_url={address}",
+                f"--config.services.max_qps={limit}", "--config.services.reader=none",
+                f"--config.services.allowed_hosts=('{address.removeprefix('http://')}',)",
+            )  # fmt: skip
+            searches[count] = len(times)
+            for begin in times:  # each of four loops may send one at once
+                assert sum(begin <= t < begin + 4 for t in times) <= 4 * limit + 4
+    check_equal(tmp_path / "1", tmp_path / "4")
+    assert searches[1] == searches[4] > 12
 
 
 @pytest.mark.proof
