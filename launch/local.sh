@@ -28,4 +28,4 @@ start() {
 
 send() { kill -"$1" "${processes[$2]}"; }
 
-supervise "$count"
+supervise "$count"; exit # on one line, as bash reads a file while it runs it

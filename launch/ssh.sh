@@ -48,4 +48,4 @@ send() {
     if [ "$1" = KILL ]; then kill "${processes[$2]}" 2>/dev/null || true; fi
 }
 
-supervise "${#hosts[@]}"
+supervise "${#hosts[@]}"; exit # on one line, as bash reads a file while it runs it

@@ -65,7 +65,7 @@ case "$verb" in
         ;;
     run)
         command=$(printf '%q ' "$@")
-        supervise 1
+        supervise 1; exit
         ;;
     logs) on_workers "tail -n $(printf '%q' "${1:-50}") mmsr1.log" ;;
     stop) on_workers "$(kill_line TERM)" ;;

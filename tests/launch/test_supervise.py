@@ -1,6 +1,7 @@
 """Restarts after failures, by `launch/local.sh` with small commands in place of training."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -124,3 +125,19 @@ time.sleep(600)
 def test_a_wrong_command_line_is_refused():
     done = subprocess.run([ROOT / "launch" / "local.sh", "2"], capture_output=True, text=True)
     assert done.returncode == 2 and "usage: " in done.stderr
+
+
+def test_a_script_may_change_while_it_runs(tmp_path):
+    """As it does when the checkout is updated; bash reads a file while it runs it."""
+    for name in ("local.sh", "supervise.sh"):
+        shutil.copy(ROOT / "launch" / name, tmp_path)
+    script = tmp_path / "local.sh"
+    line = 'touch "$0/ready"; until [ -e "$0/end" ]; do sleep 0.05; done'
+    process = subprocess.Popen(
+        [script, "1", "1", "bash", "-c", line, tmp_path], stderr=subprocess.PIPE, text=True
+    )
+    wait_for_files(tmp_path, "ready", 1)
+    script.write_text("\n".join(["#", "never_run"] * 40) + script.read_text())
+    (tmp_path / "end").touch()
+    _, messages = process.communicate(timeout=30)
+    assert process.returncode == 0 and not messages
