@@ -15,12 +15,13 @@ import sys
 import traceback
 import typing
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags
 from ml_collections import config_flags
 
 from mmsr1_jax.config import ConfigError, settings
-from mmsr1_jax.config.errors import UserError
+from mmsr1_jax.config.errors import REFUSED, UserError, exit_code
 from mmsr1_jax.utils import logs, process_watch, processes, shutdown
 
 COMMANDS = ("train", "sft", "evaluate", "infer", "score", "curate", "report", "serve")
@@ -40,7 +41,7 @@ def main() -> None:
         print(_help())
         return
     if name not in (*COMMANDS, *SCRIPTS):
-        sys.exit(f"error: mmsr1 has no command {name!r}; `mmsr1 --help` lists them")
+        _exit_with(f"mmsr1 has no command {name!r}; `mmsr1 --help` lists them", REFUSED)
     sys.argv[:2] = [f"mmsr1 {name}"]
     runpy.run_module(_module_name(name), run_name="__main__", alter_sys=True)
 
@@ -112,7 +113,7 @@ def _integer(variable: str) -> int | None:
     """Return the integer of an environment variable, if it is set."""
     text = os.environ.get(variable, "")
     if text and not text.isdecimal():
-        sys.exit(f"error: {variable}={text} must be a number")
+        _exit_with(f"{variable}={text} must be a number", REFUSED)
     return int(text) if text else None
 
 
@@ -125,8 +126,8 @@ def run(
     """Run `main` like `absl.app.run`. Does not return.
 
     A `UserError`, an invalid flag, or a file that the system cannot open ends the program with one
-    line and exit code 1; so does Ctrl-C, with the exit code `interrupted` (see `shutdown.guard`).
-    Any other exception keeps its traceback, with exit code 1.
+    line and the exit code of `errors.exit_code`; so does Ctrl-C, with the exit code `interrupted`
+    (see `shutdown.guard`). Any other exception keeps its traceback, with exit code 1.
 
     Args:
       main: Function of the program's name and its positional arguments. Its result is the exit
@@ -139,7 +140,7 @@ def run(
         try:
             return _parse_flags(argv, max_arguments)
         except (flags.Error, ConfigError, OSError, *_CONFIG_FILE_ERRORS) as error:
-            sys.exit(f"error: {_one_line(error)}")
+            _exit_with(_one_line(error), REFUSED)
 
     def call(argv: Sequence[str]) -> int | None:
         logs.set_up()  # after absl has parsed its flags, which set a level of their own
@@ -149,14 +150,14 @@ def run(
             return code
         except UserError as error:
             process_watch.guard_failure(error)
-            sys.exit(f"error: {error}")
+            _exit_with(error, exit_code(error))
         except OSError as error:
             if processes.count() > 1:
                 traceback.print_exc()
                 process_watch.guard_failure(error)
             if error.filename is None:  # not about a file, so not the user's to fix
                 raise
-            sys.exit(f"error: {error}")
+            _exit_with(error, exit_code(error))
         except SystemExit as error:
             if error.code and processes.count() > 1:
                 process_watch.guard_failure(error)
@@ -169,6 +170,12 @@ def run(
             raise
 
     app.run(shutdown.guard(call, interrupted=interrupted), flags_parser=parse)
+
+
+def _exit_with(message: object, code: int) -> NoReturn:
+    """End the program with one line."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _parse_flags(argv: Sequence[str], max_arguments: int) -> list[str]:

@@ -134,7 +134,7 @@ def check_directory(directory: pathlib.Path) -> None:
     """Check that all processes see the same directory, by a file that process 0 puts there.
 
     Raises:
-      ProcessError: They do not; the message names the first process that does not.
+      UserError: They do not; the message names the first process that does not.
     """
     if processes.count() == 1:
         return
@@ -146,7 +146,7 @@ def check_directory(directory: pathlib.Path) -> None:
     if processes.main():
         token.unlink()
     if not all(seen):
-        raise processes.ProcessError(
+        raise UserError(
             f"process {seen.index(False)}: does not see the files that process 0 writes to "
             f"{directory}; all processes need the same directory, on a disk that they share"
         )

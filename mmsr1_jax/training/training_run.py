@@ -17,6 +17,7 @@ import collections
 import contextlib
 import dataclasses
 import itertools
+import os
 import pathlib
 import signal
 import time
@@ -271,11 +272,17 @@ class TrainingRun:
         return type(error)(f"{error}; {self.workdir}: {saved}; the same command resumes the run")
 
     def finish(self) -> int:
-        """Wait for the last checkpoint and, if the run is complete, write its policy; return 0."""
+        """Wait for the last checkpoint and, if the run is complete, write its policy.
+
+        Returns:
+          The exit code: 0. Of a run that SIGTERM stopped it is 75 if MMSR1_REPORT_STOPPED is set,
+          as launchers do that must tell it from a complete one.
+        """
         self._resources.close()
         if self._saved_step == self._config.run.steps:
             train_utils.save_policy(self._learner, self._config, self._model_dir, self.workdir)
-        return 0
+            return 0
+        return os.EX_TEMPFAIL if os.environ.get("MMSR1_REPORT_STOPPED") else 0
 
     def _state(self) -> dict[str, Any]:
         return {"trained": self._learner.trained, "optimizer": self._learner.optimizer}

@@ -40,6 +40,8 @@ _locked_directories: list[pathlib.Path] = []
 class LockedError(UserError):
     """Another process is writing the same output; the message names the output and the process."""
 
+    exit_code = 1  # a process that was killed may still hold the lock
+
 
 @contextlib.contextmanager
 def lock(directory: str | os.PathLike) -> Iterator[None]:

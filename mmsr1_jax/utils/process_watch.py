@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 
-from mmsr1_jax.config.errors import UserError
+from mmsr1_jax.config.errors import UserError, exit_code
 from mmsr1_jax.utils.coordination import set_value, state, try_get, values_under
 
 BEAT_SECONDS = 1.0
@@ -27,13 +27,13 @@ def start(heartbeat_seconds: float) -> None:
         state.threads.append(thread)
 
 
-def fail(message: str) -> None:
-    """Tell all processes why this one ends, and end it with exit code 1. Does not return.
+def fail(message: str, code: int = 1) -> None:
+    """Tell all processes why this one ends, and end all with an exit code. Does not return.
 
     Nothing is waited for but, in process 0, that the others have read the message.
     """
     _end_soon()
-    announced = f"process {state.index}: {message}"
+    announced = f"{code} process {state.index}: {message}"
     with contextlib.suppress(Exception):
         set_value("failure", announced)  # fails if another was first
     with contextlib.suppress(Exception):
@@ -60,7 +60,7 @@ def guard_failure(error: BaseException) -> None:
         word in message.lower() for word in _LOST
     ):
         time.sleep(state.heartbeat_seconds + 3 * BEAT_SECONDS)  # `_watch` ends this process
-    fail(message)
+    fail(message, exit_code(error))
 
 
 def _watch(heartbeat_seconds: float) -> None:
@@ -105,7 +105,7 @@ def _watch_server(heartbeat_seconds: float) -> None:
     """End this process when process 0 does not answer."""
     while not state.ended.wait(BEAT_SECONDS):
         if time.monotonic() - state.answered > heartbeat_seconds:
-            _end("process 0, which coordinates, does not answer: it has ended, or is cut off")
+            _end("1 process 0, which coordinates, does not answer: it has ended, or is cut off")
 
 
 _ending = threading.Lock()
@@ -118,9 +118,10 @@ def _end_soon() -> None:
     timer.start()
 
 
-def _end(message: str) -> None:
-    """End this process at once, with exit code 1 and the message of the failure."""
+def _end(announced: str) -> None:
+    """End this process at once, with the exit code and the message of the failure."""
     _end_soon()
+    code, _, message = announced.partition(" ")
     _ending.acquire()  # never released: the first message is the one
     with contextlib.suppress(Exception):
         print(f"error: {message}", file=sys.stderr, flush=True)
@@ -135,4 +136,4 @@ def _end(message: str) -> None:
                 time.sleep(0.1)
     with contextlib.suppress(Exception):
         sys.stdout.flush()
-    os._exit(1)
+    os._exit(int(code))

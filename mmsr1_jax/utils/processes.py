@@ -36,7 +36,9 @@ _END_SECONDS = 86400.0  # while process 0 completes files alone
 
 
 class ProcessError(UserError):
-    """Another process failed, does not answer, or has other settings; the message names it."""
+    """Another process failed or does not answer; the message names it."""
+
+    exit_code = 1  # started again, it may answer
 
 
 def start(
@@ -61,7 +63,8 @@ def start(
       heartbeat_seconds: Seconds of silence after which a process counts as dead.
 
     Raises:
-      UserError: The arguments are incomplete, or the processes did not all start in time.
+      UserError: The arguments are incomplete.
+      ProcessError: The processes did not all start in time.
     """
     if coordinator is None and count is None and index is None:
         coordinator, count, index = _detect(start_seconds)
@@ -87,7 +90,7 @@ def start(
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(
+        raise ProcessError(
             f"the processes did not all start: {reason}. Does every host run the same command?"
         ) from None
     _join(timeout, heartbeat_seconds)
@@ -107,7 +110,7 @@ def _wait_for_coordinator(address: str, seconds: float) -> None:
         if time.monotonic() - begin > _PATIENCE_SECONDS and not logged:
             log.warning("waiting up to %.0f s for process 0 at %s: %s", seconds, address, reason)
             logged = True
-    raise UserError(
+    raise ProcessError(
         f"--coordinator={address}: no answer in {seconds:.0f} s ({reason}). It must be HOST:PORT "
         "of process 0, which runs the same command, with the port open"
     )
@@ -260,13 +263,13 @@ def agree(facts: Mapping[str, Any]) -> None:
     """Check that facts are the same in all processes.
 
     Raises:
-      ProcessError: They are not; the message names the first process and fact that differ.
+      UserError: They are not; the message names the first process and fact that differ.
     """
     first, *others = exchange("facts", dict(facts))
     for process, theirs in enumerate(others, start=1):
         for name, value in first.items():
             if theirs.get(name) != value:
-                raise ProcessError(
+                raise UserError(
                     f"process {process}: {name} is {_short(theirs.get(name))}, and in process 0 "
                     f"{_short(value)}; all processes must run the same command on the same files"
                 )
@@ -337,10 +340,6 @@ def _missing(topic: str, key: str, timeout: float) -> str:
     """Return the message that names the processes that have not exchanged `topic`."""
     missing = []
     with contextlib.suppress(RuntimeError):
-        missing = [
-            p
-            for p in range(state.count)
-            if coordination.trycoordination.get_value(f"{key}/{p}") is None
-        ]
+        missing = [p for p in range(state.count) if coordination.try_get(f"{key}/{p}") is None]
     phases = [f"process {p} (in {coordination.phase_of(p)})" for p in missing]
     return f"{topic}: no answer in {timeout:.0f} s from {', '.join(phases) or 'process 0'}"

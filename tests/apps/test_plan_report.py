@@ -260,6 +260,6 @@ def test_the_command_ends_with_one_line_for_an_unknown_target():
     result = run_module(
         "--config=tiny", "--topology=v5p", module="mmsr1_jax.scripts.plan", devices=1
     )
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.startswith("error: --topology=v5p: must be a chip and a shape")
     assert result.stderr.count("\n") == 1

@@ -233,5 +233,5 @@ def test_unreadable_input_is_named_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="contains no valid episode .*line 1: 'segments'"):
         reader.read(file, 10)
     done = run_report(file, f"--out={file}")
-    assert done.returncode == 1 and "would overwrite the input" in done.stderr
+    assert done.returncode == 2 and "would overwrite the input" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -282,7 +282,7 @@ def test_the_command(tiny_dir, setup):
             taken = url.rpartition(":")[2]
             done = subprocess.run([*command, f"--port={taken}"], **keywords, capture_output=True,
                                   timeout=PATIENCE)  # fmt: skip
-            assert done.returncode == 1 and f"--port={taken}: " in done.stderr
+            assert done.returncode == 2 and f"--port={taken}: " in done.stderr
             assert len(done.stderr.strip().splitlines()) == 1
         finally:
             process.send_signal(signal.SIGINT)

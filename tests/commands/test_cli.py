@@ -32,13 +32,13 @@ def test_help_lists_every_command_with_its_summary():
 
 def test_an_unknown_command_is_an_error_in_one_line():
     done = run("fly")
-    assert done.returncode == 1 and done.stderr.startswith("error: mmsr1 has no command 'fly'")
+    assert done.returncode == 2 and done.stderr.startswith("error: mmsr1 has no command 'fly'")
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_command_gets_its_arguments(tmp_path):
     done = run("reward", "--episodes=none.jsonl", "--out=out.jsonl", cwd=tmp_path)
-    assert done.returncode == 1 and "none.jsonl" in done.stderr
+    assert done.returncode == 2 and "none.jsonl" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["tiny", "qwen7b:script"])

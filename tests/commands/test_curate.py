@@ -187,7 +187,7 @@ def test_a_killed_command_is_resumed_with_the_same_results(world, uninterrupted,
     with open(path, "ab") as file:  # a truncated line
         file.write(b'{"id": "q')
     early = run(command(world, out, model=False))
-    assert early.returncode == 1 and "--model" in early.stderr.splitlines()[-1], early.stderr
+    assert early.returncode == 2 and "--model" in early.stderr.splitlines()[-1], early.stderr
     done = run(arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     assert results(out) == results(uninterrupted[0])
@@ -222,5 +222,5 @@ def test_another_mix_or_judge_needs_no_policy(world, uninterrupted, tmp_path):
     assert summary["chosen"] == len(answered) > len(back) and summary["no_verdict"] == 0
 
     done = run(command(world, out, "--mix=search_free=0", model=False))
-    assert done.returncode == 1 and "another --mix" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "another --mix" in done.stderr.splitlines()[-1]
     assert not (out / "curated.parquet").exists() and (out / "sft.jsonl").exists()

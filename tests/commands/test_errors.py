@@ -30,7 +30,7 @@ def test_every_command_is_tested():
 @pytest.mark.parametrize("name", EXCEPTIONS)
 def test_errors_of_a_command(results, command, name):
     code, output = results[f"{command}/{name}"]
-    assert code == 1, output
+    assert code == (2 if name == "UserError" else 1), output
     if name == "UserError":
         assert output == "error: injected\n"
     else:

@@ -73,14 +73,14 @@ def test_the_episode_is_printed_as_json(arguments):
 
 
 def test_user_errors_are_shown_in_one_line(arguments, directory, tmp_path):
-    def line(*others):
+    def line(*others, code=2):
         done = infer(*arguments, *others)
-        assert done.returncode == 1 and not done.stdout.startswith("{"), done
+        assert done.returncode == code and not done.stdout.startswith("{"), done
         assert "Traceback" not in done.stderr
         return done.stderr.strip().splitlines()[-1]
 
     no_index = line(f"--tools.index={tmp_path}")
     assert "error: " in no_index and "pages.jsonl" in no_index
     assert "no such directory" in line("--config.turns.prompt_dir=nowhere")
-    assert "no such file" in line("--image=nowhere.jpg")
-    assert "turns.max_episode_tokens" in line("--question=" + "word " * 3000)
+    assert "no such file" in line("--image=nowhere.jpg", code=1)
+    assert "turns.max_episode_tokens" in line("--question=" + "word " * 3000, code=1)

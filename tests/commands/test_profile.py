@@ -9,7 +9,7 @@ from tests.train_runs import train_command
 
 def test_an_invalid_profile_ends_the_command_with_one_line(tmp_path):
     result = run(train_command(tmp_path / "run", "--config.run.profile=(2,1)"))
-    assert result.returncode == 1
+    assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("error: config.run.profile=(2, 1)")
 

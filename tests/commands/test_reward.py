@@ -111,7 +111,7 @@ def test_flags_change_the_reward(tmp_path):
 )
 def test_invalid_arguments_end_with_one_line(tmp_path, argument, message):
     process, out = reward_file(tmp_path, [{}], argument)
-    assert process.returncode == 1 and out is None
+    assert process.returncode == 2 and out is None
     assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
     assert message in process.stderr
 

@@ -230,7 +230,7 @@ def test_user_errors_are_shown_in_one_line(tiny_dir, inputs, arguments, message)
     }
     given = {a.split("=")[0] for a in arguments}
     process = run_module(*arguments, *(f"{k}={v}" for k, v in base.items() if k not in given))
-    assert process.returncode == 1
+    assert process.returncode == 2
     lines = [line for line in process.stderr.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], (
         process.stderr
@@ -261,7 +261,7 @@ def test_config_files_are_checked(tmp_path, tiny_dir, inputs, body, message):
         f"--conversations={inputs / 'good.jsonl'}",
         f"--out={inputs / 'never.jsonl'}",
     )
-    assert process.returncode == 1
+    assert process.returncode == 2
     lines = [line for line in process.stderr.splitlines() if line.strip()]
     assert len(lines) == 1 and message in lines[0], process.stderr
 
@@ -283,7 +283,7 @@ def test_inconsistent_checkpoint_files_are_named(tmp_path, tiny_dir, inputs, fil
         f"--conversations={inputs / 'good.jsonl'}",
         f"--out={inputs / 'never.jsonl'}",
     )
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert process.stderr.startswith("error: ") and message in process.stderr
     assert len(process.stderr.splitlines()) == 1
 

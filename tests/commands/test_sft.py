@@ -162,5 +162,5 @@ def test_a_run_killed_while_saving_and_then_stopped_resumes_bit_identically(
 def test_a_new_run_without_a_policy_ends_with_one_line(folder, tmp_path):
     flags = make_flags(folder, **{"run.model": ""})
     result = run(sft_command(tmp_path / "run", *flags), env=ENVIRONMENT)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1].startswith("error: a new run needs a policy")

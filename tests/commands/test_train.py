@@ -156,10 +156,10 @@ def test_a_complete_run_rejects_other_settings_and_is_unchanged(uninterrupted, t
     policy_time = (workdir / "policy" / "config.json").stat().st_mtime_ns
     other = [*RECORDED, "--config.rewards.search_penalty=0"]
     result = run(new_run_command(workdir, questions, *other))
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "with config.rewards.search_penalty=0.3; this command sets" in result.stderr
     result = run(train_command(workdir, "--config.run.seed=1"))
-    assert result.returncode == 1 and "seed=0" in result.stderr
+    assert result.returncode == 2 and "seed=0" in result.stderr
     assert (workdir / "config.json").read_bytes() == settings_before
     # Resuming a complete run writes nothing.
     assert run(train_command(workdir)).returncode == 0
@@ -173,11 +173,11 @@ def test_a_complete_run_rejects_other_settings_and_is_unchanged(uninterrupted, t
 def test_invalid_commands_end_with_one_line(tmp_path, tiny_dir):
     def error(*arguments):
         result = run(train_command(tmp_path / "run", *arguments))
-        assert result.returncode == 1
+        assert result.returncode == 2
         return result.stderr.strip().splitlines()[-1]
 
     result = run([sys.executable, "-m", "mmsr1_jax.train"])
-    assert result.returncode == 1 and "give --config=FILE to start a run" in result.stderr
+    assert result.returncode == 2 and "give --config=FILE to start a run" in result.stderr
     assert "a new run needs a policy" in error(*SMALL, "--config.run.model=")
     no_tools = ["--config.tools.text=none", "--config.tools.image=none"]
     data = "--config.data.train=('nowhere.parquet',)"

@@ -208,7 +208,7 @@ def test_a_killed_evaluation_resumes_with_the_same_results(shared, material, tmp
     assert re.search(r"\+0\.0 \[-\d+\.\d, \+\d+\.\d\] by EM", comparison), comparison
 
     done = programs.run([*again, "--config.eval.temperature=0.5"])
-    assert done.returncode == 1 and "with eval.temperature=0.0; this command" in done.stderr
+    assert done.returncode == 2 and "with eval.temperature=0.0; this command" in done.stderr
 
 
 @pytest.mark.proof
@@ -258,6 +258,6 @@ def test_rescoring_needs_no_policy(shared, tmp_path):
     )
     assert printed.startswith("actions parsed as recorded: 26 of 26\n") and "\nrecorded " in printed
     done = programs.run(command(f"--out={tmp_path}"))
-    assert done.returncode == 1 and done.stderr.startswith(
+    assert done.returncode == 2 and done.stderr.startswith(
         "error: --model or --workdir: one of them is required"
     )

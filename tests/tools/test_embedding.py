@@ -235,7 +235,7 @@ def test_model_directory_without_vision_tower_is_rejected(tiny_dir, tmp_path):
     process = run(
         f"--out={tmp_path / 'index'}", f"--model={broken}", module="mmsr1_jax.scripts.index"
     )
-    assert process.returncode == 1 and not (tmp_path / "index").exists()
+    assert process.returncode == 2 and not (tmp_path / "index").exists()
     (line,) = process.stderr.strip().splitlines()
     assert line.startswith("error: ") and "tensor visual." in line
 

@@ -107,7 +107,7 @@ def test_index_command(tmp_path):
     assert titles(look_up(index, str(tmp_path / "one.png"))) == ["One", "The one"]
     assert look_up(index, b"rubbish").status == look_up(index).status == "failed"
     process = command(f"--pages={tmp_path / 'none'}", f"--out={tmp_path / 'index'}")
-    assert process.returncode == 1 and "No such file" in process.stderr.strip().splitlines()[-1]
+    assert process.returncode == 2 and "No such file" in process.stderr.strip().splitlines()[-1]
 
 
 def read_lines(shared, name):

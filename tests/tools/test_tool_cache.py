@@ -257,7 +257,7 @@ def test_cache_command(path, tmp_path):
         ([], "usage: "),
     ):  # fmt: skip
         process = command(*arguments)
-        assert process.returncode == 1 and message in process.stderr.strip().splitlines()[-1], (
+        assert process.returncode == 2 and message in process.stderr.strip().splitlines()[-1], (
             process
         )
 

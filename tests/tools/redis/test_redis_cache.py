@@ -141,7 +141,7 @@ def test_cache_command(address, tmp_path):
         (["import", address, tmp_path / "none"], "no such cache"),
     ):  # fmt: skip
         process = command(*arguments)
-        assert process.returncode == 1 and message in process.stderr.strip().splitlines()[-1], (
+        assert process.returncode == 2 and message in process.stderr.strip().splitlines()[-1], (
             process
         )
         assert "secret" not in process.stderr and "Traceback" not in process.stderr
