@@ -167,8 +167,10 @@ class Programs:
                 return function(nnx.merge(graph, params), *args, **keywords)
 
         options = sharding.compiler_options(vmem_mib=64) if large_products else None
-        run = self._on_engines(run, SHARED[function.__name__])
-        return jax.jit(run, donate_argnums=1, static_argnames=static, compiler_options=options)
+        return jax.jit(
+            self._on_engines(run, SHARED[function.__name__]),
+            donate_argnums=1, static_argnames=static, compiler_options=options,
+        )  # fmt: skip
 
     def _on_engines(
         self, function: Callable[..., Any], shared: Sequence[int] = ()

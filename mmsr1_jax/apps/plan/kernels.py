@@ -49,7 +49,8 @@ def attention_kernels(visible: Visible) -> dict[str, Kernel]:
         return visible.length == T and "/cond" not in path
 
     def cost(path: str, operands: Sequence[Array]) -> KernelCost:
-        matrices = [a for a in operands if len(a.shape) >= 3 and a.dtype in ("bf16", "f32")]
+        # A device with a single kv head has k and v as matrices [T, H].
+        matrices = [a for a in operands if len(a.shape) >= 2 and a.dtype in ("bf16", "f32")]
         is_splash, q = "splash" in path, matrices[0]
         once = sum(a.memory_bytes for a in operands) + q.memory_bytes
         products = next((n for name, n in _PRODUCTS.items() if name in path), 0)
