@@ -124,7 +124,8 @@ def _train(
     run = stack.enter_context(TrainingRun(config, model_dir, workdir, learner, sigterm))
     if metadata := run.restore():
         questions.restore(metadata["questions"])
-    engine.load(learner.params)
+    with processes.watchdog("load", config.processes.update_seconds):
+        engine.load(learner.params)
     run.start()
     fallbacks.take_counts()  # events before the first step belong to no step
 

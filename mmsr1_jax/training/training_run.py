@@ -259,7 +259,8 @@ class TrainingRun:
         """Save a checkpoint of a step unless it is saved already."""
         if step > self._saved_step:
             metadata = metadata | {"nonfinite_streak": self._nonfinite_streak}
-            self._checkpoints.save(step, self._state(), metadata, score=score)
+            with processes.watchdog("save", self._config.processes.update_seconds):
+                self._checkpoints.save(step, self._state(), metadata, score=score)
             self._saved_step = step
 
     def with_resume_hint(self, error: UserError, step: int) -> UserError:
@@ -278,7 +279,8 @@ class TrainingRun:
           The exit code: 0. Of a run that SIGTERM stopped it is 75 if MMSR1_REPORT_STOPPED is set,
           as launchers do that must tell it from a complete one.
         """
-        self._resources.close()
+        with processes.watchdog("last save", self._config.processes.update_seconds):
+            self._resources.close()
         if self._saved_step == self._config.run.steps:
             train_utils.save_policy(self._learner, self._config, self._model_dir, self.workdir)
             return 0
