@@ -24,7 +24,9 @@ from mmsr1_jax.config import ConfigError, settings
 from mmsr1_jax.config.errors import REFUSED, UserError, exit_code
 from mmsr1_jax.utils import logs, process_watch, processes, shutdown
 
-COMMANDS = ("train", "sft", "evaluate", "infer", "score", "curate", "report", "serve")
+COMMANDS = (
+    "train", "sft", "evaluate", "infer", "score", "construct", "curate", "report", "serve",
+)  # fmt: skip
 SCRIPTS = (
     "index", "merge", "cache", "settings", "plan", "reward", "random_policy", "tiny_world", "demo",
 )  # fmt: skip

@@ -100,7 +100,7 @@ def roll_out(config: settings.Config, model_dir: str | None, out: pathlib.Path) 
             return {}
         if not (out / EPISODES).is_file():
             raise UserError(f"--model: required, because {out} has no {EPISODES}")
-        records.truncate_partial_line(out / EPISODES)
+        outputs.truncate_partial_line(out / EPISODES)
         return rescore(config, out / EPISODES, None)["provenance"]
     if config.sampling.temperature == 0 and config.run.group_size > 1:
         raise UserError(

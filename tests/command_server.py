@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 # Commands with all that they import; their own modules are run, not imported.
 _PRELOADED = (
     "mmsr1_jax.train", "mmsr1_jax.evaluate", "mmsr1_jax.sft", "mmsr1_jax.score", "mmsr1_jax.curate",
+    "mmsr1_jax.construct",
     "mmsr1_jax.report", "mmsr1_jax.infer", "mmsr1_jax.serve",
 )  # fmt: skip
 _ANSWER = 16  # bytes

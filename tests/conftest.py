@@ -51,7 +51,7 @@ logs.set_up()  # as `cli.run` does
 LONG = ("test_train.py", "test_engine.py", "test_learner.py", "test_sharding.py", "test_pool.py",
         "test_sft.py", "test_embedding.py", "test_faults.py", "test_lora.py",
         "test_off_policy_updates.py", "test_scripted.py", "test_saved_episodes.py",
-        "test_evaluate.py", "test_curate.py", "test_serve.py",
+        "test_evaluate.py", "test_curate.py", "test_construct.py", "test_serve.py",
         "test_serve_page.py", "test_report_page.py", "test_workflows.py")  # fmt: skip
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 

@@ -36,6 +36,7 @@ WITHOUT_TEXTS = (
     "apps.plan.collectives._CHANNEL", "apps.plan.collectives._LIST", "apps.plan.parts._SCOPE",
     "tools.verdicts._HARMONY_FRAME", "data.benchmarks.readers._slidevqa",
     "data.benchmarks.grading._EXTRACTED", "data.benchmarks.grading._FORMAT",
+    "data.construction.checks._DATED",
     "data.benchmarks.grading.parse_extraction", "data.benchmarks.grading.vqa_normalise",
     "apps.plan.collectives._LISTED", "apps.plan.collectives._SHAPED",
     "apps.plan.collectives._MESH", "apps.plan.collectives._SIZE", "apps.plan.collectives._AXIS",

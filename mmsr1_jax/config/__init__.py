@@ -4,6 +4,7 @@ Any package of `mmsr1_jax` may import this one. It imports none of the others, a
 """
 
 from mmsr1_jax.config.bounds import ConfigError
+from mmsr1_jax.config.construction import Construction
 from mmsr1_jax.config.settings import (
     Buckets,
     Config,
@@ -26,6 +27,7 @@ __all__ = [
     "Buckets",
     "Config",
     "ConfigError",
+    "Construction",
     "Data",
     "Eval",
     "Images",

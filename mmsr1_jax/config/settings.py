@@ -9,9 +9,10 @@ program at startup with a one-line error that names the field.
 import dataclasses
 from collections.abc import Sequence
 
-from mmsr1_jax.config import bounds, rewards, training
+from mmsr1_jax.config import bounds, construction, rewards, training
 from mmsr1_jax.config.bounds import ConfigError, setting
 from mmsr1_jax.config.choices import ATTENTION, DTYPES, LOCKSTEP, REMAT, WORKFLOWS
+from mmsr1_jax.config.construction import Construction
 from mmsr1_jax.config.rewards import Rewards
 from mmsr1_jax.config.tools import Services, Tools, credential_error
 from mmsr1_jax.config.training import Data, Objective, Run, Update
@@ -256,6 +257,7 @@ class Config:
     run: Run = dataclasses.field(default_factory=Run)
     processes: Processes = dataclasses.field(default_factory=Processes)
     eval: Eval = dataclasses.field(default_factory=Eval)
+    construction: Construction = dataclasses.field(default_factory=Construction)
 
 
 def get_config() -> Config:
@@ -284,6 +286,7 @@ def validate(config: Config) -> Config:
     _check_ascending("rollout.prefill_buckets", config.rollout.prefill_buckets)
     _check_token_limits(config)
     rewards.check(config.rewards, "config.rewards")
+    construction.check(config.construction)
     if problem := training.inconsistency(config.objective, config.update, config.run):
         raise ConfigError(f"config.{problem}")
     if not config.eval.workflows:

@@ -15,6 +15,8 @@ _SECRET_VARIABLES = {
     "jina_url": "JINA_API_KEY",
     "summariser_url": "SUMMARISER_API_KEY",
     "judge_url": "JUDGE_API_KEY",
+    "writer_url": "WRITER_API_KEY",
+    "checker_url": "CHECKER_API_KEY",
     "upload_url": "UPLOAD_AUTHORIZATION or UPLOAD_QUERY",
     "public_url": "UPLOAD_AUTHORIZATION or UPLOAD_QUERY",
     "cache": "CACHE_PASSWORD",
@@ -58,8 +60,8 @@ class Services:
     """Web services (`tools/services/`) and the tool cache.
 
     API keys are read from environment variables only: SERPAPI_API_KEY, SERPER_API_KEY,
-    JINA_API_KEY, SUMMARISER_API_KEY and JUDGE_API_KEY. The Redis password is read from
-    CACHE_PASSWORD.
+    JINA_API_KEY, SUMMARISER_API_KEY, JUDGE_API_KEY, WRITER_API_KEY and CHECKER_API_KEY. The Redis
+    password is read from CACHE_PASSWORD.
 
     Attributes:
       serpapi_url, serper_url, jina_url: Base URL of the service.
@@ -71,6 +73,9 @@ class Services:
       judge_url: Base URL of an OpenAI-compatible server that judges answers. With None, answers are
         compared by string matching (`rewards.match`).
       judge_model: Model name on the judge's server.
+      writer_url, writer_model: Base URL of an OpenAI-compatible server, and the name of its model,
+        that writes the questions of `construct`. The model must accept images.
+      checker_url, checker_model: Likewise, for the model that checks them.
       fvqa_cache: File of the published search cache, pickle or JSON.
       upload_url, public_url: URLs for uploading a question's image, and for a service to download
         it. `{name}` is replaced with the image's name, which is otherwise appended. Credentials
@@ -89,7 +94,7 @@ class Services:
       cache: File that caches tool results, or redis://host:port/database for a cache that several
         hosts share (`tools/redis_cache.py`; use one database for each account with the services).
         With None, nothing is cached.
-      cache_mode: Mode of the cache: `use`, `record` or `replay` (`tools/tool_cache.py`).
+      cache_mode: Mode of the cache: `use`, `resume`, `record` or `replay` (`tools/tool_cache.py`).
       cache_ttl_days: Age in days after which the mode `use` queries the service again.
       cache_max_bytes: Maximum size of a cache file. A Redis server has its own setting,
         `maxmemory`.
@@ -105,6 +110,10 @@ class Services:
     summariser_model: str = "Qwen/Qwen3-32B"
     judge_url: str | None = None
     judge_model: str = "Qwen/Qwen3-32B"
+    writer_url: str | None = None
+    writer_model: str = "Qwen/Qwen2.5-VL-72B-Instruct"
+    checker_url: str | None = None
+    checker_model: str = "Qwen/Qwen2.5-VL-32B-Instruct"
     fvqa_cache: str | None = None
     upload_url: str | None = None
     public_url: str | None = None

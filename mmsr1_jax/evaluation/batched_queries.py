@@ -17,10 +17,9 @@ from typing import Annotated, Any, Generic, TextIO, TypeVar
 import msgspec
 from tqdm import tqdm
 
-from mmsr1_jax.evaluation import records
 from mmsr1_jax.tools.service import ServiceDownError
 from mmsr1_jax.tools.web import WebError
-from mmsr1_jax.utils import checked_json
+from mmsr1_jax.utils import checked_json, outputs
 from mmsr1_jax.utils.logs import log
 
 _MAX_CONCURRENCY = 256  # concurrent requests
@@ -84,7 +83,7 @@ def _read_replies(
 ) -> dict[str, Reply]:
     """Return the replies that `path` contains to any of `requests`, by digest."""
     replies: dict[str, Reply] = {}
-    records.truncate_partial_line(path)
+    outputs.truncate_partial_line(path)
     if path.is_file():
         for line_number, (*_, digest, reply) in checked_json.load_jsonl(path, _Line):
             if isinstance(digest, str) and digest in requests:

@@ -12,7 +12,7 @@ import re
 
 from mmsr1_jax.evaluation import records
 from mmsr1_jax.evaluation.records import EPISODES
-from mmsr1_jax.utils import processes
+from mmsr1_jax.utils import outputs, processes
 
 _PART = re.compile(r"episodes\.\d+\.jsonl")
 
@@ -33,11 +33,11 @@ def absorb(out: pathlib.Path) -> None:
     if not files:
         return
     path = out / EPISODES
-    records.truncate_partial_line(path)
+    outputs.truncate_partial_line(path)
     lines = records.scan(path) if path.is_file() else ()
     known = {(line["workflow"], line["index"]) for _, _, line in lines}
     for part in files:
-        records.truncate_partial_line(part)
+        outputs.truncate_partial_line(part)
         with open(part, "rb") as source, open(path, "ab") as file:
             for offset, _, line in records.scan(part):
                 key = line["workflow"], line["index"]

@@ -127,16 +127,6 @@ def scan(path: pathlib.Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
             offset += len(text)
 
 
-def truncate_partial_line(path: pathlib.Path) -> None:
-    """Remove a truncated last line from a file. A missing file is ignored."""
-    if path.is_file():
-        with open(path, "rb+") as file:
-            end = 0
-            for line in file:
-                end += len(line) if line.endswith(b"\n") else 0
-            file.truncate(end)
-
-
 def parse_line(text: bytes, line_number: int) -> dict[str, Any]:
     """Parse a line of a file, whose number counts from 1.
 

@@ -174,7 +174,7 @@ def run_workflow(
     """
     num_samples, path = config.eval.num_samples, out / EPISODES
     if processes.main():
-        records.truncate_partial_line(path)
+        outputs.truncate_partial_line(path)
     processes.barrier(f"start of {name}")
     stored = (line for _, _, line in records.scan(path)) if path.is_file() else ()
     done = {line["index"] for line in stored if line["workflow"] == name}
@@ -348,7 +348,7 @@ def _check_questions(path: pathlib.Path, source: EvalQuestions) -> None:
     Raises:
       DataError: The index of a question has changed.
     """
-    records.truncate_partial_line(path)
+    outputs.truncate_partial_line(path)
     stored: dict[int, tuple[str, str]] = {}
     for _, _, line in records.scan(path) if path.is_file() else ():
         stored[line["group"]] = line["id"], line["question"]

@@ -1,5 +1,7 @@
 """Build the configured search tools and the judge."""
 
+from collections.abc import Callable
+
 from mmsr1_jax.config import settings
 from mmsr1_jax.tools.cached_tool import (
     CachedFinder,
@@ -26,13 +28,16 @@ from mmsr1_jax.utils import processes
 _SEARCH_TIME_FRACTION = 0.75
 
 
-def make_tools(config: settings.Config, *, num_loops: int = 1) -> dict[str, Tool]:
+def make_tools(
+    config: settings.Config, *, num_loops: int = 1, clients: ServiceClients | None = None
+) -> dict[str, Tool]:
     """Return the search tools by action, without those set to `none`.
 
     Args:
       config: Settings.
       num_loops: Number of asyncio loops that will use the tools, one for each engine of all
         processes. Limits are enforced per loop, so each loop gets an equal fraction of them.
+      clients: Clients of the services; None: those of `make_clients`.
 
     Raises:
       ToolsError, LocalIndexError, KeyMissingError, FvqaCacheError, ToolCacheError: A tool cannot be
@@ -46,7 +51,7 @@ def make_tools(config: settings.Config, *, num_loops: int = 1) -> dict[str, Tool
     index = None
     if "local" in (text, image):
         index = _open_index(config, with_images=image == "local")
-    clients = ServiceClients(config.services, _open_cache(config.services), num_loops=num_loops)
+    clients = clients or make_clients(config, num_loops=num_loops)
     by_action: dict[str, Tool] = {}
     if index is not None and text == "local":
         by_action["text_search"] = index.text_search
@@ -59,6 +64,26 @@ def make_tools(config: settings.Config, *, num_loops: int = 1) -> dict[str, Tool
     return by_action
 
 
+def make_clients(
+    config: settings.Config,
+    *,
+    num_loops: int = 1,
+    before_request: Callable[[str], None] | None = None,
+) -> ServiceClients:
+    """Return the clients of the configured services, see `ServiceClients`.
+
+    Raises:
+      ToolsError: `limits` or `allowed_hosts` is invalid.
+      ToolCacheError: The cache cannot be opened.
+    """
+    return ServiceClients(
+        config.services,
+        _open_cache(config.services),
+        num_loops=num_loops,
+        before_request=before_request,
+    )
+
+
 def make_judge(config: settings.Config, *, num_loops: int | None = None) -> Judge | None:
     """Return the answer judge, or None if answers are matched. Raises ToolCacheError.
 
@@ -69,8 +94,7 @@ def make_judge(config: settings.Config, *, num_loops: int | None = None) -> Judg
     if config.services.judge_url is None:
         return None
     loops = processes.count() if num_loops is None else num_loops
-    clients = ServiceClients(config.services, _open_cache(config.services), num_loops=loops)
-    return clients.client("judge")
+    return make_clients(config, num_loops=loops).client("judge")
 
 
 def _open_cache(services: settings.Services) -> ToolCache | RedisCache:

@@ -12,6 +12,8 @@ The kinds of cached values are:
     passages     query -> passages of an index
     verdict      question, gold answers and answer -> whether the answer is correct, and the reason
     short form   question and answer -> the part of the answer that is scored
+    pictures     words -> pages with pictures
+    chat         messages and sample number -> reply of a model
 
 Failures are cached too, so that a replay fails where the recorded run did. A cache file may come
 from an untrusted source: a value that does not match `VALUE_TYPES` is treated as missing.
@@ -27,6 +29,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
 from mmsr1_jax.tools.redis_cache import RedisCache
+from mmsr1_jax.tools.service import ServiceDownError, is_temporary
 from mmsr1_jax.tools.services import Finder, Hit, PageReader, PageSummariser
 from mmsr1_jax.tools.tool import Observation, Query, Tool, parse_text_result
 from mmsr1_jax.tools.tool_cache import ToolCache, ToolCacheError
@@ -49,6 +52,9 @@ VALUE_TYPES: dict[str, Any] = {
     "passages": list[tuple[str, str]],  # title, text
     "verdict": tuple[bool, str],
     "short form": str,
+    # link, title, picture, thumbnail, licence
+    "pictures": list[tuple[str, str, str, str, str]],
+    "chat": str,
 }
 
 
@@ -62,6 +68,11 @@ class CachedCalls:
     def __init__(self, cache: ToolCache | RedisCache):
         self._cache = cache
         self._has_warned = False
+
+    @property
+    def mode(self) -> str:
+        """Mode of the cache."""
+        return self._cache.mode
 
     @property
     def is_recording(self) -> bool:
@@ -83,7 +94,8 @@ class CachedCalls:
         try:
             value = await call()
         except WebError as error:
-            await self.put(kind, key, str(error), failed=True)
+            if self._cache.mode != "resume" or not _may_recover(kind, error):
+                await self.put(kind, key, str(error), failed=True)
             raise
         await self.put(kind, key, value)
         return value
@@ -222,7 +234,9 @@ class CachedSearch:
             results = [sum(map(parse_text_result, result), ()) for result in texts]
             return Observation(status=status, error=error, results=results)
         observation = await self._tool(query)
-        if observation.status == "failed":
+        if observation.status == "failed" and self._cached_calls.mode == "resume":
+            pass  # the failures of its requests are cached one by one
+        elif observation.status == "failed":
             await self._cached_calls.put("search", key, observation.error, failed=True)
         elif observation.error is None or self._cached_calls.is_recording:
             # Outside of `record`, an incomplete result is not cached, so that it is retried.
@@ -230,6 +244,17 @@ class CachedSearch:
             value = [observation.status, observation.error, texts]
             await self._cached_calls.put("search", key, value)
         return observation
+
+
+def _may_recover(kind: str, error: WebError) -> bool:
+    """Return whether a resumed batch should repeat a failed request.
+
+    A page or picture of some host is replaced by the next one, for good. A configured service that
+    is down or overloaded will be back.
+    """
+    if kind in ("page", "image"):
+        return isinstance(error, ServiceDownError)
+    return is_temporary(error)
 
 
 def digest(data: bytes) -> str:

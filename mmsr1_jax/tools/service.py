@@ -60,6 +60,8 @@ class Service:
       cooldown: Seconds for which an open circuit breaker rejects calls.
       wait_for_slot: Function awaited before each attempt, for a rate limit shared with other
         processes. It applies in addition to `max_qps`.
+      before_request: Function called before each request is sent, for instance to count it. An
+        exception that it raises ends the call.
       count_failures: Whether failures are counted as metrics (`utils/fallbacks.py`).
       address: Address of the service without secrets, for messages.
       settings: Names of the settings that configure the service, for messages.
@@ -77,6 +79,7 @@ class Service:
         max_failures: int | None = 20,
         cooldown: float = 30.0,
         wait_for_slot: Callable[[], Awaitable[None]] | None = None,
+        before_request: Callable[[], None] | None = None,
         count_failures: bool = True,
         address: str = "",
         settings: str = "",
@@ -88,7 +91,7 @@ class Service:
         self._max_concurrency, self._max_qps = max_concurrency, max_qps
         self._max_attempts, self._max_wait = max_attempts, max_wait
         self._max_failures, self._cooldown = max_failures, cooldown
-        self._wait_for_slot = wait_for_slot
+        self._wait_for_slot, self._before_request = wait_for_slot, before_request
         # State of the circuit breaker: it is open until a time on the monotonic clock.
         self._num_failures, self._open_until, self._has_warned = 0, 0.0, False
         self._last_error: WebError | None = None
@@ -192,6 +195,8 @@ class Service:
         parse: Callable[[WebResponse], Any] | None,
     ) -> Any:
         """Send a request once, and update the circuit breaker."""
+        if self._before_request is not None:
+            self._before_request()
         try:
             response = await self._web.request(method, url, **request)
             result = response if parse is None else parse(response)
@@ -234,6 +239,11 @@ class Service:
                 "%s: %d consecutive failures (%s); it is contacted at most every %g s",
                 self.name, self._num_failures, error, self._cooldown,
             )  # fmt: skip
+
+
+def is_temporary(error: WebError) -> bool:
+    """Return whether a failed call may succeed later, as the service was down or overloaded."""
+    return error.transient or isinstance(error, ServiceDownError)
 
 
 def is_refusal(error: WebError, *, at_start: bool = False) -> bool:

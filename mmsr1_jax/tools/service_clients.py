@@ -4,6 +4,7 @@ import contextlib
 import functools
 import re
 import urllib.parse
+from collections.abc import Callable
 from typing import Any
 
 from mmsr1_jax.config import settings
@@ -14,6 +15,7 @@ from mmsr1_jax.tools.image_search import ImageUploader
 from mmsr1_jax.tools.judge import Judge
 from mmsr1_jax.tools.redis_cache import RedisCache
 from mmsr1_jax.tools.service import Service
+from mmsr1_jax.tools.services.chat import Chat
 from mmsr1_jax.tools.services.jina import Jina
 from mmsr1_jax.tools.services.retrieval import Retrieval
 from mmsr1_jax.tools.services.searxng import SearXNG
@@ -25,8 +27,8 @@ from mmsr1_jax.tools.web import WebClient
 from mmsr1_jax.utils.logs import log
 
 SERVICES = (
-    "serpapi", "serper", "searxng", "retrieval", "reader", "summariser", "judge", "thumbnails",
-    "uploader",
+    "serpapi", "serper", "searxng", "retrieval", "reader", "summariser", "judge", "writer",
+    "checker", "thumbnails", "uploader",
 )  # fmt: skip
 # Fields of `config.services` and environment variables that configure each service.
 SERVICE_SETTINGS = {
@@ -37,8 +39,11 @@ SERVICE_SETTINGS = {
     "reader": ("jina_url", "JINA_API_KEY"),
     "summariser": ("summariser_url", "summariser_model", "SUMMARISER_API_KEY"),
     "judge": ("judge_url", "judge_model", "JUDGE_API_KEY"),
+    "writer": ("writer_url", "writer_model", "WRITER_API_KEY"),
+    "checker": ("checker_url", "checker_model", "CHECKER_API_KEY"),
     "uploader": ("upload_url", "UPLOAD_AUTHORIZATION", "UPLOAD_QUERY"),
 }
+_MAX_TOKENS = 2000  # of a reply of the models that construct questions
 _JUDGE_RETRY_WAIT = 60.0  # seconds; longer than the cooldown of a circuit breaker (`Service`)
 
 
@@ -55,6 +60,7 @@ class ServiceClients:
       num_loops: Number of asyncio loops that will use the clients. Limits are enforced per loop, so
         each loop gets an equal fraction of them.
       count_failures: Whether failures of the services are counted as metrics.
+      before_request: Function of a service's name, called before each request to it; see `Service`.
 
     Attributes:
       cached_calls: Cache of calls, which the clients use.
@@ -70,14 +76,16 @@ class ServiceClients:
         *,
         num_loops: int = 1,
         count_failures: bool = True,
+        before_request: Callable[[str], None] | None = None,
     ):
         self._services, self._num_loops, self._count_failures = services, num_loops, count_failures
+        self._before_request = before_request
         self._cache, self.cached_calls = cache, CachedCalls(cache)
         # Configured services may have private addresses; the URLs that they return may not.
         urls = (
             services.serpapi_url, services.serper_url, services.searxng_url, services.jina_url,
             services.retrieval_url, services.summariser_url, services.judge_url,
-            services.upload_url,
+            services.writer_url, services.checker_url, services.upload_url,
         )  # fmt: skip
         for host in services.allowed_hosts:
             if not _has_host(host):
@@ -121,6 +129,9 @@ class ServiceClients:
             )  # fmt: skip
         if isinstance(self._cache, RedisCache):
             wait_for_slot = functools.partial(self._cache.wait_for_slot, name, max_qps)
+        before_request = None
+        if self._before_request is not None:
+            before_request = functools.partial(self._before_request, name)
         names = SERVICE_SETTINGS.get(name, ())
         address = _origin(getattr(self._services, names[0]) or "") if names else ""
         fields = [n if n.isupper() else f"config.services.{n}" for n in names]
@@ -130,6 +141,7 @@ class ServiceClients:
             max_concurrency=-(-max_concurrency // self._num_loops),
             max_qps=max_qps / self._num_loops,
             wait_for_slot=wait_for_slot,
+            before_request=before_request,
             address=address,
             settings=", ".join(fields),
             **options,
@@ -163,6 +175,15 @@ class ServiceClients:
                     base_url=required("judge_url", fields.judge_url),
                     model=fields.judge_model,
                     retry_waits=[_JUDGE_RETRY_WAIT] * (fields.max_attempts - 1),
+                )
+            case "writer" | "checker":
+                url, model = getattr(fields, f"{name}_url"), getattr(fields, f"{name}_model")
+                return Chat(
+                    service,
+                    base_url=required(f"{name}_url", url),
+                    model=model,
+                    max_tokens=_MAX_TOKENS,
+                    key_variable=f"{name.upper()}_API_KEY",
                 )
             case "uploader":
                 return ImageUploader(

@@ -2,6 +2,9 @@
 
     off       Reads and writes nothing.
     use       Returns cached values that are fresh enough; requests and caches the others.
+    resume    Returns cached values and failures, whatever their age; requests and caches the
+              others. Failures of a service that is down are not cached. A batch that is interrupted
+              and resumed in this mode repeats no finished request.
     record    Requests and caches everything, ignoring existing values.
     replay    Returns cached values only, whatever their age; requests nothing.
 
@@ -32,7 +35,7 @@ from mmsr1_jax.utils.logs import log
 __all__ = ["MODES", "ToolCache", "ToolCacheError"]
 
 T = TypeVar("T")
-MODES = ("off", "use", "record", "replay")
+MODES = ("off", "use", "resume", "record", "replay")
 _IMPORT_BATCH = 100  # entries imported per transaction
 _UPSERT = """
 INSERT INTO entry VALUES (?, ?, ?, ?, ?) ON CONFLICT (kind, key) DO UPDATE
@@ -108,8 +111,8 @@ class ToolCache:
     def get(self, kind: str, key: str) -> tuple[bytes, bool] | None:
         """Return (value, failed) as passed to `put`, or None on a miss or a malformed entry.
 
-        Failures are returned in `replay` only. In `use` they count as misses, so that they are
-        retried.
+        Failures are returned in `replay` and `resume`. In `use` they count as misses, so that they
+        are retried.
         """
         if self.mode in ("off", "record"):
             return None
@@ -126,7 +129,7 @@ class ToolCache:
         return value, bool(failed)
 
     def put(self, kind: str, key: str, value: bytes, *, failed: bool = False) -> None:
-        """Write a value to disk. In mode `use`, a failure never replaces a success."""
+        """Write a value to disk. A failure replaces a success in mode `record` only."""
         if self.mode in ("off", "replay"):
             return
         row = (kind, valid_text(key), value, int(failed), time.time())

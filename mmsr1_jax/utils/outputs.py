@@ -87,6 +87,16 @@ def locked_directories() -> list[pathlib.Path]:
     return list(_locked_directories)
 
 
+def truncate_partial_line(path: pathlib.Path) -> None:
+    """Remove a truncated last line from a file. A missing file is ignored."""
+    if path.is_file():
+        with open(path, "rb+") as file:
+            end = 0
+            for line in file:
+                end += len(line) if line.endswith(b"\n") else 0
+            file.truncate(end)
+
+
 def partial_path(path: str | os.PathLike) -> pathlib.Path:
     """Return the temporary path of `path` while it is being written."""
     return _beside(pathlib.Path(path), "partial")

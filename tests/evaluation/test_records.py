@@ -6,6 +6,7 @@ import pytest
 
 from mmsr1_jax.data import DataError
 from mmsr1_jax.evaluation import records
+from mmsr1_jax.utils import outputs
 from tests.evaluations import call, line
 
 
@@ -47,8 +48,8 @@ def test_an_invalid_line_is_named(tmp_path, text, message):
 
 def test_a_partial_line_is_truncated(tmp_path):
     path = tmp_path / "episodes.jsonl"
-    records.truncate_partial_line(path)
+    outputs.truncate_partial_line(path)
     complete = json.dumps(line()) + "\n"
     path.write_text(complete + complete[:40])
-    records.truncate_partial_line(path)
+    outputs.truncate_partial_line(path)
     assert path.read_text() == complete

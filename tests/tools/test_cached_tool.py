@@ -1,6 +1,7 @@
 """Recorded searches are replayed without connections, and failures are retried otherwise."""
 
 import asyncio
+import contextlib
 
 import pytest
 
@@ -8,9 +9,9 @@ from mmsr1_jax.processing.image_files import public_jpeg
 from mmsr1_jax.tools import Observation, Query
 from mmsr1_jax.tools.cached_tool import CachedCalls, CachedSearch
 from mmsr1_jax.tools.image_search import ImageUploader
-from mmsr1_jax.tools.service import Service
+from mmsr1_jax.tools.service import Service, ServiceDownError
 from mmsr1_jax.tools.tool_cache import ToolCache, ToolCacheError
-from mmsr1_jax.tools.web import WebClient
+from mmsr1_jax.tools.web import StatusError, WebClient, WebError
 from tests.servers import serve
 from tests.tools.cached_searches import REQUESTS, UPLOADS, app, ask_both, jpeg, tools
 
@@ -109,3 +110,57 @@ def test_searches_continue_when_the_cache_fails(tmp_path, capsys):
         observations = asyncio.run(ask_both(text, image))
     assert [observation.status for observation in observations] == ["ok", "ok"]
     assert capsys.readouterr().err.count("disk full; searches continue without it") == 1
+
+
+class Flaky:
+    """Calls that fail with the next of several errors, and then succeed."""
+
+    def __init__(self, *errors):
+        self.errors, self.calls = list(errors), 0
+
+    async def __call__(self):
+        self.calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return "value"
+
+
+@pytest.mark.parametrize(
+    "kind, error, is_repeated",
+    [
+        ("chat", StatusError(400), False),
+        ("chat", StatusError(503), True),
+        ("chat", ServiceDownError("down"), True),
+        ("page", StatusError(503), False),  # of some host, in place of which the next page is read
+        ("page", ServiceDownError("down"), True),  # of a reader behind an API
+    ],
+)
+def test_a_resumed_batch_repeats_only_what_may_succeed(tmp_path, kind, error, is_repeated):
+    path, call = tmp_path / "cache.sqlite", Flaky(error)
+    for _ in range(2):
+        calls = CachedCalls(ToolCache(path, "resume", ttl_days=0))
+        with contextlib.suppress(WebError):
+            asyncio.run(calls.get(kind, "key", call))
+    assert call.calls == 1 + is_repeated
+    calls = CachedCalls(ToolCache(path, "resume", ttl_days=0))
+    if is_repeated:
+        assert asyncio.run(calls.get(kind, "key", call)) == "value"  # however old it is
+        assert call.calls == 2
+    else:
+        with pytest.raises(WebError, match="HTTP status"):
+            asyncio.run(calls.get(kind, "key", call))
+    assert asyncio.run(CachedCalls(ToolCache(path, "use")).get(kind, "key", call)) == "value"
+
+
+def test_a_search_that_failed_is_repeated_when_resumed(tmp_path):
+    searches = []
+
+    async def tool(query):
+        searches.append(query.text)
+        return Observation(status="failed", error="search: down")
+
+    query = Query(action="text_search", text="a", question="?")
+    for mode, expected in (("resume", 1), ("resume", 2), ("record", 3), ("replay", 3)):
+        calls = CachedCalls(ToolCache(tmp_path / "cache.sqlite", mode))
+        observation = asyncio.run(CachedSearch(tool, calls, "x")(query))
+        assert observation.status == "failed" and len(searches) == expected

@@ -5,10 +5,7 @@ into the page only as text. A Content-Security-Policy in the page's head allows 
 style and no network.
 """
 
-import base64
-import hashlib
 import html
-import json
 import os
 import pathlib
 import string
@@ -18,6 +15,7 @@ from typing import Any
 
 from mmsr1_jax.apps.report.charts import draw_charts
 from mmsr1_jax.apps.report.reader import ReportData
+from mmsr1_jax.apps.self_contained import json_block, security_policy
 from mmsr1_jax.utils import outputs
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -65,15 +63,12 @@ def page(data: ReportData, folder: pathlib.Path) -> str:
     style = (_FOLDER / "style.css").read_text(encoding="utf-8")
     return string.Template((_FOLDER / "page.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(f"{data.name} · report"),
-        policy=(
-            f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; "
-            "img-src data:; base-uri 'none'; form-action 'none'"
-        ),
+        policy=security_policy(script, style),
         style=style,
-        summary=_json(summary),
-        charts=_json(draw_charts(data.curves)),
-        details="\n".join(map(_json, data.episodes)),
-        images=_json(images),
+        summary=json_block(summary),
+        charts=json_block(draw_charts(data.curves)),
+        details="\n".join(map(json_block, data.episodes)),
+        images=json_block(images),
         script=script,
     )
 
@@ -90,21 +85,3 @@ def _relative_urls(paths: Sequence[pathlib.Path], folder: pathlib.Path) -> list[
     start = os.path.realpath(folder)
     relative = (os.path.relpath(os.path.realpath(path), start) for path in paths)
     return [urllib.parse.quote(os.fsencode(path)) for path in relative]
-
-
-def _json(value: Any) -> str:
-    """Encode a value as one line of JSON that cannot end a script or begin a comment.
-
-    NaN, which a results file may contain but JSON does not allow, becomes null.
-    """
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    except ValueError:
-        value = json.loads(json.dumps(value), parse_constant=lambda name: None)
-        return _json(value)
-    return text.replace("<", "\\u003c")
-
-
-def _digest(text: str) -> str:
-    """Return the Content-Security-Policy hash of an inline script or style."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode()}"

@@ -39,6 +39,8 @@ _REFUSALS = {
     ),
 }
 _REFUSAL_MESSAGES = {401: "the key is refused", 402: "no credit is left", 403: "access is refused"}
+# Licence of the pictures that a search for free pictures finds.
+FREE_LICENCE = "Creative Commons"
 _MAX_BYTES = 2_000_000  # per response, because responses are parsed on the event loop
 
 
@@ -74,6 +76,31 @@ class Match:
     link: str
     title: str
     thumbnail: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureHit:
+    """Result of a picture search by words.
+
+    Attributes:
+      link: URL of the page with the picture.
+      title: Title of the picture or of the page.
+      url: URL of the picture.
+      thumbnail: URL of a smaller version of it.
+      licence: Licence of the picture, as far as the service states it.
+    """
+
+    link: str
+    title: str
+    url: str
+    thumbnail: str
+    licence: str = ""
+
+
+class PictureFinder(Protocol):
+    """Client that finds pictures by words."""
+
+    async def pictures(self, query: str, count: int, *, free: bool) -> list[PictureHit]: ...
 
 
 class Finder(Protocol):

@@ -43,6 +43,7 @@ class Reply:
       text: Reply without the model's thoughts; empty if the model wrote only thoughts.
       thoughts: Content of the separate reasoning field; empty if the server sends no such field.
       is_complete: Whether the reply is complete, as far as the server reports.
+      prompt_tokens, completion_tokens: Tokens that the server counts; 0 if it does not say.
       raw: Content of the message before thoughts are removed. `text` is unreliable where the model
         may quote the markers that end thoughts.
     """
@@ -51,6 +52,8 @@ class Reply:
     thoughts: str = ""
     is_complete: bool = True
     raw: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
 
 
 class Chat:
@@ -73,12 +76,18 @@ class Chat:
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
 
     async def __call__(
-        self, messages: Sequence[Mapping[str, str]], *, ignore_breaker: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        sample: int = 0,
+        ignore_breaker: bool = False,
     ) -> Reply:
         """Return the model's reply.
 
         Args:
-          messages: Messages of the chat.
+          messages: Messages of the chat. The content of one may be a list of parts, for images.
+          sample: Number of the sample. Sample 0 is decoded greedily; each other number is the seed
+            of a reply sampled at temperature 1.
           ignore_breaker: Whether to send the request even if the circuit breaker is open, see
             `Service.call`.
 
@@ -89,7 +98,8 @@ class Chat:
         body = {
             "model": self.model,
             "messages": messages,
-            "temperature": 0,
+            "temperature": min(sample, 1),
+            **({"seed": sample} if sample else {}),
             "max_tokens": self._max_tokens,
             # Disables Qwen3's default thinking mode; other models ignore this.
             "chat_template_kwargs": {"enable_thinking": False},
@@ -130,7 +140,18 @@ def parse_reply(response: WebResponse) -> Reply:
     if not content and not thoughts and finish_reason in _COMPLETE:
         raise EmptyReplyError("the message is empty")
     text, raw = _strip_thoughts(content).strip(), content.strip()
-    return Reply(text, thoughts.strip(), finish_reason not in _TRUNCATED, raw)
+    prompt_tokens, completion_tokens = (
+        _count(data, f"{kind}_tokens") for kind in ("prompt", "completion")
+    )
+    is_complete = finish_reason not in _TRUNCATED
+    return Reply(text, thoughts.strip(), is_complete, raw, prompt_tokens, completion_tokens)
+
+
+def _count(data: dict[str, Any], name: str) -> int:
+    """Return a number of the response's `usage`, or 0."""
+    usage = data.get("usage")
+    value = usage.get(name) if isinstance(usage, dict) else None
+    return value if type(value) is int and 0 <= value < 2**40 else 0
 
 
 def _join_parts(content: Any) -> str:

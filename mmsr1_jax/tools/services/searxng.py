@@ -3,7 +3,14 @@
 from typing import Any
 
 from mmsr1_jax.tools.service import Service
-from mmsr1_jax.tools.services import Hit, answer_box_hit, parse_results, request_json, text_field
+from mmsr1_jax.tools.services import (
+    Hit,
+    PictureHit,
+    answer_box_hit,
+    parse_results,
+    request_json,
+    text_field,
+)
 from mmsr1_jax.tools.web import UnreachableError
 
 
@@ -21,6 +28,27 @@ class SearXNG:
         if not hits and data.get("unresponsive_engines"):
             raise UnreachableError("no search engine responded")
         return hits[:count]
+
+    async def pictures(self, query: str, count: int, *, free: bool) -> list[PictureHit]:
+        """Return up to `count` pictures found by words. Raises WebError.
+
+        Args:
+          query: Search query.
+          count: Maximum number of pictures.
+          free: Ignored: the engines' licences are in the hits, if they state any.
+        """
+        params = {"q": query, "format": "json", "categories": "images"}
+        data = await request_json(self._service, "GET", self._url, params=params)
+        hits = parse_results(data, "results", _picture)
+        if not hits and data.get("unresponsive_engines"):
+            raise UnreachableError("no search engine responded")
+        return hits[:count]
+
+
+def _picture(entry: dict[str, Any]) -> PictureHit | None:
+    names = ("url", "title", "img_src", "thumbnail_src", "license")
+    hit = PictureHit(*(text_field(entry, name) for name in names))
+    return hit if hit.url and hit.title else None
 
 
 def _hit(entry: dict[str, Any]) -> Hit | None:

@@ -4,8 +4,10 @@ from typing import Any
 
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.services import (
+    FREE_LICENCE,
     Hit,
     Match,
+    PictureHit,
     answer_box_hit,
     api_key,
     parse_results,
@@ -43,6 +45,19 @@ class SerpApi:
         data = await self._get(engine="google_lens", url=url)
         return parse_results(data, "visual_matches", _match, is_empty=_reports_no_results(data))
 
+    async def pictures(self, query: str, count: int, *, free: bool) -> list[PictureHit]:
+        """Return pictures found by words. Raises WebError. See `Serper.pictures`."""
+        filters = {"licenses": "cl"} if free else {}
+        data = await self._get(engine="google_images", q=query, **filters)
+        licence = FREE_LICENCE if free else ""
+        hits = parse_results(
+            data,
+            "images_results",
+            lambda entry: _picture(entry, licence),
+            is_empty=_reports_no_results(data),
+        )
+        return hits[:count]
+
     async def _get(self, **params: str) -> dict[str, Any]:
         params |= {"api_key": self._key}
         data = await request_json(self._service, "GET", self._url, params=params)
@@ -57,6 +72,13 @@ class SerpApi:
 def _hit(entry: dict[str, Any]) -> Hit | None:
     hit = Hit(text_field(entry, "link"), text_field(entry, "title"), text_field(entry, "snippet"))
     return hit if hit.link else None
+
+
+def _picture(entry: dict[str, Any], licence: str) -> PictureHit | None:
+    names = ("link", "title", "original", "thumbnail")
+    link, title, url, thumbnail = (text_field(entry, name) for name in names)
+    hit = PictureHit(link, title, url, thumbnail, licence)
+    return hit if hit.url and hit.title else None
 
 
 def _match(entry: dict[str, Any]) -> Match | None:

@@ -4,8 +4,10 @@ from typing import Any
 
 from mmsr1_jax.tools.service import Service
 from mmsr1_jax.tools.services import (
+    FREE_LICENCE,
     Hit,
     Match,
+    PictureHit,
     answer_box_hit,
     api_key,
     parse_results,
@@ -49,6 +51,20 @@ class Serper:
         data = await self._post("/lens", {"url": url} | self._locale)
         return parse_results(data, "organic", _match)
 
+    async def pictures(self, query: str, count: int, *, free: bool) -> list[PictureHit]:
+        """Return pictures found by words. Raises WebError.
+
+        Args:
+          query: Search query.
+          count: Maximum number of pictures.
+          free: Whether to search only for pictures with a Creative Commons licence.
+        """
+        filters = {"tbs": "il:cl"} if free else {}
+        data = await self._post("/images", {"q": query, "num": count} | filters | self._locale)
+        licence = FREE_LICENCE if free else ""
+        hits = parse_results(data, "images", lambda entry: _picture(entry, licence))
+        return hits[:count]
+
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         return await request_json(
             self._service, "POST", self._base + path, json=body, headers=self._headers
@@ -58,6 +74,13 @@ class Serper:
 def _hit(entry: dict[str, Any]) -> Hit | None:
     hit = Hit(text_field(entry, "link"), text_field(entry, "title"), text_field(entry, "snippet"))
     return hit if hit.link else None
+
+
+def _picture(entry: dict[str, Any], licence: str) -> PictureHit | None:
+    names = ("link", "title", "imageUrl", "thumbnailUrl")
+    link, title, url, thumbnail = (text_field(entry, name) for name in names)
+    hit = PictureHit(link, title, url, thumbnail, licence)
+    return hit if hit.url and hit.title else None
 
 
 def _match(entry: dict[str, Any]) -> Match | None:
