@@ -137,7 +137,7 @@ def test_the_tpu_kernel_fetches_whole_blocks_once_per_block_of_queries():
 def test_the_packed_tpu_kernel_visits_blocks_of_one_segment():
     q, kv = Array("bf16", (4, 7, 8192, 128)), Array("bf16", (4, 8192, 128))
     ids = [Array("s32", (8192, 128)), Array("s32", (8, 8192))]
-    path, pairs = "splash_mqa_fwd_segmented_residuals/pallas_call", 28 * 8192 * 8192 / 2
+    path, pairs = "splash_mha_fwd_segmented_residuals/pallas_call", 28 * 8192 * 8192 / 2
     once, both = (
         kernels.attention_kernels(dataclasses.replace(VISIBLE, parts=n))["pallas_call"]
         for n in (1, 2)
