@@ -161,6 +161,14 @@ def test_the_gated_product_counts_both_products():
     assert cost.bytes == 2 * (1024 * 3584 + 2 * 18944 * 3584 + 1024 * 18944)
 
 
+def test_the_gated_layer_counts_three_products_and_no_hidden_units():
+    x, weights = Array("bf16", (1024, 3584)), Array("bf16", (18944, 3584))
+    down = Array("bf16", (3584, 18944))
+    cost = kernels.engine_kernels(4096, VISIBLE)["gated_mlp"]("", [x, weights, weights, down])
+    assert cost.flops == 3 * 2 * 1024 * 3584 * 18944
+    assert cost.bytes == 2 * (2 * 1024 * 3584 + 3 * 18944 * 3584)
+
+
 def test_the_gpu_kernel_fetches_filled_blocks_and_writes_partial_sums():
     q, pages = Array("bf16", (48, 2, 8, 128)), Array("bf16", (3073, 4, 128, 128))
     kernel = kernels.engine_kernels(4096, VISIBLE)["paged_decode"]

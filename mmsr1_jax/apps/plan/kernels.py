@@ -1,4 +1,4 @@
-"""Costs of the kernels that state none: attention, paged attention and the gated product."""
+"""Costs of kernels: attention, paged attention, the gated product and the gated layer."""
 
 import dataclasses
 import math
@@ -121,8 +121,13 @@ def engine_kernels(filled: int, visible: Visible) -> dict[str, Kernel]:
         written = x.bytes * F / D
         return KernelCost(sum(a.memory_bytes for a in operands) + written, 4.0 * rows * D * F)
 
+    def gated_mlp(path: str, operands: Sequence[Array]) -> KernelCost:
+        x, gate = operands[:2]  # [rows, D], [F, D]
+        moved = sum(a.memory_bytes for a in operands) + x.bytes
+        return KernelCost(moved, 6.0 * x.shape[0] * gate.size)
+
     return {
         "ragged_paged_attention": ragged, "paged_decode": paged_decode,
         "paged_prefill": paged_prefill, "gated_linear": gated_linear,
-        **attention_kernels(visible),
+        "gated_mlp": gated_mlp, **attention_kernels(visible),
     }  # fmt: skip

@@ -251,19 +251,19 @@ def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def rotate(
-    x: Float[jax.Array, "*rows N H"],
-    cos: Float32[jax.Array, "*rows half"],
-    sin: Float32[jax.Array, "*rows half"],
-) -> Float[jax.Array, "*rows N H"]:
+    x: Float[jax.Array, "*rows T N H"],
+    cos: Float32[jax.Array, "*rows T half"],
+    sin: Float32[jax.Array, "*rows T half"],
+) -> Float[jax.Array, "*rows T N H"]:
     """Apply a rotary embedding (arXiv 2104.09864) in the half-split form.
 
     Args:
-      x: float[..., N, H]. Elements of a head after the first 2 half are zeros.
-      cos: float32[..., half]. Cosines of each position's angles.
-      sin: float32[..., half]. Sines of the same angles.
+      x: float[..., T, N, H]. Elements of a head after the first 2 half are zeros.
+      cos: float32[..., T, half]. Cosines of each position's angles.
+      sin: float32[..., T, half]. Sines of the same angles.
     """
-    H, half = x.shape[-1], cos.shape[-1]
-    if sharding.platform() == "tpu" or 2 * half < H:
+    (T, _, H), half = x.shape[-3:], cos.shape[-1]
+    if (sharding.platform() == "tpu" and T > 1) or 2 * half < H:
         return _rotate_by_product(x, cos, sin)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
