@@ -21,6 +21,7 @@ from mmsr1_jax.models import (
     gpu_paged_attention,
     paged_attention,
     sharding,
+    tpu_gated_mlp,
 )
 from mmsr1_jax.models.paged_attention import PagedRows
 from mmsr1_jax.rollout import sampler
@@ -214,29 +215,39 @@ def decode_kernel_difference(
 
 
 def _gated_parity(tiny: bool) -> list[Measurement]:
-    shapes = [(1024, 18944, 3584)] if jax.default_backend() == "gpu" else []
+    """Compare the gated product's kernel for GPUs, and the gated layer's for TPUs."""
+    kernels = {"gpu": ("gated_linear",), "tpu": ("gated_mlp",)}.get(jax.default_backend(), ())
+    rows, F, D = 1024, 18944, 3584
     if tiny:
-        shapes = [(128, 128, 256)]
+        kernels, rows, F, D = ("gated_linear", "gated_mlp"), 256, 256, 256
     return [
         Measurement(
-            f"gated_linear, {rows} rows, {D} to {F}",
-            functools.partial(gated_difference, rows, F, D),
+            f"{name}, {rows} rows, {D} to {F}",
+            functools.partial(gated_difference, rows, F, D, whole_layer=name == "gated_mlp"),
         )
-        for rows, F, D in shapes
+        for name in kernels
     ]
 
 
-def gated_difference(rows: int, F: int, D: int) -> dict[str, Any]:
-    """Compare the gated product's kernel for GPUs with XLA; a CPU runs it in the interpreter."""
+def gated_difference(rows: int, F: int, D: int, whole_layer: bool) -> dict[str, Any]:
+    """Compare the kernel of the gated product or layer with XLA; a CPU runs it in the interpreter.
+
+    The hidden units of the layer are rounded before its last product in both.
+    """
     rng = np.random.default_rng(0)
     x = uniform(rng, rows, D, dtype="bfloat16")
     gate, up = (uniform(rng, F, D, dtype="bfloat16") * D**-0.5 for _ in range(2))
     with precision("float32"):
         gated, raw = (jax.jit(jnp.dot)(*map(jnp.float32, (x, w.T))) for w in (gate, up))
-    expected = jax.nn.silu(gated) * raw
-    interpret = jax.default_backend() == "cpu"
-    kernel = jax.jit(functools.partial(gpu_gated_linear.gated_linear, interpret=interpret))
-    difference = jnp.abs(kernel(x, gate, up) - expected) / jnp.maximum(1, jnp.abs(expected))
+    expected, function, arrays = jax.nn.silu(gated) * raw, gpu_gated_linear.gated_linear, (gate, up)
+    if whole_layer:
+        down = uniform(rng, D, F, dtype="bfloat16") * F**-0.5
+        hidden = jnp.float32(expected.astype(jnp.bfloat16))
+        with precision("float32"):
+            expected = jax.jit(jnp.dot)(hidden, jnp.float32(down.T))
+        function, arrays = tpu_gated_mlp.gated_mlp, (gate, up, down)
+    kernel = jax.jit(functools.partial(function, interpret=jax.default_backend() == "cpu"))
+    difference = jnp.abs(kernel(x, *arrays) - expected) / jnp.maximum(1, jnp.abs(expected))
     return _compared("bfloat16", difference=float(difference.max()))
 
 

@@ -1,7 +1,8 @@
-"""The gated product `silu(x Wg^T) * (x Wu^T)` of a feed-forward layer, for inference.
+"""The gated feed-forward layer `(silu(x Wg^T) * (x Wu^T)) Wd^T`, for inference.
 
-On a GPU, XLA computes it by three kernels, two of which write out a product. For bfloat16, the
-kernel of `gpu_gated_linear` writes the result only. It has no gradient.
+XLA writes its hidden units out, on a GPU even before they are gated. For bfloat16, the kernel of
+`gpu_gated_linear` computes the gated product and writes nothing else, and that of `tpu_gated_mlp`
+computes the whole layer. They have no gradient.
 """
 
 import jax
@@ -31,6 +32,47 @@ def gated_linear(
     weights = sharding.partition_spec(("ffn", None), gate.shape, mesh)
     out = PartitionSpec(None, None, weights[0])
     return sharding.per_device(kernel, (PartitionSpec(), weights, weights), out)(x, gate, up)
+
+
+def gated_mlp(
+    x: Float[jax.Array, "B T D"],
+    gate: Float[jax.Array, "F D"],
+    up: Float[jax.Array, "F D"],
+    down: Float[jax.Array, "D F"],
+) -> Float[jax.Array, "B T D"]:
+    """Compute (silu(x gate^T) * (x up^T)) down^T; a row's result depends on that row alone.
+
+    Args:
+      x: float[B, T, D].
+      gate, up: float[F, D], split over the tensor axis by F.
+      down: float[D, F], split in the same way.
+
+    Returns:
+      float[B, T, D]. The kernel rounds the hidden units and the result only.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _tpu(x, gate, up, down)
+    rows = sharding.partition_spec(("ffn", None), gate.shape, mesh)
+    columns = sharding.partition_spec((None, "ffn"), down.shape, mesh)
+
+    def part(x, gate, up, down):
+        y = _tpu(x, gate, up, down)
+        return y if rows[0] is None else jax.lax.psum(y, rows[0])
+
+    return jax.shard_map(
+        part, mesh=mesh, in_specs=(PartitionSpec(), rows, rows, columns),
+        out_specs=PartitionSpec(), check_vma=False,
+    )(x, gate, up, down)  # fmt: skip
+
+
+def _tpu(x, gate, up, down) -> jax.Array:
+    from mmsr1_jax.models import tpu_gated_mlp  # Pallas for TPUs takes long to import
+
+    flat = x.reshape(-1, x.shape[-1])
+    if not tpu_gated_mlp.supported(flat, gate):
+        return jnp.einsum("btf,df->btd", _xla(x, gate, up), down)
+    return tpu_gated_mlp.gated_mlp(flat, gate, up, down).reshape(x.shape)
 
 
 def _gpu(x, gate, up) -> jax.Array:

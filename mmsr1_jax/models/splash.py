@@ -44,15 +44,13 @@ def attention(
       causal: Whether to mask the keys after each query.
       interpret: Whether to run the kernel in Pallas' interpreter.
     """
-    B, T, N, H = q.shape
-    K = k.shape[2]
+    H = q.shape[-1]
     # The kernel needs a head dimension that is a multiple of 128. Zeros do not change the result.
     q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, -H % 128),)) for x in (q * H**-0.5, k, v))
-    q = q.reshape(B, T, K, N // K, -1).transpose(0, 2, 3, 1, 4)
-    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     seen = (segment_ids,) if prefix_ids is None else (segment_ids, prefix_ids)
     out: Any = _attend(q, k, v, seen, causal, interpret)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)[..., :H].astype(v.dtype)
+    return out.swapaxes(1, 2)[..., :H].astype(v.dtype)
 
 
 def visible_blocks(
@@ -130,7 +128,7 @@ def _kernel(q_ids, kv_ids, *, own: bool, causal: bool, save_residuals: bool, int
         block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
     return splash_attention_kernel.SplashAttentionKernel(
-        by_query, by_query, by_key, block_sizes=sizes, is_mqa=True, save_residuals=save_residuals,
+        by_query, by_query, by_key, block_sizes=sizes, is_mqa=False, save_residuals=save_residuals,
         mask_value=splash_attention_kernel.DEFAULT_MASK_VALUE, attn_logits_soft_cap=None,
         residual_checkpoint_name=None, mask_function=_not_after if causal else None,
         interpret=interpret,
@@ -143,12 +141,10 @@ def _not_after(query: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _rows(q, k, v, q_ids, kv_ids, **options) -> Any:
-    """Run the kernel for each row and kv head."""
+    """Run the kernel for each row."""
 
     def row(q, k, v, q_ids, kv_ids):
-        kernel = _kernel(q_ids, kv_ids, **options)
-        ids = splash.SegmentIds(q=q_ids, kv=kv_ids)
-        return jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, ids)
+        return _kernel(q_ids, kv_ids, **options)(q, k, v, splash.SegmentIds(q=q_ids, kv=kv_ids))
 
     return jax.vmap(row)(q, k, v, q_ids, kv_ids)
 
@@ -157,7 +153,7 @@ def _rows(q, k, v, q_ids, kv_ids, **options) -> Any:
 def _attend(q, k, v, seen, causal: bool, interpret: bool) -> jax.Array:
     """Compute attention of queries to their own segment and, with two `seen`, to their prefix.
 
-    q: [B, K, N / K, T, H]; k, v: [B, K, T, H]; seen: the ids of the segments that each query sees,
+    q: [B, N, T, H]; k, v: [B, K, T, H]; seen: the ids of the segments that each query sees,
     int32[B, T] each, first its own.
     """
     if len(seen) > 1:
@@ -176,13 +172,15 @@ def _forward(q, k, v, seen, causal: bool, interpret: bool):
     if len(seen) == 1:
         return outs[0], (q, k, v, seen, outs[0], sums[0])
     # The sum of a query without a visible key is -inf, and its output NaN, where no block of keys
-    # was visited, and otherwise that of masked scores, which weighs nothing.
-    logsumexp = jnp.logaddexp(*sums)
-    out = sum(
-        jnp.where((s > -jnp.inf)[..., None], jnp.exp(s - logsumexp)[..., None] * out, 0)
-        for s, out in zip(sums, outs, strict=True)
-    )
-    out = jnp.asarray(out).astype(q.dtype)
+    # was visited, and otherwise that of masked scores, which weighs nothing. Every query sees a key
+    # of its own segment.
+    (own, prefix), (own_sum, prefix_sum) = outs, sums
+    logsumexp = jnp.logaddexp(own_sum, prefix_sum)
+    # The barrier: one array of weights is spread over the elements of a head, which takes a TPU
+    # several times as long as all else here.
+    weight = jax.lax.optimization_barrier(jnp.exp(prefix_sum - logsumexp))[..., None]
+    out = (1 - weight) * own + jnp.where(weight > 0, weight * prefix, 0)
+    out = out.astype(q.dtype)
     return out, (q, k, v, seen, out, logsumexp)
 
 
@@ -193,16 +191,12 @@ def _backward(causal: bool, interpret: bool, saved, g):
         options = {"causal": causal, "save_residuals": False, "interpret": interpret}
         kernel = _kernel(q_ids, kv_ids, own=own, **options)
         segments = splash.SegmentIds(q=q_ids, kv=kv_ids)
-
-        def head(q, k, v, out, logsumexp, g):
-            masks = kernel.dq_mask_info, kernel.dkv_mask_info
-            residuals = (q, k, v, segments, None, out, logsumexp, *masks)
-            results = splash_attention_kernel._splash_attention_bwd(
-                res=residuals, do=g, **kernel.kwargs
-            )
-            return results[3:6]
-
-        return jax.vmap(head)(q, k, v, out, logsumexp, g)
+        masks = kernel.dq_mask_info, kernel.dkv_mask_info
+        residuals = (q, k, v, segments, None, out, logsumexp, *masks)
+        results = splash_attention_kernel._splash_attention_bwd(
+            res=residuals, do=g, **kernel.kwargs
+        )
+        return results[3:6]
 
     parts = [
         jax.vmap(functools.partial(row, index == 0))(q, k, v, ids, seen[0], out, logsumexp, g)

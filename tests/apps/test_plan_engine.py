@@ -137,7 +137,7 @@ def test_the_tpu_kernel_fetches_whole_blocks_once_per_block_of_queries():
 def test_the_packed_tpu_kernel_visits_blocks_of_one_segment():
     q, kv = Array("bf16", (4, 7, 8192, 128)), Array("bf16", (4, 8192, 128))
     ids = [Array("s32", (8192, 128)), Array("s32", (8, 8192))]
-    path, pairs = "splash_mqa_fwd_segmented_residuals/pallas_call", 28 * 8192 * 8192 / 2
+    path, pairs = "splash_mha_fwd_segmented_residuals/pallas_call", 28 * 8192 * 8192 / 2
     once, both = (
         kernels.attention_kernels(dataclasses.replace(VISIBLE, parts=n))["pallas_call"]
         for n in (1, 2)
@@ -159,6 +159,14 @@ def test_the_gated_product_counts_both_products():
     cost = kernels.engine_kernels(4096, VISIBLE)["gated_linear"]("", [x, weights, weights])
     assert cost.flops == 2 * 2 * 1024 * 3584 * 18944
     assert cost.bytes == 2 * (1024 * 3584 + 2 * 18944 * 3584 + 1024 * 18944)
+
+
+def test_the_gated_layer_counts_three_products_and_no_hidden_units():
+    x, weights = Array("bf16", (1024, 3584)), Array("bf16", (18944, 3584))
+    down = Array("bf16", (3584, 18944))
+    cost = kernels.engine_kernels(4096, VISIBLE)["gated_mlp"]("", [x, weights, weights, down])
+    assert cost.flops == 3 * 2 * 1024 * 3584 * 18944
+    assert cost.bytes == 2 * (2 * 1024 * 3584 + 3 * 18944 * 3584)
 
 
 def test_the_gpu_kernel_fetches_filled_blocks_and_writes_partial_sums():

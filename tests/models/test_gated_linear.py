@@ -1,6 +1,6 @@
-"""The kernel of the gated product computes its formula, each row by itself.
+"""The kernels of the gated layer compute their formulas, each row by itself.
 
-It runs in Pallas' interpreter, on a CPU.
+They run in Pallas' interpreter, on a CPU.
 """
 
 import re
@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh
 
 from mmsr1_jax.models import gated_linear as module
-from mmsr1_jax.models import gpu_gated_linear, sharding
+from mmsr1_jax.models import gpu_gated_linear, sharding, tpu_gated_mlp
 
 
 def inputs(rows, F, D, dtype=jnp.bfloat16, seed=0):
@@ -32,6 +32,56 @@ def reference(x, gate, up):
 def gpu(*arrays):
     assert gpu_gated_linear.supported(*arrays[:2])
     return gpu_gated_linear.gated_linear(*arrays, interpret=True)
+
+
+def down_inputs(F, D, dtype=jnp.bfloat16):
+    return jnp.asarray(np.random.default_rng(2).normal(size=(D, F)) / np.sqrt(F), dtype)
+
+
+def tpu(*arrays):
+    assert tpu_gated_mlp.supported(*arrays[:2])
+    return tpu_gated_mlp.gated_mlp(*arrays, interpret=True)
+
+
+def test_the_kernel_of_the_layer_matches_the_formula():
+    arrays, down = inputs(rows=512, F=768, D=256), down_inputs(768, 256)
+    out = tpu(*arrays, down)
+    assert out.dtype == jnp.bfloat16 and out.shape == (512, 256)
+    expected = reference(*arrays) @ np.asarray(down, np.float64).T
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=1e-2, rtol=2**-8)
+
+
+def test_a_row_of_the_layer_does_not_depend_on_the_others():
+    (x, gate, up), down = inputs(512, 512, 128), down_inputs(512, 128)
+    others = inputs(512, 512, 128, seed=1)[0] * 100
+    mixed = others.at[7].set(x[7]).at[-1].set(x[-1])
+    a, b = (np.asarray(tpu(x, gate, up, down)) for x in (x, mixed))
+    np.testing.assert_array_equal(a[[7, -1]], b[[7, -1]])
+    assert (a[0] != b[0]).any()
+
+
+def test_the_kernel_of_the_layer_takes_what_fits_on_the_chip():
+    def supported(T, F, D, dtype=jnp.bfloat16):
+        arrays = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((T, D), (F, D)))
+        answers = []
+        jax.eval_shape(lambda x, gate: answers.append(tpu_gated_mlp.supported(x, gate)), *arrays)
+        return answers[0]
+
+    assert supported(1024, 18944, 3584) and supported(1024, 11008, 2048)  # 7B, 3B
+    assert not supported(2048, 18944, 3584)
+    assert not supported(1024, 18944, 3584, jnp.float32)
+    assert not supported(64, 18944, 3584)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_other_shapes_of_the_layer_are_computed_by_xla(devices):
+    """With two devices, each computes the part of its hidden units."""
+    (x, gate, up), down = inputs(32, 128, 64, jnp.float32), down_inputs(128, 64, jnp.float32)
+    mesh: Mesh = sharding.make_mesh(1, 1, devices, devices=jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        out = jax.jit(module.gated_mlp)(x[None], gate, up, down)
+    expected = reference(x, gate, up) @ np.asarray(down, np.float64).T
+    np.testing.assert_allclose(np.asarray(out[0]), expected, atol=1e-5)
 
 
 def test_the_kernel_matches_the_formula():

@@ -1,4 +1,4 @@
-"""Costs of the kernels that state none: attention, paged attention and the gated product."""
+"""Costs of kernels: attention, paged attention, the gated product and the gated layer."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ _BLOCK = 512  # queries and keys of a block of the TPU kernel for rows without a
 # Products of [T, H] and [T, T] matrices in a kernel, by a part of its path: scores and output; with
 # the gradients of q; of k and v; of all three.
 _PRODUCTS = {
-    "splash_mqa_fwd": 2, "splash_mqa_dq": 3, "splash_mqa_dkv": 4,
+    "splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4,
     "mha_forward": 2, "mha_backward": 5,
 }  # fmt: skip
 
@@ -56,7 +56,7 @@ def attention_kernels(visible: Visible) -> dict[str, Kernel]:
         products = next((n for name, n in _PRODUCTS.items() if name in path), 0)
         if not products:  # preparation of the backward pass
             return KernelCost(once)
-        T = q.shape[-2] if is_splash else q.shape[1]  # [K, N / K, T, H], or [B, T, N, H]
+        T = q.shape[-2] if is_splash else q.shape[1]  # [N, T, H], or [B, T, N, H]
         if not is_splash:  # on a GPU the L2 cache holds what is read again
             # The loops of the kernel know causality, but not the segments.
             share = 0.5 if is_text(path, T) else 1.0
@@ -121,8 +121,13 @@ def engine_kernels(filled: int, visible: Visible) -> dict[str, Kernel]:
         written = x.bytes * F / D
         return KernelCost(sum(a.memory_bytes for a in operands) + written, 4.0 * rows * D * F)
 
+    def gated_mlp(path: str, operands: Sequence[Array]) -> KernelCost:
+        x, gate = operands[:2]  # [rows, D], [F, D]
+        moved = sum(a.memory_bytes for a in operands) + x.bytes
+        return KernelCost(moved, 6.0 * x.shape[0] * gate.size)
+
     return {
         "ragged_paged_attention": ragged, "paged_decode": paged_decode,
         "paged_prefill": paged_prefill, "gated_linear": gated_linear,
-        **attention_kernels(visible),
+        "gated_mlp": gated_mlp, **attention_kernels(visible),
     }  # fmt: skip

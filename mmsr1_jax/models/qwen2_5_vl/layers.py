@@ -12,13 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float, Float32
 
 from mmsr1_jax.models import sharding
-from mmsr1_jax.models.gated_linear import gated_linear
+from mmsr1_jax.models.gated_linear import gated_linear, gated_mlp
 from mmsr1_jax.models.sharding import param
 
 _LINEAR = "linear"  # checkpoint name of the results that `remat="dots"` keeps
@@ -65,12 +66,38 @@ class Linear(nnx.Module):
         self.contracted = len(inputs)
 
     def __call__(self, x: Float[jax.Array, "..."]) -> Float[jax.Array, "..."]:
-        """Apply the map to float[..., *inputs], which gives float[..., *outputs]."""
-        y = _apply(x, *_weights(self.kernel, x), self.contracted)
+        """Apply the map to float[..., *inputs], which gives float[..., *outputs].
+
+        Elements of the last input dimension beyond those of the map are ignored.
+        """
+        y = _apply(x, *_weights(self.kernel, x, x.shape[-1]), self.contracted)
         if self.adapter is not None:
             y = y + self.adapter(x, self.contracted)
         y = checkpoint_name(y, _LINEAR)
         return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
+
+    def split(self, x: Float[jax.Array, "..."], size: int) -> list[Float[jax.Array, "..."]]:
+        """Return the parts of the map's output along its first dimension, one array each.
+
+        Each part is the result of a product of its own with padded weights, so nothing as large as
+        the output is split or padded.
+
+        Args:
+          x: float[..., *inputs].
+          size: Size to which the last output dimension is padded with zeros.
+        """
+        kernel, axes = _weights(self.kernel, x)
+        last = len(axes) - 1 - self.contracted  # last output dimension
+        kernels = _split_and_pad(kernel, last, size)
+        ys = [_apply(x, part, axes[1:], self.contracted) for part in kernels]
+        if self.adapter is not None:
+            update = jnp.moveaxis(self.adapter(x, self.contracted), x.ndim - self.contracted, 0)
+            ys = [y + part for y, part in zip(ys, _split_and_pad(update, -1, size), strict=True)]
+        ys = [checkpoint_name(y, _LINEAR) for y in ys]
+        if self.bias is None:
+            return ys
+        biases = _split_and_pad(self.bias.get_value().astype(x.dtype), -1, size)
+        return [y + bias for y, bias in zip(ys, biases, strict=True)]
 
 
 class Adapter(nnx.Module):
@@ -86,14 +113,35 @@ class Adapter(nnx.Module):
 
     def __call__(self, x: Float[jax.Array, "..."], contracted: int) -> Float[jax.Array, "..."]:
         """Return the update for float[..., *inputs] with `contracted` input dimensions."""
-        projected = _apply(x, *_weights(self.a, x), contracted) * self.scale
+        projected = _apply(x, *_weights(self.a, x, x.shape[-1]), contracted) * self.scale
         return _apply(projected, *_weights(self.b, x), 1)
 
 
-def _weights(variable: nnx.Variable, x: jax.Array) -> tuple[jax.Array, tuple[str | None, ...]]:
-    """Return the value of a parameter of one layer in the dtype of x, and its logical axes."""
+def _weights(
+    variable: nnx.Variable, x: jax.Array, size: int | None = None
+) -> tuple[jax.Array, tuple[str | None, ...]]:
+    """Return the value of a parameter of one layer in the dtype of x, and its logical axes.
+
+    With a size, the last dimension is padded to it with zeros.
+    """
     value = variable.get_value().astype(x.dtype)
-    return value, tuple(variable.get_metadata("axes")[-value.ndim :])
+    axes = tuple(variable.get_metadata("axes")[-value.ndim :])
+    return value if size is None else _pad(value, -1, size), axes
+
+
+def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """Pad an axis with zeros at its end."""
+    missing = size - x.shape[axis]
+    if not missing:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, missing)
+    return jnp.pad(x, widths)
+
+
+def _split_and_pad(x: jax.Array, axis: int, size: int) -> list[jax.Array]:
+    """Return the slices of x along its first axis, each with another axis of x padded to a size."""
+    return [part.squeeze(0) for part in jnp.split(_pad(x, axis, size), len(x))]
 
 
 def _contract(x: jax.Array, kernel: jax.Array, axes: tuple[str | None, ...], n: int) -> jax.Array:
@@ -163,9 +211,10 @@ class SwiGLU(nnx.Module):
 
     Attributes:
       separate: Whether the layer serves inference, without a gradient. Then several tokens per row
-        on a GPU use `gated_linear`, and one token per row on a TPU compiles the three products
-        apart from each other: its compiler otherwise computes `x Wu` inside of the last product,
-        which takes 1.4 times as long as both.
+        on a GPU use `gated_linear`, on a TPU `gated_mlp`.
+
+    On a TPU, barriers keep the compiler from computing `x Wu` or the gating inside of the last
+    product, which takes up to 1.4 times as long as all products apart from each other.
     """
 
     separate = False
@@ -180,15 +229,19 @@ class SwiGLU(nnx.Module):
         self.down = linear(F, D)
 
     def __call__(self, x: Float[jax.Array, "*rows D"]) -> Float[jax.Array, "*rows D"]:
-        platform = sharding.platform() if self.separate else None
-        if platform == "gpu" and x.shape[-2] > 1:
-            gate, up = (m.kernel.get_value().astype(x.dtype) for m in (self.gate, self.up))
-            return self.down(gated_linear(x, gate, up))
+        platform, several = sharding.platform(), x.shape[-2] > 1
+        if self.separate and several and platform != "cpu":
+            weights = (_weights(m.kernel, x)[0] for m in (self.gate, self.up, self.down))
+            gate, up, down = weights
+            if platform == "gpu":
+                return self.down(gated_linear(x, gate, up))
+            return gated_mlp(x, gate, up, down)
         gate, up = self.gate(x), self.up(x)
-        if platform == "tpu" and x.shape[-2] == 1:
+        if platform != "tpu":
+            return self.down(_gated(gate, up))
+        if not several:
             gate, up = jax.lax.optimization_barrier((gate, up))
-            return self.down(jax.lax.optimization_barrier(_gated(gate, up)))
-        return self.down(_gated(gate, up))
+        return self.down(jax.lax.optimization_barrier(_gated(gate, up)))
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -198,21 +251,57 @@ def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def rotate(
-    x: Float[jax.Array, "*rows N H"],
-    cos: Float32[jax.Array, "*rows H//2"],
-    sin: Float32[jax.Array, "*rows H//2"],
-) -> Float[jax.Array, "*rows N H"]:
+    x: Float[jax.Array, "*rows T N H"],
+    cos: Float32[jax.Array, "*rows T half"],
+    sin: Float32[jax.Array, "*rows T half"],
+) -> Float[jax.Array, "*rows T N H"]:
     """Apply a rotary embedding (arXiv 2104.09864) in the half-split form.
 
     Args:
-      x: float[..., N, H].
-      cos: float32[..., H/2]. Cosines of each position's angles.
-      sin: float32[..., H/2]. Sines of the same angles.
+      x: float[..., T, N, H]. Elements of a head after the first 2 half are zeros.
+      cos: float32[..., T, half]. Cosines of each position's angles.
+      sin: float32[..., T, half]. Sines of the same angles.
     """
+    (T, _, H), half = x.shape[-3:], cos.shape[-1]
+    if (sharding.platform() == "tpu" and T > 1) or 2 * half < H:
+        return _rotate_by_product(x, cos, sin)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _rotate_by_product(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate by `x cos + (x S) sin`, where x S = (-second, first) for x = (first, second).
+
+    S permutes elements and changes signs, which a product does without rounding. A TPU moves
+    elements between the lanes of its registers slowly, so that splitting and joining a head takes
+    several passes over memory; a product with S takes one, which also computes the rest.
+    """
+    H, half = x.shape[-1], cos.shape[-1]
+    swap = np.zeros((H, H), np.float32)
+    index = np.arange(half)
+    swap[half + index, index], swap[index, half + index] = -1.0, 1.0
+    swapped = jax.lax.dot_general(
+        x, jnp.asarray(swap, x.dtype), (((x.ndim - 1,), (0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    cos, sin = (_pad(jnp.concatenate([a, a], axis=-1), -1, H)[..., None, :] for a in (cos, sin))
+    return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
+
+
+def _rotate_forward(x, cos, sin):
+    return _rotate_by_product(x, cos, sin), (cos, sin)
+
+
+def _rotate_backward(saved, g):
+    """Rotate the gradient back; angles are not trained."""
+    cos, sin = saved
+    return _rotate_by_product(g, cos, -sin), None, None
+
+
+_rotate_by_product.defvjp(_rotate_forward, _rotate_backward)
 
 
 def unstack(layer: nnx.Module) -> nnx.List:

@@ -31,6 +31,8 @@ from mmsr1_jax.models.qwen2_5_vl.layers import Linear, RMSNorm, SwiGLU, rotate, 
 from mmsr1_jax.models.sharding import constrain
 from mmsr1_jax.utils.arrays import AnyArray
 
+_LANES = 128  # of a TPU's registers
+
 
 class ImageRows(flax.struct.PyTreeNode):
     """Image patches, one row for each row of text.
@@ -208,12 +210,18 @@ class VisionAttention(nnx.Module):
         implementation: Attention,
     ) -> Float[jax.Array, "B P D"]:
         """Compute attention over each image if `full_attention`, else over each window."""
-        q, k, v = (part.squeeze(2) for part in jnp.split(self.qkv(x), 3, axis=2))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if choose(implementation, q.shape[1], q.dtype, single_segment=False) == "splash":
+        if choose(implementation, x.shape[1], x.dtype, single_segment=False) == "splash":
             # The kernel visits blocks of one window or image, as the ids say: no branches needed.
+            # It needs heads of a multiple of 128 elements, and divides scores by their root.
+            H = 2 * cos.shape[-1]
+            size = -(-H // _LANES) * _LANES
+            q, k, v = self.qkv.split(x, size)
+            scale = (size / H) ** 0.5
+            q, k = rotate(q, cos * scale, sin * scale), rotate(k, cos, sin)
             ids = jnp.where(full_attention, segment_ids, window_ids)
             return self.out(attention(q, k, v, ids, causal=False, implementation=implementation))
+        q, k, v = (part.squeeze(2) for part in jnp.split(self.qkv(x), 3, axis=2))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
 
         def over_image(q, k, v):
             return attention(q, k, v, segment_ids, causal=False, implementation=implementation)
