@@ -50,9 +50,9 @@ def gated_mlp(
     Returns:
       float[B, T, D]. The kernel rounds the hidden units and the result only.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if sharding.num_devices() == 1:
         return _tpu(x, gate, up, down)
+    mesh = jax.sharding.get_abstract_mesh()
     rows = sharding.partition_spec(("ffn", None), gate.shape, mesh)
     columns = sharding.partition_spec((None, "ffn"), down.shape, mesh)
 
@@ -60,10 +60,8 @@ def gated_mlp(
         y = _tpu(x, gate, up, down)
         return y if rows[0] is None else jax.lax.psum(y, rows[0])
 
-    return jax.shard_map(
-        part, mesh=mesh, in_specs=(PartitionSpec(), rows, rows, columns),
-        out_specs=PartitionSpec(), check_vma=False,
-    )(x, gate, up, down)  # fmt: skip
+    specs = (PartitionSpec(), rows, rows, columns)
+    return sharding.per_device(part, specs, PartitionSpec())(x, gate, up, down)
 
 
 def _tpu(x, gate, up, down) -> jax.Array:
