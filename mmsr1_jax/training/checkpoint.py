@@ -3,6 +3,7 @@
 Orbax writes them in the background while the next step runs.
 """
 
+import contextlib
 import pathlib
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 from orbax.checkpoint.experimental import v1 as ocp
 
 from mmsr1_jax.config.errors import UserError
+from mmsr1_jax.utils import object_store
 
 _POLICIES = ocp.training.preservation_policies
 
@@ -18,7 +20,7 @@ class Checkpoints:
     """Checkpoints of a run.
 
     Args:
-      directory: Directory of the checkpoints, created if it does not exist.
+      directory: Directory of the checkpoints, created if it does not exist, or `gs://` address.
       keep: Number of latest checkpoints to keep, in addition to the best one. None is for
         read-only use: unfinished checkpoints that another process is writing are left alone.
     """
@@ -29,15 +31,23 @@ class Checkpoints:
             n=1,
             keep_checkpoints_without_metrics=False,
         )
-        self._checkpointer = ocp.training.Checkpointer(
-            str(pathlib.Path(directory).resolve()),
-            save_decision_policy=_Always(),
-            # The protocol of Orbax and its own policies name different checkpoint types.
-            preservation_policy=_POLICIES.AnyPreservationPolicy(  # pyright: ignore[reportArgumentType]
-                [_POLICIES.LatestN(keep), best]
-            ),
-            cleanup_tmp_directories=keep is not None,  # from a save that was killed
-        )
+        self._in_store = object_store.is_address(directory)
+        self._directory = str(directory if self._in_store else pathlib.Path(directory).resolve())
+        with self._reported():
+            self._checkpointer = ocp.training.Checkpointer(
+                self._directory,
+                save_decision_policy=_Always(),
+                # The protocol of Orbax and its own policies name different checkpoint types.
+                preservation_policy=_POLICIES.AnyPreservationPolicy(  # pyright: ignore[reportArgumentType]
+                    [_POLICIES.LatestN(keep), best]
+                ),
+                cleanup_tmp_directories=keep is not None,  # from a save that was killed
+            )
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
     @property
     def latest(self) -> int | None:
@@ -54,10 +64,11 @@ class Checkpoints:
           metadata: JSON data to store with it.
           score: Score that determines the best checkpoint, if any.
         """
-        self._checkpointer.save_async(
-            step, _arrays_by_path(state), custom_metadata=metadata,
-            metrics=None if score is None else {"score": score},
-        )  # fmt: skip
+        with self._reported():
+            self._checkpointer.save_async(
+                step, _arrays_by_path(state), custom_metadata=metadata,
+                metrics=None if score is None else {"score": score},
+            )  # fmt: skip
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """Restore (state, metadata) of a step.
@@ -70,13 +81,14 @@ class Checkpoints:
           UserError: The checkpoint has other array names or shapes.
         """
         arrays = _arrays_by_path(like)
-        saved = self._checkpointer.metadata(step)
+        with self._reported():
+            saved = self._checkpointer.metadata(step)
         shapes = {name: tuple(x.shape) for name, x in saved.metadata.items()}
         expected = {name: tuple(x.shape) for name, x in arrays.items()}
         if shapes != expected:
             name = min(n for n in shapes | expected if shapes.get(n) != expected.get(n))
             raise UserError(
-                f"{self._checkpointer.directory}/{step}: the checkpoint is of another model, or of "
+                f"{self._directory}/{step}: the checkpoint is of another model, or of "
                 f"other settings in config.update: {name} has shape {shapes.get(name)}, and this "
                 f"run needs {expected.get(name)}. Resume with the settings that the run started "
                 f"with, or use another --workdir"
@@ -85,7 +97,8 @@ class Checkpoints:
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for name, x in arrays.items()
         }
-        loaded = self._checkpointer.load(step, abstract)
+        with self._reported():
+            loaded = self._checkpointer.load(step, abstract)
         leaves = [loaded[name] for name in arrays]
         metadata = saved.custom_metadata
         assert isinstance(metadata, dict)  # as `save` wrote it
@@ -93,7 +106,14 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for pending saves and close the checkpointer."""
-        self._checkpointer.close()
+        with self._reported():
+            self._checkpointer.close()
+
+    def _reported(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which failures of an object store are errors of one line."""
+        if self._in_store:
+            return object_store.reported(self._directory)
+        return contextlib.nullcontext()
 
 
 class _Always:

@@ -4,7 +4,6 @@ import asyncio
 import collections
 import dataclasses
 import json
-import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
@@ -21,6 +20,7 @@ from mmsr1_jax.tools.judge import Judge
 from mmsr1_jax.tools.service import ServiceRefusedError
 from mmsr1_jax.training import metrics
 from mmsr1_jax.training.sft_dataset import to_line
+from mmsr1_jax.training.workdir import Workdir
 from mmsr1_jax.utils import fallbacks, outputs, processes
 from mmsr1_jax.utils.logs import log
 
@@ -186,7 +186,7 @@ def validate(
 
 
 def write_episodes(
-    workdir: pathlib.Path, step: int, rollouts: RolloutBatch, limit: int,
+    workdir: Workdir, step: int, rollouts: RolloutBatch, limit: int,
     engine: Engine | EnginePool,
 ) -> None:  # fmt: skip
     """Write the first training episodes of a step as JSONL, with gold answers and rewards.
@@ -201,23 +201,28 @@ def write_episodes(
       limit: Number of episodes to write, over all processes.
       engine: Engine that sampled them.
     """
-    path = workdir / "episodes" / f"{step:06d}.jsonl"
+    path = workdir.path / "episodes" / f"{step:06d}.jsonl"
     lines: dict[int, str] = {}
     for position, episode, reward in rollouts.saved_episodes(limit):
         question = rollouts.questions[episode.group]
-        line = to_line(episode, engine.processor, path.parent, workdir / "images")
+        line = to_line(episode, engine.processor, path.parent, workdir.path / "images")
         line |= {"answers": question.answers, "category": question.category}
         line |= {"source": question.source, "reward": dataclasses.asdict(reward)}
         lines[position] = json.dumps(line, ensure_ascii=False)
     if processes.count() > 1:
-        own = outputs.partial_path(path.with_name(f"{path.stem}.{processes.index()}.json"))
-        own.write_text(json.dumps(lines), encoding="utf-8")
+        parts = [
+            outputs.partial_path(path.with_name(f"{path.stem}.{process}.json"))
+            for process in range(processes.count())
+        ]
+        names = [str(part.relative_to(workdir.path)) for part in parts]
+        parts[processes.index()].write_text(json.dumps(lines), encoding="utf-8")
+        workdir.push(names[processes.index()])
         processes.barrier("episodes written")
         if processes.main():
-            for process in range(processes.count()):
-                part = outputs.partial_path(path.with_name(f"{path.stem}.{process}.json"))
+            workdir.pull(*names)
+            for part in parts:
                 lines |= {int(k): v for k, v in json.loads(part.read_text("utf-8")).items()}
-                part.unlink()
+            workdir.remove(*names)
     if processes.main():
         with outputs.new_text_file(path) as file:
             file.writelines(f"{lines[position]}\n" for position in sorted(lines))

@@ -26,19 +26,42 @@ from mmsr1_jax.rl.schedules import Schedule, make_schedule
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.pool import EnginePool
 from mmsr1_jax.training import run_config
-from mmsr1_jax.utils import outputs, processes
+from mmsr1_jax.training.workdir import Workdir, open_store
+from mmsr1_jax.utils import object_store, outputs, processes
 from mmsr1_jax.utils.logs import log
 from mmsr1_jax.utils.source import source_digest
 
 
-def resolve_workdir(given: str | None) -> pathlib.Path:
-    """Return the run's directory: `--workdir`, or `build/` plus the config file's name and variant.
+@contextlib.contextmanager
+def open_workdir(given: str | None) -> Iterator[Workdir]:
+    """Lock the run's directory, check that all processes have the same, and yield it.
+
+    Args:
+      given: Value of `--workdir`, a directory or an address `gs://BUCKET/FOLDER`; None for `build/`
+        plus the config file's name and variant.
 
     Raises:
-      UserError: The command line has neither `--workdir` nor `--config`, or names an object store.
+      UserError: The command line has neither `--workdir` nor `--config`, the directory is in use,
+        or the address is invalid or refused.
+      ProcessError: The processes do not have the same directory.
     """
-    if given is not None:
-        return local_directory(given, "workdir")
+    if given is not None and object_store.is_address(given):
+        with open_store(given) as workdir:
+            yield workdir
+        return
+    path = _default_workdir() if given is None else pathlib.Path(given)
+    with outputs.lock(path):
+        check_directory(path)
+        yield Workdir(path, saved_steps=saved_steps(path))
+
+
+def saved_steps(workdir: pathlib.Path) -> tuple[int, ...]:
+    """Return the steps of the checkpoints in a directory on a disk, ascending."""
+    names = [path.name for path in workdir.glob("checkpoints/*")]
+    return tuple(sorted(int(name) for name in names if name.isdigit()))
+
+
+def _default_workdir() -> pathlib.Path:
     if _without_config_file():
         raise UserError("give --config=FILE to start a run, or --workdir=RUN of the run to resume")
     file = config_flags.get_config_filename(flags.FLAGS["config"])
@@ -48,7 +71,7 @@ def resolve_workdir(given: str | None) -> pathlib.Path:
 
 def local_directory(given: str, flag: str) -> pathlib.Path:
     """Return the directory that a flag names. Raises UserError for an object store."""
-    if "://" in given:
+    if object_store.is_address(given):
         raise UserError(f"--{flag}={given}: must be a directory on a disk, not an object store")
     return pathlib.Path(given)
 
@@ -88,14 +111,14 @@ _TRAINING_SETTINGS: dict[str, tuple[str, ...] | None] = {
 }
 
 
-def check_matches_existing_run(workdir: pathlib.Path, given: settings.Config, model: str) -> None:
+def check_matches_existing_run(workdir: Workdir, given: settings.Config, model: str) -> None:
     """Raise UserError if the command's config file contradicts an existing run in `workdir`.
 
     Only a run with a checkpoint counts. Only the policy and the settings in `_TRAINING_SETTINGS`
     are compared.
     """
-    path = workdir / "config.json"
-    if _without_config_file() or not path.is_file() or not any(workdir.glob("checkpoints/[0-9]*")):
+    path = workdir.path / "config.json"
+    if _without_config_file() or not path.is_file() or not workdir.saved_steps:
         return
     existing, existing_model = run_config.read(path)
     pairs = [("model", existing_model, model)]
@@ -189,31 +212,33 @@ def memory_for_rollouts(
 
 
 def save_policy(
-    learner: Learner, config: settings.Config, model_dir: str, workdir: pathlib.Path
+    learner: Learner, config: settings.Config, model_dir: str, workdir: Workdir
 ) -> None:
     """Write `policy/`, an HF directory, and with LoRA also `adapter/`.
 
     Nothing is written if `policy/` already holds the policy of the last step.
     """
-    update, marker = config.update, workdir / "policy_step"
-    exists = marker.is_file() and (workdir / "policy").is_dir()
+    update, marker = config.update, workdir.path / "policy_step"
+    exists = marker.is_file() and workdir.has_folder("policy")
     is_saved = exists and marker.read_text() == str(config.run.steps)
     if processes.broadcast("policy saved", is_saved):
-        log.info("%s: the run is complete, and its policy is saved here", workdir / "policy")
+        log.info("%s/policy: the run is complete, and its policy is saved here", workdir)
         return
     if processes.main():
-        marker.unlink(missing_ok=True)
+        workdir.remove(marker.name)
     policy = learner.model()
     if update.lora_rank:
         lora.save(
-            learner.trained, workdir / "adapter", policy.config, alpha=update.lora_alpha,
+            learner.trained, workdir.path / "adapter", policy.config, alpha=update.lora_alpha,
             source=model_dir,
         )  # fmt: skip
-        log.info("%s: saved the trained adapter", workdir / "adapter")
-    qwen2_5_vl.save(policy, workdir / "policy", source=model_dir)
+        log.info("%s/adapter: saved the trained adapter", workdir)
+    qwen2_5_vl.save(policy, workdir.path / "policy", source=model_dir)
+    workdir.push()  # before the marker, which says that the policy is complete
     if processes.main():
         outputs.write_text(marker, str(config.run.steps))
-    log.info("%s: saved the trained policy", workdir / "policy")
+    workdir.push()
+    log.info("%s/policy: saved the trained policy", workdir)
 
 
 def question_source(config: settings.Config, files: Sequence[str]) -> QuestionSource:

@@ -35,8 +35,10 @@ from mmsr1_jax.rl.packing import TrainBatch
 from mmsr1_jax.rollout.timeline import Timeline
 from mmsr1_jax.training import metrics, run_config, train_utils
 from mmsr1_jax.training.checkpoint import Checkpoints
+from mmsr1_jax.training.workdir import Workdir
 from mmsr1_jax.utils import compile_counter, processes
 from mmsr1_jax.utils.logs import log
+from mmsr1_jax.utils.object_store import StoreError
 
 
 class NonfiniteUpdatesError(UserError):
@@ -49,19 +51,20 @@ class TrainingRun:
     Args:
       config: Settings of the run.
       model_dir: HF directory of the policy that training starts from.
-      workdir: Directory of the run.
+      workdir: Directory of the run. Files are pushed to its store, if it has one, after each step
+        and before each checkpoint.
       learner: Trained parameters and optimiser state, which checkpoints hold.
       sigterm: Set when the run is to stop after its current step.
     """
 
     def __init__(
-        self, config: settings.Config, model_dir: str, workdir: pathlib.Path, learner: Learner,
+        self, config: settings.Config, model_dir: str, workdir: Workdir, learner: Learner,
         sigterm: "StopSignal",
     ):  # fmt: skip
         self.workdir = workdir
         self._sigterm = sigterm
         self._config, self._model_dir, self._learner = config, model_dir, learner
-        self._checkpoints = Checkpoints(workdir / "checkpoints", keep=config.run.keep_checkpoints)
+        self._checkpoints = Checkpoints(workdir.checkpoints, keep=config.run.keep_checkpoints)
         self.start_step = processes.broadcast("latest checkpoint", self._checkpoints.latest) or 0
         self._saved_step = self.start_step
         self._nonfinite_streak = 0
@@ -75,8 +78,13 @@ class TrainingRun:
     def __enter__(self) -> "TrainingRun":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         self._resources.close()
+        if kind and issubclass(kind, Exception) and not issubclass(kind, StoreError):
+            try:
+                self.workdir.push()
+            except StoreError as error:  # the error that ends the run matters more
+                log.warning("%s", error)
 
     def restore(self) -> dict[str, Any] | None:
         """Restore the latest checkpoint into the learner, and return its metadata.
@@ -94,10 +102,10 @@ class TrainingRun:
     def start(self) -> None:
         """Write `config.json`, and open the metrics log."""
         if processes.main():
-            run_config.write(self.workdir / "config.json", self._config, self._model_dir)
+            run_config.write(self.workdir.path / "config.json", self._config, self._model_dir)
             config = dataclasses.asdict(self._config)
             self._log = metrics.Log(
-                self.workdir, self._config.run.log_to, step=self.start_step, config=config
+                self.workdir.path, self._config.run.log_to, step=self.start_step, config=config
             )
             self._resources.callback(self._log.close)
 
@@ -121,7 +129,7 @@ class TrainingRun:
         with self._bar, contextlib.ExitStack() as trace:
             for step in self._bar:
                 if profile and max(first, profile[0]) == step <= profile[1]:
-                    trace.enter_context(jax.profiler.trace(self.workdir / "profile"))
+                    trace.enter_context(jax.profiler.trace(self.workdir.path / "profile"))
                 self._timer = StepTimer()
                 yield step
                 if profile and step == profile[1]:
@@ -186,7 +194,7 @@ class TrainingRun:
         timeline = Timeline() if self._config.run.timeline and processes.main() else None
         yield timeline
         if timeline is not None:
-            timeline.write(self.workdir / "timelines" / f"{step:06d}.json")
+            timeline.write(self.workdir.path / "timelines" / f"{step:06d}.json")
 
     def check_finite(
         self, step: int, finite: Sequence[float], batches: Iterable[Sequence[TrainBatch]]
@@ -207,12 +215,14 @@ class TrainingRun:
             if self._nonfinite_streak >= limit:
                 self._bar.close()
                 part = f"_{processes.index()}" if processes.count() > 1 else ""
-                path = self.workdir / f"nonfinite_{step:06d}{part}.npz"
-                _write_batches(path, itertools.chain(*batches))
+                name = f"nonfinite_{step:06d}{part}.npz"
+                _write_batches(self.workdir.path / name, itertools.chain(*batches))
+                self.workdir.push()
                 processes.barrier("batches written")
                 raise NonfiniteUpdatesError(
                     f"step {step}: the loss or gradient of {limit} updates in a row was not finite "
-                    f"(update.max_nonfinite_updates). Their micro-batches are in {path}"
+                    f"(update.max_nonfinite_updates). Their micro-batches are in "
+                    f"{self.workdir}/{name}"
                 )
 
     def finish_step(
@@ -249,6 +259,8 @@ class TrainingRun:
         due = run.save_every and step % run.save_every == 0
         if save or due or step == run.steps or self._stopping:
             self.save(step, metadata, score)
+        else:
+            self.workdir.push()
         values = {name: f"{step_metrics.get(name, 0):.3f}" for name in shown}
         values["tokens/s"] = f"{step_metrics['time/tokens_per_second']:.0f}"
         self._bar.set_postfix(values)
@@ -258,6 +270,7 @@ class TrainingRun:
     def save(self, step: int, metadata: dict[str, Any], score: float | None = None) -> None:
         """Save a checkpoint of a step unless it is saved already."""
         if step > self._saved_step:
+            self.workdir.push()  # a resumed run reads the metrics of the step
             metadata = metadata | {"nonfinite_streak": self._nonfinite_streak}
             with processes.watchdog("save", self._config.processes.update_seconds):
                 self._checkpoints.save(step, self._state(), metadata, score=score)
@@ -281,6 +294,7 @@ class TrainingRun:
         """
         with processes.watchdog("last save", self._config.processes.update_seconds):
             self._resources.close()
+        self.workdir.push()
         if self._saved_step == self._config.run.steps:
             train_utils.save_policy(self._learner, self._config, self._model_dir, self.workdir)
             return 0

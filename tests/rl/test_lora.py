@@ -17,6 +17,7 @@ from mmsr1_jax.models.qwen2_5_vl.layers import Adapter, Linear
 from mmsr1_jax.rl import lora, packing
 from mmsr1_jax.scripts import merge, random_policy
 from mmsr1_jax.training import metrics, train_utils
+from mmsr1_jax.training.workdir import Workdir
 from tests.programs import ROOT, run
 from tests.reference import (
     Qwen2_5_VLForConditionalGeneration,
@@ -282,7 +283,7 @@ def test_merge_equals_the_saved_policy(tiny_dir, tmp_path):
     mesh = sharding.make_mesh(1, 4, 2)
     model = train_utils.load_policy(config, str(tiny_dir), mesh)
     learner = randomised(train_utils.Learner(model, loss_function, config.update, mesh))
-    train_utils.save_policy(learner, config, str(tiny_dir), tmp_path)
+    train_utils.save_policy(learner, config, str(tiny_dir), Workdir(tmp_path))
     merge.merge(str(tiny_dir), str(tmp_path / "adapter"), str(tmp_path / "merged"))
     actual = safetensors.numpy.load_file(tmp_path / "merged" / "model.safetensors")
     expected = safetensors.numpy.load_file(tmp_path / "policy" / "model.safetensors")

@@ -18,7 +18,7 @@ from mmsr1_jax.tools.build import make_tools
 from mmsr1_jax.tools.cached_tool import CachedCalls
 from mmsr1_jax.tools.service import ServiceRefusedError
 from mmsr1_jax.tools.tool_cache import ToolCache
-from mmsr1_jax.training import metrics
+from mmsr1_jax.training import metrics, train_utils
 from mmsr1_jax.utils import fallbacks
 from tests.episode_factory import episode_of, reward_of
 from tests.tools import fake_services
@@ -129,7 +129,7 @@ def stubbed_config(services, monkeypatch, tmp_path):
         load=lambda params: None, release=lambda: None, close=lambda: None
     )
 
-    def roll_out(engine, source, config, judge, *, seed, step, timeline):
+    def roll_out(engine, source, config, judge, *, seed, step, timeline, must_stop):
         drawn = next(source)
         episodes = [episode_of(f"<reason>r</reason><answer>{q.id} {step}</answer>", group=i)
                     for i, q in enumerate(drawn)]  # fmt: skip
@@ -140,7 +140,7 @@ def stubbed_config(services, monkeypatch, tmp_path):
         questions = dict(enumerate(drawn))
         return train.RolloutBatch([], [], 0, pairs, questions, len(drawn), 0)
 
-    def validate(engine, source, config, judge):
+    def validate(engine, source, config, judge, *, must_stop):
         episodes = [episode_of("<reason>r</reason><answer>y</answer>")]
         train.compute_rewards(episodes, list(source)[:1], config, judge, step=0)
         return {"validation/accuracy": 1.0}
@@ -158,6 +158,11 @@ def stubbed_config(services, monkeypatch, tmp_path):
     return config
 
 
+def run_train(config, path):
+    with train_utils.open_workdir(str(path)) as workdir:
+        return train.train(config, "policy", workdir)
+
+
 def update_metrics(workdir):
     lines = metrics.read(workdir / "metrics.jsonl")
     return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
@@ -166,18 +171,18 @@ def update_metrics(workdir):
 def test_run_is_saved_when_the_judge_refuses_and_resumes_bit_exactly(
     services, stubbed_config, tmp_path
 ):
-    assert train.train(stubbed_config, "policy", tmp_path / "unbroken") == 0
+    assert run_train(stubbed_config, tmp_path / "unbroken") == 0
     unbroken = Learner.now.trained["w"]
     # One test request and two answers per step: the second answer of the third step is refused.
     services.requests.clear()
     services.faults["judge"] = lambda body: 401 if services.requests["judge"] > 6 else None
     workdir = tmp_path / "run"
     with pytest.raises(ServiceRefusedError, match=f"judge at .*401.*{workdir}: step 2 is saved"):
-        train.train(stubbed_config, "policy", workdir)
+        run_train(stubbed_config, workdir)
     assert [line["step"] for line in update_metrics(workdir)] == [1, 2]
     assert [path.name for path in (workdir / "checkpoints").glob("[0-9]*")] == ["2"]
     services.faults.clear()
-    assert train.train(stubbed_config, "policy", workdir) == 0
+    assert run_train(stubbed_config, workdir) == 0
     assert update_metrics(workdir) == update_metrics(tmp_path / "unbroken")
     assert (Learner.now.trained["w"] == unbroken).all()
 
@@ -186,10 +191,10 @@ def test_refusal_during_validation_ends_the_run_after_that_step(services, stubbe
     stubbed_config.run.validate_every = 2
     services.faults["judge"] = lambda body: 401 if services.requests["judge"] > 5 else None
     with pytest.raises(ServiceRefusedError, match="step 2 is saved"):
-        train.train(stubbed_config, "policy", tmp_path / "run")
+        run_train(stubbed_config, tmp_path / "run")
     assert [line["step"] for line in update_metrics(tmp_path / "run")] == [1, 2]
     services.faults.clear()
-    assert train.train(stubbed_config, "policy", tmp_path / "run") == 0
+    assert run_train(stubbed_config, tmp_path / "run") == 0
     lines = update_metrics(tmp_path / "run")
     assert [line.get("validation/accuracy") for line in lines] == [None, None, None, 1.0]
 
@@ -197,7 +202,7 @@ def test_refusal_during_validation_ends_the_run_after_that_step(services, stubbe
 def test_refusal_in_the_first_step_saves_nothing(services, stubbed_config, tmp_path):
     services.faults["judge"] = lambda body: 401 if services.requests["judge"] > 1 else None
     with pytest.raises(ServiceRefusedError, match="no step is complete"):
-        train.train(stubbed_config, "policy", tmp_path / "run")
+        run_train(stubbed_config, tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
 
 
@@ -206,7 +211,7 @@ def test_service_failures_are_metrics_of_their_step(services, stubbed_config, tm
         503 if services.requests["judge"] in (2, 3) else None  # both answers of the first step
     )
     fallbacks.count("cache/failed")  # before the first step, so it belongs to no step
-    assert train.train(stubbed_config, "policy", tmp_path / "run") == 0
+    assert run_train(stubbed_config, tmp_path / "run") == 0
     lines = update_metrics(tmp_path / "run")
     assert [line["judge/failed"] for line in lines] == [1, 0, 0, 0]
     assert [line["judge/requests"] for line in lines] == [2] * 4
@@ -214,6 +219,6 @@ def test_service_failures_are_metrics_of_their_step(services, stubbed_config, tm
 
 
 def test_finished_run_needs_no_service(services, stubbed_config, tmp_path):
-    assert train.train(stubbed_config, "policy", tmp_path / "run") == 0
+    assert run_train(stubbed_config, tmp_path / "run") == 0
     services.faults["judge"] = 401
-    assert train.train(stubbed_config, "policy", tmp_path / "run") == 0
+    assert run_train(stubbed_config, tmp_path / "run") == 0

@@ -25,10 +25,11 @@ WRITE = """
 import pickle, sys, types, pathlib
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.training.rollouts import RolloutBatch, write_episodes
+from mmsr1_jax.training.workdir import Workdir
 pairs, questions, tokenizer, images = pickle.load(sys.stdin.buffer)
 engine = types.SimpleNamespace(processor=Processor(tokenizer, images))
 batch = RolloutBatch([pairs], [0], 1, pairs, dict(enumerate(questions)), 1, 1)
-write_episodes(pathlib.Path(sys.argv[1]), 7, batch, len(pairs), engine)
+write_episodes(Workdir(pathlib.Path(sys.argv[1])), 7, batch, len(pairs), engine)
 """
 
 

@@ -11,6 +11,7 @@ from mmsr1_jax.config import settings
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.training import metrics, train_utils
 from mmsr1_jax.training.training_run import NonfiniteUpdatesError, StopSignal, TrainingRun
+from mmsr1_jax.training.workdir import Workdir
 
 
 class FakeLearner:
@@ -42,7 +43,7 @@ def saved_policies(monkeypatch):
     workdirs = []
 
     def save_policy(learner, config, model_dir, workdir):
-        workdirs.append(workdir)
+        workdirs.append(workdir.path)
 
     monkeypatch.setattr(train_utils, "save_policy", save_policy)
     return workdirs
@@ -57,6 +58,7 @@ def make_config(steps=6, max_nonfinite_updates=3, **run) -> settings.Config:
 
 
 def make_run(workdir, config, learner=None) -> TrainingRun:
+    workdir = workdir if isinstance(workdir, Workdir) else Workdir(workdir)
     return TrainingRun(config, "policy", workdir, learner or FakeLearner(), StopSignal())
 
 
