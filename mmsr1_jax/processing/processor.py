@@ -16,7 +16,7 @@ import PIL.Image
 import tokenizers
 
 from mmsr1_jax.config.errors import UserError
-from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
+from mmsr1_jax.models.config import ModelConfig
 from mmsr1_jax.processing import tokenizer_files
 from mmsr1_jax.processing.image_files import DEFAULT_MAX_FILE_PIXELS, process_image
 from mmsr1_jax.processing.images import ImageError, ImageProcessor, Patches

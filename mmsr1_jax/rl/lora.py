@@ -25,11 +25,14 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float, Float32
 
-from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL, checkpoint
-from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
-from mmsr1_jax.models.qwen2_5_vl.layers import Adapter, Linear
-from mmsr1_jax.models.qwen2_5_vl.tensors import Layout, Tensor
+from mmsr1_jax.models.checkpoint import abstract_model
+from mmsr1_jax.models.config import ModelConfig
+from mmsr1_jax.models.families import tensor_table
+from mmsr1_jax.models.layers import Adapter, Linear
+from mmsr1_jax.models.policy import Policy
 from mmsr1_jax.models.sharding import abstract_params, is_abstract, param_shardings, to_host
+from mmsr1_jax.models.tensors import LAYOUTS, Layout, Tensor
+from mmsr1_jax.models.weight_files import DTYPES
 from mmsr1_jax.rl import adapter_files
 from mmsr1_jax.rl.adapter_files import CONFIG, WEIGHTS, AdapterError
 from mmsr1_jax.utils import outputs, processes
@@ -52,7 +55,7 @@ _MERGER = (("vision", "merger", "fc1"), ("vision", "merger", "fc2"))
 
 
 def attach(
-    model: Qwen2_5_VL, *, rank: int, alpha: float, targets: Sequence[str], mesh: Mesh, seed: int = 0
+    model: Policy, *, rank: int, alpha: float, targets: Sequence[str], mesh: Mesh, seed: int = 0
 ) -> None:
     """Attach newly initialised float32 adapters to linear maps of the model, in place.
 
@@ -107,7 +110,7 @@ def merge(adapters: nnx.State, base: nnx.State, scale: float) -> nnx.State:
     return nnx.from_flat_state(merged)
 
 
-def merge_into(model: Qwen2_5_VL, adapters: nnx.State, scale: float) -> None:
+def merge_into(model: Policy, adapters: nnx.State, scale: float) -> None:
     """Merge adapters from `load` into a model without adapters, in place.
 
     Kernels are merged one at a time, so that at most one of them is in memory twice.
@@ -155,7 +158,7 @@ def save(
     target = pathlib.Path(directory)
     _check_replaceable(target)
     factors, tensors, modules = dict(nnx.to_flat_state(adapters)), {}, []
-    table, layout = checkpoint.tensor_table(config), checkpoint.LAYOUTS[1]
+    table, layout = tensor_table(config), LAYOUTS[1]
     rank = 0
     for path in _paths(factors):
         tensor = table[*path, "kernel"]
@@ -218,7 +221,7 @@ def load(directory: str | pathlib.Path, config: ModelConfig) -> tuple[nnx.State,
     peft_config = adapter_files.read_config(directory / CONFIG)
     weights_path = directory / WEIGHTS
     tensors = _read_tensors(weights_path)
-    table = checkpoint.tensor_table(config)
+    table = tensor_table(config)
     schemes = [_modules(table, scheme) for scheme in adapter_files.NAMING_SCHEMES]
     names, modules = adapter_files.modules_by_tensor(tensors, schemes, weights_path)
     scales = adapter_files.ranks_and_scales(peft_config, set(modules), names, schemes, weights_path)
@@ -232,7 +235,7 @@ def load(directory: str | pathlib.Path, config: ModelConfig) -> tuple[nnx.State,
         a = _tensor(weights_path, tensors, tensor_names, "A", (rank, inputs))
         b = _tensor(weights_path, tensors, tensor_names, "B", (outputs, rank))
         factors.setdefault(path, {})[layer] = (a, b * (scale / default_scale))
-    model, adapters = checkpoint.abstract_model(config), []
+    model, adapters = abstract_model(config), []
     for path, by_layer in factors.items():
         abstract = _abstract(model, path, max(len(a) for a, _ in by_layer.values()))
         stacked = _stack(by_layer, table[*path, "kernel"])
@@ -310,7 +313,7 @@ def _tensor(
             f"{path}: tensor {names[factor]} has shape {list(tensor.shape)}, "
             f"the policy and the rank need {list(shape)}"
         )
-    if tensor.dtype not in (*checkpoint.DTYPES.values(), np.dtype(np.float64)):
+    if tensor.dtype not in (*DTYPES.values(), np.dtype(np.float64)):
         raise AdapterError(f"{path}: tensor {names[factor]} has dtype {tensor.dtype}")
     return tensor.astype(np.float32)
 
@@ -320,11 +323,11 @@ def _paths(factors: Mapping[Any, Any]) -> list[Path]:
     return [path for path in TARGETS.values() if (*path, "adapter", "a") in factors]
 
 
-def _linear(model: Qwen2_5_VL, path: Path) -> Linear:
+def _linear(model: Policy, path: Path) -> Linear:
     return functools.reduce(getattr, path, model)
 
 
-def _abstract(model: Qwen2_5_VL, path: Path, rank: int) -> tuple[nnx.LoRAParam, nnx.LoRAParam]:
+def _abstract(model: Policy, path: Path, rank: int) -> tuple[nnx.LoRAParam, nnx.LoRAParam]:
     """Return abstract A, [L, rank, *inputs], and B, [L, *outputs, rank].
 
     They have the logical axes of the kernel, and no L if the kernel is not stacked.

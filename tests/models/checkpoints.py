@@ -6,9 +6,9 @@ import json
 import numpy as np
 import safetensors.numpy
 
-from mmsr1_jax.models.qwen2_5_vl import checkpoint
-from mmsr1_jax.models.qwen2_5_vl.checkpoint import LAYOUTS
-from mmsr1_jax.models.qwen2_5_vl.weight_files import INDEX, SINGLE
+from mmsr1_jax.models.families import tensor_table
+from mmsr1_jax.models.tensors import LAYOUTS
+from mmsr1_jax.models.weight_files import INDEX, SINGLE
 from mmsr1_jax.scripts import random_policy
 
 TIED = dataclasses.replace(
@@ -21,7 +21,7 @@ def random_tensors(config, layout=LAYOUTS[0], dtype=np.float32, seed=0):
     rng = np.random.default_rng(seed)
     return {
         tensor.hf_name(layout, layer): rng.normal(size=tensor.shape).astype(dtype)
-        for tensor in checkpoint.tensor_table(config).values()
+        for tensor in tensor_table(config).values()
         for layer in tensor.layer_indices()
     }
 

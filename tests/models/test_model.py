@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmsr1_jax.models import qwen2_5_vl
-from mmsr1_jax.models.qwen2_5_vl import checkpoint
-from mmsr1_jax.models.qwen2_5_vl.output_head import token_statistics
+from mmsr1_jax.models import checkpoint
+from mmsr1_jax.models.families import PRESETS
+from mmsr1_jax.models.output_head import token_statistics
 from mmsr1_jax.processing.batching import Bucket, make_rows
 from mmsr1_jax.scripts import random_policy
 from tests import reference
@@ -131,7 +131,7 @@ def test_gradients_equal_torch(name):
 
         return jax.grad(loss)(params)
 
-    ours = dict(checkpoint.hf_tensors(nnx.merge(graph, gradient(params)), checkpoint.LAYOUTS[1]))
+    ours = reference.named_tensors(nnx.merge(graph, gradient(params)))
     with torch.enable_grad():
         torch_model.zero_grad()
         logits = torch_model(**reference.torch_inputs(prompt, config)).logits[0]
@@ -285,15 +285,18 @@ def test_compile_time_does_not_grow_with_depth():
 
 @pytest.mark.parametrize(
     "name, count",
-    [("3b", 3754622976), ("7b", 8292166656), ("32b", 33452718336), ("72b", 73410777344)],
+    [
+        ("qwen2.5-vl-3b", 3754622976),
+        ("qwen2.5-vl-7b", 8292166656),
+        ("qwen2.5-vl-32b", 33452718336),
+        ("qwen2.5-vl-72b", 73410777344),
+    ],
 )
 def test_presets_have_the_published_number_of_parameters(name, count):
     """In our model and in torch; the expected numbers are those of the released files."""
-    config = qwen2_5_vl.PRESETS[name]
+    config = PRESETS[name]
     leaves = jax.tree.leaves(nnx.state(checkpoint.abstract_model(config), nnx.Param))
     assert sum(int(np.prod(leaf.shape)) for leaf in leaves) == count
     with torch.device("meta"):
-        theirs = reference.Qwen2_5_VLForConditionalGeneration(
-            reference.Qwen2_5_VLConfig(**config.to_hf())
-        )
+        theirs = reference.torch_architecture(config)
     assert sum(p.numel() for p in theirs.parameters()) == count

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from mmsr1_jax.models import qwen2_5_vl
-from mmsr1_jax.models.qwen2_5_vl.config import ConfigError, ModelConfig
+from mmsr1_jax.models.config import ConfigError
+from mmsr1_jax.models.families import PRESETS, parse_config, read_config
 from mmsr1_jax.scripts import random_policy
 
 
@@ -33,29 +33,29 @@ from mmsr1_jax.scripts import random_policy
 def test_invalid_configs_are_rejected(tmp_path, change, message):
     (tmp_path / "config.json").write_text(json.dumps({**random_policy.CONFIG.to_hf(), **change}))
     with pytest.raises(ConfigError, match=message) as caught:
-        ModelConfig.from_directory(tmp_path)
+        read_config(tmp_path)
     assert str(caught.value).startswith(str(tmp_path / "config.json"))
 
 
 def test_every_published_form_is_read(tmp_path):
     """Flat, nested, and nested without the fields that `transformers` omits."""
-    config = qwen2_5_vl.PRESETS["7b"]
+    config = PRESETS["qwen2.5-vl-7b"]
     flat = config.to_hf()
-    assert ModelConfig.from_hf(flat) == config
+    assert parse_config(flat) == config
     trimmed = {"hidden_size": 1280, "in_chans": 3, "model_type": "qwen2_5_vl"}
-    assert ModelConfig.from_hf({**flat, "vision_config": trimmed}) == config
+    assert parse_config({**flat, "vision_config": trimmed}) == config
     pytest.importorskip("torch")
     from transformers import Qwen2_5_VLConfig
 
     Qwen2_5_VLConfig(**flat).save_pretrained(tmp_path)
     assert "text_config" in json.loads((tmp_path / "config.json").read_text())
-    assert ModelConfig.from_directory(tmp_path) == config
+    assert read_config(tmp_path) == config
 
 
 def test_missing_and_malformed_files_are_rejected(tmp_path):
     with pytest.raises(ConfigError, match="config.json: cannot be read"):
-        ModelConfig.from_directory(tmp_path)
+        read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="config.json: not JSON"):
-        ModelConfig.from_directory(tmp_path)
+        read_config(tmp_path)
     shutil.rmtree(tmp_path)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mmsr1_jax.models.qwen2_5_vl import mrope_positions
+from mmsr1_jax.models.positions import mrope_positions
 from mmsr1_jax.scripts import random_policy
 from tests.reference import random_conversation, torch, torch_inputs, torch_model
 

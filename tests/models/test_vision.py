@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from mmsr1_jax.models import attention as attention_module
-from mmsr1_jax.models.qwen2_5_vl.vision import num_windows, pack_images, place_windows
+from mmsr1_jax.models.image_rows import num_windows, pack_images, place_windows
 from mmsr1_jax.scripts import random_policy
 
 CONFIG = random_policy.CONFIG.vision

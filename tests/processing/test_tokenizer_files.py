@@ -9,7 +9,7 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from mmsr1_jax.episodes import turns
-from mmsr1_jax.models.qwen2_5_vl import ModelConfig
+from mmsr1_jax.models.families import read_config
 from mmsr1_jax.processing import tokenizer_files
 from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.processing.processor import Processor, TokenizerError
@@ -175,7 +175,7 @@ def test_integers_of_more_than_64_bits_in_files_of_transformers_are_read(tmp_pat
     Processor.from_directory(tmp_path / "by_config")
     config = random_policy.CONFIG.to_hf() | {"text_limits": unlimited}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert ModelConfig.from_directory(tmp_path) == random_policy.CONFIG
+    assert read_config(tmp_path) == random_policy.CONFIG
 
 
 def added(*tokens):

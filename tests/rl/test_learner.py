@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from mmsr1_jax.models import sharding
-from mmsr1_jax.models.qwen2_5_vl import checkpoint
 from mmsr1_jax.rl import packing
 from mmsr1_jax.utils import compile_counter
-from tests.reference import torch, torch_model, variant
+from tests.reference import named_tensors, torch, torch_model, variant
 from tests.rl.learners import (
     CONFIG,
     SHAPE,
@@ -76,7 +75,7 @@ def test_three_updates_equal_torch(freeze_vision):
             metrics = learner.update(batches, 1e-4)
             assert metrics["loss"] == pytest.approx(expected_loss.item(), rel=1e-4), step
             assert metrics["gradient_norm"] == pytest.approx(norm.item(), rel=1e-4)
-    ours = dict(checkpoint.hf_tensors(learner.model(), checkpoint.LAYOUTS[1]))
+    ours = named_tensors(learner.model())
     change = {name: np.abs((x.detach() - start[name]).numpy()).max() for name, x in names.items()}
     assert all((x > 2e-4) != (freeze_vision and "visual" in name) for name, x in change.items())
     errors = {name: np.abs(ours[name] - x.detach().numpy()).max() for name, x in names.items()}

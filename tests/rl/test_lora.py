@@ -13,13 +13,13 @@ from flax import nnx
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.models import sharding
-from mmsr1_jax.models.qwen2_5_vl.layers import Adapter, Linear
+from mmsr1_jax.models.layers import Adapter, Linear
 from mmsr1_jax.rl import lora, packing
 from mmsr1_jax.scripts import merge, random_policy
 from mmsr1_jax.training import metrics, train_utils
 from tests.programs import ROOT, run
 from tests.reference import (
-    Qwen2_5_VLForConditionalGeneration,
+    AutoModelForImageTextToText,
     torch,
     torch_logits,
     torch_model,
@@ -292,9 +292,7 @@ def test_merge_equals_the_saved_policy(tiny_dir, tmp_path):
         np.testing.assert_allclose(actual[name], value, rtol=0, atol=1e-6, err_msg=name)
         trained = re.search(r"(_proj|qkv|attn.proj)\.weight$", name) is not None
         assert (value != start[name]).any() == trained, name
-    loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        tmp_path / "merged", dtype=torch.float32
-    )
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     prompt = make_samples(random_policy.CONFIG, 1)[0].prompt
     np.testing.assert_allclose(
         torch_logits(loaded.eval(), prompt, random_policy.CONFIG),

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from mmsr1_jax.models.paged_attention import PagedRows
-from mmsr1_jax.models.qwen2_5_vl import mrope_positions
+from mmsr1_jax.models.positions import mrope_positions
 from mmsr1_jax.processing.batching import Bucket, make_rows
 from mmsr1_jax.processing.processor import Prompt
 from mmsr1_jax.rollout import cache, decode, stop
