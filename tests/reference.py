@@ -11,18 +11,22 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from mmsr1_jax.models import checkpoint
 from mmsr1_jax.models.config import ModelConfig
+from mmsr1_jax.models.families import FAMILIES
 from mmsr1_jax.models.policy import Policy
 from mmsr1_jax.models.tensors import LAYOUTS
 from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.processing.processor import Prompt
-from mmsr1_jax.scripts import random_policy
 
 torch.set_grad_enabled(False)
 
 
-def variant(**text) -> ModelConfig:
-    """Return the tiny random policy's configuration with changed fields of the text decoder."""
-    config = random_policy.CONFIG
+# The small random policy of each family.
+SMALL = {name: family.small["random"] for name, family in FAMILIES.items()}
+
+
+def variant(family: str = "qwen2_5_vl", **text) -> ModelConfig:
+    """Return a small random policy's configuration with changed fields of the text decoder."""
+    config = SMALL[family]
     return dataclasses.replace(config, text=dataclasses.replace(config.text, **text))
 
 

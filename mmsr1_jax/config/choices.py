@@ -21,7 +21,15 @@ TextSearch = Literal["auto", "none", "local", "serpapi", "serper", "searxng", "r
 ImageSearch = Literal["auto", "none", "local", "serpapi", "serper", "fvqa"]
 Reader = Literal["none", "local", "jina"]
 CacheMode = Literal["use", "record", "replay"]
-VisionTarget = Literal["vision.qkv", "vision.out", "vision.gate", "vision.up", "vision.down"]
+VisionTarget = Literal[
+    "vision.qkv",
+    "vision.out",
+    "vision.gate",
+    "vision.up",
+    "vision.down",
+    "vision.fc1",
+    "vision.fc2",
+]
 
 DTYPES: tuple[str, ...] = get_args(Dtype)
 REMAT: tuple[str, ...] = get_args(Remat)

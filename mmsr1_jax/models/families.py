@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mmsr1_jax.models import qwen2_5_vl
+from mmsr1_jax.models import qwen2_5_vl, qwen3_vl
 from mmsr1_jax.models.config import ConfigError, ModelConfig
 from mmsr1_jax.models.tensors import Layout, TensorTable, text_tensors
 from mmsr1_jax.utils import checked_json
@@ -50,7 +50,7 @@ FAMILIES: dict[str, Family] = {
         small=module.SMALL,
         default_system=module.DEFAULT_SYSTEM,
     )
-    for module in (qwen2_5_vl,)
+    for module in (qwen2_5_vl, qwen3_vl)
 }
 
 # Released models of all families, by name.

@@ -25,6 +25,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float, Float32
 
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.models.checkpoint import abstract_model
 from mmsr1_jax.models.config import ModelConfig
 from mmsr1_jax.models.families import tensor_table
@@ -48,10 +49,21 @@ TARGETS: dict[str, Path] = {
     **{name: ("text", "layers", "attention", name) for name in ("q", "k", "v", "out")},
     **{name: ("text", "layers", "mlp", name) for name in ("gate", "up", "down")},
     **{f"vision.{name}": ("vision", "blocks", "attention", name) for name in ("qkv", "out")},
-    **{f"vision.{name}": ("vision", "blocks", "mlp", name) for name in ("gate", "up", "down")},
+    **{
+        f"vision.{name}": ("vision", "blocks", "mlp", name)
+        for name in ("gate", "up", "down", "fc1", "fc2")
+    },
 }
-# Linear maps that only adapters from other programs cover (PEFT's "all-linear"); not stacked.
-_MERGER = (("vision", "merger", "fc1"), ("vision", "merger", "fc2"))
+# Linear maps that only adapters from other programs cover (PEFT's "all-linear").
+_MERGERS = tuple(
+    ("vision", merger, name) for merger in ("merger", "deepstack") for name in ("fc1", "fc2")
+)
+
+
+def targets_of(config: ModelConfig) -> tuple[str, ...]:
+    """Return the names of the linear maps of a policy that can have an adapter."""
+    table = tensor_table(config)
+    return tuple(name for name, path in TARGETS.items() if (*path, "kernel") in table)
 
 
 def attach(
@@ -66,10 +78,19 @@ def attach(
       model: Policy to modify. If it is abstract, so are the adapters.
       rank: Rank of the adapters.
       alpha: Numerator of the scale, s = alpha / rank.
-      targets: Names from `TARGETS`.
+      targets: Names from `targets_of`.
       mesh: Mesh of the model's parameters.
       seed: Seed of the initial values.
+
+    Raises:
+      UserError: The policy does not have one of the targets.
     """
+    available = targets_of(model.config)
+    if missing := [name for name in targets if name not in available]:
+        raise UserError(
+            f"config.update.lora_targets: the policy has no linear map {missing[0]!r}, only "
+            f"{', '.join(available)}"
+        )
     for index, (name, path) in enumerate(TARGETS.items()):
         if name not in targets:
             continue
@@ -118,13 +139,13 @@ def merge_into(model: Policy, adapters: nnx.State, scale: float) -> None:
     mesh = model.text.embedding.get_value().sharding.mesh
     adapters = jax.device_put(adapters, param_shardings(adapters, mesh))
     factors = dict(nnx.to_flat_state(adapters))
-    for path in [*_paths(factors), *_MERGER]:
+    for path in [*_paths(factors), *_MERGERS]:
         if (*path, "adapter", "a") not in factors:
             continue
         kernel = _linear(model, path).kernel
         a, b = (factors[*path, "adapter", name].get_value() for name in "ab")
         merge_kernel = jax.jit(
-            _merge_unstacked_kernel if path in _MERGER else _merge_kernel,
+            _merge_kernel if _is_stacked(model.config, path) else _merge_unstacked_kernel,
             static_argnums=3,
             out_shardings=kernel.get_value().sharding,
         )
@@ -280,9 +301,9 @@ def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 def _modules(table: Mapping[tuple[Any, ...], Tensor], layout: Layout) -> adapter_files.ModuleTable:
     """Return path and layer of each linear map that can have an adapter, keyed by name."""
     modules = {}
-    for path in (*TARGETS.values(), *_MERGER):
-        tensor = table[*path, "kernel"]
-        for layer in tensor.layer_indices():
+    for path in (*TARGETS.values(), *_MERGERS):
+        tensor = table.get((*path, "kernel"))
+        for layer in () if tensor is None else tensor.layer_indices():
             modules[tensor.hf_name(layout, layer).removesuffix(".weight")] = (path, layer)
     return modules
 
@@ -323,6 +344,11 @@ def _paths(factors: Mapping[Any, Any]) -> list[Path]:
     return [path for path in TARGETS.values() if (*path, "adapter", "a") in factors]
 
 
+def _is_stacked(config: ModelConfig, path: Path) -> bool:
+    """Return whether the kernel of a linear map has a layer axis."""
+    return tensor_table(config)[*path, "kernel"].layers is not None
+
+
 def _linear(model: Policy, path: Path) -> Linear:
     return functools.reduce(getattr, path, model)
 
@@ -334,7 +360,7 @@ def _abstract(model: Policy, path: Path, rank: int) -> tuple[nnx.LoRAParam, nnx.
     """
     linear = _linear(model, path)
     shape, axes = linear.kernel.get_value().shape, linear.kernel.get_metadata("axes")
-    start = int(path not in _MERGER)  # after the layer axis
+    start = int(_is_stacked(model.config, path))  # after the layer axis
     inputs = len(shape) - linear.contracted  # first input axis
 
     def param(shape, axes):

@@ -45,7 +45,7 @@ CONFIG = next(iter(FAMILIES.values())).small["random"]
 
 # Distributions of the random parameters that are not kernels.
 _MEAN_AND_STD = {"embedding": (0.0, 0.02), "head": (0.0, 0.02), "scale": (1.0, 0.1),
-                 "bias": (0.0, 0.1)}  # fmt: skip
+                 "bias": (0.0, 0.1), "position_embedding": (0.0, 0.5)}  # fmt: skip
 
 # 16 to 256 visual tokens, which take seconds on a CPU.
 IMAGES = ImageProcessor(min_pixels=16 * 28 * 28, max_pixels=256 * 28 * 28)

@@ -38,7 +38,7 @@ from tests.rl.learners import (
 )
 from tests.train_runs import new_run_command, train_command, write_questions
 
-ALL_TARGETS = dict(lora_rank=3, lora_alpha=6.0, lora_targets=tuple(lora.TARGETS))
+ALL_TARGETS = dict(lora_rank=3, lora_alpha=6.0, lora_targets=lora.targets_of(CONFIG))
 SOME_TARGETS = ALL_TARGETS | dict(lora_targets=("q", "out", "down"))
 
 
