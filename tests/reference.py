@@ -23,6 +23,17 @@ torch.set_grad_enabled(False)
 # The small random policy of each family.
 SMALL = {name: family.small["random"] for name, family in FAMILIES.items()}
 
+# Run a test with the `model` of each family; the second one as a proof only, or always.
+FAMILIES_PROVED = pytest.mark.parametrize(
+    "model",
+    [
+        name if name == "qwen2_5_vl" else pytest.param(name, marks=pytest.mark.proof)
+        for name in SMALL
+    ],
+    indirect=True,
+)
+FAMILIES_TESTED = pytest.mark.parametrize("model", list(SMALL), indirect=True)
+
 
 def variant(family: str = "qwen2_5_vl", **text) -> ModelConfig:
     """Return a small random policy's configuration with changed fields of the text decoder."""

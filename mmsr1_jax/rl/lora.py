@@ -302,8 +302,10 @@ def _modules(table: Mapping[tuple[Any, ...], Tensor], layout: Layout) -> adapter
     """Return path and layer of each linear map that can have an adapter, keyed by name."""
     modules = {}
     for path in (*TARGETS.values(), *_MERGERS):
-        tensor = table.get((*path, "kernel"))
-        for layer in () if tensor is None else tensor.layer_indices():
+        if (*path, "kernel") not in table:
+            continue
+        tensor = table[*path, "kernel"]
+        for layer in tensor.layer_indices():
             modules[tensor.hf_name(layout, layer).removesuffix(".weight")] = (path, layer)
     return modules
 

@@ -47,8 +47,18 @@ CONFIG = next(iter(FAMILIES.values())).small["random"]
 _MEAN_AND_STD = {"embedding": (0.0, 0.02), "head": (0.0, 0.02), "scale": (1.0, 0.1),
                  "bias": (0.0, 0.1), "position_embedding": (0.0, 0.5)}  # fmt: skip
 
-# 16 to 256 visual tokens, which take seconds on a CPU.
-IMAGES = ImageProcessor(min_pixels=16 * 28 * 28, max_pixels=256 * 28 * 28)
+
+def image_processor(config: ModelConfig) -> ImageProcessor:
+    """Return a processor for images of 16 to 256 visual tokens, which take seconds on a CPU."""
+    vision = config.vision
+    area = (vision.patch_size * vision.merge_size) ** 2
+    return ImageProcessor(
+        min_pixels=16 * area, max_pixels=256 * area, patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size, merge_size=vision.merge_size,
+    )  # fmt: skip
+
+
+IMAGES = image_processor(CONFIG)
 
 
 def make_tokenizer() -> tokenizers.Tokenizer:
