@@ -23,16 +23,20 @@ torch.set_grad_enabled(False)
 # The small random policy of each family.
 SMALL = {name: family.small["random"] for name, family in FAMILIES.items()}
 
-# Run a test with the `model` of each family; the second one as a proof only, or always.
-FAMILIES_PROVED = pytest.mark.parametrize(
-    "model",
-    [
-        name if name == "qwen2_5_vl" else pytest.param(name, marks=pytest.mark.proof)
-        for name in SMALL
-    ],
-    indirect=True,
-)
-FAMILIES_TESTED = pytest.mark.parametrize("model", list(SMALL), indirect=True)
+
+def over_families(fixture: str, *, proof: bool):
+    """Return a mark that runs a test with each family's name as the parameter of a fixture.
+
+    With `proof`, only the first family is tested every day.
+    """
+    first, *others = SMALL
+    marks = [pytest.mark.proof] if proof else []
+    names = [first, *(pytest.param(name, marks=marks) for name in others)]
+    return pytest.mark.parametrize(fixture, names, indirect=True)
+
+
+FAMILIES_PROVED = over_families("model", proof=True)
+FAMILIES_TESTED = over_families("model", proof=False)
 
 
 def variant(family: str = "qwen2_5_vl", **text) -> ModelConfig:

@@ -7,13 +7,15 @@ package are shared. `docs/architecture.md` describes the protocol.
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from mmsr1_jax.models import qwen2_5_vl, qwen3_vl
 from mmsr1_jax.models.config import ConfigError, ModelConfig
 from mmsr1_jax.models.tensors import Layout, TensorTable, text_tensors
 from mmsr1_jax.utils import checked_json
 from mmsr1_jax.utils.checked_json import short_repr
+
+_Parsed = TypeVar("_Parsed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,14 +79,27 @@ def read_config(directory: str | pathlib.Path) -> ModelConfig:
       ConfigError: If the file is missing or not JSON, its `model_type` is not supported, or a field
         is missing or invalid.
     """
+    return _read(directory, parse_config)
+
+
+def read_family(directory: str | pathlib.Path) -> Family:
+    """Return the family that the `config.json` of a checkpoint directory names.
+
+    Raises:
+      ConfigError: If the file is missing or not JSON, or its `model_type` is not supported.
+    """
+    return _read(directory, _family_in)
+
+
+def _read(directory: str | pathlib.Path, parse: Callable[[dict[str, Any]], _Parsed]) -> _Parsed:
     path = pathlib.Path(directory) / "config.json"
     try:
-        # Out-of-range numbers are accepted here: the fields in use are checked below.
+        # Out-of-range numbers are accepted here: the fields in use are checked by `parse`.
         raw = checked_json.load(path, dict[str, Any], nan=True, large=True)
     except checked_json.FormatError as error:
         raise ConfigError(str(error)) from None
     try:
-        return parse_config(raw)
+        return parse(raw)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -95,10 +110,14 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     Raises:
       ConfigError: If its `model_type` is not supported, or a field is missing or invalid.
     """
+    return _family_in(raw).config.from_hf(raw)
+
+
+def _family_in(raw: dict[str, Any]) -> Family:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(
             f"model_type {short_repr(model_type)} is not supported, only "
             + " and ".join(map(repr, FAMILIES))
         )
-    return FAMILIES[model_type].config.from_hf(raw)
+    return FAMILIES[model_type]
