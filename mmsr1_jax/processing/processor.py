@@ -107,15 +107,19 @@ class Processor:
         """Return the processor of a checkpoint directory.
 
         See `tokenizer_files.read` and `ImageProcessor.from_directory`. The policy's family, which
-        `config.json` names, defines the default system message.
+        `config.json` names, defines the default system message. A directory without that file,
+        which is no policy's, has the default of this class.
 
         Raises:
           TokenizerError, ImageError, ConfigError: If a file is missing or unusable. The message
             names it.
         """
         try:
-            text, images = tokenizer_files.read(directory), ImageProcessor.from_directory(directory)
-            return cls(text, images, read_family(directory).default_system)
+            text = tokenizer_files.read(directory)
+            processor = cls(text, ImageProcessor.from_directory(directory))
+            if pathlib.Path(directory, "config.json").is_file():
+                processor.default_system = read_family(directory).default_system
+            return processor
         except TokenizerError as error:
             prefix = "" if str(error).startswith(str(directory)) else f"{directory}: "
             raise TokenizerError(f"{prefix}{error}") from None

@@ -1,6 +1,6 @@
 """Write a small random policy with a small tokenizer as an HF directory, for demos and tests.
 
-python -m mmsr1_jax.scripts.random_policy --out=DIR [--tokenizer=HF_DIR]
+python -m mmsr1_jax.scripts.random_policy --out=DIR [--family=MODEL_TYPE] [--tokenizer=HF_DIR]
 """
 
 import dataclasses
@@ -142,12 +142,12 @@ def with_vocabulary(config: ModelConfig, tokenizer: tokenizers.Tokenizer) -> Mod
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    if _TOKENIZER.value is None:
-        write(_OUT.value, seed=_SEED.value)
-    else:
+    config, tokenizer = FAMILIES[_FAMILY.value].small["random"], None
+    if _TOKENIZER.value is not None:
         tokenizer = _read_tokenizer(pathlib.Path(_TOKENIZER.value, "tokenizer.json"))
-        config = with_vocabulary(CONFIG, tokenizer)
-        write(_OUT.value, config=config, seed=_SEED.value, tokenizer=tokenizer)
+        config = with_vocabulary(config, tokenizer)
+    images = image_processor(config)
+    write(_OUT.value, config=config, images=images, seed=_SEED.value, tokenizer=tokenizer)
     print(f"wrote a random policy to {_OUT.value}")
 
 
@@ -166,6 +166,7 @@ def _read_tokenizer(file: pathlib.Path) -> tokenizers.Tokenizer:
 
 if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", None, "directory to write", required=True)
+    _FAMILY = flags.DEFINE_enum("family", next(iter(FAMILIES)), list(FAMILIES), "its model_type")
     _SEED = flags.DEFINE_integer("seed", 0, "seed of the random parameters")
     _TOKENIZER = flags.DEFINE_string("tokenizer", None, "HF directory whose tokenizer to use")
     cli.run(main)

@@ -160,7 +160,6 @@ def test_a_directory_without_tokenizer_json_is_converted(shared, tmp_path, proce
     for name in ("tokenizer_config.json",):
         (tmp_path / name).write_text((shared / "tokenizer" / "qwen" / name).read_text("utf-8"))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(ImageProcessor().to_hf()))
-    (tmp_path / "config.json").write_text(json.dumps(random_policy.CONFIG.to_hf()))
     old = Processor.from_directory(tmp_path)
     new = Processor(json.dumps(raw), ImageProcessor())
     for text in TEXTS:
