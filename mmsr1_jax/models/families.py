@@ -1,7 +1,7 @@
 """The families of policies, and the choice of one by `model_type`.
 
 A family defines what differs from the others (`Family`); `policy` and the other modules of this
-package are shared. `docs/architecture.md` describes the protocol.
+package are shared. `docs/policies.md` describes the protocol.
 """
 
 import dataclasses
