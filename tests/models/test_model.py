@@ -340,3 +340,16 @@ def test_presets_have_the_published_number_of_parameters(name, count):
     with torch.device("meta"):
         theirs = reference.torch_architecture(config)
     assert sum(p.numel() for p in theirs.parameters()) == count
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_separate_layers_equal_stacked_ones(name):
+    """Those of both towers, as engines on accelerators have them."""
+    model, _ = models(name)
+    prompt = random_conversation(np.random.default_rng(5), model.config, LAYOUTS["one image"])
+    rows = rows_of([[prompt]], model.config)
+    separate = nnx.clone(model)
+    separate.unstack(vision=True)
+    graph, params = nnx.split(separate)
+    ours = jax.jit(lambda params, rows: nnx.merge(graph, params).token_logprobs(rows))(params, rows)
+    np.testing.assert_allclose(ours, jitted(name)(rows)[1], atol=2e-5, rtol=0)
