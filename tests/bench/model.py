@@ -35,7 +35,7 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v
 
 def _four_layers(name: str) -> ModelConfig:
     """Return a released model with four layers in each tower."""
-    preset = PRESETS[name]
+    preset = PRESETS[f"qwen2.5-vl-{name}"]
     vision = dataclasses.replace(preset.vision, num_layers=4, full_attention_layers=(3,))
     text = dataclasses.replace(preset.text, num_layers=4)
     return dataclasses.replace(preset, text=text, vision=vision)
