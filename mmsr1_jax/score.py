@@ -32,8 +32,9 @@ from tqdm import tqdm
 from mmsr1_jax import cli
 from mmsr1_jax.config import settings
 from mmsr1_jax.config.errors import UserError
-from mmsr1_jax.models import qwen2_5_vl, sharding
-from mmsr1_jax.models.qwen2_5_vl import Rows
+from mmsr1_jax.models import checkpoint, sharding
+from mmsr1_jax.models.config import ModelConfig
+from mmsr1_jax.models.policy import Policy, Rows
 from mmsr1_jax.processing.batching import Bucket, TooLongError, make_rows, select_bucket
 from mmsr1_jax.processing.images import ImageError
 from mmsr1_jax.processing.processor import ConversationError, Processor, Prompt
@@ -72,7 +73,7 @@ def score_file(
         config.images.min_pixels, config.images.max_pixels
     )
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
-    model = qwen2_5_vl.load(
+    model = checkpoint.load(
         model_dir,
         mesh=mesh,
         param_dtype=config.model.dtype,
@@ -107,7 +108,7 @@ class Conversation:
 
 def score_lines(
     lines: Iterable[tuple[int, bytes]],
-    model: qwen2_5_vl.Qwen2_5_VL,
+    model: Policy,
     processor: Processor,
     config: settings.Config,
     mesh: jax.sharding.Mesh,
@@ -169,7 +170,7 @@ def batches(
 def prepare(
     line_number: int,
     text: bytes,
-    model_config: qwen2_5_vl.ModelConfig,
+    model_config: ModelConfig,
     processor: Processor,
     config: settings.Config,
     mesh: jax.sharding.Mesh,

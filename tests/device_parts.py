@@ -34,9 +34,9 @@ import numpy as np
 from flax import nnx
 
 from mmsr1_jax.config import settings
-from mmsr1_jax.models import qwen2_5_vl
-from mmsr1_jax.models.qwen2_5_vl import ModelConfig
-from mmsr1_jax.models.qwen2_5_vl.checkpoint import abstract_model
+from mmsr1_jax.models.checkpoint import abstract_model
+from mmsr1_jax.models.config import ModelConfig
+from mmsr1_jax.models.families import PRESETS
 from mmsr1_jax.processing.batching import num_prompt_windows
 from mmsr1_jax.rl import packing
 from mmsr1_jax.rollout.engine import Engine
@@ -260,7 +260,7 @@ def compared_logprobs(ours: np.ndarray, recorded: np.ndarray, dtype: str) -> dic
 
 def decoding(tiny: bool) -> list[Measurement]:
     """Decode at 7B shape with 64 and 256 lanes, or as many as fit."""
-    config = CONFIG if tiny else qwen2_5_vl.PRESETS["7b"]
+    config = CONFIG if tiny else PRESETS["qwen2.5-vl-7b"]
     context, dtype = (128, "float32") if tiny else (2048, "bfloat16")
     return [
         Measurement(

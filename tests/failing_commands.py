@@ -39,7 +39,7 @@ CALLS: dict[str, tuple[str, Sequence[str]]] = {
     "serve": ("mmsr1_jax.rollout.build:make_engine", ("--model={}", "--port=0")),
     "index": ("mmsr1_jax.tools.index_builder:build_index", ("--pages={file}", "--out={}/index")),
     "merge": (
-        "mmsr1_jax.models.qwen2_5_vl:ModelConfig.from_directory",
+        "mmsr1_jax.models.families:read_config",
         ("--model={}", "--adapter={}", "--out={}/out"),
     ),
     "cache": ("mmsr1_jax.tools.redis_cache:open_cache", ("info", "{file}")),
@@ -51,7 +51,7 @@ CALLS: dict[str, tuple[str, Sequence[str]]] = {
         "mmsr1_jax.utils.outputs:new_file", ("--episodes={file}", "--out={}/out.jsonl"),
     ),
     "random_policy": (
-        "mmsr1_jax.models.qwen2_5_vl:check_replaceable", ("--out={}/policy",),
+        "mmsr1_jax.models.checkpoint:check_replaceable", ("--out={}/policy",),
     ),
     "tiny_world": ("mmsr1_jax.utils.outputs:lock", ("--out={}/world",)),
     "demo": ("mmsr1_jax.evaluation.records:scan", ("--before={}", "--after={}")),

@@ -5,6 +5,7 @@ import functools
 import threading
 import types
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from mmsr1_jax.models import (
     paged_attention,
     sharding,
 )
+from mmsr1_jax.models.families import FAMILIES
 from mmsr1_jax.scripts import random_policy
 
 
@@ -107,10 +109,14 @@ INTERPRET = {"tpu": interpret_tpu_kernel, "gpu": interpret_gpu_kernels}
 
 
 def widen_random_policy() -> None:
-    """Give the random policy of the tests heads of 128, as the kernels need; call it first."""
-    config = random_policy.CONFIG
-    text = dataclasses.replace(
-        config.text, hidden_size=512, num_heads=4, mrope_section=(16, 24, 24)
-    )
-    vision = dataclasses.replace(config.vision, out_hidden_size=512)
-    random_policy.CONFIG = dataclasses.replace(config, text=text, vision=vision)
+    """Give the random policies of the tests heads of 128, as the kernels need; call it first."""
+    for family in FAMILIES.values():
+        config, released = family.small["random"], next(iter(family.presets.values()))
+        text = dataclasses.replace(
+            config.text, hidden_size=512, num_heads=4, head_size=released.text.head_size,
+            mrope_section=released.text.mrope_section,
+        )  # fmt: skip
+        vision = dataclasses.replace(config.vision, out_hidden_size=512)
+        small: Any = family.small
+        small["random"] = dataclasses.replace(config, text=text, vision=vision)
+    random_policy.CONFIG = next(iter(FAMILIES.values())).small["random"]

@@ -7,30 +7,59 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the reference implementation needs torch")
 
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from mmsr1_jax.models import qwen2_5_vl
-from mmsr1_jax.models.qwen2_5_vl import checkpoint
-from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
+from mmsr1_jax.models import checkpoint
+from mmsr1_jax.models.config import ModelConfig
+from mmsr1_jax.models.families import FAMILIES
+from mmsr1_jax.models.policy import Policy
+from mmsr1_jax.models.tensors import LAYOUTS
 from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.processing.processor import Prompt
-from mmsr1_jax.scripts import random_policy
 
 torch.set_grad_enabled(False)
 
 
-def variant(**text) -> ModelConfig:
-    """Return the tiny random policy's configuration with changed fields of the text decoder."""
-    config = random_policy.CONFIG
+# The small random policy of each family.
+SMALL = {name: family.small["random"] for name, family in FAMILIES.items()}
+
+
+def over_families(fixture: str, *, proof: bool):
+    """Return a mark that runs a test with each family's name as the parameter of a fixture.
+
+    With `proof`, only the first family is tested every day.
+    """
+    first, *others = SMALL
+    marks = [pytest.mark.proof] if proof else []
+    names = [first, *(pytest.param(name, marks=marks) for name in others)]
+    return pytest.mark.parametrize(fixture, names, indirect=True)
+
+
+FAMILIES_PROVED = over_families("model", proof=True)
+FAMILIES_TESTED = over_families("model", proof=False)
+
+
+def variant(family: str = "qwen2_5_vl", **text) -> ModelConfig:
+    """Return a small random policy's configuration with changed fields of the text decoder."""
+    config = SMALL[family]
     return dataclasses.replace(config, text=dataclasses.replace(config.text, **text))
 
 
-def torch_model(model: qwen2_5_vl.Qwen2_5_VL) -> Qwen2_5_VLForConditionalGeneration:
+def torch_architecture(config: ModelConfig) -> PreTrainedModel:
+    """Return the torch implementation with parameters of its own, float32."""
+    config = AutoConfig.for_model(**config.to_hf("float32"))
+    return AutoModelForImageTextToText.from_config(config).eval()
+
+
+def named_tensors(model: Policy) -> dict[str, np.ndarray]:
+    """Return the parameters by their names in the torch implementation."""
+    return dict(checkpoint.hf_tensors(model, LAYOUTS[1]))
+
+
+def torch_model(model: Policy) -> PreTrainedModel:
     """Return the torch implementation with the parameters of `model`, float32."""
-    config = Qwen2_5_VLConfig(**model.config.to_hf("float32"))
-    reference = Qwen2_5_VLForConditionalGeneration(config).eval()
-    tensors = checkpoint.hf_tensors(model, checkpoint.LAYOUTS[1])
-    state = {name: torch.tensor(array) for name, array in tensors}
+    reference = torch_architecture(model.config)
+    state = {name: torch.tensor(array) for name, array in named_tensors(model).items()}
     missing, unexpected = reference.load_state_dict(state, strict=False)
     tied = ["lm_head.weight"] if model.config.text.tie_embeddings else []
     assert missing == tied and not unexpected, (missing, unexpected)

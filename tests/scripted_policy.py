@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 
-from mmsr1_jax.models import qwen2_5_vl
-from mmsr1_jax.models.qwen2_5_vl import ModelConfig
+from mmsr1_jax.models import checkpoint
+from mmsr1_jax.models.config import ModelConfig
 from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.scripts import random_policy
@@ -51,7 +51,7 @@ def config_for(vocab_size: int, base: ModelConfig | None = None) -> ModelConfig:
 
 def write(directory, *, vocab_size: int = 640, actions=ACTIONS, seed: int = 3) -> None:
     """Write the policy as an HF directory."""
-    qwen2_5_vl.save(random_policy.random_model(config_for(vocab_size), seed=seed), directory)
+    checkpoint.save(random_policy.random_model(config_for(vocab_size), seed=seed), directory)
     tokenizer = scripted_tokenizer(vocab_size, actions)
     (directory / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
     image_settings = json.dumps(random_policy.IMAGES.to_hf())

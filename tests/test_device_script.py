@@ -188,7 +188,7 @@ def test_numbers_that_are_not_finite_are_texts(tmp_path):
 
 
 def test_lanes_and_then_layers_are_halved_until_they_fit():
-    config = device_parts.qwen2_5_vl.PRESETS["7b"]
+    config = device_parts.PRESETS["qwen2.5-vl-7b"]
     for gib, lanes, layers in ((130, 256, 28), (70, 256, 28), (28, 64, 28), (15, 16, 14)):
         fitted, fitting = device_parts.largest_that_fits(config, 256, 2048, "bfloat16", gib * 2**30)
         assert (fitting, fitted.text.num_layers) == (lanes, layers)

@@ -7,7 +7,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from mmsr1_jax.models.attention import attention
-from mmsr1_jax.models.qwen2_5_vl import ImageRows
+from mmsr1_jax.models.image_rows import ImageRows
 from mmsr1_jax.rl.loss import clipped_objective
 
 B, T, N, K, H = 2, 8, 4, 2, 16

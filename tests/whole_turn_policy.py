@@ -6,7 +6,7 @@ import json
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.episodes.episode import Episode
-from mmsr1_jax.models.qwen2_5_vl import ModelConfig
+from mmsr1_jax.models.config import ModelConfig
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.scripts import random_policy

@@ -77,6 +77,12 @@ SOURCES = {
         "89c86200743eec961a297729e7990e8f2ddbc4c5",
         _WEIGHTS,
     ),
+    **{
+        f"qwen3-vl-{size}": Source(
+            f"Qwen/Qwen3-VL-{size.upper()}-Instruct", "model", None, _WEIGHTS
+        )
+        for size in ("2b", "4b", "8b", "32b")
+    },
     "mmsearch-r1-7b": Source(
         "lmms-lab/MMSearch-R1-7B",
         "model",

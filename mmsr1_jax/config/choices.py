@@ -23,7 +23,15 @@ Reader = Literal["none", "local", "jina"]
 PictureSearch = Literal["auto", "local", "searxng", "serpapi", "serper"]
 QuestionCheck = Literal["title", "blind", "shown", "answerable", "sound"]
 CacheMode = Literal["use", "resume", "record", "replay"]
-VisionTarget = Literal["vision.qkv", "vision.out", "vision.gate", "vision.up", "vision.down"]
+VisionTarget = Literal[
+    "vision.qkv",
+    "vision.out",
+    "vision.gate",
+    "vision.up",
+    "vision.down",
+    "vision.fc1",
+    "vision.fc2",
+]
 
 DTYPES: tuple[str, ...] = get_args(Dtype)
 REMAT: tuple[str, ...] = get_args(Remat)

@@ -33,7 +33,8 @@ class Update:
         instead.
       lora_alpha: Numerator of the factor `lora_alpha / lora_rank` that scales an adapter's output.
       lora_targets: Names of the linear layers with an adapter. Those of the vision tower begin with
-        `vision.`.
+        `vision.`; its feed-forward layers are `gate`, `up` and `down`, or `fc1` and `fc2`,
+        depending on the policy.
       learning_rate: Peak learning rate.
       lr_schedule: Learning rate schedule: `constant`, `linear` or `cosine` (both decay to 0), or
         `sigmoid`, the published one.

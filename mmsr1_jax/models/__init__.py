@@ -1,4 +1,4 @@
-"""Policies, one package per architecture, with attention and sharding for all of them.
+"""Policies: what all families share, and one package per family (see `families`).
 
 Used by all code that runs a model. Imports only `config` and `utils`.
 """

@@ -14,8 +14,10 @@ import numpy as np
 
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.config.settings import Buckets
-from mmsr1_jax.models.qwen2_5_vl import ModelConfig, Rows, mrope_positions
-from mmsr1_jax.models.qwen2_5_vl.vision import num_windows, pack_images
+from mmsr1_jax.models.config import ModelConfig
+from mmsr1_jax.models.image_rows import num_windows, pack_images
+from mmsr1_jax.models.policy import Rows
+from mmsr1_jax.models.positions import mrope_positions
 from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.processing.processor import Prompt
 

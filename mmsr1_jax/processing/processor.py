@@ -16,14 +16,14 @@ import PIL.Image
 import tokenizers
 
 from mmsr1_jax.config.errors import UserError
-from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
+from mmsr1_jax.models.config import ModelConfig
+from mmsr1_jax.models.families import read_family
 from mmsr1_jax.processing import tokenizer_files
 from mmsr1_jax.processing.image_files import DEFAULT_MAX_FILE_PIXELS, process_image
 from mmsr1_jax.processing.images import ImageError, ImageProcessor, Patches
 from mmsr1_jax.processing.tokenizer_files import TokenizerError
 
 ROLES = ("system", "user", "assistant")
-DEFAULT_SYSTEM = "You are a helpful assistant."
 CONTROL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -61,14 +61,21 @@ class Processor:
     Attributes:
       control: Ids of all added tokens (control tokens), by name.
       images: Image processor.
+      default_system: System message of conversations without one; None: they have none.
     """
 
-    def __init__(self, tokenizer_json: str, images: ImageProcessor):
+    def __init__(
+        self,
+        tokenizer_json: str,
+        images: ImageProcessor,
+        default_system: str | None = "You are a helpful assistant.",
+    ):
         """Create a processor.
 
         Args:
           tokenizer_json: Contents of a `tokenizer.json` (byte-level BPE).
           images: Image processor.
+          default_system: System message of conversations without one; None: they have none.
 
         Raises:
           TokenizerError: If the contents are unusable, see `tokenizer_files.validate`, or a control
@@ -93,19 +100,26 @@ class Processor:
                     "added tokens must follow those of model.vocab without gaps"
                 )
         self.images = images
+        self.default_system = default_system
 
     @classmethod
     def from_directory(cls, directory: str | pathlib.Path) -> "Processor":
         """Return the processor of a checkpoint directory.
 
-        See `tokenizer_files.read` and `ImageProcessor.from_directory`.
+        See `tokenizer_files.read` and `ImageProcessor.from_directory`. The policy's family, which
+        `config.json` names, defines the default system message. A directory without that file,
+        which is no policy's, has the default of this class.
 
         Raises:
-          TokenizerError, ImageError: If a file is missing or unusable. The message names it.
+          TokenizerError, ImageError, ConfigError: If a file is missing or unusable. The message
+            names it.
         """
         try:
             text = tokenizer_files.read(directory)
-            return cls(text, ImageProcessor.from_directory(directory))
+            processor = cls(text, ImageProcessor.from_directory(directory))
+            if pathlib.Path(directory, "config.json").is_file():
+                processor.default_system = read_family(directory).default_system
+            return processor
         except TokenizerError as error:
             prefix = "" if str(error).startswith(str(directory)) else f"{directory}: "
             raise TokenizerError(f"{prefix}{error}") from None
@@ -161,7 +175,7 @@ class Processor:
     ) -> Prompt:
         """Return a conversation in Qwen's chat format.
 
-        Conversations without a system message get Qwen's default one.
+        Conversations without a system message get the policy's default one, if it has one.
 
         Args:
           messages: Messages `{"role", "content"}`. The content is a string or a list of parts,
@@ -179,7 +193,7 @@ class Processor:
         items: list[str | int | Patches] = []
         first = messages[0]
         if not (isinstance(first, dict) and first.get("role") == "system"):
-            items += self._turn("system", [DEFAULT_SYSTEM])
+            items += self._system()
         for index, message in enumerate(messages, start=1):
             try:
                 role, parts = _parse_message(message)
@@ -190,8 +204,7 @@ class Processor:
 
     def first_turn(self, parts: Sequence[str | Patches]) -> Prompt:
         """Return a conversation of one user turn and the opening of the assistant's."""
-        items = self._turn("system", [DEFAULT_SYSTEM]) + self._turn("user", parts)
-        return self._prompt(items + self._opening())
+        return self._prompt(self._system() + self._turn("user", parts) + self._opening())
 
     def next_turn(self, parts: Sequence[str | Patches]) -> Prompt:
         """Return a user turn that continues a conversation and the opening of the assistant's."""
@@ -200,6 +213,10 @@ class Processor:
     def closing(self) -> list[int]:
         """Return the tokens that end a turn, `<|im_end|>` and a newline."""
         return self._prompt([self.control["<|im_end|>"], "\n"]).tokens.tolist()
+
+    def _system(self) -> list[str | int | Patches]:
+        """Return the default system turn, or nothing if there is none."""
+        return [] if self.default_system is None else self._turn("system", [self.default_system])
 
     def _opening(self) -> list[str | int | Patches]:
         return [self.control["<|im_start|>"], "assistant\n"]

@@ -23,7 +23,7 @@ from jaxtyping import Float32
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.models import sharding
-from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
+from mmsr1_jax.models.policy import Policy
 from mmsr1_jax.rl import lora
 from mmsr1_jax.rl.packing import TrainBatch
 from mmsr1_jax.utils import processes
@@ -55,7 +55,7 @@ class Learner:
 
     def __init__(
         self,
-        model: Qwen2_5_VL,
+        model: Policy,
         loss: LossFunction,
         config: settings.Update,
         mesh: Mesh,
@@ -138,7 +138,7 @@ class Learner:
             return nnx.merge_state(self.trained, self.frozen)
         return nnx.merge_state(self.frozen, self._merge(self.trained, self.frozen))
 
-    def model(self) -> Qwen2_5_VL:
+    def model(self) -> Policy:
         """Return the policy with `params`."""
         return nnx.merge(self._plain_graph, self.params)
 

@@ -25,11 +25,15 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float, Float32
 
-from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL, checkpoint
-from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
-from mmsr1_jax.models.qwen2_5_vl.layers import Adapter, Linear
-from mmsr1_jax.models.qwen2_5_vl.tensors import Layout, Tensor
+from mmsr1_jax.config.errors import UserError
+from mmsr1_jax.models.checkpoint import abstract_model
+from mmsr1_jax.models.config import ModelConfig
+from mmsr1_jax.models.families import tensor_table
+from mmsr1_jax.models.layers import Adapter, Linear
+from mmsr1_jax.models.policy import Policy
 from mmsr1_jax.models.sharding import abstract_params, is_abstract, param_shardings, to_host
+from mmsr1_jax.models.tensors import LAYOUTS, Layout, Tensor
+from mmsr1_jax.models.weight_files import DTYPES
 from mmsr1_jax.rl import adapter_files
 from mmsr1_jax.rl.adapter_files import CONFIG, WEIGHTS, AdapterError
 from mmsr1_jax.utils import outputs, processes
@@ -45,14 +49,25 @@ TARGETS: dict[str, Path] = {
     **{name: ("text", "layers", "attention", name) for name in ("q", "k", "v", "out")},
     **{name: ("text", "layers", "mlp", name) for name in ("gate", "up", "down")},
     **{f"vision.{name}": ("vision", "blocks", "attention", name) for name in ("qkv", "out")},
-    **{f"vision.{name}": ("vision", "blocks", "mlp", name) for name in ("gate", "up", "down")},
+    **{
+        f"vision.{name}": ("vision", "blocks", "mlp", name)
+        for name in ("gate", "up", "down", "fc1", "fc2")
+    },
 }
-# Linear maps that only adapters from other programs cover (PEFT's "all-linear"); not stacked.
-_MERGER = (("vision", "merger", "fc1"), ("vision", "merger", "fc2"))
+# Linear maps that only adapters from other programs cover (PEFT's "all-linear").
+_MERGERS = tuple(
+    ("vision", merger, name) for merger in ("merger", "deepstack") for name in ("fc1", "fc2")
+)
+
+
+def targets_of(config: ModelConfig) -> tuple[str, ...]:
+    """Return the names of the linear maps of a policy that can have an adapter."""
+    table = tensor_table(config)
+    return tuple(name for name, path in TARGETS.items() if (*path, "kernel") in table)
 
 
 def attach(
-    model: Qwen2_5_VL, *, rank: int, alpha: float, targets: Sequence[str], mesh: Mesh, seed: int = 0
+    model: Policy, *, rank: int, alpha: float, targets: Sequence[str], mesh: Mesh, seed: int = 0
 ) -> None:
     """Attach newly initialised float32 adapters to linear maps of the model, in place.
 
@@ -63,10 +78,19 @@ def attach(
       model: Policy to modify. If it is abstract, so are the adapters.
       rank: Rank of the adapters.
       alpha: Numerator of the scale, s = alpha / rank.
-      targets: Names from `TARGETS`.
+      targets: Names from `targets_of`.
       mesh: Mesh of the model's parameters.
       seed: Seed of the initial values.
+
+    Raises:
+      UserError: The policy does not have one of the targets.
     """
+    available = targets_of(model.config)
+    if missing := [name for name in targets if name not in available]:
+        raise UserError(
+            f"config.update.lora_targets: the policy has no linear map {missing[0]!r}, only "
+            f"{', '.join(available)}"
+        )
     for index, (name, path) in enumerate(TARGETS.items()):
         if name not in targets:
             continue
@@ -107,7 +131,7 @@ def merge(adapters: nnx.State, base: nnx.State, scale: float) -> nnx.State:
     return nnx.from_flat_state(merged)
 
 
-def merge_into(model: Qwen2_5_VL, adapters: nnx.State, scale: float) -> None:
+def merge_into(model: Policy, adapters: nnx.State, scale: float) -> None:
     """Merge adapters from `load` into a model without adapters, in place.
 
     Kernels are merged one at a time, so that at most one of them is in memory twice.
@@ -115,13 +139,13 @@ def merge_into(model: Qwen2_5_VL, adapters: nnx.State, scale: float) -> None:
     mesh = model.text.embedding.get_value().sharding.mesh
     adapters = jax.device_put(adapters, param_shardings(adapters, mesh))
     factors = dict(nnx.to_flat_state(adapters))
-    for path in [*_paths(factors), *_MERGER]:
+    for path in [*_paths(factors), *_MERGERS]:
         if (*path, "adapter", "a") not in factors:
             continue
         kernel = _linear(model, path).kernel
         a, b = (factors[*path, "adapter", name].get_value() for name in "ab")
         merge_kernel = jax.jit(
-            _merge_unstacked_kernel if path in _MERGER else _merge_kernel,
+            _merge_kernel if _is_stacked(model.config, path) else _merge_unstacked_kernel,
             static_argnums=3,
             out_shardings=kernel.get_value().sharding,
         )
@@ -155,7 +179,7 @@ def save(
     target = pathlib.Path(directory)
     _check_replaceable(target)
     factors, tensors, modules = dict(nnx.to_flat_state(adapters)), {}, []
-    table, layout = checkpoint.tensor_table(config), checkpoint.LAYOUTS[1]
+    table, layout = tensor_table(config), LAYOUTS[1]
     rank = 0
     for path in _paths(factors):
         tensor = table[*path, "kernel"]
@@ -218,7 +242,7 @@ def load(directory: str | pathlib.Path, config: ModelConfig) -> tuple[nnx.State,
     peft_config = adapter_files.read_config(directory / CONFIG)
     weights_path = directory / WEIGHTS
     tensors = _read_tensors(weights_path)
-    table = checkpoint.tensor_table(config)
+    table = tensor_table(config)
     schemes = [_modules(table, scheme) for scheme in adapter_files.NAMING_SCHEMES]
     names, modules = adapter_files.modules_by_tensor(tensors, schemes, weights_path)
     scales = adapter_files.ranks_and_scales(peft_config, set(modules), names, schemes, weights_path)
@@ -232,7 +256,7 @@ def load(directory: str | pathlib.Path, config: ModelConfig) -> tuple[nnx.State,
         a = _tensor(weights_path, tensors, tensor_names, "A", (rank, inputs))
         b = _tensor(weights_path, tensors, tensor_names, "B", (outputs, rank))
         factors.setdefault(path, {})[layer] = (a, b * (scale / default_scale))
-    model, adapters = checkpoint.abstract_model(config), []
+    model, adapters = abstract_model(config), []
     for path, by_layer in factors.items():
         abstract = _abstract(model, path, max(len(a) for a, _ in by_layer.values()))
         stacked = _stack(by_layer, table[*path, "kernel"])
@@ -277,7 +301,9 @@ def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 def _modules(table: Mapping[tuple[Any, ...], Tensor], layout: Layout) -> adapter_files.ModuleTable:
     """Return path and layer of each linear map that can have an adapter, keyed by name."""
     modules = {}
-    for path in (*TARGETS.values(), *_MERGER):
+    for path in (*TARGETS.values(), *_MERGERS):
+        if (*path, "kernel") not in table:
+            continue
         tensor = table[*path, "kernel"]
         for layer in tensor.layer_indices():
             modules[tensor.hf_name(layout, layer).removesuffix(".weight")] = (path, layer)
@@ -310,7 +336,7 @@ def _tensor(
             f"{path}: tensor {names[factor]} has shape {list(tensor.shape)}, "
             f"the policy and the rank need {list(shape)}"
         )
-    if tensor.dtype not in (*checkpoint.DTYPES.values(), np.dtype(np.float64)):
+    if tensor.dtype not in (*DTYPES.values(), np.dtype(np.float64)):
         raise AdapterError(f"{path}: tensor {names[factor]} has dtype {tensor.dtype}")
     return tensor.astype(np.float32)
 
@@ -320,18 +346,23 @@ def _paths(factors: Mapping[Any, Any]) -> list[Path]:
     return [path for path in TARGETS.values() if (*path, "adapter", "a") in factors]
 
 
-def _linear(model: Qwen2_5_VL, path: Path) -> Linear:
+def _is_stacked(config: ModelConfig, path: Path) -> bool:
+    """Return whether the kernel of a linear map has a layer axis."""
+    return tensor_table(config)[*path, "kernel"].layers is not None
+
+
+def _linear(model: Policy, path: Path) -> Linear:
     return functools.reduce(getattr, path, model)
 
 
-def _abstract(model: Qwen2_5_VL, path: Path, rank: int) -> tuple[nnx.LoRAParam, nnx.LoRAParam]:
+def _abstract(model: Policy, path: Path, rank: int) -> tuple[nnx.LoRAParam, nnx.LoRAParam]:
     """Return abstract A, [L, rank, *inputs], and B, [L, *outputs, rank].
 
     They have the logical axes of the kernel, and no L if the kernel is not stacked.
     """
     linear = _linear(model, path)
     shape, axes = linear.kernel.get_value().shape, linear.kernel.get_metadata("axes")
-    start = int(path not in _MERGER)  # after the layer axis
+    start = int(_is_stacked(model.config, path))  # after the layer axis
     inputs = len(shape) - linear.contracted  # first input axis
 
     def param(shape, axes):

@@ -20,7 +20,8 @@ import flax.struct
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from mmsr1_jax.models.qwen2_5_vl import ModelConfig, Rows
+from mmsr1_jax.models.config import ModelConfig
+from mmsr1_jax.models.policy import Rows
 from mmsr1_jax.processing.batching import (
     Bucket,
     Segment,

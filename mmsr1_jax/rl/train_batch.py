@@ -10,7 +10,7 @@ from jaxtyping import Float32, Float64
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.episodes.episode import Episode
-from mmsr1_jax.models.qwen2_5_vl import ModelConfig
+from mmsr1_jax.models.config import ModelConfig
 from mmsr1_jax.processing.batching import TooLongError
 from mmsr1_jax.rewards.reward_function import Reward
 from mmsr1_jax.rl import advantages, packing

@@ -8,8 +8,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mmsr1_jax.config import settings
-from mmsr1_jax.models import qwen2_5_vl, sharding
-from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
+from mmsr1_jax.models import checkpoint, sharding
+from mmsr1_jax.models.policy import Policy
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.rollout.engine import Engine
 from mmsr1_jax.rollout.lockstep import Lockstep
@@ -45,7 +45,7 @@ def make_engine(
         meshes = meshes[:engines]
     tools = make_tools(config, num_loops=len(meshes) * processes.count())
     processor = make_processor(config, model_dir)
-    model = qwen2_5_vl.load(
+    model = checkpoint.load(
         model_dir,
         mesh=sharding.make_mesh(1, -1, meshes[0].size) if lockstep else meshes[0],
         param_dtype=config.model.dtype,
@@ -87,7 +87,7 @@ def make_processor(config: settings.Config, model_dir: str) -> Processor:
     return processor
 
 
-def replicate(model: Qwen2_5_VL, meshes: list[Mesh]) -> list[Qwen2_5_VL]:
+def replicate(model: Policy, meshes: list[Mesh]) -> list[Policy]:
     """Return the model on each mesh, transferred from device to device.
 
     Arrays that are already in place are shared, not copied.

@@ -20,8 +20,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int32
 
 from mmsr1_jax.models import paged_attention
+from mmsr1_jax.models.config import TextConfig
 from mmsr1_jax.models.paged_attention import PagedRows
-from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL, TextConfig
+from mmsr1_jax.models.policy import Policy
 from mmsr1_jax.utils.arrays import AnyArray
 
 
@@ -72,11 +73,12 @@ def allocate(
 
 
 def write(
-    model: Qwen2_5_VL,
+    model: Policy,
     cache: Cache,
     x: Float[jax.Array, "B T D"],
     positions: Int32[AnyArray, "B 3 T"],
     rows: PagedRows,
+    deepstack: Float[jax.Array, "deep B T D"] | None = None,
 ) -> tuple[Float[jax.Array, "B D"], Cache]:
     """Write embedded tokens into lanes.
 
@@ -86,21 +88,22 @@ def write(
       x: Embedded tokens, float[B, T, D].
       positions: As in `PrefillBatch`.
       rows: Pages, filled tokens and number of new tokens of each row's lane.
+      deepstack: Features of image tokens, as in `TextDecoder.cached`.
 
     Returns:
       The hidden state of each row's last token, float[B, D], and the cache, with `hidden`
       unchanged.
     """
-    hidden, pages = model.text.cached(x, positions, cache.pages, rows)
+    hidden, pages = model.text.cached(x, positions, cache.pages, rows, deepstack)
     last = jnp.maximum(rows.count - 1, 0)[:, None, None]
     return jnp.take_along_axis(hidden, last, axis=1)[:, 0], cache.replace(pages=pages)
 
 
 def extend(
-    model: Qwen2_5_VL,
+    model: Policy,
     cache: Cache,
     new: PrefillBatch,
-    image_tokens: Float[jax.Array, "M D"] | None = None,
+    image_tokens: Float[jax.Array, "M image_D"] | None = None,
 ) -> tuple[Float[jax.Array, "B D"], Cache]:
     """Write tokens into lanes, whose page tables have room for them.
 
@@ -108,16 +111,14 @@ def extend(
       model: The policy.
       cache: The cache.
       new: Tokens to write.
-      image_tokens: Image embeddings from `encode_images`, float[M, D]; None if no row has an image.
+      image_tokens: Image tokens from `encode_images`, float[M, image_D]; None if no row has an
+        image.
 
     Returns:
       The hidden state of each row's last token, float[B, D], and the cache.
     """
-    x = model.text.embed(new.tokens, model.dtype)
-    if image_tokens is not None:
-        images = jnp.take(image_tokens, jnp.maximum(new.image_index, 0), axis=0)
-        x = jnp.where(new.image_index[..., None] >= 0, images, x)
-    hidden, cache = write(model, cache, x, new.positions, new.rows)
+    x, deepstack = model.embed(new.tokens, new.image_index, image_tokens)
+    hidden, cache = write(model, cache, x, new.positions, new.rows, deepstack)
     return hidden, cache.replace(hidden=cache.hidden.at[new.lane].set(hidden, mode="drop"))
 
 

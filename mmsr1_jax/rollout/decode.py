@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float32, Int16, Int32
 
 from mmsr1_jax.models.paged_attention import PagedRows
-from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
+from mmsr1_jax.models.policy import Policy
 from mmsr1_jax.rollout import cache as kv_cache
 from mmsr1_jax.rollout.cache import Cache
 from mmsr1_jax.rollout.sampler import Sampling, sample, token_keys
@@ -76,7 +76,7 @@ class SampledTokens(flax.struct.PyTreeNode):
 
 
 def decode(
-    model: Qwen2_5_VL,
+    model: Policy,
     cache: Cache,
     rows: Rows,
     next_state: Int16[AnyArray, "states V"],

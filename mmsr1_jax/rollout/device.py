@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 
 from mmsr1_jax.config import settings
+from mmsr1_jax.models.config import ModelConfig
+from mmsr1_jax.models.image_rows import ImageRows
 from mmsr1_jax.models.paged_attention import PagedRows
-from mmsr1_jax.models.qwen2_5_vl import ModelConfig
-from mmsr1_jax.models.qwen2_5_vl.vision import ImageRows
 from mmsr1_jax.processing.batching import smallest_bucket
 from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.rollout import cache, decode

@@ -17,7 +17,7 @@ from mmsr1_jax.episodes import prompts, turns
 from mmsr1_jax.episodes.episode import Episode, Example
 from mmsr1_jax.episodes.rules import Rules
 from mmsr1_jax.episodes.turn_machine import OnEvent
-from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
+from mmsr1_jax.models.policy import Policy
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.rollout import forcing, stop
 from mmsr1_jax.rollout.active import STOP_INTERVAL, NextExamples, OnTokens, RolloutStopped
@@ -58,7 +58,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Qwen2_5_VL,
+        model: Policy,
         processor: Processor,
         config: settings.Config,
         tools: Mapping[str, Tool] | None = None,

@@ -1,9 +1,9 @@
 """Store of encoded images on the device, shared by all episodes of an engine.
 
-The store is an array of image tokens, float[M, D]. An image occupies as many of its rows ("slots")
-as it has merged tokens, in any order, and is found by the digest of its patches. A chunk that is
-written into a lane names the slots of its placeholders, so that extending is one program per
-length, whatever the number of images. The least recently used images are evicted.
+The store is an array of image tokens, float[M, image_D]. An image occupies as many of its rows
+("slots") as it has merged tokens, in any order, and is found by the digest of its patches. A chunk
+that is written into a lane names the slots of its placeholders, so that extending is one program
+per length, whatever the number of images. The least recently used images are evicted.
 """
 
 from collections import OrderedDict
@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mmsr1_jax.config import settings
-from mmsr1_jax.models.qwen2_5_vl import ModelConfig
-from mmsr1_jax.models.qwen2_5_vl.vision import ImageRows, num_windows, pack_images
+from mmsr1_jax.models.config import ModelConfig
+from mmsr1_jax.models.image_rows import ImageRows, num_windows, pack_images
 from mmsr1_jax.processing.batching import TooLongError, smallest_bucket
 from mmsr1_jax.processing.images import Patches
 

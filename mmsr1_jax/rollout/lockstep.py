@@ -29,8 +29,8 @@ from flax import nnx
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.models import sharding
-from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
-from mmsr1_jax.models.qwen2_5_vl.vision import ImageRows
+from mmsr1_jax.models.image_rows import ImageRows
+from mmsr1_jax.models.policy import Policy
 from mmsr1_jax.rollout import cache
 from mmsr1_jax.rollout.active import RolloutStopped
 from mmsr1_jax.rollout.decode import Rows, SampledTokens
@@ -98,7 +98,7 @@ class Lockstep:
       num_own: Number of those in which an engine of this process took part.
     """
 
-    def __init__(self, model: Qwen2_5_VL, config: settings.Config, *, donate: bool = False):
+    def __init__(self, model: Policy, config: settings.Config, *, donate: bool = False):
         self._model, self._config, self._donate = model, config, donate
         (first, *_) = jax.tree.leaves(nnx.state(model))
         self.num_local = sharding.num_local_batch_shards(first.sharding.mesh)

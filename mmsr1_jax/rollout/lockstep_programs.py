@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.models import sharding
-from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
+from mmsr1_jax.models.policy import Policy
 from mmsr1_jax.rollout.programs import SHARED, Call, Programs
 
 _ENGINES = sharding.RULES["batch"]  # mesh axes over which the engines are
@@ -37,7 +37,7 @@ class LockstepPrograms(Programs):
       num_engines: Number of engines.
     """
 
-    def __init__(self, model: Qwen2_5_VL, config: settings.Config, *, states: int, running: int):
+    def __init__(self, model: Policy, config: settings.Config, *, states: int, running: int):
         mesh = jax.tree.leaves(nnx.state(model))[0].sharding.mesh
         self.per_engine = NamedSharding(mesh, PartitionSpec(_ENGINES))
         self.num_engines = sharding.num_batch_shards(mesh)

@@ -24,7 +24,7 @@ from mmsr1_jax.episodes.episode import Episode, Example
 from mmsr1_jax.episodes.rules import Rules
 from mmsr1_jax.episodes.turn_machine import Event, OnEvent
 from mmsr1_jax.episodes.turns import Action
-from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
+from mmsr1_jax.models.policy import Policy
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.rollout.active import STOP_INTERVAL, RolloutStopped
 from mmsr1_jax.rollout.device import EngineStats
@@ -56,7 +56,7 @@ class EnginePool:
 
     def __init__(
         self,
-        models: Sequence[Qwen2_5_VL],
+        models: Sequence[Policy],
         processor: Processor,
         config: settings.Config,
         tools: Mapping[str, Tool] | None = None,

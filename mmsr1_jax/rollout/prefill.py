@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmsr1_jax.models.qwen2_5_vl import mrope_positions
+from mmsr1_jax.models.positions import mrope_positions
 from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.processing.processor import Prompt
 

@@ -8,7 +8,7 @@
     read_pages     copy some pages out of the cache; `write_pages` writes them back
 
 The engine's parameters are the trainer's with layers as separate arrays, so that programs read
-weights where they are (`Qwen2_5_VL.unstack`).
+weights where they are (`Policy.unstack`).
 """
 
 import contextlib
@@ -25,9 +25,9 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.models import sharding
+from mmsr1_jax.models.image_rows import ImageRows, abstract_images
 from mmsr1_jax.models.paged_attention import PagedRows
-from mmsr1_jax.models.qwen2_5_vl import Qwen2_5_VL
-from mmsr1_jax.models.qwen2_5_vl.vision import ImageRows
+from mmsr1_jax.models.policy import Policy
 from mmsr1_jax.rollout import cache, decode, placement
 from mmsr1_jax.rollout.sampler import Sampling
 
@@ -78,7 +78,7 @@ class Programs:
 
     num_engines: int = 1
 
-    def __init__(self, model: Qwen2_5_VL, config: settings.Config, *, states: int, running: int):
+    def __init__(self, model: Policy, config: settings.Config, *, states: int, running: int):
         self.config, self._model_config, self.dtype = config.rollout, model.config, model.dtype
         self._windows, self._states, self._running = config.buckets.image_windows, states, running
         size, self.num_lanes = self.config.page_size, self.config.lanes + 1
@@ -113,7 +113,7 @@ class Programs:
         with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
             yield
 
-    def _unstacked(self, params: nnx.State) -> Qwen2_5_VL:
+    def _unstacked(self, params: nnx.State) -> Policy:
         """Return the policy with the trainer's parameters in the engine's dtype, and with separate
         layers."""
         # Copied even if nothing changes, since the trainer donates its arrays.
@@ -123,9 +123,12 @@ class Programs:
         return model
 
     def _empty(self) -> tuple[cache.Cache, jax.Array]:
-        config, text = self.config, self._model_config.text
-        empty = cache.allocate(text, self.dtype, self.num_lanes, self.num_pages, config.page_size)
-        return empty, jnp.zeros((config.image_cache_tokens, text.hidden_size), self.dtype)
+        config, model = self.config, self._model_config
+        empty = cache.allocate(
+            model.text, self.dtype, self.num_lanes, self.num_pages, config.page_size
+        )
+        store = jnp.zeros((config.image_cache_tokens, model.vision.token_width), self.dtype)
+        return empty, store
 
     def _define(self) -> None:
         def encode(model, store, images, slots):
@@ -272,14 +275,11 @@ class Programs:
 
     def _abstract_images(self, rows: int, windows: int) -> tuple[Any, Any]:
         vision, array = self._model_config.vision, self._abstract
-        P = windows * vision.window_patches
-        images = ImageRows(
-            patches=array((rows, P, vision.patch_dim), np.float32),  # pyright: ignore
-            positions=array((rows, P, 2), np.int32),  # pyright: ignore
-            segment_ids=array((rows, P), np.int32),  # pyright: ignore
-            window_ids=array((rows, P), np.int32),  # pyright: ignore
+        images = jax.tree.map(
+            lambda x: array(x.shape, x.dtype), abstract_images(rows, windows, vision)
         )
-        return images, array((rows, P // vision.merge_size**2), np.int32)
+        merged = windows * vision.window_patches // vision.merge_size**2
+        return images, array((rows, merged), np.int32)
 
     def _abstract_chunks(self, B: int, T: int) -> Any:
         array: Any = self._abstract

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from mmsr1_jax.models.qwen2_5_vl.vision import ImageRows
+from mmsr1_jax.models.image_rows import ImageRows
 from mmsr1_jax.rollout import cache, placement
 from mmsr1_jax.rollout.decode import Rows, SampledTokens
 from mmsr1_jax.rollout.programs import Programs

@@ -14,7 +14,8 @@ from absl import flags
 
 from mmsr1_jax import cli
 from mmsr1_jax.config.errors import UserError
-from mmsr1_jax.models import qwen2_5_vl, sharding
+from mmsr1_jax.models import checkpoint, sharding
+from mmsr1_jax.models.families import read_config
 from mmsr1_jax.rl import lora
 
 
@@ -32,11 +33,11 @@ def merge(model_dir: str, adapter_dir: str, out: str) -> None:
     """
     if pathlib.Path(out).resolve() == pathlib.Path(model_dir).resolve():
         raise UserError(f"--out={out}: is the same directory as --model; name another one")
-    config = qwen2_5_vl.ModelConfig.from_directory(model_dir)
+    config = read_config(model_dir)
     adapters, scale = lora.load(adapter_dir, config)  # first, as the policy takes longer
-    model = qwen2_5_vl.load(model_dir, mesh=sharding.make_mesh())
+    model = checkpoint.load(model_dir, mesh=sharding.make_mesh())
     lora.merge_into(model, adapters, scale)
-    qwen2_5_vl.save(model, out, source=model_dir)
+    checkpoint.save(model, out, source=model_dir)
 
 
 if __name__ == "__main__":

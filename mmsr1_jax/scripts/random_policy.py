@@ -1,6 +1,6 @@
 """Write a small random policy with a small tokenizer as an HF directory, for demos and tests.
 
-python -m mmsr1_jax.scripts.random_policy --out=DIR [--tokenizer=HF_DIR]
+python -m mmsr1_jax.scripts.random_policy --out=DIR [--family=MODEL_TYPE] [--tokenizer=HF_DIR]
 """
 
 import dataclasses
@@ -21,9 +21,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mmsr1_jax import cli
 from mmsr1_jax.config.errors import UserError
-from mmsr1_jax.models import qwen2_5_vl
-from mmsr1_jax.models.qwen2_5_vl import checkpoint
-from mmsr1_jax.models.qwen2_5_vl.layers import Linear
+from mmsr1_jax.models import checkpoint
+from mmsr1_jax.models.config import ModelConfig
+from mmsr1_jax.models.families import FAMILIES
+from mmsr1_jax.models.layers import Linear
+from mmsr1_jax.models.policy import Policy
 from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.processing.processor import CONTROL_TOKENS
 from mmsr1_jax.utils import outputs
@@ -39,37 +41,24 @@ in which year was it opened? How tall is the tower? Which river does it cross?
 [Text Search Results] [Image Search Results] 1. image: title: link: summary:
 """
 
-CONFIG = qwen2_5_vl.ModelConfig(
-    text=qwen2_5_vl.TextConfig(
-        vocab_size=512,  # slightly larger than the tokenizer's, as in the released models
-        hidden_size=128,
-        intermediate_size=256,
-        num_layers=3,
-        num_heads=8,
-        num_kv_heads=2,
-        mrope_section=(2, 3, 3),
-    ),
-    vision=qwen2_5_vl.VisionConfig(
-        num_layers=4,
-        hidden_size=64,
-        intermediate_size=96,
-        num_heads=4,
-        out_hidden_size=128,
-        full_attention_layers=(1, 3),
-        window_size=112,
-    ),
-    image_token_id=5,
-    video_token_id=511,
-    vision_start_token_id=3,
-    vision_end_token_id=4,
-)
+CONFIG = next(iter(FAMILIES.values())).small["random"]
 
 # Distributions of the random parameters that are not kernels.
 _MEAN_AND_STD = {"embedding": (0.0, 0.02), "head": (0.0, 0.02), "scale": (1.0, 0.1),
-                 "bias": (0.0, 0.1)}  # fmt: skip
+                 "bias": (0.0, 0.1), "position_embedding": (0.0, 0.5)}  # fmt: skip
 
-# 16 to 256 visual tokens, which take seconds on a CPU.
-IMAGES = ImageProcessor(min_pixels=16 * 28 * 28, max_pixels=256 * 28 * 28)
+
+def image_processor(config: ModelConfig) -> ImageProcessor:
+    """Return a processor for images of 16 to 256 visual tokens, which take seconds on a CPU."""
+    vision = config.vision
+    area = (vision.patch_size * vision.merge_size) ** 2
+    return ImageProcessor(
+        min_pixels=16 * area, max_pixels=256 * area, patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size, merge_size=vision.merge_size,
+    )  # fmt: skip
+
+
+IMAGES = image_processor(CONFIG)
 
 
 def make_tokenizer() -> tokenizers.Tokenizer:
@@ -87,13 +76,13 @@ def make_tokenizer() -> tokenizers.Tokenizer:
     return bpe
 
 
-def random_model(config: qwen2_5_vl.ModelConfig, seed: int, **kwargs: Any) -> qwen2_5_vl.Qwen2_5_VL:
+def random_model(config: ModelConfig, seed: int, **kwargs: Any) -> Policy:
     """Create a model in which every parameter is random, including biases and norms.
 
     Args:
       config: Architecture of the model.
       seed: Random seed.
-      kwargs: Other arguments of `Qwen2_5_VL`.
+      kwargs: Other arguments of `Policy`.
     """
     model = checkpoint.abstract_model(config, **kwargs)
     rng = np.random.default_rng(seed)
@@ -115,7 +104,7 @@ def random_model(config: qwen2_5_vl.ModelConfig, seed: int, **kwargs: Any) -> qw
 def write(
     directory: str | os.PathLike,
     *,
-    config: qwen2_5_vl.ModelConfig = CONFIG,
+    config: ModelConfig = CONFIG,
     images: ImageProcessor = IMAGES,
     seed: int = 0,
     param_dtype: DTypeLike = jnp.float32,
@@ -125,18 +114,16 @@ def write(
 
     The tokenizer defaults to that of `make_tokenizer`.
     """
-    qwen2_5_vl.check_replaceable(pathlib.Path(directory))
+    checkpoint.check_replaceable(pathlib.Path(directory))
     with outputs.new_directory(directory) as partial:
-        qwen2_5_vl.save(random_model(config, seed, param_dtype=param_dtype), partial)
+        checkpoint.save(random_model(config, seed, param_dtype=param_dtype), partial)
         (tokenizer or make_tokenizer()).save(str(partial / "tokenizer.json"))
         (partial / "preprocessor_config.json").write_text(json.dumps(images.to_hf(), indent=2))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
         (partial / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
-def with_vocabulary(
-    config: qwen2_5_vl.ModelConfig, tokenizer: tokenizers.Tokenizer
-) -> qwen2_5_vl.ModelConfig:
+def with_vocabulary(config: ModelConfig, tokenizer: tokenizers.Tokenizer) -> ModelConfig:
     """Return `config` with a tokenizer's vocabulary size and control token ids.
 
     The vocabulary has one additional, unused id.
@@ -155,12 +142,12 @@ def with_vocabulary(
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    if _TOKENIZER.value is None:
-        write(_OUT.value, seed=_SEED.value)
-    else:
+    config, tokenizer = FAMILIES[_FAMILY.value].small["random"], None
+    if _TOKENIZER.value is not None:
         tokenizer = _read_tokenizer(pathlib.Path(_TOKENIZER.value, "tokenizer.json"))
-        config = with_vocabulary(CONFIG, tokenizer)
-        write(_OUT.value, config=config, seed=_SEED.value, tokenizer=tokenizer)
+        config = with_vocabulary(config, tokenizer)
+    images = image_processor(config)
+    write(_OUT.value, config=config, images=images, seed=_SEED.value, tokenizer=tokenizer)
     print(f"wrote a random policy to {_OUT.value}")
 
 
@@ -179,6 +166,7 @@ def _read_tokenizer(file: pathlib.Path) -> tokenizers.Tokenizer:
 
 if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", None, "directory to write", required=True)
+    _FAMILY = flags.DEFINE_enum("family", next(iter(FAMILIES)), list(FAMILIES), "its model_type")
     _SEED = flags.DEFINE_integer("seed", 0, "seed of the random parameters")
     _TOKENIZER = flags.DEFINE_string("tokenizer", None, "HF directory whose tokenizer to use")
     cli.run(main)

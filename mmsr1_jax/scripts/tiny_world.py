@@ -23,7 +23,7 @@ from absl import flags
 from mmsr1_jax import cli
 from mmsr1_jax.data import tiny_world, write_parquet
 from mmsr1_jax.data.tiny_world.questions import Split
-from mmsr1_jax.models import qwen2_5_vl
+from mmsr1_jax.models.families import FAMILIES
 from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.utils import outputs
@@ -34,30 +34,7 @@ _DEFAULT_COUNTS: dict[Split, int] = {"train": 2400, "heldout": 240, "unmet": 120
 # A photo of 84 x 84 pixels has 9 tokens, a thumbnail of 56 x 56 pixels has 4.
 IMAGES = ImageProcessor(min_pixels=56 * 56, max_pixels=84 * 84)
 
-CONFIG = qwen2_5_vl.ModelConfig(
-    text=qwen2_5_vl.TextConfig(
-        vocab_size=1152,  # slightly larger than the tokenizer's, as in the released models
-        hidden_size=128,
-        intermediate_size=384,
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
-        mrope_section=(4, 6, 6),
-    ),
-    vision=qwen2_5_vl.VisionConfig(
-        num_layers=3,
-        hidden_size=96,
-        intermediate_size=192,
-        num_heads=4,
-        out_hidden_size=128,
-        full_attention_layers=(2,),
-        window_size=112,
-    ),
-    image_token_id=5,
-    video_token_id=1151,
-    vision_start_token_id=3,
-    vision_end_token_id=4,
-)
+CONFIG = next(iter(FAMILIES.values())).small["tiny_world"]
 
 
 def main(argv: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import pathlib
 import threading
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,8 @@ import PIL.Image
 from flax import nnx
 
 from mmsr1_jax.models import sharding
-from mmsr1_jax.models.qwen2_5_vl.checkpoint import load_vision
-from mmsr1_jax.models.qwen2_5_vl.vision import ImageRows, VisionTower, num_windows, pack_images
+from mmsr1_jax.models.checkpoint import load_vision
+from mmsr1_jax.models.image_rows import ImageRows, num_windows, pack_images
 from mmsr1_jax.processing.images import ImageError, ImageProcessor
 
 # Largest image that the published script shows to the policy. The released settings would allow 14
@@ -49,7 +50,7 @@ class Embedder:
         images = ImageProcessor.from_directory(directory)
         self._images = images.with_limits(None, min(images.max_pixels, MAX_PIXELS))
         self._mesh = sharding.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
-        tower = load_vision(directory, mesh=self._mesh, param_dtype=jnp.float32)
+        tower: Any = load_vision(directory, mesh=self._mesh, param_dtype=jnp.float32)
         self._config = tower.config
         for field in ("patch_size", "temporal_patch_size", "merge_size"):
             value, required = getattr(images, field), getattr(tower.config, field)
@@ -66,6 +67,7 @@ class Embedder:
         def program(params: nnx.State, images: ImageRows) -> jax.Array:
             with jax.default_matmul_precision("highest"):  # full float32
                 tokens = nnx.merge(graph, params)(images, jnp.float32)
+                tokens = tokens[..., : self._config.out_hidden_size]  # without DeepStack features
             unit = self._config.merge_size**2
             return mean_direction(tokens[0], jnp.asarray(images.segment_ids[0, ::unit] > 0))
 
@@ -123,7 +125,7 @@ def mean_direction(tokens: jax.Array, mask: jax.Array) -> jax.Array:
     return mean / jnp.linalg.norm(mean)
 
 
-def _fingerprint(images: ImageProcessor, tower: VisionTower) -> str:
+def _fingerprint(images: ImageProcessor, tower: Any) -> str:
     settings = dataclasses.asdict(images)
     for field in ("resample", "rescale_factor"):  # added later; keeps older indexes valid
         if settings[field] == getattr(ImageProcessor, field):

@@ -35,7 +35,7 @@ from mmsr1_jax.episodes import prompts
 from mmsr1_jax.episodes.episode import Episode
 from mmsr1_jax.episodes.rules import Rules
 from mmsr1_jax.episodes.scripted import ScriptedEpisode, replay
-from mmsr1_jax.models.qwen2_5_vl import ModelConfig
+from mmsr1_jax.models.config import ModelConfig
 from mmsr1_jax.processing.images import ImageProcessor, read_image, write_image
 from mmsr1_jax.processing.processor import Processor, Prompt
 from mmsr1_jax.rl.packing import RowShape

@@ -11,7 +11,7 @@ from typing import Any
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.episodes.episode import Episode, Example
 from mmsr1_jax.episodes.scripted import ScriptedEpisode
-from mmsr1_jax.models.qwen2_5_vl import ModelConfig
+from mmsr1_jax.models.config import ModelConfig
 from mmsr1_jax.processing.batching import TooLongError
 from mmsr1_jax.processing.images import ImageError, ImageProcessor, read_image
 from mmsr1_jax.rl.packing import RowShape, check_fits

@@ -17,8 +17,9 @@ import mmsr1_jax
 from mmsr1_jax.config import redaction, settings
 from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.data import QuestionSource
-from mmsr1_jax.models import qwen2_5_vl, sharding
+from mmsr1_jax.models import checkpoint, sharding
 from mmsr1_jax.models.attention import supports_prefixes
+from mmsr1_jax.models.policy import Policy
 from mmsr1_jax.rl import lora
 from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.rl.packing import RowShape
@@ -175,12 +176,12 @@ def check_directory(directory: pathlib.Path) -> None:
         )
 
 
-def load_policy(config: settings.Config, model_dir: str, mesh: Mesh) -> qwen2_5_vl.Qwen2_5_VL:
+def load_policy(config: settings.Config, model_dir: str, mesh: Mesh) -> Policy:
     """Load the policy to train.
 
     Its parameters are float32, or in the compute dtype with LoRA, which does not change them.
     """
-    return qwen2_5_vl.load(
+    return checkpoint.load(
         model_dir,
         mesh=mesh,
         param_dtype=config.model.dtype if config.update.lora_rank else "float32",
@@ -233,7 +234,7 @@ def save_policy(
             source=model_dir,
         )  # fmt: skip
         log.info("%s/adapter: saved the trained adapter", workdir)
-    qwen2_5_vl.save(policy, workdir.path / "policy", source=model_dir)
+    checkpoint.save(policy, workdir.path / "policy", source=model_dir)
     workdir.push()  # before the marker, which says that the policy is complete
     if processes.main():
         outputs.write_text(marker, str(config.run.steps))

@@ -98,7 +98,7 @@ class ObjectStore:
             )
         try:
             import fsspec
-            import gcsfs  # noqa: F401  # pyright: ignore[reportMissingImports]
+            import gcsfs  # noqa: F401
         except ImportError as error:
             raise UserError(f'{address}: needs gcsfs ({error}): pip install ".[gcs]"') from None
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it raises what it logs, too

@@ -10,7 +10,8 @@ from flax import nnx
 from mmsr1_jax.apps.plan import engine, kernels, memory, needs, programs, targets, traffic
 from mmsr1_jax.apps.plan.hlo import Array
 from mmsr1_jax.config import settings
-from mmsr1_jax.models import qwen2_5_vl, sharding
+from mmsr1_jax.models import sharding
+from mmsr1_jax.models.families import PRESETS
 from mmsr1_jax.rollout import decode
 from mmsr1_jax.scripts import random_policy
 
@@ -275,7 +276,7 @@ def compiled(target, tensor, program):
     Returns:
       Program, its costs, bytes of its temporaries, and sizes that copies are compared with.
     """
-    model = qwen2_5_vl.PRESETS["7b"]
+    model = PRESETS["qwen2.5-vl-7b"]
     model = dataclasses.replace(
         model,
         text=dataclasses.replace(model.text, num_layers=2),

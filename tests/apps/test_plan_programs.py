@@ -18,9 +18,9 @@ from mmsr1_jax.apps.plan.estimate import Calibration
 from mmsr1_jax.apps.plan.targets import CHIPS, Target
 from mmsr1_jax.config import settings
 from mmsr1_jax.config.errors import UserError
-from mmsr1_jax.models import qwen2_5_vl, sharding
-from mmsr1_jax.models.qwen2_5_vl import output_head
-from mmsr1_jax.models.qwen2_5_vl.checkpoint import abstract_model
+from mmsr1_jax.models import output_head, sharding
+from mmsr1_jax.models.checkpoint import abstract_model
+from mmsr1_jax.models.families import PRESETS
 from mmsr1_jax.rl.packing import RowShape
 from mmsr1_jax.scripts import random_policy
 from tests.programs import ROOT
@@ -316,8 +316,8 @@ def test_a_program_that_the_compiler_refuses_has_the_size_that_it_states(message
 
 
 def test_models_by_name_and_by_directory(tmp_path: pathlib.Path):
-    assert programs.model_config("qwen2.5-vl-7b") == qwen2_5_vl.PRESETS["7b"]
-    assert programs.model_config("build/Qwen2.5-VL-3B") == qwen2_5_vl.PRESETS["3b"]
+    assert programs.model_config("qwen2.5-vl-7b") == PRESETS["qwen2.5-vl-7b"]
+    assert programs.model_config("build/Qwen2.5-VL-3B") == PRESETS["qwen2.5-vl-3b"]
     (tmp_path / "config.json").write_text(json.dumps(MODEL.to_hf()))
     assert programs.model_config(str(tmp_path)).text == MODEL.text
     with pytest.raises(UserError, match="--model=gpt: neither a directory nor one of qwen2.5"):

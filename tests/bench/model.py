@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmsr1_jax.models import qwen2_5_vl
-from mmsr1_jax.models.qwen2_5_vl.checkpoint import abstract_model
-from mmsr1_jax.models.qwen2_5_vl.vision import num_windows
+from mmsr1_jax.models.checkpoint import abstract_model
+from mmsr1_jax.models.families import PRESETS
+from mmsr1_jax.models.image_rows import num_windows
+from mmsr1_jax.models.policy import Policy
+from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig, VisionConfig, text_config
 from mmsr1_jax.processing.batching import Bucket, make_rows
 from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.processing.processor import Prompt
@@ -31,9 +33,9 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v4": 275e12, "TPU v
         "TPU v5": 459e12, "TPU v6": 918e12}  # fmt: skip
 
 
-def _four_layers(name: str) -> qwen2_5_vl.ModelConfig:
+def _four_layers(name: str) -> ModelConfig:
     """Return a released model with four layers in each tower."""
-    preset = qwen2_5_vl.PRESETS[name]
+    preset = PRESETS[f"qwen2.5-vl-{name}"]
     vision = dataclasses.replace(preset.vision, num_layers=4, full_attention_layers=(3,))
     text = dataclasses.replace(preset.text, num_layers=4)
     return dataclasses.replace(preset, text=text, vision=vision)
@@ -41,8 +43,8 @@ def _four_layers(name: str) -> qwen2_5_vl.ModelConfig:
 
 SHAPES = {
     # About 24M parameters, the proportions of the 3B.
-    "small": qwen2_5_vl.ModelConfig(
-        text=qwen2_5_vl.TextConfig(
+    "small": ModelConfig(
+        text=text_config(
             vocab_size=8192,
             hidden_size=384,
             intermediate_size=1536,
@@ -51,7 +53,7 @@ SHAPES = {
             num_kv_heads=2,
             mrope_section=(8, 12, 12),
         ),
-        vision=qwen2_5_vl.VisionConfig(
+        vision=VisionConfig(
             num_layers=4,
             hidden_size=256,
             intermediate_size=680,
@@ -65,14 +67,14 @@ SHAPES = {
 }
 
 
-def quick_random_model(config: qwen2_5_vl.ModelConfig, **keywords) -> qwen2_5_vl.Qwen2_5_VL:
+def quick_random_model(config: ModelConfig, **keywords) -> Policy:
     """Return a policy with random parameters, created by one program that compiles fast.
 
     Kernels are uniform with variance 1 / hidden size, norms about 1, biases about 0.
 
     Args:
       config: Architecture of the policy.
-      keywords: Other arguments of `Qwen2_5_VL`.
+      keywords: Other arguments of `Policy`.
     """
     graph, shapes = nnx.split(abstract_model(config, **keywords))
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)

@@ -28,8 +28,9 @@ from flax import nnx
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.episodes.episode import Episode, Example
-from mmsr1_jax.models import sharding
-from mmsr1_jax.models.qwen2_5_vl import ModelConfig, checkpoint
+from mmsr1_jax.models import checkpoint, sharding
+from mmsr1_jax.models.config import ModelConfig
+from mmsr1_jax.models.families import PRESETS
 from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.rollout import decode
 from mmsr1_jax.rollout import engine as engine_module
@@ -246,7 +247,7 @@ def host_waits(model, processor, prompts: str) -> list[tuple]:
 
 def decoding(shape: str, lanes: int, context: int, dtype) -> list[tuple]:
     """Compare decoding with the time needed to copy the bytes that a step reads."""
-    config = SHAPES[shape] if shape == "small" else random_policy.qwen2_5_vl.PRESETS[shape]
+    config = SHAPES[shape] if shape == "small" else PRESETS[f"qwen2.5-vl-{shape}"]
     step, read = decoding_step(config, lanes, context, dtype)
     bound = read / copy_bandwidth()
     return [

@@ -119,11 +119,11 @@ def test_invalid_lines_are_reported_and_skipped(scored, inputs):
 def test_logprobs_equal_those_of_torch(scored, tiny_dir, inputs):
     import jax
 
-    from mmsr1_jax.models import qwen2_5_vl, sharding
+    from mmsr1_jax.models import checkpoint, sharding
     from tests.reference import torch, torch_inputs, torch_model
 
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    reference = torch_model(qwen2_5_vl.load(tiny_dir, mesh=mesh))
+    reference = torch_model(checkpoint.load(tiny_dir, mesh=mesh))
     processor = Processor.from_directory(tiny_dir)
     results = {line["id"]: line for line in read_jsonl(scored[1])}
     conversations = read_jsonl(inputs / "good.jsonl")
@@ -312,10 +312,10 @@ def test_a_batch_of_a_rare_shape_is_not_delayed_forever(tiny_dir, processor, mon
     """Its batch is computed before it is full, with the same result."""
     import jax
 
-    from mmsr1_jax.models import qwen2_5_vl, sharding
+    from mmsr1_jax.models import checkpoint, sharding
 
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    model = qwen2_5_vl.load(tiny_dir, mesh=mesh)
+    model = checkpoint.load(tiny_dir, mesh=mesh)
     config = load_config(CONFIG_FILES[-1])
     assert CONFIG_FILES[-1].stem == "tiny"
     texts = ["word " * 40, *["short"] * 40]

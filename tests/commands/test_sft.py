@@ -11,15 +11,14 @@ from flax import nnx
 
 from mmsr1_jax import sft
 from mmsr1_jax.config import settings
-from mmsr1_jax.models import qwen2_5_vl, sharding
-from mmsr1_jax.models.qwen2_5_vl import checkpoint
+from mmsr1_jax.models import checkpoint, sharding
 from mmsr1_jax.rl import packing
 from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.training import metrics
 from tests import sft_files
 from tests.programs import kill_when, run, start, wait_until
-from tests.reference import torch, torch_inputs, torch_model
+from tests.reference import named_tensors, torch, torch_inputs, torch_model
 from tests.sft_files import MODEL, make_flags
 
 # One device, and optimised code, since a run has many steps.
@@ -80,7 +79,7 @@ def test_loss_and_gradients_equal_torch(folder, tmp_path):
     assert values["loss"] == pytest.approx(loss.item(), rel=1e-5)
     gradients = learner.model()
     nnx.update(gradients, learner.optimizer[1].mu)  # the first moment is a tenth of the gradients
-    tensors = dict(checkpoint.hf_tensors(gradients, checkpoint.LAYOUTS[1]))
+    tensors = named_tensors(gradients)
     for name, parameter in reference.named_parameters():
         np.testing.assert_allclose(
             10 * tensors[name], parameter.grad.numpy(), rtol=1e-3, atol=2e-5, err_msg=name
@@ -133,7 +132,7 @@ def test_the_loss_of_repeated_examples_falls_to_zero(uninterrupted):
     # Later ones: the sum over micro-batches, and the gradient for other numbers of loss columns.
     assert compiles[-1] - compiles[0] <= len(packing._column_sizes(384))
     mesh = sharding.make_mesh(1, 1, 1, devices=sharding.jax.devices()[:1])
-    qwen2_5_vl.load(uninterrupted / "policy", mesh=mesh)
+    checkpoint.load(uninterrupted / "policy", mesh=mesh)
     assert (uninterrupted / "policy" / "tokenizer.json").is_file()
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mmsr1_jax.data import QuestionSource
-from mmsr1_jax.models.qwen2_5_vl import ModelConfig
+from mmsr1_jax.models.families import read_config
 from mmsr1_jax.processing.processor import Processor
 from mmsr1_jax.tools.local_index import LocalIndex
 from tests.programs import run_module as run
@@ -19,7 +19,7 @@ def test_written_files_are_read_by_the_other_commands(tmp_path):
     assert done.returncode == 0, done.stderr
     for split, count in (("train", 8), ("heldout", 4), ("unmet", 4)):
         assert len(list(QuestionSource(out / f"{split}.parquet"))) == count
-    Processor.from_directory(out / "policy").check_fits(ModelConfig.from_directory(out / "policy"))
+    Processor.from_directory(out / "policy").check_fits(read_config(out / "policy"))
     assert LocalIndex(out / "index")
     for name in ("demonstrations", "memories", "practice"):
         examples = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]

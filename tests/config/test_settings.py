@@ -8,8 +8,8 @@ import pytest
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.config.settings import Config, ConfigError, validate
-from mmsr1_jax.models.qwen2_5_vl import PRESETS, ModelConfig
-from mmsr1_jax.models.qwen2_5_vl.config import ConfigError as ModelConfigError
+from mmsr1_jax.models.config import ConfigError as ModelConfigError
+from mmsr1_jax.models.families import PRESETS, read_config
 from mmsr1_jax.training import run_config
 
 PARTS = [field.name for field in dataclasses.fields(Config)]
@@ -156,14 +156,14 @@ def model_config(tmp_path, path=(), value=None):
 def test_a_policys_config_is_checked_by_field(tmp_path, path, value, words):
     file = model_config(tmp_path, path, value)
     with pytest.raises(ModelConfigError, match=words) as caught:
-        ModelConfig.from_directory(tmp_path)
+        read_config(tmp_path)
     message = str(caught.value)
     assert message.startswith(f"{file}: ") and len(message) < 400 and "\n" not in message
 
 
 def test_a_policys_config_that_is_deep_or_no_object_is_named(tmp_path):
-    assert ModelConfig.from_directory(model_config(tmp_path).parent) in PRESETS.values()
+    assert read_config(model_config(tmp_path).parent) in PRESETS.values()
     for text in ("[" * 100_000, "[]", "5", "null", '{"a": ' * 100 + "1" + "}" * 100):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ModelConfigError, match="config.json: "):
-            ModelConfig.from_directory(tmp_path)
+            read_config(tmp_path)

@@ -6,22 +6,29 @@ import json
 import numpy as np
 import safetensors.numpy
 
-from mmsr1_jax.models.qwen2_5_vl import checkpoint
-from mmsr1_jax.models.qwen2_5_vl.checkpoint import LAYOUTS
-from mmsr1_jax.models.qwen2_5_vl.weight_files import INDEX, SINGLE
+from mmsr1_jax.models.families import FAMILIES, tensor_table
+from mmsr1_jax.models.tensors import LAYOUTS
+from mmsr1_jax.models.weight_files import INDEX, SINGLE
 from mmsr1_jax.scripts import random_policy
 
 TIED = dataclasses.replace(
     random_policy.CONFIG,
     text=dataclasses.replace(random_policy.CONFIG.text, tie_embeddings=True, num_kv_heads=1),
 )
+QWEN3 = FAMILIES["qwen3_vl"].small["random"]
+QWEN3_TIED = dataclasses.replace(
+    QWEN3, text=dataclasses.replace(QWEN3.text, tie_embeddings=True, num_kv_heads=1)
+)
+CONFIGS = {
+    "untied": random_policy.CONFIG, "tied": TIED, "qwen3 untied": QWEN3, "qwen3 tied": QWEN3_TIED,
+}  # fmt: skip
 
 
 def random_tensors(config, layout=LAYOUTS[0], dtype=np.float32, seed=0):
     rng = np.random.default_rng(seed)
     return {
         tensor.hf_name(layout, layer): rng.normal(size=tensor.shape).astype(dtype)
-        for tensor in checkpoint.tensor_table(config).values()
+        for tensor in tensor_table(config).values()
         for layer in tensor.layer_indices()
     }
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mmsr1_jax.models import qwen2_5_vl
-from mmsr1_jax.models.qwen2_5_vl.weight_files import INDEX, SINGLE, CheckpointError, WeightFiles
+from mmsr1_jax.models import checkpoint
+from mmsr1_jax.models.weight_files import INDEX, SINGLE, CheckpointError, WeightFiles
 from mmsr1_jax.scripts import random_policy
 from tests.models.checkpoints import (
     TIED,
@@ -101,7 +101,7 @@ def test_damaged_checkpoints_are_rejected_before_loading(tmp_path, mesh, kind, m
 
     monkeypatch.setattr(WeightFiles, "load", load)
     with pytest.raises(CheckpointError) as caught:
-        qwen2_5_vl.load(source, mesh=mesh)
+        checkpoint.load(source, mesh=mesh)
     message = str(caught.value)
     assert "\n" not in message and str(source) in message
     for part in parts:
@@ -112,33 +112,33 @@ def test_a_stored_tied_head_must_equal_the_embedding(tmp_path, mesh):
     tensors = random_tensors(TIED)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     write_hf(tmp_path / "same", tensors, TIED)
-    model = qwen2_5_vl.load(tmp_path / "same", mesh=mesh)
+    model = checkpoint.load(tmp_path / "same", mesh=mesh)
     assert model.text.head is None
-    qwen2_5_vl.save(model, tmp_path / "out", source=tmp_path / "same")
+    checkpoint.save(model, tmp_path / "out", source=tmp_path / "same")
     assert_bit_identical(read_tensors(tmp_path / "out"), tensors)
     tensors["lm_head.weight"][3, 5] += 1
     write_hf(tmp_path / "other", tensors, TIED)
     with pytest.raises(CheckpointError, match="lm_head.weight differs from model.embed_tokens"):
-        qwen2_5_vl.load(tmp_path / "other", mesh=mesh)
+        checkpoint.load(tmp_path / "other", mesh=mesh)
 
 
 def test_a_single_file_takes_precedence_over_an_index(tmp_path, mesh, capsys):
     """As in `transformers`; a warning names the file."""
-    from tests.reference import Qwen2_5_VLForConditionalGeneration
+    from tests.reference import AutoModelForImageTextToText
 
     new, old = (random_tensors(random_policy.CONFIG, seed=seed) for seed in (1, 2))
     source = write_hf(tmp_path / "in", old, shards=3)
     safetensors.numpy.save_file(new, source / SINGLE, metadata={"format": "pt"})
-    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(source, dtype="float32")
+    theirs = AutoModelForImageTextToText.from_pretrained(source, dtype="float32")
     name = "model.embed_tokens.weight"
-    ours = qwen2_5_vl.load(source, mesh=mesh)
+    ours = checkpoint.load(source, mesh=mesh)
     np.testing.assert_array_equal(theirs.get_input_embeddings().weight.detach().numpy(), new[name])
     np.testing.assert_array_equal(ours.text.embedding.get_value(), new[name])
     assert f"{SINGLE} is used and {INDEX} ignored" in capsys.readouterr().err
     del new[name]  # missing tensors are not taken from the index
     safetensors.numpy.save_file(new, source / SINGLE, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=f"{SINGLE}: tensor {name} is missing"):
-        qwen2_5_vl.load(source, mesh=mesh)
+        checkpoint.load(source, mesh=mesh)
 
 
 def test_other_weights_that_transformers_would_read_are_rejected(tmp_path, mesh):
@@ -146,11 +146,11 @@ def test_other_weights_that_transformers_would_read_are_rejected(tmp_path, mesh)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"transformers_weights": "x.json"}))
     with pytest.raises(CheckpointError, match=r"config.json: transformers_weights='x.json'"):
-        qwen2_5_vl.load(source, mesh=mesh)
+        checkpoint.load(source, mesh=mesh)
     (source / "config.json").write_text(json.dumps(config))
     (source / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="adapter_config.json: .* contains an adapter"):
-        qwen2_5_vl.load(source, mesh=mesh)
+        checkpoint.load(source, mesh=mesh)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,6 @@ def test_invalid_indexes_are_rejected_in_one_line(tmp_path, mesh, index):
     source = write_hf(tmp_path / "in", random_tensors(random_policy.CONFIG), shards=3)
     (source / INDEX).write_bytes(index)
     with pytest.raises(CheckpointError) as caught:
-        qwen2_5_vl.load(source, mesh=mesh)
+        checkpoint.load(source, mesh=mesh)
     assert f"{source / INDEX}: not a safetensors index" in str(caught.value)
     assert "\n" not in str(caught.value)

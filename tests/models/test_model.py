@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmsr1_jax.models import qwen2_5_vl
-from mmsr1_jax.models.qwen2_5_vl import checkpoint
-from mmsr1_jax.models.qwen2_5_vl.output_head import token_statistics
+from mmsr1_jax.models import checkpoint
+from mmsr1_jax.models.families import PRESETS
+from mmsr1_jax.models.output_head import token_statistics
 from mmsr1_jax.processing.batching import Bucket, make_rows
 from mmsr1_jax.scripts import random_policy
 from tests import reference
 from tests.programs import array_sizes
-from tests.reference import random_conversation, torch, torch_logits, variant
+from tests.reference import SMALL, random_conversation, torch, torch_logits, variant
 
 BUCKET = Bucket(length=192, windows=12, rows=2)
 
@@ -25,7 +25,11 @@ CONFIGS = {
     "gqa 4:1, untied": random_policy.CONFIG,
     "gqa 8:1, tied": variant(num_kv_heads=1, tie_embeddings=True),
     "gqa 1:1, untied": variant(num_kv_heads=8),
+    "qwen3, gqa 4:1, untied": SMALL["qwen3_vl"],
+    "qwen3, gqa 8:1, tied": variant("qwen3_vl", num_kv_heads=1, tie_embeddings=True),
+    "qwen3, gqa 1:1, untied": variant("qwen3_vl", num_kv_heads=8),
 }
+PLAIN = ["gqa 4:1, untied", "qwen3, gqa 4:1, untied"]  # one of each family
 
 # In merged tokens. Windows are 4 x 4, so few of these images are a multiple of a window.
 LAYOUTS = {
@@ -45,8 +49,8 @@ def models(name):
 
 
 @functools.cache
-def jitted(name):
-    graph, params = nnx.split(models(name)[0])
+def program(name):
+    graph, _ = nnx.split(models(name)[0])
 
     @jax.jit
     def logits_and_logprobs(params, rows):
@@ -54,7 +58,12 @@ def jitted(name):
         hidden, _ = model(rows)
         return model.logits(hidden), model.token_logprobs(rows)
 
-    return functools.partial(logits_and_logprobs, params)
+    return logits_and_logprobs
+
+
+def jitted(name, params=None):
+    params = nnx.split(models(name)[0])[1] if params is None else params
+    return functools.partial(program(name), params)
 
 
 def rows_of(conversations, config, bucket=BUCKET):
@@ -64,7 +73,7 @@ def rows_of(conversations, config, bucket=BUCKET):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "name",
-    [*list(CONFIGS)[:2], pytest.param("gqa 1:1, untied", marks=pytest.mark.proof)],
+    [pytest.param(name, marks=[pytest.mark.proof] if "1:1" in name else []) for name in CONFIGS],
 )
 def test_logits_equal_torch(name, layout):
     model, torch_model = models(name)
@@ -80,18 +89,39 @@ def test_logits_equal_torch(name, layout):
     assert (np.asarray(logprobs[0, T:]) == 0).all() and logprobs[0, 0] == 0
 
 
-def test_the_tolerance_distinguishes_linear_positions_from_mrope():
-    model, torch_model = models("gqa 4:1, untied")
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_tolerance_distinguishes_linear_positions_from_mrope(name):
+    model, torch_model = models(name)
     prompt = random_conversation(np.random.default_rng(5), model.config, LAYOUTS["one image"])
     inputs = reference.torch_inputs(prompt, model.config)
-    del inputs["mm_token_type_ids"]
+    T = len(prompt.tokens)
+    inputs["position_ids"] = torch.arange(T).expand(3, 1, T)
     linear = torch_model(**inputs).logits[0].numpy()
     mrope = torch_logits(torch_model, prompt, model.config)
     assert np.abs(linear - mrope).max() > 2e-3
 
 
-def test_packed_rows_equal_separate_rows():
-    name = "gqa 4:1, untied"
+@pytest.mark.parametrize("part", ["deepstack", "position_embedding", "q_norm"])
+def test_the_tolerance_distinguishes_a_missing_part(part):
+    """Without DeepStack's features, learned positions or the norm of queries, logits differ."""
+    name = "qwen3, gqa 4:1, untied"
+    model, torch_model = models(name)
+    prompt = random_conversation(np.random.default_rng(5), model.config, LAYOUTS["one image"])
+    params = nnx.split(nnx.clone(model))[1]
+    if part == "deepstack":
+        kernel = params["vision"]["deepstack"]["fc2"]["kernel"]
+    elif part == "position_embedding":
+        kernel = params["vision"]["position_embedding"]
+    else:
+        kernel = params["text"]["layers"]["attention"]["q_norm"]["scale"]
+    kernel.set_value(jnp.zeros_like(kernel.get_value()))
+    changed = jitted(name, params)(rows_of([[prompt]], model.config))[0][0, : len(prompt.tokens)]
+    theirs = torch_logits(torch_model, prompt, model.config)
+    assert np.abs(changed - theirs).max() > 2e-3
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_packed_rows_equal_separate_rows(name):
     model, _ = models(name)
     rng = np.random.default_rng(11)
     prompts = [
@@ -111,7 +141,12 @@ def test_packed_rows_equal_separate_rows():
 
 
 @pytest.mark.parametrize(
-    "name", ["gqa 4:1, untied", pytest.param("gqa 8:1, tied", marks=pytest.mark.proof)]
+    "name",
+    [
+        *PLAIN,
+        pytest.param("gqa 8:1, tied", marks=pytest.mark.proof),
+        pytest.param("qwen3, gqa 8:1, tied", marks=pytest.mark.proof),
+    ],
 )
 def test_gradients_equal_torch(name):
     """Gradients of a weighted token loss with respect to every parameter of both towers."""
@@ -131,7 +166,7 @@ def test_gradients_equal_torch(name):
 
         return jax.grad(loss)(params)
 
-    ours = dict(checkpoint.hf_tensors(nnx.merge(graph, gradient(params)), checkpoint.LAYOUTS[1]))
+    ours = reference.named_tensors(nnx.merge(graph, gradient(params)))
     with torch.enable_grad():
         torch_model.zero_grad()
         logits = torch_model(**reference.torch_inputs(prompt, config)).logits[0]
@@ -147,8 +182,8 @@ def test_gradients_equal_torch(name):
 
 
 @pytest.mark.proof
-def test_remat_and_attention_give_the_same_gradients():
-    config = random_policy.CONFIG
+@pytest.mark.parametrize("config", SMALL.values(), ids=SMALL)
+def test_remat_and_attention_give_the_same_gradients(config):
     rng = np.random.default_rng(2)
     rows = rows_of([[random_conversation(rng, config, [12, (5, 7), 30])]], config)
 
@@ -221,8 +256,9 @@ def test_token_statistics_and_their_gradients_equal_torch(temperature, chunk, vo
         np.testing.assert_allclose(ours, theirs.grad.numpy(), atol=2e-4)
 
 
-def test_bfloat16_is_close_to_float32():
-    config = random_policy.CONFIG
+@pytest.mark.parametrize("name", PLAIN)
+def test_bfloat16_is_close_to_float32(name):
+    config = CONFIGS[name]
     rng = np.random.default_rng(2)
     prompt = random_conversation(rng, config, [12, (5, 7), 30])
     rows = rows_of([[prompt]], config)
@@ -232,7 +268,7 @@ def test_bfloat16_is_close_to_float32():
     half_graph, _ = nnx.split(checkpoint.abstract_model(config, **keywords))
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.state(model))
     half = jax.jit(lambda p, r: nnx.merge(half_graph, p).token_logprobs(r))(params, rows)
-    exact = jitted("gqa 4:1, untied")(rows)[1]
+    exact = jitted(name)(rows)[1]
     assert half.dtype == jnp.float32
     assert np.abs(np.asarray(half - exact)).max() < 0.1
 
@@ -285,15 +321,35 @@ def test_compile_time_does_not_grow_with_depth():
 
 @pytest.mark.parametrize(
     "name, count",
-    [("3b", 3754622976), ("7b", 8292166656), ("32b", 33452718336), ("72b", 73410777344)],
+    [
+        ("qwen2.5-vl-3b", 3754622976),
+        ("qwen2.5-vl-7b", 8292166656),
+        ("qwen2.5-vl-32b", 33452718336),
+        ("qwen2.5-vl-72b", 73410777344),
+        ("qwen3-vl-2b", 2127532032),
+        ("qwen3-vl-4b", 4437815808),
+        ("qwen3-vl-8b", 8767123696),
+        ("qwen3-vl-32b", 33357390064),
+    ],
 )
 def test_presets_have_the_published_number_of_parameters(name, count):
     """In our model and in torch; the expected numbers are those of the released files."""
-    config = qwen2_5_vl.PRESETS[name]
+    config = PRESETS[name]
     leaves = jax.tree.leaves(nnx.state(checkpoint.abstract_model(config), nnx.Param))
     assert sum(int(np.prod(leaf.shape)) for leaf in leaves) == count
     with torch.device("meta"):
-        theirs = reference.Qwen2_5_VLForConditionalGeneration(
-            reference.Qwen2_5_VLConfig(**config.to_hf())
-        )
+        theirs = reference.torch_architecture(config)
     assert sum(p.numel() for p in theirs.parameters()) == count
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_separate_layers_equal_stacked_ones(name):
+    """Those of both towers, as engines on accelerators have them."""
+    model, _ = models(name)
+    prompt = random_conversation(np.random.default_rng(5), model.config, LAYOUTS["one image"])
+    rows = rows_of([[prompt]], model.config)
+    separate = nnx.clone(model)
+    separate.unstack(vision=True)
+    graph, params = nnx.split(separate)
+    ours = jax.jit(lambda params, rows: nnx.merge(graph, params).token_logprobs(rows))(params, rows)
+    np.testing.assert_allclose(ours, jitted(name)(rows)[1], atol=2e-5, rtol=0)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from mmsr1_jax.models.qwen2_5_vl import mrope_positions
+from mmsr1_jax.models.positions import mrope_positions
 from mmsr1_jax.scripts import random_policy
-from tests.reference import random_conversation, torch, torch_inputs, torch_model
+from tests.reference import SMALL, random_conversation, torch, torch_inputs, torch_model
 
 CONFIG = random_policy.CONFIG
 
@@ -27,12 +27,13 @@ def positions(prompt, **keywords):
     )
 
 
-@pytest.fixture(scope="module")
-def reference():
-    return torch_model(random_policy.random_model(CONFIG, seed=0)).model
+@pytest.fixture(scope="module", params=SMALL)
+def reference(request):
+    return torch_model(random_policy.random_model(SMALL[request.param], seed=0)).model
 
 
 def test_random_layouts_match_transformers(reference):
+    """Both families have the same positions, and the same ids of control tokens in tests."""
     rng = np.random.default_rng(0)
     with_images = 0
     for _ in range(200):

@@ -16,7 +16,7 @@ from mmsr1_jax.models import sharding
 from mmsr1_jax.processing.batching import Bucket, make_rows
 from mmsr1_jax.scripts import random_policy
 from tests import kernels
-from tests.reference import random_conversation, variant
+from tests.reference import SMALL, random_conversation, variant
 
 BUCKET = Bucket(length=96, windows=6, rows=8)
 
@@ -25,6 +25,7 @@ CONFIGS = {
     "kv heads 2": random_policy.CONFIG,
     "kv heads 1, tied": variant(num_kv_heads=1, tie_embeddings=True),
     "kv heads 8": variant(num_kv_heads=8),
+    "qwen3, kv heads 2": SMALL["qwen3_vl"],
 }
 
 
@@ -64,6 +65,7 @@ MESHES = [(1, 8, 1), (1, 4, 2), (1, 2, 4)]
         pytest.param("kv heads 2", "xla", MESHES, marks=pytest.mark.proof),
         pytest.param("kv heads 1, tied", "xla", MESHES[1:], marks=pytest.mark.proof),
         pytest.param("kv heads 8", "xla", MESHES[2:], marks=pytest.mark.proof),
+        pytest.param("qwen3, kv heads 2", "xla", [*MESHES, (2, 2, 2)], marks=pytest.mark.proof),
         pytest.param("kv heads 2", "blockwise", MESHES[2:], marks=pytest.mark.proof),
     ],
 )
@@ -137,8 +139,9 @@ def test_partition_specs():
     assert sharding.partition_spec(("batch",), (8,), replicated) == P(("replica", "fsdp"))
 
 
-def test_every_parameter_has_logical_axes():
-    params = nnx.state(random_policy.random_model(random_policy.CONFIG, seed=0), nnx.Param)
+@pytest.mark.parametrize("config", SMALL.values(), ids=SMALL)
+def test_every_parameter_has_logical_axes(config):
+    params = nnx.state(random_policy.random_model(config, seed=0), nnx.Param)
     known = {*sharding.RULES, "layers", "head_dim", None}
     for path, variable in nnx.to_flat_state(params):
         axes = variable.get_metadata("axes")

@@ -47,6 +47,14 @@ def assert_same(directory, image=IMAGE):
 
 SUPPORTED = {
     "released": {"min_pixels": 3136, "max_pixels": 12845056},
+    "released, patches of 16": {
+        "size": {"shortest_edge": 65536, "longest_edge": 16777216},
+        "patch_size": 16,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "processor_class": "Qwen3VLProcessor",
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+    },
     "a size": {"size": SIZE},
     "limits before a size": {"size": SIZE, "min_pixels": 200704, "max_pixels": 12845056},
     "one limit and a size": {"size": SIZE, "max_pixels": 100352},

@@ -68,44 +68,80 @@ SYNTHETIC = {
 assert len(SYNTHETIC) >= 30
 
 
-def check(data, processor=None):
-    processor = processor or ImageProcessor(min_pixels=3136, max_pixels=1_003_520)
+# The settings of the released Qwen2.5-VL, with a lower bound on the area, and of Qwen3-VL.
+PROCESSORS = {
+    "qwen2_5_vl": ImageProcessor(min_pixels=3136, max_pixels=1_003_520),
+    "qwen3_vl": ImageProcessor(
+        min_pixels=65_536, max_pixels=16_777_216, patch_size=16, mean=(0.5,) * 3, std=(0.5,) * 3
+    ),
+}
+both = pytest.mark.parametrize("processor", PROCESSORS.values(), ids=PROCESSORS)
+
+
+def check(data, processor):
     image = open_image(data)
-    ours = processor(image)
     # The reference opens the file itself, but ignores the EXIF orientation.
-    upright = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data)))
+    compare(image, PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data))), processor)
+
+
+def compare(image, upright, processor):
+    """Compare our patches of `image` with those of `transformers` of the same picture."""
+    ours = processor(image)
     reference = Qwen2VLImageProcessorPil(
-        size={"shortest_edge": processor.min_pixels, "longest_edge": processor.max_pixels}
+        size={"shortest_edge": processor.min_pixels, "longest_edge": processor.max_pixels},
+        patch_size=processor.patch_size,
+        image_mean=processor.mean,
+        image_std=processor.std,
     )
     theirs = reference(images=[upright], return_tensors="np")
     assert ours.grid == tuple(theirs["image_grid_thw"][0])
     np.testing.assert_allclose(ours.values, theirs["pixel_values"], atol=1e-5, rtol=0)
 
 
+@both
 @pytest.mark.parametrize("name", SYNTHETIC)
-def test_patches_of_synthetic_images_equal_those_of_transformers(name):
-    check(SYNTHETIC[name])
+def test_patches_of_synthetic_images_equal_those_of_transformers(name, processor):
+    check(SYNTHETIC[name], processor)
 
 
-def test_patches_of_photographs_equal_those_of_transformers(shared):
+@both
+def test_patches_of_reported_images_equal_those_of_transformers(shared, processor):
+    """Images of every format and mode that are opened, both given as RGB."""
+    opened = 0
+    for path in sorted((shared / "cases/reports/images/files").iterdir()):
+        try:
+            image = open_image(path)
+        except ImageError:
+            continue
+        if max(image.size) <= 200 * min(image.size):
+            compare(image, image, processor)
+            opened += 1
+    assert opened > 30
+
+
+@both
+def test_patches_of_photographs_equal_those_of_transformers(shared, processor):
     pyarrow = pytest.importorskip("pyarrow.parquet", reason="reading parquet needs pyarrow")
     rows = pyarrow.read_table(shared / "data" / "fvqa_mini.parquet").to_pylist()
     files = [image["bytes"] for row in rows for image in row["images"]]
     assert len(files) >= 26
     for data in files:
-        check(data)
+        check(data, processor)
 
 
-def test_target_sizes_equal_those_of_transformers():
+@pytest.mark.parametrize("patch_size", [14, 16])
+def test_target_sizes_equal_those_of_transformers(patch_size):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     rng = np.random.default_rng(0)
-    processor = ImageProcessor(min_pixels=512 * 512, max_pixels=2 * 672 * 672)
+    processor = ImageProcessor(
+        min_pixels=512 * 512, max_pixels=2 * 672 * 672, patch_size=patch_size
+    )
     for _ in range(2000):
         height, width = (int(2 ** rng.uniform(0, 13)) for _ in range(2))
         if max(height, width) > 200 * min(height, width):
             continue
-        theirs = smart_resize(height, width, 28, 512 * 512, 2 * 672 * 672)
+        theirs = smart_resize(height, width, 2 * patch_size, 512 * 512, 2 * 672 * 672)
         assert processor.target_size(height, width) == theirs
 
 

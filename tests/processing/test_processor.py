@@ -1,5 +1,6 @@
 """Conversations have the token ids of HF chat templates, and text never becomes control tokens."""
 
+import copy
 import json
 
 import numpy as np
@@ -7,8 +8,11 @@ import PIL.Image
 import pytest
 from transformers import AutoTokenizer
 
+from mmsr1_jax.models.families import FAMILIES
 from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.processing.processor import ConversationError, Processor, TokenizerError
+from mmsr1_jax.scripts import random_policy
+from tests.reference import SMALL
 
 # Qwen2.5-VL's chat format, written for the test as a Jinja template that `transformers` renders.
 CHAT_FORMAT = """\
@@ -72,14 +76,21 @@ def conversations():
         yield messages
 
 
+# The format of later models, which have no default system message.
+WITHOUT_SYSTEM = CHAT_FORMAT.replace('messages[0].role != "system"', "false")
+
+
+@pytest.mark.parametrize("default_system", ["You are a helpful assistant.", None])
 @pytest.mark.parametrize("generation_prompt", [False, True])
-def test_ids_equal_the_chat_template(released, generation_prompt):
+def test_ids_equal_the_chat_template(released, generation_prompt, default_system):
     tokenizer, processor = released
+    processor = copy.copy(processor)
+    processor.default_system = default_system
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     for messages in conversations():
         expected = tokenizer.apply_chat_template(
             messages,
-            chat_template=CHAT_FORMAT,
+            chat_template=CHAT_FORMAT if default_system else WITHOUT_SYSTEM,
             add_generation_prompt=generation_prompt,
             tokenize=True,
             return_dict=False,
@@ -102,6 +113,21 @@ def test_ids_equal_the_released_template(released):
     messages.append({"role": "user", "content": "And then?"})
     expected = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert processor.conversation(messages).tokens.tolist() == expected
+
+
+def test_the_family_of_the_policy_defines_the_default_system_message(tmp_path, processor):
+    for name, config in SMALL.items():
+        directory = tmp_path / name
+        random_policy.write(directory, config=config, images=random_policy.image_processor(config))
+        own = Processor.from_directory(directory)
+        own.check_fits(config)
+        text = own.decode(own.first_turn(["Hi"]).tokens)
+        expected = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        if FAMILIES[name].default_system:
+            system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+            assert text == processor.decode(processor.first_turn(["Hi"]).tokens)
+            expected = system + expected
+        assert text == expected
 
 
 def test_control_tokens_have_the_released_ids(released):

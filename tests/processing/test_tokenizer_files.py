@@ -9,7 +9,7 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from mmsr1_jax.episodes import turns
-from mmsr1_jax.models.qwen2_5_vl import ModelConfig
+from mmsr1_jax.models.families import read_config
 from mmsr1_jax.processing import tokenizer_files
 from mmsr1_jax.processing.images import ImageProcessor
 from mmsr1_jax.processing.processor import Processor, TokenizerError
@@ -161,10 +161,11 @@ def test_a_directory_saved_after_a_call_with_truncation_and_padding(tmp_path):
 @pytest.mark.parametrize("number", [int(1e30), 2**64, -(2**64), 10**400])
 def test_integers_of_more_than_64_bits_in_files_of_transformers_are_read(tmp_path, number):
     unlimited = {"model_max_length": number}
+    config = {"model_type": "qwen2_5_vl"} | unlimited
     write(tmp_path, RAW, {"tokenizer_class": "PreTrainedTokenizerFast"} | unlimited,
-          config=unlimited, special_tokens_map=unlimited)  # fmt: skip
+          config=config, special_tokens_map=unlimited)  # fmt: skip
     assert_same_ids(tmp_path)
-    write(tmp_path / "by_config", RAW, unlimited, config=unlimited)
+    write(tmp_path / "by_config", RAW, unlimited, config=config)
     assert tokenizer_files.read(tmp_path / "by_config")
     path = tmp_path / "by_config" / "preprocessor_config.json"
     path.write_text(json.dumps(ImageProcessor().to_hf() | {"limit": number}))
@@ -175,7 +176,7 @@ def test_integers_of_more_than_64_bits_in_files_of_transformers_are_read(tmp_pat
     Processor.from_directory(tmp_path / "by_config")
     config = random_policy.CONFIG.to_hf() | {"text_limits": unlimited}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert ModelConfig.from_directory(tmp_path) == random_policy.CONFIG
+    assert read_config(tmp_path) == random_policy.CONFIG
 
 
 def added(*tokens):

@@ -8,6 +8,7 @@ from flax import nnx
 
 from mmsr1_jax.config import settings
 from mmsr1_jax.models import sharding
+from mmsr1_jax.models.config import ModelConfig
 from mmsr1_jax.rl import loss, packing
 from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.scripts import random_policy
@@ -102,6 +103,11 @@ def metrics_and_moments(learner, batches):
 
 
 CONFIG = variant(num_heads=8, num_kv_heads=2)
+
+
+def learned_config(request) -> ModelConfig:
+    """Return the config of the family that a test names (`over_families`), or of the first."""
+    return variant(getattr(request, "param", "qwen2_5_vl"), num_heads=8, num_kv_heads=2)
 
 
 def assert_same_update(actual, expected):

@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from mmsr1_jax.models import qwen2_5_vl, sharding
+from mmsr1_jax.models import checkpoint, sharding
 from mmsr1_jax.rl import adapter_files, lora
 from mmsr1_jax.scripts import random_policy
 from tests.reference import torch, torch_logits, torch_model
@@ -28,7 +28,7 @@ def policy(tiny_dir):
 
 def load(directory):
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    return qwen2_5_vl.load(directory, mesh=mesh)
+    return checkpoint.load(directory, mesh=mesh)
 
 
 def adapter(policy, directory, **fields):

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from mmsr1_jax.models import sharding
-from mmsr1_jax.models.qwen2_5_vl import checkpoint
 from mmsr1_jax.rl import packing
 from mmsr1_jax.utils import compile_counter
-from tests.reference import torch, torch_model, variant
+from tests.reference import named_tensors, over_families, torch, torch_model, variant
 from tests.rl.learners import (
     CONFIG,
     SHAPE,
     assert_same_update,
     flat,
+    learned_config,
     make_learner,
     make_samples,
     metrics_and_moments,
@@ -26,38 +26,46 @@ from tests.rl.learners import (
 
 
 @pytest.fixture(scope="module")
-def learner():
-    return make_learner(CONFIG)
+def config(request):
+    return learned_config(request)
 
 
 @pytest.fixture(scope="module")
-def expected(learner):
-    return metrics_and_moments(learner, off_policy_batches(learner, make_samples(CONFIG)))
+def learner(config):
+    return make_learner(config)
+
+
+@pytest.fixture(scope="module")
+def expected(config, learner):
+    return metrics_and_moments(learner, off_policy_batches(learner, make_samples(config)))
 
 
 @pytest.mark.proof
+@over_families("config", proof=True)
 @pytest.mark.parametrize("shape", [(1, 128, 16), (1, 512, 64)])
-def test_the_update_does_not_depend_on_packing_and_micro_batches(learner, expected, shape):
+def test_the_update_does_not_depend_on_packing_and_micro_batches(config, learner, expected, shape):
     metrics, moments = expected
     assert metrics["finite"] == 1 and max(np.abs(m).max() for m in moments.values()) > 1e-3
-    batches = off_policy_batches(learner, make_samples(CONFIG)[::-1], packing.RowShape(*shape))
+    batches = off_policy_batches(learner, make_samples(config)[::-1], packing.RowShape(*shape))
     assert_same_update(metrics_and_moments(learner, batches), expected)
 
 
+@over_families("config", proof=True)
 @pytest.mark.parametrize("shape", [pytest.param((1, 8, 1), marks=pytest.mark.proof), (1, 4, 2)])
-def test_eight_devices_equal_one(expected, shape):
-    other = make_learner(CONFIG, sharding.make_mesh(*shape))
-    batches = off_policy_batches(other, make_samples(CONFIG), packing.RowShape(8, 128, 16))
+def test_eight_devices_equal_one(config, expected, shape):
+    other = make_learner(config, sharding.make_mesh(*shape))
+    batches = off_policy_batches(other, make_samples(config), packing.RowShape(8, 128, 16))
     assert_same_update(metrics_and_moments(other, batches), expected)
     moments = [x for x in jax.tree.leaves(other.optimizer) if x.ndim > 2]
     parts = [x.sharding.shard_shape(x.shape) for x in moments]
     assert any(part != x.shape for part, x in zip(parts, moments, strict=True)), "not sharded"
 
 
+@over_families("config", proof=True)
 @pytest.mark.parametrize("freeze_vision", [False, pytest.param(True, marks=pytest.mark.proof)])
-def test_three_updates_equal_torch(freeze_vision):
-    samples = make_samples(CONFIG, seed=2)
-    learner = make_learner(CONFIG, freeze_vision=freeze_vision)
+def test_three_updates_equal_torch(config, freeze_vision):
+    samples = make_samples(config, seed=2)
+    learner = make_learner(config, freeze_vision=freeze_vision)
     batches = off_policy_batches(learner, samples)
     torch_policy = torch_model(learner.model())
     names = dict(torch_policy.named_parameters())
@@ -76,7 +84,7 @@ def test_three_updates_equal_torch(freeze_vision):
             metrics = learner.update(batches, 1e-4)
             assert metrics["loss"] == pytest.approx(expected_loss.item(), rel=1e-4), step
             assert metrics["gradient_norm"] == pytest.approx(norm.item(), rel=1e-4)
-    ours = dict(checkpoint.hf_tensors(learner.model(), checkpoint.LAYOUTS[1]))
+    ours = named_tensors(learner.model())
     change = {name: np.abs((x.detach() - start[name]).numpy()).max() for name, x in names.items()}
     assert all((x > 2e-4) != (freeze_vision and "visual" in name) for name, x in change.items())
     errors = {name: np.abs(ours[name] - x.detach().numpy()).max() for name, x in names.items()}

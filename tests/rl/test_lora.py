@@ -12,15 +12,18 @@ import safetensors.numpy
 from flax import nnx
 
 from mmsr1_jax.config import settings
+from mmsr1_jax.config.errors import UserError
 from mmsr1_jax.models import sharding
-from mmsr1_jax.models.qwen2_5_vl.layers import Adapter, Linear
+from mmsr1_jax.models.layers import Adapter, Linear
 from mmsr1_jax.rl import lora, packing
 from mmsr1_jax.scripts import merge, random_policy
 from mmsr1_jax.training import metrics, train_utils
 from mmsr1_jax.training.workdir import Workdir
 from tests.programs import ROOT, run
 from tests.reference import (
-    Qwen2_5_VLForConditionalGeneration,
+    SMALL,
+    AutoModelForImageTextToText,
+    over_families,
     torch,
     torch_logits,
     torch_model,
@@ -30,6 +33,7 @@ from tests.rl.learners import (
     SHAPE,
     assert_same_update,
     flat,
+    learned_config,
     loss_function,
     make_learner,
     make_samples,
@@ -39,7 +43,12 @@ from tests.rl.learners import (
 )
 from tests.train_runs import new_run_command, train_command, write_questions
 
-ALL_TARGETS = dict(lora_rank=3, lora_alpha=6.0, lora_targets=tuple(lora.TARGETS))
+
+def all_targets(config):
+    return dict(lora_rank=3, lora_alpha=6.0, lora_targets=lora.targets_of(config))
+
+
+ALL_TARGETS = all_targets(CONFIG)
 SOME_TARGETS = ALL_TARGETS | dict(lora_targets=("q", "out", "down"))
 
 
@@ -61,8 +70,13 @@ def adapted_policy(learner):
 
 
 @pytest.fixture(scope="module")
-def learner():
-    return randomised(make_learner(CONFIG, max_grad_norm=0.0, **ALL_TARGETS))
+def config(request):
+    return learned_config(request)
+
+
+@pytest.fixture(scope="module")
+def learner(config):
+    return randomised(make_learner(config, max_grad_norm=0.0, **all_targets(config)))
 
 
 @pytest.fixture
@@ -116,16 +130,17 @@ def test_new_adapters_do_not_change_the_policy():
     assert len({float(x.reshape(-1)[0]) for x in jax.tree.leaves(learner.trained)}) == 12 + 1
 
 
-def test_merged_adapters_give_the_same_policy(learner):
-    batches = packing.pack(make_samples(CONFIG), CONFIG, SHAPE)
+@over_families("config", proof=True)
+def test_merged_adapters_give_the_same_policy(config, learner):
+    batches = packing.pack(make_samples(config), config, SHAPE)
     graph, params = nnx.split(learner.model())
     assert "adapter" not in str(graph)
-    plain = make_learner(CONFIG)
+    plain = make_learner(config)
     plain.trained = params
     for actual, expected, before in zip(
         plain.logprobs(batches),
         learner.logprobs(batches),
-        make_learner(CONFIG).logprobs(batches),
+        make_learner(config).logprobs(batches),
         strict=True,
     ):
         np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
@@ -215,7 +230,8 @@ def peft_model(learner, directory, **keywords):
     """Return the policy in torch, with our adapters as PEFT reads them."""
     peft = pytest.importorskip("peft", reason="the reference implementation of LoRA")
     plain = nnx.merge(learner._plain_graph, nnx.state(adapted_policy(learner), is_base))
-    lora.save(learner.trained, directory, CONFIG, alpha=6.0, source="base")
+    config = learner.model().config
+    lora.save(learner.trained, directory, config, alpha=6.0, source="base")
     return peft.PeftModel.from_pretrained(torch_model(plain), str(directory), **keywords)
 
 
@@ -223,13 +239,14 @@ def is_base(path, value):
     return not isinstance(value, nnx.LoRAParam)
 
 
-def test_peft_reads_our_adapters(learner, tmp_path):
+@over_families("config", proof=False)
+def test_peft_reads_our_adapters(config, learner, tmp_path):
     torch_policy = peft_model(learner, tmp_path / "adapter")
     merged = torch_model(learner.model())
-    for sample in make_samples(CONFIG, 3):
-        expected = torch_logits(torch_policy, sample.prompt, CONFIG)
+    for sample in make_samples(config, 3):
+        expected = torch_logits(torch_policy, sample.prompt, config)
         np.testing.assert_allclose(
-            torch_logits(merged, sample.prompt, CONFIG), expected, rtol=0, atol=1e-4
+            torch_logits(merged, sample.prompt, config), expected, rtol=0, atol=1e-4
         )
     total = sum(p.numel() for name, p in torch_policy.named_parameters() if "lora_" in name)
     assert total == sum(x.size for x in jax.tree.leaves(learner.trained))
@@ -237,9 +254,10 @@ def test_peft_reads_our_adapters(learner, tmp_path):
 
 
 @pytest.mark.proof
-def test_updates_equal_torch(tmp_path):
-    learner = randomised(make_learner(CONFIG, max_grad_norm=0.5, **ALL_TARGETS))
-    samples = make_samples(CONFIG, seed=2)
+@over_families("config", proof=True)
+def test_updates_equal_torch(config, tmp_path):
+    learner = randomised(make_learner(config, max_grad_norm=0.5, **all_targets(config)))
+    samples = make_samples(config, seed=2)
     torch_policy = peft_model(learner, tmp_path / "start", is_trainable=True)
     trained = {
         name.replace(".default", ""): p
@@ -251,7 +269,7 @@ def test_updates_equal_torch(tmp_path):
     _, own = torch_loss(torch_policy, samples, None, None)
 
     def ours(state, name):
-        lora.save(state, tmp_path / name, CONFIG, alpha=6.0, source="base")
+        lora.save(state, tmp_path / name, config, alpha=6.0, source="base")
         return safetensors.numpy.load_file(tmp_path / name / lora.WEIGHTS)
 
     with torch.enable_grad():
@@ -293,9 +311,7 @@ def test_merge_equals_the_saved_policy(tiny_dir, tmp_path):
         np.testing.assert_allclose(actual[name], value, rtol=0, atol=1e-6, err_msg=name)
         trained = re.search(r"(_proj|qkv|attn.proj)\.weight$", name) is not None
         assert (value != start[name]).any() == trained, name
-    loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        tmp_path / "merged", dtype=torch.float32
-    )
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     prompt = make_samples(random_policy.CONFIG, 1)[0].prompt
     np.testing.assert_allclose(
         torch_logits(loaded.eval(), prompt, random_policy.CONFIG),
@@ -371,3 +387,12 @@ def test_invalid_settings_are_rejected():
     get_config = runpy.run_path(str(ROOT / "configs" / "qwen7b_lora.py"))["get_config"]
     for variant in ("paper", "script"):
         assert settings.validate(get_config(variant)).update.lora_rank > 0
+
+
+def test_targets_that_the_policy_does_not_have_are_rejected():
+    """The feed-forward layers of the two towers have different linear maps."""
+    config = SMALL["qwen3_vl"]
+    with pytest.raises(UserError, match="has no linear map 'vision.gate', only q, k, v, out"):
+        make_learner(config, lora_rank=2, lora_targets=("q", "vision.gate"))
+    new = set(lora.targets_of(config)) - set(lora.targets_of(CONFIG))
+    assert new == {"vision.fc1", "vision.fc2"}

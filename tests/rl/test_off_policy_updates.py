@@ -6,8 +6,7 @@ import pytest
 from flax import nnx
 
 from mmsr1_jax.config import settings
-from mmsr1_jax.models import sharding
-from mmsr1_jax.models.qwen2_5_vl import checkpoint
+from mmsr1_jax.models import checkpoint, sharding
 from mmsr1_jax.rl import packing
 from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.rl.train_batch import make_loss, update_metrics, with_logprobs

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmsr1_jax.models import sharding
-from mmsr1_jax.models.qwen2_5_vl import PRESETS
+from mmsr1_jax.models.families import PRESETS
 from mmsr1_jax.processing.images import Patches
 from mmsr1_jax.processing.processor import Prompt
 from mmsr1_jax.rl import packing
@@ -104,7 +104,7 @@ def test_different_pictures_with_equal_texts_are_different_prompts():
 
 def test_groups_with_real_lengths_are_computed_about_once(shared):
     """Groups of eight with the lengths of real transcripts, in rows of 8,192 tokens."""
-    config = PRESETS["7b"]
+    config = PRESETS["qwen2.5-vl-7b"]
     text = (shared / "data" / "transcripts.jsonl").read_text("utf-8")
     turns = [json.loads(line)["turns"] for line in text.splitlines()]
     prompts = [first["input_tokens"] for first, *_ in turns]

@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mmsr1_jax.models.image_rows import pack_images
 from mmsr1_jax.models.paged_attention import PagedRows
-from mmsr1_jax.models.qwen2_5_vl import mrope_positions
-from mmsr1_jax.models.qwen2_5_vl.vision import pack_images
+from mmsr1_jax.models.positions import mrope_positions
 from mmsr1_jax.processing.batching import Bucket, make_rows
 from mmsr1_jax.processing.processor import Prompt
 from mmsr1_jax.rollout import cache
 from mmsr1_jax.scripts import random_policy
-from tests.reference import random_conversation
+from tests.reference import FAMILIES_PROVED, FAMILIES_TESTED, SMALL, random_conversation
 
-CONFIG = random_policy.CONFIG
 LANES, CAPACITY, ROWS, WINDOWS = 5, 256, 2, 6
 PAGE, PAGES = 32, 8  # size of a page, pages of a lane
 NUM_PAGES = LANES * PAGES
 TABLE = np.random.default_rng(1).permutation(NUM_PAGES).reshape(LANES, PAGES).astype(np.int32)
-IMAGE_TOKENS = WINDOWS * CONFIG.vision.window_patches // CONFIG.vision.merge_size**2
+IMAGE_TOKENS = WINDOWS * 16  # in WINDOWS groups of 64 patches
+IMAGE_TOKEN = random_policy.CONFIG.image_token_id  # of both families
 # Lengths of text and grids of images in three turns of two conversations.
 TURNS = [
     [[7, (3, 5), 11], [9], [5, (2, 3), 4, (4, 5), 6]],
@@ -31,8 +31,8 @@ TURNS = [
 
 
 @pytest.fixture(scope="module")
-def model():
-    return random_policy.random_model(CONFIG, seed=3)
+def model(request):
+    return random_policy.random_model(SMALL[request.param], seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +49,16 @@ def programs(model):
         return model.logits(hidden[:, None])[:, 0], lanes
 
     return {
+        "config": model.config,
         "extend": merged(next_logits),
         "encode": merged(lambda model, images: model.encode_images(images)),
         "forward": merged(lambda model, rows: model.logits(model(rows)[0])),
     }
 
 
-def turns_of(which):
+def turns_of(model, which):
     rng = np.random.default_rng(which)
-    return [random_conversation(rng, CONFIG, layout) for layout in TURNS[which]]
+    return [random_conversation(rng, model.config, layout) for layout in TURNS[which]]
 
 
 def join(turns):
@@ -66,7 +67,7 @@ def join(turns):
 
 
 def allocate(model):
-    return cache.allocate(CONFIG.text, model.dtype, LANES, NUM_PAGES, PAGE)
+    return cache.allocate(model.config.text, model.dtype, LANES, NUM_PAGES, PAGE)
 
 
 def extension(programs, items, length, table=TABLE):
@@ -87,18 +88,20 @@ def extension(programs, items, length, table=TABLE):
         count=np.zeros(ROWS, np.int32),
     )
     rows = [[(i.values, i.grid) for i in turn.images] for _, turn, _, _ in items]
-    images, indices = pack_images(rows + [[]] * (ROWS - len(items)), WINDOWS, CONFIG.vision)
+    images, indices = pack_images(
+        rows + [[]] * (ROWS - len(items)), WINDOWS, programs["config"].vision
+    )
     for row, (lane, turn, start, filled) in enumerate(items):
         T = len(turn.tokens)
         positions, after = mrope_positions(
-            turn.tokens, turn.grids, image_token_id=CONFIG.image_token_id, start=start
+            turn.tokens, turn.grids, image_token_id=IMAGE_TOKEN, start=start
         )
         following.append(after)
         new["lane"][row], paged.count[row], paged.start[row] = lane, T, filled
         paged.table[row] = table[lane]
         new["tokens"][row, :T], new["positions"][row, :, :T] = turn.tokens, positions
         slots = indices[row] + row * IMAGE_TOKENS
-        new["image_index"][row, :T][turn.tokens == CONFIG.image_token_id] = slots
+        new["image_index"][row, :T][turn.tokens == IMAGE_TOKEN] = slots
     image_tokens = programs["encode"](images)
     assert image_tokens.shape[1] == IMAGE_TOKENS
     batch = cache.PrefillBatch(rows=paged, **new)
@@ -107,16 +110,17 @@ def extension(programs, items, length, table=TABLE):
 
 def full_logits(programs, prompt):
     bucket = Bucket(length=CAPACITY, windows=3 * WINDOWS, rows=1)
-    logits = programs["forward"](make_rows([[prompt]], bucket, CONFIG, CONFIG.image_token_id))
+    logits = programs["forward"](make_rows([[prompt]], bucket, programs["config"], IMAGE_TOKEN))
     return np.asarray(logits[0, len(prompt.tokens) - 1])
 
 
+@FAMILIES_TESTED
 def test_three_turns_with_images(model, programs):
     """Two conversations side by side in lanes 3 and 1, turn by turn, then token by token."""
     lanes = allocate(model)
     # Stale contents of the pages must have no effect.
     lanes = lanes.replace(pages=tuple(pages + 9.0 for pages in lanes.pages))
-    conversations = [turns_of(0), turns_of(1)]
+    conversations = [turns_of(model, 0), turns_of(model, 1)]
     starts, lengths = [0, 0], [0, 0]
     for turn in range(3):
         items = [
@@ -143,7 +147,7 @@ def test_three_turns_with_images(model, programs):
             )
             for row, lane in enumerate((3, 1))
         ]
-        if CONFIG.image_token_id in tokens:
+        if IMAGE_TOKEN in tokens:
             pytest.fail("the random policy sampled a placeholder; choose another seed")
         new, starts = extension(programs, items, length=1)
         logits, lanes = programs["extend"](lanes, new)
@@ -156,9 +160,10 @@ def test_three_turns_with_images(model, programs):
             )
 
 
+@FAMILIES_TESTED
 def test_forked_lanes_are_independent(model, programs):
     """Lanes 2 and 4 share the full pages of lane 0's prompt, and have a copy of the last one."""
-    prompt, ours, theirs = turns_of(0)
+    prompt, ours, theirs = turns_of(model, 0)
     new, (start,) = extension(programs, [(0, prompt, 0, 0)], length=64)
     _, lanes = programs["extend"](allocate(model), new)
     T, hidden, table = len(prompt.tokens), lanes.hidden[0], TABLE.copy()
@@ -180,9 +185,10 @@ def test_forked_lanes_are_independent(model, programs):
     np.testing.assert_allclose(again[0], logits[1], atol=1e-5, rtol=0)
 
 
+@FAMILIES_PROVED
 def test_rows_depend_neither_on_neighbours_nor_on_their_pages(model, programs):
     """Outputs are bit-identical alone, beside another row, in other pages, and after stale ones."""
-    first, second = turns_of(0)[0], turns_of(1)[0]
+    first, second = turns_of(model, 0)[0], turns_of(model, 1)[0]
     alone, lanes = programs["extend"](
         allocate(model), extension(programs, [(0, first, 0, 0)], 64)[0]
     )
@@ -193,8 +199,9 @@ def test_rows_depend_neither_on_neighbours_nor_on_their_pages(model, programs):
     np.testing.assert_array_equal(alone[0], again[0])
 
 
+@FAMILIES_PROVED
 def test_pages_come_back_from_the_host_unchanged(model, programs):
-    prompt, ours, _ = turns_of(0)
+    prompt, ours, _ = turns_of(model, 0)
     new, (start,) = extension(programs, [(0, prompt, 0, 0)], length=64)
     _, lanes = programs["extend"](allocate(model), new)
     T, table = len(prompt.tokens), TABLE.copy()

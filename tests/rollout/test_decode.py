@@ -8,32 +8,38 @@ import pytest
 from flax import nnx
 
 from mmsr1_jax.models.paged_attention import PagedRows
-from mmsr1_jax.models.qwen2_5_vl import mrope_positions
+from mmsr1_jax.models.positions import mrope_positions
 from mmsr1_jax.processing.batching import Bucket, make_rows
 from mmsr1_jax.processing.processor import Prompt
 from mmsr1_jax.rollout import cache, decode, stop
 from mmsr1_jax.rollout.sampler import Sampling
 from mmsr1_jax.scripts import random_policy
-from tests.reference import random_conversation, torch_inputs, torch_model
+from tests.reference import (
+    FAMILIES_PROVED,
+    FAMILIES_TESTED,
+    SMALL,
+    random_conversation,
+    torch_inputs,
+    torch_model,
+)
 
-CONFIG = random_policy.CONFIG
 LANES, LENGTH, WINDOWS = 8, 112, 6
 PAGE, PAGES = 32, 8  # size of a page, pages of a lane
 TABLE = np.random.default_rng(1).permutation(LANES * PAGES).reshape(LANES, PAGES).astype(np.int32)
-SPECIAL = (CONFIG.image_token_id, CONFIG.video_token_id, CONFIG.vision_start_token_id,
-           CONFIG.vision_end_token_id)  # fmt: skip
+SPECIAL = tuple(random_policy.CONFIG.token_ids().values())  # those of both families
+IMAGE_TOKEN, VOCAB_SIZE = random_policy.CONFIG.image_token_id, random_policy.CONFIG.text.vocab_size
 
 
 @pytest.fixture(scope="module")
-def model():
-    return random_policy.random_model(CONFIG, seed=3)
+def model(request):
+    return random_policy.random_model(SMALL[request.param], seed=3)
 
 
 @pytest.fixture(scope="module")
 def table(processor):
     """Return a table with short stop strings, as a random policy writes no tags."""
     ends = {"<|im_end|>": processor.control["<|im_end|>"]}
-    return stop.build(processor.token_bytes(), CONFIG.text.vocab_size, ["e", "the"], ends)
+    return stop.build(processor.token_bytes(), VOCAB_SIZE, ["e", "the"], ends)
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +60,18 @@ def programs(model):
     }
 
 
-def prompts(count, seed=0):
+def prompts(config, count, seed=0):
     """Return random prompts with 0 to 3 images."""
     rng = np.random.default_rng(seed)
     layouts = [[20], [9, (3, 5), 4], [3, (2, 3), 5, (4, 4), 2], [(1, 3), 2, (3, 3), 1, (2, 6), 7]]
-    return [random_conversation(rng, CONFIG, layouts[i % 4]) for i in range(count)]
+    return [random_conversation(rng, config, layouts[i % 4]) for i in range(count)]
 
 
 def ready_rows(programs, model, group, budget, sampling):
     """Return lanes that contain the prompts, and rows ready to decode."""
-    lanes = cache.allocate(CONFIG.text, model.dtype, LANES, LANES * PAGES, PAGE)
+    lanes = cache.allocate(model.config.text, model.dtype, LANES, LANES * PAGES, PAGE)
     shape = Bucket(length=LENGTH, windows=WINDOWS, rows=LANES)
-    rows = make_rows([[p] for p in group], shape, CONFIG, CONFIG.image_token_id)
+    rows = make_rows([[p] for p in group], shape, model.config, IMAGE_TOKEN)
     count = np.array([len(p.tokens) for p in group] + [0] * (LANES - len(group)), np.int32)
     lane = np.where(count > 0, np.arange(LANES), LANES).astype(np.int32)
     images = programs["encode"](rows.images)
@@ -78,8 +84,7 @@ def ready_rows(programs, model, group, budget, sampling):
         image_index=np.where(rows.image_index >= 0, rows.image_index + first, np.int32(-1)),
     )
     _, lanes = programs["extend"](lanes, new, images.reshape(-1, images.shape[-1]))
-    image = CONFIG.image_token_id
-    following = [mrope_positions(p.tokens, p.grids, image_token_id=image)[1] for p in group]
+    following = [mrope_positions(p.tokens, p.grids, image_token_id=IMAGE_TOKEN)[1] for p in group]
     return lanes, decode.Rows(
         lane=lane,
         table=TABLE,
@@ -96,7 +101,7 @@ def ready_rows(programs, model, group, budget, sampling):
 
 def decode_chunk(programs, lanes, rows, next_state, running, steps, leave_at=0):
     """Decode a chunk; return its output, the lanes, and the rows to resume from."""
-    allowed = np.ones(CONFIG.text.vocab_size, bool)
+    allowed = np.ones(VOCAB_SIZE, bool)
     allowed[list(SPECIAL)] = False
     sampled, lanes = programs["decode"](
         lanes, rows, next_state, allowed, 5, leave_at, steps=steps, running=running
@@ -134,19 +139,20 @@ def run(programs, start, next_state, running, chunk):
     } | {"stop_state": rows.stop_state, "length": rows.length}
 
 
+@FAMILIES_TESTED
 @pytest.mark.parametrize("count", [8, pytest.param(64, marks=pytest.mark.proof)])
 def test_greedy_tokens_equal_those_of_transformers(model, programs, count):
     """Prompts of 0 to 3 images, float32."""
     reference, new_tokens = torch_model(model), 12
-    never = np.zeros((1, CONFIG.text.vocab_size), np.int16)
+    never = np.zeros((1, VOCAB_SIZE), np.int16)
     greedy = Sampling.uniform(LANES, greedy=True)
-    everything = prompts(count)
+    everything = prompts(model.config, count)
     varied = set()
     for first in range(0, count, LANES):
         group = everything[first : first + LANES]
         ours = run(programs, ready_rows(programs, model, group, new_tokens, greedy), never, 1, 12)
         for prompt, tokens in zip(group, ours["tokens"], strict=True):
-            inputs = torch_inputs(prompt, CONFIG)
+            inputs = torch_inputs(prompt, model.config)
             theirs = reference.generate(
                 **inputs,
                 max_new_tokens=new_tokens,
@@ -163,9 +169,10 @@ def test_greedy_tokens_equal_those_of_transformers(model, programs, count):
 SETTINGS = {"temperature": 0.7, "top_p": 0.9}
 
 
+@FAMILIES_PROVED
 def test_the_chunk_size_does_not_change_tokens(model, programs, table):
     sampling = Sampling.uniform(LANES, **SETTINGS)
-    group = prompts(5)
+    group = prompts(model.config, 5)
     results = []
     for chunk in (1, 8, 32):
         start = ready_rows(programs, model, group, 30, sampling)
@@ -176,8 +183,9 @@ def test_the_chunk_size_does_not_change_tokens(model, programs, table):
                 np.testing.assert_array_equal(a, b)
 
 
+@FAMILIES_PROVED
 def test_lanes_stop_at_final_states_of_the_automaton(model, programs, table):
-    group = prompts(6)
+    group = prompts(model.config, 6)
     start = ready_rows(programs, model, group, 40, Sampling.uniform(LANES))
     outcome = run(programs, start, table.next_state, table.running, 16)
     ends = outcome["stop_state"]
@@ -194,12 +202,13 @@ def test_lanes_stop_at_final_states_of_the_automaton(model, programs, table):
     assert not outcome["tokens"][7].size and outcome["length"][7] == 0
 
 
+@FAMILIES_TESTED
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_recorded_logprobs_equal_a_forward_pass(model, programs, table, temperature):
     """Sampled with top-p; recorded under temperature alone, as the trainer computes them."""
-    group = prompts(LANES, seed=4)
+    group = prompts(model.config, LANES, seed=4)
     sampling = Sampling.uniform(LANES, temperature=temperature, top_p=0.8)
-    never = np.zeros((1, CONFIG.text.vocab_size), np.int16)
+    never = np.zeros((1, VOCAB_SIZE), np.int16)
     outcome = run(programs, ready_rows(programs, model, group, 20, sampling), never, 1, 8)
     graph, params = nnx.split(model)
 
@@ -213,7 +222,7 @@ def test_recorded_logprobs_equal_a_forward_pass(model, programs, table, temperat
     for lane, prompt in enumerate(group):
         tokens = outcome["tokens"][lane]
         full = Prompt(np.concatenate([prompt.tokens, tokens]), prompt.images)
-        rows = make_rows([[full]], bucket, CONFIG, CONFIG.image_token_id)
+        rows = make_rows([[full]], bucket, model.config, IMAGE_TOKEN)
         expected = np.asarray(scaled(params, rows))[0]
         T = len(prompt.tokens)
         expected = expected[T - 1 + np.arange(20), tokens]
@@ -221,9 +230,10 @@ def test_recorded_logprobs_equal_a_forward_pass(model, programs, table, temperat
         assert (outcome["sampling_logprobs"][lane] >= outcome["logprobs"][lane] - 1e-5).all()
 
 
+@FAMILIES_PROVED
 def test_decode_returns_early(model, programs, table):
     """A chunk ends once at most `leave_at` rows are active, and can be resumed."""
-    group, sampling = prompts(6), Sampling.uniform(LANES)
+    group, sampling = prompts(model.config, 6), Sampling.uniform(LANES)
     start = ready_rows(programs, model, group, 40, sampling)
     full = run(programs, start, table.next_state, table.running, 40)
     lengths = sorted(len(tokens) for tokens in full["tokens"][:6])
@@ -241,9 +251,10 @@ def test_decode_returns_early(model, programs, table):
             np.testing.assert_array_equal(tokens, full["tokens"][lane])
 
 
+@FAMILIES_PROVED
 def test_the_assignment_of_lanes_to_rows_does_not_change_tokens(model, programs, table):
     """Lanes are decoded in other rows, and some of them wait."""
-    group, sampling = prompts(8), Sampling.uniform(LANES)
+    group, sampling = prompts(model.config, 8), Sampling.uniform(LANES)
     start = ready_rows(programs, model, group, 30, sampling)
     full = run(programs, start, table.next_state, table.running, 30)
     lanes, rows = ready_rows(programs, model, group, 30, sampling)

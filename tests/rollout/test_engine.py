@@ -29,12 +29,14 @@ from tests.engines import (
     random_image,
     search_tools,
 )
-from tests.scripted_policy import config_for, scripted_processor
+from tests.reference import FAMILIES_PROVED, FAMILIES_TESTED
+from tests.scripted_policy import scripted_processor
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return scripted_processor(VOCAB_SIZE)
+def processor(model):
+    images = random_policy.image_processor(model.config)
+    return scripted_processor(VOCAB_SIZE, images=images)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,7 @@ def episodes(engine):
     return list(engine.rollout(examples(5), group_size=4))
 
 
+@FAMILIES_PROVED
 def test_the_sample_covers_all_actions_and_lengths(episodes):
     """The tests below do not compare trivial episodes."""
     assert sorted(episode.index for episode in episodes) == list(range(20))
@@ -60,6 +63,7 @@ def test_the_sample_covers_all_actions_and_lengths(episodes):
     assert sum(len(episode.images) for episode in episodes) > 20
 
 
+@FAMILIES_PROVED
 @pytest.mark.parametrize("lanes, chunk", [(4, 1), (64, 32)])
 def test_lanes_chunks_and_tool_latencies_do_not_change_episodes(
     model, processor, episodes, lanes, chunk
@@ -72,11 +76,13 @@ def test_lanes_chunks_and_tool_latencies_do_not_change_episodes(
     assert by_index(again) == by_index(episodes)
 
 
+@FAMILIES_PROVED
 def test_another_seed_changes_all_episodes(engine, episodes):
     again = by_index(engine.rollout(examples(5), group_size=4, sampling=settings.Sampling(seed=1)))
     assert all(again[i]["tokens"] != r["tokens"] for i, r in by_index(episodes).items())
 
 
+@FAMILIES_PROVED
 @pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.proof), 0.7])
 def test_logprobs_equal_those_of_score(engine, model, temperature):
     sampling = settings.Sampling(temperature=temperature, top_p=0.9, seed=6)
@@ -84,6 +90,7 @@ def test_logprobs_equal_those_of_score(engine, model, temperature):
     assert_logprobs_match_score(model, finished, temperature)
 
 
+@FAMILIES_TESTED
 def test_logprobs_equal_those_of_score_if_images_are_split_over_chunks(model, processor):
     """Chunks begin and end inside images, and a question contains the same image twice."""
     config = make_config(prefill_buckets=(8, 32), prefill_tokens=32)
@@ -104,6 +111,7 @@ def test_logprobs_equal_those_of_score_if_images_are_split_over_chunks(model, pr
     assert num_split > 5
 
 
+@FAMILIES_PROVED
 def test_only_sampled_tokens_carry_loss(episodes, processor):
     end = processor.control["<|im_end|>"]
     for episode in episodes:
@@ -117,6 +125,7 @@ def test_only_sampled_tokens_carry_loss(episodes, processor):
             assert closing.count(end) == 1  # sampled or forced, never both
 
 
+@FAMILIES_PROVED
 def test_only_text_and_end_tokens_are_sampled(episodes, processor):
     """No other control tokens, and no ids beyond the tokenizer's."""
     sampled = np.concatenate([e.tokens[e.loss_mask] for e in episodes])
@@ -126,12 +135,14 @@ def test_only_text_and_end_tokens_are_sampled(episodes, processor):
     assert not set(sampled.tolist()) & (set(processor.control.values()) - ends)
 
 
+@FAMILIES_TESTED
 def test_each_image_token_has_a_placeholder(episodes):
     for episode in episodes:
         tokens = sum(len(image.values) // 4 for image in episode.images)
         assert (episode.tokens == 5).sum() == tokens
 
 
+@FAMILIES_PROVED
 def test_nothing_is_computed_twice(model, processor):
     """With groups of 8 over 3 turns on 6 lanes, prompts and images are computed once."""
     engine = Engine(model, processor, make_config(lanes=6), search_tools())
@@ -148,6 +159,7 @@ def test_nothing_is_computed_twice(model, processor):
     assert counts.decoded_tokens == sum(int(episode.loss_mask.sum()) for episode in finished)
 
 
+@FAMILIES_PROVED
 @pytest.mark.proof
 def test_evicted_images_are_encoded_again(model, processor):
     """A small image cache changes no episode."""
@@ -162,6 +174,7 @@ def test_evicted_images_are_encoded_again(model, processor):
     assert runs[0] == runs[1] and runs[0][0] == runs[0][2]
 
 
+@FAMILIES_PROVED
 def test_nothing_is_compiled_after_the_second_of_twenty_batches(model, processor):
     before = compile_counter.count()
     engine = Engine(model, processor, make_config(precompile=True), search_tools())
@@ -182,8 +195,9 @@ def test_nothing_is_compiled_after_the_second_of_twenty_batches(model, processor
     assert compiled[19] == compiled[1] > before
 
 
+@FAMILIES_PROVED
 def test_load_installs_new_parameters(model, processor, episodes):
-    other = random_policy.random_model(config_for(VOCAB_SIZE), seed=4)
+    other = random_policy.random_model(model.config, seed=4)
     fresh = Engine(other, processor, make_config(), search_tools())
     expected = by_index(fresh.rollout(examples(3), group_size=2))
     fresh.close()
@@ -208,6 +222,7 @@ def test_load_installs_new_parameters(model, processor, episodes):
     engine.close()
 
 
+@FAMILIES_PROVED
 @pytest.mark.proof
 def test_load_converts_the_parameters_of_a_trainer_on_eight_devices(model, processor, episodes):
     """They are sharded over a mesh and have another dtype; the engine has its own layout."""
@@ -215,7 +230,7 @@ def test_load_converts_the_parameters_of_a_trainer_on_eight_devices(model, proce
     params = nnx.split(model)[1]
     sharded = jax.device_put(params, sharding.param_shardings(params, mesh))
     engine = Engine(
-        random_policy.random_model(config_for(VOCAB_SIZE), seed=4),
+        random_policy.random_model(model.config, seed=4),
         processor,
         make_config(),
         search_tools(),
@@ -228,6 +243,7 @@ def test_load_converts_the_parameters_of_a_trainer_on_eight_devices(model, proce
     engine.close()
 
 
+@FAMILIES_PROVED
 @pytest.mark.proof
 def test_an_engine_on_two_devices_along_the_tensor_axis(model, processor, episodes):
     """Each holds half of the heads and of the cache, and no program is compiled twice."""
@@ -250,6 +266,7 @@ def test_an_engine_on_two_devices_along_the_tensor_axis(model, processor, episod
         )
 
 
+@FAMILIES_PROVED
 def test_unusable_examples_do_not_affect_others(engine):
     good = examples(3)
     expected = by_index(engine.rollout(good))
@@ -269,6 +286,7 @@ def test_unusable_examples_do_not_affect_others(engine):
     assert usable[0] == expected[0]
 
 
+@FAMILIES_PROVED
 def test_rules_that_exceed_the_capacity_of_lanes_are_refused(engine):
     limits = dataclasses.replace(LIMITS, max_episode_tokens=LIMITS.max_episode_tokens + 1)
     with pytest.raises(
@@ -277,6 +295,7 @@ def test_rules_that_exceed_the_capacity_of_lanes_are_refused(engine):
         engine.make_rules(limits, {})
 
 
+@FAMILIES_PROVED
 def test_a_full_cache_changes_no_episode(model, processor, engine, episodes):
     """Lanes move to the host and come back, and no token is computed twice."""
     small = Engine(model, processor, make_config(cache_tokens=9 * 128), search_tools())
@@ -289,6 +308,7 @@ def test_a_full_cache_changes_no_episode(model, processor, engine, episodes):
     assert small.stats.prefill_tokens == engine.stats.prefill_tokens - before
 
 
+@FAMILIES_PROVED
 def test_a_full_cache_does_not_let_others_wait_for_the_tool_of_one(model, processor):
     """One search is answered only once all other episodes have ended."""
     others_ended, delayed = threading.Event(), []
@@ -318,6 +338,7 @@ def test_a_full_cache_does_not_let_others_wait_for_the_tool_of_one(model, proces
     assert {call.status for episode in episodes for call in episode.calls} <= {"ok", "refused"}
 
 
+@FAMILIES_PROVED
 def test_pages_of_a_prompt_are_kept_until_its_last_episode_has_them(model, processor):
     """Groups larger than the lanes: the last episode of one starts beside the first of the next."""
     lanes, tools = 5, search_tools()

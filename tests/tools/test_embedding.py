@@ -17,9 +17,9 @@ import safetensors.numpy
 from pyarrow import parquet
 
 from mmsr1_jax.config import settings
-from mmsr1_jax.models import qwen2_5_vl, sharding
-from mmsr1_jax.models.qwen2_5_vl.checkpoint import CheckpointError
-from mmsr1_jax.models.qwen2_5_vl.vision import num_windows, pack_images
+from mmsr1_jax.models import checkpoint, sharding
+from mmsr1_jax.models.checkpoint import CheckpointError
+from mmsr1_jax.models.image_rows import num_windows, pack_images
 from mmsr1_jax.processing.images import ImageError, ImageProcessor
 from mmsr1_jax.scripts import random_policy
 from mmsr1_jax.tools import Query, embedding, index_builder
@@ -75,7 +75,7 @@ BIAS = "visual.merger.mlp.2.bias"
 def test_embedding_is_the_mean_of_the_models_visual_tokens(tiny_dir, embed):
     """Compared with the mean, in float64, of the model's visual tokens of larger batches."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    model = qwen2_5_vl.load(tiny_dir, mesh=mesh)
+    model = checkpoint.load(tiny_dir, mesh=mesh)
     processor = ImageProcessor.from_directory(tiny_dir)
     patches = [processor(image) for image in IMAGES]
     images = [(p.values, p.grid) for p in patches]
@@ -264,7 +264,7 @@ def test_jax_and_the_model_are_imported_lazily():
         "import sys, mmsr1_jax.tools.local_index\n"
         "assert not {'jax', 'flax'} & set(sys.modules)\n"
         "import mmsr1_jax.tools.build\n"
-        "assert not {'mmsr1_jax.tools.embedding', 'mmsr1_jax.models.qwen2_5_vl'} & set(sys.modules)"
+        "assert not {'mmsr1_jax.tools.embedding', 'mmsr1_jax.models.families'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -25,8 +25,8 @@ from mmsr1_jax.apps.plan import kernels, memory, needs, programs
 from mmsr1_jax.apps.plan.programs import Program
 from mmsr1_jax.config import settings
 from mmsr1_jax.models import sharding
+from mmsr1_jax.models.config import ModelConfig
 from mmsr1_jax.models.paged_attention import PAGE_LOOP
-from mmsr1_jax.models.qwen2_5_vl import ModelConfig
 from mmsr1_jax.rollout.build import runs_in_lockstep
 from mmsr1_jax.rollout.lockstep_programs import LockstepPrograms
 from mmsr1_jax.rollout.programs import PAGES_PER_MOVE, Call, Programs
@@ -162,8 +162,9 @@ def _encode(config: settings.Config, model: ModelConfig, engine: Programs, call:
     rows, patches = engine.encode_rows(windows), windows * model.vision.window_patches
     moved = rows * patches * model.vision.patch_dim * 4.0
     tokens = rows * patches // model.vision.merge_size**2
-    moved += tokens * model.vision.out_hidden_size * _itemsize(config)
-    moved += needs.multiplied_weights(model)["vision"] * _itemsize(config) / _tensor(engine)
+    moved += tokens * model.vision.token_width * _itemsize(config)
+    weights = needs.multiplied_weights(model)
+    moved += (weights["vision"] + weights["mergers"]) * _itemsize(config) / _tensor(engine)
     image = needs.image_patches(config.images, model)
     work = needs.Work(rows=rows, length=0, patches=patches, image_patches=image, columns=0)
     flops = sum(needs.forward_flops(model, work).values())

@@ -6,9 +6,11 @@ of tokens that attend to each other. All are per device, if work and weights are
 """
 
 import dataclasses
+import math
 
 from mmsr1_jax.config import settings
-from mmsr1_jax.models.qwen2_5_vl import ModelConfig
+from mmsr1_jax.models.config import ModelConfig
+from mmsr1_jax.models.families import tensor_table
 
 _USUAL_PIXELS = 2**20  # of an image, where its size has no bound
 
@@ -45,7 +47,7 @@ def image_keys(config: ModelConfig, patches: int) -> float:
       patches: Number of patches of the image.
     """
     v = config.vision
-    full = len(v.full_attention_layers) / v.num_layers
+    full = v.full_attention_share
     return full * patches + (1 - full) * min(patches, v.window_patches)
 
 
@@ -53,17 +55,15 @@ def forward_flops(config: ModelConfig, work: Work) -> dict[str, float]:
     """Return the FLOPs of a forward pass by part: `text`, `head`, `vision`, and their attention."""
     t, v = config.text, config.vision
     tokens, patches = work.rows * work.length, work.rows * work.patches
-    H, N, K = t.head_dim, t.num_heads, t.num_kv_heads
-    layer = t.hidden_size * (2 * N + 2 * K) * H + 3 * t.hidden_size * t.intermediate_size
-    block = 4 * v.hidden_size**2 + 3 * v.hidden_size * v.intermediate_size
-    merged = v.hidden_size * v.merge_size**2
-    merger = (merged * merged + merged * v.out_hidden_size) / v.merge_size**2
+    weights = multiplied_weights(config)
+    pair = 4.0 * t.num_layers * t.num_heads * t.head_dim  # of tokens that attend to each other
+    merger = weights["mergers"] / v.merge_size**2
     keys = image_keys(config, min(work.patches, work.image_patches))
     return {
-        "text": 2.0 * tokens * t.num_layers * layer,
-        "text attention": 4.0 * t.num_layers * N * H * tokens * work.length / 2,  # causal
-        "head": 2.0 * work.rows * work.columns * t.vocab_size * t.hidden_size,
-        "vision": 2.0 * patches * (v.num_layers * block + v.patch_dim * v.hidden_size + merger),
+        "text": 2.0 * tokens * weights["text"],
+        "text attention": pair * tokens * work.length / 2,  # causal
+        "head": 2.0 * work.rows * work.columns * weights["head"],
+        "vision": 2.0 * patches * (weights["vision"] + merger),
         "vision attention": 4.0 * v.num_layers * v.hidden_size * patches * keys,
     }
 
@@ -103,21 +103,17 @@ def _trains_vision(update: settings.Update) -> bool:
 
 
 def multiplied_weights(config: ModelConfig) -> dict[str, int]:
-    """Return the number of weights that a pass multiplies by: all but the embedding table.
+    """Return the number of weights that a pass multiplies by: the kernels of linear maps.
 
-    By part: `text` (the layers of the decoder), `head`, `vision`.
+    By part: `text` (the layers of the decoder), `head`, `vision` (patch embedding and blocks, for
+    each patch), `mergers` (for each merged token).
     """
-    t, v = config.text, config.vision
-    H, N, K = t.head_dim, t.num_heads, t.num_kv_heads
-    layer = t.hidden_size * (2 * N + 2 * K) * H + 3 * t.hidden_size * t.intermediate_size
-    block = 4 * v.hidden_size**2 + 3 * v.hidden_size * v.intermediate_size
-    merged = v.hidden_size * v.merge_size**2
-    vision = v.num_layers * block + v.patch_dim * v.hidden_size
-    return {
-        "text": t.num_layers * layer,
-        "head": t.vocab_size * t.hidden_size,
-        "vision": vision + merged * merged + merged * v.out_hidden_size,
-    }
+    weights = {"text": 0, "vision": 0, "mergers": 0}
+    for path, tensor in tensor_table(config).items():
+        if path[-1] == "kernel":
+            part = path[0] if path[1] in ("layers", "patch_embed", "blocks") else "mergers"
+            weights[part] += math.prod(tensor.shape) * len(tensor.layer_indices())
+    return {**weights, "head": config.text.vocab_size * config.text.hidden_size}
 
 
 def cached_flops(config: ModelConfig, rows: int, T: int, filled: int) -> float:

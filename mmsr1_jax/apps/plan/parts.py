@@ -1,6 +1,6 @@
 """Costs of a program by part of the policy: vision tower, text decoder, log-probs.
 
-The policy's functions run in named scopes (`models.qwen2_5_vl.model`), which the compiled program
+The policy's functions run in named scopes (`models.policy`), which the compiled program
 keeps in the paths of its instructions, also in those of the backward pass. Gathers of parameters
 may have the path of the parameter instead (jax 0.11).
 """

@@ -20,15 +20,18 @@ from mmsr1_jax.apps.plan.targets import Target
 from mmsr1_jax.apps.plan.traffic import Kernel
 from mmsr1_jax.config import settings
 from mmsr1_jax.config.errors import UserError
-from mmsr1_jax.models import qwen2_5_vl, sharding
-from mmsr1_jax.models.qwen2_5_vl import ModelConfig, Qwen2_5_VL
-from mmsr1_jax.models.qwen2_5_vl.checkpoint import abstract_model
+from mmsr1_jax.models import sharding
+from mmsr1_jax.models.checkpoint import abstract_model
+from mmsr1_jax.models.config import ModelConfig
+from mmsr1_jax.models.families import PRESETS, read_config
+from mmsr1_jax.models.image_rows import abstract_images
+from mmsr1_jax.models.policy import Policy, Rows
 from mmsr1_jax.rl.learner import Learner
 from mmsr1_jax.rl.packing import RowShape, TrainBatch
 from mmsr1_jax.rl.train_batch import make_loss
 from mmsr1_jax.training import train_utils
 
-_PRESET = "qwen2.5-vl-"  # before the size in a model's name
+_VARIANTS = ("-instruct", "-thinking")  # ends of names of models with the same configuration
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,19 +69,21 @@ class Program:
 def model_config(model: str) -> ModelConfig:
     """Return the configuration of a model: a released one by name, or that of a directory.
 
-    A directory that does not exist but has the name of a released model, such as
-    `build/qwen2.5-vl-7b`, stands for that model.
+    A directory that does not exist but has the name of a released model (`families.PRESETS`), such
+    as `build/NAME` or `build/NAME-Instruct`, stands for that model.
 
     Raises:
       UserError: The model is neither.
     """
     path = pathlib.Path(model)
     if path.is_dir():
-        return ModelConfig.from_directory(path)
-    released = {_PRESET + size: preset for size, preset in qwen2_5_vl.PRESETS.items()}
-    if path.name.lower() not in released:
-        raise UserError(f"--model={model}: neither a directory nor one of {', '.join(released)}")
-    return released[path.name.lower()]
+        return read_config(path)
+    name = path.name.lower()
+    for variant in _VARIANTS:
+        name = name.removesuffix(variant)
+    if name not in PRESETS:
+        raise UserError(f"--model={model}: neither a directory nor one of {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
 def make_mesh(config: settings.Config, target: Target) -> Mesh:
@@ -104,7 +109,7 @@ def make_policy(
     mesh: Mesh,
     param_dtype: str,
     remat: str | None = None,
-) -> Qwen2_5_VL:
+) -> Policy:
     """Return an abstract policy with the shardings of a mesh.
 
     Args:
@@ -150,16 +155,13 @@ def abstract_batch(shape: RowShape, columns: int, model: ModelConfig, mesh: Mesh
         spec = sharding.partition_spec(axes, full, mesh)
         return jax.ShapeDtypeStruct(full, dtype, sharding=NamedSharding(mesh, spec))
 
-    patches = shape.windows * model.vision.window_patches
     images = None
-    if patches:
-        images = qwen2_5_vl.ImageRows(
-            patches=array(patches, model.vision.patch_dim, dtype=jnp.float32),
-            positions=array(patches, 2),
-            segment_ids=array(patches),
-            window_ids=array(patches),
+    if shape.windows:
+        images = jax.tree.map(
+            lambda x: array(*x.shape[1:], dtype=x.dtype),
+            abstract_images(shape.rows, shape.windows, model.vision),
         )
-    rows = qwen2_5_vl.Rows(
+    rows = Rows(
         tokens=array(shape.length),
         positions=array(3, shape.length),
         segment_ids=array(shape.length),
@@ -206,7 +208,7 @@ def trainer_programs(
     trained = memory.device_elements(learner.trained)
     weights = sum(needs.multiplied_weights(model).values()) * itemsize / mesh.shape["tensor"]
     activations = needs.saved_activation_bytes(model, work, itemsize) / num_devices
-    full = len(vision.full_attention_layers) / vision.num_layers
+    full = vision.full_attention_share
     visible = kernels.Visible(
         length=shape.length, parts=1 + shape.shares_prompts, image_patches=image_patches,
         image_keys=needs.image_keys(model, image_patches),

@@ -155,7 +155,7 @@ class NearDuplicates:
           The name of the duplicate, or None if the text was added.
         """
         minhash = sketch(text)
-        candidates = sorted(self._index.query(minhash))
+        candidates = sorted(map(str, self._index.query(minhash)))
         for other in candidates:
             if self._sketches[other].jaccard(minhash) >= self._threshold:
                 return other

@@ -17,7 +17,8 @@ from mmsr1_jax.data.tiny_world.questions import REASONS, WORDINGS
 from mmsr1_jax.data.tiny_world.world import FACTS, LAST_YEAR, THIS_YEAR
 from mmsr1_jax.episodes import prompts
 from mmsr1_jax.episodes.turns import TAGS, WHOLE_IMAGE
-from mmsr1_jax.processing.processor import CONTROL_TOKENS, DEFAULT_SYSTEM, ROLES
+from mmsr1_jax.models.families import FAMILIES
+from mmsr1_jax.processing.processor import CONTROL_TOKENS, ROLES
 from mmsr1_jax.tools.tool import image_result, text_result
 
 PROMPTS = pathlib.Path(__file__).parent / "prompts"  # short, to suit the tiny policy
@@ -62,7 +63,7 @@ def _corpus() -> Iterator[str]:
     tags = [f"<{slash}{tag}>" for tag in ("reason", *TAGS.values()) for slash in ("", "/")]
     yield from (*tags, *(f" {tag}" for tag in tags), f"<{TAGS['image_search']}>{WHOLE_IMAGE}")
     yield from ROLES
-    yield DEFAULT_SYSTEM
+    yield from (family.default_system for family in FAMILIES.values() if family.default_system)
     for result in (text_result("tw/0", ""), image_result("", "")):
         yield from (f"1. {part.text}" for part in result if part.text)
     word_lists = (words.FIRST, words.SECOND, words.CITIES, words.PEOPLE, words.STONES, words.SHOWS)

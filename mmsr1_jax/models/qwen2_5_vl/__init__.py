@@ -1,22 +1,20 @@
-"""Qwen2.5-VL: configuration, vision tower, text decoder, positions and checkpoints."""
+"""Qwen2.5-VL (arXiv 2502.13923): what differs from the other families."""
 
-from mmsr1_jax.models.qwen2_5_vl.checkpoint import check_replaceable, load, save
-from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig, TextConfig, VisionConfig
-from mmsr1_jax.models.qwen2_5_vl.model import Qwen2_5_VL, Rows
-from mmsr1_jax.models.qwen2_5_vl.positions import mrope_positions
-from mmsr1_jax.models.qwen2_5_vl.presets import PRESETS
-from mmsr1_jax.models.qwen2_5_vl.vision import ImageRows
+from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
+from mmsr1_jax.models.qwen2_5_vl.presets import PRESETS, SMALL
+from mmsr1_jax.models.qwen2_5_vl.tensors import vision_tensors
+from mmsr1_jax.models.qwen2_5_vl.vision import VisionTower
+from mmsr1_jax.models.tensors import LAYOUTS
+
+DEFAULT_SYSTEM = "You are a helpful assistant."
+RELEASED_LAYOUT = LAYOUTS[0]
 
 __all__ = [
+    "DEFAULT_SYSTEM",
     "PRESETS",
-    "ImageRows",
+    "RELEASED_LAYOUT",
+    "SMALL",
     "ModelConfig",
-    "Qwen2_5_VL",
-    "Rows",
-    "TextConfig",
-    "VisionConfig",
-    "check_replaceable",
-    "load",
-    "mrope_positions",
-    "save",
+    "VisionTower",
+    "vision_tensors",
 ]

@@ -1,133 +1,29 @@
-"""Mapping between the parameters of the model and the tensors of HF checkpoints.
+"""Tensors of Qwen2.5-VL's vision tower in HF checkpoints."""
 
-A parameter of a layer stacks the checkpoint's tensors of all layers and may have a different shape:
-a `nn.Linear` weight is [out, in], while our kernels have a separate axis for heads. Loading, saving
-and the tests use `tensor_table`.
-"""
-
-import dataclasses
-import math
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
-
-import numpy as np
-
-from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
-
-# Prefixes of the text decoder and the vision tower: those of the released files, and those of the
-# modules of `transformers` since 4.52. The head is `lm_head.weight` in both.
-Layout = tuple[str, str]
-LAYOUTS: tuple[Layout, Layout] = (("model.", "visual."), ("model.language_model.", "model.visual."))
+from mmsr1_jax.models.qwen2_5_vl.config import VisionConfig
+from mmsr1_jax.models.tensors import TensorTable
 
 
-@runtime_checkable
-class TensorSlice(Protocol):
-    """Tensor of a safetensors file, of which parts can be read."""
-
-    def get_shape(self) -> list[int]: ...
-
-    def get_dtype(self) -> str: ...
-
-    def __getitem__(self, index: Any) -> np.ndarray: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """Representation of a parameter in a checkpoint.
-
-    Attributes:
-      name: HF name without layout prefix; `{}` stands for the layer.
-      tower: Part of the model: "text", "vision" or "head".
-      shape: HF shape of one layer.
-      layers: Number of layers, or None for a parameter that is not stacked.
-    """
-
-    name: str
-    tower: str
-    shape: tuple[int, ...]
-    layers: int | None
-
-    def hf_name(self, layout: Layout, layer: int | None) -> str:
-        """Return the name of the tensor of one layer, or of the parameter if it is not stacked."""
-        prefix = {"text": layout[0], "vision": layout[1], "head": ""}[self.tower]
-        return prefix + (self.name if layer is None else self.name.format(layer))
-
-    def layer_indices(self) -> Sequence[int | None]:
-        """Return the layers of the parameter, or (None,) if it is not stacked."""
-        return (None,) if self.layers is None else range(self.layers)
-
-    def read(
-        self, tensor: TensorSlice, shape: tuple[int, ...], index: tuple[slice, ...]
-    ) -> np.ndarray:
-        """Read `parameter[index]` of one layer from a safetensors slice.
-
-        Slices along the parameter's first output dimension (heads, feed-forward, vocabulary) and
-        first input dimension read only those rows and columns. Slices along other dimensions are
-        taken in memory.
-
-        Args:
-          tensor: Safetensors slice of the layer's tensor.
-          shape: Shape of one layer of our parameter.
-          index: Slices of our parameter, one per dimension.
-        """
-        # Our first `outputs` dimensions make up the first dimension of the HF tensor.
-        outputs = next(n for n in range(1, len(shape) + 1) if math.prod(shape[:n]) == self.shape[0])
-        bounds = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
-        file_slices = [slice(*(x * (self.shape[0] // shape[0]) for x in bounds[0]))]
-        read_shape = [bounds[0][1] - bounds[0][0], *shape[1:outputs]]
-        remaining = [slice(None), *index[1:outputs]]
-        if len(self.shape) == 2:
-            scale = self.shape[1] // shape[outputs]
-            file_slices.append(slice(*(x * scale for x in bounds[outputs])))
-            read_shape.append(bounds[outputs][1] - bounds[outputs][0])
-            remaining.append(slice(None))
-        read_shape += shape[len(read_shape) :]
-        remaining += index[len(remaining) :]
-        return np.asarray(tensor[tuple(file_slices)]).reshape(read_shape)[tuple(remaining)]
-
-
-def tensor_table(config: ModelConfig) -> dict[tuple[str, ...], Tensor]:
-    """Return the checkpoint representation of every parameter, by its path in the module tree."""
-    t, v = config.text, config.vision
-    D, F, N, K, H = t.hidden_size, t.intermediate_size, t.num_heads, t.num_kv_heads, t.head_dim
-    d, f = v.hidden_size, v.intermediate_size
-    merged = d * v.merge_size**2
-    table: dict[tuple[str, ...], Tensor] = {}
-
-    def add(path: str, name: str, shape: tuple[int, ...], layers: int | None = None):
-        tower = "head" if path == "text/head" else path.split("/")[0]
-        table[tuple(path.split("/"))] = Tensor(name, tower, shape, layers)
-
-    def linear(path: str, name: str, out: int, inp: int, bias: bool, layers: int | None = None):
-        add(f"{path}/kernel", f"{name}.weight", (out, inp), layers)
-        if bias:
-            add(f"{path}/bias", f"{name}.bias", (out,), layers)
-
-    add("text/embedding", "embed_tokens.weight", (t.vocab_size, D))
-    layer, path = "layers.{}.", "text/layers/"
-    add(path + "attention_norm/scale", layer + "input_layernorm.weight", (D,), t.num_layers)
-    for key, out in (("q", N * H), ("k", K * H), ("v", K * H)):
-        name = f"{layer}self_attn.{key}_proj"
-        linear(f"{path}attention/{key}", name, out, D, True, t.num_layers)
-    linear(path + "attention/out", layer + "self_attn.o_proj", D, N * H, False, t.num_layers)
-    add(path + "mlp_norm/scale", layer + "post_attention_layernorm.weight", (D,), t.num_layers)
-    for key, out, inp in (("gate", F, D), ("up", F, D), ("down", D, F)):
-        name = f"{layer}mlp.{key}_proj"
-        linear(f"{path}mlp/{key}", name, out, inp, False, t.num_layers)
-    add("text/norm/scale", "norm.weight", (D,))
-    if not t.tie_embeddings:
-        add("text/head", "lm_head.weight", (t.vocab_size, D))
-
+def vision_tensors(v: VisionConfig) -> TensorTable:
+    """Return the parameters of the vision tower."""
+    d, f, merged, L = (
+        v.hidden_size,
+        v.intermediate_size,
+        v.hidden_size * v.merge_size**2,
+        v.num_layers,
+    )
+    table = TensorTable()
     patch = (v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
-    add("vision/patch_embed/kernel", "patch_embed.proj.weight", (d, *patch))
+    table.add("vision/patch_embed/kernel", "patch_embed.proj.weight", (d, *patch))
     block, path = "blocks.{}.", "vision/blocks/"
-    add(path + "attention_norm/scale", block + "norm1.weight", (d,), v.num_layers)
-    linear(path + "attention/qkv", block + "attn.qkv", 3 * d, d, True, v.num_layers)
-    linear(path + "attention/out", block + "attn.proj", d, d, True, v.num_layers)
-    add(path + "mlp_norm/scale", block + "norm2.weight", (d,), v.num_layers)
+    table.add(path + "attention_norm/scale", block + "norm1.weight", (d,), L)
+    table.add_linear(path + "attention/qkv", block + "attn.qkv", 3 * d, d, bias=True, layers=L)
+    table.add_linear(path + "attention/out", block + "attn.proj", d, d, bias=True, layers=L)
+    table.add(path + "mlp_norm/scale", block + "norm2.weight", (d,), L)
     for key, out, inp in (("gate", f, d), ("up", f, d), ("down", d, f)):
-        linear(f"{path}mlp/{key}", f"{block}mlp.{key}_proj", out, inp, True, v.num_layers)
-    add("vision/merger/norm/scale", "merger.ln_q.weight", (d,))
-    linear("vision/merger/fc1", "merger.mlp.0", merged, merged, True)
-    linear("vision/merger/fc2", "merger.mlp.2", v.out_hidden_size, merged, True)
+        name = f"{block}mlp.{key}_proj"
+        table.add_linear(f"{path}mlp/{key}", name, out, inp, bias=True, layers=L)
+    table.add("vision/merger/norm/scale", "merger.ln_q.weight", (d,))
+    table.add_linear("vision/merger/fc1", "merger.mlp.0", merged, merged, bias=True)
+    table.add_linear("vision/merger/fc2", "merger.mlp.2", v.out_hidden_size, merged, bias=True)
     return table

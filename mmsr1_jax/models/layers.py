@@ -1,4 +1,4 @@
-"""Building blocks of both towers: linear maps, RMSNorm, SwiGLU, rotary embedding, layer scan.
+"""Building blocks of towers and decoders: linear maps, norms, SwiGLU, rotary embedding, layer scan.
 
 The parameters of all layers of a tower are stacked along a leading axis L and the tower is one
 scan, so program size and compile time do not grow with depth. With `layers=None`, a module has no
@@ -16,11 +16,13 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int32
 
 from mmsr1_jax.models import sharding
+from mmsr1_jax.models.config import VisionConfig
 from mmsr1_jax.models.gated_linear import gated_linear, gated_mlp
 from mmsr1_jax.models.sharding import param
+from mmsr1_jax.utils.arrays import AnyArray
 
 _LINEAR = "linear"  # checkpoint name of the results that `remat="dots"` keeps
 
@@ -206,6 +208,29 @@ def _normalize(x: jax.Array, eps: float) -> jax.Array:
     return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """Layer norm (arXiv 1607.06450) over the last dimension, computed in float32."""
+
+    def __init__(
+        self, size: int, eps: float, *, rngs: nnx.Rngs, layers: int | None = None, dtype: DTypeLike
+    ):
+        shape = stacked(layers, (size,), (None,))
+        self.scale = param(rngs, *shape, jax.nn.initializers.ones, dtype)
+        self.bias = param(rngs, *shape, jax.nn.initializers.zeros, dtype)
+        self.eps = eps
+
+    def __call__(self, x: Float[jax.Array, "*rows D"]) -> Float[jax.Array, "*rows D"]:
+        return _layer_norm(x, self.scale.get_value(), self.bias.get_value(), self.eps)
+
+
+@functools.partial(jax.checkpoint, static_argnums=3, prevent_cse=False)
+def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
 class SwiGLU(nnx.Module):
     """Gated feed-forward layer `(silu(x Wg) * (x Wu)) Wd` (arXiv 2002.05202, equation 6).
 
@@ -271,6 +296,27 @@ def rotate(
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
+def axial_angles(
+    positions: Int32[AnyArray, "B P 2"], config: VisionConfig
+) -> tuple[Float32[jax.Array, "B P half_H"], Float32[jax.Array, "B P half_H"]]:
+    """Compute cosines and sines of the 2-D rotary embedding of vision towers.
+
+    Half of the frequencies rotate with the row, half with the column.
+
+    Args:
+      positions: int32[B, P, 2]. Row and column of each patch.
+      config: Configuration of the vision tower.
+
+    Returns:
+      Cosines and sines of the angles, float32[B, P, H/2] each.
+    """
+    quarter = config.head_dim // 4
+    frequency = config.rope_theta ** -(np.arange(quarter, dtype=np.float32) / quarter)
+    angles = positions[..., None].astype(jnp.float32) * frequency.astype(np.float32)
+    angles = angles.reshape(*angles.shape[:2], 2 * quarter)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
 @jax.custom_vjp
 def _rotate_by_product(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate by `x cos + (x S) sin`, where x S = (-second, first) for x = (first, second).
@@ -330,24 +376,24 @@ def unstack(layer: nnx.Module) -> nnx.List:
 
 def scan_layers(
     layer: nnx.Module | nnx.List,
-    x: Float[jax.Array, "*rows D"],
-    call: Callable[[Any, jax.Array, Any], jax.Array],
+    x: Any,
+    call: Callable[[Any, Any, Any], Any],
     xs: Any = None,
     remat: str = "none",
-) -> Float[jax.Array, "*rows D"]:
+) -> Any:
     """Run stacked layers in sequence: `x = call(layer_i, x, xs_i)` for each i.
 
     Args:
       layer: Module whose parameters all have a leading axis L, or a list from `unstack`, whose
         layers are not scanned but called in turn.
-      x: float[..., D]. Input of the first layer.
+      x: Input of the first layer, float[..., D], or a pytree that contains it.
       call: Function `(layer without the leading axis, x, xs_i) -> x`.
       xs: Pytree of arrays with a leading axis L, one slice per layer.
       remat: Rematerialisation of a layer in the backward pass: `none` (keep everything), `dots`
         (keep the results of matrix products with parameters) or `full` (keep only x).
 
     Returns:
-      Output of the last layer, float[..., D].
+      Output of the last layer, of the form of x.
     """
     if isinstance(layer, nnx.List):
         for index, one in enumerate(layer):

@@ -12,12 +12,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Float32, Int32
 
 from mmsr1_jax.config.choices import Attention
-from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
-from mmsr1_jax.models.qwen2_5_vl.layers import unstack
-from mmsr1_jax.models.qwen2_5_vl.output_head import head_logits, token_statistics
-from mmsr1_jax.models.qwen2_5_vl.text import TextDecoder
-from mmsr1_jax.models.qwen2_5_vl.vision import ImageRows, VisionTower
+from mmsr1_jax.models.config import ModelConfig
+from mmsr1_jax.models.families import family_of
+from mmsr1_jax.models.image_rows import ImageRows
+from mmsr1_jax.models.layers import unstack
+from mmsr1_jax.models.output_head import head_logits, token_statistics
 from mmsr1_jax.models.sharding import constrain
+from mmsr1_jax.models.text import TextDecoder
 from mmsr1_jax.utils.arrays import AnyArray
 
 
@@ -47,8 +48,8 @@ class Rows(flax.struct.PyTreeNode):
     single_segment: bool = flax.struct.field(pytree_node=False, default=False)
 
 
-class Qwen2_5_VL(nnx.Module):
-    """Qwen2.5-VL (arXiv 2502.13923).
+class Policy(nnx.Module):
+    """Vision tower of the config's family, and text decoder.
 
     Args:
       config: Model configuration.
@@ -72,7 +73,7 @@ class Qwen2_5_VL(nnx.Module):
         remat: str = "none",
         logprob_chunk: int = 512,
     ):
-        self.vision = VisionTower(config.vision, rngs=rngs, dtype=param_dtype)
+        self.vision = family_of(config).tower(config.vision, rngs=rngs, dtype=param_dtype)
         self.text = TextDecoder(config.text, rngs=rngs, dtype=param_dtype)
         self.config = config
         self.dtype = jnp.dtype(dtype)
@@ -93,31 +94,57 @@ class Qwen2_5_VL(nnx.Module):
         for layer in self.text.layers:
             layer.mlp.separate = True
 
-    def encode_images(self, images: ImageRows) -> Float[jax.Array, "B M D"]:
-        """Return the merged tokens of each row's images, float[B, M, D], in slot order."""
+    def encode_images(self, images: ImageRows) -> Float[jax.Array, "B M image_D"]:
+        """Return the merged tokens of each row's images, float[B, M, image_D], in slot order.
+
+        A token consists of its embedding and its DeepStack features, `VisionConfig.token_width`
+        values in all.
+        """
         with jax.named_scope("vision"):
             return self.vision(images, self.dtype, implementation=self.attention, remat=self.remat)
 
     def embed(
-        self, rows: Rows, image_tokens: Float[jax.Array, "B M D"] | None
-    ) -> Float[jax.Array, "B T D"]:
-        """Return token embeddings, float[B, T, D], with image tokens in place of placeholders."""
-        x = self.text.embed(rows.tokens, self.dtype)
+        self,
+        tokens: Int32[AnyArray, "B T"],
+        image_index: Int32[AnyArray, "B T"],
+        image_tokens: Float[jax.Array, "*B M image_D"] | None,
+    ) -> tuple[Float[jax.Array, "B T D"], Float[jax.Array, "deep B T D"] | None]:
+        """Return token embeddings, with image tokens in place of placeholders.
+
+        Args:
+          tokens: int32[B, T]. Token ids.
+          image_index: int32[B, T]. Index of the image token at each placeholder; -1 for text.
+          image_tokens: Result of `encode_images`, float[B, M, image_D]; or the tokens that all rows
+            share, float[M, image_D]; None if no row has an image.
+
+        Returns:
+          Embeddings, float[B, T, D], and the DeepStack features of the first `deep` layers,
+          float[deep, B, T, D], 0 at text; None if the tower has none.
+        """
+        x = self.text.embed(tokens, self.dtype)
         if image_tokens is None:
-            return x
-        index = jnp.maximum(rows.image_index, 0)[..., None]
-        image_x = jnp.take_along_axis(image_tokens, index, axis=1)
-        return jnp.where(rows.image_index[..., None] >= 0, image_x, x)
+            return x, None
+        is_image, index = image_index[..., None] >= 0, jnp.maximum(image_index, 0)
+        if image_tokens.ndim == 2:
+            image_x = jnp.take(image_tokens, index, axis=0)
+        else:
+            image_x = jnp.take_along_axis(image_tokens, index[..., None], axis=1)
+        x = jnp.where(is_image, image_x[..., : x.shape[-1]], x)
+        if not self.config.vision.deepstack_layers:
+            return x, None
+        features = jnp.where(is_image, image_x[..., x.shape[-1] :], 0)
+        deepstack = jnp.stack(jnp.split(features, len(self.config.vision.deepstack_layers), -1))
+        return x, constrain(deepstack, None, "batch", None, None)
 
     def __call__(
-        self, rows: Rows, image_tokens: Float[jax.Array, "B M D"] | None = None
+        self, rows: Rows, image_tokens: Float[jax.Array, "B M image_D"] | None = None
     ) -> tuple[Float[jax.Array, "B T D"], dict[str, jax.Array | None]]:
         """Compute the hidden states of all tokens, before the output head.
 
         Args:
           rows: Input rows.
-          image_tokens: float[B, M, D], result of `encode_images`; computed from `rows.images` if
-            None.
+          image_tokens: float[B, M, image_D], result of `encode_images`; computed from
+            `rows.images` if None.
 
         Returns:
           Hidden states after the final norm, float[B, T, D], and a dictionary of named
@@ -126,11 +153,13 @@ class Qwen2_5_VL(nnx.Module):
         if image_tokens is None and rows.images is not None:
             image_tokens = self.encode_images(rows.images)
         with jax.named_scope("text"):
+            x, deepstack = self.embed(rows.tokens, rows.image_index, image_tokens)
             hidden = self.text(
-                self.embed(rows, image_tokens),
+                x,
                 rows.positions,
                 rows.segment_ids,
                 rows.prefix_ids,
+                deepstack=deepstack,
                 single_segment=rows.single_segment,
                 implementation=self.attention,
                 remat=self.remat,
@@ -143,7 +172,7 @@ class Qwen2_5_VL(nnx.Module):
         return constrain(logits, "batch", None, "vocab")
 
     def token_logprobs(
-        self, rows: Rows, image_tokens: Float[jax.Array, "B M D"] | None = None
+        self, rows: Rows, image_tokens: Float[jax.Array, "B M image_D"] | None = None
     ) -> Float32[jax.Array, "B T"]:
         """Return log p(token t | preceding tokens of its segment), float32[B, T].
 
@@ -166,7 +195,7 @@ class Qwen2_5_VL(nnx.Module):
         targets: Int32[AnyArray, "B C"],
         *,
         temperature: float = 1.0,
-        image_tokens: Float[jax.Array, "B M D"] | None = None,
+        image_tokens: Float[jax.Array, "B M image_D"] | None = None,
     ) -> tuple[Float32[jax.Array, "B C"], Float32[jax.Array, "B C"]]:
         """Return log-probs of selected tokens and entropies of their predictive distributions.
 

@@ -1,6 +1,6 @@
 """Loading and saving of HF checkpoints: safetensors directly onto the mesh and back, bit for bit.
 
-`tensors.tensor_table` maps the parameters of the model to the tensors of a checkpoint, and
+`families.tensor_table` maps the parameters of the model to the tensors of a checkpoint, and
 `weight_files` reads and writes the safetensors files.
 """
 
@@ -20,27 +20,27 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
-from mmsr1_jax.models.qwen2_5_vl.model import Qwen2_5_VL
-from mmsr1_jax.models.qwen2_5_vl.tensors import LAYOUTS, Layout, tensor_table
-from mmsr1_jax.models.qwen2_5_vl.vision import VisionTower
-from mmsr1_jax.models.qwen2_5_vl.weight_files import (
+from mmsr1_jax.models.config import ModelConfig
+from mmsr1_jax.models.families import family_of, read_config, tensor_table
+from mmsr1_jax.models.policy import Policy
+from mmsr1_jax.models.sharding import param_shardings, to_host
+from mmsr1_jax.models.tensors import Layout
+from mmsr1_jax.models.weight_files import (
     DTYPES,
     INDEX,
     CheckpointError,
     ShardWriter,
     WeightFiles,
 )
-from mmsr1_jax.models.sharding import param_shardings, to_host
 from mmsr1_jax.utils import outputs
 from mmsr1_jax.utils.checked_json import load as load_json
 
 Module = TypeVar("Module", bound=nnx.Module)
 
 
-def abstract_model(config: ModelConfig, **keywords: Any) -> Qwen2_5_VL:
-    """Return a model with abstract parameters (shapes and dtypes); keywords as for `Qwen2_5_VL`."""
-    return nnx.eval_shape(lambda: Qwen2_5_VL(config, rngs=nnx.Rngs(0), **keywords))
+def abstract_model(config: ModelConfig, **keywords: Any) -> Policy:
+    """Return a model with abstract parameters (shapes and dtypes); keywords as for `Policy`."""
+    return nnx.eval_shape(lambda: Policy(config, rngs=nnx.Rngs(0), **keywords))
 
 
 def load(
@@ -49,7 +49,7 @@ def load(
     mesh: Mesh,
     param_dtype: DTypeLike | None = None,
     **keywords: Any,
-) -> Qwen2_5_VL:
+) -> Policy:
     """Load an HF directory onto a mesh. Each device receives its slice, read from the file.
 
     The host holds one stacked tensor (or this host's part of it) at a time.
@@ -59,30 +59,30 @@ def load(
         of names.
       mesh: Mesh for the parameters (`sharding.make_mesh`).
       param_dtype: Dtype of the parameters. None selects the most common dtype of the checkpoint.
-      **keywords: Keywords of `Qwen2_5_VL` (dtype, attention, remat ...).
+      **keywords: Keywords of `Policy` (dtype, attention, remat ...).
 
     Raises:
       ConfigError: If `config.json` cannot be used.
       CheckpointError: If a tensor is missing, unexpected or has the wrong shape, or a file is
         damaged or missing. Names and shapes are all checked before the first tensor is loaded.
     """
-    config = ModelConfig.from_directory(directory)
+    config = read_config(directory)
     files = WeightFiles(pathlib.Path(directory), config)
     dtype = files.common_dtype() if param_dtype is None else np.dtype(param_dtype)
     return _read(files, config, abstract_model(config, param_dtype=dtype, **keywords), (), mesh)
 
 
-def load_vision(
-    directory: str | pathlib.Path, *, mesh: Mesh, param_dtype: DTypeLike
-) -> VisionTower:
+def load_vision(directory: str | pathlib.Path, *, mesh: Mesh, param_dtype: DTypeLike) -> nnx.Module:
     """Load only the vision tower, see `load`.
 
     Names and shapes of the other tensors are checked too, but the tensors are not loaded.
     """
-    config = ModelConfig.from_directory(directory)
+    config = read_config(directory)
     files = WeightFiles(pathlib.Path(directory), config)
     tower = nnx.eval_shape(
-        lambda: VisionTower(config.vision, rngs=nnx.Rngs(0), dtype=np.dtype(param_dtype))
+        lambda: family_of(config).tower(
+            config.vision, rngs=nnx.Rngs(0), dtype=np.dtype(param_dtype)
+        )
     )
     return _read(files, config, tower, ("vision",), mesh)
 
@@ -107,12 +107,14 @@ def _path(*keys: object) -> tuple[str, ...]:
     return tuple(map(str, keys))
 
 
-def hf_tensors(model: Qwen2_5_VL, layout: Layout = LAYOUTS[0]) -> Iterator[tuple[str, np.ndarray]]:
+def hf_tensors(model: Policy, layout: Layout | None = None) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the HF name and host array of each tensor of the model, one at a time.
+
+    Names have the prefixes of the released checkpoints, or those of `layout`.
 
     With several hosts, all must iterate together: a tensor sharded across hosts is gathered.
     """
-    table = tensor_table(model.config)
+    table, layout = tensor_table(model.config), layout or family_of(model.config).layout
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         value, tensor = variable.get_value(), table[_path(*path)]
         for layer in tensor.layer_indices():
@@ -121,7 +123,7 @@ def hf_tensors(model: Qwen2_5_VL, layout: Layout = LAYOUTS[0]) -> Iterator[tuple
 
 
 def save(
-    model: Qwen2_5_VL,
+    model: Policy,
     directory: str | pathlib.Path,
     *,
     source: str | pathlib.Path | None = None,
@@ -137,7 +139,8 @@ def save(
       model: Policy model.
       directory: Output directory: a new or empty one, or a checkpoint to replace.
       source: HF directory from which the model was loaded. Names, dtypes, `config.json`, tokenizer
-        and processor files are taken from it. None writes flat names and a new config.
+        and processor files are taken from it. None writes the names of the released
+        checkpoints and a new config.
       dtype: Dtype of the tensors. None keeps the dtype of each tensor in `source`, or of each
         parameter without a source.
       shard_bytes: Maximum size of a file in bytes, exceeded only by a single larger tensor.
@@ -149,7 +152,7 @@ def save(
     target = pathlib.Path(os.path.abspath(directory))
     check_replaceable(target)
     files = None if source is None else WeightFiles(pathlib.Path(source), model.config)
-    layout = LAYOUTS[0] if files is None else files.layout
+    layout = family_of(model.config).layout if files is None else files.layout
     tied_copy = bool(files and model.text.head is None and "lm_head.weight" in files.file_of)
     is_writer = jax.process_index() == 0
     with outputs.new_directory(target) if is_writer else contextlib.nullcontext() as temporary:
@@ -170,7 +173,7 @@ def save(
 
 
 def _write_other_files(
-    model: Qwen2_5_VL,
+    model: Policy,
     directory: pathlib.Path,
     source: str | pathlib.Path | None,
     dtype: DTypeLike | None,

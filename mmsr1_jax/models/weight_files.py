@@ -16,14 +16,9 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from mmsr1_jax.config.errors import UserError
-from mmsr1_jax.models.qwen2_5_vl.config import ModelConfig
-from mmsr1_jax.models.qwen2_5_vl.tensors import (
-    LAYOUTS,
-    Layout,
-    Tensor,
-    TensorSlice,
-    tensor_table,
-)
+from mmsr1_jax.models.config import ModelConfig
+from mmsr1_jax.models.families import tensor_table
+from mmsr1_jax.models.tensors import LAYOUTS, Layout, Tensor, TensorSlice
 from mmsr1_jax.utils.checked_json import FormatError, load
 from mmsr1_jax.utils.logs import log
 

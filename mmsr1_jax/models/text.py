@@ -1,4 +1,8 @@
-"""Text decoder: GQA with q/k/v bias, M-RoPE, SwiGLU, pre-norm."""
+"""Text decoder: GQA, M-RoPE, SwiGLU, pre-norm.
+
+`TextConfig` says what differs between families: biases, norms of queries and keys, and the order of
+M-RoPE's frequencies.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -12,9 +16,9 @@ from jaxtyping import Float, Float32, Int32
 
 from mmsr1_jax.config.choices import Attention
 from mmsr1_jax.models.attention import attention
+from mmsr1_jax.models.config import TextConfig
+from mmsr1_jax.models.layers import Linear, RMSNorm, SwiGLU, rotate, scan_layers, unstack
 from mmsr1_jax.models.paged_attention import PagedRows, append, paged_attention
-from mmsr1_jax.models.qwen2_5_vl.config import TextConfig
-from mmsr1_jax.models.qwen2_5_vl.layers import Linear, RMSNorm, SwiGLU, rotate, scan_layers, unstack
 from mmsr1_jax.models.sharding import constrain, param
 from mmsr1_jax.utils.arrays import AnyArray
 
@@ -28,6 +32,9 @@ def mrope_angles(
 
     The H/2 frequencies are those of standard RoPE. The first `mrope_section[0]` of them rotate with
     the temporal position, the next `mrope_section[1]` with the height and the rest with the width.
+    If they are interleaved (arXiv 2511.21631), every third frequency, from the second, rotates with
+    the height, and every third, from the third, with the width, as many as their sections have; all
+    others rotate with the temporal position.
 
     Args:
       positions: int32[B, 3, T]. Temporal, height and width positions.
@@ -39,22 +46,39 @@ def mrope_angles(
     half = config.head_dim // 2
     frequency = config.rope_theta ** -(np.arange(half, dtype=np.float32) / half)
     section = np.repeat(np.arange(3), config.mrope_section)  # position axis of each frequency
+    if config.mrope_interleaved:
+        section = np.zeros(half, int)
+        for axis in (1, 2):
+            section[axis : 3 * config.mrope_section[axis] : 3] = axis
     per_frequency = positions.swapaxes(1, 2)[..., section].astype(jnp.float32)  # [B, T, H/2]
     angles = per_frequency * frequency.astype(np.float32)
     return jnp.cos(angles), jnp.sin(angles)
 
 
 class SelfAttention(nnx.Module):
-    """Self-attention with stacked kernels: q [L, N, H, D], k, v [L, K, H, D], out [L, D, N, H]."""
+    """Self-attention with stacked kernels: q [L, N, H, D], k, v [L, K, H, D], out [L, D, N, H].
+
+    With `qk_norm`, `q_norm` and `k_norm` normalise each head's query and key.
+    """
+
+    # Class attributes: NNX rejects arrays in an instance attribute that was None.
+    q_norm: RMSNorm | None = None
+    k_norm: RMSNorm | None = None
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         D, H = (config.hidden_size, "embed"), (config.head_dim, "head_dim")
         N, K = (config.num_heads, "heads"), (config.num_kv_heads, "kv_heads")
         linear = functools.partial(Linear, rngs=rngs, layers=config.num_layers, dtype=dtype)
-        self.q = linear([D], [N, H], bias=True)
-        self.k = linear([D], [K, H], bias=True)
-        self.v = linear([D], [K, H], bias=True)
+        self.q = linear([D], [N, H], bias=config.qkv_bias)
+        self.k = linear([D], [K, H], bias=config.qkv_bias)
+        self.v = linear([D], [K, H], bias=config.qkv_bias)
         self.out = linear([N, H], [D], bias=False)
+        if config.qk_norm:
+            norm = functools.partial(
+                RMSNorm, config.head_dim, config.rms_norm_eps, rngs=rngs,
+                layers=config.num_layers, dtype=dtype,
+            )  # fmt: skip
+            self.q_norm, self.k_norm = norm(), norm()
 
     def __call__(
         self,
@@ -63,8 +87,11 @@ class SelfAttention(nnx.Module):
         sin: Float32[jax.Array, "B T half_H"],
         attend: Attend,
     ) -> Float[jax.Array, "B T D"]:
-        q = constrain(rotate(self.q(x), cos, sin), "batch", None, "heads", None)
-        return self.out(attend(q, rotate(self.k(x), cos, sin), self.v(x)))
+        q, k = self.q(x), self.k(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = constrain(rotate(q, cos, sin), "batch", None, "heads", None)
+        return self.out(attend(q, rotate(k, cos, sin), self.v(x)))
 
 
 class DecoderLayer(nnx.Module):
@@ -123,6 +150,7 @@ class TextDecoder(nnx.Module):
         segment_ids: Int32[AnyArray, "B T"],
         prefix_ids: Int32[AnyArray, "B T"] | None = None,
         *,
+        deepstack: Float[jax.Array, "deep B T D"] | None = None,
         single_segment: bool = False,
         implementation: Attention = "auto",
         remat: str = "none",
@@ -134,6 +162,8 @@ class TextDecoder(nnx.Module):
           positions: int32[B, 3, T]. M-RoPE positions.
           segment_ids, prefix_ids: int32[B, T]. Segments and their prefixes, see
             `models.attention`.
+          deepstack: float[deep, B, T, D]. Features to add to the outputs of the first `deep`
+            layers, 0 at text (DeepStack, arXiv 2406.04334); None without any.
           single_segment, implementation: Arguments of `models.attention`.
           remat: Rematerialisation of the layers, see `scan_layers`.
 
@@ -146,7 +176,12 @@ class TextDecoder(nnx.Module):
             single_segment=single_segment, implementation=implementation,
         )  # fmt: skip
         x = constrain(x, "batch", None, None)
-        x = scan_layers(self.layers, x, lambda layer, x, _: layer(x, cos, sin, attend), remat=remat)
+
+        def call(layer, x, index):
+            x = layer(x, cos, sin, attend)
+            return x if deepstack is None else x + _features(deepstack, index)
+
+        x = scan_layers(self.layers, x, call, np.arange(self.config.num_layers), remat)
         return self.norm(x)
 
     def cached(
@@ -155,6 +190,7 @@ class TextDecoder(nnx.Module):
         positions: Int32[AnyArray, "B 3 T"],
         pages: Sequence[Float[jax.Array, "..."]],
         rows: PagedRows,
+        deepstack: Float[jax.Array, "deep B T D"] | None = None,
     ) -> tuple[Float[jax.Array, "B T D"], tuple[Float[jax.Array, "..."], ...]]:
         """Compute hidden states of tokens that extend sequences of a paged KV cache.
 
@@ -163,6 +199,7 @@ class TextDecoder(nnx.Module):
           positions: int32[B, 3, T]. M-RoPE positions.
           pages: Pages of each layer, see `models.paged_attention`.
           rows: The sequences that the rows extend.
+          deepstack: See `__call__`.
 
         Returns:
           Hidden states after the final norm, float[B, T, D], and the pages with the new tokens.
@@ -174,11 +211,21 @@ class TextDecoder(nnx.Module):
         # TPUs (jax 0.10) aborts if a function with another one inside is called twice.
         manual = jax.sharding.get_abstract_mesh().manual_axes
         apply = _cached_layer if manual else _jitted_cached_layer
-        for layer, layer_pages in zip(layers, pages, strict=True):
+        deep = [] if deepstack is None else list(deepstack)
+        for index, (layer, layer_pages) in enumerate(zip(layers, pages, strict=True)):
             graph, params = nnx.split(layer)
             x, layer_pages = apply(graph, params, x, cos, sin, layer_pages, rows)
+            x = x + deep[index] if index < len(deep) else x
             written.append(layer_pages)
         return self.norm(x), tuple(written)
+
+
+def _features(deepstack, index) -> jax.Array | float:
+    """Return the features to add after layer `index`, float[B, T, D]; 0 beyond the last of them."""
+    if isinstance(index, np.integer):  # the layers are not scanned
+        return deepstack[index] if index < len(deepstack) else 0.0
+    features = jax.lax.dynamic_index_in_dim(deepstack, index, keepdims=False)  # clamps the index
+    return jnp.where(index < len(deepstack), features, 0)
 
 
 def _cached_layer(graph, params, x, cos, sin, pages, rows: PagedRows):
