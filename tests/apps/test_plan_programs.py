@@ -52,6 +52,22 @@ def trainer_programs(config, model=MODEL, mesh=None):
     return {p.name: p for p in programs.trainer_programs(config, model, mesh, learner)}
 
 
+def test_a_micro_batch_has_the_rows_of_all_hosts(monkeypatch):
+    """Also if this process stands for one host of several."""
+    mesh = sharding.make_mesh(1, 8, 1)
+    alone = trainer_programs(config(), mesh=mesh)["gradient"]
+    monkeypatch.setattr(sharding, "_num_processes", lambda mesh: 4)
+    several = trainer_programs(config(), mesh=mesh)["gradient"]
+    assert several.flops == alone.flops
+    for program in (alone, several):
+        (tokens,) = {
+            x.shape
+            for x in jax.tree.leaves(program.lower().in_avals)
+            if x.shape[1:] == (64,) and x.dtype == np.int32
+        }
+        assert tokens == (8, 64)
+
+
 def test_flops_by_formula_are_those_of_the_compiled_forward_pass():
     work = needs.Work(rows=2, length=64, patches=128, image_patches=128, columns=64)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])

@@ -195,8 +195,8 @@ def trainer_programs(
       learner: Abstract learner (`make_learner`).
     """
     update, vision = config.update, model.vision
-    shape = train_utils.row_shape(config, mesh)
-    rows = shape.rows
+    rows = update.micro_batch_rows * sharding.num_batch_shards(mesh)  # of all processes
+    shape = dataclasses.replace(train_utils.row_shape(config, mesh), rows=rows)
     batch = abstract_batch(shape, update.pack_length, model, mesh)
     patches = shape.windows * vision.window_patches
     image_patches = needs.image_patches(config.images, model)
