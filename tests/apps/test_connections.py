@@ -29,6 +29,8 @@ ENDLESS, DEFAULT = ConnectionLimits(idle_timeout=LONG, unread_timeout=LONG), Lim
 class SlowEngine:
     """Engine that finishes no episode before `go` is set."""
 
+    lockstep = None
+
     def __init__(self):
         self.config = Config()
         self.config.rollout.lanes = 1

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmsr1_jax.models.qwen2_5_vl import layers
-from mmsr1_jax.models.qwen2_5_vl.layers import Adapter, Linear, rotate
+from mmsr1_jax.models import layers
+from mmsr1_jax.models.layers import Adapter, Linear, rotate
 
 
 def on_tpu(monkeypatch):
