@@ -35,6 +35,7 @@ CALLS: dict[str, tuple[str, Sequence[str]]] = {
         ("--model={}", "--conversations={file}", "--out={}/out.jsonl"),
     ),
     "curate": ("mmsr1_jax.utils.outputs:lock", ("--model={}", "--out={}/out")),
+    "construct": ("mmsr1_jax.utils.outputs:lock", ("--out={}/out",)),
     "report": ("mmsr1_jax.apps.report.reader:read", ("{}", "--out={}/report.html")),
     "serve": ("mmsr1_jax.rollout.build:make_engine", ("--model={}", "--port=0")),
     "index": ("mmsr1_jax.tools.index_builder:build_index", ("--pages={file}", "--out={}/index")),

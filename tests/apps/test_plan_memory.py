@@ -58,10 +58,9 @@ def test_live_arrays_between_phases_are_those_of_the_plan(config, settings_of_of
         absent = memory.absent_state(run)
         return {p.name: p.bytes for p in memory.phases(state, (), 1e9, extra, absent)}
 
-    def observe(name):
-        """Measure at the end of the first calls of a method of the first engine's device."""
-        seen, device = [], pool.engines[0].device
-        method = getattr(device, name)
+    def observe(owner, name):
+        """Measure at the end of the first calls of a method."""
+        seen, method = [], getattr(owner, name)
 
         def observed(*args):
             result = method(*args)
@@ -69,10 +68,11 @@ def test_live_arrays_between_phases_are_those_of_the_plan(config, settings_of_of
                 seen.append(live.bytes())
             return result
 
-        setattr(device, name, observed)
+        setattr(owner, name, observed)
         return seen
 
-    decoding, prepared = observe("finish_decode"), observe("prepare")
+    device = pool.engines[0].device
+    decoding, prepared = observe(device, "finish_decode"), observe(device.runner, "prepare")
     for offload in settings_of_offload:
         phases = planned(offload)
         pool.load(learner.params)

@@ -165,9 +165,9 @@ def test_a_client_that_disconnects_frees_its_lane(engine, alone):
         wait_for(lambda: not any(queue._active))
 
 
-def _fail(device, *args, **keywords):
+def _fail(runner, *args, **keywords):
     """A program that fails after it has received the lanes and the image store."""
-    for buffer in jax.tree.leaves((device._cache, device._image_tokens)):
+    for buffer in jax.tree.leaves((runner._cache, runner._image_tokens)):
         buffer.delete()
     raise ZeroDivisionError
 
@@ -179,8 +179,8 @@ def test_an_engine_recovers_from_a_failure(engine, alone, monkeypatch, caplog, w
         with monkeypatch.context() as patch:
             for single in engine.engines:
                 single.device.release_caches()  # no image is encoded yet
-                fail = functools.partial(_fail, single.device)
-                patch.setattr(single.device._programs, where, fail)
+                runner = single.device.runner
+                patch.setattr(runner.programs, where, functools.partial(_fail, runner))
             events = ask(url, QUESTIONS[0], IMAGES[0])
         assert events[-1]["event"] == "failed" and "ZeroDivision" not in events[-1]["error"]
         assert "ZeroDivisionError" in caplog.text

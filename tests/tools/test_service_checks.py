@@ -16,6 +16,7 @@ from mmsr1_jax.tools.service import ServiceRefusedError
 from mmsr1_jax.tools.service_checks import check_services
 from mmsr1_jax.tools.tool_cache import ToolCache
 from mmsr1_jax.training import sft_dataset
+from mmsr1_jax.training.workdir import Workdir
 from mmsr1_jax.utils import fallbacks
 from tests.tools import fake_services
 from tests.tools.fake_services import SECRET, configured, questions
@@ -161,7 +162,7 @@ def test_train_evaluate_and_curate_check_services_before_loading(services, tmp_p
     data = (str(questions(tmp_path)),)
     config.data.train = config.eval.data = data
     with pytest.raises(ServiceRefusedError, match="judge at"):
-        train.train(config, str(tmp_path / "no policy"), tmp_path / "run")
+        train.train(config, str(tmp_path / "no policy"), Workdir(tmp_path / "run"))
     for command in (evaluation.evaluate, curate.roll_out):
         monkeypatch.setattr(evaluation, "make_engine", None)
         monkeypatch.setattr(

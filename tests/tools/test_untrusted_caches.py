@@ -24,6 +24,7 @@ VALID = {
     "links": [["l", "t", "s"]], "page": "text", "summary": "text", "matches": [["l", "t", "u"]],
     "image": "AAAA", "upload": True, "search": ["ok", None, [["text"]]],
     "passages": [["t", "text"]], "verdict": [True, "why"], "short form": "",
+    "pictures": [["l", "t", "p", "u", "c"]], "chat": "text",
 }  # fmt: skip
 # Values that are invalid for every kind. Each kind is also tested with the values of the others.
 INVALID = [b"5", b"null", b"[[[1]]]", b'{"a": 1}', b"[" * 100_000, b"NaN", b"\xff", b"", b'[["a"]]',
@@ -51,7 +52,7 @@ def test_value_of_wrong_type_is_treated_as_missing(tmp_path, kind, capsys, monke
     cache = ToolCache(path, "record")
     others = [json.dumps(value).encode() for value in VALID.values()]
     same_type = {"links", "matches"} if kind in ("links", "matches") else {kind}
-    texts = {"page", "summary", "short form", "image"}
+    texts = {"page", "summary", "short form", "image", "chat"}
     others = [
         data for other, data in zip(VALID, others, strict=True)
         if other not in same_type and not (kind in texts and other in texts)
