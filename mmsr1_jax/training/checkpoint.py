@@ -5,9 +5,11 @@ Orbax writes them in the background while the next step runs.
 
 import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.errors import JaxRuntimeError
 from orbax.checkpoint.experimental import v1 as ocp
 
 from mmsr1_jax.config.errors import UserError
@@ -78,11 +80,13 @@ class Checkpoints:
           like: Tree of arrays with the shapes, dtypes and shardings to restore.
 
         Raises:
-          UserError: The checkpoint has other array names or shapes.
+          UserError: The checkpoint is damaged, or has other array names or shapes.
         """
         arrays = _arrays_by_path(like)
-        with self._reported():
+        with self._readable(step):
             saved = self._checkpointer.metadata(step)
+            if saved.metadata is None or not isinstance(saved.custom_metadata, dict):
+                raise ValueError("its metadata is missing")
         shapes = {name: tuple(x.shape) for name, x in saved.metadata.items()}
         expected = {name: tuple(x.shape) for name, x in arrays.items()}
         if shapes != expected:
@@ -97,17 +101,30 @@ class Checkpoints:
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for name, x in arrays.items()
         }
-        with self._reported():
+        with self._readable(step):
             loaded = self._checkpointer.load(step, abstract)
         leaves = [loaded[name] for name in arrays]
-        metadata = saved.custom_metadata
-        assert isinstance(metadata, dict)  # as `save` wrote it
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), metadata
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), saved.custom_metadata
 
     def close(self) -> None:
         """Wait for pending saves and close the checkpointer."""
         with self._reported():
             self._checkpointer.close()
+
+    @contextlib.contextmanager
+    def _readable(self, step: int) -> Iterator[None]:
+        """Report what Orbax raises in the block as damage of a checkpoint."""
+        try:
+            with self._reported():
+                yield
+        except (UserError, JaxRuntimeError):  # the latter of another process that has failed
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"{self._directory}/{step}: the checkpoint is damaged: {reason}. Without this "
+                "directory, the run resumes from the checkpoint before it, if there is one"
+            ) from error
 
     def _reported(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which failures of an object store are errors of one line."""

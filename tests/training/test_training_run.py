@@ -1,6 +1,7 @@
 """`TrainingRun` with a stand-in for the learner: steps, checkpoints, SIGTERM, nonfinite updates."""
 
 import itertools
+import shutil
 import signal
 
 import jax.numpy as jnp
@@ -338,6 +339,27 @@ def test_an_error_that_ends_a_run_says_how_to_resume_it(tmp_path, step, message)
     assert str(error) == (
         f"the judge refuses; {tmp_path}: {message}; the same command resumes the run"
     )
+
+
+@pytest.mark.parametrize("damage", ["no metadata", "no arrays", "cut short", "other bytes"])
+def test_a_damaged_checkpoint_is_named(tmp_path, saved_policies, damage):
+    """The run resumes from the one before once it is removed."""
+    config = make_config(steps=6, save_every=1)
+    assert train(tmp_path, config, last=2) == [1, 2]
+    folder = tmp_path / "checkpoints" / "2"
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        is_metadata = "metadata" in path.name.lower()
+        if damage.startswith("no") and is_metadata == (damage == "no metadata"):
+            path.unlink()
+        elif not damage.startswith("no"):
+            data = path.read_bytes()
+            path.write_bytes(data[: len(data) // 2] if damage == "cut short" else data[::-1])
+    with make_run(tmp_path, config) as run:
+        with pytest.raises(UserError, match="checkpoints/2: the checkpoint is damaged: ") as error:
+            run.restore()
+        assert "\n" not in str(error.value)
+    shutil.rmtree(folder)
+    assert train(tmp_path, config) == [2, 3, 4, 5, 6]
 
 
 def test_a_checkpoint_of_another_model_is_rejected(tmp_path):
