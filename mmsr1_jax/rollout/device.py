@@ -101,6 +101,7 @@ class Device:
         self._model_config = model
         self._windows = config.buckets.image_windows
         self._images = ImageCache(model, self.config, self._windows, self._encode)
+        self._num_releases = runner.num_releases
         self.pages = PageTable(
             programs.num_lanes,
             programs.num_pages,
@@ -144,6 +145,9 @@ class Device:
             )
         self.pages.clear()
         with self.runner.rollout():
+            if self._num_releases != self.runner.num_releases:  # freed by another engine
+                self._images.clear()
+                self._num_releases = self.runner.num_releases
             self._timeline = timeline
             if timeline is not None:
                 timeline.begin()

@@ -75,6 +75,7 @@ class _Engine:
       name, arguments: Program that it calls, and its host arrays.
       since: Number of the program that was the next one when it called.
       result: Its outputs.
+      error: Failure of a program that took the contents of its lanes; None: there was none.
     """
 
     state: Literal["absent", "busy", "waiting", "calling"] = "absent"
@@ -82,6 +83,7 @@ class _Engine:
     arguments: Any = None
     since: int = 0
     result: concurrent.futures.Future = dataclasses.field(default_factory=concurrent.futures.Future)
+    error: BaseException | None = None
 
 
 class Lockstep:
@@ -94,15 +96,14 @@ class Lockstep:
 
     Attributes:
       num_local: Number of engines of this process.
-      num_programs: Number of programs that have run.
-      num_own: Number of those in which an engine of this process took part.
+      num_releases: Number of times that the caches were freed.
     """
 
     def __init__(self, model: Policy, config: settings.Config, *, donate: bool = False):
         self._model, self._config, self._donate = model, config, donate
         (first, *_) = jax.tree.leaves(nnx.state(model))
         self.num_local = sharding.num_local_batch_shards(first.sharding.mesh)
-        self.num_programs = self.num_own = 0
+        self.num_releases = self._num_programs = 0
         self.programs: LockstepPrograms | None = None
         self._engines: list[_Engine] = []
         self._changed = threading.Condition()
@@ -144,7 +145,14 @@ class Lockstep:
         self._params = None
 
     def release_caches(self) -> None:
+        """Free the caches of all engines, unless some are in a rollout, which need theirs."""
+        with self._changed:
+            if all(engine.state == "absent" for engine in self._engines):
+                self._drop_caches()
+
+    def _drop_caches(self) -> None:
         self._cache = self._store = None
+        self.num_releases += 1
 
     def has_params(self) -> bool:
         return self._params is not None
@@ -198,6 +206,8 @@ class Lockstep:
         with self._changed:
             own = self._engines[engine]
             before, own.state = own.state, state
+            if state == "absent":
+                own.error = None
             self._changed.notify_all()
             return before
 
@@ -213,10 +223,10 @@ class Lockstep:
           Its outputs of this engine, see `_part`.
         """
         with self._changed:
-            if self._error is not None:
-                raise self._error
             own = self._engines[engine]
-            own.name, own.arguments, own.since = name, arguments, self.num_programs
+            if error := self._error or own.error:
+                raise error
+            own.name, own.arguments, own.since = name, arguments, self._num_programs
             own.result, own.state = concurrent.futures.Future(), "calling"
             self._changed.notify_all()
         return own.result.result()
@@ -230,16 +240,14 @@ class Lockstep:
                 if name == "end":
                     return
                 if name:
-                    self._start(name)
+                    self._start_or_fail(name)
                 elif processes.count() > 1:
                     with self._changed:
                         self._changed.wait(_POLL_SECONDS)
         except BaseException as error:
             with self._changed:
                 self._error = error
-                for engine in self._engines:
-                    if not engine.result.done():
-                        engine.result.set_exception(error)
+                self._fail_engines(error)
 
     def _settled_calls(self) -> list[list[Any]] | None:
         """Wait until no engine of this process is busy, and return their calls; None: at the end.
@@ -264,7 +272,29 @@ class Lockstep:
         if all(calls is None for calls in values):
             return "end"
         calls = [(name, since) for calls in values if calls for name, since in calls]
-        return choose(calls, self.num_programs)
+        return choose(calls, self._num_programs)
+
+    def _start_or_fail(self, name: str) -> None:
+        """Start a program. If that fails, all engines have lost their caches, which it may have
+        taken; with several processes, this one ends.
+        """
+        try:
+            self._start(name)
+        except Exception as error:
+            if processes.count() > 1:
+                raise
+            with self._changed:
+                self._fail_engines(error)
+
+    def _fail_engines(self, error: BaseException) -> None:
+        self._drop_caches()
+        for engine in self._engines:
+            if engine.state != "absent":
+                engine.error = error
+            if engine.state == "calling":
+                engine.state = "busy"
+            if not engine.result.done():
+                engine.result.set_exception(error)
 
     def _start(self, name: str) -> None:
         """Start a program for the engines that have called it, and give them its outputs."""
@@ -279,8 +309,7 @@ class Lockstep:
                 for index in range(self.num_local)
             ]
             outputs = self._start_program(name.partition(" ")[0], self._put(arguments))
-            self.num_programs += 1
-            self.num_own += bool(callers)
+            self._num_programs += 1
             for index, engine in callers.items():
                 engine.state, engine.arguments = "busy", None
                 engine.result.set_result(_part(outputs, self._first + index))
@@ -394,6 +423,10 @@ class _Runner:
         self.release, self.release_caches = lockstep.release, lockstep.release_caches
         self.has_params, self.prepare = lockstep.has_params, lockstep.prepare
         self.install = lockstep.install
+
+    @property
+    def num_releases(self) -> int:
+        return self._lockstep.num_releases
 
     @contextlib.contextmanager
     def rollout(self) -> Iterator[None]:

@@ -27,6 +27,11 @@ class Runner(Protocol):
 
     programs: Programs
 
+    @property
+    def num_releases(self) -> int:
+        """Number of times that the caches were freed, with all that they contained."""
+        ...
+
     def release(self) -> None:
         """Free parameters and caches."""
         ...
@@ -96,6 +101,7 @@ class LocalRunner:
 
     Attributes:
       programs: Programs of the engine.
+      num_releases: Number of times that the caches were freed.
     """
 
     def __init__(
@@ -116,6 +122,7 @@ class LocalRunner:
             self._params: nnx.State | None = programs.load(None)(params)
         if donate:
             jax.tree.map(lambda x: x.delete(), params)
+        self.num_releases = 0
         self._cache: cache.Cache | None = None
         self._image_tokens: jax.Array | None = None
 
@@ -131,6 +138,7 @@ class LocalRunner:
 
     def release_caches(self) -> None:
         self._cache = self._image_tokens = None
+        self.num_releases += 1
 
     def has_params(self) -> bool:
         return self._params is not None

@@ -1,6 +1,7 @@
 """Engines in lockstep: their episodes equal those of independent engines, and none waits for the
 tools of another."""
 
+import itertools
 import threading
 
 import jax
@@ -98,6 +99,41 @@ def test_an_exception_of_an_engine_ends_the_rollout(model, processor):
     next(partly)
     partly.close()
     assert len(list(pool.rollout(examples(2), group_size=2))) == 4
+    pool.close()
+
+
+def test_a_program_that_fails_ends_the_rollout_and_the_next_one_is_intact(model, processor):
+    """It has taken the caches of all engines, with the images that they had encoded."""
+    pool = lockstep_pool(model, processor, 2, 1)
+    expected = by_index(pool.rollout(examples(6), group_size=4))
+    programs = pool.engines[0].lockstep.programs
+    decode, calls = programs.decode, itertools.count()
+
+    def fail(params, cache, *args, **keywords):
+        if next(calls) == 3:
+            jax.tree.map(lambda x: x.delete(), cache)
+            raise ZeroDivisionError
+        return decode(params, cache, *args, **keywords)
+
+    programs.decode = fail
+    with pytest.raises(ZeroDivisionError):
+        list(pool.rollout(examples(6), group_size=4))
+    assert by_index(pool.rollout(examples(6), group_size=4)) == expected
+    pool.close()
+
+
+def test_an_engine_that_frees_its_caches_leaves_those_of_others_in_use(model, processor):
+    pool = lockstep_pool(model, processor, 2, 1)
+    lockstep, (first, second) = pool.engines[0].lockstep, pool.engines
+
+    def roll_out(interrupt):
+        with lockstep.running():
+            episodes = first.rollout(examples(6), group_size=4)
+            begun = [next(episodes)]
+            interrupt()
+            return by_index([*begun, *episodes])
+
+    assert roll_out(second.device.release_caches) == roll_out(lambda: None)
     pool.close()
 
 
