@@ -231,7 +231,7 @@ def wrong_reply(kind: str, reply: dict, texts: dict[str, str], rng: np.random.Ge
                 present = [other for other in others if other in written["evidence"]]
                 written["answer"] = present[0] if present else str(rng.choice(words.PRICES))
             elif kind == "opposite":
-                written["evidence"] = f"It is said to be {written['answer']}."
+                written["evidence"] = f"A page gives {written['answer']}."
             else:
                 written["question"] = written["question"].replace("this", texts["Name"])
         return reply

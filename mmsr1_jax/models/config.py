@@ -3,7 +3,9 @@
 What depends on the family (the file's form, the vision tower) is in the family's own `config`.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, ClassVar, TypeVar
 
 from mmsr1_jax.config.errors import UserError
@@ -207,6 +209,27 @@ class ModelConfig:
 
 TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
+# Fields of `TextConfig` and `VisionConfig` that are integers, and their names in `config.json`.
+_TEXT_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+}
+_VISION_FIELDS = {
+    "num_layers": "depth",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_heads": "num_heads",
+    "out_hidden_size": "out_hidden_size",
+    "patch_size": "patch_size",
+    "temporal_patch_size": "temporal_patch_size",
+    "merge_size": "spatial_merge_size",
+    "in_channels": "in_channels",
+}
+
 # Upper bounds, each at least four times the value in any released model.
 _MAX_VALUES = {
     "num_hidden_layers": 1024,
@@ -268,6 +291,41 @@ def layer_indices(raw: dict[str, Any], field: str) -> tuple[int, ...]:
     return tuple(value)
 
 
+def text_fields(raw: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of `TextConfig` that all families have.
+
+    Args:
+      raw: Contents of a `config.json`.
+      text: Its section for the text decoder, or all of it.
+    """
+    return {
+        **{field: integer(text, name) for field, name in _TEXT_FIELDS.items()},
+        "rms_norm_eps": real(text, "rms_norm_eps"),
+        "rope_theta": rope_theta(text, rope(text)),
+        "tie_embeddings": flag(raw, "tie_word_embeddings") or flag(text, "tie_word_embeddings"),
+    }
+
+
+def hf_text_fields(text: TextConfig) -> dict[str, Any]:
+    """Return the fields of `text_fields` by their names in `config.json`."""
+    return {
+        **{name: getattr(text, field) for field, name in _TEXT_FIELDS.items()},
+        "rms_norm_eps": text.rms_norm_eps,
+        "rope_theta": text.rope_theta,
+        "tie_word_embeddings": text.tie_embeddings,
+    }
+
+
+def vision_fields(vision: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of `VisionConfig` that all families have, from a `vision_config`."""
+    return {field: integer(vision, name) for field, name in _VISION_FIELDS.items()}
+
+
+def hf_vision_fields(vision: VisionConfig) -> dict[str, Any]:
+    """Return the fields of `vision_fields` by their names in `config.json`."""
+    return {name: getattr(vision, field) for field, name in _VISION_FIELDS.items()}
+
+
 def token_ids(raw: dict[str, Any]) -> dict[str, int]:
     """Return the token ids of a `config.json`, for the fields of `ModelConfig` of these names."""
     ids = {}
@@ -319,7 +377,13 @@ def check_activation(raw: dict[str, Any], expected: str) -> None:
         )
 
 
-def with_prefix(error: ConfigError, prefix: str) -> ConfigError:
-    """Return the error with the name of a section before its message, unless it begins with it."""
-    message = str(error)
-    return ConfigError(message if message.startswith(prefix) else f"{prefix}: {message}")
+@contextlib.contextmanager
+def errors_of(section: str) -> Iterator[None]:
+    """Put the name of a section before the message of a ConfigError, unless it begins with it."""
+    try:
+        yield
+    except ConfigError as error:
+        message = str(error)
+        if message.startswith(section):
+            raise
+        raise ConfigError(f"{section}: {message}") from None

@@ -215,7 +215,7 @@ class Processor:
         return self._prompt([self.control["<|im_end|>"], "\n"]).tokens.tolist()
 
     def _system(self) -> list[str | int | Patches]:
-        """Return the default system turn, or nothing if there is none."""
+        """Return the default system turn; empty for a family without one."""
         return [] if self.default_system is None else self._turn("system", [self.default_system])
 
     def _opening(self) -> list[str | int | Patches]:

@@ -11,7 +11,7 @@ from tests.hosts import Hosts, hosts, script
 
 pytestmark = pytest.mark.proof
 
-# The learner has one parameter, of which each process holds a half.
+# The learner has one parameter, split over the two processes.
 RUN = """
 import dataclasses, types
 import jax, jax.numpy as jnp, numpy as np

@@ -154,7 +154,11 @@ async def find_sources(
 async def _pages(
     concept: Concept, text_search: Tool, settings: Construction, timeout: float
 ) -> list[tuple[str, str]] | str:
-    """Return (URL, text) of usable pages, or the reason why there is none. Raises WebError."""
+    """Return (URL, text) of usable pages, or the reason for dropping the concept.
+
+    Raises:
+      WebError: A service did not respond.
+    """
     query = Query(action="text_search", text=concept.name, question=concept.name)
     try:
         async with asyncio.timeout(timeout):

@@ -82,23 +82,12 @@ class ModelConfig(base.ModelConfig):
         text = raw
         if raw.get("text_config") is not None:
             text = {**_NESTED_TEXT_DEFAULTS, **base.section(raw, "text_config")}
-        rope = base.rope(text)
         if base.flag(text, "use_sliding_window"):
             raise ConfigError("use_sliding_window=true is not supported")
         base.check_activation(text, "silu")
         return cls(
             text=text_config(
-                vocab_size=integer(text, "vocab_size"),
-                hidden_size=integer(text, "hidden_size"),
-                intermediate_size=integer(text, "intermediate_size"),
-                num_layers=integer(text, "num_hidden_layers"),
-                num_heads=integer(text, "num_attention_heads"),
-                num_kv_heads=integer(text, "num_key_value_heads"),
-                rms_norm_eps=base.real(text, "rms_norm_eps"),
-                rope_theta=base.rope_theta(text, rope),
-                mrope_section=base.mrope_section(rope),
-                tie_embeddings=base.flag(raw, "tie_word_embeddings")
-                or base.flag(text, "tie_word_embeddings"),
+                **base.text_fields(raw, text), mrope_section=base.mrope_section(base.rope(text))
             ),
             vision=_vision_from_hf(base.section(raw, "vision_config")),
             **base.token_ids(raw),
@@ -110,33 +99,17 @@ class ModelConfig(base.ModelConfig):
         return {
             "architectures": ["Qwen2_5_VLForConditionalGeneration"],
             "model_type": self.model_type,
-            "vocab_size": t.vocab_size,
-            "hidden_size": t.hidden_size,
-            "intermediate_size": t.intermediate_size,
-            "num_hidden_layers": t.num_layers,
-            "num_attention_heads": t.num_heads,
-            "num_key_value_heads": t.num_kv_heads,
+            **base.hf_text_fields(t),
             "hidden_act": "silu",
-            "rms_norm_eps": t.rms_norm_eps,
-            "rope_theta": t.rope_theta,
             "rope_scaling": {"type": "mrope", "mrope_section": list(t.mrope_section)},
-            "tie_word_embeddings": t.tie_embeddings,
             "use_sliding_window": False,
             "torch_dtype": dtype,
             **self.token_ids(),
             "vision_config": {
                 "model_type": self.model_type,
-                "depth": v.num_layers,
-                "hidden_size": v.hidden_size,
-                "intermediate_size": v.intermediate_size,
-                "num_heads": v.num_heads,
-                "out_hidden_size": v.out_hidden_size,
+                **base.hf_vision_fields(v),
                 "fullatt_block_indexes": list(v.full_attention_layers),
                 "window_size": v.window_size,
-                "patch_size": v.patch_size,
-                "temporal_patch_size": v.temporal_patch_size,
-                "spatial_merge_size": v.merge_size,
-                "in_channels": v.in_channels,
                 "hidden_act": "silu",
             },
         }
@@ -171,20 +144,10 @@ _NESTED_VISION_DEFAULTS = {
 
 def _vision_from_hf(raw: dict[str, Any]) -> VisionConfig:
     raw = {**_NESTED_VISION_DEFAULTS, **raw}
-    try:
+    with base.errors_of("vision_config"):
         base.check_activation(raw, "silu")
         return VisionConfig(
-            num_layers=integer(raw, "depth"),
-            hidden_size=integer(raw, "hidden_size"),
-            intermediate_size=integer(raw, "intermediate_size"),
-            num_heads=integer(raw, "num_heads"),
-            out_hidden_size=integer(raw, "out_hidden_size"),
+            **base.vision_fields(raw),
             full_attention_layers=base.layer_indices(raw, "fullatt_block_indexes"),
             window_size=integer(raw, "window_size"),
-            patch_size=integer(raw, "patch_size"),
-            temporal_patch_size=integer(raw, "temporal_patch_size"),
-            merge_size=integer(raw, "spatial_merge_size"),
-            in_channels=integer(raw, "in_channels"),
         )
-    except ConfigError as error:
-        raise base.with_prefix(error, "vision_config") from None

@@ -92,18 +92,9 @@ class ModelConfig(base.ModelConfig):
             )
         return cls(
             text=text_config(
-                vocab_size=integer(text, "vocab_size"),
-                hidden_size=integer(text, "hidden_size"),
-                intermediate_size=integer(text, "intermediate_size"),
-                num_layers=integer(text, "num_hidden_layers"),
-                num_heads=integer(text, "num_attention_heads"),
-                num_kv_heads=integer(text, "num_key_value_heads"),
+                **base.text_fields(raw, text),
                 head_size=integer(text, "head_dim"),
-                rms_norm_eps=base.real(text, "rms_norm_eps"),
-                rope_theta=base.rope_theta(text, rope),
                 mrope_section=base.mrope_section({"mrope_section": [24, 20, 20], **rope}),
-                tie_embeddings=base.flag(raw, "tie_word_embeddings")
-                or base.flag(text, "tie_word_embeddings"),
             ),
             vision=_vision_from_hf(base.section(raw, "vision_config")),
             **base.token_ids(raw),
@@ -122,36 +113,20 @@ class ModelConfig(base.ModelConfig):
                 "model_type": "qwen3_vl_text",
                 "attention_bias": False,
                 "dtype": dtype,
-                "vocab_size": t.vocab_size,
-                "hidden_size": t.hidden_size,
-                "intermediate_size": t.intermediate_size,
-                "num_hidden_layers": t.num_layers,
-                "num_attention_heads": t.num_heads,
-                "num_key_value_heads": t.num_kv_heads,
+                **base.hf_text_fields(t),
                 "head_dim": t.head_dim,
                 "hidden_act": "silu",
-                "rms_norm_eps": t.rms_norm_eps,
-                "rope_theta": t.rope_theta,
                 "rope_scaling": {
                     "rope_type": "default",
                     "mrope_interleaved": True,
                     "mrope_section": list(t.mrope_section),
                 },
-                "tie_word_embeddings": t.tie_embeddings,
             },
             "vision_config": {
                 "model_type": self.model_type,
-                "depth": v.num_layers,
-                "hidden_size": v.hidden_size,
-                "intermediate_size": v.intermediate_size,
-                "num_heads": v.num_heads,
-                "out_hidden_size": v.out_hidden_size,
+                **base.hf_vision_fields(v),
                 "deepstack_visual_indexes": list(v.deepstack_indexes),
                 "num_position_embeddings": v.num_position_embeddings,
-                "patch_size": v.patch_size,
-                "temporal_patch_size": v.temporal_patch_size,
-                "spatial_merge_size": v.merge_size,
-                "in_channels": v.in_channels,
                 "hidden_act": "gelu_pytorch_tanh",
             },
         }
@@ -186,20 +161,10 @@ _VISION_DEFAULTS = {
 
 def _vision_from_hf(raw: dict[str, Any]) -> VisionConfig:
     raw = {**_VISION_DEFAULTS, **raw}
-    try:
+    with base.errors_of("vision_config"):
         base.check_activation(raw, "gelu_pytorch_tanh")
         return VisionConfig(
-            num_layers=integer(raw, "depth"),
-            hidden_size=integer(raw, "hidden_size"),
-            intermediate_size=integer(raw, "intermediate_size"),
-            num_heads=integer(raw, "num_heads"),
-            out_hidden_size=integer(raw, "out_hidden_size"),
+            **base.vision_fields(raw),
             num_position_embeddings=integer(raw, "num_position_embeddings"),
             deepstack_indexes=base.layer_indices(raw, "deepstack_visual_indexes"),
-            patch_size=integer(raw, "patch_size"),
-            temporal_patch_size=integer(raw, "temporal_patch_size"),
-            merge_size=integer(raw, "spatial_merge_size"),
-            in_channels=integer(raw, "in_channels"),
         )
-    except ConfigError as error:
-        raise base.with_prefix(error, "vision_config") from None

@@ -33,8 +33,8 @@ _LARGE_TOWER = {
     "deepstack_indexes": (8, 16, 24),
 }
 
-# The released models (config.json of Qwen/Qwen3-VL-{2B,4B,8B,32B}-Instruct, which equals that of
-# `-Thinking`).
+# The released models Qwen/Qwen3-VL-{2B,4B,8B,32B}-Instruct and `-Thinking`, as configurations of
+# other public implementations have them.
 PRESETS: dict[str, ModelConfig] = {
     "qwen3-vl-2b": _preset(
         hidden=2048, ffn=6144, layers=28, heads=16, vision=_SMALL_TOWER, tied=True
