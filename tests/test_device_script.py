@@ -8,7 +8,7 @@ import pytest
 
 from mmsr1_jax.models import gpu_gated_linear
 from mmsr1_jax.rollout import sampler
-from tests import device, device_parity, device_parts
+from tests import device, device_gap, device_parity, device_parts
 from tests.device_parity import Measurement
 from tests.programs import environment, run
 
@@ -129,7 +129,7 @@ def test_a_gap_between_engine_and_trainer_has_a_bar():
                                 (0, np.nan, False)):  # fmt: skip
         ours = recorded + np.float32(offset)
         ours[7] += one
-        assert device_parts.compared_logprobs(ours, recorded, "float32")["passed"] is passed
+        assert device_gap.compared_logprobs(ours, recorded, "float32")["passed"] is passed
 
 
 @pytest.mark.proof

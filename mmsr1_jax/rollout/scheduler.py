@@ -89,11 +89,9 @@ class Scheduler:
         self._decode_batch_size = config.decode_batch_size
         self._decode_steps = config.decode_steps
         self._sampling = Sampling.uniform(
-            config.decode_batch_size,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
+            config.decode_batch_size, temperature=sampling.temperature, top_k=sampling.top_k,
             top_p=sampling.top_p,
-        )
+        )  # fmt: skip
         self._groups = WaitingGroups(
             next_examples, group_size, config.lanes, rules.initial_prompt, engine.pool
         )

@@ -264,7 +264,8 @@ class TrainingRun:
         values = {name: f"{step_metrics.get(name, 0):.3f}" for name in shown}
         values["tokens/s"] = f"{step_metrics['time/tokens_per_second']:.0f}"
         self._bar.set_postfix(values)
-        self._last_step = self._timer.seconds()
+        # A validation can be stopped, so it is not time that a step needs.
+        self._last_step = self._timer.seconds() - self._timer.seconds("validation")
         self._last_update = self._last_step - self._timer.seconds("rollout")
 
     def save(self, step: int, metadata: dict[str, Any], score: float | None = None) -> None:

@@ -143,7 +143,8 @@ async def stage(
             _write(path, header, result)
         else:  # the file shows what there is, but the next run does not use it
             _write(path, header | {"unresolved": len(result.unresolved)}, result)
-    kept = json.dumps([dataclasses.asdict(item) for item in result.kept])  # type: ignore[call-overload]
+    items: list[Any] = result.kept  # of a dataclass, which a TypeVar cannot say
+    kept = json.dumps([dataclasses.asdict(item) for item in items])
     return result, hashlib.blake2b(kept.encode(), digest_size=16).hexdigest()
 
 
