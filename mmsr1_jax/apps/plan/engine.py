@@ -225,4 +225,5 @@ def _trips(config: settings.Config, call: Call) -> dict[str, float]:
     pages = math.ceil((filled_tokens(config) + new) / config.rollout.page_size)
     return {
         f"{THRESHOLD_SEARCH}/while": searches, f"{PAGE_LOOP}/while": pages, "jit(decode)/while": 1,
+        "jit(decode)/shard_map/while": 1,  # of engines in lockstep
     }  # fmt: skip
